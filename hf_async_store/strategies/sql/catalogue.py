@@ -22,7 +22,7 @@ from hf_async_store.errors import (
     NewerFormatError,
     SchemaMismatchError,
 )
-from hf_async_store.schema import Collection, Field, Schema
+from hf_async_store.schema import Collection, Field, Index, Schema
 from hf_async_store.strategies.sql.names import CATALOGUE
 from hf_async_store.values import FieldType
 
@@ -30,6 +30,7 @@ LAYOUT: Final = 3
 """The number of the layout of the tables. Earlier layouts had no table of this name."""
 
 READ: Final = f"SELECT name, value FROM {CATALOGUE}"
+GENERATION_SQL: Final = f"SELECT value FROM {CATALOGUE} WHERE name = 'generation'"
 
 _PREFIX: Final = "collection:"
 
@@ -119,10 +120,10 @@ class Catalogue(msgspec.Struct, frozen=True):
     generation: int = 0
 
     def schema(self) -> Schema:
-        """The declarations of all programs together, without indexes.
+        """The declarations of all programs together.
 
         Raises:
-            SchemaMismatchError: they contradict each other.
+            SchemaMismatchError: they contradict one another.
         """
         try:
             return Schema(_collection(name, each) for name, each in self.entries.items())
@@ -185,13 +186,21 @@ def _merged(known: Entry | None, collection: Collection) -> Entry:
 
 
 def _collection(name: str, entry: Entry) -> Collection:
+    indexed = {field for index in entry.indexes for field in index.fields}
     return Collection(
         name,
         key=entry.key,
         fields=[
-            Field(field, each.type, references=each.references)
+            # A field that one program indexes may be of type json for another one.
+            Field(
+                field,
+                "text" if each.type == "json" and field in indexed else each.type,
+                each.required,
+                each.references,
+            )
             for field, each in entry.fields.items()
         ],
+        indexes=[Index(*each.fields) for each in entry.indexes],
     )
 
 

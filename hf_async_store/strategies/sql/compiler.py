@@ -1,11 +1,12 @@
 """Compiles a query to a SELECT.
 
-A condition is true, false or NULL, and a WHERE treats false and NULL alike. A negation is therefore
-written as `IS NOT TRUE`, which is true for both. If SQL cannot express a condition exactly, the
+A field with a key column is compared and sorted by its `sort_bytes`; any other path by expressions of the
+document. A condition is true, false or NULL, and a WHERE treats false and NULL alike. A negation is
+therefore written as `IS NOT TRUE`, which is true for both. If SQL cannot express a condition exactly, the
 compiled condition accepts more rows, and the rows are filtered again in Python.
 
-The order is that of the sort terms of each key, then of the id. Where these do not determine the
-position of a row, `reading` compares it with its neighbours.
+The bytes of a long string, a list or a dict do not determine its place. Rows whose sort keys begin with
+the same such values are a group: SQL returns them next to each other, and `reading` sorts them.
 """
 
 from __future__ import annotations
@@ -14,33 +15,28 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from hf_async_store.query import (
-    MISSING,
     And,
     Comparison,
-    CursorPosition,
     Filter,
     Missing,
     Not,
+    OpName,
     Order,
     Query,
     compile_filter,
 )
-from hf_async_store.strategies.sql.grammar import (
-    FALSE,
-    OPERATORS,
-    TRUE,
-    Arguments,
-    Condition,
-    Form,
-    SortTerms,
-    rank_of,
-)
+from hf_async_store.sort_bytes import is_exact, ranges, sort_bytes
+from hf_async_store.strategies.sql.grammar import FALSE, OPERATORS, TRUE, Arguments, Condition
+from hf_async_store.strategies.sql.names import key_column, quoted
 from hf_async_store.values import VERSION, Entity, Value
 
 if TYPE_CHECKING:
+    from hf_async_store.sort_bytes import ByteRange
     from hf_async_store.strategies.sql.rows import Table
 
 _OPPOSITE: Final = {"ne": "eq", "not_in": "in"}
+_SHORT: Final = 63
+"""A string of at most this many characters is always exact."""
 
 
 class Compiled(NamedTuple):
@@ -49,41 +45,46 @@ class Compiled(NamedTuple):
     Attributes:
         args: the arguments of the statement.
         residual: the condition by which the rows must still be filtered; None if all rows match.
-        forms: of the terms by which the statement sorts, for each key of the order. Rows may be in the
-            wrong order where they have inexact values. Empty if they cannot.
         limited: the statement applies the limit.
     """
 
     sql: str
     args: list[object]
-    residual: Callable[[Entity], bool] | None
-    forms: tuple[Form, ...]
-    limited: bool
+    residual: Callable[[Entity], bool] | None = None
+    limited: bool = False
 
 
-def compile_query(table: Table, query: Query, *, limited: bool = True) -> Compiled:
+def compile_query(
+    table: Table, query: Query, *, group: Sequence[Value | Missing] | None = None
+) -> Compiled:
     """The SELECT of a query.
 
+    If the query's position is in a group, the statement returns the rows after that group.
+
     Args:
-        limited: whether the statement may apply the limit.
+        group: only the rows of a group, whose sort keys begin with these values: see `group_of`.
     """
     compiler = _Compiler(table)
-    conditions, exact = compiler.conditions(query.where)
     keys = [compiler.key(each) for each in query.order]
-    if query.after is not None:
-        after, is_exact = compiler.after(keys, query.after)
-        conditions += after
-        limited = limited and is_exact
-    order = compiler.order_by(keys)
-    limited = limited and exact and query.limit is not None
-    where = _joined(" AND ", conditions) or TRUE
-    limit = f" LIMIT {query.limit}" if limited else ""
+    conditions, exact = compiler.conditions(query.where)
+    if group is not None:
+        pairs = zip(keys, group, strict=False)
+        conditions += [each for key, value in pairs for each in compiler.equal(key, value)]
+    elif query.after is not None:
+        values = group_of(table, query.order, query.after.values)
+        conditions += compiler.after(keys, values or [*query.after.values, query.after.id])
+    limited = exact and group is None and query.limit is not None
+    order = ", ".join(
+        f"{term} DESC" if key.descending else term
+        for key in _with_id(table, keys)
+        for term in key.terms
+    )
     return Compiled(
-        sql=f"SELECT {table.selected} FROM {table.name} AS t WHERE {where} ORDER BY {order}{limit}",
-        args=compiler.args.values,
-        residual=None if exact else compile_filter(query.where),
-        forms=tuple(key.form or "any" for key in keys) if any(key.form for key in keys) else (),
-        limited=limited,
+        f"SELECT {table.selected} FROM {table.name} AS t WHERE {_all(conditions)} ORDER BY {order}"
+        + (f" LIMIT {query.limit}" if limited else ""),
+        compiler.args.values,
+        None if exact else compile_filter(query.where),
+        limited,
     )
 
 
@@ -94,9 +95,29 @@ def compile_count(table: Table, query: Query) -> Compiled | None:
     conditions, exact = compiler.conditions(query.where)
     if not exact or query.limit is not None or query.after is not None:
         return None
-    where = _joined(" AND ", conditions) or TRUE
-    sql = f"SELECT count(*) FROM {table.name} AS t WHERE {where}"
-    return Compiled(sql, compiler.args.values, None, (), limited=False)
+    sql = f"SELECT count(*) FROM {table.name} AS t WHERE {_all(conditions)}"
+    return Compiled(sql, compiler.args.values)
+
+
+def group_of(
+    table: Table, order: Sequence[Order], values: Sequence[Value | Missing]
+) -> list[Value | Missing] | None:
+    """The values that a row has in common with the rows of its group, up to the first inexact one.
+
+    None if the values determine the place of the row, up to its id.
+
+    Args:
+        values: of the row, at the paths of the order.
+    """
+    for number, (key, value) in enumerate(zip(order, values, strict=True), 1):
+        kind = type(value)
+        if kind is str:
+            inexact = len(cast("str", value)) > _SHORT and not is_exact(sort_bytes(value))
+            if inexact and key.path != (table.key_field,):
+                return list(values[:number])
+        elif kind is list or kind is dict:
+            return list(values[:number])
+    return None
 
 
 def paths_in(where: Filter) -> set[tuple[str | int, ...]]:
@@ -111,14 +132,13 @@ class _Key(NamedTuple):
     """How SQL sorts by one key of an order.
 
     Attributes:
-        form: of the terms; None if the key is a column of its own: the id, or the version.
-        is_id: no two rows are equal.
+        column: it is the id, or the version; None: any other value.
     """
 
     terms: tuple[str, ...]
     descending: bool
-    form: Form | None = None
-    is_id: bool = False
+    column: str | None = None
+    by_bytes: bool = False
 
 
 class _Compiler:
@@ -157,74 +177,49 @@ class _Compiler:
         del self.args.values[before:]
         return Condition(TRUE, exact=False)
 
-    def _comparison(self, path: Sequence[str | int], op: str, value: Value) -> Condition:
+    def _comparison(self, path: Sequence[str | int], op: OpName, value: Value) -> Condition:
         if op in _OPPOSITE:
             before = len(self.args.values)
-            return self._opposite(self._comparison(path, _OPPOSITE[op], value), before)
+            positive = self._comparison(path, cast("OpName", _OPPOSITE[op]), value)
+            return self._opposite(positive, before)
         name = cast("str", path[0])
-        if name in (VERSION, self._table.collection.key):
+        if name in (VERSION, self._table.key_field):
             if len(path) > 1:  # missing in every row
                 return Condition(TRUE if op == "exists" and value is False else FALSE)
             return Condition(self._version(op, value) if name == VERSION else self._id(op, value))
-        if (op == "in" and not value) or (op == "between" and not _comparable_pair(value)):
+        found = ranges(op, value)
+        if found == []:
             return Condition(FALSE)
-        if len(path) == 1 and name in self._table.terms:
-            narrowed = self._narrowed(name, op, value)
-            if narrowed is not None:
-                return narrowed
+        narrowed = self._in_ranges(name, found) if len(path) == 1 else None
+        if narrowed is not None and narrowed.exact:
+            return narrowed
         before = len(self.args.values)
         test = self._grammar.test(self._grammar.at(path, self.args), op, value, self.args)
         if test.sql == FALSE:
             del self.args.values[before:]  # those of the path
-        return test
+        if narrowed is None:
+            return test
+        return Condition(f"({narrowed.sql} AND {test.sql})", test.exact)
 
-    def _narrowed(self, name: str, op: str, value: Value) -> Condition | None:
-        """A condition on the sort terms of an indexed field; None if they do not help."""
-        terms = self._table.terms[name]
-        if op == "exists":
-            sign = ">" if value else "="
-            missing = self._grammar.operand(MISSING, terms.form, self.args)
-            return Condition(f"{terms.sql[0]} {sign} {missing[0]}")
-        if op in ("eq", "in"):
-            found = self._equal(terms, [value] if op == "eq" else cast("list[Value]", value))
-        elif op == "between" and _is_ordered(cast("list[Value]", value)[0]):
-            low, high = cast("list[str | float]", value)
-            parts = [self._bound(name, "gte", low), self._bound(name, "lte", high)]
-            joined = " AND ".join(each.sql for each in parts)
-            found = Condition(f"({joined})", all(each.exact for each in parts))
-        elif op == "begins_with" and value:
-            found = self._begins_with(name, cast("str", value))
-        elif op in OPERATORS and _is_ordered(value):
-            found = self._bound(name, op, cast("str | float", value))
-        else:
+    def _in_ranges(self, name: str, found: list[ByteRange] | None) -> Condition | None:
+        """The condition that the bytes of a field are in some ranges; None if it has no key column."""
+        if found is None or name not in self._table.ready:
             return None
-        if found is None or found.exact:
-            return found
-        test = self._grammar.test(self._grammar.at((name,), self.args), op, value, self.args)
-        return Condition(f"({found.sql} AND {test.sql})", test.exact)
+        column, add = self._column(name), self.args.add
+        exact = all(each.exact for each in found)
+        single = [each.only for each in found if each.only is not None]
+        if len(found) > 1 and len(single) == len(found):
+            return Condition(self._grammar.in_bytes(column, single, self.args), exact)
+        parts = [
+            f"{column} = {add(each.low, 'bytes')}"
+            if each.only is not None
+            else f"({column} >= {add(each.low, 'bytes')} AND {column} < {add(each.high, 'bytes')})"
+            for each in found
+        ]
+        return Condition(parts[0] if len(parts) == 1 else f"({_joined(' OR ', parts)})", exact)
 
-    def _equal(self, terms: SortTerms, values: Sequence[Value]) -> Condition | None:
-        by_rank: dict[int, list[Value]] = {}
-        for each in values:
-            if isinstance(each, list | dict):
-                return None
-            by_rank.setdefault(rank_of(each), []).append(each)
-        found = [self._grammar.equal(terms, each, self.args) for each in by_rank.values()]
-        joined = " OR ".join(each.sql for each in found)
-        return Condition(
-            f"({joined})" if len(found) > 1 else joined, all(each.exact for each in found)
-        )
-
-    def _bound(self, name: str, op: str, value: str | float) -> Condition:
-        target = self._grammar.at((name,), self.args)
-        return self._grammar.bound(self._table.terms[name], target, op, value, self.args)
-
-    def _begins_with(self, name: str, prefix: str) -> Condition:
-        low, above = self._bound(name, "gte", prefix), _upper_bound(prefix)
-        if above is None:
-            return low
-        high = self._bound(name, "lt", above)
-        return Condition(f"({low.sql} AND {high.sql})", low.exact and high.exact)
+    def _column(self, name: str) -> str:
+        return f"t.{quoted(key_column(name))}"
 
     def _id(self, op: str, value: Value) -> str:
         """The condition for an operator on the id."""
@@ -252,7 +247,6 @@ class _Compiler:
 
     def _version(self, op: str, value: Value) -> str:
         """The condition for an operator on the version."""
-        column = self._grammar.version(f"t.{VERSION}")
         if op == "exists":
             return TRUE if value else FALSE
         if op == "in":
@@ -261,90 +255,78 @@ class _Compiler:
         if op == "between":
             low, high = cast("list[Value]", value)
             return f"({self._version('gte', low)} AND {self._version('lte', high)})"
-        if (
-            op not in ("eq", *OPERATORS)
-            or value is None
-            or isinstance(value, bool | str | list | dict)
-        ):
+        if op not in ("eq", *OPERATORS) or type(value) not in (int, float):
             return FALSE
-        sign = "=" if op == "eq" else OPERATORS[op]
-        return f"{column} {sign} {self._grammar.number(value, self.args)}"
+        column, sign = self._grammar.version(f"t.{VERSION}"), OPERATORS.get(op, "=")
+        return f"{column} {sign} {self._grammar.number(cast('float', value), self.args)}"
 
     # -- order and position ------------------------------------------------------------------
 
     def key(self, order: Order) -> _Key:
         """How SQL sorts by a key of the order."""
         name, down = cast("str", order.path[0]), order.descending
-        if name in (VERSION, self._table.collection.key):
+        if name in (VERSION, self._table.key_field):
             if len(order.path) > 1:  # missing in every row: all are equal
-                return _Key((), down)
-            is_id = name != VERSION
-            return _Key((f"t.{self._table.key if is_id else VERSION}",), down, None, is_id)
-        if len(order.path) == 1 and name in self._table.terms:
-            terms = self._table.terms[name]
-        else:
-            terms = self._grammar.terms(self._grammar.at(order.path, self.args))
-        return _Key(terms.sql, down, terms.form)
+                return _Key((), down, "")
+            column = self._table.key if name != VERSION else VERSION
+            return _Key((f"t.{column}",), down, column)
+        if len(order.path) == 1 and name in self._table.ready:
+            return _Key((self._column(name),), down, by_bytes=True)
+        return _Key(self._grammar.terms(self._grammar.at(order.path, self.args)), down)
 
-    def _with_id(self, keys: Sequence[_Key]) -> list[_Key]:
-        if any(key.is_id for key in keys):
-            return list(keys)
-        return [*keys, _Key((f"t.{self._table.key}",), descending=False, is_id=True)]
+    def equal(self, key: _Key, value: Value | Missing) -> list[str]:
+        """The condition that the rows have a value, at most one."""
+        operands = self._operands(key, value)
+        if operands is None:
+            return [FALSE]
+        return [_compared(key.terms, "=", operands)] if key.terms else []
 
-    def order_by(self, keys: Sequence[_Key]) -> str:
-        """The terms of the ORDER BY."""
-        return ", ".join(
-            f"{term} DESC" if key.descending else term
-            for key in self._with_id(keys)
-            for term in key.terms
-        )
+    def after(self, keys: Sequence[_Key], values: Sequence[Value | Missing]) -> list[str]:
+        """The conditions of the rows after a position, to be joined by AND.
 
-    def after(self, keys: Sequence[_Key], position: CursorPosition) -> tuple[list[str], bool]:
-        """The conditions of the rows after a position, to be joined by AND, and whether they are exact."""
+        Args:
+            values: of the first keys, or of all keys and the id.
+        """
         pairs: list[tuple[_Key, tuple[str, ...]]] = []
-        exact = True
-        for key, value in zip(keys, position.values, strict=True):
-            exact = key.form is None or self._grammar.exact(value, key.form)
-            if key.form is None:
-                parameter = self._position(key, value)
-                if parameter is None:  # no row has such a value: the cursor is forged
-                    return [FALSE], True
-                pairs.append((key, parameter))
-                continue
-            below = not key.descending
-            operand = self._grammar.operand(value, key.form, self.args, below=below)
-            pairs.append((key, operand))
-            if not exact:
-                break
-        if exact and not any(key.is_id for key in keys):
-            [last] = self._with_id(keys)[len(keys) :]
-            pairs.append((last, (self.args.add(position.id),)))
-        return self._after(pairs, strict=exact), exact
-
-    def _position(self, key: _Key, value: Value | Missing) -> tuple[str, ...] | None:
-        if not key.terms:
-            return ()
-        if key.is_id:
-            return (self.args.add(value),) if isinstance(value, str) else None
-        return (f"{value}",) if type(value) is int else None
-
-    def _after(self, pairs: Sequence[tuple[_Key, tuple[str, ...]]], *, strict: bool) -> list[str]:
-        """Compare rows of terms: at once if all keys have the same direction, else key by key."""
-        used = [(key, values) for key, values in pairs if key.terms]
-        if len({key.descending for key, _ in used}) == 1:
-            terms = [term for key, _ in used for term in key.terms]
-            values = [value for _, each in used for value in each]
-            sign = "<" if used[0][0].descending else ">"
-            return [_compared(terms, sign if strict else f"{sign}=", values)]
-        after = FALSE if strict else TRUE
-        for key, each in reversed(used):
-            later = _compared(key.terms, "<" if key.descending else ">", each)
-            equal = _compared(key.terms, "=", each)
+        for key, value in zip(_with_id(self._table, keys), values, strict=False):
+            operands = self._operands(key, value)
+            if operands is None:  # no row has such a value: the cursor is forged
+                return [FALSE]
+            if key.terms:
+                pairs.append((key, operands))
+        if len({key.descending for key, _ in pairs}) == 1:
+            terms = [term for key, _ in pairs for term in key.terms]
+            operands = tuple(each for _, found in pairs for each in found)
+            return [_compared(terms, "<" if pairs[0][0].descending else ">", operands)]
+        after = FALSE
+        for key, operands in reversed(pairs):
+            later = _compared(key.terms, "<" if key.descending else ">", operands)
+            equal = _compared(key.terms, "=", operands)
             # The nested condition comes first: see `_deepest_first`.
             after = f"(({after} AND {equal}) OR {later})"
         # A redundant condition on the first key alone, so that an index scan can start there.
-        key, each = used[0]
-        return [_compared(key.terms, "<=" if key.descending else ">=", each), after]
+        key, operands = pairs[0]
+        return [_compared(key.terms, "<=" if key.descending else ">=", operands), after]
+
+    def _operands(self, key: _Key, value: Value | Missing) -> tuple[str, ...] | None:
+        """The value of a key's terms as parameters; None if no row can have it."""
+        if not key.terms:
+            return ()
+        if key.column is None:
+            if key.by_bytes:
+                return (self.args.add(sort_bytes(value), "bytes"),)
+            return self._grammar.operands(value, self.args)
+        if key.column == VERSION:
+            return (f"{value}",) if type(value) is int else None
+        return (self.args.add(value),) if isinstance(value, str) else None
+
+
+def _with_id(table: Table, keys: Sequence[_Key]) -> list[_Key]:
+    """The keys, and the id in the direction of the last one, if it is not among them."""
+    if any(key.column == table.key for key in keys):
+        return list(keys)
+    down = bool(keys) and keys[-1].descending
+    return [*keys, _Key((f"t.{table.key}",), down, table.key)]
 
 
 def _compared(terms: Sequence[str], sign: str, values: Sequence[str]) -> str:
@@ -361,6 +343,10 @@ def _not(sql: str) -> str:
 # that stack. SQLite also refuses expressions more than 1,000 levels deep, and treats 1,000 terms in
 # a row as such an expression.
 _MAX_TERMS: Final = 16
+
+
+def _all(conditions: Sequence[str]) -> str:
+    return _joined(" AND ", conditions) or TRUE
 
 
 def _joined(operator: str, terms: Sequence[str]) -> str:
@@ -381,20 +367,6 @@ def _depth(where: Filter) -> int:
         return 0
     parts = (where.part,) if isinstance(where, Not) else where.parts
     return 1 + max(map(_depth, parts), default=0)
-
-
-def _is_ordered(value: Value) -> bool:
-    return isinstance(value, str | int | float) and not isinstance(value, bool)
-
-
-def _kind(value: Value) -> type:
-    return float if _is_ordered(value) and not isinstance(value, str) else type(value)
-
-
-def _comparable_pair(bounds: Value) -> bool:
-    """Whether a value can be between two bounds."""
-    low, high = cast("list[Value]", bounds)
-    return low is not None and _kind(low) is _kind(high)
 
 
 def _upper_bound(prefix: str) -> str | None:

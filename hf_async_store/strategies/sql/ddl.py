@@ -1,368 +1,294 @@
-"""Creates the tables of the collections at the first use, and checks them later.
+"""Creates the tables of a store before the first write of a process, and compares them with the catalogue.
 
-The check reads the catalog of the database twice. Only if something is missing, a transaction begins
-that excludes every other transaction for DDL; it reads the catalog again, and creates what is still
-missing. Then it describes the store in its own catalogue, a table: the layout of the tables, the
-identity of the store, the declarations, and the constraints.
+What a process declares is added to the catalogue. Only if something is missing, a transaction begins that
+excludes every other transaction for DDL; it reads the catalogue again, and creates what is still
+missing. A table or view of another program is never changed.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import BigInteger, Column, Computed, MetaData
-from sqlalchemy import Table as SQLTable
-from sqlalchemy.schema import CreateColumn, CreateTable
-
-from hf_async_store.driver import run_to_completion
-from hf_async_store.errors import NewerFormatError, PermissionDeniedError, SchemaMismatchError
-from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Schema
-from hf_async_store.strategies.sql.grammar import encode_json
+from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
+from hf_async_store.errors import PermissionDeniedError, SchemaMismatchError
+from hf_async_store.schema import SYSTEM_COLLECTIONS, Schema
+from hf_async_store.strategies.sql.catalogue import (
+    Catalogue,
+    Entry,
+    declared,
+    from_rows,
+    to_rows,
+)
 from hf_async_store.strategies.sql.names import (
     CATALOGUE,
-    DOC,
-    OLD_SIDE,
-    PROBES,
-    declared_name,
-    limited,
+    index_name,
+    key_column,
     quoted,
     sql_name,
+    table_name,
 )
-from hf_async_store.strategies.sql.old_layout import move_over, set_aside
-from hf_async_store.strategies.sql.rows import indexed_fields
+from hf_async_store.strategies.sql.rows import Table
 from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Dialect as SQLDialect
-    from sqlalchemy.types import TypeEngine
-
-    from hf_async_store.schema import Index as DeclaredIndex
     from hf_async_store.strategies.sql.connections import LeasedConnection
-    from hf_async_store.strategies.sql.dialect import Dialect, ExistingColumn
+    from hf_async_store.strategies.sql.dialect import Dialect
 
-LAYOUT: Final = 2
-"""The version of the layout of the tables. The first one had a column for each value."""
-
-_SYSTEM_TABLES: Final = frozenset(
-    {CATALOGUE, *(sql_name(each.name) for each in SYSTEM_COLLECTIONS)}
-)
-
-_Columns: TypeAlias = "Mapping[str, Mapping[str, ExistingColumn]]"
+_SYSTEM_TABLES: Final = (CATALOGUE, *(table_name(each.name) for each in SYSTEM_COLLECTIONS))
 
 
-class SchemaSync:
-    """The tables of a store.
+class SchemaSync(ABC):
+    """The tables of a store."""
 
-    Attributes:
-        indexes: by collection, its declared indexes by their names in SQL.
-        names: of all tables.
-    """
+    def __init__(self, schema: Schema, dialect: Dialect) -> None:
+        self.schema = schema
+        self.dialect = dialect
+        self.grammar = dialect.grammar
 
-    def __init__(
-        self, schema: Schema, dialect: Dialect, sql_dialect: SQLDialect, *, references: bool
-    ) -> None:
-        self._schema = schema
-        self._dialect = dialect
-        self._grammar = dialect.grammar
-        self._sql_dialect = sql_dialect
-        self._references = references
-        self._metadata = MetaData()
-        self.indexes: dict[str, dict[str, DeclaredIndex]] = {
-            each.name: {
-                limited(f"{sql_name(each.name)}-{index.name}"): index for index in each.indexes
-            }
-            for each in schema.values()
-        }
-        for each in schema.values():
-            self._declare(each)
-        text = self._grammar.type_of("text")
-        for name in (PROBES, CATALOGUE):
-            columns = Column("name", text, primary_key=True), Column("value", text)
-            SQLTable(name, self._metadata, *columns)
-        self.names = tuple(self._metadata.tables)
+    # -- reading -----------------------------------------------------------------------------
 
-    def _declare(self, collection: Collection) -> None:
-        grammar = self._grammar
-        columns: list[Column[Any]] = [
-            Column(
-                sql_name(collection.key), grammar.type_of("text"), primary_key=True, nullable=True
-            ),
-            Column(VERSION, BigInteger(), nullable=False),
-            Column(DOC, grammar.document_type, nullable=False),
-        ]
-        for field in collection.fields.values():
-            if field.name != collection.key:
-                computed = Computed(grammar.generated(field), persisted=grammar.stored)
-                columns.append(Column(sql_name(field.name), grammar.type_of(field.type), computed))
-        for field in indexed_fields(collection):
-            for column, expression in grammar.sort_columns(field).items():
-                computed = Computed(expression, persisted=grammar.stored)
-                columns.append(Column(column, grammar.type_of("number"), computed))
-        SQLTable(sql_name(collection.name), self._metadata, *columns)
-
-    async def ensure(self, lease: LeasedConnection) -> None:
-        """Create the tables, columns and indexes that are missing.
+    async def read(self, lease: LeasedConnection) -> Catalogue | None:
+        """The catalogue; None if the store does not exist. Nothing is created.
 
         Raises:
-            SchemaMismatchError: the existing tables differ from the declaration; the message lists
-                the differences.
+            SchemaMismatchError: the tables have the layout of an earlier version.
             NewerFormatError: a later version of this package created the tables.
-            PermissionDeniedError: see `refuse_untrusted_owners`.
+            PermissionDeniedError: an untrusted role owns a table of the store itself.
         """
         try:
-            self._dialect.check_file(lease.driver)
-            await self._dialect.prepare_writing(lease.driver)
-            columns = await self._dialect.reflect_columns(lease.driver, self.names)
-            if self._old_tables(columns) or await self.missing_ddl(lease.driver):
-                await self._create_missing(lease)
-        except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="create the tables", writes=False) from exc
+            self.dialect.check_file(lease.driver)
+            return await self._read(lease.driver)
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
 
-    async def existing_columns(self, lease: LeasedConnection) -> _Columns:
-        """By table of this store that exists, its columns.
+    async def _read(self, driver: Any) -> Catalogue | None:
+        await self._refuse_untrusted_owners(driver)
+        rows = await self.dialect.read_catalogue(driver)
+        if rows is not None:
+            return from_rows(rows)
+        relations = await self.dialect.relations(driver)
+        for name in self.schema:
+            _refuse_foreign(name, relations)
+        return None
+
+    async def _refuse_untrusted_owners(self, driver: Any) -> None:
+        """Refuse tables of the store itself if they belong to an untrusted role.
+
+        Such a table may not exist yet, so any role that may create tables in the schema can create it
+        first. Its policies, triggers and checks would run with the privileges of this role.
+        """
+        others = [table_name(each) for each in self.schema]
+        trusted = [each for each in others if each not in _SYSTEM_TABLES]
+        for table, owner in (
+            await self.dialect.untrusted_owners(driver, _SYSTEM_TABLES, trusted)
+        ).items():
+            raise PermissionDeniedError(
+                f"the table {table} belongs to the role {owner!r}, which owns no other table of this "
+                "store, so it is not read: if your own live migration created it, change its owner to "
+                "that of the other tables (ALTER TABLE ... OWNER TO), else drop it"
+            )
+
+    # -- the first write ---------------------------------------------------------------------
+
+    async def ensure(self, lease: LeasedConnection) -> Catalogue:
+        """Create what is missing; returns the catalogue.
 
         Raises:
-            SchemaMismatchError: the existing tables differ from the declaration.
-            NewerFormatError, PermissionDeniedError: as `ensure`.
+            SchemaMismatchError: a collection has another key, or another program has a table or view of
+                its name.
+            NewerFormatError, PermissionDeniedError: as `read`.
         """
-        try:
-            self._dialect.check_file(lease.driver)
-            columns = await self._checked_columns(lease.driver)
-        except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
-        if self._old_tables(columns):
-            raise self._old_layout()
-        self._compare(columns, {})
-        return columns
-
-    def _old_tables(self, columns: _Columns) -> list[str]:
-        """The tables that have the first layout, children first."""
-        names = map(sql_name, reversed(list(self._schema)))
-        return [each for each in names if OLD_SIDE in columns.get(each, ())]
-
-    def _old_layout(self) -> SchemaMismatchError:
-        advice = (
-            "the first write moves them over; `hf-async-store health` is enough"
-            if self._dialect.single_writer
-            else "back the store up with that version (hf-async-store backup), drop the tables, and "
-            "restore with this version (hf-async-store restore)"
-        )
-        return SchemaMismatchError(
-            f"the tables have the layout of an earlier version of this package: {advice}"
-        )
-
-    def missing_from(self, columns: _Columns) -> list[str]:
-        """The tables and columns of this store that are not among these."""
-        missing: list[str] = []
-        for name, table in self._metadata.tables.items():
-            if name in columns:
-                missing += [
-                    f"{name}.{each}"
-                    for each in map(str, table.c.keys())
-                    if each not in columns[name]
-                ]
-            else:
-                missing.append(name)
-        return missing
-
-    async def missing_ddl(self, driver: Any) -> list[str]:
-        """The statements that create what is missing."""
-        columns = await self._checked_columns(driver)
-        indexes = await self._dialect.reflect_indexes(driver, self.names)
-        self._compare(columns, indexes)
-        statements: list[str] = []
-        for table in self._metadata.tables.values():
-            existing = columns.get(table.name)
-            if existing is None:
-                statements.append(self._compiled(CreateTable(table)))
-            else:
-                statements += [
-                    f'ALTER TABLE "{table.name}" ADD COLUMN {self._compiled(CreateColumn(each))}'
-                    for each in table.columns
-                    if each.name not in existing
-                ]
-        for collection in self._schema.values():
-            statements += [
-                f'CREATE INDEX "{name}" ON {quoted(collection.name)} ({self._terms(collection, index)})'
-                for name, index in self.indexes[collection.name].items()
-                if name not in indexes
-            ]
-        enforced = self._references
-        return statements + self._grammar.reference_ddl(self._schema, indexes, enforced=enforced)
-
-    def _terms(self, collection: Collection, index: DeclaredIndex) -> str:
-        """The terms of an index: those of its fields, and the id."""
-        grammar = self._grammar
-        fields = [collection.fields[each] for each in _fields_of(collection, index)]
-        terms = [term for each in fields for term in grammar.indexed_terms(each, "").sql]
-        if grammar.stored:  # the terms are expressions
-            terms = [f"({each})" for each in terms]
-        return ", ".join([*terms, quoted(collection.key)])
-
-    async def _checked_columns(self, driver: Any) -> _Columns:
-        columns = await self._dialect.reflect_columns(driver, self.names)
-        if _SYSTEM_TABLES & set(columns):
-            await refuse_untrusted_owners(self._dialect, driver, self.names)
-        if CATALOGUE in columns:
-            await self._check_layout(driver)
-        return columns
-
-    async def _check_layout(self, driver: Any) -> None:
-        try:
-            rows = await self._dialect.rows(
-                driver, f"SELECT value FROM {CATALOGUE} WHERE name = 'layout'", ()
-            )
-        except self._dialect.driver_errors as exc:
-            error = self._dialect.translate(exc, doing="read the catalogue", writes=False)
-            if isinstance(error, PermissionDeniedError):
-                return  # the role has no rights on the other tables either, and they are named
-            raise
-        for [layout] in rows:
-            if layout != str(LAYOUT):
-                raise NewerFormatError(
-                    f"the tables have layout {layout}, and this version of the package knows "
-                    f"layout {LAYOUT}: use the version that created them, or a later one"
-                )
-
-    # -- creation ----------------------------------------------------------------------------
-
-    async def _create_missing(self, lease: LeasedConnection) -> None:
         driver = lease.driver
-        handle = await self._dialect.begin_ddl(driver)
         try:
-            columns = await self._dialect.reflect_columns(driver, self.names)
-            old = self._old_tables(columns)
-            if old and not self._dialect.single_writer:
-                raise self._old_layout()
-            if old:
-                await self._dialect.job(driver, partial(set_aside, tables=old))
-            for statement in await self.missing_ddl(driver):
-                await self._dialect.rows(driver, statement, ())
-            if old:
-                moved = {
-                    table: (self._schema[declared_name(table)], list(columns[table]))
-                    for table in reversed(old)
-                }
-                await self._dialect.job(driver, partial(move_over, tables=moved))
-            await self._describe(driver)
-        except BaseException:
-            await run_to_completion(self._dialect.roll_back(handle))
-            raise
-        await run_to_completion(self._dialect.commit(handle))
+            self.dialect.check_file(driver)
+            catalogue = await self._read(driver)
+            await self.dialect.prepare_writing(driver)
+            if catalogue is not None and not await self._missing(driver, catalogue):
+                return catalogue
+            handle = await self.dialect.begin_ddl(driver)
+            try:
+                catalogue = await self._create_missing(driver)
+            except BaseException:
+                await run_to_completion(self.dialect.roll_back(handle))
+                raise
+            await run_to_completion(self.dialect.commit(handle))
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing="create the tables", writes=False) from exc
+        return catalogue
 
-    async def _describe(self, driver: Any) -> None:
-        """Write the catalogue."""
-        declarations = {each.name: _declaration(each) for each in self._schema.values()}
-        values = {
-            "layout": (str(LAYOUT), "NOTHING"),
-            "store_id": (secrets.token_hex(16), "NOTHING"),
-            "declarations": (
-                encode_json(declarations).decode(),
-                "UPDATE SET value = excluded.value",
-            ),
-            "constraints": (
-                encode_json({"references": self._references}).decode(),
-                "UPDATE SET value = excluded.value",
-            ),
-        }
-        value = self._grammar.parameter(1, "text")
-        for name, (text, conflict) in values.items():
-            await self._dialect.rows(
+    async def _missing(self, driver: Any, catalogue: Catalogue) -> bool:
+        """Whether a write must create or record something first."""
+        relations = await self.dialect.relations(driver)
+        for name, entry in declared(catalogue, self.schema.values()).items():
+            if entry != catalogue.entries.get(name) or not (
+                table_name(name) in relations and sql_name(name) in relations
+            ):
+                return True
+            if self.extension(name, entry, relations)[1]:
+                return True
+        return False
+
+    async def _create_missing(self, driver: Any) -> Catalogue:
+        catalogue = await self._read(driver)
+        relations = await self.dialect.relations(driver)
+        if catalogue is None:
+            catalogue = Catalogue(store_id=secrets.token_hex(16))
+            text = self.grammar.text_type
+            await self._run(
                 driver,
-                f"INSERT INTO {CATALOGUE} (name, value) VALUES ('{name}', {value}) "
-                f"ON CONFLICT (name) DO {conflict}",
-                (text,),
+                f"CREATE TABLE {CATALOGUE} (name {text} PRIMARY KEY NOT NULL, value {text} NOT NULL)",
             )
+        entries = declared(catalogue, self.schema.values())
+        for name, entry in entries.items():
+            known = catalogue.entries.get(name)
+            if known is None:
+                _refuse_foreign(name, relations)
+            if known is None or table_name(name) not in relations:
+                entries[name] = await self.create(driver, name, entry)
+            else:
+                entries[name], statements = self.extension(name, entry, relations)
+                for each in statements:
+                    await self._run(driver, each)
+            if known is None or known.fields != entry.fields or sql_name(name) not in relations:
+                await self.replace_view(driver, name, entry)
+        new = catalogue.with_entries(entries)
+        if new is not catalogue:
+            await self.record(driver, new, entries)
+        return new
 
-    # -- comparison --------------------------------------------------------------------------
+    async def create(self, driver: Any, name: str, entry: Entry) -> Entry:
+        """Create a table with its indexes."""
+        complete = entry.completed()
+        await self._run(driver, self.grammar.create_table(Table(name, complete, self.grammar)))
+        for fields in complete.wanted_indexes():
+            await self._run(driver, self.index_ddl(name, complete, fields))
+        return complete
 
-    def _compare(self, columns: _Columns, indexes: Mapping[str, str]) -> None:
-        differences: list[str] = []
-        for table in self._metadata.tables.values():
-            if table.name in columns:
-                differences += self._different_columns(table, columns[table.name])
-        for collection in self._schema.values():
-            for name, index in self.indexes[collection.name].items():
-                wanted = [each for each in _fields_of(collection, index) if each != collection.key]
-                if indexes.get(name) and self._grammar.index_fields(indexes[name]) != wanted:
-                    listed = ", ".join(_fields_of(collection, index))
-                    differences.append(f"the index {name} is not on {listed}")
-        if differences:
-            raise SchemaMismatchError(
-                "the tables in the database differ from the declared collections: "
-                + "; ".join(differences)
-            )
+    @abstractmethod
+    def extension(
+        self, name: str, entry: Entry, relations: Mapping[str, str]
+    ) -> tuple[Entry, list[str]]:
+        """What a first write adds to an existing table: the entry to record, and the statements.
 
-    def _different_columns(
-        self, table: SQLTable, existing: Mapping[str, ExistingColumn]
-    ) -> list[str]:
-        keys = {each.name for each in table.primary_key}
-        differences: list[str] = []
-        for name, found in existing.items():
-            where = f"{table.name}.{name}"
-            if name not in table.c:
-                if found.required or found.key:
-                    differences.append(f"{where} is required in the database, but not declared")
-                continue
-            type_: TypeEngine[Any] = table.c[name].type
-            if found.generated and table.c[name].computed is not None:
-                continue  # no query uses it, so it may have the type of an earlier declaration
-            if not self._grammar.same_type(found.type, type_):
-                wanted = type_.compile(dialect=self._sql_dialect).lower()
-                differences.append(f"{where} is {found.type}, but declared as {wanted}")
-            elif found.key != (name in keys):
-                problem = (
-                    "is the primary key, but is not declared as the key"
-                    if found.key
-                    else "is declared as the key, but is not the primary key"
-                )
-                differences.append(f"{where} {problem}")
-            elif found.generated != (table.c[name].computed is not None):
-                differences.append(
-                    f"{where} is {'' if found.generated else 'not '}a generated column"
-                )
-        if not keys <= existing.keys():
-            differences.append(f"{table.name} has no column for its key {', '.join(keys)}")
-        return differences
+        Args:
+            entry: with what this program declares.
+            relations: see `Dialect.relations`.
+        """
 
-    def _compiled(self, clause: CreateTable | CreateColumn) -> str:
-        return str(clause.compile(dialect=self._sql_dialect)).strip()
-
-
-def _fields_of(collection: Collection, index: DeclaredIndex) -> Sequence[str]:
-    """The fields of an index before the id, which ends each index."""
-    fields = [index.field, *([index.sort] if index.sort else [])]
-    return fields[: fields.index(collection.key)] if collection.key in fields else fields
-
-
-def _declaration(collection: Collection) -> dict[str, Any]:
-    return {
-        "key": collection.key,
-        "fields": {each.name: each.type for each in collection.fields.values()},
-        "required": collection.required,
-        "references": {each.name: each.references for each in collection.references},
-        "indexes": [[each.field, each.sort] for each in collection.indexes],
-    }
-
-
-async def refuse_untrusted_owners(dialect: Dialect, driver: Any, names: Sequence[str]) -> None:
-    """Refuse tables of the store itself if they belong to an untrusted role.
-
-    Such a table may not exist yet, so any role that may create tables in the schema can create it
-    first. Its policies, triggers and checks would run with the privileges of this role.
-
-    Raises:
-        PermissionDeniedError: names the table and the role.
-    """
-    declared = [each for each in names if each not in _SYSTEM_TABLES]
-    for table, owner in (
-        await dialect.untrusted_owners(driver, sorted(_SYSTEM_TABLES), declared)
-    ).items():
-        raise PermissionDeniedError(
-            f"the table {table} belongs to the role {owner!r}, which owns no other table of this store, "
-            "so it is not read: if your own live migration created it, change its owner to that of the "
-            "other tables (ALTER TABLE ... OWNER TO), else drop it"
+    async def replace_view(self, driver: Any, name: str, entry: Entry) -> None:
+        """Create the view of a collection anew, with all declared fields."""
+        columns = [quoted(sql_name(entry.key)), VERSION]
+        columns += [
+            f"{self.grammar.view_column(field, each.type)} AS {quoted(sql_name(field))}"
+            for field, each in entry.fields.items()
+        ]
+        await self._run(driver, f"DROP VIEW IF EXISTS {quoted(sql_name(name))}")
+        await self._run(
+            driver,
+            f"CREATE VIEW {quoted(sql_name(name))} AS SELECT {', '.join(columns)} "
+            f"FROM {quoted(table_name(name))}",
         )
+
+    async def record(self, driver: Any, catalogue: Catalogue, names: Mapping[str, object]) -> None:
+        """Write the catalogue's rows about these collections."""
+        one, other = (self.grammar.parameter(number, "text") for number in (1, 2))
+        for row in to_rows(catalogue, names):
+            await self.dialect.rows(
+                driver,
+                f"INSERT INTO {CATALOGUE} (name, value) VALUES ({one}, {other}) "
+                "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                row,
+            )
+
+    def index_ddl(self, name: str, entry: Entry, fields: tuple[str, ...]) -> str:
+        """The statement that creates an index: on the key columns of its fields, and the id."""
+        columns = [quoted(key_column(each)) for each in fields]
+        columns.append(quoted(sql_name(entry.key)))
+        return (
+            f"CREATE INDEX {quoted(index_name(name, fields))} ON {quoted(table_name(name))} "
+            f"({', '.join(columns)})"
+        )
+
+    async def _run(self, driver: Any, statement: str) -> None:
+        await self.dialect.rows(driver, statement, ())
+
+    # -- changes of the schema ---------------------------------------------------------------
+
+    async def changes(self, lease: LeasedConnection) -> list[SchemaChange]:
+        """What is missing for the declaration: see `Engine.schema_changes`."""
+        catalogue = await self.read(lease) or Catalogue()
+        try:
+            relations = await self.dialect.relations(lease.driver)
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
+        return self.changes_from(catalogue, relations)
+
+    def changes_from(
+        self, catalogue: Catalogue, relations: Mapping[str, str]
+    ) -> list[SchemaChange]:
+        """What a catalogue and the existing tables lack."""
+        return [
+            change
+            for name, entry in declared(catalogue, self.schema.values()).items()
+            for change in self.changes_of(name, catalogue.entries.get(name), entry, relations)
+        ]
+
+    def changes_of(
+        self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, str]
+    ) -> list[SchemaChange]:
+        """What is missing for one collection.
+
+        Args:
+            known: as recorded; None if the collection is new.
+            entry: as it should be recorded.
+        """
+        if known is None or table_name(name) not in relations:
+            detail = f"the first write creates the table {table_name(name)}"
+            return [SchemaChange("create table", name, "", detail)]
+        found = [
+            SchemaChange(
+                "add key column",
+                name,
+                field,
+                f"queries for {field} read every entity until its key column is filled",
+                blocking=self.dialect.single_writer,
+            )
+            for field in entry.wanted_columns()
+            if not entry.columns.get(field)
+        ]
+        found += [
+            SchemaChange(
+                "create index",
+                name,
+                "-".join([*fields, "index"]),
+                f"the index {index_name(name, fields)} does not exist yet",
+                blocking=self.dialect.single_writer,
+            )
+            for fields in entry.wanted_indexes()
+            if index_name(name, fields) not in relations
+        ]
+        if known.fields != entry.fields or sql_name(name) not in relations:
+            detail = f"the view {sql_name(name)} lacks declared fields"
+            found.append(SchemaChange("replace view", name, "", detail))
+        return found
+
+    @abstractmethod
+    async def apply(
+        self, lease: LeasedConnection, progress: SchemaProgress, *, complete: bool
+    ) -> Catalogue:
+        """See `Engine.apply_schema`; returns the catalogue afterwards."""
+
+
+def _refuse_foreign(name: str, relations: Mapping[str, str]) -> None:
+    """Refuse a collection whose names something else has that this store did not create."""
+    for relation in (sql_name(name), table_name(name)):
+        if relation in relations:
+            raise SchemaMismatchError(
+                f"there is a {relations[relation]} {relation} that this store did not create, so the "
+                f"collection {name!r} cannot be stored: rename or drop it. If an earlier version of "
+                "this package created it, back the store up with that version (hf-async-store "
+                "backup), drop its tables, and restore with this version (hf-async-store restore)"
+            )

@@ -9,7 +9,9 @@ import msgspec
 
 from hf_async_store.changes import ANY, PRESENT, Change, ChangeMarker, Delete, Patch, Put
 from hf_async_store.preconditions import check, check_parents, missing_parents, next_version
+from hf_async_store.query import MISSING
 from hf_async_store.schema import Schema
+from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.grammar import decode_json
 from hf_async_store.strategies.sql.rows import Table
 from hf_async_store.values import (
@@ -25,10 +27,11 @@ from hf_async_store.values import (
 
 
 class Stored(NamedTuple):
-    """A row: its version and its document."""
+    """A row: its version, its document, and its key columns, which may be unknown (empty)."""
 
     version: int
     doc: str
+    keys: tuple[bytes, ...] = ()
 
 
 class _Created(msgspec.Struct):
@@ -57,17 +60,15 @@ def new_row(table: Table, change: Change, stored: Stored | None) -> Stored | Non
     if isinstance(change, Delete):
         return None
     if isinstance(change, Put) and change.import_version is not None:
-        return Stored(change.import_version, table.grammar.encode(change.entity))
+        doc = table.grammar.encode(change.entity)
+        return Stored(change.import_version, doc, table.keys(change.entity))
     version = next_version(change.key, actual)
     try:
-        doc = (
-            _whole(table, change, stored)
-            if isinstance(change, Put)
-            else _patched(table, change, cast("Stored", stored))
-        )
+        if isinstance(change, Put):
+            return Stored(version, *_whole(table, change, stored))
+        return Stored(version, *_patched(table, change, cast("Stored", stored)))
     except _DAMAGED as exc:
         raise table.damaged(change.key.id, exc) from exc
-    return Stored(version, doc)
 
 
 def entity_of(table: Table, key: Key, stored: Stored | None) -> Entity | None:
@@ -75,20 +76,20 @@ def entity_of(table: Table, key: Key, stored: Stored | None) -> Entity | None:
     return None if stored is None else table.entity((key.id, stored.doc, stored.version))
 
 
-def _whole(table: Table, change: Put, stored: Stored | None) -> str:
-    doc = table.grammar.encode(change.entity)
-    if CREATED_AT in change.entity:
-        return doc
-    created = f'"{change.written_at}"'
-    if stored is not None:
-        kept = _decode_created(stored.doc).created_at
-        if kept is msgspec.UNSET:
-            return doc
-        created = bytes(kept).decode()
-    return f'{{"{CREATED_AT}":{created},{doc[1:]}'
+def _whole(table: Table, change: Put, stored: Stored | None) -> tuple[str, tuple[bytes, ...]]:
+    """The document and the key columns of a whole entity, with its `created_at`."""
+    entity = change.entity
+    if CREATED_AT not in entity:
+        kept = msgspec.UNSET if stored is None else _decode_created(stored.doc).created_at
+        if stored is None:
+            entity = {CREATED_AT: change.written_at, **entity}
+        elif kept is not msgspec.UNSET:
+            entity = {CREATED_AT: decode_json(kept), **entity}
+    return table.grammar.encode(entity), table.keys(entity)
 
 
-def _patched(table: Table, change: Patch, stored: Stored) -> str:
+def _patched(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[bytes, ...]]:
+    """The document and the key columns of an entity of which some fields are changed."""
     members: dict[str, object] = dict(_decode_members(stored.doc))
     members.update(change.fields)
     for name, value in change.fields.items():
@@ -97,7 +98,12 @@ def _patched(table: Table, change: Patch, stored: Stored) -> str:
     doc = table.grammar.encode(cast("Value", members))
     if len(doc) > LIGHT_BYTES:
         check_size(decode_json(doc))
-    return doc
+    if len(stored.keys) < len(table.key_fields):
+        return doc, table.keys(decode_json(doc))
+    return doc, tuple(
+        sort_bytes(cast("Value", members.get(name, MISSING))) if name in change.fields else old
+        for name, old in zip(table.key_fields, stored.keys, strict=True)
+    )
 
 
 def parents_of(schema: Schema, change: Change) -> list[Key]:
@@ -109,7 +115,7 @@ def parents_of(schema: Schema, change: Change) -> list[Key]:
     for field in schema[change.key.collection].references:
         parent = fields.get(field.name)
         if isinstance(parent, str):
-            key = Key(cast("str", field.references), parent)
+            key = Key(field.parent, parent)
             if key != change.key:
                 found.append(key)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_completion
 from hf_async_store.values import Value
@@ -18,20 +18,6 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.grammar import Grammar
 
 Result = TypeVar("Result")
-
-
-class ExistingColumn(NamedTuple):
-    """A column in the catalog.
-
-    Attributes:
-        key: it is the primary key.
-        required: it is NOT NULL and has no default.
-    """
-
-    type: str
-    key: bool = False
-    required: bool = False
-    generated: bool = False
 
 
 class SessionEndedError(Exception):
@@ -191,18 +177,12 @@ class Dialect(ABC):
         return {}
 
     @abstractmethod
-    async def reflect_tables(self, driver: Any) -> list[str]:
-        """The names of all existing tables."""
+    async def read_catalogue(self, driver: Any) -> Sequence[Sequence[object]] | None:
+        """The rows of the catalogue; None if there is no such table."""
 
     @abstractmethod
-    async def reflect_columns(
-        self, driver: Any, tables: Sequence[str]
-    ) -> dict[str, dict[str, ExistingColumn]]:
-        """By table and name, the existing columns of these tables."""
-
-    @abstractmethod
-    async def reflect_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
-        """By name, the definitions of the indexes, constraints and triggers of these tables."""
+    async def relations(self, driver: Any) -> dict[str, str]:
+        """By name, the kind of each existing table, view and index: "table", "view" or "index"."""
 
     @abstractmethod
     async def begin_ddl(self, driver: Any) -> Any:

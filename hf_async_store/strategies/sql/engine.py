@@ -9,17 +9,27 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Iterable,
     Mapping,
     Sequence,
 )
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import SQLConfig, redacted
-from hf_async_store.driver import Engine, Isolation, QueryPlan, Reader
+from hf_async_store.driver import (
+    Engine,
+    Isolation,
+    QueryPlan,
+    Reader,
+    SchemaChange,
+    SchemaProgress,
+)
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
@@ -31,16 +41,22 @@ from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Schema
 from hf_async_store.strategies.sql import reading
+from hf_async_store.strategies.sql.catalogue import (
+    GENERATION_SQL,
+    Catalogue,
+    CatalogueChangedError,
+    declared,
+)
 from hf_async_store.strategies.sql.compiler import compile_query, paths_in
 from hf_async_store.strategies.sql.connections import Connections, LeasedConnection
-from hf_async_store.strategies.sql.ddl import SchemaSync, refuse_untrusted_owners
+from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import SessionEndedError
-from hf_async_store.strategies.sql.names import CATALOGUE, DOC, PROBES, declared_name, sql_name
+from hf_async_store.strategies.sql.names import CATALOGUE, index_name, table_name
 from hf_async_store.strategies.sql.parameters import bind, check_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
-from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.strategies.sql.rows import Table, Tables
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
-from hf_async_store.values import VERSION, Entity, Key, Value
+from hf_async_store.values import Entity, Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -49,80 +65,112 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _NO_TABLE: Final = QueryPlan(access="scan", detail="the table does not exist yet")
+_REREAD_SECONDS: Final = 10.0
+"""While a declared index is missing, a program that only reads looks this often whether it exists."""
+
+
+class _State(NamedTuple):
+    """The tables, and what writes to them; replaced together.
+
+    Attributes:
+        lacks_table: a declared collection has no table yet.
+        read_again_at: by the monotonic clock, when to read the catalogue again.
+    """
+
+    tables: Tables
+    writer: Writer
+    lacks_table: bool
+    read_again_at: float
 
 
 class SQLEngine(Engine):
     """One database.
 
-    Attributes:
-        tables: by collection.
+    Args:
+        sync: the tables of the store.
+        writer: its class; a new writer is made whenever the tables change.
     """
 
     def __init__(
-        self, config: SQLConfig, schema: Schema, dialect: Dialect, writer: type[Writer]
+        self,
+        config: SQLConfig,
+        schema: Schema,
+        dialect: Dialect,
+        sync: type[SchemaSync],
+        writer: type[Writer],
     ) -> None:
         self.capabilities = dialect.capabilities
         self.schema = schema
-        self.tables: Mapping[str, Table] = {
-            name: Table(each, dialect.grammar) for name, each in schema.items()
-        }
         self._config = config
         self._dialect = dialect
-        self._writer = writer(schema, self.tables, config)
+        self._make_writer = writer
         self._main, self._readers, self._streams = _pools(config, dialect)
-        self._schema_sync = SchemaSync(
-            schema, dialect, self._main.sql_dialect, references=config.enforce_references
-        )
-        self._ready = False  # the schema is complete: tables, columns and indexes exist
-        self._readable = False  # all tables and columns exist
+        self._sync = sync(schema, dialect)
+        self._state: _State | None = None  # None: the catalogue was not read yet
+        self._ready = False  # everything that is declared was created, or recorded
         self._prepare_lock = asyncio.Lock()
         self._write_lock = asyncio.Lock()  # used if only one connection can write at a time
 
-    # -- connections -------------------------------------------------------------------------
+    # -- the tables --------------------------------------------------------------------------
 
     async def _prepare(self) -> None:
-        """Create missing tables, columns and indexes, before the first write."""
+        """Create and record what is missing, before the first write."""
         if self._ready:
             return
         async with self._prepare_lock:
             if not self._ready:
                 self._dialect.create_file()
                 async with self._main.lease() as lease:
-                    await self._schema_sync.ensure(lease)
+                    self._use(await self._sync.ensure(lease))
                 self._ready = True
 
-    async def _tables_on(self, lease: LeasedConnection) -> Mapping[str, Table]:
-        """By collection, the tables that can be read. Nothing is created.
+    def _use(self, catalogue: Catalogue) -> Tables:
+        """Replace the tables, and the writer."""
+        tables = Tables(catalogue, self._dialect.grammar)
+        wanted = declared(catalogue, self.schema.values())
+        is_complete = all(catalogue.entries.get(name) == each for name, each in wanted.items())
+        self._state = _State(
+            tables,
+            self._make_writer(tables, self._config),
+            lacks_table=not wanted.keys() <= catalogue.entries.keys(),
+            read_again_at=inf if is_complete else monotonic() + _REREAD_SECONDS,
+        )
+        return tables
 
-        A table that does not exist is omitted. If a table lacks a column, no query uses it.
-        """
-        if self._ready or self._readable:
-            return self.tables
-        columns = await self._schema_sync.existing_columns(lease)
-        if not self._schema_sync.missing_from(columns):
-            self._readable = True
-            return self.tables
-        return {
-            name: Table(each, self._dialect.grammar, columns[sql_name(name)])
-            for name, each in self.schema.items()
-            if sql_name(name) in columns
-        }
+    async def tables(self, lease: LeasedConnection) -> Tables:
+        """The tables that can be read, from the catalogue if necessary. Nothing is created."""
+        state = self._state
+        if state is not None and (
+            self._ready or (not state.lacks_table and monotonic() < state.read_again_at)
+        ):
+            return state.tables
+        catalogue = await self._sync.read(lease)
+        if catalogue is None:
+            return Tables(Catalogue(), self._dialect.grammar)
+        return self._use(catalogue)
+
+    async def refresh(self, lease: LeasedConnection) -> Tables:
+        """The tables, in a transaction that holds the write lock of the store."""
+        assert self._state is not None, "the store was prepared"
+        tables = self._state.tables
+        if self._dialect.single_writer:
+            [[generation]] = await lease.rows(GENERATION_SQL)
+            if generation != str(tables.catalogue.generation):
+                catalogue = await self._sync.read(lease)
+                assert catalogue is not None, "it has a generation"
+                tables = self._use(catalogue)
+        return tables
 
     async def is_absent(self) -> bool:
-        """Whether no table of this store exists yet."""
-        if self._ready or self._readable:
+        """Whether the store does not exist yet."""
+        if self._state is not None:
             return False
         if not self._dialect.exists():
             return True
         async with self._main.lease() as lease:
-            return not await self._schema_sync.existing_columns(lease)
+            return await self._sync.read(lease) is None
 
-    async def is_empty(self, lease: LeasedConnection) -> bool:
-        """Whether all tables are empty."""
-        for table in self.tables.values():
-            if await lease.rows(f"SELECT 1 FROM {table.name} LIMIT 1"):
-                return False
-        return True
+    # -- connections -------------------------------------------------------------------------
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[LeasedConnection]:
@@ -157,11 +205,11 @@ class SQLEngine(Engine):
         self, pool: Connections, statements: Literal["one", "many"] = "one"
     ) -> AsyncIterator[SQLReader]:
         """A reader. With "many", all its statements see one snapshot; with "one", each single one does."""
-        if not self._ready and not self._dialect.exists():
+        if self._state is None and not self._dialect.exists():
             yield SQLReader(None, {})
             return
         async with pool.lease() as lease:
-            tables = await self._tables_on(lease)
+            tables = await self.tables(lease)
             async with lease.reading(statements=statements):
                 yield SQLReader(lease, tables)
 
@@ -173,14 +221,14 @@ class SQLEngine(Engine):
     # -- reads -------------------------------------------------------------------------------
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        if not self._ready and not self._dialect.exists():
+        if self._state is None and not self._dialect.exists():
             return [None] * len(keys)
         backoff = conflict_backoff(self._config.timeout)
         reconnected = False
         while True:
             try:
                 async with self._readers.lease() as lease:
-                    tables = await self._tables_on(lease)
+                    tables = await self.tables(lease)
                     if not self._dialect.needs_transactions:
                         return await reading.fetch(lease, tables, keys)
                     async with lease.transaction():
@@ -239,34 +287,27 @@ class SQLEngine(Engine):
         return await self._retried(lambda: self._fetch_undeclared(collection, entity_id))
 
     async def _fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        table = Table(collection, self._dialect.grammar, ())
         async with self._main.lease() as lease:
-            try:
-                columns = await self._dialect.reflect_columns(
-                    lease.driver, [sql_name(collection.name)]
-                )
-            except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
-            if not columns:
+            catalogue = await self._sync.read(lease)
+            entry = catalogue.entries.get(collection.name) if catalogue is not None else None
+            if entry is None:
                 return None
-            await self._refuse_untrusted_owners(lease)
+            table = Table(collection.name, entry, self._dialect.grammar)
             for row in await lease.rows(table.fetch_one, [entity_id]):
                 return Record(Key(collection.name, entity_id), table.entity(row))
         return None
 
-    async def _refuse_untrusted_owners(self, lease: LeasedConnection) -> None:
-        try:
-            await refuse_untrusted_owners(self._dialect, lease.driver, self._schema_sync.names)
-        except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
-
     # -- the existing store ------------------------------------------------------------------
 
     async def exists(self) -> bool:
+        return await self._catalogue() is not None
+
+    async def _catalogue(self) -> Catalogue | None:
+        """The catalogue, read now; None if the store does not exist."""
         if not self._dialect.exists():
-            return False
+            return None
         async with self._main.lease() as lease:
-            return bool(await self._schema_sync.existing_columns(lease))
+            return await self._sync.read(lease)
 
     async def is_same_store(self, other: Engine) -> bool:
         if not isinstance(other, SQLEngine) or type(other._dialect) is not type(self._dialect):
@@ -287,32 +328,66 @@ class SQLEngine(Engine):
         if not self._dialect.exists():
             return []
         async with self._main.lease() as lease:
-            try:
-                tables = await self._dialect.reflect_tables(lease.driver)
-                columns = await self._dialect.reflect_columns(lease.driver, tables)
-            except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
-            system = {PROBES, CATALOGUE, *(sql_name(each.name) for each in SYSTEM_COLLECTIONS)}
-            found = [
-                declared_name(table)
-                for table, existing in columns.items()
-                if table not in {*system, *self._schema_sync.names}
-                and existing.keys() >= {DOC, VERSION}
-                and await _has_rows(lease, _identifier(table))
+            tables = Tables(await self._sync.read(lease) or Catalogue(), self._dialect.grammar)
+            system = [each.name for each in SYSTEM_COLLECTIONS]
+            return [
+                name
+                for name in sorted(tables)
+                if name not in self.schema
+                and name not in system
+                and await lease.rows(f"SELECT 1 FROM {tables[name].name} LIMIT 1")
             ]
-        return sorted(found)
+
+    async def declarations(self) -> list[Collection]:
+        catalogue = await self._catalogue() or Catalogue()
+        system = [each.name for each in SYSTEM_COLLECTIONS]
+        return [each for each in catalogue.schema().values() if each.name not in system]
+
+    async def remember(self, collections: Iterable[Collection]) -> None:
+        # Everything that is declared was recorded before the first write.
+        del collections
+        await self._prepare()
+
+    async def schema_changes(self) -> list[SchemaChange]:
+        if not self._dialect.exists():
+            return self._sync.changes_from(Catalogue(), {})
+        async with self._main.lease() as lease:
+            return await self._sync.changes(lease)
+
+    async def apply_schema(
+        self, *, progress: SchemaProgress | None = None, complete: bool = False
+    ) -> None:
+        async with self.writing() as lease:
+            report = progress or (lambda change, done, total: None)
+            self._use(await self._sync.apply(lease, report, complete=complete))
 
     # -- independent writes ------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self._retried(lambda: self._write_each(changes, patient=True))
+        return await self._write(changes, patient=True)
 
     async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self._retried(lambda: self._write_each(changes, patient=False))
+        return await self._write(changes, patient=False)
+
+    async def _write(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
+        outcomes = await self._retried(lambda: self._write_each(changes, patient=patient))
+        again = [n for n, each in enumerate(outcomes) if isinstance(each, CatalogueChangedError)]
+        if again:
+            # Other changes were applied before.
+            self._ready = False
+            found = await self._write([changes[each] for each in again], patient=patient)
+            for place, outcome in zip(again, found, strict=True):
+                outcomes[place] = outcome
+        return outcomes
 
     async def _write_each(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
         async with self.writing() as lease:
             return await self._writer.write_each(lease, changes, patient=patient)
+
+    @property
+    def _writer(self) -> Writer:
+        assert self._state is not None, "the store was prepared"
+        return self._state.writer
 
     # -- sessions ----------------------------------------------------------------------------
 
@@ -321,7 +396,11 @@ class SQLEngine(Engine):
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """Apply the changes of a session, up to the first that fails."""
-        return await self._writer.apply(lease, changes)
+        try:
+            return await self._writer.apply(lease, changes)
+        except CatalogueChangedError:
+            self._ready = False
+            raise
 
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object]
@@ -342,6 +421,10 @@ class SQLEngine(Engine):
         while True:
             try:
                 return await work()
+            except CatalogueChangedError:
+                self._ready = False
+                if not await backoff.pause():
+                    raise
             except (ConcurrencyConflictError, ReadOnlyStoreError) as exc:
                 if not exc.retryable or exc.outcome_unknown or not await backoff.pause():
                     raise
@@ -363,37 +446,44 @@ class SQLEngine(Engine):
     # -- plans, health and closing -----------------------------------------------------------
 
     async def explain(self, query: Query) -> QueryPlan:
-        if not self._ready and not self._dialect.exists():
+        if self._state is None and not self._dialect.exists():
             return await self._explain_absent(None, query)
         async with self._main.lease() as lease:
-            table = (await self._tables_on(lease)).get(query.collection)
+            table = (await self.tables(lease)).get(query.collection)
             if table is None:
                 return await self._explain_absent(lease.driver, query)
             return await self._explain(lease.driver, table, query)
 
     async def _explain(self, driver: Any, table: Table, query: Query) -> QueryPlan:
         compiled = compile_query(table, query)
+        indexes = {
+            index_name(table.collection, table.entry.indexed(each.fields)): each
+            for each in self.schema[query.collection].indexes
+        }
         try:
             plan = await self._dialect.explain(
-                driver,
-                compiled.sql,
-                compiled.args,
-                self._schema_sync.indexes[query.collection],
-                len(paths_in(query.where)),
+                driver, compiled.sql, compiled.args, indexes, len(paths_in(query.where))
             )
         except self._dialect.driver_errors as exc:
             raise self._dialect.translate(exc, doing="explain the query", writes=False) from exc
-        if compiled.residual is None:
-            return plan
-        return msgspec.structs.replace(plan, residual=True)
+        ready = [each.fields for each in table.entry.indexes if each.ready]
+        missing = [each.name for each in indexes.values() if each.fields not in ready]
+        detail = plan.detail
+        if missing:
+            detail += f" (not ready, see schema_changes: {', '.join(missing)})"
+        residual = plan.residual or compiled.residual is not None
+        return msgspec.structs.replace(plan, residual=residual, detail=detail)
 
     async def _explain_absent(self, driver: Any, query: Query) -> QueryPlan:
-        """The plan of a query whose table does not exist, made on temporary tables."""
+        """The plan of a query whose table does not exist, made on a temporary table."""
+        name = query.collection
+        entry = declared(Catalogue(), [self.schema[name]])[name]
         try:
             async with self._dialect.scratch(driver) as scratch:
-                for statement in await self._schema_sync.missing_ddl(scratch):
-                    await self._dialect.rows(scratch, statement, ())
-                return await self._explain(scratch, self.tables[query.collection], query)
+                await self._sync.create(scratch, name, entry)
+                return await self._explain(
+                    scratch, Table(name, entry, self._dialect.grammar), query
+                )
         except self._dialect.driver_errors as exc:
             error = self._dialect.translate(exc, doing="explain the query", writes=False)
             if isinstance(error, ReadOnlyStoreError | PermissionDeniedError):
@@ -408,13 +498,13 @@ class SQLEngine(Engine):
     async def _probe(self, name: str, parameters: Sequence[str]) -> None:
         async with self.writing() as lease:
             await lease.rows(
-                f"INSERT INTO {PROBES} (name, value) VALUES ({parameters[0]}, {parameters[1]})",
+                f"INSERT INTO {CATALOGUE} (name, value) VALUES ({parameters[0]}, {parameters[1]})",
                 (name, "probe"),
                 doing="write",
                 writes=True,
             )
             deleted = await lease.rows(
-                f"DELETE FROM {PROBES} WHERE name = {parameters[0]} RETURNING value",
+                f"DELETE FROM {CATALOGUE} WHERE name = {parameters[0]} RETURNING value",
                 (name,),
                 doing="delete",
                 writes=True,
@@ -426,17 +516,25 @@ class SQLEngine(Engine):
         if not self._dialect.exists():
             return {"problems": []}
         problems: list[Value] = []
+        changes: list[Value] = []
         async with self._main.lease() as lease:
-            if self._ready or self._readable:
-                # The tables existed earlier, and this store does not create them again while open.
-                columns = await self._schema_sync.existing_columns(lease)
-                missing = self._schema_sync.missing_from(columns)
-                problems += [f"{each} was dropped while the store was in use" for each in missing]
             try:
-                names = [sql_name(each) for each in self.schema]
-                report = await self._dialect.health(lease.driver, names)
+                relations = await self._dialect.relations(lease.driver)
+                if self._state is not None:
+                    # They existed earlier, and this store does not create them again while open.
+                    names = [CATALOGUE, *map(table_name, self._state.tables)]
+                    dropped = [each for each in names if each not in relations]
+                    problems += [
+                        f"{each} was dropped while the store was in use" for each in dropped
+                    ]
+                report = await self._dialect.health(
+                    lease.driver, list(map(table_name, self.schema))
+                )
             except self._dialect.driver_errors as exc:
                 raise self._dialect.translate(exc, doing="check the health", writes=False) from exc
+            if not problems and CATALOGUE in relations:
+                found = await self._sync.changes(lease)
+                changes += [f"{each.kind}: {each.detail}" for each in found]
         more = report.pop("problems", [])
         problems += more if isinstance(more, list) else []
         figures = self._main.figures()
@@ -444,6 +542,7 @@ class SQLEngine(Engine):
             figures = {name: n + self._readers.figures()[name] for name, n in figures.items()}
         return {
             **report,
+            "schema_changes": changes,
             "pool": {**figures},
             "streams": {**self._streams.figures()},
             "problems": problems,
@@ -509,13 +608,3 @@ def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, Connection
         read_only=True,
     )
     return main, readers, streams
-
-
-async def _has_rows(lease: LeasedConnection, source: str) -> bool:
-    return bool(await lease.rows(f"SELECT 1 FROM {source} LIMIT 1"))
-
-
-def _identifier(name: str) -> str:
-    """A name that may not come from a declaration, as a quoted SQL identifier."""
-    escaped = name.replace('"', '""')
-    return f'"{escaped}"'

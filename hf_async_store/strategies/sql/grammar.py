@@ -1,27 +1,22 @@
-"""The SQL of a database system: paths into entities, conditions, sort terms and definitions.
+"""The SQL of a database system: conditions on the document, order terms, and definitions.
 
-The position of a value in the total order of values is expressed by sort terms, expressions that are
-never NULL: the number or text, or a code that sorts before or after all of these. An index on the sort
-terms of a field serves filters and orders, whatever the types of its values. A value is inexact if its
-sort terms do not determine its position: a list, for example. Rows with inexact values are compared
-again.
+A field with a key column is compared and sorted by its key column, the same way everywhere; see
+`compiler`. What is here is for all other paths, which have no index.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 import msgspec
 
-from hf_async_store.query import MISSING, Missing
+from hf_async_store.query import Missing
 from hf_async_store.values import FieldType, Value
 
 if TYPE_CHECKING:
-    from sqlalchemy.types import TypeEngine
-
-    from hf_async_store.schema import Field, Schema
+    from hf_async_store.strategies.sql.rows import Table
 
 TRUE: Final = "TRUE"
 FALSE: Final = "FALSE"
@@ -29,36 +24,6 @@ OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 
 encode_json: Final = msgspec.json.encode
 decode_json: Final = msgspec.json.decode
-
-MISSING_RANK: Final = 0
-NUMBER_RANK: Final = 4
-TEXT_RANK: Final = 5
-
-
-def rank_of(value: Value | Missing) -> int:
-    """The place of the type of a value in the total order; false and true have one each."""
-    if value is MISSING:
-        return MISSING_RANK
-    if value is None:
-        return 1
-    if isinstance(value, bool):
-        return 3 if value else 2
-    if isinstance(value, int | float):
-        return NUMBER_RANK
-    if isinstance(value, str):
-        return TEXT_RANK
-    return 6 if isinstance(value, list) else 7
-
-
-Form: TypeAlias = Literal["any", "text", "number"]
-"""Of which type values are exact: of both, or of one, with the other values before or after them."""
-
-
-class SortTerms(NamedTuple):
-    """The expressions by which values are sorted."""
-
-    form: Form
-    sql: tuple[str, ...]
 
 
 class Condition(NamedTuple):
@@ -84,15 +49,16 @@ class Arguments:
 class Grammar(ABC):
     """A database system: its SQL, its types and the form of values in it."""
 
-    stored: ClassVar[bool]
-    """Whether generated columns are stored in the table."""
+    text_type: ClassVar[str]
+    """The type of ids; it sorts by code point."""
 
     @abstractmethod
     def encode(self, value: Value) -> str:
         """The JSON of a value, in a form that the document column returns unchanged."""
 
     @abstractmethod
-    def parameter(self, number: int, kind: str) -> str: ...
+    def parameter(self, number: int, kind: str) -> str:
+        """A parameter of the kind "text", "list" (of strings), "bytes", or one of the grammar's own."""
 
     @abstractmethod
     def strings(self, values: Sequence[str]) -> object:
@@ -121,6 +87,10 @@ class Grammar(ABC):
         """The condition that a string is one of some strings."""
 
     @abstractmethod
+    def in_bytes(self, column: str, values: Sequence[bytes], args: Arguments) -> str:
+        """The condition that a key column contains one of some values; an index serves it."""
+
+    @abstractmethod
     def contains(self, expression: str, part: str) -> str: ...
 
     @abstractmethod
@@ -131,89 +101,24 @@ class Grammar(ABC):
     def number(self, value: float, args: Arguments) -> str:
         """A parameter for a number."""
 
-    # -- sort terms --------------------------------------------------------------------------
+    # -- order -------------------------------------------------------------------------------
 
     @abstractmethod
-    def terms(self, target: str) -> SortTerms:
-        """The sort terms of a JSON value of any type."""
+    def terms(self, target: str) -> tuple[str, ...]:
+        """The expressions by which a JSON value is sorted.
 
-    @abstractmethod
-    def indexed_terms(self, field: Field, prefix: str) -> SortTerms:
-        """The sort terms of a field as its indexes contain them.
-
-        Args:
-            prefix: of the columns: `t.`, or nothing in a definition.
+        Values whose `sort_bytes` are equal and not exact are next to each other, in any order.
         """
 
     @abstractmethod
-    def operand(
-        self, value: Value | Missing, form: Form, args: Arguments, *, below: bool | None = None
-    ) -> tuple[str, ...]:
-        """The sort terms of a value as parameters.
-
-        Args:
-            below: for an inexact value: whether to return a position before every row that may
-                have the value, or after; None: its own.
-        """
-
-    @abstractmethod
-    def exact(self, value: Value | Missing, form: Form) -> bool:
-        """Whether the sort terms of a value determine its position."""
-
-    @abstractmethod
-    def confusable(self, one: Value | Missing, other: Value | Missing, form: Form) -> bool:
-        """Whether sort terms may put two values, of which one is inexact, in the wrong order."""
-
-    @abstractmethod
-    def equal(self, terms: SortTerms, values: Sequence[Value], args: Arguments) -> Condition:
-        """The condition that a value equals one of some values of one rank, not lists or dicts."""
-
-    @abstractmethod
-    def bound(
-        self, terms: SortTerms, target: str, op: str, value: str | float, args: Arguments
-    ) -> Condition:
-        """The condition that a string or number is less or greater than another one.
-
-        Args:
-            target: the JSON value, of which `terms` are the sort terms.
-        """
+    def operands(self, value: Value | Missing, args: Arguments) -> tuple[str, ...]:
+        """The `terms` of a value as parameters."""
 
     # -- definitions -------------------------------------------------------------------------
 
     @abstractmethod
-    def type_of(self, kind: FieldType) -> TypeEngine[Any]:
-        """The type of the generated column of a field."""
-
-    @property
-    @abstractmethod
-    def document_type(self) -> TypeEngine[Any]: ...
+    def create_table(self, table: Table) -> str: ...
 
     @abstractmethod
-    def same_type(self, existing: str, type_: TypeEngine[Any]) -> bool:
-        """Whether a column of the catalog, as `Dialect.reflect_columns` describes it, has a type."""
-
-    @abstractmethod
-    def generated(self, field: Field) -> str:
-        """The value of the generated column of a field: NULL if the value has another type."""
-
-    @abstractmethod
-    def sort_columns(self, field: Field) -> Mapping[str, str]:
-        """By name, further generated columns that the indexes of a field need."""
-
-    @abstractmethod
-    def index_fields(self, definition: str) -> list[str]:
-        """The names of the fields in the definition of an index of this store, in their order."""
-
-    @abstractmethod
-    def refers(self, alias: str, field: Field, parent: str) -> str:
-        """The condition that a reference contains an id; an index serves it."""
-
-    @abstractmethod
-    def reference_ddl(
-        self, schema: Schema, existing: Mapping[str, str], *, enforced: bool
-    ) -> list[str]:
-        """The statements that make the database itself enforce the references, or stop it.
-
-        Args:
-            existing: the indexes, constraints and triggers by name.
-        """
+    def view_column(self, field: str, kind: FieldType) -> str:
+        """The value of a field in the view: NULL if the stored value has another type."""

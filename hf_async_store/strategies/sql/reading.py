@@ -1,35 +1,32 @@
 """Queries on a connection: reads the rows of a SELECT as records, filters in Python what SQL could not,
-and sorts rows with inexact values among their neighbours.
+and sorts the rows of each group.
 
-In the order of the statement, rows that may be in the wrong order are next to each other. Such a run of
-rows is sorted by the reference.
+A group is what `compiler.group_of` says: adjacent rows that SQL returns in any order.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
+import msgspec
+
 from hf_async_store.changes import Record
-from hf_async_store.driver import batched
 from hf_async_store.errors import CorruptionError, ProtocolError, StorageError
 from hf_async_store.generators import Owned
-from hf_async_store.query import (
-    MISSING,
-    Missing,
-    Query,
-    compile_order,
-    order_key,
-    ordered,
-    position_key,
+from hf_async_store.query import MISSING, Missing, Query, ordered
+from hf_async_store.sort_bytes import sort_bytes
+from hf_async_store.strategies.sql.compiler import (
+    Compiled,
+    compile_count,
+    compile_query,
+    group_of,
 )
-from hf_async_store.strategies.sql.compiler import Compiled, compile_count, compile_query
 from hf_async_store.values import Entity, Key, Value, canonical
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
-    from hf_async_store.strategies.sql.grammar import Form, Grammar
     from hf_async_store.strategies.sql.rows import Table
 
 _CHUNK_SIZE: Final = 256
@@ -40,9 +37,6 @@ _SMALL_LIMIT: Final = 512
 
 _MAX_IDS: Final = 1024
 """The maximum number of ids in one statement."""
-
-_LARGE_RUN: Final = 1_000
-"""From this number of rows on, a run is sorted in pieces, so that the event loop is not held."""
 
 _Row: TypeAlias = "tuple[str, Entity]"
 
@@ -85,34 +79,19 @@ async def records(
     lease: LeasedConnection, table: Table, query: Query
 ) -> AsyncGenerator[Record, None]:
     """The records that match a query, in its order."""
-    if query.limit == 0:
-        return
-    # A limit could end the result within a run.
-    compiled = compile_query(table, query, limited=not query.order)
-    async with Owned(_entities(lease, table, compiled)) as batches:
-        count = 0
-        async with Owned(_refined(batches, query, table.grammar, compiled)) as rows:
-            async for entity_id, entity in rows:
+    async with Owned(_in_order(lease, table, query)) as batches:
+        async for batch in batches:
+            for entity_id, entity in batch:
                 yield Record(Key(query.collection, entity_id), entity)
-                count += 1
-                if count == query.limit:
-                    return
 
 
 async def select_batches(
     lease: LeasedConnection, table: Table, query: Query
 ) -> AsyncGenerator[list[Entity], None]:
     """The entities of `records`, in batches."""
-    compiled = compile_query(table, query)
-    if query.limit is not None or compiled.forms:
-        async with Owned(batched(records(lease, table, query))) as batches:
-            async for each in batches:
-                yield each
-        return
-    async with Owned(_entities(lease, table, compiled)) as found:
-        async for batch in found:
-            if batch:
-                yield [entity for _, entity in batch]
+    async with Owned(_in_order(lease, table, query)) as batches:
+        async for batch in batches:
+            yield [entity for _, entity in batch]
 
 
 async def select_json(
@@ -131,28 +110,19 @@ def may_be_small(query: Query) -> bool:
 async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Record] | None:
     """The records of a query with a small limit, read at once.
 
-    Returns None if the limit is not small, if rows must be filtered in Python, or if the last row may
-    be in the wrong place.
+    Returns None if the limit is not small, or if a cursor is needed: rows must be filtered in Python, or
+    sorted in groups.
     """
     if not may_be_small(query):
         return None
     compiled = compile_query(table, query)
-    if not compiled.limited:
+    after = query.after
+    if not compiled.limited or (after and group_of(table, query.order, after.values)):
         return None
-    try:
-        rows = await lease.rows(compiled.sql, compiled.args)
-    except ProtocolError as exc:
-        await _raise_if_damaged(lease, table, exc)
-        raise
+    rows = await _all_rows(lease, table, compiled)
     found = [(cast("str", row[0]), table.entity(row)) for row in rows]
-    if compiled.forms:
-        exact = table.grammar.exact
-        inexact = [not all(map(exact, _values(query, each), compiled.forms)) for _, each in found]
-        if inexact and inexact[-1] and len(found) == query.limit:
-            return None
-        if any(inexact):
-            key_of = compile_order(query)
-            found.sort(key=lambda row: key_of(*row))
+    if query.order and any(_group(table, query, entity) for _, entity in found):
+        return None
     return [Record(Key(query.collection, entity_id), entity) for entity_id, entity in found]
 
 
@@ -160,11 +130,7 @@ async def count(lease: LeasedConnection, table: Table, query: Query) -> int:
     """The number of records that match a query."""
     compiled = compile_count(table, query)
     if compiled is not None:
-        try:
-            rows = await lease.rows(compiled.sql, compiled.args)
-        except ProtocolError as exc:
-            await _raise_if_damaged(lease, table, exc)
-            raise
+        rows = await _all_rows(lease, table, compiled)
         if len(rows) != 1:
             raise ProtocolError(f"cannot count: the server returned {len(rows)} rows instead of 1")
         return cast("int", rows[0][0])
@@ -175,81 +141,87 @@ async def count(lease: LeasedConnection, table: Table, query: Query) -> int:
     return number
 
 
-# -- runs of rows with inexact values -------------------------------------------------------
-
-
-async def _refined(
-    batches: AsyncIterable[list[_Row]], query: Query, grammar: Grammar, compiled: Compiled
-) -> AsyncGenerator[_Row, None]:
-    """Rows in the order of the query, after its position, from rows in the order of the statement."""
-    if not compiled.forms:
+async def _in_order(
+    lease: LeasedConnection, table: Table, query: Query
+) -> AsyncGenerator[list[_Row], None]:
+    """The rows that match a query, in its order, up to its limit, in batches that are not empty."""
+    left = query.limit
+    if left == 0:
+        return
+    async with Owned(_after_position(lease, table, query)) as batches:
         async for batch in batches:
-            for row in batch:
-                yield row
-        return
-    # The statement returns also rows close to an inexact position, before it.
-    after, forms = query.after, compiled.forms
-    coarse = after is not None and not all(map(grammar.exact, after.values, forms))
-    run: list[_Row] = []
-    last: list[Value | Missing] = []
-    exact = True  # no value of the run is inexact
-    async for batch in batches:
-        for row in batch:
-            values = _values(query, row[1])
-            is_exact = all(map(grammar.exact, values, forms))
-            if run and ((exact and is_exact) or not _is_same_run(last, values, forms, grammar)):
-                async with Owned(_sorted(run, query, as_is=exact and not coarse)) as rows:
-                    async for each in rows:
-                        yield each
-                run, exact = [], True
-            run.append(row)
-            last, exact = values, exact and is_exact
-    async with Owned(_sorted(run, query, as_is=exact and not coarse)) as rows:
-        async for each in rows:
-            yield each
+            wanted = batch if left is None else batch[:left]
+            if wanted:
+                yield wanted
+            if left is not None:
+                left -= len(wanted)
+                if not left:
+                    return
 
 
-async def _sorted(run: list[_Row], query: Query, *, as_is: bool) -> AsyncGenerator[_Row, None]:
-    """The rows of a run that are after the position of the query, in its order."""
-    if as_is:
-        for row in run:
-            yield row
-        return
-    if len(run) < _LARGE_RUN:
-        key_of = compile_order(query)
-        after = None if query.after is None else position_key(query, query.after)
-        keyed = sorted((key_of(*row), row) for row in run)  # no two keys are equal
-        for key, row in keyed:
-            if after is None or key > after:
-                yield row
-        return
-    async with Owned(ordered(_once(run), query)) as rows:
-        async for row in rows:
-            yield row
+# -- groups ---------------------------------------------------------------------------------
 
 
-async def _once(run: list[_Row]) -> AsyncGenerator[list[_Row], None]:
-    yield run
+async def _after_position(
+    lease: LeasedConnection, table: Table, query: Query
+) -> AsyncGenerator[list[_Row], None]:
+    """In batches, the rows that match a query, in its order, after its position."""
+    unplaced = msgspec.structs.replace(query, after=None, limit=None)
+    if query.after is not None:
+        before = group_of(table, query.order, query.after.values)
+        if before is not None:
+            placed = msgspec.structs.replace(query, limit=None)
+            yield await _sorted(_whole_group(lease, table, query, before), placed)
+    compiled = compile_query(table, query)
+    members: list[_Row] = []  # the last rows read, if they are in a group
+    group: list[Value | Missing] = []
+    read = 0
+    async with Owned(_batches(lease, table, compiled)) as batches:
+        async for batch in batches:
+            read += len(batch)
+            groups = [_group(table, query, entity) for _, entity in batch] if query.order else []
+            if not members and not any(groups):
+                yield batch
+                continue
+            placed_rows: list[_Row] = []
+            for row, found in zip(batch, groups, strict=True):
+                if members and (found is None or _bytes_of(found) != _bytes_of(group)):
+                    placed_rows += await _sorted(_once(members), unplaced)
+                    members = []
+                if found is None:
+                    placed_rows.append(row)
+                else:
+                    members.append(row)
+                    group = found
+            yield placed_rows
+    if members:
+        divided = compiled.limited and read == query.limit  # by the limit
+        source = _whole_group(lease, table, query, group) if divided else _once(members)
+        yield await _sorted(source, unplaced)
 
 
-def _is_same_run(
-    one: Sequence[Value | Missing],
-    other: Sequence[Value | Missing],
-    forms: Sequence[Form],
-    grammar: Grammar,
-) -> bool:
-    """Whether the statement may have returned two adjacent rows in the wrong order."""
-    for left, right, form in zip(one, other, forms, strict=True):
-        if not (grammar.exact(left, form) and grammar.exact(right, form)):
-            return grammar.confusable(left, right, form)
-        if order_key(left) != order_key(right):
-            return False
-    return False
+def _whole_group(
+    lease: LeasedConnection, table: Table, query: Query, group: Sequence[Value | Missing]
+) -> AsyncGenerator[list[_Row], None]:
+    return _batches(lease, table, compile_query(table, query, group=group))
 
 
-def _values(query: Query, entity: Entity) -> list[Value | Missing]:
-    """The values of an entity at the paths of the order."""
-    return [_value_at(entity, each.path) for each in query.order]
+async def _sorted(source: AsyncGenerator[list[_Row], None], query: Query) -> list[_Row]:
+    """Rows in the order of a query, after its position."""
+    async with Owned(source) as batches, Owned(ordered(batches, query)) as rows:
+        return [each async for each in rows]
+
+
+async def _once(rows: list[_Row]) -> AsyncGenerator[list[_Row], None]:
+    yield rows
+
+
+def _group(table: Table, query: Query, entity: Entity) -> list[Value | Missing] | None:
+    return group_of(table, query.order, [_value_at(entity, each.path) for each in query.order])
+
+
+def _bytes_of(group: Sequence[Value | Missing]) -> list[bytes]:
+    return list(map(sort_bytes, group))
 
 
 def _value_at(entity: Entity, path: Sequence[str | int]) -> Value | Missing:
@@ -265,11 +237,11 @@ def _value_at(entity: Entity, path: Sequence[str | int]) -> Value | Missing:
 # -- rows -----------------------------------------------------------------------------------
 
 
-async def _entities(
+async def _batches(
     lease: LeasedConnection, table: Table, compiled: Compiled
 ) -> AsyncGenerator[list[_Row], None]:
     """In batches, the entities of a SELECT that pass the conditions that SQL could not test, with ids."""
-    async with Owned(_rows(lease, table, compiled)) as batches:
+    async with Owned(_raw_batches(lease, table, compiled)) as batches:
         async for rows in batches:
             for start in range(0, len(rows), _CHUNK_SIZE):
                 found = [
@@ -282,13 +254,23 @@ async def _entities(
                 await asyncio.sleep(0)
 
 
-async def _rows(
+async def _raw_batches(
     lease: LeasedConnection, table: Table, compiled: Compiled
 ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
     try:
         async with Owned(lease.fetch_batches(compiled.sql, compiled.args)) as batches:
             async for each in batches:
                 yield each
+    except ProtocolError as exc:
+        await _raise_if_damaged(lease, table, exc)
+        raise
+
+
+async def _all_rows(
+    lease: LeasedConnection, table: Table, compiled: Compiled
+) -> Sequence[Sequence[Any]]:
+    try:
+        return await lease.rows(compiled.sql, compiled.args)
     except ProtocolError as exc:
         await _raise_if_damaged(lease, table, exc)
         raise

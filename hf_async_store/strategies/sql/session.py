@@ -85,14 +85,12 @@ class SQLReader(Reader):
 class Connected(Protocol):
     """What a session needs of its engine."""
 
-    tables: Mapping[str, Table]
-
     async def is_absent(self) -> bool:
-        """Whether no table of this store exists yet."""
+        """Whether the store does not exist yet."""
         ...
 
-    async def is_empty(self, lease: LeasedConnection) -> bool:
-        """Whether all tables are empty."""
+    async def refresh(self, lease: LeasedConnection) -> Mapping[str, Table]:
+        """By collection, the tables, at the beginning of a transaction that may write."""
         ...
 
     def writing(self) -> AbstractAsyncContextManager[LeasedConnection]:
@@ -114,7 +112,7 @@ class SQLSession(SQLReader, Session):
     """A session of the engine; the context manager of its transaction."""
 
     def __init__(self, engine: Connected, isolation: Isolation | None) -> None:
-        super().__init__(None, engine.tables)
+        super().__init__(None, {})
         self._engine = engine
         self._isolation = isolation
         self._stack = AsyncExitStack()
@@ -141,7 +139,8 @@ class SQLSession(SQLReader, Session):
         if self._lease is None:
             lease = await self._stack.enter_async_context(self._engine.writing())
             await self._stack.enter_async_context(lease.transaction(self._isolation))
-            if self._read_absent and not await self._engine.is_empty(lease):
+            self._tables = await self._engine.refresh(lease)
+            if self._read_absent and not await self._is_empty(lease):
                 raise ConcurrencyConflictError(
                     "another program created the store after this transaction had read that it does "
                     "not exist: try again",
@@ -149,6 +148,13 @@ class SQLSession(SQLReader, Session):
                 )
             self._lease = lease
         return self._lease
+
+    async def _is_empty(self, lease: LeasedConnection) -> bool:
+        """Whether all tables are empty."""
+        for table in self._tables.values():
+            if await lease.rows(f"SELECT 1 FROM {table.name} LIMIT 1"):
+                return False
+        return True
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         lease = await self._write_lease()

@@ -33,9 +33,11 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.strategies.sql import sqlite_functions as functions
-from hf_async_store.strategies.sql.dialect import Dialect, ExistingColumn, Result
+from hf_async_store.strategies.sql.catalogue import READ
+from hf_async_store.strategies.sql.dialect import Dialect, Result
 from hf_async_store.strategies.sql.errors import sqlite_error
+from hf_async_store.strategies.sql.names import CATALOGUE
+from hf_async_store.strategies.sql.sqlite_functions import FUNCTIONS
 from hf_async_store.strategies.sql.sqlite_grammar import SQLiteGrammar
 from hf_async_store.values import Value
 
@@ -63,11 +65,6 @@ _OPEN_ATTEMPTS: Final = 8
 
 _EXIT_SECONDS: Final = 5.0
 """How long the exit of the process waits for the connections of stores that were not closed."""
-
-_FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
-    "hf_test": (3, functions.test),
-    "hf_at": (2, functions.at),
-}
 
 _BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _FOR_UPDATE: Final = re.compile(r"(?is)\s+for\s+update\s*;?\s*\Z")
@@ -388,7 +385,7 @@ class SQLite(Dialect):
         return driver
 
     async def _prepare(self, driver: _Connection) -> None:
-        for name, (arguments, function) in _FUNCTIONS.items():
+        for name, (arguments, function) in FUNCTIONS.items():
             await driver.create_function(name, arguments, function, deterministic=True)
         enforced = "ON" if self._config.enforce_references else "OFF"
         await self.rows(driver, f"PRAGMA synchronous = {self._config.synchronous}", ())
@@ -677,36 +674,19 @@ class SQLite(Dialect):
 
     # -- the schema --------------------------------------------------------------------------
 
-    async def reflect_tables(self, driver: aiosqlite.Connection) -> list[str]:
-        rows = await self.rows(
-            driver, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY 1", ()
-        )
-        return [name for [name] in rows]
+    async def read_catalogue(
+        self, driver: aiosqlite.Connection
+    ) -> Sequence[Sequence[object]] | None:
+        found = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+        if not await self.rows(driver, found, (CATALOGUE,)):
+            return None
+        return await self.rows(driver, READ, ())
 
-    async def reflect_columns(
-        self, driver: aiosqlite.Connection, tables: Sequence[str]
-    ) -> dict[str, dict[str, ExistingColumn]]:
+    async def relations(self, driver: aiosqlite.Connection) -> dict[str, str]:
         rows = await self.rows(
-            driver,
-            'SELECT m.name, p.name, p.type, p.pk, p."notnull" AND p.dflt_value IS NULL, p.hidden '
-            "FROM sqlite_master AS m, pragma_table_xinfo(m.name) AS p WHERE m.type = 'table'",
-            (),
+            driver, "SELECT name, type FROM sqlite_master WHERE type <> 'trigger'", ()
         )
-        columns: dict[str, dict[str, ExistingColumn]] = {}
-        for table, column, type_, key, required, hidden in rows:
-            if table in tables:
-                kind = re.sub(r"\s*GENERATED ALWAYS", "", type_.upper())
-                found = ExistingColumn(kind, bool(key), bool(required), hidden > 1)
-                columns.setdefault(table, {})[column] = found
-        return columns
-
-    async def reflect_indexes(
-        self, driver: aiosqlite.Connection, tables: Sequence[str]
-    ) -> dict[str, str]:
-        rows = await self.rows(
-            driver, "SELECT name, sql FROM sqlite_master WHERE type IN ('index', 'trigger')", ()
-        )
-        return {name: sql or "" for name, sql in rows}
+        return dict(cast("Any", rows))
 
     async def begin_ddl(self, driver: aiosqlite.Connection) -> Any:
         return await self.begin(driver, None)
@@ -727,9 +707,8 @@ class SQLite(Dialect):
         used = re.search(r"USING (?:COVERING )?INDEX (\S+)(?: \((.*)\))?", access)
         index = indexes.get(used[1]) if used is not None else None
         searches = access.startswith("SEARCH")
-        # A field has the column `NAME~sort` in an index.
         terms = used[2] or "" if used is not None else ""
-        fields = {term.partition("~")[0] for term in terms.split(" AND ") if term}
+        fields = {term.partition("-key")[0] for term in terms.split(" AND ") if term}
         return QueryPlan(
             access="scan" if not searches else "index" if index is not None else "key",
             index=index.name if searches and index is not None else None,

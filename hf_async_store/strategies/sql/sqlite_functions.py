@@ -4,13 +4,14 @@ that SQLite cannot express."""
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from hf_async_store.query import Comparison, OpName, compile_filter
+from hf_async_store.query import MISSING, Comparison, OpName, compile_filter
+from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.grammar import decode_json, encode_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from hf_async_store.values import Entity
 
@@ -27,13 +28,26 @@ def _test(op: str, operand: str) -> Callable[[Entity], bool]:
 
 def at(encoded: str | None, steps: str) -> str | None:
     """The JSON at a path that SQLite's own path syntax cannot express; NULL if there is no value."""
-    value: Any = None if encoded is None else decode_json(encoded)
     if encoded is None:
         return None
+    value: Any = decode_json(encoded)
     for step in decode_json(steps):
         kind = dict if isinstance(step, str) else list
-        exists = isinstance(value, kind) and (step in value if kind is dict else step < len(value))
-        if not exists:
+        if not (isinstance(value, kind) and (step in value if kind is dict else step < len(value))):
             return None
         value = value[step]
     return encode_json(value).decode()
+
+
+def key(encoded: str | None) -> bytes:
+    """The `sort_bytes` of a JSON value; NULL is a missing value."""
+    return sort_bytes(MISSING if encoded is None else decode_json(encoded))
+
+
+FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
+    "hf_test": (3, test),
+    "hf_at": (2, at),
+    "hf_key": (1, key),
+    "hf_bytes": (1, bytes.fromhex),
+}
+"""By name: the number of arguments, and the function."""

@@ -3,13 +3,15 @@
 While the transaction holds the write lock, nothing else can change. So the changes are decided in
 memory, in their order, and the resulting rows are written by statements of many rows. Each step of a
 statement acquires the interpreter lock, for which the thread may wait while the event loop is busy,
-so few steps are better than few bytes.
+so few steps are better than few bytes. An update sets only the key columns that change, because SQLite
+rewrites the entries of every index of which a column is set.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +19,10 @@ from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Put
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import StorageError
 from hf_async_store.preconditions import check_children
-from hf_async_store.schema import Collection, Field, Schema
+from hf_async_store.query import Comparison, Query
+from hf_async_store.schema import Collection, Field
+from hf_async_store.strategies.sql.catalogue import GENERATION_SQL, CatalogueChangedError
+from hf_async_store.strategies.sql.compiler import compile_query
 from hf_async_store.strategies.sql.decisions import (
     Stored,
     keys_by_collection,
@@ -27,13 +32,13 @@ from hf_async_store.strategies.sql.decisions import (
     refuse_missing_parents,
 )
 from hf_async_store.strategies.sql.errors import REFUSALS
-from hf_async_store.strategies.sql.names import DOC, PROBES
+from hf_async_store.strategies.sql.names import CATALOGUE, DOC
 from hf_async_store.strategies.sql.writer import Writer
 from hf_async_store.values import CREATED_AT, VERSION, Key
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
-    from hf_async_store.strategies.sql.rows import Table
+    from hf_async_store.strategies.sql.rows import Table, Tables
 
 _ROWS: Final = (256, 64, 32, 16, 8, 4, 2, 1)
 """The numbers of rows of the statements: few, so that each is prepared once."""
@@ -49,9 +54,9 @@ _NOT_LOADED: Final = ""
 class SQLiteWriter(Writer):
     """Executes the changes of a store."""
 
-    def __init__(self, schema: Schema, tables: Mapping[str, Table], config: SQLConfig) -> None:
-        super().__init__(schema, tables, config)
-        self._puts: dict[tuple[str, int], str] = {}
+    def __init__(self, tables: Tables, config: SQLConfig) -> None:
+        super().__init__(tables, config)
+        self._statements: dict[tuple[str, tuple[int, ...] | None, int], str] = {}
 
     async def write_each(
         self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool = True
@@ -63,10 +68,12 @@ class SQLiteWriter(Writer):
             if len(changes) == 1:
                 return [exc]
         middle = len(changes) // 2
-        return [
-            *await self.write_each(lease, changes[:middle]),
-            *await self.write_each(lease, changes[middle:]),
-        ]
+        outcomes = await self.write_each(lease, changes[:middle])
+        try:
+            return outcomes + await self.write_each(lease, changes[middle:])
+        except StorageError as exc:
+            # The first half was applied, and must not be reported as failed.
+            return outcomes + [exc.copy() for _ in changes[middle:]]
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
@@ -74,16 +81,32 @@ class SQLiteWriter(Writer):
             lambda connection: _Batch(self, connection).run(changes, all_or_none=True)
         )
 
-    def put_sql(self, collection: str, rows: int) -> str:
-        """The statement that writes this number of rows."""
-        cached = self._puts.get((collection, rows))
+    def insert_sql(self, table: Table, rows: int) -> str:
+        """The statement that inserts this number of rows: id, version, document, key columns."""
+        columns = [table.key, VERSION, DOC, *table.key_columns]
+        return (
+            f"INSERT INTO {table.name} ({', '.join(columns)}) VALUES {_values(len(columns), rows)}"
+        )
+
+    def update_sql(self, table: Table, changed: tuple[int, ...], rows: int) -> str:
+        """The statement that updates this number of rows: id, version, document, and some key columns."""
+        names = [VERSION, DOC, *(table.key_columns[each] for each in changed)]
+        sets = ", ".join(f"{name} = v.column{number}" for number, name in enumerate(names, 2))
+        return (
+            f"UPDATE {table.name} AS t SET {sets} FROM (VALUES {_values(len(names) + 1, rows)}) AS v "
+            f"WHERE t.{table.key} = v.column1"
+        )
+
+    def statement(self, table: Table, changed: tuple[int, ...] | None, rows: int) -> str:
+        """The statement for rows of which these key columns change; None: for new rows."""
+        place = (table.collection, changed, rows)
+        cached = self._statements.get(place)
         if cached is None:
-            table = self.tables[collection]
-            cached = self._puts[collection, rows] = (
-                f"INSERT INTO {table.name} ({table.key}, {VERSION}, {DOC}) "
-                f"VALUES {', '.join(['(?, ?, ?)'] * rows)} ON CONFLICT ({table.key}) "
-                f"DO UPDATE SET {VERSION} = excluded.{VERSION}, {DOC} = excluded.{DOC}"
-            )
+            if changed is None:
+                cached = self.insert_sql(table, rows)
+            else:
+                cached = self.update_sql(table, changed, rows)
+            self._statements[place] = cached
         return cached
 
     def _commit(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
@@ -92,6 +115,9 @@ class SQLiteWriter(Writer):
             connection.execute(f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}")
         try:
             connection.execute("BEGIN IMMEDIATE")
+            [generation] = connection.execute(GENERATION_SQL).fetchone()
+            if generation != str(self.tables.catalogue.generation):
+                raise CatalogueChangedError
             outcomes = _Batch(self, connection).run(changes, all_or_none=False)
             connection.execute("COMMIT")
         except BaseException:
@@ -111,11 +137,11 @@ class _Batch:
         self._schema = writer.schema
         self._tables = writer.tables
         self._references = writer.references
-        self._put_sql = writer.put_sql
+        self._statement = writer.statement
         self._connection = connection
         self._rows: dict[Key, Stored | None] = {}  # as they are with the changes so far
         self._parents: dict[Key, bool] = {}  # whether an entity that is not in `_rows` exists
-        self._pending: dict[Key, Stored | None] = {}
+        self._before: dict[Key, Stored | None] = {}  # the stored rows of those that changed
         self._written = False
 
     def run(self, changes: Sequence[Change], *, all_or_none: bool) -> list[Outcome]:
@@ -133,22 +159,25 @@ class _Batch:
                     return outcomes
             elif change.mark is not None:
                 marker = marker_put(change.mark, getattr(change, "written_at", ""))
-                self._write(marker, new_row(self._tables[marker.key.collection], marker, None))
-        if not self._written and not self._pending:
+                self._set(marker.key, new_row(self._tables[marker.key.collection], marker, None))
+        if not self._written and not self._before:
             # It fails if the database cannot be written, which is not noticed otherwise.
-            self._connection.execute(f"DELETE FROM {PROBES} WHERE FALSE")
+            self._connection.execute(f"DELETE FROM {CATALOGUE} WHERE FALSE")
         self._flush()
         return outcomes
 
+    # -- reading -----------------------------------------------------------------------------
+
     def _read(self, changes: Sequence[Change], parents: Iterable[Sequence[Key]]) -> None:
         by_key = {each.key: each for each in changes}
-        for collection, ids in keys_by_collection(by_key).items():
+        marks = [each.mark.key for each in changes if each.mark is not None]
+        self._rows = dict.fromkeys(chain(by_key, marks))
+        for collection, ids in keys_by_collection(self._rows).items():
             table = self._tables[collection]
-            docs = any(_needs_document(by_key[Key(collection, each)]) for each in ids)
-            doc = f"t.{DOC}" if docs or len(ids) < len(changes) else f"'{_NOT_LOADED}'"
-            self._rows.update(dict.fromkeys(Key(collection, each) for each in ids))
-            for entity_id, version, text in self._select(table, f"{VERSION}, {doc}", ids):
-                self._rows[Key(collection, entity_id)] = Stored(version, text)
+            found = [by_key[key] for each in ids if (key := Key(collection, each)) in by_key]
+            load = len(by_key) < len(changes) or any(map(_needs_document, found))
+            for entity_id, *row in self._select(table, _columns(table, load), ids):
+                self._rows[Key(collection, entity_id)] = Stored(row[0], row[1], tuple(row[2:]))
         if self._references:
             unread = [each for each in chain.from_iterable(parents) if each not in self._rows]
             self._parents = dict.fromkeys(unread, False)
@@ -163,11 +192,18 @@ class _Batch:
         listed = (table.grammar.strings(ids),)
         return self._connection.execute(f"{source} {table.grammar.in_list('?')}", listed).fetchall()
 
+    def _loaded(self, key: Key, stored: Stored) -> Stored:
+        """A stored row with its document."""
+        if stored.doc != _NOT_LOADED:
+            return stored
+        [[_, doc]] = self._select(self._tables[key.collection], f"t.{DOC}", [key.id])
+        return stored._replace(doc=doc)
+
+    # -- decisions ---------------------------------------------------------------------------
+
     def _apply(self, change: Change, parents: Sequence[Key]) -> Outcome:
         key = change.key
         table = self._tables[key.collection]
-        if key in self._pending and self._refers_to_itself(key.collection):
-            self._flush()  # the triggers see each row when it is written
         stored = self._rows[key]
         try:
             if stored is not None and change.expect is not ANY and change.expect != stored.version:
@@ -177,29 +213,17 @@ class _Batch:
                 self._check_references(table, change, stored, parents)
         except StorageError as exc:
             return exc
-        if row is None:
-            if stored is None:
-                return None
-            self._write(change, None)
-            return stored.version
-        self._write(change, row)
-        return row.version
+        if row is not None:
+            self._set(key, row)
+            return row.version
+        if stored is None:
+            return None
+        self._set(key, None)
+        return stored.version
 
-    def _write(self, change: Change, row: Stored | None) -> None:
-        self._rows[change.key] = self._pending[change.key] = row
-
-    def _loaded(self, key: Key, stored: Stored) -> Stored:
-        if stored.doc != _NOT_LOADED:
-            return stored
-        [[_, version, doc]] = self._select(
-            self._tables[key.collection], f"{VERSION}, t.{DOC}", [key.id]
-        )
-        return Stored(version, doc)
-
-    def _refers_to_itself(self, collection: str) -> bool:
-        return any(each.references == collection for each in self._schema[collection].references)
-
-    # -- references --------------------------------------------------------------------------
+    def _set(self, key: Key, row: Stored | None) -> None:
+        self._before.setdefault(key, self._rows[key])
+        self._rows[key] = row
 
     def _check_references(
         self, table: Table, change: Change, stored: Stored | None, parents: Sequence[Key]
@@ -217,40 +241,63 @@ class _Batch:
         return self._rows[key] is not None if key in self._rows else self._parents[key]
 
     def _children(self, child: Collection, field: Field, parent: str) -> list[str]:
-        table = self._tables[child.name]
-        refers = table.grammar.refers("c", field, "?")
-        sql = f"SELECT c.{table.key} FROM {table.name} AS c WHERE {refers} LIMIT 2"
-        return [each for [each] in self._connection.execute(sql, (parent,)).fetchall()]
+        query = Query(child.name, Comparison((field.name,), "eq", parent), limit=2)
+        compiled = compile_query(self._tables[child.name], query)
+        return [row[0] for row in self._connection.execute(compiled.sql, compiled.args).fetchall()]
 
     # -- writing -----------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        """Write the pending rows: parents first, and deletes afterwards, children first."""
-        puts: dict[str, list[tuple[str, int, str]]] = {}
+        """Write the changed rows, those together that need the same statement."""
         deletes: dict[str, list[tuple[str]]] = {}
-        for key, row in self._pending.items():
+        writes: dict[tuple[str, tuple[int, ...] | None], list[list[object]]] = {}
+        for key, before in self._before.items():
+            row = self._rows[key]
             if row is None:
-                deletes.setdefault(key.collection, []).append((key.id,))
-            else:
-                puts.setdefault(key.collection, []).append((key.id, *row))
-        self._pending.clear()
+                if before is not None:
+                    deletes.setdefault(key.collection, []).append((key.id,))
+                continue
+            changed = None if before is None else _different(before.keys, row.keys)
+            keys = row.keys if changed is None else [row.keys[each] for each in changed]
+            args = [key.id, row.version, row.doc, *keys]
+            writes.setdefault((key.collection, changed), []).append(args)
+        self._before.clear()
         self._written = True
-        for collection in self._schema:
-            if collection in puts:
-                self._put(collection, puts[collection])
-        for collection in reversed(list(self._schema)):
-            if collection in deletes:
-                table = self._tables[collection]
-                sql = f"DELETE FROM {table.name} WHERE {table.key} = ?"
-                self._connection.executemany(sql, deletes[collection])
+        for collection, gone in deletes.items():
+            table = self._tables[collection]
+            sql = f"DELETE FROM {table.name} WHERE {table.key} = ?"
+            self._connection.executemany(sql, gone)
+        for (collection, changed), rows in writes.items():
+            statement = partial(self._statement, self._tables[collection], changed)
+            for part in _pieces(rows):
+                args = list(chain.from_iterable(part))
+                self._connection.execute(statement(len(part)), args)
 
-    def _put(self, collection: str, rows: Sequence[tuple[str, int, str]]) -> None:
-        start = 0
-        for size in _ROWS:
-            while len(rows) - start >= size:
-                args = list(chain.from_iterable(rows[start : start + size]))
-                self._connection.execute(self._put_sql(collection, size), args)
-                start += size
+
+def _columns(table: Table, load: bool) -> str:
+    doc = f"t.{DOC}" if load else f"'{_NOT_LOADED}'"
+    return ", ".join([VERSION, doc, *(f"t.{each}" for each in table.key_columns)])
+
+
+def _values(columns: int, rows: int) -> str:
+    row = f"({', '.join('?' * columns)})"
+    return ", ".join([row] * rows)
+
+
+def _different(before: Sequence[bytes], after: Sequence[bytes]) -> tuple[int, ...]:
+    """The positions at which key columns differ."""
+    if before == after:
+        return ()
+    pairs = enumerate(zip(before, after, strict=True))
+    return tuple(number for number, (old, new) in pairs if old != new)
+
+
+def _pieces(rows: list[list[object]]) -> Iterator[list[list[object]]]:
+    start = 0
+    for size in _ROWS:
+        while len(rows) - start >= size:
+            yield rows[start : start + size]
+            start += size
 
 
 def _is_import(change: Change) -> bool:

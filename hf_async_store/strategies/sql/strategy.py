@@ -79,11 +79,12 @@ class SQLStorageStrategy(StorageStrategy):
     ) -> list[dict[str, Value]]:
         """Run a caller's own statement in a separate transaction; returns its rows as dicts by column.
 
-        The statement uses the tables directly, so what it writes is not validated. Their columns are
-        the id, `version`, and `doc` with the whole entity as JSON; the other declared fields are
-        columns that are generated from `doc`, and can only be read. On SQLite, a trailing FOR UPDATE
-        is removed, because the transaction acquires the write lock when it begins. All locks are
-        released when the call returns.
+        For each collection there is a view with its name: the id, `version`, and the declared fields, NULL
+        where the stored value has another type. A statement that changes entities uses the table
+        `"NAME-entities"`, and must set `doc` (the whole entity as JSON), `version` and the key columns
+        together; it is not validated. On SQLite, a trailing FOR UPDATE is removed, because the
+        transaction acquires the write lock when it begins. All locks are released when the call
+        returns.
 
         Args:
             params: a list of arguments for `?`, or a dict of arguments for `:name`.
@@ -97,10 +98,12 @@ def _engine(config: SQLConfig, schema: Schema, password: PasswordProvider | None
     # Each module imports its driver, which may not be installed.
     if config.type == "sqlite":
         from hf_async_store.strategies.sql.sqlite import SQLite
+        from hf_async_store.strategies.sql.sqlite_schema import SQLiteSchema
         from hf_async_store.strategies.sql.sqlite_writer import SQLiteWriter
 
-        return SQLEngine(config, schema, SQLite(config), SQLiteWriter)
+        return SQLEngine(config, schema, SQLite(config), SQLiteSchema, SQLiteWriter)
+    from hf_async_store.strategies.sql.postgres_schema import PostgresSchema
     from hf_async_store.strategies.sql.postgresql import PostgreSQL
     from hf_async_store.strategies.sql.statement_writer import StatementWriter
 
-    return SQLEngine(config, schema, PostgreSQL(config, password), StatementWriter)
+    return SQLEngine(config, schema, PostgreSQL(config, password), PostgresSchema, StatementWriter)
