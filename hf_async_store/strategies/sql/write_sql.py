@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 from hf_async_store.schema import Collection, Field
-from hf_async_store.strategies.sql.names import DOC, GENERATION, key_column, quoted
+from hf_async_store.strategies.sql.names import CATALOGUE, DOC, GENERATION, key_column, quoted
 from hf_async_store.values import CREATED_AT, INT_MAX, LIGHT_BYTES, VERSION
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ _LOCK_TIMEOUT: Final = (
     "pg_catalog.current_setting('lock_timeout'::text)), true) AS s (c)"
 )
 """Sets `lock_timeout` until the transaction ends: in a FROM clause, before the first row is locked."""
+
+CHANGED: Final = "the catalogue has generation "
+"""A part of the message of the error that a statement causes if the catalogue has changed: a cast to a
+number fails, because a condition that is false could also mean that there is no such row."""
 
 
 class StatementKey(NamedTuple):
@@ -95,8 +99,9 @@ class WriteStatements:
             sql = self._insert(table, shape, columns, locks=locks)
         elif shape.verb == "delete":
             condition = f"t.{table.key} = {entity_id} AND {_expected(columns)}"
-            condition += "".join(self._no_children(table, columns))
-            sql = f"DELETE FROM {table.name} AS t USING {columns.source(documents=False)} WHERE {condition}"
+            condition += "".join(self._no_children(table, columns)) + self._current()
+            source = columns.source(documents=False)
+            sql = f"DELETE FROM {table.name} AS t USING {source} WHERE {condition}"
         else:
             sql = self._update(table, shape, columns, locks=locks)
         return f"{sql} RETURNING t.{table.key}, t.{VERSION}"
@@ -115,7 +120,8 @@ class WriteStatements:
             conflict = f"UPDATE SET {written} WHERE {condition}"
         return (
             f"INSERT INTO {table.name} AS t ({', '.join(names)}) "
-            f"SELECT {', '.join(values)} FROM {columns.source(documents=True)} WHERE TRUE{parents} "
+            f"SELECT {', '.join(values)} FROM {columns.source(documents=True)} "
+            f"WHERE TRUE{parents}{self._current()} "
             f"ON CONFLICT ({table.key}) DO {conflict}"
         )
 
@@ -136,6 +142,19 @@ class WriteStatements:
         return (
             f"UPDATE {table.name} AS t SET {written} FROM {columns.source(documents=True)} "
             f"WHERE t.{table.key} = i.c0 AND {expected} AND {condition}{patched}{parents}"
+            f"{self._current()}"
+        )
+
+    def _current(self) -> str:
+        """The condition that the catalogue is as these tables were read from it.
+
+        Otherwise other programs may have declared references.
+        """
+        generation = f"'{self._tables.catalogue.generation}'::text"
+        return (
+            f" AND (SELECT CASE WHEN c.value = {generation} THEN 1 "
+            f"ELSE pg_catalog.concat('{CHANGED}'::text, c.value)::int END "
+            f"FROM {CATALOGUE} AS c WHERE c.name = 'generation'::text) IS DISTINCT FROM 0"
         )
 
     # -- references --------------------------------------------------------------------------
