@@ -104,11 +104,14 @@ class SQLiteHarness:
         return f"sqlite:{self._path}"
 
     def refuse_label(self, label: str) -> None:
-        refused = f"NEW.label = '{label}' BEGIN SELECT RAISE(ABORT, 'no such label'); END"
+        stored = "NEW.doc ->> '$.label'"
+        refused = f"{stored} = '{label}' BEGIN SELECT RAISE(ABORT, 'no such label'); END"
         with closing(sqlite3.connect(self._path)) as connection:
             for verb in ("INSERT", "UPDATE"):
-                trigger = f"CREATE TRIGGER no_{label}_{verb} BEFORE {verb} ON items WHEN {refused}"
-                connection.execute(trigger)
+                name = f"no_{label}_{verb}"
+                connection.execute(
+                    f'CREATE TRIGGER {name} BEFORE {verb} ON "items-entities" WHEN {refused}'
+                )
 
     def touched(self) -> bool:
         return self._path.exists()

@@ -16,6 +16,7 @@ from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completio
 from hf_async_store.errors import PermissionDeniedError, SchemaMismatchError
 from hf_async_store.schema import SYSTEM_COLLECTIONS, Schema
 from hf_async_store.strategies.sql.catalogue import (
+    READ,
     Catalogue,
     Entry,
     declared,
@@ -60,19 +61,19 @@ class SchemaSync(ABC):
         """
         try:
             self.dialect.check_file(lease.driver)
-            return await self._read(lease.driver)
+            return (await self._read(lease.driver))[0]
         except self.dialect.driver_errors as exc:
             raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
 
-    async def _read(self, driver: Any) -> Catalogue | None:
+    async def _read(self, driver: Any) -> tuple[Catalogue | None, dict[str, str]]:
+        """The catalogue, and the existing relations: see `Dialect.relations`."""
         await self._refuse_untrusted_owners(driver)
-        rows = await self.dialect.read_catalogue(driver)
-        if rows is not None:
-            return from_rows(rows)
         relations = await self.dialect.relations(driver)
+        if CATALOGUE in relations:
+            return from_rows(await self.dialect.rows(driver, READ, ())), relations
         for name in self.schema:
             _refuse_foreign(name, relations)
-        return None
+        return None, relations
 
     async def _refuse_untrusted_owners(self, driver: Any) -> None:
         """Refuse tables of the store itself if they belong to an untrusted role.
@@ -104,9 +105,9 @@ class SchemaSync(ABC):
         driver = lease.driver
         try:
             self.dialect.check_file(driver)
-            catalogue = await self._read(driver)
+            catalogue, relations = await self._read(driver)
             await self.dialect.prepare_writing(driver)
-            if catalogue is not None and not await self._missing(driver, catalogue):
+            if catalogue is not None and not self._missing(catalogue, relations):
                 return catalogue
             handle = await self.dialect.begin_ddl(driver)
             try:
@@ -119,9 +120,8 @@ class SchemaSync(ABC):
             raise self.dialect.translate(exc, doing="create the tables", writes=False) from exc
         return catalogue
 
-    async def _missing(self, driver: Any, catalogue: Catalogue) -> bool:
+    def _missing(self, catalogue: Catalogue, relations: Mapping[str, str]) -> bool:
         """Whether a write must create or record something first."""
-        relations = await self.dialect.relations(driver)
         for name, entry in declared(catalogue, self.schema.values()).items():
             if entry != catalogue.entries.get(name) or not (
                 table_name(name) in relations and sql_name(name) in relations
@@ -132,8 +132,7 @@ class SchemaSync(ABC):
         return False
 
     async def _create_missing(self, driver: Any) -> Catalogue:
-        catalogue = await self._read(driver)
-        relations = await self.dialect.relations(driver)
+        catalogue, relations = await self._read(driver)
         if catalogue is None:
             catalogue = Catalogue(store_id=secrets.token_hex(16))
             text = self.grammar.text_type
@@ -222,12 +221,11 @@ class SchemaSync(ABC):
 
     async def changes(self, lease: LeasedConnection) -> list[SchemaChange]:
         """What is missing for the declaration: see `Engine.schema_changes`."""
-        catalogue = await self.read(lease) or Catalogue()
         try:
-            relations = await self.dialect.relations(lease.driver)
+            catalogue, relations = await self._read(lease.driver)
         except self.dialect.driver_errors as exc:
             raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
-        return self.changes_from(catalogue, relations)
+        return self.changes_from(catalogue or Catalogue(), relations)
 
     def changes_from(
         self, catalogue: Catalogue, relations: Mapping[str, str]

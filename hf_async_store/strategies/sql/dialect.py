@@ -177,10 +177,6 @@ class Dialect(ABC):
         return {}
 
     @abstractmethod
-    async def read_catalogue(self, driver: Any) -> Sequence[Sequence[object]] | None:
-        """The rows of the catalogue; None if there is no such table."""
-
-    @abstractmethod
     async def relations(self, driver: Any) -> dict[str, str]:
         """By name, the kind of each existing table, view and index: "table", "view" or "index"."""
 

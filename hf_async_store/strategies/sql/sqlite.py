@@ -33,10 +33,8 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.strategies.sql.catalogue import READ
 from hf_async_store.strategies.sql.dialect import Dialect, Result
 from hf_async_store.strategies.sql.errors import sqlite_error
-from hf_async_store.strategies.sql.names import CATALOGUE
 from hf_async_store.strategies.sql.sqlite_functions import FUNCTIONS
 from hf_async_store.strategies.sql.sqlite_grammar import SQLiteGrammar
 from hf_async_store.values import Value
@@ -673,14 +671,6 @@ class SQLite(Dialect):
         return None
 
     # -- the schema --------------------------------------------------------------------------
-
-    async def read_catalogue(
-        self, driver: aiosqlite.Connection
-    ) -> Sequence[Sequence[object]] | None:
-        found = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
-        if not await self.rows(driver, found, (CATALOGUE,)):
-            return None
-        return await self.rows(driver, READ, ())
 
     async def relations(self, driver: aiosqlite.Connection) -> dict[str, str]:
         rows = await self.rows(
