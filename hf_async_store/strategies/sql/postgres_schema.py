@@ -130,7 +130,7 @@ class PostgresSchema(SchemaSync):
         )
 
     async def _catalogue(self, driver: Any) -> Catalogue:
-        catalogue = await self._read(driver)
+        catalogue, _ = await self._read(driver)
         assert catalogue is not None, "this store has recorded its declaration"
         return catalogue
 
