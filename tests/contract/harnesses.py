@@ -147,7 +147,7 @@ class PostgreSQLHarness:
             async with connection.transaction():
                 key = {"items": "item_id"}[collection]
                 await connection.execute(
-                    f'SELECT 1 FROM "{collection}" WHERE "{key}" = $1 FOR UPDATE',
+                    f'SELECT 1 FROM "{collection}-entities" WHERE "{key}" = $1 FOR UPDATE',
                     entity_id,
                 )
                 yield
@@ -155,8 +155,8 @@ class PostgreSQLHarness:
             await connection.close()
 
     def refuse_label(self, label: str) -> None:
-        rule = f"ALTER TABLE items ADD CONSTRAINT no_{label} CHECK (label <> '{label}')"
-        execute(self._url, rule)
+        rule = f"CHECK (doc ->> 'label' <> '{label}')"
+        execute(self._url, f'ALTER TABLE "items-entities" ADD CONSTRAINT no_{label} {rule}')
 
     def touched(self) -> bool:
         tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"

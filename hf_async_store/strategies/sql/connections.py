@@ -64,6 +64,7 @@ class LeasedConnection:
         self.commit_done.set()
         self.state_unknown = False  # a failure or cancellation interrupted the driver
         self.session_altered = False  # a caller's own SQL may have changed the session
+        self.isolation: Isolation | None = None  # of the open transaction; None: as configured
         self.return_task: asyncio.Task[None] | None = None  # returns it to the pool
         self._transactions: list[Any] = []  # the handles of the transaction and its savepoints
         self._may_write = True  # whether the transaction that is open may write
@@ -185,6 +186,8 @@ class LeasedConnection:
     @asynccontextmanager
     async def transaction(self, isolation: Isolation | None = None) -> AsyncIterator[None]:
         """A transaction, or a savepoint inside a transaction: the statements inside commit together."""
+        if not self._transactions:
+            self.isolation = isolation
         await self._begin(lambda: self.dialect.begin(self.driver, isolation))
         try:
             yield

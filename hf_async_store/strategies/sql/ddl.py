@@ -212,7 +212,10 @@ class SchemaSync(ABC):
         )
 
     async def _run(self, driver: Any, statement: str) -> None:
-        await self.dialect.rows(driver, statement, ())
+        try:
+            await self.dialect.rows(driver, statement, ())
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing=f"run {statement}", writes=False) from exc
 
     # -- changes of the schema ---------------------------------------------------------------
 

@@ -54,7 +54,7 @@ from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import SessionEndedError
 from hf_async_store.strategies.sql.names import CATALOGUE, DOC, index_name, table_name
 from hf_async_store.strategies.sql.parameters import bind, check_statement
-from hf_async_store.strategies.sql.retries import Attempts
+from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.rows import Table, Tables
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
 from hf_async_store.values import VERSION, Entity, Key, Value
@@ -224,7 +224,7 @@ class SQLEngine(Engine):
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         if self._state is None and not self._dialect.exists():
             return [None] * len(keys)
-        attempts = Attempts(self._config.timeout)
+        backoff = conflict_backoff(self._config.timeout)
         reconnected = False
         while True:
             try:
@@ -235,14 +235,13 @@ class SQLEngine(Engine):
                     async with lease.transaction():
                         return await reading.fetch(lease, tables, keys)
             except ConcurrencyConflictError:
-                if attempts.ended:
+                if not await backoff.pause():
                     raise
             except UnavailableError:
                 # A read can be repeated; the pooled connection may have been closed by the server.
                 if reconnected:
                     raise
                 reconnected = True
-            await attempts.wait()
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         records = await self._small(query)
@@ -366,11 +365,25 @@ class SQLEngine(Engine):
     # -- independent writes ------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self._retried(lambda: self._write_each(changes))
+        return await self._write(changes, patient=True)
 
-    async def _write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
+        return await self._write(changes, patient=False)
+
+    async def _write(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
+        outcomes = await self._retried(lambda: self._write_each(changes, patient=patient))
+        again = [n for n, each in enumerate(outcomes) if isinstance(each, CatalogueChangedError)]
+        if again:
+            # Other changes were applied before.
+            self._ready = False
+            found = await self._write([changes[each] for each in again], patient=patient)
+            for place, outcome in zip(again, found, strict=True):
+                outcomes[place] = outcome
+        return outcomes
+
+    async def _write_each(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
         async with self.writing() as lease:
-            return await self._writer.write_each(lease, changes)
+            return await self._writer.write_each(lease, changes, patient=patient)
 
     @property
     def _writer(self) -> Writer:
@@ -405,22 +418,22 @@ class SQLEngine(Engine):
         """Run work, and repeat it until `timeout` while it fails without any effect: because of a
         conflict, a statement that was prepared before the tables were changed, a session that had
         ended, or a server that accepts no writes."""
-        attempts = Attempts(self._config.timeout)
+        backoff = conflict_backoff(self._config.timeout)
         while True:
             try:
                 return await work()
             except CatalogueChangedError:
                 self._ready = False
-                if attempts.ended:
+                if not await backoff.pause():
                     raise
             except (ConcurrencyConflictError, ReadOnlyStoreError) as exc:
-                if not exc.retryable or exc.outcome_unknown or attempts.ended:
+                if not exc.retryable or exc.outcome_unknown or not await backoff.pause():
                     raise
             except UnavailableError as exc:
                 # The server had ended the session of a pooled connection before this statement.
-                if not isinstance(exc.__cause__, SessionEndedError) or attempts.ended:
+                ended = isinstance(exc.__cause__, SessionEndedError)
+                if not ended or not await backoff.pause():
                     raise
-            await attempts.wait()
 
     async def execute(
         self, lease: LeasedConnection, sql: str, params: Sequence[object] | Mapping[str, object]

@@ -9,8 +9,11 @@ from typing import Final
 DOC: Final = "doc"
 """The column that contains the entity."""
 
-GENERATION: Final = "generation"
+GENERATION: Final = "row-generation"
 """The column, on PostgreSQL, that contains the generation of the table by which a row was written."""
+
+GENERATION_PREFIX: Final = "generation-"
+"""What the names of the constraints begin with that `generation_constraint` returns."""
 
 CATALOGUE: Final = "hf_catalogue"
 """The table that describes the store: see `catalogue`."""
@@ -50,6 +53,12 @@ def key_column(field: str) -> str:
 def index_name(collection: str, fields: Sequence[str]) -> str:
     """The name of an index; it identifies the fields."""
     return limited(f"{sql_name(collection)}_{'-'.join(fields)}-index")
+
+
+def generation_constraint(collection: str) -> str:
+    """The name of the constraint, on PostgreSQL, that refuses rows of programs that do not know all key
+    columns."""
+    return limited(f"{GENERATION_PREFIX}{sql_name(collection)}")
 
 
 def quoted(name: str) -> str:

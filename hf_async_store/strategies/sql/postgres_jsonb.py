@@ -47,6 +47,12 @@ def array_text(values: Sequence[object]) -> str:
     return f"{{{encoded[1:-1]}}}"
 
 
+def bytes_array_text(values: Sequence[bytes]) -> str:
+    """A list of byte strings in the text format of a PostgreSQL array."""
+    listed = '","\\\\x'.join([each.hex() for each in values])
+    return f'{{"\\\\x{listed}"}}'
+
+
 def _element(value: object) -> str:
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')

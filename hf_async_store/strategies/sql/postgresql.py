@@ -30,9 +30,12 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
-from hf_async_store.strategies.sql.dialect import Dialect, ExistingColumn, SessionEndedError
+from hf_async_store.strategies.sql.catalogue import READ, CatalogueChangedError
+from hf_async_store.strategies.sql.dialect import Dialect, SessionEndedError
 from hf_async_store.strategies.sql.errors import connection_error, postgres_error
+from hf_async_store.strategies.sql.names import CATALOGUE, GENERATION_PREFIX
 from hf_async_store.strategies.sql.postgres_grammar import PostgresGrammar
+from hf_async_store.strategies.sql.write_sql import CHANGED
 from hf_async_store.values import Value
 
 try:
@@ -53,6 +56,12 @@ _CHUNK_SIZE: Final = 256
 _GRACE: Final = 5.0
 """How many seconds the driver waits longer than `statement_timeout`, within which the server reports that
 a statement was cancelled."""
+
+_UNLIMITED: Final = 7 * 24 * 3600.0
+"""How many seconds the driver waits for statements such as the build of an index."""
+
+INVALID: Final = "invalid index"
+"""The kind, in `relations`, of an index whose build was interrupted, or is in progress."""
 
 _SCHEMA_LOCK: Final = int.from_bytes(b"hfstore", "big")
 _ROLE_SECONDS: Final = 0.25
@@ -576,12 +585,8 @@ class PostgreSQL(Dialect):
                 "idle for longer than idle_in_transaction_session_timeout or idle_session_timeout "
                 "allow, or an administrator or a restart ended it"
             )
-        if isinstance(exc, asyncpg.InvalidCachedStatementError):
-            return ConcurrencyConflictError(
-                f"cannot {doing}: the tables were changed since the statement was prepared: try "
-                "again",
-                retryable=True,
-            )
+        if (changed := _changed_tables(exc, doing, callers=callers)) is not None:
+            return changed
         if isinstance(exc, asyncpg.ConnectionDoesNotExistError) and isinstance(
             exc.__cause__, asyncpg.PostgresError
         ):
@@ -616,20 +621,29 @@ class PostgreSQL(Dialect):
         rows = await self.rows(driver, _UNTRUSTED_OWNERS, (list(tables), list(declared)))
         return {str(table): str(owner) for table, owner in rows}
 
-    async def reflect_tables(self, driver: Any) -> list[str]:
-        return [each[0] for each in await self.rows(driver, _TABLES, ())]
+    async def read_catalogue(self, driver: Any) -> Sequence[Sequence[object]] | None:
+        # Not by the error for a missing table, which would end a transaction.
+        if not await self.rows(driver, _HAS_CATALOGUE, (CATALOGUE,)):
+            return None
+        return await self.rows(driver, READ, ())
 
-    async def reflect_columns(
-        self, driver: Any, tables: Sequence[str]
-    ) -> dict[str, dict[str, ExistingColumn]]:
-        columns: dict[str, dict[str, ExistingColumn]] = {}
-        for table, column, *found in await self.rows(driver, _COLUMNS, (list(tables),)):
-            columns.setdefault(table, {})[column] = ExistingColumn(*found)
-        return columns
+    async def relations(self, driver: Any) -> dict[str, str]:
+        return dict(cast("Any", await self.rows(driver, _RELATIONS, ())))
 
-    async def reflect_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
-        rows = await self.rows(driver, _INDEXES, (list(tables),))
-        return dict(cast("Any", rows))
+    async def run_unlimited(self, driver: Any, sql: str) -> None:
+        """Run statements outside a transaction that may take very long."""
+        try:
+            await driver.execute(sql, timeout=_UNLIMITED)
+        except Exception as exc:
+            self._record_error(driver, exc)
+            raise
+
+    async def read_committed(
+        self, driver: Any, sql: str, args: Sequence[object]
+    ) -> Sequence[Sequence[Any]]:
+        """The rows of a statement that reads much, and must be no reason for others to fail."""
+        async with self._read_only(driver):
+            return await self.rows(driver, sql, args)
 
     async def begin_ddl(self, driver: Any) -> Any:
         # Read committed, so that it sees after the lock what the previous holder of the lock created.
@@ -706,25 +720,19 @@ END$$
 # A cast to regnamespace would parse the name, and fail for a name that needs quotes.
 _SCHEMA: Final = "(SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = current_schema())"
 
-_TABLES: Final = f"""
-SELECT relname::text FROM pg_catalog.pg_class
-WHERE relnamespace = {_SCHEMA} AND relkind IN ('r', 'p') ORDER BY 1
-"""
-
 # Another role may have created functions and operators in the schema. The server would prefer one that
 # matches the types of the arguments better than that of pg_catalog. So no argument needs a conversion.
-_COLUMNS: Final = f"""
-SELECT c.relname::text, a.attname::text,
-    pg_catalog.concat(pg_catalog.format_type(a.atttypid, a.atttypmod),
-        CASE WHEN a.attcollation = 0::oid THEN '' ELSE pg_catalog.concat(' COLLATE ', l.collname) END),
-    k.conkey IS NOT NULL, a.attnotnull AND NOT a.atthasdef, a.attgenerated <> ''::"char"
-FROM pg_catalog.pg_attribute AS a
-JOIN pg_catalog.pg_class AS c ON c.oid = a.attrelid
-LEFT JOIN pg_catalog.pg_collation AS l ON l.oid = a.attcollation
-LEFT JOIN pg_catalog.pg_constraint AS k ON k.conrelid = c.oid AND k.contype = 'p'
-    AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum]
-WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p')
-    AND c.relname::text = ANY($1::text[]) AND a.attnum > 0::int2 AND NOT a.attisdropped
+_HAS_CATALOGUE: Final = f"""
+SELECT 1 FROM pg_catalog.pg_class
+WHERE relnamespace = {_SCHEMA} AND relname::text = $1::text AND relkind IN ('r', 'p')
+"""
+
+_RELATIONS: Final = f"""
+SELECT c.relname::text, CASE
+    WHEN i.indisvalid = false THEN '{INVALID}' WHEN c.relkind = 'i'::"char" THEN 'index'
+    WHEN c.relkind = 'v'::"char" THEN 'view' ELSE 'table' END
+FROM pg_catalog.pg_class AS c LEFT JOIN pg_catalog.pg_index AS i ON i.indexrelid = c.oid
+WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p', 'f', 'v', 'm', 'i', 'I', 'S')
 """
 
 _UNTRUSTED_OWNERS: Final = f"""
@@ -739,18 +747,6 @@ WHERE c.relnamespace = {_SCHEMA} AND c.relname::text = ANY($1::text[])
             SELECT 1 FROM pg_class AS o WHERE o.relnamespace = c.relnamespace
             AND o.relowner = c.relowner AND o.relname::text = ANY($2::text[])
         ))
-"""
-
-_INDEXES: Final = f"""
-SELECT c.relname::text, pg_catalog.pg_get_indexdef(i.indexrelid) FROM pg_index AS i
-JOIN pg_class AS c ON c.oid = i.indexrelid
-JOIN pg_class AS t ON t.oid = i.indrelid
-WHERE t.relnamespace = {_SCHEMA} AND t.relname::text = ANY($1::text[])
-UNION ALL
-SELECT k.conname::text, '' FROM pg_constraint AS k
-JOIN pg_class AS t ON t.oid = k.conrelid
-WHERE k.contype = 'f' AND t.relnamespace = {_SCHEMA}
-    AND t.relname::text = ANY($1::text[])
 """
 
 _HEALTH: Final = """
@@ -811,6 +807,22 @@ async def _server_role(driver: Any) -> _ServerRole:
 def _setting(driver: Any, name: str) -> str | None:
     """A setting as the server reported it last; None if it does not report it."""
     return cast("str | None", getattr(driver.get_settings(), name, None))
+
+
+def _changed_tables(
+    exc: Exception, doing: str, *, callers: bool
+) -> ConcurrencyConflictError | None:
+    """The error for a statement that was made for tables, or a catalogue, that have changed since."""
+    if isinstance(exc, asyncpg.InvalidCachedStatementError):
+        return ConcurrencyConflictError(
+            f"cannot {doing}: the tables were changed since the statement was prepared: try again",
+            retryable=True,
+        )
+    if isinstance(exc, asyncpg.CheckViolationError):
+        stale = str(exc.constraint_name).startswith(GENERATION_PREFIX)
+    else:
+        stale = isinstance(exc, asyncpg.InvalidTextRepresentationError) and CHANGED in str(exc)
+    return CatalogueChangedError() if stale and not callers else None
 
 
 def _is_closed(exc: Exception) -> bool:

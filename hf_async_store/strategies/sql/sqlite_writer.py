@@ -58,7 +58,9 @@ class SQLiteWriter(Writer):
         super().__init__(tables, config)
         self._statements: dict[tuple[str, tuple[int, ...] | None, int], str] = {}
 
-    async def write_each(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
+    async def write_each(
+        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool = True
+    ) -> list[Outcome]:
         """See `Writer`: in one transaction, if the database accepts all changes."""
         try:
             return await lease.job(lambda connection: self._commit(connection, changes))

@@ -7,173 +7,244 @@ array. A row that it does not return did not meet its precondition; `statement_w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
-from hf_async_store.strategies.sql.names import DOC
+from hf_async_store.schema import Collection, Field
+from hf_async_store.strategies.sql.names import CATALOGUE, DOC, GENERATION, key_column, quoted
 from hf_async_store.values import CREATED_AT, INT_MAX, LIGHT_BYTES, VERSION
 
 if TYPE_CHECKING:
-    from hf_async_store.schema import Schema
-    from hf_async_store.strategies.sql.rows import Table
+    from hf_async_store.strategies.sql.rows import Table, Tables
 
 Verb: TypeAlias = Literal["save", "create", "replace", "patch", "delete"]
 
-_PATIENCE_MS: Final = 100
-"""How long a statement of several changes waits for the lock of a row."""
+_LOCK_TIMEOUT: Final = (
+    "pg_catalog.set_config('lock_timeout'::text, coalesce($1::text, "
+    "pg_catalog.current_setting('lock_timeout'::text)), true) AS s (c)"
+)
+"""Sets `lock_timeout` until the transaction ends: in a FROM clause, before the first row is locked."""
 
-_COLUMNS: Final[Mapping[Verb, tuple[str, ...]]] = {
-    "save": ("text",),
-    "create": ("text",),
-    "replace": ("text", "bigint"),
-    "patch": ("text", "bigint", "text", "bigint"),
-    "delete": ("text", "bigint"),
-}
-"""The types of the columns of arguments: the id; the expected version, NULL if any; of a patch, the names
-that it removes, and the size of what it sets, which is its document."""
+CHANGED: Final = "the catalogue has generation "
+"""A part of the message of the error that a statement causes if the catalogue has changed: a cast to a
+number fails, because a condition that is false could also mean that there is no such row."""
 
 
 class StatementKey(NamedTuple):
     """Changes with the same key can share one statement.
 
     Attributes:
+        keys: the fields whose key columns it writes; of a delete, none.
         created: for a whole entity: its document contains `created_at`, or is stored without it.
-        imported: the last argument before the references is the version to store.
+        imported: a column of arguments contains the version to store.
     """
 
     collection: str
     verb: Verb
+    keys: tuple[str, ...] = ()
     created: bool = False
     imported: bool = False
 
 
 class WriteStatements:
-    """Generates the statements of a store, and caches them."""
+    """Generates the statements for the tables of a store, and caches them.
 
-    def __init__(self, schema: Schema, tables: Mapping[str, Table], *, references: bool) -> None:
-        self._schema = schema
+    Attributes:
+        references: they are enforced.
+    """
+
+    def __init__(self, tables: Tables, *, references: bool) -> None:
         self._tables = tables
-        self._references = references
+        self.references = references
         self._cache: dict[tuple[StatementKey, bool], str] = {}
 
-    def of(self, shape: StatementKey, *, patient: bool) -> str:
-        """The statement.
+    def of(self, shape: StatementKey, *, locks: bool) -> str:
+        """The statement. Its arguments are `lock_timeout` (None: as it is set), one array for each column
+        of arguments, and the JSON array of documents, except for a delete.
 
         Args:
-            patient: it waits for locks as long as the settings of the session allow.
+            locks: it locks the parents to which rows refer, until its transaction ends. This is needed
+                unless the transactions are serializable.
         """
-        cached = self._cache.get((shape, patient))
+        cached = self._cache.get((shape, locks))
         if cached is None:
-            cached = self._cache[shape, patient] = self._generate(shape, patient=patient)
+            cached = self._cache[shape, locks] = self._generate(shape, locks=locks)
         return cached
 
-    def _generate(self, shape: StatementKey, *, patient: bool) -> str:
+    def of_parents(self, collection: str) -> str:
+        """The statement that locks rows, in the order of their ids, so that they get no children.
+
+        Its arguments are `lock_timeout`, as in `of`, and a list of ids.
+        """
+        table = self._tables[collection]
+        return (
+            f"SELECT 1 FROM {_LOCK_TIMEOUT}, {table.name} AS t "
+            f"WHERE t.{table.key} = ANY($2::text::text[]) ORDER BY t.{table.key} FOR UPDATE OF t"
+        )
+
+    def parents_of(self, collection: str) -> Sequence[Field]:
+        """The references whose values are the last columns of arguments of a statement that writes rows."""
+        return self._tables.schema[collection].references if self.references else ()
+
+    def children_of(self, collection: str) -> Sequence[tuple[Collection, Field]]:
+        """The references to a collection that prevent deletes; `sort_bytes` of the id is then the last
+        column of arguments of a delete."""
+        return self._tables.schema.children[collection] if self.references else ()
+
+    def _generate(self, shape: StatementKey, *, locks: bool) -> str:
         table = self._tables[shape.collection]
-        kinds = [*_COLUMNS[shape.verb], *(["bigint"] if shape.imported else [])]
-        first = len(kinds)  # the number of the column of the first reference
-        parents = ""
-        if self._references and shape.verb != "delete":
-            kinds += ["text"] * len(table.collection.references)
-            parents = self._parents(table, first)
-        source = _source(kinds, documents=shape.verb != "delete", patient=patient)
+        columns = _Columns()
+        entity_id = columns.add("text")
         if shape.verb in ("save", "create"):
-            sql = self._insert(table, shape, source, parents)
+            sql = self._insert(table, shape, columns, locks=locks)
         elif shape.verb == "delete":
-            sql = (
-                f"DELETE FROM {table.name} AS t USING {source} WHERE t.{table.key} = i.c0 "
-                f"AND (i.c1 IS NULL OR t.{VERSION} = i.c1){self._no_children(shape.collection)}"
-            )
+            condition = f"t.{table.key} = {entity_id} AND {_expected(columns)}"
+            condition += "".join(self._no_children(table, columns)) + self._current()
+            source = columns.source(documents=False)
+            sql = f"DELETE FROM {table.name} AS t USING {source} WHERE {condition}"
         else:
-            sql = self._update(table, shape, source, parents)
+            sql = self._update(table, shape, columns, locks=locks)
         return f"{sql} RETURNING t.{table.key}, t.{VERSION}"
 
-    def _insert(self, table: Table, shape: StatementKey, source: str, parents: str) -> str:
-        version = "i.c1" if shape.imported else "1::bigint"
+    def _insert(self, table: Table, shape: StatementKey, columns: _Columns, *, locks: bool) -> str:
+        version = columns.add("bigint") if shape.imported else "1::bigint"
+        keys = {key_column(each): columns.add("bytea") for each in shape.keys}
+        parents = "".join(self._parents(table, columns, locks=locks))
+        names = [table.key, VERSION, DOC, quoted(GENERATION), *map(quoted, keys)]
+        values = ["i.c0", version, "i.d", f"{table.generation}::int", *keys.values()]
         conflict = "NOTHING"
         if shape.verb == "save":
-            doc = f"excluded.{DOC}"
-            stored = "" if shape.imported else f" WHERE {_below_maximum()}"
+            sets = {each: f"excluded.{quoted(each)}" for each in keys}
             new = f"excluded.{VERSION}" if shape.imported else f"t.{VERSION} + 1::bigint"
-            kept = doc if shape.created else _with_stored_creation(doc)
-            conflict = f"UPDATE SET {VERSION} = {new}, {DOC} = {kept}{stored}"
+            written, condition = _row(table, shape, f"excluded.{DOC}", new, sets)
+            conflict = f"UPDATE SET {written} WHERE {condition}"
         return (
-            f"INSERT INTO {table.name} AS t ({table.key}, {VERSION}, {DOC}) "
-            f"SELECT i.c0, {version}, i.d FROM {source} WHERE TRUE{parents} "
+            f"INSERT INTO {table.name} AS t ({', '.join(names)}) "
+            f"SELECT {', '.join(values)} FROM {columns.source(documents=True)} "
+            f"WHERE TRUE{parents}{self._current()} "
             f"ON CONFLICT ({table.key}) DO {conflict}"
         )
 
-    def _update(self, table: Table, shape: StatementKey, source: str, parents: str) -> str:
-        version = "i.c2" if shape.imported else f"t.{VERSION} + 1::bigint"
-        condition = f" AND (i.c1 IS NULL OR t.{VERSION} = i.c1)"
-        if not shape.imported:
-            condition += f" AND {_below_maximum()}"
+    def _update(self, table: Table, shape: StatementKey, columns: _Columns, *, locks: bool) -> str:
+        expected = _expected(columns)
+        version, doc, patched = f"t.{VERSION} + 1::bigint", "i.d", ""
+        if shape.imported:
+            version = columns.add("bigint")
         if shape.verb == "patch":
-            doc = f"(t.{DOC} - coalesce(i.c2::text[], '{{}}'::text[])) || i.d"
+            removed, size = columns.add("text"), columns.add("bigint")
+            doc = f"(t.{DOC} - coalesce({removed}::text[], '{{}}'::text[])) || i.d"
             # An entity of this size is never too large. Others are measured by the store.
-            size = f"pg_catalog.octet_length(t.{DOC}::text)::bigint + i.c3"
-            condition += f" AND {size} <= {LIGHT_BYTES}::bigint"
-        else:
-            doc = "i.d" if shape.created else _with_stored_creation("i.d")
+            total = f"pg_catalog.octet_length(t.{DOC}::text)::bigint + {size}"
+            patched = f" AND {total} <= {LIGHT_BYTES}::bigint"
+        keys = {key_column(each): columns.add("bytea") for each in shape.keys}
+        parents = "".join(self._parents(table, columns, locks=locks))
+        written, condition = _row(table, shape, doc, version, keys)
         return (
-            f"UPDATE {table.name} AS t SET {VERSION} = {version}, {DOC} = {doc} "
-            f"FROM {source} WHERE t.{table.key} = i.c0{condition}{parents}"
+            f"UPDATE {table.name} AS t SET {written} FROM {columns.source(documents=True)} "
+            f"WHERE t.{table.key} = i.c0 AND {expected} AND {condition}{patched}{parents}"
+            f"{self._current()}"
         )
 
-    def _parents(self, table: Table, first: int) -> str:
+    def _current(self) -> str:
+        """The condition that the catalogue is as these tables were read from it.
+
+        Otherwise other programs may have declared references.
+        """
+        generation = f"'{self._tables.catalogue.generation}'::text"
+        return (
+            f" AND (SELECT CASE WHEN c.value = {generation} THEN 1 "
+            f"ELSE pg_catalog.concat('{CHANGED}'::text, c.value)::int END "
+            f"FROM {CATALOGUE} AS c WHERE c.name = 'generation'::text) IS DISTINCT FROM 0"
+        )
+
+    # -- references --------------------------------------------------------------------------
+
+    def _parents(self, table: Table, columns: _Columns, *, locks: bool) -> Iterator[str]:
         """The conditions that the parent of every reference exists."""
-        conditions = []
-        for n, field in enumerate(table.collection.references, first):
-            parent = self._tables[cast("str", field.references)]
-            itself = f" OR i.c{n} = i.c0" if parent is table else ""
-            conditions.append(
-                f" AND (i.c{n} IS NULL{itself} OR EXISTS "
-                f"(SELECT 1 FROM {parent.name} AS p WHERE p.{parent.key} = i.c{n}))"
+        lock = " FOR KEY SHARE" if locks else ""
+        for field in self.parents_of(table.collection):
+            parent, value = self._tables[field.parent], columns.add("text")
+            itself = f" OR {value} = i.c0" if parent is table else ""
+            yield (
+                f" AND ({value} IS NULL{itself} OR EXISTS "
+                f"(SELECT 1 FROM {parent.name} AS p WHERE p.{parent.key} = {value}{lock}))"
             )
-        return "".join(conditions)
 
-    def _no_children(self, collection: str) -> str:
+    def _no_children(self, table: Table, columns: _Columns) -> Iterator[str]:
         """The conditions that no entity refers to the deleted one."""
-        if not self._references:
-            return ""
-        key = f"t.{self._tables[collection].key}"
-        conditions = ""
-        for child, field in self._schema.children[collection]:
-            table = self._tables[child.name]
-            others = f" AND c.{table.key} <> {key}" if child.name == collection else ""
-            refers = table.grammar.refers("c", field, key)
-            conditions += (
-                f" AND NOT EXISTS (SELECT 1 FROM {table.name} AS c WHERE {refers}{others})"
-            )
-        return conditions
+        children = self.children_of(table.collection)
+        encoded = columns.add("bytea") if children else ""
+        for child, field in children:
+            others = self._tables[child.name]
+            itself = f" AND c.{others.key} <> t.{table.key}" if others is table else ""
+            refers = refers_to(others, field.name, encoded, f"t.{table.key}")
+            yield f" AND NOT EXISTS (SELECT 1 FROM {others.name} AS c WHERE {refers}{itself})"
 
 
-def _source(kinds: Sequence[str], *, documents: bool, patient: bool) -> str:
-    """The items of a FROM clause that provide rows of arguments as `i (c0, c1, ..., d)`."""
-    arrays = [f"${n}::text::{kind}[]" for n, kind in enumerate(kinds, 1)]
-    columns = [f"c{n}" for n in range(len(kinds))]
-    # The unqualified name with one argument would be looked up along the search_path.
-    functions = f"{'pg_catalog.' if len(arrays) == 1 else ''}unnest({', '.join(arrays)})"
-    if documents:
-        columns.append("d")
-        functions += f", pg_catalog.jsonb_array_elements(${len(kinds) + 1}::text::jsonb)"
-    rows = f"ROWS FROM ({functions}) AS i ({', '.join(columns)})"
-    if patient:
-        return rows
-    # In effect before the first row is locked, and until the transaction ends.
-    timeout = f"pg_catalog.set_config('lock_timeout'::text, '{_PATIENCE_MS}'::text, true)"
-    return f"{timeout} AS s (c), {rows}"
+def refers_to(table: Table, field: str, encoded: str, entity_id: str) -> str:
+    """The condition that the row `c` refers to an entity.
+
+    Args:
+        encoded: `sort_bytes` of the id.
+    """
+    member = f"c.{DOC} -> '{field}'::text"
+    test = f"({member}) = pg_catalog.to_jsonb({entity_id})"
+    if field not in table.ready:
+        return test
+    return f"c.{quoted(key_column(field))} = {encoded} AND {test}"
 
 
-def _below_maximum() -> str:
-    """The condition that the stored version is not the greatest possible one."""
-    return f"t.{VERSION} < {INT_MAX}::bigint"
+def _row(
+    table: Table, shape: StatementKey, doc: str, version: str, keys: dict[str, str]
+) -> tuple[str, str]:
+    """The assignments of an existing row, and their condition.
+
+    Args:
+        doc: the document, or that without `created_at`.
+        keys: by column, the new values.
+    """
+    if shape.verb != "patch" and not shape.created:
+        stored = f"t.{DOC} -> '{CREATED_AT}'::text"
+        doc = (
+            f"CASE WHEN t.{DOC} ? '{CREATED_AT}'::text THEN {doc} || "
+            f"pg_catalog.jsonb_build_object('{CREATED_AT}'::text, {stored}) "
+            f"ELSE {doc} - '{CREATED_AT}'::text END"
+        )
+        keys = {name: each for name, each in keys.items() if name != key_column(CREATED_AT)}
+    sets = {VERSION: version, DOC: doc, quoted(GENERATION): f"{table.generation}::int"}
+    sets.update({quoted(name): each for name, each in keys.items()})
+    conditions = [] if shape.imported else [f"t.{VERSION} < {INT_MAX}::bigint"]
+    if len(keys) < len(table.key_fields):
+        # The key columns that are kept have their values.
+        conditions.append(f"t.{quoted(GENERATION)} >= {table.generation}::int")
+    written = ", ".join(f"{name} = {each}" for name, each in sets.items())
+    return written, " AND ".join(conditions) or "TRUE"
 
 
-def _with_stored_creation(doc: str) -> str:
-    """A document with the `created_at` of the stored one, or without it as well."""
-    stored = f"t.{DOC} -> '{CREATED_AT}'::text"
-    return (
-        f"CASE WHEN t.{DOC} ? '{CREATED_AT}'::text THEN {doc} || "
-        f"pg_catalog.jsonb_build_object('{CREATED_AT}'::text, {stored}) "
-        f"ELSE {doc} - '{CREATED_AT}'::text END"
-    )
+def _expected(columns: _Columns) -> str:
+    """The condition on the version."""
+    expected = columns.add("bigint")
+    return f"({expected} IS NULL OR t.{VERSION} = {expected})"
+
+
+class _Columns:
+    """The columns of arguments of a statement, while it is generated."""
+
+    def __init__(self) -> None:
+        self._kinds: list[str] = []
+
+    def add(self, kind: str) -> str:
+        """Add a column; returns its name."""
+        self._kinds.append(kind)
+        return f"i.c{len(self._kinds) - 1}"
+
+    def source(self, *, documents: bool) -> str:
+        """The items of a FROM clause that provide the rows of arguments."""
+        arrays = [f"${n}::text::{kind}[]" for n, kind in enumerate(self._kinds, 2)]
+        names = [f"c{n}" for n in range(len(arrays))]
+        # The unqualified name with one argument would be looked up along the search_path.
+        functions = f"{'pg_catalog.' if len(arrays) == 1 else ''}unnest({', '.join(arrays)})"
+        if documents:
+            names.append("d")
+            functions += f", pg_catalog.jsonb_array_elements(${len(arrays) + 2}::text::jsonb)"
+        return f"{_LOCK_TIMEOUT}, ROWS FROM ({functions}) AS i ({', '.join(names)})"

@@ -29,8 +29,10 @@ class Writer(ABC):
         self.config = config
 
     @abstractmethod
-    async def write_each(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
-        """See `Engine.write_each`."""
+    async def write_each(
+        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool = True
+    ) -> list[Outcome]:
+        """See `Engine.write_each`; if not `patient`, `Engine.write_unblocked`."""
 
     @abstractmethod
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
