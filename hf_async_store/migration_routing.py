@@ -18,7 +18,15 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -37,6 +45,8 @@ from hf_async_store.driver import (
     Isolation,
     QueryPlan,
     Reader,
+    SchemaChange,
+    SchemaProgress,
     Session,
 )
 from hf_async_store.errors import (
@@ -456,6 +466,20 @@ class MigrationRouter(Engine):
 
     async def undeclared(self) -> list[str]:
         return await (await self.in_use()).undeclared()
+
+    async def declarations(self) -> list[Collection]:
+        return await (await self.in_use()).declarations()
+
+    async def remember(self, collections: Iterable[Collection]) -> None:
+        await (await self.in_use()).remember(collections)
+
+    async def schema_changes(self) -> list[SchemaChange]:
+        return await (await self.in_use()).schema_changes()
+
+    async def apply_schema(
+        self, *, progress: SchemaProgress | None = None, complete: bool = False
+    ) -> None:
+        await (await self.in_use()).apply_schema(progress=progress, complete=complete)
 
     async def explain(self, query: Query) -> QueryPlan:
         return await (await self.in_use()).explain(query)

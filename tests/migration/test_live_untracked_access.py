@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["short_leases"]
 
 UPDATE = {
-    "sqlite": "UPDATE \"accounts-entities\" SET doc = json_set(doc, '$.balance', 7) WHERE account_id = 'a-0'",
+    "sqlite": (
+        "UPDATE \"accounts-entities\" SET doc = json_set(doc, '$.balance', 7) "
+        "WHERE account_id = 'a-0'"
+    ),
     "postgresql": (
         "UPDATE \"accounts-entities\" SET doc = jsonb_set(doc, '{balance}', '7') WHERE account_id = 'a-0'"
     ),

@@ -131,7 +131,8 @@ async def test_reads_return_fields_without_a_column_and_add_none(url: str) -> No
     columns = (
         "SELECT name FROM pragma_table_xinfo('jobs-entities')"
         if url.startswith("sqlite")
-        else "SELECT attname FROM pg_attribute WHERE attrelid = '\"jobs-entities\"'::regclass AND attnum > 0"
+        else "SELECT attname FROM pg_attribute "
+        "WHERE attrelid = '\"jobs-entities\"'::regclass AND attnum > 0"
     )
 
     def found() -> list[str]:

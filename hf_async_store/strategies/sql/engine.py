@@ -155,11 +155,9 @@ class SQLEngine(Engine):
         assert self._state is not None, "the store was prepared"
         tables = self._state.tables
         if self._dialect.single_writer:
-            [[generation]] = await lease.rows(GENERATION_SQL)
-            if generation != str(tables.catalogue.generation):
-                catalogue = await self._sync.read(lease)
-                assert catalogue is not None, "it has a generation"
-                tables = self._use(catalogue)
+            rows = await lease.rows(GENERATION_SQL)
+            if list(rows) != [(str(tables.catalogue.generation),)]:
+                tables = self._use(await self._sync.read(lease) or Catalogue())
         return tables
 
     async def is_absent(self) -> bool:

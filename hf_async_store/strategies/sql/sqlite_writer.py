@@ -115,8 +115,8 @@ class SQLiteWriter(Writer):
             connection.execute(f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}")
         try:
             connection.execute("BEGIN IMMEDIATE")
-            [generation] = connection.execute(GENERATION_SQL).fetchone()
-            if generation != str(self.tables.catalogue.generation):
+            generation = connection.execute(GENERATION_SQL).fetchone()
+            if generation != (str(self.tables.catalogue.generation),):
                 raise CatalogueChangedError
             outcomes = _Batch(self, connection).run(changes, all_or_none=False)
             connection.execute("COMMIT")
