@@ -7,7 +7,7 @@ from typing import Final, NamedTuple, cast
 
 import msgspec
 
-from hf_async_store.changes import ANY, PRESENT, Change, ChangeMarker, Delete, Patch, Put
+from hf_async_store.changes import ABSENT, ANY, PRESENT, Change, ChangeMarker, Delete, Patch, Put
 from hf_async_store.preconditions import check, check_parents, missing_parents, next_version
 from hf_async_store.query import MISSING
 from hf_async_store.schema import Schema
@@ -38,6 +38,7 @@ class _Created(msgspec.Struct):
     created_at: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
+_MAY_CREATE: Final = (ANY, ABSENT)
 _decode_created: Final = msgspec.json.Decoder(_Created).decode
 _decode_members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _DAMAGED: Final = (ValueError, TypeError)
@@ -51,6 +52,8 @@ def new_row(table: Table, change: Change, stored: Stored | None) -> Stored | Non
         UnsupportedValueError: the entity is too large, or its version cannot be increased.
         CorruptionError: the stored row cannot be decoded.
     """
+    if stored is None and type(change) is Put and change.expect in _MAY_CREATE:
+        return _created(table, change)
     actual = None if stored is None else stored.version
     if actual is not None and (type(actual) is not int or actual < 0):
         raise table.damaged(change.key.id, ValueError(f"version is {actual!r}"))
@@ -64,11 +67,21 @@ def new_row(table: Table, change: Change, stored: Stored | None) -> Stored | Non
         return Stored(change.import_version, doc, table.keys(change.entity))
     version = next_version(change.key, actual)
     try:
+        assert stored is not None, "the change of an absent entity was refused"
         if isinstance(change, Put):
             return Stored(version, *_whole(table, change, stored))
-        return Stored(version, *_patched(table, change, cast("Stored", stored)))
+        return Stored(version, *_patched(table, change, stored))
     except _DAMAGED as exc:
         raise table.damaged(change.key.id, exc) from exc
+
+
+def _created(table: Table, change: Put) -> Stored:
+    entity, version = change.entity, change.import_version
+    if version is None:
+        version = 1
+        if CREATED_AT not in entity:
+            entity = {CREATED_AT: change.written_at, **entity}
+    return Stored(version, table.grammar.encode(entity), table.keys(entity))
 
 
 def entity_of(table: Table, key: Key, stored: Stored | None) -> Entity | None:
@@ -76,14 +89,12 @@ def entity_of(table: Table, key: Key, stored: Stored | None) -> Entity | None:
     return None if stored is None else table.entity((key.id, stored.doc, stored.version))
 
 
-def _whole(table: Table, change: Put, stored: Stored | None) -> tuple[str, tuple[bytes, ...]]:
+def _whole(table: Table, change: Put, stored: Stored) -> tuple[str, tuple[bytes, ...]]:
     """The document and the key columns of a whole entity, with its `created_at`."""
     entity = change.entity
     if CREATED_AT not in entity:
-        kept = msgspec.UNSET if stored is None else _decode_created(stored.doc).created_at
-        if stored is None:
-            entity = {CREATED_AT: change.written_at, **entity}
-        elif kept is not msgspec.UNSET:
+        kept = _decode_created(stored.doc).created_at
+        if kept is not msgspec.UNSET:
             entity = {CREATED_AT: decode_json(kept), **entity}
     return table.grammar.encode(entity), table.keys(entity)
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.errors import CorruptionError
-from hf_async_store.query import MISSING
-from hf_async_store.sort_bytes import sort_bytes
+from hf_async_store.sort_bytes import sort_bytes_of
 from hf_async_store.strategies.sql.grammar import decode_json
 from hf_async_store.strategies.sql.names import DOC, key_column, quoted, sql_name, table_name
 from hf_async_store.values import VERSION, Entity
@@ -57,10 +56,9 @@ class Table:
         self.fetch_one = f"{source} = {grammar.parameter(1, 'text')}"
         self.fetch_many = f"{source} {grammar.in_list(grammar.parameter(1, 'list'))}"
 
-    def keys(self, entity: Mapping[str, object]) -> tuple[bytes, ...]:
+    def keys(self, entity: Entity) -> tuple[bytes, ...]:
         """The values of the key columns of an entity."""
-        get = entity.get
-        return tuple([sort_bytes(get(each, MISSING)) for each in self.key_fields])  # type: ignore[arg-type]
+        return sort_bytes_of(entity, self.key_fields)
 
     def entity(self, row: Sequence[object]) -> Entity:
         """The entity of a row of `selected`.

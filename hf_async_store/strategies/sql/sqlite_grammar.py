@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 from hf_async_store.query import Missing
-from hf_async_store.sort_bytes import sort_bytes
+from hf_async_store.sort_bytes import MAX_SORT_BYTES, sort_bytes
 from hf_async_store.strategies.sql.grammar import (
     OPERATORS,
     Arguments,
@@ -26,6 +26,7 @@ from hf_async_store.values import VERSION, FieldType, Value
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.rows import Table
 
+_SORT_STRING: Final = sort_bytes("")[0]
 _SIMPLE_NAME: Final = re.compile(r'[^"\\\x00-\x1f]+\Z')
 _PLAIN_NAME: Final = re.compile(r"[a-z][a-z0-9_]*\Z")
 _VIEW_CASES: Final[dict[FieldType, str]] = {
@@ -70,14 +71,18 @@ class SQLiteGrammar(Grammar):
     def test(self, target: str, op: str, value: Value, args: Arguments) -> Condition:
         if op == "exists":
             return Condition(f"{target} IS {'NOT ' if value else ''}NULL")
-        is_string = f"substr({target}, 1, 1) = '\"'"
+        text = _text_of(target)
         sign = "=" if op == "eq" else OPERATORS.get(op)
         if isinstance(value, str) and sign is not None:
-            return Condition(f"({is_string} AND {target} ->> '$' {sign} {args.add(value)})")
+            return Condition(f"({text} {sign} {args.add(value)} AND {_is_string(target)})")
         if op == "in" and all(isinstance(each, str) for each in cast("list[Value]", value)):
-            found = self.in_strings(f"{target} ->> '$'", cast("list[str]", value), args)
-            return Condition(f"({is_string} AND {found})")
-        return Condition(f"hf_test({target}, '{op}', {args.add(self.encode(value))})")
+            found = self.in_strings(text, cast("list[str]", value), args)
+            return Condition(f"({found} AND {_is_string(target)})")
+        test = f"hf_test({target}, '{op}', {args.add(self.encode(value))})"
+        if type(value) in (int, float) and sign is not None:
+            integers = f"WHEN 'integer' THEN {text} {sign} {args.add(value)}"
+            test = f"CASE json_type({target}) {integers} WHEN 'real' THEN {test} ELSE FALSE END"
+        return Condition(test)
 
     def in_strings(self, expression: str, values: Sequence[str], args: Arguments) -> str:
         return f"{expression} {self.in_list(args.add(self.strings(values)))}"
@@ -98,7 +103,10 @@ class SQLiteGrammar(Grammar):
     # -- order -------------------------------------------------------------------------------
 
     def terms(self, target: str) -> tuple[str, ...]:
-        return (f"hf_key({target})",)
+        # The key of a string is computed here, because a call of a Python function takes longer.
+        string = f"CAST(char({_SORT_STRING}) || {_text_of(target)} AS BLOB)"
+        short = f"substr({string}, 1, {MAX_SORT_BYTES})"
+        return (f"CASE WHEN {_is_string(target)} THEN {short} ELSE hf_key({target}) END",)
 
     def operands(self, value: Value | Missing, args: Arguments) -> tuple[str, ...]:
         return (args.add(sort_bytes(value)),)
@@ -119,3 +127,15 @@ class SQLiteGrammar(Grammar):
         if kind == "json":
             return f"{DOC} -> '$.{field}'"
         return f"CASE json_type({DOC}, '$.{field}') {_VIEW_CASES[kind].format(value=value)} END"
+
+
+def _text_of(target: str) -> str:
+    """The string or number that JSON contains; without parsing twice what `at` returns."""
+    member = f"(t.{DOC} -> "
+    if target.startswith(member):
+        return f"(t.{DOC} ->> {target.removeprefix(member)}"
+    return f"({target} ->> '$')"
+
+
+def _is_string(target: str) -> str:
+    return f"substr({target}, 1, 1) = '\"'"

@@ -5,14 +5,16 @@ memory, in their order, and the resulting rows are written by statements of many
 statement acquires the interpreter lock, for which the thread may wait while the event loop is busy,
 so few steps are better than few bytes. An update sets only the key columns that change, because SQLite
 rewrites the entries of every index of which a column is set.
+
+The statements are `OR FAIL`, because a failure rolls back the whole batch anyway: with `OR ABORT`, the
+default, a statement of many rows would first copy each page that it changes.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
-from itertools import chain, repeat
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Put
@@ -84,16 +86,16 @@ class SQLiteWriter(Writer):
     def insert_sql(self, table: Table, rows: int) -> str:
         """The statement that inserts this number of rows: id, version, document, key columns."""
         columns = [table.key, VERSION, DOC, *table.key_columns]
-        return (
-            f"INSERT INTO {table.name} ({', '.join(columns)}) VALUES {_values(len(columns), rows)}"
-        )
+        values = _values(len(columns), rows)
+        return f"INSERT OR FAIL INTO {table.name} ({', '.join(columns)}) VALUES {values}"
 
     def update_sql(self, table: Table, changed: tuple[int, ...], rows: int) -> str:
         """The statement that updates this number of rows: id, version, document, and some key columns."""
         names = [VERSION, DOC, *(table.key_columns[each] for each in changed)]
         sets = ", ".join(f"{name} = v.column{number}" for number, name in enumerate(names, 2))
+        values = _values(len(names) + 1, rows)
         return (
-            f"UPDATE {table.name} AS t SET {sets} FROM (VALUES {_values(len(names) + 1, rows)}) AS v "
+            f"UPDATE OR FAIL {table.name} AS t SET {sets} FROM (VALUES {values}) AS v "
             f"WHERE t.{table.key} = v.column1"
         )
 
@@ -146,13 +148,11 @@ class _Batch:
 
     def run(self, changes: Sequence[Change], *, all_or_none: bool) -> list[Outcome]:
         """Decide the changes in order, and write the accepted ones."""
-        parents: Iterable[Sequence[Key]] = repeat(())
-        if self._references:
-            parents = [parents_of(self._schema, each) for each in changes]
-        self._read(changes, parents)
+        self._read(changes)
+        must_check = self._references and self._read_parents(changes)
         outcomes: list[Outcome] = []
-        for change, wanted in zip(changes, parents, strict=False):
-            outcome = self._apply(change, wanted)
+        for change in changes:
+            outcome = self._apply(change, must_check=must_check)
             outcomes.append(outcome)
             if isinstance(outcome, StorageError):
                 if all_or_none:
@@ -168,22 +168,40 @@ class _Batch:
 
     # -- reading -----------------------------------------------------------------------------
 
-    def _read(self, changes: Sequence[Change], parents: Iterable[Sequence[Key]]) -> None:
+    def _read(self, changes: Sequence[Change]) -> None:
         by_key = {each.key: each for each in changes}
         marks = [each.mark.key for each in changes if each.mark is not None]
         self._rows = dict.fromkeys(chain(by_key, marks))
+        documents = len(by_key) < len(changes) or any(map(_needs_document, changes))
         for collection, ids in keys_by_collection(self._rows).items():
             table = self._tables[collection]
-            found = [by_key[key] for each in ids if (key := Key(collection, each)) in by_key]
-            load = len(by_key) < len(changes) or any(map(_needs_document, found))
-            for entity_id, *row in self._select(table, _columns(table, load), ids):
+            doc = f"t.{DOC}" if documents else f"'{_NOT_LOADED}'"
+            columns = ", ".join([VERSION, doc, *(f"t.{each}" for each in table.key_columns)])
+            for entity_id, *row in self._select(table, columns, ids):
                 self._rows[Key(collection, entity_id)] = Stored(row[0], row[1], tuple(row[2:]))
-        if self._references:
-            unread = [each for each in chain.from_iterable(parents) if each not in self._rows]
-            self._parents = dict.fromkeys(unread, False)
-            for collection, ids in keys_by_collection(unread).items():
-                for [entity_id, _] in self._select(self._tables[collection], VERSION, ids):
-                    self._parents[Key(collection, entity_id)] = True
+
+    def _read_parents(self, changes: Sequence[Change]) -> bool:
+        """Find out which parents exist; returns whether the references must be checked one by one."""
+        wanted: dict[str, set[str]] = {}
+        for (collection, is_delete), group in _by_kind(changes).items():
+            if is_delete:
+                continue
+            for field in self._schema[collection].references:
+                ids = wanted.setdefault(field.parent, set())
+                ids.update([each for each in _values_of(group, field.name) if type(each) is str])
+        self._parents = {}
+        for collection, found in wanted.items():
+            unread = sorted(each for each in found if Key(collection, each) not in self._rows)
+            self._parents.update(dict.fromkeys([Key(collection, each) for each in unread], False))
+            for [entity_id, _] in self._select(self._tables[collection], VERSION, unread):
+                self._parents[Key(collection, entity_id)] = True
+        changed = {each.key.collection for each in changes}
+        deleted = {each.key.collection for each in changes if isinstance(each, Delete)}
+        return (
+            not all(self._parents.values())
+            or not changed.isdisjoint(wanted)
+            or any(self._schema.children[each] for each in deleted)
+        )
 
     def _select(self, table: Table, columns: str, ids: Sequence[str]) -> list[Any]:
         source = f"SELECT t.{table.key}, {columns} FROM {table.name} AS t WHERE t.{table.key}"
@@ -201,7 +219,7 @@ class _Batch:
 
     # -- decisions ---------------------------------------------------------------------------
 
-    def _apply(self, change: Change, parents: Sequence[Key]) -> Outcome:
+    def _apply(self, change: Change, *, must_check: bool) -> Outcome:
         key = change.key
         table = self._tables[key.collection]
         stored = self._rows[key]
@@ -209,8 +227,8 @@ class _Batch:
             if stored is not None and change.expect is not ANY and change.expect != stored.version:
                 stored = self._loaded(key, stored)
             row = new_row(table, change, stored)
-            if self._references:
-                self._check_references(table, change, stored, parents)
+            if must_check:
+                self._check_references(table, change, stored)
         except StorageError as exc:
             return exc
         if row is not None:
@@ -225,14 +243,11 @@ class _Batch:
         self._before.setdefault(key, self._rows[key])
         self._rows[key] = row
 
-    def _check_references(
-        self, table: Table, change: Change, stored: Stored | None, parents: Sequence[Key]
-    ) -> None:
+    def _check_references(self, table: Table, change: Change, stored: Stored | None) -> None:
         if not isinstance(change, Delete):
-            if all(map(self._exists, parents)):
-                return
-            loaded = None if stored is None else self._loaded(change.key, stored)
-            refuse_missing_parents(self._schema, table, change, loaded, self._exists)
+            if not all(map(self._exists, parents_of(self._schema, change))):
+                loaded = None if stored is None else self._loaded(change.key, stored)
+                refuse_missing_parents(self._schema, table, change, loaded, self._exists)
         elif stored is not None and self._schema.children[change.key.collection]:
             self._flush()
             check_children(self._schema, change.key, self._children)
@@ -250,17 +265,19 @@ class _Batch:
     def _flush(self) -> None:
         """Write the changed rows, those together that need the same statement."""
         deletes: dict[str, list[tuple[str]]] = {}
-        writes: dict[tuple[str, tuple[int, ...] | None], list[list[object]]] = {}
+        writes: dict[tuple[str, tuple[int, ...] | None], list[tuple[object, ...]]] = {}
         for key, before in self._before.items():
             row = self._rows[key]
-            if row is None:
+            if row is not None:
+                version, doc, keys = row
+                changed: tuple[int, ...] | None = None
                 if before is not None:
-                    deletes.setdefault(key.collection, []).append((key.id,))
-                continue
-            changed = None if before is None else _different(before.keys, row.keys)
-            keys = row.keys if changed is None else [row.keys[each] for each in changed]
-            args = [key.id, row.version, row.doc, *keys]
-            writes.setdefault((key.collection, changed), []).append(args)
+                    changed = _different(before.keys, keys)
+                    keys = tuple([keys[each] for each in changed])
+                args = writes.setdefault((key.collection, changed), [])
+                args.append((key.id, version, doc, *keys))
+            elif before is not None:
+                deletes.setdefault(key.collection, []).append((key.id,))
         self._before.clear()
         self._written = True
         for collection, gone in deletes.items():
@@ -268,15 +285,26 @@ class _Batch:
             sql = f"DELETE FROM {table.name} WHERE {table.key} = ?"
             self._connection.executemany(sql, gone)
         for (collection, changed), rows in writes.items():
-            statement = partial(self._statement, self._tables[collection], changed)
             for part in _pieces(rows):
-                args = list(chain.from_iterable(part))
-                self._connection.execute(statement(len(part)), args)
+                sql = self._statement(self._tables[collection], changed, len(part))
+                self._connection.execute(sql, list(chain.from_iterable(part)))
 
 
-def _columns(table: Table, load: bool) -> str:
-    doc = f"t.{DOC}" if load else f"'{_NOT_LOADED}'"
-    return ", ".join([VERSION, doc, *(f"t.{each}" for each in table.key_columns)])
+def _by_kind(changes: Iterable[Change]) -> dict[tuple[str, bool], list[Change]]:
+    """The changes by collection, deletes apart."""
+    groups: dict[tuple[str, bool], list[Change]] = {}
+    for each in changes:
+        groups.setdefault((each.key.collection, isinstance(each, Delete)), []).append(each)
+    return groups
+
+
+def _values_of(changes: Iterable[Change], name: str) -> list[object]:
+    """The values that changes give a field."""
+    return [
+        (each.entity if isinstance(each, Put) else each.fields).get(name)
+        for each in changes
+        if not isinstance(each, Delete)
+    ]
 
 
 def _values(columns: int, rows: int) -> str:
@@ -292,7 +320,7 @@ def _different(before: Sequence[bytes], after: Sequence[bytes]) -> tuple[int, ..
     return tuple(number for number, (old, new) in pairs if old != new)
 
 
-def _pieces(rows: list[list[object]]) -> Iterator[list[list[object]]]:
+def _pieces(rows: list[tuple[object, ...]]) -> Iterator[list[tuple[object, ...]]]:
     start = 0
     for size in _ROWS:
         while len(rows) - start >= size:
