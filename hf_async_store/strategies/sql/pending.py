@@ -1,19 +1,25 @@
-"""Changes as rows of arguments of the statements of `write_sql`."""
+"""Changes as rows of arguments of the statements of `write_sql`.
+
+The arguments of a statement are built column by column, which takes half as long as row by row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from types import NoneType
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from hf_async_store.changes import ABSENT, ANY, Change, Delete, Patch, Put
-from hf_async_store.query import MISSING
+import msgspec
+
+from hf_async_store.changes import ABSENT, ANY, Change, Patch, Put
+from hf_async_store.query import MISSING, Missing
 from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.decisions import Stored
 from hf_async_store.strategies.sql.grammar import decode_json
-from hf_async_store.strategies.sql.postgres_jsonb import array_text, bytes_array_text, json_text
+from hf_async_store.strategies.sql.postgres_jsonb import array_text, hex_array_text, json_text
 from hf_async_store.strategies.sql.write_sql import StatementKey, Verb, WriteStatements
-from hf_async_store.values import CREATED_AT, Key, Removed, Value
+from hf_async_store.values import CREATED_AT, Entity, Removed, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.rows import Tables
@@ -21,35 +27,29 @@ if TYPE_CHECKING:
 _PLAIN: Final = (str, int, float, bool, NoneType, list, dict, Removed)
 """The types of the values of a patch that does not depend on the stored entity."""
 
+_id_of: Final = attrgetter("change.key.id")
 
-class PendingChange(NamedTuple):
-    """A change, its position in the whole list of changes, and its arguments.
+
+class PendingChange(msgspec.Struct, frozen=True, gc=False):
+    """A change, and its position in the whole list of changes.
 
     Attributes:
         shape: None: there is no statement for it; it must be decided on the stored entity.
-        row: the first columns of arguments.
-        encoded: the values of `sort_bytes` in the columns after them.
-        parents: the ids to which it refers, in the last columns.
-        doc: the document.
+        fields: the values that it writes.
+        doc: their JSON; of a new entity, with `created_at`.
+        expected: the precondition, if it is a version.
+        version: the version to write, if it is known.
+        kept: the stored values: a reference may stay as it is even if its parent is missing.
     """
 
     place: int
     change: Change
     shape: StatementKey | None
-    row: tuple[object, ...] = ()
-    encoded: tuple[bytes, ...] = ()
-    parents: tuple[str | None, ...] = ()
+    fields: Mapping[str, Value] = {}
     doc: str = ""
-
-
-def arguments(group: list[PendingChange]) -> list[str]:
-    """The arguments of the statement of changes that share one, without the first."""
-    args = [array_text(each) for each in zip(*(each.row for each in group), strict=True)]
-    args += [bytes_array_text(each) for each in zip(*(each.encoded for each in group), strict=True)]
-    args += [array_text(each) for each in zip(*(each.parents for each in group), strict=True)]
-    if not isinstance(group[0].change, Delete):
-        args.append(f"[{','.join([each.doc for each in group])}]")
-    return args
+    expected: int | None = None
+    version: int | None = None
+    kept: Mapping[str, Value] = {}
 
 
 class Encoder:
@@ -58,96 +58,134 @@ class Encoder:
     def __init__(self, tables: Tables, statements: WriteStatements) -> None:
         self.tables = tables
         self.statements = statements
+        self._shapes: dict[tuple[str, Verb, bool, bool], StatementKey] = {}
+
+    # -- changes -----------------------------------------------------------------------------
 
     def pending(self, place: int, change: Change) -> PendingChange:
-        """A change with its arguments."""
+        """A change with its statement."""
         expected = change.expect if type(change.expect) is int else None
-        if isinstance(change, Delete):
-            return self._deletion(place, change, expected)
+        if isinstance(change, Put):
+            return self._put(place, change, expected)
         if isinstance(change, Patch):
             return self._patch(place, change, expected)
-        return self._put(place, change, expected)
+        shape = StatementKey(change.key.collection, "delete")
+        return PendingChange(place, change, shape, expected=expected)
 
     def exactly(self, pending: PendingChange, stored: Stored, row: Stored | None) -> PendingChange:
         """The same change, as the replacement of exactly this stored version by a decided row."""
-        key = pending.change.key
+        place, change = pending.place, pending.change
+        collection = change.key.collection
         if row is None:
-            return self._deletion(pending.place, pending.change, stored.version)
-        entity, before = decode_json(row.doc), decode_json(stored.doc)
-        # A reference may stay as it is even if its parent is missing.
-        new = {name: each for name, each in entity.items() if before.get(name) != each}
-        table = self.tables[key.collection]
-        return PendingChange(
-            pending.place,
-            pending.change,
-            StatementKey(key.collection, "replace", table.key_fields, created=True, imported=True),
-            (key.id, stored.version, row.version),
-            table.keys(entity),
-            self._parents(key, new),
-            row.doc,
-        )
-
-    def _deletion(self, place: int, change: Change, expected: int | None) -> PendingChange:
-        key = change.key
-        has_children = bool(self.statements.children_of(key.collection))
+            shape = StatementKey(collection, "delete")
+            return PendingChange(place, change, shape, expected=stored.version)
         return PendingChange(
             place,
             change,
-            StatementKey(key.collection, "delete"),
-            (key.id, expected),
-            (sort_bytes(key.id),) if has_children else (),
+            self._shape((collection, "replace", True, True)),
+            decode_json(row.doc),
+            row.doc,
+            stored.version,
+            row.version,
+            decode_json(stored.doc),
         )
 
     def _patch(self, place: int, change: Patch, expected: int | None) -> PendingChange:
-        fields, key = change.fields, change.key
+        fields, collection = change.fields, change.key.collection
         if not all(isinstance(each, _PLAIN) for each in fields.values()):
             return PendingChange(place, change, None)
-        named = tuple([e for e in self.tables[key.collection].key_fields if e in fields])
-        sets: dict[str, Value] = {}
-        removed: list[str] = []
-        for name, value in fields.items():
-            if isinstance(value, Removed):
-                removed.append(name)
-            else:
-                sets[name] = value
-        doc = json_text(sets)
-        names = array_text(removed) if removed else None
-        return PendingChange(
-            place,
-            change,
-            StatementKey(key.collection, "patch", named),
-            (key.id, expected, names, len(doc.encode())),
-            tuple([sort_bytes(sets.get(each, MISSING)) for each in named]),
-            self._parents(key, sets),
-            doc,
-        )
+        named = tuple([each for each in self.tables[collection].key_fields if each in fields])
+        sets: Entity = {n: each for n, each in fields.items() if not isinstance(each, Removed)}
+        shape = StatementKey(collection, "patch", named)
+        return PendingChange(place, change, shape, sets, json_text(sets), expected)
 
     def _put(self, place: int, change: Put, expected: int | None) -> PendingChange:
-        key, entity, version = change.key, change.entity, change.import_version
-        table = self.tables[key.collection]
+        entity, version = change.entity, change.import_version
         created = version is not None or CREATED_AT in entity
-        encoded = table.keys(entity)
         doc = json_text(entity)
         if not created:
             doc = f'{{"{CREATED_AT}":"{change.written_at}",{doc[1:]}'
-            if CREATED_AT in table.key_fields:
-                encoded = table.keys({**entity, CREATED_AT: change.written_at})
         verb: Verb = "replace"
-        row: tuple[object, ...] = (key.id,)
         if change.expect is ANY:
             verb = "save"
         elif change.expect is ABSENT:
             verb, created = "create", True
-        else:
-            row = (*row, expected)
-        if version is not None:
-            row = (*row, version)
-        shape = StatementKey(key.collection, verb, table.key_fields, created, version is not None)
-        return PendingChange(place, change, shape, row, encoded, self._parents(key, entity), doc)
+        shape = self._shape((change.key.collection, verb, created, version is not None))
+        return PendingChange(place, change, shape, entity, doc, expected, version)
 
-    def _parents(self, key: Key, fields: Mapping[str, object]) -> tuple[str | None, ...]:
-        found = (fields.get(each.name) for each in self.statements.parents_of(key.collection))
-        return tuple([each if isinstance(each, str) else None for each in found])
+    def _shape(self, kind: tuple[str, Verb, bool, bool]) -> StatementKey:
+        """The statement of a whole entity: its collection, verb, `created` and `imported`."""
+        shape = self._shapes.get(kind)
+        if shape is None:
+            collection, verb, created, imported = kind
+            keys = self.tables[collection].key_fields
+            shape = self._shapes[kind] = StatementKey(collection, verb, keys, created, imported)
+        return shape
+
+    # -- arguments ---------------------------------------------------------------------------
+
+    def arguments(self, shape: StatementKey, group: Sequence[PendingChange]) -> list[str]:
+        """The arguments of the statement of some changes, without the first."""
+        ids = [each.change.key.id for each in group]
+        args = [array_text(ids)]
+        if shape.verb not in ("save", "create"):
+            args.append(array_text([each.expected for each in group]))
+        if shape.verb == "delete":
+            if self.statements.children_of(shape.collection):
+                args.append(hex_array_text(_encoded(ids)))
+            return args
+        if shape.imported:
+            args.append(array_text([each.version for each in group]))
+        if shape.verb == "patch":
+            args.append(array_text([_removed(each.change) for each in group]))
+            args.append(array_text([len(each.doc.encode()) for each in group]))
+        for name in shape.keys:
+            values: list[Value | Missing] = [each.fields.get(name, MISSING) for each in group]
+            if name == CREATED_AT and shape.verb != "patch":
+                values = [_created(each) for each in group]
+            args.append(hex_array_text(_encoded(values)))
+        args += [
+            array_text([_parent(each, field.name) for each in group])
+            for field in self.statements.parents_of(shape.collection)
+        ]
+        args.append(f"[{','.join([each.doc for each in group])}]")
+        return args
+
+
+def _created(pending: PendingChange) -> Value | Missing:
+    """The value of `created_at` of a whole entity that is new."""
+    change = pending.change
+    if pending.version is None and isinstance(change, Put):
+        return pending.fields.get(CREATED_AT, change.written_at)
+    return pending.fields.get(CREATED_AT, MISSING)
+
+
+def _removed(change: Change) -> str | None:
+    """The names that a patch removes, as an array."""
+    assert isinstance(change, Patch)
+    names = [name for name, each in change.fields.items() if isinstance(each, Removed)]
+    return array_text(names) if names else None
+
+
+def _parent(pending: PendingChange, name: str) -> str | None:
+    """The id to which a change refers, if its parent must exist."""
+    value = pending.fields.get(name)
+    return value if isinstance(value, str) and pending.kept.get(name) != value else None
+
+
+def _encoded(values: Sequence[Value | Missing]) -> list[str]:
+    """`sort_bytes` of values, as hexadecimal digits."""
+    known: dict[str, str] = {}
+    encoded: list[str] = []
+    for value in values:
+        if type(value) is str:
+            digits = known.get(value)
+            if digits is None:
+                digits = known[value] = sort_bytes(value).hex()
+            encoded.append(digits)
+        else:
+            encoded.append(sort_bytes(value).hex())
+    return encoded
 
 
 def by_statement(pending: Iterable[PendingChange]) -> list[list[PendingChange]]:
@@ -156,7 +194,3 @@ def by_statement(pending: Iterable[PendingChange]) -> list[list[PendingChange]]:
     for each in pending:
         groups.setdefault(each.shape, []).append(each)
     return [sorted(each, key=_id_of) for each in groups.values()]
-
-
-def _id_of(pending: PendingChange) -> str:
-    return pending.change.key.id

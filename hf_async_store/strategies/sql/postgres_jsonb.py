@@ -14,8 +14,9 @@ from typing import Final
 from hf_async_store.strategies.sql.grammar import encode_json
 from hf_async_store.values import Value
 
-# Finds numbers with an exponent. A string can contain the same characters; then the value is encoded
-# by the slower function, with the same result.
+# Find numbers with an exponent; the first is faster, and finds more. A string can contain the same
+# characters; then the value is encoded by the slower function, with the same result.
+_MAYBE_EXPONENT: Final = re.compile(rb"e[0-9]")
 _EXPONENT: Final = re.compile(rb"[:,\[]-?[0-9.]+e[0-9]")
 _ESCAPED: Final = re.compile(r'\\[^"\\]')
 _LARGE: Final = 1e15
@@ -26,7 +27,9 @@ def json_text(value: Value) -> str:
     if isinstance(value, float):
         return decimal_text(value)
     encoded = encode_json(value)
-    return encoded.decode() if _EXPONENT.search(encoded) is None else _in_full(value)
+    if _MAYBE_EXPONENT.search(encoded) is None or _EXPONENT.search(encoded) is None:
+        return encoded.decode()
+    return _in_full(value)
 
 
 def decimal_text(value: float) -> str:
@@ -49,7 +52,12 @@ def array_text(values: Sequence[object]) -> str:
 
 def bytes_array_text(values: Sequence[bytes]) -> str:
     """A list of byte strings in the text format of a PostgreSQL array."""
-    listed = '","\\\\x'.join([each.hex() for each in values])
+    return hex_array_text([each.hex() for each in values])
+
+
+def hex_array_text(values: Sequence[str]) -> str:
+    """As `bytes_array_text`, from hexadecimal digits."""
+    listed = '","\\\\x'.join(values)
     return f'{{"\\\\x{listed}"}}'
 
 

@@ -72,7 +72,14 @@ class PostgresSchema(SchemaSync):
         self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, str]
     ) -> list[SchemaChange]:
         """See `SchemaSync`; also invalid indexes."""
-        valid = {each: kind for each, kind in relations.items() if kind != INVALID}
+        unrecorded = [
+            index_name(name, entry.indexed(each.fields)) for each in entry.indexes if not each.ready
+        ]
+        valid = {
+            index: kind
+            for index, kind in relations.items()
+            if kind != INVALID and index not in unrecorded
+        }
         invalid = {
             "-".join([*fields, "index"])
             for fields in entry.wanted_indexes()

@@ -32,7 +32,6 @@ from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.pending import (
     Encoder,
     PendingChange,
-    arguments,
     by_statement,
 )
 from hf_async_store.strategies.sql.postgres_jsonb import array_text
@@ -123,7 +122,9 @@ class _Batch(ABC):
             ids = array_text([each.change.key.id for each in piece])
             await self.lease.rows(self._statements.of_parents(shape.collection), (limit, ids))
         sql = self._statements.of(shape, locks=self.locks)
-        return await self.lease.rows(sql, (limit, *arguments(piece)), doing="write", writes=True)
+        return await self.lease.rows(
+            sql, (limit, *self._encoder.arguments(shape, piece)), doing="write", writes=True
+        )
 
     # -- rejected changes --------------------------------------------------------------------
 
