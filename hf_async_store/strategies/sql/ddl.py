@@ -161,10 +161,14 @@ class SchemaSync(ABC):
     async def create(self, driver: Any, name: str, entry: Entry) -> Entry:
         """Create a table with its indexes."""
         complete = entry.completed()
-        await self._run(driver, self.grammar.create_table(Table(name, complete, self.grammar)))
+        await self._run(driver, self.create_table(Table(name, complete, self.grammar)))
         for fields in complete.wanted_indexes():
             await self._run(driver, self.index_ddl(name, complete, fields))
         return complete
+
+    @abstractmethod
+    def create_table(self, table: Table) -> str:
+        """The statement that creates a table."""
 
     @abstractmethod
     def extension(

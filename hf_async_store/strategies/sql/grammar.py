@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import msgspec
 
 from hf_async_store.query import Missing
 from hf_async_store.values import FieldType, Value
-
-if TYPE_CHECKING:
-    from hf_async_store.strategies.sql.rows import Table
 
 TRUE: Final = "TRUE"
 FALSE: Final = "FALSE"
@@ -115,9 +112,6 @@ class Grammar(ABC):
         """The `terms` of a value as parameters."""
 
     # -- definitions -------------------------------------------------------------------------
-
-    @abstractmethod
-    def create_table(self, table: Table) -> str: ...
 
     @abstractmethod
     def view_column(self, field: str, kind: FieldType) -> str:

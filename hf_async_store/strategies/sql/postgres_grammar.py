@@ -23,9 +23,6 @@ from hf_async_store.strategies.sql.grammar import (
 )
 from hf_async_store.strategies.sql.names import (
     DOC,
-    GENERATION,
-    generation_constraint,
-    quoted,
 )
 from hf_async_store.strategies.sql.postgres_jsonb import (
     array_text,
@@ -33,10 +30,10 @@ from hf_async_store.strategies.sql.postgres_jsonb import (
     decimal_text,
     json_text,
 )
-from hf_async_store.values import INT_MAX, INT_MIN, VERSION, FieldType, Value
+from hf_async_store.values import INT_MAX, INT_MIN, FieldType, Value
 
 if TYPE_CHECKING:
-    from hf_async_store.strategies.sql.rows import Table
+    pass
 
 _CASTS: Final = {
     "text": "::text",
@@ -186,19 +183,6 @@ class PostgresGrammar(Grammar):
         return _CODES["array" if isinstance(value, list) else "object"]
 
     # -- definitions -------------------------------------------------------------------------
-
-    def create_table(self, table: Table) -> str:
-        generation = quoted(GENERATION)
-        columns = [
-            f"{table.key} {self.text_type} PRIMARY KEY",
-            f"{VERSION} bigint NOT NULL",
-            f"{DOC} jsonb NOT NULL",
-            f"{generation} int NOT NULL",
-            *(f"{each} bytea NOT NULL" for each in table.key_columns),
-            f"CONSTRAINT {quoted(generation_constraint(table.collection))} "
-            f"CHECK ({generation} >= {table.generation})",
-        ]
-        return f"CREATE TABLE {table.name} ({', '.join(columns)})"
 
     def view_column(self, field: str, kind: FieldType) -> str:
         member = f"({DOC} -> '{field}'::text)"

@@ -29,6 +29,7 @@ from hf_async_store.strategies.sql.catalogue import Catalogue, DeclaredIndex, En
 from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import Dialect
 from hf_async_store.strategies.sql.names import (
+    DOC,
     GENERATION,
     generation_constraint,
     index_name,
@@ -39,6 +40,7 @@ from hf_async_store.strategies.sql.names import (
 from hf_async_store.strategies.sql.postgres_jsonb import array_text, bytes_array_text
 from hf_async_store.strategies.sql.postgresql import INVALID, PostgreSQL
 from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -60,6 +62,19 @@ class PostgresSchema(SchemaSync):
         assert isinstance(dialect, PostgreSQL)
         super().__init__(schema, dialect)
         self._server = dialect
+
+    def create_table(self, table: Table) -> str:
+        generation = quoted(GENERATION)
+        columns = [
+            f"{table.key} {self.grammar.text_type} PRIMARY KEY",
+            f"{VERSION} bigint NOT NULL",
+            f"{DOC} jsonb NOT NULL",
+            f"{generation} int NOT NULL",
+            *(f"{each} bytea NOT NULL" for each in table.key_columns),
+            f"CONSTRAINT {quoted(generation_constraint(table.collection))} "
+            f"CHECK ({generation} >= {table.generation})",
+        ]
+        return f"CREATE TABLE {table.name} ({', '.join(columns)})"
 
     def extension(
         self, name: str, entry: Entry, relations: Mapping[str, str]

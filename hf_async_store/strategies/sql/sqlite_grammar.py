@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Final, cast
+from typing import ClassVar, Final, cast
 
 from hf_async_store.query import Missing
 from hf_async_store.sort_bytes import MAX_SORT_BYTES, sort_bytes
@@ -21,10 +21,7 @@ from hf_async_store.strategies.sql.grammar import (
     encode_json,
 )
 from hf_async_store.strategies.sql.names import DOC
-from hf_async_store.values import VERSION, FieldType, Value
-
-if TYPE_CHECKING:
-    from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.values import FieldType, Value
 
 _SORT_STRING: Final = sort_bytes("")[0]
 _SIMPLE_NAME: Final = re.compile(r'[^"\\\x00-\x1f]+\Z')
@@ -112,15 +109,6 @@ class SQLiteGrammar(Grammar):
         return (args.add(sort_bytes(value)),)
 
     # -- definitions -------------------------------------------------------------------------
-
-    def create_table(self, table: Table) -> str:
-        columns = [
-            f"{table.key} TEXT PRIMARY KEY NOT NULL",
-            f"{VERSION} BIGINT NOT NULL",
-            f"{DOC} TEXT NOT NULL",
-            *(f"{each} BLOB NOT NULL" for each in table.key_columns),
-        ]
-        return f"CREATE TABLE {table.name} ({', '.join(columns)})"
 
     def view_column(self, field: str, kind: FieldType) -> str:
         value = f"{DOC} ->> '$.{field}'"

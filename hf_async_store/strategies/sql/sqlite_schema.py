@@ -9,10 +9,21 @@ from hf_async_store.strategies.sql.catalogue import Catalogue, Entry
 from hf_async_store.strategies.sql.connections import LeasedConnection
 from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.names import DOC, index_name, key_column, quoted, table_name
+from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.values import VERSION
 
 
 class SQLiteSchema(SchemaSync):
     """The tables of a store in SQLite."""
+
+    def create_table(self, table: Table) -> str:
+        columns = [
+            f"{table.key} TEXT PRIMARY KEY NOT NULL",
+            f"{VERSION} BIGINT NOT NULL",
+            f"{DOC} TEXT NOT NULL",
+            *(f"{each} BLOB NOT NULL" for each in table.key_columns),
+        ]
+        return f"CREATE TABLE {table.name} ({', '.join(columns)})"
 
     def extension(
         self, name: str, entry: Entry, relations: Mapping[str, str]
