@@ -295,6 +295,31 @@ async def test_two_programs_with_different_collections(url: str) -> None:
         assert await one.engine.undeclared() == ["teams"]
 
 
+async def test_programs_with_contrary_declarations_do_not_change_the_catalogue_in_turns(
+    url: str,
+) -> None:
+    text, number = (Collection("jobs", key="job_id", fields=[Field("x", each)]) for each in KINDS)
+    async with open_store(url, collections=[text]) as one:
+        async with open_store(url, collections=[number]) as other:
+            await one.save_entity("jobs", {"job_id": "a", "x": "1"})
+            await other.save_entity("jobs", {"job_id": "b", "x": 1})
+            recorded = (await one.engine.declarations())[0].fields["x"].type
+            assert recorded == "integer", "the latest"
+            before = await generation(one)
+            for n in range(3):
+                await one.save_entity("jobs", {"job_id": "a", "x": str(n)})
+                await other.save_entity("jobs", {"job_id": "b", "x": n})
+            assert await generation(one) == before
+
+
+KINDS: tuple[Any, Any] = ("text", "integer")
+
+
+async def generation(store: Any) -> str:
+    sql = "SELECT value FROM hf_catalogue WHERE name = 'generation'"
+    return str((await store.execute_with_lock(sql))[0]["value"])
+
+
 # -- values of other programs, and failures -------------------------------------------------
 
 

@@ -141,19 +141,26 @@ class Catalogue(msgspec.Struct, frozen=True):
         )
 
 
-def declared(catalogue: Catalogue, collections: Iterable[Collection]) -> dict[str, Entry]:
+def declared(
+    catalogue: Catalogue, collections: Iterable[Collection], *, latest: bool = False
+) -> dict[str, Entry]:
     """The entries of some collections, after a program declared them.
 
     A new collection has all key columns and indexes at once. To an existing one, nothing is added but
     the declaration: its new indexes are not ready.
 
+    Args:
+        latest: replace the recorded types of fields, too. A program does that once, because two
+            programs with contrary declarations would otherwise do it in turns.
+
     Raises:
         SchemaMismatchError: a collection has another key.
     """
-    return {each.name: _merged(catalogue.entries.get(each.name), each) for each in collections}
+    known = catalogue.entries
+    return {each.name: _merged(known.get(each.name), each, latest) for each in collections}
 
 
-def _merged(known: Entry | None, collection: Collection) -> Entry:
+def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
     fields = {
         name: DeclaredField(each.type, each.required, each.references if each.enforced else None)
         for name, each in collection.fields.items()
@@ -171,9 +178,11 @@ def _merged(known: Entry | None, collection: Collection) -> Entry:
             f"{collection.key!r} is declared"
         )
     for name, each in known.fields.items():
-        given = fields.get(name, each)
-        if given.references is None and each.references is not None:
-            given = msgspec.structs.replace(given, type="text", references=each.references)
+        here = fields.get(name, each)
+        refers = each.references or here.references
+        given = here if latest else each
+        if given.references != refers:  # every program enforces it, so it stays
+            given = msgspec.structs.replace(given, type="text", references=refers)
         fields[name] = given
     ready = [each.fields for each in known.indexes]
     more = [DeclaredIndex(each, ready=False) for each in indexes if each not in ready]

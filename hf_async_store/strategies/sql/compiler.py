@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.rows import Table
 
 _OPPOSITE: Final = {"ne": "eq", "not_in": "in"}
+_KNOWN: Final = frozenset(
+    {*_OPPOSITE, *OPERATORS, "eq", "in", "between", "exists", "contains", "begins_with"}
+)
+"""The operators that SQL can express; the rows are filtered in Python by all others."""
 _SHORT: Final = 63
 """A string of at most this many characters is always exact."""
 
@@ -178,6 +182,8 @@ class _Compiler:
         return Condition(TRUE, exact=False)
 
     def _comparison(self, path: Sequence[str | int], op: OpName, value: Value) -> Condition:
+        if op not in _KNOWN:
+            return Condition(TRUE, exact=False)
         if op in _OPPOSITE:
             before = len(self.args.values)
             positive = self._comparison(path, cast("OpName", _OPPOSITE[op]), value)

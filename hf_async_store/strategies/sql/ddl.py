@@ -94,8 +94,11 @@ class SchemaSync(ABC):
 
     # -- the first write ---------------------------------------------------------------------
 
-    async def ensure(self, lease: LeasedConnection) -> Catalogue:
+    async def ensure(self, lease: LeasedConnection, *, latest: bool) -> Catalogue:
         """Create what is missing; returns the catalogue.
+
+        Args:
+            latest: see `declared`.
 
         Raises:
             SchemaMismatchError: a collection has another key, or another program has a table or view of
@@ -107,11 +110,11 @@ class SchemaSync(ABC):
             self.dialect.check_file(driver)
             catalogue, relations = await self._read(driver)
             await self.dialect.prepare_writing(driver)
-            if catalogue is not None and not self._missing(catalogue, relations):
+            if catalogue is not None and not self._missing(catalogue, relations, latest):
                 return catalogue
             handle = await self.dialect.begin_ddl(driver)
             try:
-                catalogue = await self._create_missing(driver)
+                catalogue = await self._create_missing(driver, latest)
             except BaseException:
                 await run_to_completion(self.dialect.roll_back(handle))
                 raise
@@ -120,9 +123,9 @@ class SchemaSync(ABC):
             raise self.dialect.translate(exc, doing="create the tables", writes=False) from exc
         return catalogue
 
-    def _missing(self, catalogue: Catalogue, relations: Mapping[str, str]) -> bool:
+    def _missing(self, catalogue: Catalogue, relations: Mapping[str, str], latest: bool) -> bool:
         """Whether a write must create or record something first."""
-        for name, entry in declared(catalogue, self.schema.values()).items():
+        for name, entry in declared(catalogue, self.schema.values(), latest=latest).items():
             if entry != catalogue.entries.get(name) or not (
                 table_name(name) in relations and sql_name(name) in relations
             ):
@@ -131,7 +134,7 @@ class SchemaSync(ABC):
                 return True
         return False
 
-    async def _create_missing(self, driver: Any) -> Catalogue:
+    async def _create_missing(self, driver: Any, latest: bool) -> Catalogue:
         catalogue, relations = await self._read(driver)
         if catalogue is None:
             catalogue = Catalogue(store_id=secrets.token_hex(16))
@@ -140,7 +143,7 @@ class SchemaSync(ABC):
                 driver,
                 f"CREATE TABLE {CATALOGUE} (name {text} PRIMARY KEY NOT NULL, value {text} NOT NULL)",
             )
-        entries = declared(catalogue, self.schema.values())
+        entries = declared(catalogue, self.schema.values(), latest=latest)
         for name, entry in entries.items():
             known = catalogue.entries.get(name)
             if known is None:
@@ -237,7 +240,7 @@ class SchemaSync(ABC):
         """What a catalogue and the existing tables lack."""
         return [
             change
-            for name, entry in declared(catalogue, self.schema.values()).items()
+            for name, entry in declared(catalogue, self.schema.values(), latest=True).items()
             for change in self.changes_of(name, catalogue.entries.get(name), entry, relations)
         ]
 

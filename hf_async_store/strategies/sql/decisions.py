@@ -8,7 +8,13 @@ from typing import Final, NamedTuple, cast
 import msgspec
 
 from hf_async_store.changes import ABSENT, ANY, PRESENT, Change, ChangeMarker, Delete, Patch, Put
-from hf_async_store.preconditions import check, check_parents, missing_parents, next_version
+from hf_async_store.preconditions import (
+    check,
+    check_parents,
+    missing_parents,
+    next_version,
+    patched,
+)
 from hf_async_store.query import MISSING
 from hf_async_store.schema import Schema
 from hf_async_store.sort_bytes import sort_bytes
@@ -42,6 +48,8 @@ _MAY_CREATE: Final = (ANY, ABSENT)
 _decode_created: Final = msgspec.json.Decoder(_Created).decode
 _decode_members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _DAMAGED: Final = (ValueError, TypeError)
+_PLAIN: Final = frozenset({str, int, float, bool, type(None), list, dict, Removed})
+"""The types of the values of a patch that do not depend on the stored ones."""
 
 
 def new_row(table: Table, change: Change, stored: Stored | None) -> Stored | None:
@@ -101,6 +109,12 @@ def _whole(table: Table, change: Put, stored: Stored) -> tuple[str, tuple[bytes,
 
 def _patched(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[bytes, ...]]:
     """The document and the key columns of an entity of which some fields are changed."""
+    if not all(type(each) in _PLAIN for each in change.fields.values()):
+        # Some value is computed from the stored one.
+        entity = patched(decode_json(stored.doc), change.fields, 0)
+        del entity[VERSION]
+        check_size(entity)
+        return table.grammar.encode(entity), table.keys(entity)
     members: dict[str, object] = dict(_decode_members(stored.doc))
     members.update(change.fields)
     for name, value in change.fields.items():

@@ -109,6 +109,7 @@ class SQLEngine(Engine):
         self._sync = sync(schema, dialect)
         self._state: _State | None = None  # None: the catalogue was not read yet
         self._ready = False  # everything that is declared was created, or recorded
+        self._recorded = False  # the latest types of fields were recorded
         self._prepare_lock = asyncio.Lock()
         self._write_lock = asyncio.Lock()  # used if only one connection can write at a time
 
@@ -122,8 +123,8 @@ class SQLEngine(Engine):
             if not self._ready:
                 self._dialect.create_file()
                 async with self._main.lease() as lease:
-                    self._use(await self._sync.ensure(lease))
-                self._ready = True
+                    self._use(await self._sync.ensure(lease, latest=not self._recorded))
+                self._ready = self._recorded = True
 
     def _use(self, catalogue: Catalogue) -> Tables:
         """Replace the tables, and the writer."""

@@ -57,7 +57,7 @@ class SQLiteSchema(SchemaSync):
         changes = await self.changes(lease)
         for each in changes:
             progress(each, 0, 1)
-        catalogue = await self.ensure(lease)
+        catalogue = await self.ensure(lease, latest=True)
         await lease.rows("ANALYZE", doing="analyze the tables")
         for each in changes:
             progress(each, 1, 1)
