@@ -30,10 +30,10 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
-from hf_async_store.strategies.sql.catalogue import READ, CatalogueChangedError
+from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.dialect import Dialect, SessionEndedError
 from hf_async_store.strategies.sql.errors import connection_error, postgres_error
-from hf_async_store.strategies.sql.names import CATALOGUE, GENERATION_PREFIX
+from hf_async_store.strategies.sql.names import GENERATION_PREFIX
 from hf_async_store.strategies.sql.postgres_grammar import PostgresGrammar
 from hf_async_store.strategies.sql.write_sql import CHANGED
 from hf_async_store.values import Value
@@ -621,12 +621,6 @@ class PostgreSQL(Dialect):
         rows = await self.rows(driver, _UNTRUSTED_OWNERS, (list(tables), list(declared)))
         return {str(table): str(owner) for table, owner in rows}
 
-    async def read_catalogue(self, driver: Any) -> Sequence[Sequence[object]] | None:
-        # Not by the error for a missing table, which would end a transaction.
-        if not await self.rows(driver, _HAS_CATALOGUE, (CATALOGUE,)):
-            return None
-        return await self.rows(driver, READ, ())
-
     async def relations(self, driver: Any) -> dict[str, str]:
         return dict(cast("Any", await self.rows(driver, _RELATIONS, ())))
 
@@ -722,11 +716,6 @@ _SCHEMA: Final = "(SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = curre
 
 # Another role may have created functions and operators in the schema. The server would prefer one that
 # matches the types of the arguments better than that of pg_catalog. So no argument needs a conversion.
-_HAS_CATALOGUE: Final = f"""
-SELECT 1 FROM pg_catalog.pg_class
-WHERE relnamespace = {_SCHEMA} AND relname::text = $1::text AND relkind IN ('r', 'p')
-"""
-
 _RELATIONS: Final = f"""
 SELECT c.relname::text, CASE
     WHEN i.indisvalid = false THEN '{INVALID}' WHEN c.relkind = 'i'::"char" THEN 'index'

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
 
 from hf_async_store.changes import Change, Delete, Put
 from hf_async_store.schema import Schema
@@ -23,14 +22,12 @@ def _may_touch(schema: Schema, changes: Sequence[Change], *, references: bool) -
         return True
     collections = {each.key.collection for each in changes}
     return references and any(
-        field.references in collections for name in collections for field in schema[name].references
+        field.parent in collections for name in collections for field in schema[name].references
     )
 
 
 def _dependency_depths(schema: Schema, changes: Sequence[Change]) -> list[int]:
-    """For each change, the number of its wave: after the waves of all changes on which it may depend.
-
-    A change depends on the earlier changes of the same key. A child and a change of its parent
+    """A change depends on the earlier changes of the same key. A child and a change of its parent
     depend on each other in input order, and so do a delete in a collection that has children and
     every change of these children.
     """
@@ -41,27 +38,33 @@ def _dependency_depths(schema: Schema, changes: Sequence[Change]) -> list[int]:
     levels: list[int] = []
     for change in changes:
         collection = change.key.collection
-        declared = schema[collection]
-        named: list[Key] = []
-        if not isinstance(change, Delete):
-            fields = change.entity if isinstance(change, Put) else change.fields
-            for field in declared.references:
-                given = fields.get(field.name)
-                if isinstance(given, str):
-                    named.append(Key(cast("str", field.references), given))
+        parents = _parents(schema, change)
+        children = schema.children[collection] if isinstance(change, Delete) else ()
         before = [of_key.get(change.key, -1), of_children.get(change.key, -1)]
-        before += [of_key.get(parent, -1) for parent in named]
-        before += [of_deletes.get(cast("str", each.references), -1) for each in declared.references]
-        if isinstance(change, Delete):
-            before += [
-                of_collection.get(child.name, -1) for child, _ in schema.children[collection]
-            ]
+        before += [of_key.get(parent, -1) for parent in parents]
+        before += [of_deletes.get(field.parent, -1) for field in schema[collection].references]
+        before += [of_collection.get(child.name, -1) for child, _ in children]
         level = 1 + max(before)
         levels.append(level)
         of_key[change.key] = level
-        of_collection[collection] = max(level, of_collection.get(collection, -1))
-        for parent in named:
+        _raise(of_collection, collection, level)
+        for parent in parents:
             of_children[parent] = max(level, of_children.get(parent, -1))
-        if isinstance(change, Delete) and schema.children[collection]:
-            of_deletes[collection] = max(level, of_deletes.get(collection, -1))
+        if children:
+            _raise(of_deletes, collection, level)
     return levels
+
+
+def _parents(schema: Schema, change: Change) -> list[Key]:
+    """The entities to which a change refers."""
+    if isinstance(change, Delete):
+        return []
+    fields: Mapping[str, object] = change.entity if isinstance(change, Put) else change.fields
+    named = [
+        (field.parent, fields.get(field.name)) for field in schema[change.key.collection].references
+    ]
+    return [Key(parent, each) for parent, each in named if isinstance(each, str)]
+
+
+def _raise(levels: dict[str, int], name: str, level: int) -> None:
+    levels[name] = max(level, levels.get(name, -1))
