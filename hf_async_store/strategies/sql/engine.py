@@ -251,7 +251,7 @@ class SQLEngine(Engine):
         # The caller may take long for each record, and need another connection for it, so the
         # stream uses a pool of its own.
         async with (
-            self._reading(self._streams) as reader,
+            self._reading(self._streams, reading.statements(query)) as reader,
             Owned(reader.select(query)) as stream,
         ):
             async for record in stream:
@@ -265,7 +265,7 @@ class SQLEngine(Engine):
                 yield [each.entity for each in records]
             return
         async with (
-            self._reading(self._main) as reader,
+            self._reading(self._main, reading.statements(query)) as reader,
             Owned(reader.select_batches(query)) as batches,
         ):
             async for batch in batches:

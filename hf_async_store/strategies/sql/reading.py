@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
 import msgspec
 
@@ -105,6 +105,11 @@ async def select_json(
 
 def may_be_small(query: Query) -> bool:
     return query.limit is not None and query.limit <= _SMALL_LIMIT
+
+
+def statements(query: Query) -> Literal["one", "many"]:
+    """How many statements `records` may need: a group at the limit, or at the position, has its own."""
+    return "many" if query.order and (query.limit or query.after) else "one"
 
 
 async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Record] | None:
