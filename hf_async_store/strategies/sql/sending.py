@@ -131,7 +131,7 @@ class _Batch(ABC):
     async def _decided(self, rejected: Sequence[PendingChange]) -> list[PendingChange]:
         """Store the outcomes of rejected changes; returns those that are valid now."""
         rejected = [each for each in rejected if not self._tells_absence(each)]
-        stored = await self._read(each.change.key for each in rejected)
+        stored = await self.read_stored(each.change.key for each in rejected)
         parents = await self._existing_parents(rejected) if self._statements.references else set()
         again: list[PendingChange] = []
         for each in rejected:
@@ -168,7 +168,7 @@ class _Batch(ABC):
             self.outcomes[pending.place] = None
         return absent
 
-    async def _read(self, keys: Iterable[Key]) -> dict[Key, Stored]:
+    async def read_stored(self, keys: Iterable[Key]) -> dict[Key, Stored]:
         """The stored rows of keys."""
         found: dict[Key, Stored] = {}
         for collection, ids in keys_by_collection(keys).items():
