@@ -9,7 +9,7 @@ import pytest
 
 from hf_async_store import InvalidInputError, SQLStorageStrategy, gt, open_store
 from hf_async_store.strategies.sql.parameters import bind
-from hf_async_store.strategies.sql.statement_writer import StatementWriter
+from hf_async_store.strategies.sql.sending import IndependentBatch
 from hf_async_store.testing.concurrency import elsewhere
 from tests.contract.harnesses import execute
 
@@ -137,20 +137,20 @@ async def test_an_update_overtaken_twice_succeeds(
     """The update finds no row; the entity is created before the store reads it, and changed right after."""
     async with open_store(database) as store, open_store(database) as other:
         await other.create_entity("machines", {"machine_id": "other"})
-        look = StatementWriter.read
+        look = IndependentBatch.read_stored
         looks = 0
 
-        async def overtaken(self: StatementWriter, lease: Any, keys: Any) -> Any:
+        async def overtaken(self: IndependentBatch, keys: Any) -> Any:
             nonlocal looks
             looks += 1
             if looks > 1:
-                return await look(self, lease, keys)
+                return await look(self, keys)
             await elsewhere(other.create_entity("machines", {"machine_id": "m", "name": "a"}))
-            found = await look(self, lease, keys)
+            found = await look(self, keys)
             await elsewhere(other.update_entity("machines", "m", {"name": "b"}))
             return found
 
-        monkeypatch.setattr(StatementWriter, "read", overtaken)
+        monkeypatch.setattr(IndependentBatch, "read_stored", overtaken)
         assert await store.update_entity("machines", "m", {"status": "x"}) == 3
         found = await store.get_entity("machines", "m")
         assert found is not None

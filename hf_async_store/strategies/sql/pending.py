@@ -144,12 +144,13 @@ class Encoder:
             if name == CREATED_AT and shape.verb != "patch":
                 values = [_created(each) for each in group]
             args.append(hex_array_text(_encoded(values)))
-        args += [
-            array_text([_parent(each, field.name) for each in group])
+        parents = [
+            [_parent(each, field.name) for each in group]
             for field in self.statements.parents_of(shape.collection)
         ]
-        args.append(f"[{','.join([each.doc for each in group])}]")
-        return args
+        documents = f"[{','.join([each.doc for each in group])}]"
+        distinct = [array_text(list(filter(None, set(each)))) for each in parents]
+        return [*args, *map(array_text, parents), documents, *distinct]
 
 
 def _created(pending: PendingChange) -> Value | Missing:

@@ -124,10 +124,10 @@ class PostgresSchema(SchemaSync):
                     for name in self.schema:
                         await self._apply(driver, name, progress)
             return await self._catalogue(driver)
-        except self.dialect.driver_errors as exc:
-            raise self.dialect.translate(exc, doing="change the tables", writes=False) from exc
-        except BaseException:
+        except BaseException as exc:
             lease.state_unknown = True  # its settings and its lock end with the session
+            if isinstance(exc, self.dialect.driver_errors):
+                raise self.dialect.translate(exc, doing="change the tables", writes=False) from exc
             raise
 
     @asynccontextmanager

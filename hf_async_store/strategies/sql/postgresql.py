@@ -33,7 +33,7 @@ from hf_async_store.errors import (
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.dialect import Dialect, SessionEndedError
 from hf_async_store.strategies.sql.errors import connection_error, postgres_error
-from hf_async_store.strategies.sql.names import GENERATION_PREFIX
+from hf_async_store.strategies.sql.names import GENERATION_PREFIX, collection_name
 from hf_async_store.strategies.sql.postgres_grammar import PostgresGrammar
 from hf_async_store.strategies.sql.write_sql import CHANGED
 from hf_async_store.values import Value
@@ -685,7 +685,7 @@ class PostgreSQL(Dialect):
         return {
             "server_version": version,
             "database_bytes": size,
-            "table_bytes": dict(cast("Any", sizes)),
+            "table_bytes": {collection_name(table) or table: number for table, number in sizes},
             "server_connections": used,
             "server_max_connections": most,
             "problems": problems,

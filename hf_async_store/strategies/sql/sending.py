@@ -118,7 +118,7 @@ class _Batch(ABC):
             patience: for how many seconds it waits for a lock; None: as it is set.
         """
         limit = None if patience is None else str(max(1, int(patience * 1000)))
-        if self.locks and shape.verb == "delete" and self._statements.children_of(shape.collection):
+        if self._locks_parents(shape):
             ids = array_text([each.change.key.id for each in piece])
             await self.lease.rows(self._statements.of_parents(shape.collection), (limit, ids))
         sql = self._statements.of(shape, locks=self.locks)
@@ -126,12 +126,17 @@ class _Batch(ABC):
             sql, (limit, *self._encoder.arguments(shape, piece)), doing="write", writes=True
         )
 
+    def _locks_parents(self, shape: StatementKey) -> bool:
+        """Whether rows must be locked in a statement before the one that deletes them."""
+        is_delete = self.locks and shape.verb == "delete"
+        return is_delete and bool(self._statements.children_of(shape.collection))
+
     # -- rejected changes --------------------------------------------------------------------
 
     async def _decided(self, rejected: Sequence[PendingChange]) -> list[PendingChange]:
         """Store the outcomes of rejected changes; returns those that are valid now."""
         rejected = [each for each in rejected if not self._tells_absence(each)]
-        stored = await self._read(each.change.key for each in rejected)
+        stored = await self.read_stored(each.change.key for each in rejected)
         parents = await self._existing_parents(rejected) if self._statements.references else set()
         again: list[PendingChange] = []
         for each in rejected:
@@ -168,7 +173,7 @@ class _Batch(ABC):
             self.outcomes[pending.place] = None
         return absent
 
-    async def _read(self, keys: Iterable[Key]) -> dict[Key, Stored]:
+    async def read_stored(self, keys: Iterable[Key]) -> dict[Key, Stored]:
         """The stored rows of keys."""
         found: dict[Key, Stored] = {}
         for collection, ids in keys_by_collection(keys).items():
@@ -336,7 +341,7 @@ class IndependentBatch(_Batch):
                     raise
 
     def _transaction(self, shape: StatementKey) -> AbstractAsyncContextManager[None]:
-        if self.locks and shape.verb == "delete":
+        if self._locks_parents(shape):
             # Each of its statements must see what was committed before it.
             return self.lease.transaction("read_committed")
         return self.lease.transaction() if self._in_transactions else nullcontext()

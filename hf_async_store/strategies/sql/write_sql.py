@@ -59,8 +59,10 @@ class WriteStatements:
         self._cache: dict[tuple[StatementKey, bool], str] = {}
 
     def of(self, shape: StatementKey, *, locks: bool) -> str:
-        """The statement. Its arguments are `lock_timeout` (None: as it is set), one array for each column
-        of arguments, and the JSON array of documents, except for a delete.
+        """The statement.
+
+        Its arguments are `lock_timeout` (None: as it is set), and one array for each column of arguments;
+        unless it deletes, then the JSON array of documents, and for each reference the distinct ids.
 
         Args:
             locks: it locks the parents to which rows refer, until its transaction ends. This is needed
@@ -159,14 +161,17 @@ class WriteStatements:
 
     def _parents(self, table: Table, columns: _Columns, *, locks: bool) -> Iterator[str]:
         """The conditions that the parent of every reference exists."""
-        lock = " FOR KEY SHARE" if locks else ""
-        for field in self.parents_of(table.collection):
-            parent, value = self._tables[field.parent], columns.add("text")
+        lock = " FOR KEY SHARE OF p" if locks else ""
+        fields = self.parents_of(table.collection)
+        values = [columns.add("text") for _ in fields]
+        for number, (field, value) in enumerate(zip(fields, values, strict=True)):
+            parent = self._tables[field.parent]
             itself = f" OR {value} = i.c0" if parent is table else ""
             # The subquery is independent of the row, so that each parent is looked up once.
             yield (
                 f" AND ({value} IS NULL{itself} OR {value} IN (SELECT p.{parent.key} "
-                f"FROM {parent.name} AS p WHERE p.{parent.key} = ANY({columns.last}){lock}))"
+                f"FROM {parent.name} AS p WHERE p.{parent.key} IN "
+                f"(SELECT pg_catalog.unnest({columns.list(number)})){lock}))"
             )
 
     def _no_children(self, table: Table, columns: _Columns) -> Iterator[str]:
@@ -248,10 +253,9 @@ class _Columns:
         self._kinds.append(kind)
         return f"i.c{len(self._kinds) - 1}"
 
-    @property
-    def last(self) -> str:
-        """The array of the values of the last column."""
-        return f"${len(self._kinds) + 1}::text::{self._kinds[-1]}[]"
+    def list(self, number: int) -> str:
+        """The parameter of one of the lists after all columns and the documents."""
+        return f"${len(self._kinds) + 3 + number}::text::text[]"
 
     def source(self, *, documents: bool) -> str:
         """The items of a FROM clause that provide the rows of arguments."""
