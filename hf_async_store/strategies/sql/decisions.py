@@ -33,11 +33,15 @@ from hf_async_store.values import (
 
 
 class Stored(NamedTuple):
-    """A row: its version, its document, and its key columns, which may be unknown (empty)."""
+    """A row: its version, its document, and its key columns.
+
+    Attributes:
+        keys: empty if they were not read; of a stored row also None for a column that no change sets.
+    """
 
     version: int
     doc: str
-    keys: tuple[bytes, ...] = ()
+    keys: tuple[bytes | None, ...] = ()
 
 
 class _Created(msgspec.Struct):
@@ -97,7 +101,7 @@ def entity_of(table: Table, key: Key, stored: Stored | None) -> Entity | None:
     return None if stored is None else table.entity((key.id, stored.doc, stored.version))
 
 
-def _whole(table: Table, change: Put, stored: Stored) -> tuple[str, tuple[bytes, ...]]:
+def _whole(table: Table, change: Put, stored: Stored) -> tuple[str, tuple[bytes | None, ...]]:
     """The document and the key columns of a whole entity, with its `created_at`."""
     entity = change.entity
     if CREATED_AT not in entity:
@@ -107,7 +111,7 @@ def _whole(table: Table, change: Put, stored: Stored) -> tuple[str, tuple[bytes,
     return table.grammar.encode(entity), table.keys(entity)
 
 
-def _patched(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[bytes, ...]]:
+def _patched(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[bytes | None, ...]]:
     """The document and the key columns of an entity of which some fields are changed."""
     if not all(type(each) in _PLAIN for each in change.fields.values()):
         # Some value is computed from the stored one.

@@ -172,13 +172,18 @@ class _Batch:
         by_key = {each.key: each for each in changes}
         marks = [each.mark.key for each in changes if each.mark is not None]
         self._rows = dict.fromkeys(chain(by_key, marks))
-        documents = len(by_key) < len(changes) or any(map(_needs_document, changes))
+        # Changes of one entity may need whatever an earlier one of them left unchanged.
+        everything = len(by_key) < len(changes)
+        doc = f"t.{DOC}" if everything or any(map(_needs_document, changes)) else f"'{_NOT_LOADED}'"
+        named = None if everything else _named_fields(changes)
         for collection, ids in keys_by_collection(self._rows).items():
             table = self._tables[collection]
-            doc = f"t.{DOC}" if documents else f"'{_NOT_LOADED}'"
-            columns = ", ".join([VERSION, doc, *(f"t.{each}" for each in table.key_columns)])
-            for entity_id, *row in self._select(table, columns, ids):
-                self._rows[Key(collection, entity_id)] = Stored(row[0], row[1], tuple(row[2:]))
+            keys = [
+                f"t.{column}" if named is None or field in named else "NULL"
+                for field, column in zip(table.key_fields, table.key_columns, strict=True)
+            ]
+            for row in self._select(table, ", ".join([VERSION, doc, *keys]), ids):
+                self._rows[Key(collection, row[0])] = Stored(row[1], row[2], row[3:])
 
     def _read_parents(self, changes: Sequence[Change]) -> bool:
         """Find out which parents exist; returns whether the references must be checked one by one."""
@@ -264,7 +269,7 @@ class _Batch:
 
     def _flush(self) -> None:
         """Write the changed rows, those together that need the same statement."""
-        deletes: dict[str, list[tuple[str]]] = {}
+        deletes: dict[str, list[str]] = {}
         writes: dict[tuple[str, tuple[int, ...] | None], list[tuple[object, ...]]] = {}
         for key, before in self._before.items():
             row = self._rows[key]
@@ -277,13 +282,13 @@ class _Batch:
                 args = writes.setdefault((key.collection, changed), [])
                 args.append((key.id, version, doc, *keys))
             elif before is not None:
-                deletes.setdefault(key.collection, []).append((key.id,))
+                deletes.setdefault(key.collection, []).append(key.id)
         self._before.clear()
         self._written = True
         for collection, gone in deletes.items():
             table = self._tables[collection]
-            sql = f"DELETE FROM {table.name} WHERE {table.key} = ?"
-            self._connection.executemany(sql, gone)
+            sql = f"DELETE FROM {table.name} WHERE {table.key} {table.grammar.in_list('?')}"
+            self._connection.execute(sql, (table.grammar.strings(gone),))
         for (collection, changed), rows in writes.items():
             for part in _pieces(rows):
                 sql = self._statement(self._tables[collection], changed, len(part))
@@ -312,7 +317,7 @@ def _values(columns: int, rows: int) -> str:
     return ", ".join([row] * rows)
 
 
-def _different(before: Sequence[bytes], after: Sequence[bytes]) -> tuple[int, ...]:
+def _different(before: Sequence[bytes | None], after: Sequence[bytes | None]) -> tuple[int, ...]:
     """The positions at which key columns differ."""
     if before == after:
         return ()
@@ -330,6 +335,17 @@ def _pieces(rows: list[tuple[object, ...]]) -> Iterator[list[tuple[object, ...]]
 
 def _is_import(change: Change) -> bool:
     return isinstance(change, Put) and change.import_version is not None
+
+
+def _named_fields(changes: Iterable[Change]) -> set[str] | None:
+    """The fields whose stored key columns matter to the changes; None: all of them."""
+    names: set[str] = set()
+    for each in changes:
+        if isinstance(each, Put):
+            return None
+        if not isinstance(each, Delete):
+            names.update(each.fields)
+    return names
 
 
 def _needs_document(change: Change) -> bool:
