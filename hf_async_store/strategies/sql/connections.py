@@ -37,8 +37,6 @@ from hf_async_store.errors import (
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Dialect as SQLDialect
-
     from hf_async_store.strategies.sql.dialect import Dialect
 
 _MAX_BROKEN_CONNECTIONS: Final = 32
@@ -315,11 +313,6 @@ class Connections:
         self._timer: asyncio.TimerHandle | None = None
         self._has_connected = False
         self._closed = False
-
-    @property
-    def sql_dialect(self) -> SQLDialect:
-        """The dialect of SQLAlchemy, which compiles the DDL."""
-        return self._engine.dialect
 
     @asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedConnection]:

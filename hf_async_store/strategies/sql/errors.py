@@ -38,9 +38,6 @@ _REFERENCE: Final = (
     "with enforced=False, or set enforce_references to false)"
 )
 
-REFERENCE_TRIGGER: Final = "a reference is broken"
-"""The message of the triggers by which SQLite enforces the references."""
-
 # -- SQLite, by primary result code (source: sqlite.org/rescode.html) -----------------------
 
 _SQLITE: Final[dict[int, type[StorageError]]] = {
@@ -91,8 +88,7 @@ def sqlite_error(
     if code is None:
         # aiosqlite's own ValueError, and sqlite3's ProgrammingError: the connection is closed.
         return StoreClosedError(f"cannot {doing}: the connection was closed")
-    trigger = code == sqlite3.SQLITE_CONSTRAINT_TRIGGER and str(exc) == REFERENCE_TRIGGER
-    if trigger or code == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
+    if code == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
         return ReferenceViolationError(f"cannot {doing}: {exc}; {_REFERENCE}")
     if callers and code & 0xFF in _SQLITE_CALLERS:
         return _invalid_statement(str(exc))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import Isolation, Reader, Session
@@ -19,6 +19,8 @@ from hf_async_store.values import Entity, Key, Value
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
     from hf_async_store.strategies.sql.rows import Table
+
+Item = TypeVar("Item")
 
 
 class SQLReader(Reader):
@@ -53,29 +55,25 @@ class SQLReader(Reader):
         source = await self._source(query)
         return [] if source is None else await reading.small(*source, query)
 
-    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        source = await self._source(query)
-        if source is None:
-            return
-        async with Owned(reading.records(*source, query)) as records:
-            async for each in records:
-                yield each
+    def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        return self._read(reading.records, query)
 
-    async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        source = await self._source(query)
-        if source is None:
-            return
-        async with Owned(reading.select_batches(*source, query)) as batches:
-            async for each in batches:
-                yield each
+    def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        return self._read(reading.select_batches, query)
 
-    async def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
+    def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
+        return self._read(reading.select_json, query)
+
+    async def _read(
+        self,
+        read: Callable[[LeasedConnection, Table, Query], AsyncGenerator[Item, None]],
+        query: Query,
+    ) -> AsyncGenerator[Item, None]:
         source = await self._source(query)
-        if source is None:
-            return
-        async with Owned(reading.select_json(*source, query)) as batches:
-            async for each in batches:
-                yield each
+        if source is not None:
+            async with Owned(read(*source, query)) as items:
+                async for each in items:
+                    yield each
 
     async def count(self, query: Query) -> int:
         source = await self._source(query)
