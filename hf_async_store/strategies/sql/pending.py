@@ -16,7 +16,7 @@ from hf_async_store.changes import ABSENT, ANY, Change, Patch, Put
 from hf_async_store.query import MISSING, Missing
 from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.decisions import Stored
-from hf_async_store.strategies.sql.grammar import decode_json
+from hf_async_store.strategies.sql.grammar import decode_json, encode_json
 from hf_async_store.strategies.sql.postgres_jsonb import array_text, hex_array_text, json_text
 from hf_async_store.strategies.sql.write_sql import StatementKey, Verb, WriteStatements
 from hf_async_store.values import CREATED_AT, Entity, Removed, Value
@@ -149,7 +149,7 @@ class Encoder:
             for field in self.statements.parents_of(shape.collection)
         ]
         documents = f"[{','.join([each.doc for each in group])}]"
-        distinct = [array_text(list(filter(None, set(each)))) for each in parents]
+        distinct = [encode_json(list(filter(None, set(each)))).decode() for each in parents]
         return [*args, *map(array_text, parents), documents, *distinct]
 
 

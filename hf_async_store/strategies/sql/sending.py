@@ -145,7 +145,8 @@ class _Batch(ABC):
             try:
                 row = new_row(table, each.change, found)
                 if isinstance(each.change, Delete):
-                    await self._check_children(key)
+                    if found is not None:
+                        await self._check_children(key)
                 elif self._statements.references:
                     refuse_missing_parents(
                         self._schema, table, each.change, found, parents.__contains__

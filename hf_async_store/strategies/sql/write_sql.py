@@ -62,7 +62,8 @@ class WriteStatements:
         """The statement.
 
         Its arguments are `lock_timeout` (None: as it is set), and one array for each column of arguments;
-        unless it deletes, then the JSON array of documents, and for each reference the distinct ids.
+        unless it deletes, then the JSON array of documents, and for each reference the JSON array of the
+        distinct ids.
 
         Args:
             locks: it locks the parents to which rows refer, until its transaction ends. This is needed
@@ -161,17 +162,21 @@ class WriteStatements:
 
     def _parents(self, table: Table, columns: _Columns, *, locks: bool) -> Iterator[str]:
         """The conditions that the parent of every reference exists."""
-        lock = " FOR KEY SHARE OF p" if locks else ""
+        lock = " FOR KEY SHARE" if locks else ""
         fields = self.parents_of(table.collection)
         values = [columns.add("text") for _ in fields]
         for number, (field, value) in enumerate(zip(fields, values, strict=True)):
             parent = self._tables[field.parent]
             itself = f" OR {value} = i.c0" if parent is table else ""
-            # The subquery is independent of the row, so that each parent is looked up once.
+            # The subquery is independent of the row: each parent is looked up once, by the index, so
+            # that a serializable transaction does not conflict with those of all other parents.
+            found = (
+                f"SELECT p.{parent.key} FROM {parent.name} AS p "
+                f"WHERE p.{parent.key} = w.id LIMIT 1{lock}"
+            )
             yield (
-                f" AND ({value} IS NULL{itself} OR {value} IN (SELECT p.{parent.key} "
-                f"FROM {parent.name} AS p WHERE p.{parent.key} IN "
-                f"(SELECT pg_catalog.unnest({columns.list(number)})){lock}))"
+                f" AND ({value} IS NULL{itself} OR {value} IN (SELECT f.{parent.key} "
+                f"FROM {columns.list(number)} AS w (id), LATERAL ({found}) AS f))"
             )
 
     def _no_children(self, table: Table, columns: _Columns) -> Iterator[str]:
@@ -254,16 +259,18 @@ class _Columns:
         return f"i.c{len(self._kinds) - 1}"
 
     def list(self, number: int) -> str:
-        """The parameter of one of the lists after all columns and the documents."""
-        return f"${len(self._kinds) + 3 + number}::text::text[]"
+        """The values of one of the lists after all columns and the documents, in a FROM clause."""
+        # Not an array: its length in each execution would make the server plan each execution.
+        return f"pg_catalog.json_array_elements_text(${len(self._kinds) + 3 + number}::text::json)"
 
     def source(self, *, documents: bool) -> str:
         """The items of a FROM clause that provide the rows of arguments."""
         arrays = [f"${n}::text::{kind}[]" for n, kind in enumerate(self._kinds, 2)]
-        names = [f"c{n}" for n in range(len(arrays))]
+        names = [*(f"c{n}" for n in range(len(arrays))), "d"]
         # The unqualified name with one argument would be looked up along the search_path.
-        functions = f"{'pg_catalog.' if len(arrays) == 1 else ''}unnest({', '.join(arrays)})"
-        if documents:
-            names.append("d")
-            functions += f", pg_catalog.jsonb_array_elements(${len(arrays) + 2}::text::jsonb)"
+        unnest = f"{'pg_catalog.' if len(arrays) == 1 else ''}unnest({', '.join(arrays)})"
+        # Also without documents: by the number of rows of the arrays alone, the server would plan each
+        # execution of the statement.
+        docs = f"${len(arrays) + 2}::text::jsonb" if documents else "'[]'::jsonb"
+        functions = f"{unnest}, pg_catalog.jsonb_array_elements({docs})"
         return f"{_LOCK_TIMEOUT}, ROWS FROM ({functions}) AS i ({', '.join(names)})"
