@@ -234,6 +234,26 @@ async def test_an_index_of_another_program_is_filled_by_every_program(tmp_path: 
             assert await new.count_entities("jobs", {"size": 99}) == 1
 
 
+async def test_apply_schema_reports_what_it_adds(tmp_path: Path) -> None:
+    url = f"sqlite:{tmp_path}/store.db"
+    async with open_store(url, collections=[BEFORE]) as old:
+        await old.save_entities("jobs", [job(n) for n in range(5)])
+    async with open_store(url, collections=[JOBS, TEAMS]) as new:
+        planned = await new.engine.schema_changes()
+        health = await new.health()
+        assert "create index" in str(health), health
+        plan = await new.explain_query("jobs", {"owner": "o1"})
+        assert (plan.access, "owner-due_at-index" in plan.detail) == ("scan", True)
+        reported: list[Any] = []
+        await new.engine.apply_schema(progress=lambda *change: reported.append(change))
+        assert reported == [(each, 1, 1) for each in planned]
+        kinds = {each.kind for each in planned}
+        assert kinds == {"add key column", "create index", "replace view", "create table"}
+        assert all(each.blocking for each in planned if each.kind.endswith(("column", "index")))
+        assert await new.engine.schema_changes() == []
+        assert (await new.explain_query("jobs", {"owner": "o1"})).index == "owner-due_at-index"
+
+
 async def test_a_transaction_begins_with_the_columns_of_another_program(tmp_path: Path) -> None:
     url = f"sqlite:{tmp_path}/store.db"
     async with open_store(url, collections=[BEFORE]) as old:

@@ -59,6 +59,7 @@ async def test_later_declared_fields_and_indexes_are_added(url: str) -> None:
         wanted = {"jobs_owner-created_at-index", "jobs_size-index", "jobs_left-index"}
         assert wanted <= found or url.startswith("postgresql")  # there `apply_schema` creates them
         await store.engine.apply_schema()
+        assert await store.engine.schema_changes() == []
         found = {each["name"] for each in await store.execute_with_lock(catalogue)}  # type: ignore[attr-defined]
         assert wanted <= found
     async with open_store(url, collections=[AFTER]) as store:

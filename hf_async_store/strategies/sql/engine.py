@@ -352,8 +352,13 @@ class SQLEngine(Engine):
     async def apply_schema(
         self, *, progress: SchemaProgress | None = None, complete: bool = False
     ) -> None:
+        report = progress or (lambda change, done, total: None)
+        planned = await self.schema_changes()
         async with self.writing() as lease:
-            report = progress or (lambda change, done, total: None)
+            remaining = await self._sync.changes(lease)
+            for each in planned:
+                if each not in remaining:  # it was made before the lease, as before any write
+                    report(each, 1, 1)
             self._use(await self._sync.apply(lease, report, complete=complete))
 
     # -- independent writes ------------------------------------------------------------------
