@@ -43,7 +43,6 @@ from hf_async_store.query import Query
 from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Schema
 from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.catalogue import (
-    GENERATION_SQL,
     Catalogue,
     CatalogueChangedError,
     declared,
@@ -151,15 +150,11 @@ class SQLEngine(Engine):
             return Tables(Catalogue(), self._dialect.grammar)
         return self._use(catalogue)
 
-    async def refresh(self, lease: LeasedConnection) -> Tables:
-        """The tables, in a transaction that holds the write lock of the store."""
+    @property
+    def known_tables(self) -> Tables:
+        """The tables, after the store was prepared for writing."""
         assert self._state is not None, "the store was prepared"
-        tables = self._state.tables
-        if self._dialect.single_writer:
-            rows = await lease.rows(GENERATION_SQL)
-            if list(rows) != [(str(tables.catalogue.generation),)]:
-                tables = self._use(await self._sync.read(lease) or Catalogue())
-        return tables
+        return self._state.tables
 
     async def is_absent(self) -> bool:
         """Whether the store does not exist yet."""
@@ -399,8 +394,12 @@ class SQLEngine(Engine):
         try:
             return await self._writer.apply(lease, changes)
         except CatalogueChangedError:
-            self._ready = False
-            raise
+            if not self._dialect.single_writer:
+                self._ready = False
+                raise
+        # The transaction has the write lock of the store, so the catalogue does not change again.
+        self._use(await self._sync.read(lease) or Catalogue())
+        return await self._writer.apply(lease, changes)
 
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object]

@@ -87,8 +87,9 @@ class Connected(Protocol):
         """Whether the store does not exist yet."""
         ...
 
-    async def refresh(self, lease: LeasedConnection) -> Mapping[str, Table]:
-        """By collection, the tables, at the beginning of a transaction that may write."""
+    @property
+    def known_tables(self) -> Mapping[str, Table]:
+        """By collection, the tables, after the store was prepared for writing."""
         ...
 
     def writing(self) -> AbstractAsyncContextManager[LeasedConnection]:
@@ -137,7 +138,7 @@ class SQLSession(SQLReader, Session):
         if self._lease is None:
             lease = await self._stack.enter_async_context(self._engine.writing())
             await self._stack.enter_async_context(lease.transaction(self._isolation))
-            self._tables = await self._engine.refresh(lease)
+            self._tables = self._engine.known_tables
             if self._read_absent and not await self._is_empty(lease):
                 raise ConcurrencyConflictError(
                     "another program created the store after this transaction had read that it does "

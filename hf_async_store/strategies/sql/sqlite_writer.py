@@ -79,9 +79,17 @@ class SQLiteWriter(Writer):
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
-        return await lease.job(
-            lambda connection: _Batch(self, connection).run(changes, all_or_none=True)
-        )
+        return await lease.job(lambda connection: self._apply(connection, changes))
+
+    def _apply(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+        self._check_catalogue(connection)
+        return _Batch(self, connection).run(changes, all_or_none=True)
+
+    def _check_catalogue(self, connection: sqlite3.Connection) -> None:
+        """Check under the write lock that the tables are as they were read."""
+        generation = connection.execute(GENERATION_SQL).fetchone()
+        if generation != (str(self.tables.catalogue.generation),):
+            raise CatalogueChangedError
 
     def insert_sql(self, table: Table, rows: int) -> str:
         """The statement that inserts this number of rows: id, version, document, key columns."""
@@ -117,9 +125,7 @@ class SQLiteWriter(Writer):
             connection.execute(f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}")
         try:
             connection.execute("BEGIN IMMEDIATE")
-            generation = connection.execute(GENERATION_SQL).fetchone()
-            if generation != (str(self.tables.catalogue.generation),):
-                raise CatalogueChangedError
+            self._check_catalogue(connection)
             outcomes = _Batch(self, connection).run(changes, all_or_none=False)
             connection.execute("COMMIT")
         except BaseException:
