@@ -214,11 +214,8 @@ def _row(
     """
     if shape.verb != "patch" and not shape.created:
         stored = f"t.{DOC} -> '{CREATED_AT}'::text"
-        doc = (
-            f"CASE WHEN t.{DOC} ? '{CREATED_AT}'::text THEN {doc} || "
-            f"pg_catalog.jsonb_build_object('{CREATED_AT}'::text, {stored}) "
-            f"ELSE {doc} - '{CREATED_AT}'::text END"
-        )
+        kept = f"pg_catalog.jsonb_set({doc}, '{{{CREATED_AT}}}'::text[], {stored})"
+        doc = f"coalesce({kept}, {doc} - '{CREATED_AT}'::text)"  # NULL if nothing is stored
         keys = {name: each for name, each in keys.items() if name != key_column(CREATED_AT)}
     sets = {VERSION: version, DOC: doc, quoted(GENERATION): f"{table.generation}::int"}
     sets.update({quoted(name): each for name, each in keys.items()})
