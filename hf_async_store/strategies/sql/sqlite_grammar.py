@@ -78,7 +78,7 @@ class SQLiteGrammar(Grammar):
         test = f"hf_test({target}, '{op}', {args.add(self.encode(value))})"
         if type(value) in (int, float) and sign is not None:
             integers = f"WHEN 'integer' THEN {text} {sign} {args.add(value)}"
-            test = f"CASE json_type({target}) {integers} WHEN 'real' THEN {test} ELSE FALSE END"
+            test = f"CASE {_type_of(target)} {integers} WHEN 'real' THEN {test} ELSE FALSE END"
         return Condition(test)
 
     def in_strings(self, expression: str, values: Sequence[str], args: Arguments) -> str:
@@ -117,13 +117,22 @@ class SQLiteGrammar(Grammar):
         return f"CASE json_type({DOC}, '$.{field}') {_VIEW_CASES[kind].format(value=value)} END"
 
 
+_MEMBER: Final = f"(t.{DOC} -> "
+
+
 def _text_of(target: str) -> str:
     """The string or number that JSON contains; without parsing twice what `at` returns."""
-    member = f"(t.{DOC} -> "
-    if target.startswith(member):
-        return f"(t.{DOC} ->> {target.removeprefix(member)}"
+    if target.startswith(_MEMBER):
+        return f"(t.{DOC} ->> {target.removeprefix(_MEMBER)}"
     return f"({target} ->> '$')"
 
 
+def _type_of(target: str) -> str:
+    """The type of JSON; without parsing twice what `at` returns."""
+    if target.startswith(_MEMBER):
+        return f"json_type(t.{DOC}, {target.removeprefix(_MEMBER)}"
+    return f"json_type({target})"
+
+
 def _is_string(target: str) -> str:
-    return f"substr({target}, 1, 1) = '\"'"
+    return f"{_type_of(target)} = 'text'"
