@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Final, Generic, TypeAlias, TypeVar
@@ -18,7 +18,7 @@ from typing import Final, Generic, TypeAlias, TypeVar
 from msgspec import Struct
 
 from hf_async_store.arguments import check_seconds
-from hf_async_store.errors import StorageError
+from hf_async_store.errors import LockTimeoutError, StorageError
 from hf_async_store.repository import timed_out
 from hf_async_store.values import Key
 
@@ -27,6 +27,9 @@ Result = TypeVar("Result")
 
 
 _NO_RESULT: Final = StorageError("there is no result yet")
+
+_MAX_WAITING: Final = 4
+"""How many keys may wait for their locks at once, each in a call of `wait`."""
 
 
 class _Waiter(Struct, Generic[Item, Result], eq=False):
@@ -69,6 +72,8 @@ class Coalescer(Generic[Item, Result]):
       its items gets a separate copy of the error as its result.
     * Items with the same key run in the order in which they were submitted, never in two batches at
       the same time.
+    * An item that `run` ends by a `LockTimeoutError` runs again by `wait`, outside the lanes, so that
+      neither its batch nor later ones wait for the lock.
     * If a caller is cancelled, its items that are not in a batch yet are withdrawn at once. If the
       items are writes, the caller then waits until the batches that contain its other items have
       ended, so that nothing is written after the task has ended. The duration of this wait is
@@ -81,6 +86,7 @@ class Coalescer(Generic[Item, Result]):
         size: the maximum number of items in a batch.
         key: returns the key of an item; items with the same key are kept in order. None: the order
             does not matter.
+        wait: as `run`, for items of one key, for whose lock it waits. Requires `key`.
 
     Attributes:
         let_callers_run: what a lane awaits between two batches; by default, one iteration of the event
@@ -95,16 +101,21 @@ class Coalescer(Generic[Item, Result]):
         size: int,
         writes: bool,
         key: Callable[[Item], Key] | None = None,
+        wait: Callable[[list[Item]], Awaitable[Sequence[Result]]] | None = None,
     ) -> None:
         self._run = run
+        self._wait = wait
         self._writes = writes
-        # A single lane keeps the order without keys.
-        self._key = key if lanes > 1 else None
+        self._key = key
         self._lanes = lanes
         self._size = size
         self._queue: deque[tuple[_Waiter[Item, Result], int]] = deque()
-        self._busy: set[Key] = set()  # keys in running batches: further items with them must wait
+        # The keys of running batches, without those of a single lane, which keeps the order itself.
+        # Further items with them must wait.
+        self._busy: set[Key] = set()
         self._running: set[asyncio.Task[None]] = set()  # the tasks of the lanes
+        self._blocked: _Batch[Item, Result] = []  # to be run by `wait`
+        self._waiting: set[asyncio.Task[None]] = set()  # the tasks that call `wait`
         self._start_scheduled = False
         self.let_callers_run: Callable[[], Awaitable[None]] = _one_iteration
 
@@ -145,9 +156,9 @@ class Coalescer(Generic[Item, Result]):
 
     async def drain(self) -> None:
         """Wait until everything that was submitted is done."""
-        while self._queue or self._running:
-            if self._running:
-                await asyncio.wait(self._running)
+        while self._queue or self._running or self._waiting:
+            if self._running or self._waiting:
+                await asyncio.wait(self._running | self._waiting)
             else:
                 await asyncio.sleep(0)
 
@@ -180,8 +191,7 @@ class Coalescer(Generic[Item, Result]):
         if lane not in self._running:
             return  # the lane ran, and has ended its batches itself
         self._running.discard(lane)
-        if self._key is not None:
-            self._busy.difference_update(self._key(w.items[index]) for w, index in batch)
+        self._busy.difference_update(self._keys(batch))
         _fail(batch, asyncio.CancelledError())
         if self._queue:
             self._schedule_start()
@@ -191,7 +201,7 @@ class Coalescer(Generic[Item, Result]):
         assert lane is not None
         try:
             while batch:
-                await self._run_batch(batch)
+                await self._run_batch(batch, self._run)
                 # The callers that just got their results run: if they submit again at once, their items
                 # join the next batch instead of waiting behind a small one.
                 await self.let_callers_run()
@@ -227,16 +237,24 @@ class Coalescer(Generic[Item, Result]):
             waiter.in_progress += 1
             batch.append(entry)
         queue.extendleft(reversed(skipped))
-        if self._key is not None:
-            self._busy.update(self._key(waiter.items[index]) for waiter, index in batch)
+        if self._lanes > 1:
+            self._busy.update(self._keys(batch))
         return batch
 
-    async def _run_batch(self, batch: _Batch[Item, Result]) -> None:
+    def _keys(self, batch: _Batch[Item, Result]) -> list[Key]:
+        return [] if self._key is None else [self._key(w.items[index]) for w, index in batch]
+
+    async def _run_batch(
+        self,
+        batch: _Batch[Item, Result],
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+    ) -> None:
         items = [waiter.items[index] for waiter, index in batch]
+        blocked: _Batch[Item, Result] = []
         try:
-            results = await self._run(items)
+            results = await run(items)
         except StorageError as exc:
-            _deliver(batch, [exc.copy() for _ in batch])
+            _deliver([(entry, exc.copy()) for entry in batch])
         except BaseException as exc:
             # A defect, or the event loop is closing: no caller may wait forever. If a caller receives
             # the exception of a defect, the lane continues with the next batch.
@@ -244,14 +262,65 @@ class Coalescer(Generic[Item, Result]):
             if not delivered or not isinstance(exc, Exception):
                 raise
         else:
-            _deliver(batch, results)
+            pairs = list(zip(batch, results, strict=True))
+            if self._wait is not None and run is not self._wait:
+                blocked = [entry for entry, each in pairs if isinstance(each, LockTimeoutError)]
+            if blocked:
+                pairs = [pair for pair in pairs if not isinstance(pair[1], LockTimeoutError)]
+            _deliver(pairs)
         finally:
-            if self._key is not None:
-                self._busy.difference_update(map(self._key, items))
+            if self._busy:
+                self._busy.difference_update(self._keys(batch))
+        if blocked:
+            self._busy.update(self._keys(blocked))
+            self._blocked += blocked
+            self._start_waiting()
+
+    # -- items that wait for a lock ----------------------------------------------------------
+
+    def _start_waiting(self) -> None:
+        while self._blocked and len(self._waiting) < _MAX_WAITING:
+            batch = self._next_blocked()
+            task = asyncio.get_running_loop().create_task(self._run_waiting(batch))
+            self._waiting.add(task)
+            task.add_done_callback(partial(self._end_waiting, batch))
+
+    def _next_blocked(self) -> _Batch[Item, Result]:
+        """Remove the blocked items of one key, in order."""
+        [first, *_] = keys = self._keys(self._blocked)
+        pairs = list(zip(keys, self._blocked, strict=True))
+        self._blocked = [entry for key, entry in pairs if key != first]
+        return [entry for key, entry in pairs if key == first]
+
+    async def _run_waiting(self, batch: _Batch[Item, Result]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        assert self._wait is not None
+        try:
+            wanted = [each for each in batch if not each[0].done.done()]
+            for waiter, _ in batch:
+                if waiter.done.done():
+                    waiter.release()
+            if wanted:
+                await self._run_batch(wanted, self._wait)
+        finally:
+            self._waiting.discard(task)
+
+    def _end_waiting(self, batch: _Batch[Item, Result], task: asyncio.Task[None]) -> None:
+        if task in self._waiting:  # it was cancelled before it began
+            self._waiting.discard(task)
+            _fail(batch, asyncio.CancelledError())
+        self._busy.difference_update(self._keys(batch))
+        self._start_waiting()
+        if self._queue:
+            self._schedule_start()
 
 
-def _deliver(batch: _Batch[Item, Result], results: Sequence[Result | StorageError]) -> None:
-    for (waiter, index), result in zip(batch, results, strict=True):
+def _deliver(
+    pairs: Iterable[tuple[tuple[_Waiter[Item, Result], int], Result | StorageError]],
+) -> None:
+    """Give the callers the results of their items."""
+    for (waiter, index), result in pairs:
         waiter.results[index] = result
         waiter.remaining -= 1
         waiter.release()

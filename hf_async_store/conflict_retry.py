@@ -8,7 +8,6 @@ they queue for it, first come, first served.
 from __future__ import annotations
 
 import asyncio
-import random
 from asyncio import sleep
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Final, TypeVar
 
 from msgspec import Struct, field
 
+from hf_async_store.backoff import Backoff
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     RetriesExhaustedError,
@@ -55,14 +55,12 @@ async def retry_conflicts(
         RetriesExhaustedError: there were conflicts until `seconds` had passed; the last one is the
             cause.
     """
-    now = monotonic()
-    deadline = now + seconds
+    backoff = Backoff(seconds, first=0, longest=_MAX_PAUSE_SECONDS, clock=monotonic, sleep=sleep)
     attempts = 0
     if ticket is not None and ticket.queue_exists:
         await ticket.acquire(seconds)
-        now = monotonic()
     while True:
-        started = now
+        started = monotonic()
         attempts += 1
         try:
             return await attempt()
@@ -70,12 +68,7 @@ async def retry_conflicts(
             conflict = _conflict_in(exc)
             if conflict is None:
                 raise
-            now = monotonic()
-            # If an attempt takes long, a competing one probably takes as long.
-            max_factor = _BACKOFF_FACTOR_UNQUEUED if ticket is None else _BACKOFF_FACTOR_QUEUED
-            max_pause = (now - started) * min(2 * attempts, max_factor)
-            pause = random.uniform(0, min(max_pause, _MAX_PAUSE_SECONDS))
-            if now + pause >= deadline:
+            if not await _wait(backoff, ticket, monotonic() - started, attempts):
                 raise RetriesExhaustedError(
                     f"each of {attempts} attempts in {seconds:g} s ended with a conflict (the last: "
                     f"{conflict}). Reduce the number of concurrent writers, or increase the time limit "
@@ -87,11 +80,22 @@ async def retry_conflicts(
                     current=conflict.current,
                     retryable=True,
                 ) from exc
-        if ticket is not None and ticket.key is not None and not ticket.is_current:
-            await ticket.acquire(deadline - now)
-        else:
-            await sleep(pause)
-        now = monotonic()
+
+
+async def _wait(backoff: Backoff, ticket: Ticket | None, seconds: float, attempts: int) -> bool:
+    """Wait before the next attempt; return False if it would be too late.
+
+    Args:
+        seconds: the duration of the last attempt. If it takes long, a competing one probably takes as
+            long.
+    """
+    if ticket is not None and ticket.key is not None and not ticket.is_current:
+        if backoff.remaining <= 0:
+            return False
+        await ticket.acquire(backoff.remaining)
+        return True
+    factor = _BACKOFF_FACTOR_UNQUEUED if ticket is None else _BACKOFF_FACTOR_QUEUED
+    return await backoff.pause(seconds * min(2 * attempts, factor))
 
 
 def _conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:

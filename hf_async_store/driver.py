@@ -344,6 +344,15 @@ class Engine(Reader):
 
     # -- defaults ----------------------------------------------------------------------------
 
+    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
+        """As `write_each`, without waiting long for changes whose entity another transaction has locked.
+
+        The outcome of such a change is a `LockTimeoutError`; it had no effect, and neither did later
+        ones of its key. The store passes it to `write_each`, and other changes to this method, in the
+        meantime. The default is for an engine that locks no single entities.
+        """
+        return await self.write_each(changes)
+
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:
         """A consistent snapshot that can be read until the context is left, for backups and comparisons.
 

@@ -18,7 +18,15 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -413,9 +421,19 @@ class MigrationRouter(Engine):
         return await (await self.in_use()).count(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        return await self._write(changes, lambda engine, marked: engine.write_each(marked))
+
+    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
+        return await self._write(changes, lambda engine, marked: engine.write_unblocked(marked))
+
+    async def _write(
+        self,
+        changes: Sequence[Change],
+        write: Callable[[Engine, Sequence[Change]], Awaitable[list[Outcome]]],
+    ) -> list[Outcome]:
         route = await self.current_route()
         marked = _with_markers(changes) if route.add_markers else changes
-        outcomes = await self.engine_of(route).write_each(marked)
+        outcomes = await write(self.engine_of(route), marked)
         # A refused change needs no confirmation, and its outcome is known.
         written = [
             change

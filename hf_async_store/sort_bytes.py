@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from hf_async_store.query import MISSING, Missing, OpName
@@ -21,6 +21,7 @@ MAX_SORT_BYTES: Final = 256
 """The bytes of a longer string are cut. The id, four fields and the row then fit into the 2,704 bytes of
 an index entry of PostgreSQL (a third of a page)."""
 
+_SHORT: Final = MAX_SORT_BYTES // 4  # characters; each has at most 4 bytes
 _MISSING, _NULL, _BOOLEAN, _NUMBER, _STRING, _LIST, _DICT = (bytes([rank]) for rank in range(7))
 _END: Final = b"\x07"
 _FLAGS: Final = _BOOLEAN + b"\x00", _BOOLEAN + b"\x01"
@@ -50,6 +51,19 @@ def sort_bytes(value: Value | Missing) -> bytes:
     if isinstance(value, Missing):
         return _MISSING
     return _LIST if isinstance(value, list) else _DICT
+
+
+def sort_bytes_of(entity: Mapping[str, Value], names: Iterable[str]) -> tuple[bytes, ...]:
+    """The encodings of fields of an entity. Most values are short strings, and encoded right here."""
+    get = entity.get
+    return tuple(
+        [
+            _STRING + value.encode()
+            if type(value := get(name, MISSING)) is str and len(value) < _SHORT
+            else sort_bytes(value)
+            for name in names
+        ]
+    )
 
 
 def _number(value: float) -> bytes:

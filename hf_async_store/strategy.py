@@ -99,11 +99,12 @@ class StorageStrategy(RepositoryInterface):
         self._closed = False
         capabilities = engine.capabilities
         self._writes: Coalescer[Change, Outcome] = Coalescer(
-            engine.write_each,
+            engine.write_unblocked,
             lanes=capabilities.write_concurrency,
             size=capabilities.write_batch,
             writes=True,
             key=_key_of,
+            wait=engine.write_each,
         )
         self._reads: Coalescer[Key, Record | None] | None = (
             Coalescer(

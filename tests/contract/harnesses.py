@@ -104,11 +104,14 @@ class SQLiteHarness:
         return f"sqlite:{self._path}"
 
     def refuse_label(self, label: str) -> None:
-        refused = f"NEW.label = '{label}' BEGIN SELECT RAISE(ABORT, 'no such label'); END"
+        stored = "NEW.doc ->> '$.label'"
+        refused = f"{stored} = '{label}' BEGIN SELECT RAISE(ABORT, 'no such label'); END"
         with closing(sqlite3.connect(self._path)) as connection:
             for verb in ("INSERT", "UPDATE"):
-                trigger = f"CREATE TRIGGER no_{label}_{verb} BEFORE {verb} ON items WHEN {refused}"
-                connection.execute(trigger)
+                name = f"no_{label}_{verb}"
+                connection.execute(
+                    f'CREATE TRIGGER {name} BEFORE {verb} ON "items-entities" WHEN {refused}'
+                )
 
     def touched(self) -> bool:
         return self._path.exists()
@@ -144,7 +147,7 @@ class PostgreSQLHarness:
             async with connection.transaction():
                 key = {"items": "item_id"}[collection]
                 await connection.execute(
-                    f'SELECT 1 FROM "{collection}" WHERE "{key}" = $1 FOR UPDATE',
+                    f'SELECT 1 FROM "{collection}-entities" WHERE "{key}" = $1 FOR UPDATE',
                     entity_id,
                 )
                 yield
@@ -152,8 +155,8 @@ class PostgreSQLHarness:
             await connection.close()
 
     def refuse_label(self, label: str) -> None:
-        rule = f"ALTER TABLE items ADD CONSTRAINT no_{label} CHECK (label <> '{label}')"
-        execute(self._url, rule)
+        rule = f"CHECK (doc ->> 'label' <> '{label}')"
+        execute(self._url, f'ALTER TABLE "items-entities" ADD CONSTRAINT no_{label} {rule}')
 
     def touched(self) -> bool:
         tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"

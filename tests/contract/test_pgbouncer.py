@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hf_async_store.testing.contract import StrategyContract
 from hf_async_store_bench.servers import ServerUnavailable, pgbouncer
-from tests.contract.expected import OneStatementForAll
 from tests.contract.harnesses import PgbouncerHarness
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def address(postgres_server: PostgresServer) -> Iterator[str]:
         pytest.skip(str(exc))
 
 
-class TestPgbouncer(OneStatementForAll):
+class TestPgbouncer(StrategyContract):
     @pytest.fixture
     def harness(self, postgres_server: PostgresServer, address: str) -> Iterator[PgbouncerHarness]:
         harness = PgbouncerHarness(postgres_server, address)

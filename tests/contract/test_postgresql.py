@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.contract.expected import OneStatementForAll
+from hf_async_store.testing.contract import StrategyContract
 from tests.contract.harnesses import PostgreSQLHarness
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_async_store_bench.servers import PostgresServer
 
 
-class TestPostgreSQL(OneStatementForAll):
+class TestPostgreSQL(StrategyContract):
     @pytest.fixture
     def harness(self, postgres_server: PostgresServer) -> Iterator[PostgreSQLHarness]:
         harness = PostgreSQLHarness(postgres_server)

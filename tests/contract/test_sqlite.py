@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.contract.expected import ColumnsOfTheDeclaration
+from hf_async_store.testing import StrategyContract
 from tests.contract.harnesses import SQLiteHarness
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-class TestSQLite(ColumnsOfTheDeclaration):
+class TestSQLite(StrategyContract):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> SQLiteHarness:
         return SQLiteHarness(tmp_path)

@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = ["short_leases"]
 
-UPDATE = "UPDATE accounts SET balance = 7 WHERE account_id = 'a-0'"
+UPDATE = {
+    "sqlite": (
+        "UPDATE \"accounts-entities\" SET doc = json_set(doc, '$.balance', 7) "
+        "WHERE account_id = 'a-0'"
+    ),
+    "postgresql": (
+        "UPDATE \"accounts-entities\" SET doc = jsonb_set(doc, '{balance}', '7') WHERE account_id = 'a-0'"
+    ),
+}
 
 
 def opened(url: str, target: str) -> Any:
@@ -52,13 +60,13 @@ async def test_sql_is_refused_during_a_migration(kind: str, place: Place) -> Non
     source, target = place(kind, "a"), place("json-single", "b")
     await prepared(source)
     async with opened(source, target) as store:
-        await store.execute_with_lock(UPDATE)
+        await store.execute_with_lock(UPDATE[kind])
         await begun(source, target)
         with pytest.raises(StoreRelocatedError, match="execute_with_lock"):
-            await store.execute_with_lock(UPDATE)
+            await store.execute_with_lock(UPDATE[kind])
         with pytest.raises(StoreRelocatedError, match="execute_with_lock"):
             async with store.begin_transaction() as tx:
-                await tx.execute_with_lock(UPDATE)
+                await tx.execute_with_lock(UPDATE[kind])
         await begun(source, target, cut_over=True)
         with pytest.raises(StoreRelocatedError) as caught:
             await store.execute_with_lock("SELECT balance FROM accounts")
@@ -81,7 +89,7 @@ async def test_sql_is_not_acknowledged_if_a_migration_starts_meanwhile(
 
         monkeypatch.setattr(store._sql, "execute_with_lock", slow)
         with pytest.raises(StorageError, match="a live migration of this store began") as caught:
-            await store.execute_with_lock(UPDATE)
+            await store.execute_with_lock(UPDATE[kind])
         assert caught.value.outcome_unknown
         assert not caught.value.retryable
 
@@ -95,7 +103,7 @@ async def test_sql_in_a_transaction_is_not_acknowledged_if_a_migration_starts(
 
         async def late() -> None:
             async with store.begin_transaction() as tx:
-                await tx.execute_with_lock(UPDATE)
+                await tx.execute_with_lock(UPDATE["postgresql"])
                 await begun(source, target)
 
         with pytest.raises(StorageError, match="a live migration of this store began") as caught:
@@ -108,12 +116,12 @@ async def test_sql_is_accepted_without_a_migration(place: Place) -> None:
     await prepared(source)
     async with opened(source, target) as store:
         async with store.begin_transaction() as tx:
-            await tx.execute_with_lock(UPDATE)
+            await tx.execute_with_lock(UPDATE["sqlite"])
             await asyncio.sleep(migration_routing.LEASE_SECONDS + 0.1)
         await begun(source, target)
         await stopped(source, target)
         await asyncio.sleep(migration_routing.LEASE_SECONDS + 0.1)
-        await store.execute_with_lock(UPDATE.replace("7", "8"))
+        await store.execute_with_lock(UPDATE["sqlite"].replace("7", "8"))
         assert await balance(store) == 8
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from math import copysign
 from typing import TYPE_CHECKING
 
@@ -34,10 +33,6 @@ async def fill_with_negative_zero(url: str) -> None:
         async with opened(url) as store:
             for each in ("a", "b"):
                 await store.import_entities("items", [{"item_id": each, "version": 3, **GIVEN}])
-    if url.startswith("sqlite:"):
-        with sqlite3.connect(url.removeprefix("sqlite:")) as database:
-            database.execute("""UPDATE items SET ratio = NULL, _side = '{"ratio":"-0.0"}'""")
-        database.close()
     async with opened(url) as store:
         found = await store.get_entity("items", "a")
         assert found is not None

@@ -228,8 +228,9 @@ async def test_each_sqlstate_raised_by_the_server(database: str) -> None:
         execute(
             database,
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-            "RAISE EXCEPTION 'refused here' USING ERRCODE = NEW.name; END $$; "
-            "CREATE TRIGGER refuse BEFORE INSERT ON templates FOR EACH ROW EXECUTE FUNCTION refuse()",
+            "RAISE EXCEPTION 'refused here' USING ERRCODE = NEW.doc ->> 'name'; END $$; "
+            'CREATE TRIGGER refuse BEFORE INSERT ON "templates-entities" '
+            "FOR EACH ROW EXECUTE FUNCTION refuse()",
         )
         for state, (kind, retryable, unknown, _) in MEANT.items():
             if state == "00000":
@@ -249,7 +250,7 @@ async def test_each_sqlstate_raised_by_the_server(database: str) -> None:
                 ), state
             assert error.__cause__ is not None
         assert await store.get_entity("templates", "u") is None
-        execute(database, "DROP TRIGGER refuse ON templates")
+        execute(database, 'DROP TRIGGER refuse ON "templates-entities"')
         await store.save_entity("templates", template("u"))
 
 
@@ -293,15 +294,16 @@ async def test_an_added_column_does_not_break_a_prepared_statement(database: str
     """The statement was prepared when the table had one column less."""
     async with open_store(f"{database}?pool_size=3&max_overflow=0") as store:
         await store.save_entity("templates", template("t"))
-        sql = "SELECT * FROM templates WHERE template_id = 't'"
+        table = '"templates-entities"'
+        sql = f"SELECT * FROM {table} WHERE template_id = 't'"
         for column in ("owner", "zone", "tier"):
             # Prepared on every connection of the pool.
             calls = [store.execute_with_lock(sql) for _ in range(12)]  # type: ignore[attr-defined]
             await asyncio.gather(*calls)
-            execute(database, f"ALTER TABLE templates ADD COLUMN {column} text")
+            execute(database, f"ALTER TABLE {table} ADD COLUMN {column} text")
             [row] = await store.execute_with_lock(sql)  # type: ignore[attr-defined]
             assert column in row
-        execute(database, "ALTER TABLE templates ADD COLUMN more text")
+        execute(database, f"ALTER TABLE {table} ADD COLUMN more text")
 
         async def work(tx: Any) -> Any:
             return await tx.execute_with_lock(sql)
@@ -317,7 +319,7 @@ async def test_a_table_that_was_dropped_is_named(url: str, tmp_path: Path) -> No
     async with open_store(url) as store:
         await store.save_entity("templates", template("t"))
         await store.execute_with_lock(  # type: ignore[attr-defined]
-            "DROP TABLE templates" + (" CASCADE" if url.startswith("postgresql") else "")
+            'DROP TABLE "templates-entities"' + (" CASCADE" if url.startswith("postgresql") else "")
         )
         for work in (
             lambda: store.get_entity("templates", "t"),
@@ -334,8 +336,8 @@ async def test_a_table_that_was_dropped_is_named(url: str, tmp_path: Path) -> No
 async def test_a_column_that_was_dropped_or_changed_is_named(database: str) -> None:
     async with open_store(database) as store:
         await store.save_entity("templates", template("t", name="x"))
-        execute(database, "ALTER TABLE templates DROP COLUMN name")
-        with pytest.raises(SchemaMismatchError, match="name"):
+        execute(database, 'ALTER TABLE "templates-entities" DROP COLUMN doc CASCADE')
+        with pytest.raises(SchemaMismatchError, match="doc"):
             await store.get_entity("templates", "t")
 
 
@@ -344,8 +346,9 @@ async def test_a_violated_constraint_of_an_administrator_is_named(database: str)
         await store.save_entity("templates", template("t", name="x"))
         execute(
             database,
-            "CREATE UNIQUE INDEX one_name ON templates (name);"
-            "ALTER TABLE templates ADD CONSTRAINT no_shouting CHECK (name = lower(name))",
+            "CREATE UNIQUE INDEX one_name ON \"templates-entities\" ((doc ->> 'name'));"
+            'ALTER TABLE "templates-entities" ADD CONSTRAINT no_shouting '
+            "CHECK (doc ->> 'name' = lower(doc ->> 'name'))",
         )
         for name, said in (("x", "one_name"), ("SECRET", "no_shouting")):
             with pytest.raises(InvalidInputError, match=said) as caught:
@@ -450,16 +453,18 @@ async def test_a_missing_privilege_is_reported(database: str) -> None:
     execute(database, f"CREATE ROLE {role} LOGIN")
     try:
         async with open_store(database.replace("postgres@", f"{role}@")) as store:
-            for work in (
-                store.get_entity("templates", "t"),
-                store.save_entity("templates", template("t")),
-                store.execute_with_lock("SELECT * FROM templates"),  # type: ignore[attr-defined]
-            ):
-                with pytest.raises(PermissionDeniedError, match="templates.*GRANT") as caught:
-                    await work
-                assert not caught.value.retryable
+            for name in ("hf_catalogue", "templates"):
+                for work in (
+                    store.get_entity("templates", "t"),
+                    store.save_entity("templates", template("t")),
+                    store.execute_with_lock("SELECT * FROM templates"),  # type: ignore[attr-defined]
+                ):
+                    with pytest.raises(PermissionDeniedError, match=f"{name}.*GRANT") as caught:
+                        await work
+                    assert not caught.value.retryable
+                execute(database, f"GRANT SELECT ON hf_catalogue TO {role}")
     finally:
-        execute(database, f"DROP ROLE {role}")
+        execute(database, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 async def test_a_server_that_is_not_postgresql() -> None:

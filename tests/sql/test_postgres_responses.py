@@ -64,7 +64,9 @@ async def verb_of(store: Any, name: str) -> None:
             await tx.get_entity("templates", "t")
             await tx.save_entity("templates", template("t", n=5))
     elif name == "statement":
-        await store.execute_with_lock("UPDATE templates SET version = version + 1 RETURNING doc")
+        await store.execute_with_lock(
+            'UPDATE "templates-entities" SET version = version + 1 RETURNING doc'
+        )
     elif name == "refused":
         await store.execute_with_lock("SELEC 1")
     elif name == "snapshot":
@@ -98,8 +100,12 @@ async def try_inputs(database: str, seeds: range | list[int]) -> int:
 
 
 async def _one_input(url: str, seed: int, link: Any, direct: Any) -> None:
-    await direct.execute("DELETE FROM templates")
-    sql = "INSERT INTO templates (template_id, version) VALUES ('t', 1), ('u', 1)"
+    await direct.execute('DELETE FROM "templates-entities"')
+    doc = "jsonb_build_object('template_id', key)"
+    sql = (
+        'INSERT INTO "templates-entities" (template_id, version, doc, "row-generation") '
+        f"SELECT key, 1, {doc}, 1 FROM unnest(ARRAY['t', 'u']) AS k (key)"
+    )
     await direct.execute(sql)
     chance = random.Random(seed)
     name = chance.choice(VERBS)

@@ -26,7 +26,7 @@ def machines(count: int) -> list[dict[str, Any]]:
             "name": "数据",
             "status": None,
             "tags": {"n": n},
-            **({"more": 0.5} if n % 5 == 0 else {}),
+            **({"more": 1e300} if n % 5 == 0 else {}),
         }
         for n in range(count)
     ]

@@ -48,7 +48,9 @@ async def _import_many(store: Any, n: int) -> None:
 
 
 async def _sql(store: Any, n: int) -> None:
-    await store.execute_with_lock("UPDATE templates SET version = ? WHERE template_id = 't'", [n])
+    await store.execute_with_lock(
+        "UPDATE \"templates-entities\" SET version = ? WHERE template_id = 't'", [n]
+    )
 
 
 async def _direct(store: Any, n: int) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from hf_async_store import BatchError, Collection, Entity, ReferenceViolationError, open_store
-from hf_async_store.strategies.sql.sqlite import SQLite
 
 
 def machines(count: int, request: str | None = "r-1") -> list[Entity]:
@@ -77,16 +76,6 @@ async def test_the_last_import_of_a_repeated_id_is_stored(tmp_path: Path) -> Non
         assert (found["name"], found["version"]) == ("last", 9)
     finally:
         await store.close()
-
-
-def test_few_sql_statements_serve_all_numbers_of_rows() -> None:
-    assert SQLite.bulk is not None
-    sizes = set()
-    for count in range(1, 1200):
-        blocks = SQLite.bulk.blocks(count, 17)
-        assert sum(size * times for size, times in blocks) == count
-        sizes.update(size for size, _ in blocks)
-    assert len(sizes) == 4
 
 
 async def test_a_collection_of_very_many_fields(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ POSTGRESQL = [
     "SET ROLE pg_read_all_data",
     "SET SESSION AUTHORIZATION pg_read_all_data",
     "SELECT set_config('search_path', 'nowhere', false)",
-    "CREATE TEMP TABLE templates (template_id text)",
+    'CREATE TEMP TABLE "templates-entities" (template_id text)',
     "SELECT pg_advisory_lock(4711)",
     "PREPARE mine AS SELECT 1",
     "LISTEN something",
@@ -40,8 +40,8 @@ SQLITE = [
     "PRAGMA case_sensitive_like = ON",
     "PRAGMA max_page_count = 1",
     "PRAGMA writable_schema = ON",
-    "CREATE TEMP TABLE templates (template_id text)",
-    "CREATE TEMP VIEW machines AS SELECT 1",
+    'CREATE TEMP TABLE "templates-entities" (template_id text)',
+    'CREATE TEMP VIEW "machines-entities" AS SELECT 1',
 ]
 
 
@@ -232,7 +232,7 @@ async def test_health_reports_a_dropped_table(url: str) -> None:
         await store.save_entity("templates", template("t"))
         assert (await store.health())["ok"] is True
         cascade = "" if url.startswith("sqlite") else " CASCADE"
-        await store.execute_with_lock(f"DROP TABLE machines{cascade}")  # type: ignore[attr-defined]
+        await store.execute_with_lock(f'DROP TABLE "machines-entities"{cascade}')  # type: ignore[attr-defined]
         for verb in (
             lambda: store.get_entity("machines", "m"),
             lambda: store.query_entities("machines"),
@@ -244,5 +244,7 @@ async def test_health_reports_a_dropped_table(url: str) -> None:
         assert health["ok"] is False
         assert "machines" in str(health["problems"])
         if cascade:
-            await store.execute_with_lock("ALTER TABLE requests DROP COLUMN status")  # type: ignore[attr-defined]
-            assert "requests.status" in str((await store.health())["problems"])
+            await store.execute_with_lock(  # type: ignore[attr-defined]
+                'ALTER TABLE "requests-entities" DROP COLUMN "status-key" CASCADE'
+            )
+            assert "requests-entities" in str((await store.health())["problems"])

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hf_async_store import InvalidInputError, SQLStorageStrategy, desc, gt, open_store, path
-from hf_async_store.strategies.sql.bulk_writer import BulkWriter
 from hf_async_store.strategies.sql.parameters import bind
+from hf_async_store.strategies.sql.sending import IndependentBatch
 from hf_async_store.testing.concurrency import elsewhere
 from tests.contract.harnesses import execute
 
@@ -64,12 +64,21 @@ async def test_execute_with_lock(url: str) -> None:
             found = await tx.execute_with_lock(query.format("?"), ["r"])  # type: ignore[attr-defined]
             assert found == expected
             await tx.update_entity("requests", "r", {"status": "locked"})
-        await store.execute_with_lock(
-            "UPDATE requests SET status = ? WHERE request_id = ?", ["x", "r"]
+        changed = (
+            "json_set(doc, '$.status', ?)"
+            if url.startswith("sqlite")
+            else "jsonb_set(doc, '{status}', to_jsonb(?::text))"
         )
+        # A key column is what `sort_bytes` returns: of a string, the byte 4 and the UTF-8 of it.
+        await store.execute_with_lock(
+            f'UPDATE "requests-entities" SET doc = {changed}, "status-key" = ?, '
+            "version = version + 1 WHERE request_id = ?",
+            ["x", b"\4x", "r"],
+        )
+        assert await store.count_entities("requests", {"status": "x"}) == 1
         found = await store.get_entity("requests", "r")
         assert found is not None
-        assert found["status"] == "x"
+        assert (found["status"], found["version"]) == ("x", 3)
 
 
 @pytest.fixture
@@ -123,25 +132,25 @@ async def test_a_stream_uses_little_memory(filled: Any) -> None:
 
 
 async def test_an_update_overtaken_twice_succeeds(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The update finds no row; the entity is created before the store reads it, and changed right after."""
-    async with open_store(url) as store, open_store(url) as other:
+    async with open_store(database) as store, open_store(database) as other:
         await other.create_entity("machines", {"machine_id": "other"})
-        look = BulkWriter.fetch
+        look = IndependentBatch.read_stored
         looks = 0
 
-        async def overtaken(self: BulkWriter, lease: Any, keys: Any) -> Any:
+        async def overtaken(self: IndependentBatch, keys: Any) -> Any:
             nonlocal looks
             looks += 1
             if looks > 1:
-                return await look(self, lease, keys)
+                return await look(self, keys)
             await elsewhere(other.create_entity("machines", {"machine_id": "m", "name": "a"}))
-            found = await look(self, lease, keys)
+            found = await look(self, keys)
             await elsewhere(other.update_entity("machines", "m", {"name": "b"}))
             return found
 
-        monkeypatch.setattr(BulkWriter, "fetch", overtaken)
+        monkeypatch.setattr(IndependentBatch, "read_stored", overtaken)
         assert await store.update_entity("machines", "m", {"status": "x"}) == 3
         found = await store.get_entity("machines", "m")
         assert found is not None

@@ -122,7 +122,7 @@ async def _verbs(store: Any) -> dict[str, Callable[[], Awaitable[object]]]:
         "transaction": lambda: store.run_transaction(
             lambda tx: tx.save_entity("templates", template("lost"))
         ),
-        "sql": lambda: store.execute_with_lock("DELETE FROM templates"),
+        "sql": lambda: store.execute_with_lock('DELETE FROM "templates-entities"'),
         "get": lambda: store.get_entity("templates", "t"),
         "query": lambda: store.query_entities("templates"),
         "page": lambda: store.query_page("templates", limit=5),
@@ -199,16 +199,15 @@ async def test_119_a_commit_to_a_replaced_file_is_not_acknowledged(
     async with open_store(f"sqlite:{path}") as store:
         await store.save_entity("templates", template("t"))
         dialect = store._sql._dialect  # type: ignore[attr-defined]
-        commit, rows = dialect.commit, dialect.rows
+        commit, job = dialect.commit, dialect.job
 
         async def committed(handle: Any) -> None:
             await commit(handle)
             path.rename(tmp_path / "away.db")
 
-        async def ran(driver: Any, sql: str, args: Any) -> Any:
-            found = await rows(driver, sql, args)
-            if "INSERT" in sql:
-                path.rename(tmp_path / "away.db")
+        async def ran(driver: Any, work: Any) -> Any:
+            found = await job(driver, work)
+            path.rename(tmp_path / "away.db")
             return found
 
         async def transaction() -> None:
@@ -217,7 +216,7 @@ async def test_119_a_commit_to_a_replaced_file_is_not_acknowledged(
         async def save() -> None:
             await store.save_entity("templates", template("unknown"))
 
-        for patched, with_what, verb in (("commit", committed, transaction), ("rows", ran, save)):
+        for patched, with_what, verb in (("commit", committed, transaction), ("job", ran, save)):
             with monkeypatch.context() as patch:
                 patch.setattr(dialect, patched, with_what)
                 with pytest.raises(DataFileConflictError) as caught:
@@ -480,7 +479,7 @@ async def test_a_cursor_that_is_still_referenced_does_not_keep_the_file_open(
         await store.save_entities("templates", [{"template_id": f"t-{n}"} for n in range(100)])
         pool = store._sql._streams  # type: ignore[attr-defined]
         lease = await pool.acquire()
-        cursor = await lease.driver.execute("SELECT * FROM templates")
+        cursor = await lease.driver.execute('SELECT * FROM "templates-entities"')
         assert await cursor.fetchone() is not None
     assert open_files(tmp_path) == []
     del cursor

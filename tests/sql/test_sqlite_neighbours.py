@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 AT = "2026-01-01T00:00:00.000000Z"
 REFUSING = [
-    "CREATE TRIGGER no BEFORE INSERT ON templates WHEN new.image_id = 'bad' "
+    "CREATE TRIGGER no BEFORE INSERT ON \"templates-entities\" WHEN new.doc ->> 'image_id' = 'bad' "
     "BEGIN SELECT RAISE(ABORT, 'no'); END",
-    "CREATE TRIGGER no BEFORE INSERT ON templates WHEN new.image_id = 'bad' "
+    "CREATE TRIGGER no BEFORE INSERT ON \"templates-entities\" WHEN new.doc ->> 'image_id' = 'bad' "
     "BEGIN SELECT RAISE(ROLLBACK, 'no'); END",
-    "CREATE UNIQUE INDEX mine ON templates (image_id) WHERE image_id = 'bad'",
+    "CREATE UNIQUE INDEX mine ON \"templates-entities\" (doc ->> 'image_id') "
+    "WHERE doc ->> 'image_id' = 'bad'",
 ]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from hf_async_store import (
     InvalidInputError,
+    LockTimeoutError,
     OperationTimeoutError,
     StorageError,
     UnavailableError,
@@ -309,3 +310,133 @@ async def test_a_lane_that_is_cancelled_before_its_first_step_releases_its_calle
     assert all(isinstance(each, asyncio.CancelledError) for each in results)
     assert not recorder.batches
     assert await calls.submit(keys("d"), None) == ["d"]
+
+
+class Locks:
+    """Ends the items of locked keys by `LockTimeoutError`, or waits for them."""
+
+    def __init__(self, *locked: str) -> None:
+        self.free = asyncio.Event()
+        self.locked = set(locked)
+        self.waiting = 0
+        self.most_waiting = 0
+        self.written: list[Key] = []
+
+    async def run(self, items: Sequence[Key]) -> list[str | StorageError]:
+        await asyncio.sleep(0)
+        return [
+            LockTimeoutError("locked") if each.id in self.locked else self._write(each)
+            for each in items
+        ]
+
+    async def wait(self, items: Sequence[Key]) -> list[str | StorageError]:
+        assert len(set(items)) == 1
+        self.waiting += 1
+        self.most_waiting = max(self.most_waiting, self.waiting)
+        try:
+            await self.free.wait()
+        finally:
+            self.waiting -= 1
+        return [self._write(each) for each in items]
+
+    def _write(self, key: Key) -> str:
+        self.written.append(key)
+        return key.id
+
+    def coalescer(self, lanes: int = 1) -> Coalescer[Key, str | StorageError]:
+        return Coalescer(self.run, wait=self.wait, key=identity, lanes=lanes, size=100, writes=True)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+async def test_items_that_wait_for_a_lock_delay_no_others(lanes: int) -> None:
+    locks = Locks(*"abcdefgh")
+    calls = locks.coalescer(lanes)
+    blocked = [asyncio.create_task(calls.submit(keys(each), None)) for each in "abcdefgh"]
+    assert await calls.submit(keys("x"), None) == ["x"]
+    later = asyncio.create_task(calls.submit(keys("y", "a"), None))
+    assert await calls.submit(keys("z"), None) == ["z"]
+    assert not any(each.done() for each in [*blocked, later])
+    locks.locked.clear()
+    locks.free.set()
+    assert await asyncio.gather(*blocked) == [[each] for each in "abcdefgh"]
+    assert await later == ["y", "a"]
+    assert locks.most_waiting == 4
+    await calls.drain()
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+async def test_items_of_a_locked_key_keep_their_order(lanes: int) -> None:
+    numbers: list[int] = []
+    free = asyncio.Event()
+
+    async def run(items: Sequence[tuple[Key, int]]) -> list[int | StorageError]:
+        if not free.is_set():
+            return [LockTimeoutError("locked") for _ in items]
+        numbers.extend(number for _, number in items)
+        return [number for _, number in items]
+
+    async def wait(items: Sequence[tuple[Key, int]]) -> list[int | StorageError]:
+        await free.wait()
+        await asyncio.sleep(0)
+        numbers.extend(number for _, number in items)
+        return [number for _, number in items]
+
+    calls: Coalescer[tuple[Key, int], int | StorageError] = Coalescer(
+        run, wait=wait, key=lambda item: item[0], lanes=lanes, size=2, writes=True
+    )
+    [key] = keys("a")
+    tasks = [asyncio.create_task(calls.submit([(key, each)], None)) for each in range(9)]
+    await asyncio.sleep(0.01)
+    assert not numbers
+    free.set()
+    await asyncio.gather(*tasks)
+    assert numbers == list(range(9))
+
+
+async def test_a_lock_timeout_of_the_call_that_waits_is_final() -> None:
+    async def run(items: Sequence[Key]) -> list[str | StorageError]:
+        return [LockTimeoutError("locked") for _ in items]
+
+    calls: Coalescer[Key, str | StorageError] = Coalescer(
+        run, wait=run, key=identity, lanes=1, size=10, writes=True
+    )
+    assert [type(each) for each in await calls.submit(keys("a"), None)] == [LockTimeoutError]
+
+
+async def test_withdrawn_items_are_not_written_when_their_lock_is_free() -> None:
+    locks = Locks(*"abcdef")
+    calls = locks.coalescer()
+    tasks = [asyncio.create_task(calls.submit(keys(each), None)) for each in "abcdef"]
+    while locks.waiting < 4:
+        await asyncio.sleep(0)
+    for each in tasks:
+        each.cancel()
+    await asyncio.sleep(0.01)
+    assert not any(each.done() for each in tasks[:4])  # they wait for their writes
+    locks.free.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await calls.drain()
+    assert all(each.cancelled() for each in tasks)
+    assert sorted(each.id for each in locks.written) == ["a", "b", "c", "d"]
+
+
+def test_a_loop_that_closes_ends_the_items_that_wait_for_a_lock() -> None:
+    locks = Locks(*"abcdef")
+    ended: list[str] = []
+
+    async def submit(calls: Coalescer[Key, str | StorageError], name: str) -> None:
+        try:
+            await calls.submit(keys(name), None)
+        finally:
+            ended.append(name)
+
+    async def begin() -> list[asyncio.Task[None]]:
+        calls = locks.coalescer()
+        tasks = [asyncio.create_task(submit(calls, each)) for each in "abcdef"]
+        while locks.waiting < 4:
+            await asyncio.sleep(0)
+        return tasks
+
+    asyncio.run(begin())
+    assert sorted(ended) == list("abcdef")
+    assert not locks.written

@@ -1,68 +1,46 @@
-"""Compiles a query to a SELECT with exactly the results of `query.matches` and `query.sort_key`.
+"""Compiles a query to a SELECT.
 
-A condition is true, false or NULL, and a WHERE treats false and NULL alike. A negation is therefore
-written as `IS NOT TRUE`, which is true for both. If SQL cannot express a condition exactly, the
-compiled condition accepts more rows, and the rows are filtered again in Python. If it cannot express
-an order, the rows are sorted in Python.
+A field with a key column is compared and sorted by its `sort_bytes`; any other path by expressions of the
+document. A condition is true, false or NULL, and a WHERE treats false and NULL alike. A negation is
+therefore written as `IS NOT TRUE`, which is true for both. If SQL cannot express a condition exactly, the
+compiled condition accepts more rows, and the rows are filtered again in Python.
+
+The bytes of a long string, a list or a dict do not determine its place. Rows whose sort keys begin with
+the same such values are a group: SQL returns them next to each other, and `reading` sorts them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from hf_async_store.query import (
-    MISSING,
     And,
     Comparison,
     Filter,
     Missing,
     Not,
+    OpName,
     Order,
     Query,
     compile_filter,
 )
-from hf_async_store.schema import Field
-from hf_async_store.strategies.sql.row_mapping import DOC, Kind, TableMapping, quoted
-from hf_async_store.values import INT_MAX, INT_MIN, VERSION, Entity, Value
+from hf_async_store.sort_bytes import is_exact, ranges, sort_bytes
+from hf_async_store.strategies.sql.grammar import FALSE, OPERATORS, TRUE, Arguments, Condition
+from hf_async_store.strategies.sql.names import key_column, quoted
+from hf_async_store.values import VERSION, Entity, Value
 
 if TYPE_CHECKING:
-    from hf_async_store.strategies.sql.dialect import Dialect
+    from hf_async_store.sort_bytes import ByteRange
+    from hf_async_store.strategies.sql.rows import Table
 
-TRUE: Final = "TRUE"
-FALSE: Final = "FALSE"
-
-_COMPARE: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 _OPPOSITE: Final = {"ne": "eq", "not_in": "in"}
-_VERSION_FIELD: Final = Field("n", "integer")
-
-
-class Arguments:
-    """Collects the arguments of a statement while it is compiled."""
-
-    def __init__(self, dialect: Dialect) -> None:
-        self._dialect = dialect
-        self.values: list[object] = []
-
-    def add(self, value: object, kind: Kind) -> str:
-        """Add an argument; returns its parameter."""
-        self.values.append(self._dialect.argument(value, kind))
-        return self._dialect.parameter(len(self.values), kind)
-
-
-class SortPart(NamedTuple):
-    """An expression to sort by.
-
-    Attributes:
-        nullable: the expression is NULL if the value is missing.
-        null: the condition that a NULL is an explicit null, and not a missing value; None if the
-            expression is NULL only for a missing value.
-    """
-
-    sql: str
-    nullable: bool = False
-    null: str | None = None
+_KNOWN: Final = frozenset(
+    {*_OPPOSITE, *OPERATORS, "eq", "in", "between", "exists", "contains", "begins_with"}
+)
+"""The operators that SQL can express; the rows are filtered in Python by all others."""
+_SHORT: Final = 63
+"""A string of at most this many characters is always exact."""
 
 
 class Compiled(NamedTuple):
@@ -70,106 +48,112 @@ class Compiled(NamedTuple):
 
     Attributes:
         args: the arguments of the statement.
-        names: the declared fields with which its rows begin; None: all.
         residual: the condition by which the rows must still be filtered; None if all rows match.
-        sorted_here: the statement applies neither order, nor position, nor limit; the rows must be
-            sorted in Python.
+        limited: the statement applies the limit.
     """
 
     sql: str
     args: list[object]
-    names: tuple[str, ...] | None
-    residual: Callable[[Entity], bool] | None
-    sorted_here: bool
+    residual: Callable[[Entity], bool] | None = None
+    limited: bool = False
 
 
-def compile_query(table: TableMapping, query: Query, selection: str | None = None) -> Compiled:
+def compile_query(
+    table: Table, query: Query, *, group: Sequence[Value | Missing] | None = None
+) -> Compiled:
     """The SELECT of a query.
 
+    If the query's position is in a group, the statement returns the rows after that group.
+
     Args:
-        selection: the list of expressions to select; None: those that `TableMapping.entity` reads.
+        group: only the rows of a group, whose sort keys begin with these values: see `group_of`.
     """
     compiler = _Compiler(table)
+    keys = [compiler.key(each) for each in query.order]
     conditions, exact = compiler.conditions(query.where)
-    sort_keys = [compiler.sort_key(each) for each in query.order]
-    pushed = None not in sort_keys
-    order = ""
-    if pushed:
-        keys = list(zip(query.order, cast("list[_SortKey]", sort_keys), strict=True))
-        if query.after is not None:
-            conditions += compiler.after(keys, query.after.values, query.after.id)
-        order = f" ORDER BY {compiler.order_by(keys)}"
-        if query.limit is not None and exact:
-            order += f" LIMIT {query.limit}"
-    names, selected = compiler.selected(query, exact=exact)
-    where = _joined(" AND ", conditions) or TRUE
+    if group is not None:
+        pairs = zip(keys, group, strict=False)
+        conditions += [each for key, value in pairs for each in compiler.equal(key, value)]
+    elif query.after is not None:
+        values = group_of(table, query.order, query.after.values)
+        conditions += compiler.after(keys, values or [*query.after.values, query.after.id])
+    limited = exact and group is None and query.limit is not None
+    order = ", ".join(
+        f"{term} DESC" if key.descending else term
+        for key in _with_id(table, keys)
+        for term in key.terms
+    )
     return Compiled(
-        sql=f"SELECT {selection or selected} FROM {table.name} AS t WHERE {where}{order}",
-        args=compiler.args.values,
-        names=names,
-        residual=None if exact else compile_filter(query.where),
-        sorted_here=not pushed,
+        f"SELECT {table.selected} FROM {table.name} AS t WHERE {_all(conditions)} ORDER BY {order}"
+        + (f" LIMIT {query.limit}" if limited else ""),
+        compiler.args.values,
+        None if exact else compile_filter(query.where),
+        limited,
     )
 
 
-def compile_count(table: TableMapping, query: Query) -> Compiled | None:
+def compile_count(table: Table, query: Query) -> Compiled | None:
     """The SELECT that counts the matches of a query; None if SQL cannot express the filter exactly, or if
     the query has a limit or a position."""
     compiler = _Compiler(table)
     conditions, exact = compiler.conditions(query.where)
     if not exact or query.limit is not None or query.after is not None:
         return None
-    where = _joined(" AND ", conditions) or TRUE
-    sql = f"SELECT count(*) FROM {table.name} AS t WHERE {where}"
-    return Compiled(sql, compiler.args.values, (), None, sorted_here=False)
+    sql = f"SELECT count(*) FROM {table.name} AS t WHERE {_all(conditions)}"
+    return Compiled(sql, compiler.args.values)
 
 
-def comparisons_in(where: Filter) -> int:
-    """The number of comparisons in a filter."""
+def group_of(
+    table: Table, order: Sequence[Order], values: Sequence[Value | Missing]
+) -> list[Value | Missing] | None:
+    """The values that a row has in common with the rows of its group, up to the first inexact one.
+
+    None if the values determine the place of the row, up to its id.
+
+    Args:
+        values: of the row, at the paths of the order.
+    """
+    for number, (key, value) in enumerate(zip(order, values, strict=True), 1):
+        kind = type(value)
+        if kind is str:
+            inexact = len(cast("str", value)) > _SHORT and not is_exact(sort_bytes(value))
+            if inexact and key.path != (table.key_field,):
+                return list(values[:number])
+        elif kind is list or kind is dict:
+            return list(values[:number])
+    return None
+
+
+def paths_in(where: Filter) -> set[tuple[str | int, ...]]:
+    """The paths in a filter."""
     if isinstance(where, Comparison):
-        return 1
-    if isinstance(where, Not):
-        return comparisons_in(where.part)
-    return sum(map(comparisons_in, where.parts))
+        return {where.path}
+    parts = (where.part,) if isinstance(where, Not) else where.parts
+    return set().union(*map(paths_in, parts))
 
 
 _FILTERED_HERE: Final = ("contains_ignore_case", "begins_with_ignore_case")
 """The operators for which SQL has no exact equivalent: its case folding is not that of `str.casefold`."""
 
 
-class _SortKey(NamedTuple):
+class _Key(NamedTuple):
     """How SQL sorts by one key of an order.
 
     Attributes:
-        part: the expression; None if the value is missing in every row.
-        field: the declared field; None for a path in a JSON column.
-        is_key: the field is the key of the collection, so that no two rows are equal.
+        column: it is the id, or the version; None: any other value.
     """
 
-    part: SortPart | None
-    field: Field | None
-    is_key: bool
+    terms: tuple[str, ...]
+    descending: bool
+    column: str | None = None
+    by_bytes: bool = False
 
 
 class _Compiler:
-    def __init__(self, table: TableMapping) -> None:
+    def __init__(self, table: Table) -> None:
         self._table = table
-        self._dialect = table.dialect
-        self._collection = table.collection
-        self.args = Arguments(table.dialect)
-
-    # -- selection ---------------------------------------------------------------------------
-
-    def selected(self, query: Query, *, exact: bool) -> tuple[tuple[str, ...] | None, str]:
-        """The declared fields to read, or None for all, and the list of expressions to select."""
-        if query.fields is None or not exact:
-            return None, self._table.selected
-        # A cursor contains the values of the fields of the order.
-        wanted = {*query.fields, *(cast("str", each.path[0]) for each in query.order)}
-        fields = [each for each in self._table.fields if each.name in wanted]
-        others = wanted - self._collection.fields.keys() - {VERSION}
-        names = tuple(each.name for each in fields)
-        return names, self._table.selection(fields, doc=bool(others))
+        self._grammar = table.grammar
+        self.args = Arguments(table.grammar)
 
     # -- filters -----------------------------------------------------------------------------
 
@@ -177,223 +161,190 @@ class _Compiler:
         """The conditions of a filter, to be joined by AND, and whether they are exact. If not, they accept
         more rows."""
         parts = _deepest_first(where.parts) if isinstance(where, And) else (where,)
-        pairs = [self._filter(each) for each in parts]
-        return [sql for sql, _ in pairs if sql != TRUE], all(exact for _, exact in pairs)
+        found = [self._filter(each) for each in parts]
+        return [each.sql for each in found if each.sql != TRUE], all(each.exact for each in found)
 
-    def _filter(self, where: Filter) -> tuple[str, bool]:
+    def _filter(self, where: Filter) -> Condition:
         if isinstance(where, Comparison):
             if where.op in _FILTERED_HERE:
-                return TRUE, False
+                return Condition(TRUE, exact=False)
             return self._comparison(where.path, where.op, where.value)
         if isinstance(where, Not):
             before = len(self.args.values)
-            return self._opposite(*self._filter(where.part), before)
-        pairs = [self._filter(each) for each in _deepest_first(where.parts)]
-        combine = all if isinstance(where, And) else any
-        if not pairs:
-            return (TRUE if combine is all else FALSE), True
-        operator = " AND " if combine is all else " OR "
-        return f"({_joined(operator, [sql for sql, _ in pairs])})", all(exact for _, exact in pairs)
+            return self._opposite(self._filter(where.part), before)
+        found = [self._filter(each) for each in _deepest_first(where.parts)]
+        is_and = isinstance(where, And)
+        if not found:
+            return Condition(TRUE if is_and else FALSE)
+        joined = _joined(" AND " if is_and else " OR ", [each.sql for each in found])
+        return Condition(f"({joined})", all(each.exact for each in found))
 
-    def _comparison(self, path: Sequence[str | int], op: str, value: Value) -> tuple[str, bool]:
-        if op in _OPPOSITE:
-            before = len(self.args.values)
-            return self._opposite(*self._comparison(path, _OPPOSITE[op], value), before)
-        name = cast("str", path[0])
-        field = self._collection.fields.get(name)
-        if field is not None and field.type == "json":
-            base, steps = f"t.{quoted(name)}", path[1:]
-        elif field is None and name != VERSION:
-            base, steps = f"t.{DOC}", path
-        elif len(path) == 1:
-            return self._column(field, op, value), True
-        else:
-            return (TRUE if op == "exists" and value is False else FALSE), True
-        return self._dialect.json_test(base, steps, op, value, self.args)
-
-    def _opposite(self, sql: str, exact: bool, before: int) -> tuple[str, bool]:
+    def _opposite(self, condition: Condition, before: int) -> Condition:
         """The negation of a condition, whose arguments begin at `before`."""
-        if exact:
-            return _not(sql), True
+        if condition.exact:
+            return Condition(_not(condition.sql))
         # Only an exact condition can be negated; the arguments of any other one are removed.
         del self.args.values[before:]
-        return TRUE, False
+        return Condition(TRUE, exact=False)
 
-    def _column(self, field: Field | None, op: str, value: Value) -> str:
-        """The condition for an operator on a declared column, or on the version."""
-        column = f"t.{VERSION}" if field is None else f"t.{quoted(field.name)}"
-        kind = "integer" if field is None else field.type
-        null = None
-        if field is not None and field.name != self._collection.key:
-            null = f"({column} IS NULL AND {self._dialect.has_overflow(field.name)})"
+    def _comparison(self, path: Sequence[str | int], op: OpName, value: Value) -> Condition:
+        if op not in _KNOWN:
+            return Condition(TRUE, exact=False)
+        if op in _OPPOSITE:
+            before = len(self.args.values)
+            positive = self._comparison(path, cast("OpName", _OPPOSITE[op]), value)
+            return self._opposite(positive, before)
+        name = cast("str", path[0])
+        if name in (VERSION, self._table.key_field):
+            if len(path) > 1:  # missing in every row
+                return Condition(TRUE if op == "exists" and value is False else FALSE)
+            return Condition(self._version(op, value) if name == VERSION else self._id(op, value))
+        found = ranges(op, value)
+        if found == []:
+            return Condition(FALSE)
+        narrowed = self._in_ranges(name, found) if len(path) == 1 else None
+        if narrowed is not None and narrowed.exact:
+            return narrowed
+        before = len(self.args.values)
+        test = self._grammar.test(self._grammar.at(path, self.args), op, value, self.args)
+        if test.sql == FALSE:
+            del self.args.values[before:]  # those of the path
+        if narrowed is None:
+            return test
+        return Condition(f"({narrowed.sql} AND {test.sql})", test.exact)
+
+    def _in_ranges(self, name: str, found: list[ByteRange] | None) -> Condition | None:
+        """The condition that the bytes of a field are in some ranges; None if it has no key column."""
+        if found is None or name not in self._table.ready:
+            return None
+        column, add = self._column(name), self.args.add
+        exact = all(each.exact for each in found)
+        single = [each.only for each in found if each.only is not None]
+        if len(found) > 1 and len(single) == len(found):
+            return Condition(self._grammar.in_bytes(column, single, self.args), exact)
+        parts = [
+            f"{column} = {add(each.low, 'bytes')}"
+            if each.only is not None
+            else f"({column} >= {add(each.low, 'bytes')} AND {column} < {add(each.high, 'bytes')})"
+            for each in found
+        ]
+        return Condition(parts[0] if len(parts) == 1 else f"({_joined(' OR ', parts)})", exact)
+
+    def _column(self, name: str) -> str:
+        return f"t.{quoted(key_column(name))}"
+
+    def _id(self, op: str, value: Value) -> str:
+        """The condition for an operator on the id."""
+        column, grammar = f"t.{self._table.key}", self._grammar
         if op == "exists":
-            exists = TRUE if null is None else f"({column} IS NOT NULL OR {null})"
-            return exists if value is True else _not(exists)
-        if op == "eq":
-            return self._one_of(column, kind, [value], null)
-        if op == "in":
-            return self._one_of(column, kind, cast("list[Value]", value), null)
+            return TRUE if value else FALSE
+        if op in ("eq", "in"):
+            values = [value] if op == "eq" else cast("list[Value]", value)
+            strings = [each for each in values if isinstance(each, str)]
+            if len(strings) == 1:
+                return f"{column} = {self.args.add(strings[0])}"
+            return grammar.in_strings(column, strings, self.args) if strings else FALSE
         if op == "between":
             low, high = cast("list[Value]", value)
-            return f"({self._range(column, kind, 'gte', low)} AND {self._range(column, kind, 'lte', high)})"
-        if op in _COMPARE:
-            return self._range(column, kind, op, value)
-        if kind not in ("text", "timestamp") or not isinstance(value, str):
+            return f"({self._id('gte', low)} AND {self._id('lte', high)})"
+        if not isinstance(value, str):
             return FALSE
         if op == "contains":
-            return self._dialect.contains_string(column, self.args.add(value, kind))
-        return self._begins_with(column, kind, value)
+            return grammar.contains(column, self.args.add(value))
+        if op == "begins_with":
+            above = _upper_bound(value)
+            low = self._id("gte", value)
+            return low if above is None else f"({low} AND {self._id('lt', above)})"
+        return f"{column} {OPERATORS[op]} {self.args.add(value)}"
 
-    def _one_of(self, column: str, kind: Kind, values: list[Value], null: str | None) -> str:
-        comparable = [
-            converted for each in values if (converted := _column_value(kind, each)) is not None
-        ]
-        tests = []
-        if null is not None and None in values:
-            tests.append(null)
-        if comparable:
-            short = self._shortened(column, kind)
-            if len(comparable) == 1:
-                parameter = self.args.add(comparable[0], kind)
-                test = f"{column} = {parameter}"
-                if short is not None:
-                    # An index contains only the prefix; the whole string decides.
-                    test = f"({short} = {self._dialect.index_prefix(parameter)} AND {test})"
-            else:
-                test = self._dialect.one_of(column, comparable, kind, self.args)
-                if short is not None:
-                    prefixes = [cast("str", each)[:SHORT] for each in comparable]
-                    indexed = self._dialect.one_of(short, prefixes, kind, self.args)
-                    test = f"({indexed} AND {test})"
-            tests.append(test)
-        return f"({' OR '.join(tests)})" if len(tests) > 1 else tests[0] if tests else FALSE
-
-    def _range(self, column: str, kind: Kind, op: str, value: Value) -> str:
-        if not _comparable(kind, value):
+    def _version(self, op: str, value: Value) -> str:
+        """The condition for an operator on the version."""
+        if op == "exists":
+            return TRUE if value else FALSE
+        if op == "in":
+            tests = [self._version("eq", each) for each in cast("list[Value]", value)]
+            return f"({_joined(' OR ', tests)})" if tests else FALSE
+        if op == "between":
+            low, high = cast("list[Value]", value)
+            return f"({self._version('gte', low)} AND {self._version('lte', high)})"
+        if op not in ("eq", *OPERATORS) or type(value) not in (int, float):
             return FALSE
-        if kind == "integer" and isinstance(value, float):
-            bound = _integer_bound(op, value)
-            if isinstance(bound, bool):
-                return f"{column} IS NOT NULL" if bound else FALSE
-            op, value = bound
-        parameter = self.args.add(value, kind)
-        test = f"{column} {_COMPARE[op]} {parameter}"
-        short = self._shortened(column, kind)
-        if short is not None:
-            inclusive = "<=" if op.startswith("lt") else ">="
-            test = f"({short} {inclusive} {self._dialect.index_prefix(parameter)} AND {test})"
-        return test
-
-    def _begins_with(self, column: str, kind: Kind, prefix: str) -> str:
-        if not prefix:
-            return f"{column} IS NOT NULL"
-        above = _upper_bound(prefix)
-        low = self._range(column, kind, "gte", prefix)
-        return low if above is None else f"({low} AND {self._range(column, kind, 'lt', above)})"
-
-    def _shortened(self, column: str, kind: Kind) -> str | None:
-        """The prefix of a column that an index contains; None if it contains the whole value."""
-        if kind != "text" or column in self._table.whole:
-            return None
-        return self._dialect.index_prefix(column)
+        column, sign = self._grammar.version(f"t.{VERSION}"), OPERATORS.get(op, "=")
+        return f"{column} {sign} {self._grammar.number(cast('float', value), self.args)}"
 
     # -- order and position ------------------------------------------------------------------
 
-    def sort_key(self, order: Order) -> _SortKey | None:
-        """How SQL sorts by a key of the order; None if it cannot."""
-        name = cast("str", order.path[0])
-        field = self._collection.fields.get(name)
-        if (field is not None and field.type == "json") or (field is None and name != VERSION):
-            base = f"t.{DOC}" if field is None else f"t.{quoted(name)}"
-            steps = order.path if field is None else order.path[1:]
-            part = self._dialect.json_order(base, steps, self.args)
-            return None if part is None else _SortKey(part, None, is_key=False)
-        if len(order.path) > 1:
-            return _SortKey(None, None, is_key=False)  # missing in every row: all are equal
-        if field is None:
-            return _SortKey(SortPart(f"t.{VERSION}"), _VERSION_FIELD, is_key=False)
-        column = f"t.{quoted(name)}"
-        if name == self._collection.key:
-            return _SortKey(SortPart(column), field, is_key=True)
-        part = SortPart(column, nullable=True, null=self._dialect.has_overflow(name))
-        return _SortKey(part, field, is_key=False)
+    def key(self, order: Order) -> _Key:
+        """How SQL sorts by a key of the order."""
+        name, down = cast("str", order.path[0]), order.descending
+        if name in (VERSION, self._table.key_field):
+            if len(order.path) > 1:  # missing in every row: all are equal
+                return _Key((), down, "")
+            column = self._table.key if name != VERSION else VERSION
+            return _Key((f"t.{column}",), down, column)
+        if len(order.path) == 1 and name in self._table.ready:
+            return _Key((self._column(name),), down, by_bytes=True)
+        return _Key(self._grammar.terms(self._grammar.at(order.path, self.args)), down)
 
-    def order_by(self, keys: Sequence[tuple[Order, _SortKey]]) -> str:
-        parts = []
-        for order, key in keys:
-            if key.part is not None:
-                parts.append(self._dialect.ordered(key.part, descending=order.descending))
-        if not any(key.is_key for _, key in keys):
-            parts.append(f"t.{self._table.key}")
-        return ", ".join(parts)
+    def equal(self, key: _Key, value: Value | Missing) -> list[str]:
+        """The condition that the rows have a value, at most one."""
+        operands = self._operands(key, value)
+        if operands is None:
+            return [FALSE]
+        return [_compared(key.terms, "=", operands)] if key.terms else []
 
-    def after(
-        self,
-        keys: Sequence[tuple[Order, _SortKey]],
-        values: Sequence[Value | Missing],
-        entity_id: str,
-    ) -> list[str]:
-        """The conditions of the rows after a position, to be joined by AND."""
-        after_sql = FALSE
-        if not any(key.is_key for _, key in keys):
-            after_sql = f"t.{self._table.key} > {self.args.add(entity_id, 'text')}"
-        first: list[str] = []
-        pairs = list(zip(keys, values, strict=True))
-        for number, ((order, key), value) in reversed(list(enumerate(pairs))):
-            if key.part is None:
-                continue
-            if key.field is None:
-                tests = self._compare_json(key.part, value)
-            else:
-                tests = self._compare_column(key.part, key.field, value)
-            less, equal, greater = tests
-            later = less if order.descending else greater
+    def after(self, keys: Sequence[_Key], values: Sequence[Value | Missing]) -> list[str]:
+        """The conditions of the rows after a position, to be joined by AND.
+
+        Args:
+            values: of the first keys, or of all keys and the id.
+        """
+        pairs: list[tuple[_Key, tuple[str, ...]]] = []
+        for key, value in zip(_with_id(self._table, keys), values, strict=False):
+            operands = self._operands(key, value)
+            if operands is None:  # no row has such a value: the cursor is forged
+                return [FALSE]
+            if key.terms:
+                pairs.append((key, operands))
+        if len({key.descending for key, _ in pairs}) == 1:
+            terms = [term for key, _ in pairs for term in key.terms]
+            operands = tuple(each for _, found in pairs for each in found)
+            return [_compared(terms, "<" if pairs[0][0].descending else ">", operands)]
+        after = FALSE
+        for key, operands in reversed(pairs):
+            later = _compared(key.terms, "<" if key.descending else ">", operands)
+            equal = _compared(key.terms, "=", operands)
             # The nested condition comes first: see `_deepest_first`.
-            after_sql = f"(({after_sql} AND {equal}) OR {later})"
-            if number == 0 and isinstance(value, str | int | float) and later != FALSE:
-                # A redundant condition on the first key alone, so that an index scan can start there.
-                first = [f"({later} OR {equal})"]
-        return [*first, after_sql]
+            after = f"(({after} AND {equal}) OR {later})"
+        # A redundant condition on the first key alone, so that an index scan can start there.
+        key, operands = pairs[0]
+        return [_compared(key.terms, "<=" if key.descending else ">=", operands), after]
 
-    def _compare_json(self, part: SortPart, value: Value | Missing) -> tuple[str, str, str]:
-        """The conditions that a row sorts before, equal to, and after a value."""
-        column = part.sql
-        if value is MISSING:
-            return FALSE, f"{column} IS NULL", f"{column} IS NOT NULL"
-        parameter = self.args.add(self._dialect.order_argument(value), "sort")
-        return (
-            f"({column} IS NULL OR {column} < {parameter})",
-            f"{column} = {parameter}",
-            f"{column} > {parameter}",
-        )
-
-    def _compare_column(
-        self, part: SortPart, field: Field, value: Value | Missing
-    ) -> tuple[str, str, str]:
-        column, null = part.sql, part.null or FALSE
-        missing = f"({column} IS NULL AND NOT {null})" if part.nullable else FALSE
-        is_null = f"({column} IS NULL AND {null})" if part.nullable else FALSE
-        not_null = f"{column} IS NOT NULL" if part.nullable else TRUE
-        if value is MISSING:
-            return FALSE, missing, f"({is_null} OR {not_null})"
-        if value is None:
-            return missing, is_null, not_null
-        if not _comparable(field.type, value) or (
-            isinstance(value, float) and field.type == "integer"
-        ):
-            # No row of this store has such a value: the cursor is forged.
-            return FALSE, FALSE, FALSE
-        parameter = self.args.add(value, field.type)
-        less = (
-            f"({column} IS NULL OR {column} < {parameter})"
-            if part.nullable
-            else f"{column} < {parameter}"
-        )
-        return less, f"{column} = {parameter}", f"{column} > {parameter}"
+    def _operands(self, key: _Key, value: Value | Missing) -> tuple[str, ...] | None:
+        """The value of a key's terms as parameters; None if no row can have it."""
+        if not key.terms:
+            return ()
+        if key.column is None:
+            if key.by_bytes:
+                return (self.args.add(sort_bytes(value), "bytes"),)
+            return self._grammar.operands(value, self.args)
+        if key.column == VERSION:
+            return (f"{value}",) if type(value) is int else None
+        return (self.args.add(value),) if isinstance(value, str) else None
 
 
-SHORT: Final = 256
-"""The number of characters of a string that an index contains if it cannot contain the whole string."""
+def _with_id(table: Table, keys: Sequence[_Key]) -> list[_Key]:
+    """The keys, and the id in the direction of the last one, if it is not among them."""
+    if any(key.column == table.key for key in keys):
+        return list(keys)
+    down = bool(keys) and keys[-1].descending
+    return [*keys, _Key((f"t.{table.key}",), down, table.key)]
+
+
+def _compared(terms: Sequence[str], sign: str, values: Sequence[str]) -> str:
+    if len(terms) == 1:
+        return f"{terms[0]} {sign} {values[0]}"
+    return f"({', '.join(terms)}) {sign} ({', '.join(values)})"
 
 
 def _not(sql: str) -> str:
@@ -404,6 +355,10 @@ def _not(sql: str) -> str:
 # that stack. SQLite also refuses expressions more than 1,000 levels deep, and treats 1,000 terms in
 # a row as such an expression.
 _MAX_TERMS: Final = 16
+
+
+def _all(conditions: Sequence[str]) -> str:
+    return _joined(" AND ", conditions) or TRUE
 
 
 def _joined(operator: str, terms: Sequence[str]) -> str:
@@ -424,42 +379,6 @@ def _depth(where: Filter) -> int:
         return 0
     parts = (where.part,) if isinstance(where, Not) else where.parts
     return 1 + max(map(_depth, parts), default=0)
-
-
-def _comparable(kind: Kind, value: Value) -> bool:
-    """Whether a value has a type with which values of a column can be compared."""
-    if kind in ("text", "timestamp"):
-        return isinstance(value, str)
-    if kind == "boolean":
-        return isinstance(value, bool)
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _column_value(kind: Kind, value: Value) -> Value:
-    """The value of a column that equals an operand; None if no value of the column can."""
-    if not _comparable(kind, value):
-        return None
-    if kind == "integer" and isinstance(value, float):
-        whole = value.is_integer() and INT_MIN <= value <= INT_MAX
-        return int(value) if whole and INT_MIN <= int(value) <= INT_MAX else None
-    return value
-
-
-def _integer_bound(op: str, value: float) -> tuple[str, int] | bool:
-    """The comparison with an integer that is equivalent to one with a float, or its result if it is the
-    same for every integer."""
-    below = op.startswith("lt")
-    if value.is_integer():
-        whole = int(value)
-    else:
-        # x < 1.5 and x <= 1.5 are equivalent to x <= 1, and x > 1.5 to x >= 2.
-        op = "lte" if below else "gte"
-        whole = math.floor(value) if below else math.ceil(value)
-    if whole > INT_MAX:
-        return below
-    if whole < INT_MIN:
-        return not below
-    return op, whole
 
 
 def _upper_bound(prefix: str) -> str | None:

@@ -19,7 +19,7 @@ import warnings
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, cast
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -37,9 +37,7 @@ from hf_async_store.errors import (
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Dialect as SQLDialect
-
-    from hf_async_store.strategies.sql.dialect import BulkUpsert, Dialect
+    from hf_async_store.strategies.sql.dialect import Dialect
 
 _MAX_BROKEN_CONNECTIONS: Final = 32
 """How many broken connections, beyond the maximum of the pool, a checkout replaces before it fails."""
@@ -47,6 +45,7 @@ _MAX_BROKEN_CONNECTIONS: Final = 32
 _IDLE_SECONDS: Final = 10.0
 """How long a connection beyond the size of the pool is kept open while it is not needed."""
 
+Result = TypeVar("Result")
 _Work: TypeAlias = "Coroutine[Any, Any, None]"
 
 
@@ -63,6 +62,7 @@ class LeasedConnection:
         self.commit_done.set()
         self.state_unknown = False  # a failure or cancellation interrupted the driver
         self.session_altered = False  # a caller's own SQL may have changed the session
+        self.isolation: Isolation | None = None  # of the open transaction; None: as configured
         self.return_task: asyncio.Task[None] | None = None  # returns it to the pool
         self._transactions: list[Any] = []  # the handles of the transaction and its savepoints
         self._may_write = True  # whether the transaction that is open may write
@@ -111,54 +111,30 @@ class LeasedConnection:
             exc.outcome_unknown = True
             raise
 
-    @property
-    def has_exclusive_write(self) -> bool:
-        """Whether no other connection can write until the open transaction ends."""
-        return self.dialect.single_writer and self._may_write and bool(self._transactions)
+    async def job(self, work: Callable[[Any], Result]) -> Result:
+        """See `Dialect.job`, for a function that writes: outside a transaction, it commits by itself."""
+        commits = not self._transactions
+        return await run_to_completion(self._job(work, commits=commits))
 
-    @property
-    def lost_transaction(self) -> bool:
-        """Whether the database itself ended the open transaction, as a trigger can do in SQLite."""
-        return bool(self._transactions) and not self.dialect.in_transaction(self.driver)
-
-    async def bulk_upsert_locked(self, puts: BulkUpsert) -> dict[str, int] | None:
-        """See `Dialect.bulk_upsert_locked`; requires `has_exclusive_write`."""
+    async def _job(self, work: Callable[[Any], Result], *, commits: bool) -> Result:
         self._check_open()
+        if commits:
+            self.commit_done.clear()
         try:
-            return await self.dialect.bulk_upsert_locked(self.driver, puts)
+            self.dialect.check_file(self.driver)
+            result = await self.dialect.job(self.driver, work)
+            if commits:
+                self._check_committed()
+            return result
         except self.dialect.driver_errors as exc:
-            raise self._error(exc, "write", writes=False) from exc
+            raise self._error(exc, "write", writes=commits) from exc
+        except StorageError:
+            raise
         except BaseException:
             self.state_unknown = True
             raise
-
-    @asynccontextmanager
-    async def bulk(self) -> AsyncIterator[None]:
-        """A transaction for the statements of `ImportStatements`."""
-        bulk = self.dialect.bulk
-        assert bulk is not None, "the caller has checked that the dialect has bulk statements"
-        await self.rows(bulk.before)
-        try:
-            async with self.transaction():
-                yield
         finally:
-            with suppress(StorageError):  # the connection is broken
-                await run_to_completion(self.rows(bulk.after))
-
-    async def many(self, sql: str, arg_lists: Sequence[Sequence[object]]) -> int:
-        """Run one statement that writes once for each list of arguments, in the open transaction.
-
-        Returns how many rows were written.
-        """
-        self._check_open()
-        assert self.dialect.bulk is not None, "see `bulk`"
-        try:
-            return await self.dialect.bulk.run(self.driver, sql, arg_lists)
-        except self.dialect.driver_errors as exc:
-            raise self._error(exc, "write", writes=False) from exc
-        except BaseException:
-            self.state_unknown = True
-            raise
+            self.commit_done.set()
 
     async def fetch_dicts(self, sql: str, args: Sequence[object]) -> list[dict[str, Value]]:
         """Run a caller's own statement in the open transaction."""
@@ -208,6 +184,8 @@ class LeasedConnection:
     @asynccontextmanager
     async def transaction(self, isolation: Isolation | None = None) -> AsyncIterator[None]:
         """A transaction, or a savepoint inside a transaction: the statements inside commit together."""
+        if not self._transactions:
+            self.isolation = isolation
         await self._begin(lambda: self.dialect.begin(self.driver, isolation))
         try:
             yield
@@ -335,11 +313,6 @@ class Connections:
         self._timer: asyncio.TimerHandle | None = None
         self._has_connected = False
         self._closed = False
-
-    @property
-    def sql_dialect(self) -> SQLDialect:
-        """The dialect of SQLAlchemy, which compiles the DDL."""
-        return self._engine.dialect
 
     @asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedConnection]:

@@ -1,265 +1,302 @@
-"""Creates the tables of the collections at the first use, and checks them later.
+"""Creates the tables of a store before the first write of a process, and compares them with the catalogue.
 
-The check reads the catalog twice. Only if something is missing, a transaction begins that excludes
-every other transaction for DDL; it reads the catalog again, and creates what is still missing.
+What a process declares is added to the catalogue. Only if something is missing, a transaction begins that
+excludes every other transaction for DDL; it reads the catalogue again, and creates what is still
+missing. A table or view of another program is never changed.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Column, ForeignKey, Index, MetaData
-from sqlalchemy import Table as SQLTable
-from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
-
-from hf_async_store.driver import run_to_completion
+from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
 from hf_async_store.errors import PermissionDeniedError, SchemaMismatchError
-from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Schema
-from hf_async_store.strategies.sql.row_mapping import DOC, SIDE, Kind, limited, sql_name
+from hf_async_store.schema import SYSTEM_COLLECTIONS, Schema
+from hf_async_store.strategies.sql.catalogue import (
+    READ,
+    Catalogue,
+    Entry,
+    declared,
+    from_rows,
+    to_rows,
+)
+from hf_async_store.strategies.sql.names import (
+    CATALOGUE,
+    index_name,
+    key_column,
+    quoted,
+    sql_name,
+    table_name,
+)
+from hf_async_store.strategies.sql.rows import Table
 from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Dialect as SQLDialect
-
-    from hf_async_store.schema import Index as DeclaredIndex
     from hf_async_store.strategies.sql.connections import LeasedConnection
     from hf_async_store.strategies.sql.dialect import Dialect
 
-PROBES: Final = "_hf_async_store"
-"""The table without entities, in which `test_connection` writes and deletes a row."""
-
-_SYSTEM_TABLES: Final = frozenset(sql_name(each.name) for each in SYSTEM_COLLECTIONS)
+_SYSTEM_TABLES: Final = (CATALOGUE, *(table_name(each.name) for each in SYSTEM_COLLECTIONS))
 
 
-class SchemaSync:
-    """The tables of a store.
+class SchemaSync(ABC):
+    """The tables of a store."""
 
-    Attributes:
-        indexes: by collection, its declared indexes by their names in SQL.
-        names: of all tables.
-    """
+    def __init__(self, schema: Schema, dialect: Dialect) -> None:
+        self.schema = schema
+        self.dialect = dialect
+        self.grammar = dialect.grammar
 
-    def __init__(self, schema: Schema, dialect: Dialect, sql_dialect: SQLDialect) -> None:
-        self._schema = schema
-        self._dialect = dialect
-        self._sql_dialect = sql_dialect
-        self._metadata = MetaData()
-        self.indexes: dict[str, dict[str, DeclaredIndex]] = {}
-        self._kinds: dict[str, dict[str, Kind]] = {}
-        for each in schema.values():
-            self._declare(each)
-        SQLTable(
-            PROBES,
-            self._metadata,
-            Column("name", dialect.column_type("text"), primary_key=True),
-            Column("value", dialect.column_type("text")),
-        )
-        self._kinds[PROBES] = {"name": "text", "value": "text"}
-        self.names = tuple(self._metadata.tables)
+    # -- reading -----------------------------------------------------------------------------
 
-    def _declare(self, collection: Collection) -> None:
-        name = sql_name(collection.name)
-        kinds: dict[str, Kind] = {
-            sql_name(field.name): field.type for field in collection.fields.values()
-        }
-        kinds |= {DOC: "json", SIDE: "json", VERSION: "bigint"}
-        parents = {
-            sql_name(field.name): self._schema[str(field.references)]
-            for field in collection.references
-        }
-        columns = []
-        for column, kind in kinds.items():
-            parent = parents.get(column)
-            type_ = self._dialect.column_type(kind)
-            key = column == sql_name(collection.key)
-            if parent is None or not self._dialect.inline_references:
-                columns.append(Column(column, type_, primary_key=key, nullable=column != VERSION))
-            else:
-                target = f"{sql_name(parent.name)}.{sql_name(parent.key)}"
-                columns.append(Column(column, type_, ForeignKey(target), primary_key=key))
-        table = SQLTable(name, self._metadata, *columns)
-        self._kinds[name] = kinds
-        self.indexes[collection.name] = {}
-        for index in collection.indexes:
-            expressions = [
-                self._dialect.index_expression(table.c[sql_name(field)], collection.fields[field])
-                for field in filter(None, (index.field, index.sort))
-            ]
-            sql_index = limited(f"{name}-{index.name}")
-            Index(sql_index, *expressions)  # SQLAlchemy adds it to the table of the columns
-            self.indexes[collection.name][sql_index] = index
-
-    async def ensure(self, lease: LeasedConnection) -> None:
-        """Create the tables, columns and indexes that are missing.
+    async def read(self, lease: LeasedConnection) -> Catalogue | None:
+        """The catalogue; None if the store does not exist. Nothing is created.
 
         Raises:
-            SchemaMismatchError: the existing tables differ from the declaration; the message lists
-                the differences.
-            PermissionDeniedError: see `refuse_untrusted_owners`.
+            SchemaMismatchError: the tables have the layout of an earlier version.
+            NewerFormatError: a later version of this package created the tables.
+            PermissionDeniedError: an untrusted role owns a table of the store itself.
         """
         try:
-            self._dialect.check_file(lease.driver)
-            await self._dialect.prepare_writing(lease.driver)
-            if await self.missing_ddl(lease.driver):
-                await self._create_missing(lease)
-        except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="create the tables", writes=False) from exc
+            self.dialect.check_file(lease.driver)
+            return (await self._read(lease.driver))[0]
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
 
-    async def existing_columns(self, lease: LeasedConnection) -> dict[str, dict[str, str]]:
-        """By table of this store that exists, the types of its columns.
+    async def _read(self, driver: Any) -> tuple[Catalogue | None, dict[str, str]]:
+        """The catalogue, and the existing relations: see `Dialect.relations`."""
+        await self._refuse_untrusted_owners(driver)
+        relations = await self.dialect.relations(driver)
+        if CATALOGUE in relations:
+            return from_rows(await self.dialect.rows(driver, READ, ())), relations
+        for name in self.schema:
+            _refuse_foreign(name, relations)
+        return None, relations
 
-        Raises:
-            SchemaMismatchError: the existing tables differ from the declaration.
-            PermissionDeniedError: see `refuse_untrusted_owners`.
+    async def _refuse_untrusted_owners(self, driver: Any) -> None:
+        """Refuse tables of the store itself if they belong to an untrusted role.
+
+        Such a table may not exist yet, so any role that may create tables in the schema can create it
+        first. Its policies, triggers and checks would run with the privileges of this role.
         """
-        try:
-            self._dialect.check_file(lease.driver)
-            columns = await self._dialect.reflect_columns(lease.driver, self.names)
-            if _SYSTEM_TABLES & set(columns):
-                await refuse_untrusted_owners(self._dialect, lease.driver, self.names)
-        except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
-        self._compare(columns, {})
-        return columns
-
-    def missing_from(self, columns: Mapping[str, Mapping[str, str]]) -> list[str]:
-        """The tables and columns of this store that are not among these."""
-        missing: list[str] = []
-        for table, kinds in self._kinds.items():
-            if table in columns:
-                missing += [f"{table}.{each}" for each in kinds if each not in columns[table]]
-            else:
-                missing.append(table)
-        return missing
-
-    def is_declared(self, table: str, column: str) -> bool:
-        return column in self._kinds.get(table, ())
-
-    async def _create_missing(self, lease: LeasedConnection) -> None:
-        handle = await self._dialect.begin_ddl(lease.driver)
-        try:
-            for statement in await self.missing_ddl(lease.driver):
-                await self._dialect.rows(lease.driver, statement, ())
-        except BaseException:
-            await run_to_completion(self._dialect.roll_back(handle))
-            raise
-        await run_to_completion(self._dialect.commit(handle))
-
-    async def missing_ddl(self, driver: Any) -> list[str]:
-        """The statements that create what is missing."""
-        if _SYSTEM_TABLES & set(self.names):
-            await refuse_untrusted_owners(self._dialect, driver, self.names)
-        columns = await self._dialect.reflect_columns(driver, self.names)
-        indexes = await self._dialect.reflect_indexes(driver, self.names)
-        self._compare(columns, indexes)
-        statements: list[str] = []
-        for table in self._metadata.sorted_tables:
-            existing = columns.get(table.name)
-            if existing is None:
-                statements.append(self._compiled(CreateTable(table)))
-            else:
-                statements += [
-                    f'ALTER TABLE "{table.name}" ADD COLUMN {self._compiled(CreateColumn(each))}'
-                    for each in table.columns
-                    if each.name not in existing
-                ]
-            statements += [
-                self._compiled(CreateIndex(each))
-                for each in sorted(table.indexes, key=lambda each: str(each.name))
-                if each.name not in indexes
-            ]
-        return statements + self._dialect.extra_ddl(self._schema, self._metadata, indexes)
-
-    def _compare(
-        self, columns: Mapping[str, Mapping[str, str]], indexes: Mapping[str, str]
-    ) -> None:
-        differences: list[str] = []
-        for table in self._metadata.tables.values():
-            existing = columns.get(table.name)
-            if existing is not None:
-                differences += self._column_differences(table, existing)
-                differences += self._index_differences(table, indexes)
-        if differences:
-            raise SchemaMismatchError(
-                "the tables in the database differ from the declared collections: "
-                + "; ".join(differences)
+        others = [table_name(each) for each in self.schema]
+        trusted = [each for each in others if each not in _SYSTEM_TABLES]
+        for table, owner in (
+            await self.dialect.untrusted_owners(driver, _SYSTEM_TABLES, trusted)
+        ).items():
+            raise PermissionDeniedError(
+                f"the table {table} belongs to the role {owner!r}, which owns no other table of this "
+                "store, so it is not read: if your own live migration created it, change its owner to "
+                "that of the other tables (ALTER TABLE ... OWNER TO), else drop it"
             )
 
-    def _column_differences(self, table: SQLTable, existing: Mapping[str, str]) -> list[str]:
-        keys = {each.name for each in table.primary_key}
-        differences = [
-            f"{table.name}.{name} {difference}"
-            for name, type_ in existing.items()
-            if (difference := self._difference_of(table.name, name, type_, is_key=name in keys))
+    # -- the first write ---------------------------------------------------------------------
+
+    async def ensure(self, lease: LeasedConnection, *, latest: bool) -> Catalogue:
+        """Create what is missing; returns the catalogue.
+
+        Args:
+            latest: see `declared`.
+
+        Raises:
+            SchemaMismatchError: a collection has another key, or another program has a table or view of
+                its name.
+            NewerFormatError, PermissionDeniedError: as `read`.
+        """
+        driver = lease.driver
+        try:
+            self.dialect.check_file(driver)
+            catalogue, relations = await self._read(driver)
+            await self.dialect.prepare_writing(driver)
+            if catalogue is not None and not self._missing(catalogue, relations, latest):
+                return catalogue
+            handle = await self.dialect.begin_ddl(driver)
+            try:
+                catalogue = await self._create_missing(driver, latest)
+            except BaseException:
+                await run_to_completion(self.dialect.roll_back(handle))
+                raise
+            await run_to_completion(self.dialect.commit(handle))
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing="create the tables", writes=False) from exc
+        return catalogue
+
+    def _missing(self, catalogue: Catalogue, relations: Mapping[str, str], latest: bool) -> bool:
+        """Whether a write must create or record something first."""
+        for name, entry in declared(catalogue, self.schema.values(), latest=latest).items():
+            if entry != catalogue.entries.get(name) or not (
+                table_name(name) in relations and sql_name(name) in relations
+            ):
+                return True
+            if self.extension(name, entry, relations)[1]:
+                return True
+        return False
+
+    async def _create_missing(self, driver: Any, latest: bool) -> Catalogue:
+        catalogue, relations = await self._read(driver)
+        if catalogue is None:
+            catalogue = Catalogue(store_id=secrets.token_hex(16))
+            text = self.grammar.text_type
+            await self._run(
+                driver,
+                f"CREATE TABLE {CATALOGUE} (name {text} PRIMARY KEY NOT NULL, value {text} NOT NULL)",
+            )
+        entries = declared(catalogue, self.schema.values(), latest=latest)
+        for name, entry in entries.items():
+            known = catalogue.entries.get(name)
+            if known is None:
+                _refuse_foreign(name, relations)
+            if known is None or table_name(name) not in relations:
+                entries[name] = await self.create(driver, name, entry)
+            else:
+                entries[name], statements = self.extension(name, entry, relations)
+                for each in statements:
+                    await self._run(driver, each)
+            if known is None or known.fields != entry.fields or sql_name(name) not in relations:
+                await self.replace_view(driver, name, entry)
+        new = catalogue.with_entries(entries)
+        if new is not catalogue:
+            await self.record(driver, new, entries)
+        return new
+
+    async def create(self, driver: Any, name: str, entry: Entry) -> Entry:
+        """Create a table with its indexes."""
+        complete = entry.completed()
+        await self._run(driver, self.create_table(Table(name, complete, self.grammar)))
+        for fields in complete.wanted_indexes():
+            await self._run(driver, self.index_ddl(name, complete, fields))
+        return complete
+
+    @abstractmethod
+    def create_table(self, table: Table) -> str:
+        """The statement that creates a table."""
+
+    @abstractmethod
+    def extension(
+        self, name: str, entry: Entry, relations: Mapping[str, str]
+    ) -> tuple[Entry, list[str]]:
+        """What a first write adds to an existing table: the entry to record, and the statements.
+
+        Args:
+            entry: with what this program declares.
+            relations: see `Dialect.relations`.
+        """
+
+    async def replace_view(self, driver: Any, name: str, entry: Entry) -> None:
+        """Create the view of a collection anew, with all declared fields."""
+        columns = [quoted(sql_name(entry.key)), VERSION]
+        columns += [
+            f"{self.grammar.view_column(field, each.type)} AS {quoted(sql_name(field))}"
+            for field, each in entry.fields.items()
         ]
-        if not keys <= existing.keys():
-            differences.append(f"{table.name} has no column for its key {', '.join(keys)}")
-        return differences
-
-    def _difference_of(self, table: str, name: str, type_: str, *, is_key: bool) -> str | None:
-        """How an existing column differs from its declaration; None if it does not."""
-        kinds = self._kinds[table]
-        if name not in kinds:
-            if type_.endswith((" NOT NULL", " PRIMARY KEY")):
-                return "is required in the database, but not declared"
-            return None
-        if not self._dialect.same_type(type_, kinds[name]):
-            return f"is {type_}, but declared as {kinds[name]}"
-        if type_.endswith(" PRIMARY KEY") == is_key:
-            return None
-        if is_key:
-            return "is declared as the key, but is not the primary key"
-        return "is the primary key, but is not declared as the key"
-
-    def _index_differences(self, table: SQLTable, indexes: Mapping[str, str]) -> list[str]:
-        differences = []
-        for index in table.indexes:
-            definition = indexes.get(str(index.name))
-            wanted = [
-                sql_name(field)
-                for field in filter(None, self._fields_of(table.name, str(index.name)))
-            ]
-            if definition and _columns_in(definition, self._kinds[table.name]) != wanted:
-                differences.append(f"the index {index.name} is not on {', '.join(wanted)}")
-        return differences
-
-    def _fields_of(self, table: str, index: str) -> tuple[str | None, ...]:
-        for each in self._schema:
-            if sql_name(each) == table:
-                declared = self.indexes[each][index]
-                return declared.field, declared.sort
-        raise KeyError(table)
-
-    def _compiled(self, clause: CreateTable | CreateIndex | CreateColumn) -> str:
-        return str(clause.compile(dialect=self._sql_dialect)).strip()
-
-
-async def refuse_untrusted_owners(dialect: Dialect, driver: Any, names: Sequence[str]) -> None:
-    """Refuse the tables of a live migration if they belong to an untrusted role.
-
-    These tables do not exist until a live migration creates them, so any role that may create
-    tables in the schema can create them first. Its policies, triggers and checks would run with the
-    privileges of this role.
-
-    Raises:
-        PermissionDeniedError: names the table and the role.
-    """
-    declared = [each for each in names if each not in _SYSTEM_TABLES]
-    for table, owner in (
-        await dialect.untrusted_owners(driver, sorted(_SYSTEM_TABLES), declared)
-    ).items():
-        raise PermissionDeniedError(
-            f"the table {table} belongs to the role {owner!r}, which owns no other table of this store, "
-            "so it is not read: if your own live migration created it, change its owner to that of the "
-            "other tables (ALTER TABLE ... OWNER TO), else drop it"
+        await self._run(driver, f"DROP VIEW IF EXISTS {quoted(sql_name(name))}")
+        await self._run(
+            driver,
+            f"CREATE VIEW {quoted(sql_name(name))} AS SELECT {', '.join(columns)} "
+            f"FROM {quoted(table_name(name))}",
         )
 
+    async def record(self, driver: Any, catalogue: Catalogue, names: Mapping[str, object]) -> None:
+        """Write the catalogue's rows about these collections."""
+        one, other = (self.grammar.parameter(number, "text") for number in (1, 2))
+        for row in to_rows(catalogue, names):
+            await self.dialect.rows(
+                driver,
+                f"INSERT INTO {CATALOGUE} (name, value) VALUES ({one}, {other}) "
+                "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                row,
+            )
 
-def _columns_in(definition: str, kinds: Mapping[str, Kind]) -> list[str]:
-    """The columns in the definition of an index, in their order."""
-    _, _, column_list = definition.partition("(")
-    # The function `left` is removed, which could also be the name of a column.
-    column_list = re.sub(r'"?left"?\(', "(", column_list)
-    return [each for each in re.findall(r"[a-z_][a-z0-9_]*", column_list) if each in kinds]
+    def index_ddl(self, name: str, entry: Entry, fields: tuple[str, ...]) -> str:
+        """The statement that creates an index: on the key columns of its fields, and the id."""
+        columns = [quoted(key_column(each)) for each in fields]
+        columns.append(quoted(sql_name(entry.key)))
+        return (
+            f"CREATE INDEX {quoted(index_name(name, fields))} ON {quoted(table_name(name))} "
+            f"({', '.join(columns)})"
+        )
+
+    async def _run(self, driver: Any, statement: str) -> None:
+        try:
+            await self.dialect.rows(driver, statement, ())
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing=f"run {statement}", writes=False) from exc
+
+    # -- changes of the schema ---------------------------------------------------------------
+
+    async def changes(self, lease: LeasedConnection) -> list[SchemaChange]:
+        """What is missing for the declaration: see `Engine.schema_changes`."""
+        try:
+            catalogue, relations = await self._read(lease.driver)
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
+        return self.changes_from(catalogue or Catalogue(), relations)
+
+    def changes_from(
+        self, catalogue: Catalogue, relations: Mapping[str, str]
+    ) -> list[SchemaChange]:
+        """What a catalogue and the existing tables lack."""
+        return [
+            change
+            for name, entry in declared(catalogue, self.schema.values(), latest=True).items()
+            for change in self.changes_of(name, catalogue.entries.get(name), entry, relations)
+        ]
+
+    def changes_of(
+        self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, str]
+    ) -> list[SchemaChange]:
+        """What is missing for one collection.
+
+        Args:
+            known: as recorded; None if the collection is new.
+            entry: as it should be recorded.
+        """
+        if known is None or table_name(name) not in relations:
+            detail = f"the first write creates the table {table_name(name)}"
+            return [SchemaChange("create table", name, "", detail)]
+        found = [
+            SchemaChange(
+                "add key column",
+                name,
+                field,
+                f"queries for {field} read every entity until its key column is filled",
+                blocking=self.dialect.single_writer,
+            )
+            for field in entry.wanted_columns()
+            if not entry.columns.get(field)
+        ]
+        found += [
+            SchemaChange(
+                "create index",
+                name,
+                "-".join([*fields, "index"]),
+                f"the index {index_name(name, fields)} does not exist yet",
+                blocking=self.dialect.single_writer,
+            )
+            for fields in entry.wanted_indexes()
+            if index_name(name, fields) not in relations
+        ]
+        if known.fields != entry.fields or sql_name(name) not in relations:
+            detail = f"the view {sql_name(name)} lacks declared fields"
+            found.append(SchemaChange("replace view", name, "", detail))
+        return found
+
+    @abstractmethod
+    async def apply(
+        self, lease: LeasedConnection, progress: SchemaProgress, *, complete: bool
+    ) -> Catalogue:
+        """See `Engine.apply_schema`; returns the catalogue afterwards."""
+
+
+def _refuse_foreign(name: str, relations: Mapping[str, str]) -> None:
+    """Refuse a collection whose names something else has that this store did not create."""
+    for relation in (sql_name(name), table_name(name)):
+        if relation in relations:
+            raise SchemaMismatchError(
+                f"there is a {relations[relation]} {relation} that this store did not create, so the "
+                f"collection {name!r} cannot be stored: rename or drop it. If an earlier version of "
+                "this package created it, back the store up with that version (hf-async-store "
+                "backup), drop its tables, and restore with this version (hf-async-store restore)"
+            )

@@ -1,69 +1,23 @@
-"""The interface of a database system: everything that differs between SQLite and PostgreSQL."""
+"""The interface of a database system and its driver: what differs between SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_completion
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
-    from sqlalchemy import MetaData
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from sqlalchemy.types import TypeEngine
 
     from hf_async_store.errors import StorageError
-    from hf_async_store.schema import Field, Index, Schema
-    from hf_async_store.strategies.sql.compiler import Arguments, SortPart
-    from hf_async_store.strategies.sql.row_mapping import Kind
-    from hf_async_store.values import FieldType
+    from hf_async_store.schema import Index
+    from hf_async_store.strategies.sql.grammar import Grammar
 
-
-class BulkUpsert(NamedTuple):
-    """Whole entities with the same statement key, to be written in bulk.
-
-    Attributes:
-        parents: for each reference, a statement that counts how many ids of a list exist, and that
-            list.
-        versions: a statement that selects the stored versions for a list of ids; None if they are
-            not needed.
-        fresh: whether every entity must be absent.
-        text: returns the SQL of the statement for a number of rows.
-        columns: the arguments of the statement by column, the id first.
-    """
-
-    parents: Sequence[tuple[str, Sequence[str]]]
-    versions: str | None
-    fresh: bool
-    text: Callable[[int], str]
-    columns: Sequence[Sequence[object]]
-
-
-class ImportStatements(Protocol):
-    """Statements that write many rows, and return only the number of rows that were written.
-
-    Attributes:
-        before, after: the statements to run before and after the transaction that contains them;
-            `after` runs even if the transaction fails.
-    """
-
-    before: str
-    after: str
-
-    def blocks(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """How to divide this many rows: pairs of rows per statement and number of executions."""
-        ...
-
-    def values(self, columns: int, rows: int) -> str:
-        """As `Dialect.values_source`, with one parameter for each value of each row."""
-        ...
-
-    async def run(self, driver: Any, sql: str, arg_lists: Sequence[Sequence[object]]) -> int:
-        """Run a statement once for each list of arguments; returns how many rows were written."""
-        ...
+Result = TypeVar("Result")
 
 
 class SessionEndedError(Exception):
@@ -92,28 +46,7 @@ class Dialect(ABC):
     needs_transactions: bool
     """Whether even a single statement must run in an explicit transaction."""
 
-    batches_commit_together: ClassVar[bool]
-    """Whether the statements of one batch of independent changes share a transaction."""
-
-    bulk: ClassVar[ImportStatements | None]
-    """The statements for imports; None if imports use the same statements as other writes."""
-
-    inline_references: ClassVar[bool]
-    """Whether CREATE TABLE declares the foreign keys, which then cannot be added or dropped later."""
-
-    to_column: Mapping[str, Callable[[Any], tuple[object, bool]]]
-    """By field type: converts a value for its column. Returns also whether the column stores it exactly.
-
-    A type that is not listed needs no conversion.
-    """
-
-    from_column: Mapping[str, Callable[[Any], Value]]
-    """By field type: converts what a SELECT returns to a value. A type that is not listed needs no
-    conversion."""
-
-    @abstractmethod
-    def json_text(self, value: Value) -> tuple[str, bool]:
-        """A value encoded for a JSON column, and whether the column stores it exactly."""
+    grammar: Grammar
 
     # -- the driver --------------------------------------------------------------------------
 
@@ -152,13 +85,13 @@ class Dialect(ABC):
     @abstractmethod
     def in_transaction(self, driver: Any) -> bool: ...
 
-    async def bulk_upsert_locked(self, driver: Any, puts: BulkUpsert) -> dict[str, int] | None:
-        """Read first and then write, in a transaction during which no other connection can write.
+    async def job(self, driver: Any, work: Callable[[Any], Result]) -> Result:
+        """Call a function with the connection of the driver, in its thread.
 
-        Returns the versions of the entities that existed before. Returns None, and writes nothing,
-        if a precondition is not met or the dialect does not support this.
+        Only for a driver that has one. If the function could not acquire the write lock, it is
+        called again.
         """
-        return None
+        raise NotImplementedError
 
     @abstractmethod
     def is_lost(self, driver: Any) -> bool:
@@ -232,13 +165,6 @@ class Dialect(ABC):
 
     # -- the schema --------------------------------------------------------------------------
 
-    @abstractmethod
-    def column_type(self, kind: FieldType | Kind) -> TypeEngine[Any]: ...
-
-    @abstractmethod
-    def index_expression(self, column: Any, field: Field) -> Any:
-        """The expression that an index of a column contains."""
-
     async def untrusted_owners(
         self, driver: Any, tables: Sequence[str], declared: Sequence[str]
     ) -> dict[str, str]:
@@ -251,125 +177,12 @@ class Dialect(ABC):
         return {}
 
     @abstractmethod
-    async def reflect_tables(self, driver: Any) -> list[str]:
-        """The names of all existing tables."""
-
-    @abstractmethod
-    async def reflect_columns(
-        self, driver: Any, tables: Sequence[str]
-    ) -> dict[str, dict[str, str]]:
-        """By table and column, the types of the existing columns of these tables."""
-
-    @abstractmethod
-    async def reflect_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
-        """By name, the definitions of the existing indexes of these tables; "" for a constraint."""
-
-    @abstractmethod
-    def same_type(self, existing: str, kind: FieldType | Kind) -> bool: ...
+    async def relations(self, driver: Any) -> dict[str, str]:
+        """By name, the kind of each existing table, view and index: "table", "view" or "index"."""
 
     @abstractmethod
     async def begin_ddl(self, driver: Any) -> Any:
         """Begin a transaction for DDL; it excludes every other transaction for DDL."""
-
-    @abstractmethod
-    def extra_ddl(
-        self, schema: Schema, metadata: MetaData, existing: Mapping[str, str]
-    ) -> list[str]:
-        """The statements for what the schema needs besides tables, columns and declared indexes.
-
-        Args:
-            existing: as `reflect_indexes` returns it.
-        """
-
-    # -- grammar: writes ---------------------------------------------------------------------
-
-    @abstractmethod
-    def batches(self, rows: int) -> list[int]:
-        """How to divide this many rows into statements."""
-
-    @abstractmethod
-    def statement_variant(self, rows: int) -> int:
-        """A number that is equal for all numbers of rows for which the SQL is the same."""
-
-    @abstractmethod
-    def values_source(self, kinds: Sequence[Kind], rows: int) -> str:
-        """The item of a FROM clause that provides rows of arguments as `i (c0, c1, ...)`."""
-
-    @abstractmethod
-    def bind_columns(
-        self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]
-    ) -> Sequence[object]:
-        """The arguments of `values_source`, given the columns of its rows."""
-
-    @abstractmethod
-    def cast_input(self, column: str, kind: Kind) -> str:
-        """A column of `values_source`, converted to its kind."""
-
-    @abstractmethod
-    def json_merge(self, column: str, sets: str, removes: str) -> str:
-        """The JSON object of a column, without the members named in the JSON list `removes`, and with
-        those of the JSON object `sets`; NULL if empty."""
-
-    @abstractmethod
-    def size(self, column: str) -> str:
-        """The number of bytes of a text or JSON column; NULL for NULL."""
-
-    @abstractmethod
-    def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
-        """A DELETE of rows `t` by key, and by version if `versions` is true; conditions can be appended."""
-
-    # -- grammar: reads ----------------------------------------------------------------------
-
-    @abstractmethod
-    def read(self, column: str, kind: Kind) -> str:
-        """The expression by which a SELECT reads a column."""
-
-    @abstractmethod
-    def parameter(self, number: int, kind: Kind) -> str: ...
-
-    @abstractmethod
-    def argument(self, value: Any, kind: Kind) -> object:
-        """A value, converted to the type that the driver requires for a parameter of this kind."""
-
-    @abstractmethod
-    def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
-        """The condition that a column equals one of some values of its kind."""
-
-    @abstractmethod
-    def one_of_ids(self, expression: str) -> str:
-        """The condition that a key is in a list, which is the first and only argument."""
-
-    @abstractmethod
-    def index_prefix(self, expression: str) -> str | None:
-        """The prefix of a string that an index contains; None if it contains the whole string."""
-
-    @abstractmethod
-    def has_overflow(self, name: str) -> str:
-        """The condition that the overflow column contains a declared field; it is never NULL."""
-
-    @abstractmethod
-    def contains_string(self, expression: str, part: str) -> str: ...
-
-    @abstractmethod
-    def ordered(self, part: SortPart, *, descending: bool) -> str:
-        """An item of an ORDER BY; ascending, NULL sorts first, and descending, last."""
-
-    @abstractmethod
-    def json_test(
-        self, base: str, steps: Sequence[str | int], op: str, value: Value, args: Arguments
-    ) -> tuple[str, bool]:
-        """The condition that an operator on a path in a JSON column is true.
-
-        Returns also whether the condition is exact; otherwise it accepts more rows.
-        """
-
-    @abstractmethod
-    def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
-        """The expression that sorts by a path in a JSON column; None if the engine has none."""
-
-    @abstractmethod
-    def order_argument(self, value: Value) -> object:
-        """A value, converted to what the expression of `json_order` is compared with."""
 
     # -- the rest ----------------------------------------------------------------------------
 
@@ -380,13 +193,13 @@ class Dialect(ABC):
         sql: str,
         args: Sequence[object],
         indexes: Mapping[str, Index],
-        comparisons: int,
+        paths: int,
     ) -> QueryPlan:
         """The plan of the engine for a SELECT.
 
         Args:
             indexes: the declared indexes by their names in SQL.
-            comparisons: the number of comparisons in the filter.
+            paths: the number of paths in the filter.
         """
 
     @asynccontextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
-import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -16,129 +14,162 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager
-from itertools import chain
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
-from hf_async_store.changes import Change, Outcome, Put, Record
+import msgspec
+
+from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import SQLConfig, redacted
-from hf_async_store.driver import Engine, Isolation, QueryPlan, Reader, remember_in
+from hf_async_store.driver import (
+    Engine,
+    Isolation,
+    QueryPlan,
+    Reader,
+    SchemaChange,
+    SchemaProgress,
+)
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
     PermissionDeniedError,
     ReadOnlyStoreError,
-    StorageError,
+    SchemaMismatchError,
     UnavailableError,
 )
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.schema import (
-    CATALOGUE_COLLECTION,
     SYSTEM_COLLECTIONS,
     Collection,
     Schema,
 )
 from hf_async_store.strategies.sql import reading
-from hf_async_store.strategies.sql.bulk_writer import BulkWriter, StatementGroup, marker_put
-from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
-from hf_async_store.strategies.sql.connections import Connections, LeasedConnection
-from hf_async_store.strategies.sql.ddl import PROBES, SchemaSync, refuse_untrusted_owners
-from hf_async_store.strategies.sql.dialect import SessionEndedError
-from hf_async_store.strategies.sql.errors import REFUSALS
-from hf_async_store.strategies.sql.parameters import bind, check_statement
-from hf_async_store.strategies.sql.row_mapping import (
-    DOC,
-    SIDE,
-    TableMapping,
-    declared_name,
-    sql_name,
-    with_columns,
+from hf_async_store.strategies.sql.catalogue import (
+    Catalogue,
+    CatalogueChangedError,
+    declared,
 )
+from hf_async_store.strategies.sql.compiler import compile_query, paths_in
+from hf_async_store.strategies.sql.connections import Connections, LeasedConnection
+from hf_async_store.strategies.sql.ddl import SchemaSync
+from hf_async_store.strategies.sql.dialect import SessionEndedError
+from hf_async_store.strategies.sql.names import CATALOGUE, DOC, index_name, table_name
+from hf_async_store.strategies.sql.parameters import bind, check_statement
+from hf_async_store.strategies.sql.retries import conflict_backoff
+from hf_async_store.strategies.sql.rows import Table, Tables
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
-from hf_async_store.strategies.sql.write_sql import WriteStatementCache
 from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.dialect import Dialect
+    from hf_async_store.strategies.sql.writer import Writer
 
 Result = TypeVar("Result")
 
-_FIRST_PAUSE: Final = 0.002
-_MAX_PAUSE_SECONDS: Final = 0.1
 _NO_TABLE: Final = QueryPlan(access="scan", detail="the table does not exist yet")
+_REREAD_SECONDS: Final = 10.0
+"""While a declared index is missing, a program that only reads looks this often whether it exists."""
+
+
+class _State(NamedTuple):
+    """The tables, and what writes to them; replaced together.
+
+    Attributes:
+        lacks_table: a declared collection has no table yet.
+        read_again_at: by the monotonic clock, when to read the catalogue again.
+    """
+
+    tables: Tables
+    writer: Writer
+    lacks_table: bool
+    read_again_at: float
 
 
 class SQLEngine(Engine):
     """One database.
 
-    Attributes:
-        tables: by collection.
-        writer: executes changes.
+    Args:
+        sync: the tables of the store.
+        writer: its class; a new writer is made whenever the tables change.
     """
 
-    def __init__(self, config: SQLConfig, schema: Schema, dialect: Dialect) -> None:
+    def __init__(
+        self,
+        config: SQLConfig,
+        schema: Schema,
+        dialect: Dialect,
+        sync: type[SchemaSync],
+        writer: type[Writer],
+    ) -> None:
         self.capabilities = dialect.capabilities
         self.schema = schema
-        self.tables = {name: TableMapping(each, dialect) for name, each in schema.items()}
-        statements = WriteStatementCache(schema, self.tables, references=config.enforce_references)
-        self.writer = BulkWriter(
-            schema, self.tables, statements, references=config.enforce_references
-        )
         self._config = config
         self._dialect = dialect
+        self._make_writer = writer
         self._main, self._readers, self._streams = _pools(config, dialect)
-        self._schema_sync = SchemaSync(schema, dialect, self._main.sql_dialect)
-        self._ready = False  # the schema is complete: tables, columns and indexes exist
-        self._readable = False  # all tables and columns exist
+        self._sync = sync(schema, dialect)
+        self._state: _State | None = None  # None: the catalogue was not read yet
+        self._ready = False  # everything that is declared was created, or recorded
+        self._recorded = False  # the latest types of fields were recorded
         self._prepare_lock = asyncio.Lock()
         self._write_lock = asyncio.Lock()  # used if only one connection can write at a time
 
-    # -- connections -------------------------------------------------------------------------
+    # -- the tables --------------------------------------------------------------------------
 
     async def _prepare(self) -> None:
-        """Create missing tables, columns and indexes, before the first write."""
+        """Create and record what is missing, before the first write."""
         if self._ready:
             return
         async with self._prepare_lock:
             if not self._ready:
                 self._dialect.create_file()
                 async with self._main.lease() as lease:
-                    await self._schema_sync.ensure(lease)
-                self._ready = True
+                    self._use(await self._sync.ensure(lease, latest=not self._recorded))
+                self._ready = self._recorded = True
 
-    async def _tables_on(self, lease: LeasedConnection) -> Mapping[str, TableMapping]:
-        """By collection, the tables that can be read. Nothing is created.
+    def _use(self, catalogue: Catalogue) -> Tables:
+        """Replace the tables, and the writer."""
+        tables = Tables(catalogue, self._dialect.grammar)
+        wanted = declared(catalogue, self.schema.values())
+        is_complete = all(catalogue.entries.get(name) == each for name, each in wanted.items())
+        self._state = _State(
+            tables,
+            self._make_writer(tables, self._config),
+            lacks_table=not wanted.keys() <= catalogue.entries.keys(),
+            read_again_at=inf if is_complete else monotonic() + _REREAD_SECONDS,
+        )
+        return tables
 
-        A table that does not exist is omitted. If a table lacks the column of a field, the field is
-        read from the document.
-        """
-        if self._ready or self._readable:
-            return self.tables
-        columns = await self._schema_sync.existing_columns(lease)
-        if not self._schema_sync.missing_from(columns):
-            self._readable = True
-            return self.tables
-        return {
-            name: TableMapping(with_columns(each, columns[sql_name(name)]), self._dialect)
-            for name, each in self.schema.items()
-            if sql_name(name) in columns
-        }
+    async def tables(self, lease: LeasedConnection) -> Tables:
+        """The tables that can be read, from the catalogue if necessary. Nothing is created."""
+        state = self._state
+        if state is not None and (
+            self._ready or (not state.lacks_table and monotonic() < state.read_again_at)
+        ):
+            return state.tables
+        catalogue = await self._sync.read(lease)
+        if catalogue is None:
+            return Tables(Catalogue(), self._dialect.grammar)
+        return self._use(catalogue)
+
+    @property
+    def known_tables(self) -> Tables:
+        """The tables, after the store was prepared for writing."""
+        assert self._state is not None, "the store was prepared"
+        return self._state.tables
 
     async def is_absent(self) -> bool:
-        """Whether no table of this store exists yet."""
-        if self._ready or self._readable:
+        """Whether the store does not exist yet."""
+        if self._state is not None:
             return False
         if not self._dialect.exists():
             return True
         async with self._main.lease() as lease:
-            return not await self._schema_sync.existing_columns(lease)
+            return await self._sync.read(lease) is None
 
-    async def is_empty(self, lease: LeasedConnection) -> bool:
-        """Whether all tables are empty."""
-        for table in self.tables.values():
-            if await lease.rows(f"SELECT 1 FROM {table.name} LIMIT 1"):
-                return False
-        return True
+    # -- connections -------------------------------------------------------------------------
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[LeasedConnection]:
@@ -173,11 +204,11 @@ class SQLEngine(Engine):
         self, pool: Connections, statements: Literal["one", "many"] = "one"
     ) -> AsyncIterator[SQLReader]:
         """A reader. With "many", all its statements see one snapshot; with "one", each single one does."""
-        if not self._ready and not self._dialect.exists():
+        if self._state is None and not self._dialect.exists():
             yield SQLReader(None, {})
             return
         async with pool.lease() as lease:
-            tables = await self._tables_on(lease)
+            tables = await self.tables(lease)
             async with lease.reading(statements=statements):
                 yield SQLReader(lease, tables)
 
@@ -189,28 +220,26 @@ class SQLEngine(Engine):
     # -- reads -------------------------------------------------------------------------------
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        if not self._ready and not self._dialect.exists():
+        if self._state is None and not self._dialect.exists():
             return [None] * len(keys)
-        deadline = time.monotonic() + self._config.timeout
-        pause = _FIRST_PAUSE
+        backoff = conflict_backoff(self._config.timeout)
         reconnected = False
         while True:
             try:
                 async with self._readers.lease() as lease:
-                    tables = await self._tables_on(lease)
+                    tables = await self.tables(lease)
                     if not self._dialect.needs_transactions:
                         return await reading.fetch(lease, tables, keys)
                     async with lease.transaction():
                         return await reading.fetch(lease, tables, keys)
             except ConcurrencyConflictError:
-                if time.monotonic() > deadline:
+                if not await backoff.pause():
                     raise
             except UnavailableError:
                 # A read can be repeated; the pooled connection may have been closed by the server.
                 if reconnected:
                     raise
                 reconnected = True
-            pause = await _sleep(pause)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         records = await self._small(query)
@@ -221,7 +250,7 @@ class SQLEngine(Engine):
         # The caller may take long for each record, and need another connection for it, so the
         # stream uses a pool of its own.
         async with (
-            self._reading(self._streams) as reader,
+            self._reading(self._streams, reading.statements(query)) as reader,
             Owned(reader.select(query)) as stream,
         ):
             async for record in stream:
@@ -235,7 +264,7 @@ class SQLEngine(Engine):
                 yield [each.entity for each in records]
             return
         async with (
-            self._reading(self._main) as reader,
+            self._reading(self._main, reading.statements(query)) as reader,
             Owned(reader.select_batches(query)) as batches,
         ):
             async for batch in batches:
@@ -257,42 +286,27 @@ class SQLEngine(Engine):
         return await self._retried(lambda: self._fetch_undeclared(collection, entity_id))
 
     async def _fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        table = TableMapping(collection, self._dialect)
         async with self._main.lease() as lease:
-            try:
-                columns = await self._dialect.reflect_columns(
-                    lease.driver, [sql_name(collection.name)]
-                )
-            except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
-            if not columns:
+            catalogue = await self._sync.read(lease)
+            entry = catalogue.entries.get(collection.name) if catalogue is not None else None
+            if entry is None:
                 return None
-            await self._refuse_untrusted_owners(lease)
+            table = Table(collection.name, entry, self._dialect.grammar)
             for row in await lease.rows(table.fetch_one, [entity_id]):
                 return Record(Key(collection.name, entity_id), table.entity(row))
         return None
 
-    async def remember(self, collections: Iterable[Collection]) -> None:
-        # The tables of an engine are those of its schema.
-        engine = SQLEngine(self._config, Schema([CATALOGUE_COLLECTION]), self._dialect)
-        try:
-            await remember_in(engine, collections)
-        finally:
-            await engine.close()
-
-    async def _refuse_untrusted_owners(self, lease: LeasedConnection) -> None:
-        try:
-            await refuse_untrusted_owners(self._dialect, lease.driver, self._schema_sync.names)
-        except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
-
     # -- the existing store ------------------------------------------------------------------
 
     async def exists(self) -> bool:
+        return await self._catalogue() is not None
+
+    async def _catalogue(self) -> Catalogue | None:
+        """The catalogue, read now; None if the store does not exist."""
         if not self._dialect.exists():
-            return False
+            return None
         async with self._main.lease() as lease:
-            return bool(await self._schema_sync.existing_columns(lease))
+            return await self._sync.read(lease)
 
     async def is_same_store(self, other: Engine) -> bool:
         if not isinstance(other, SQLEngine) or type(other._dialect) is not type(self._dialect):
@@ -313,155 +327,71 @@ class SQLEngine(Engine):
         if not self._dialect.exists():
             return []
         async with self._main.lease() as lease:
-            try:
-                tables = await self._dialect.reflect_tables(lease.driver)
-                columns = await self._dialect.reflect_columns(lease.driver, tables)
-            except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="read the catalog", writes=False) from exc
-            system = {PROBES, *(sql_name(each.name) for each in SYSTEM_COLLECTIONS)}
-            undeclared: list[str] = []
-            for table, existing in columns.items():
-                if table in self._schema_sync.names:
-                    name = declared_name(table)
-                    undeclared += [
-                        f"{name}.{declared_name(column)}"
-                        for column in existing
-                        if not self._schema_sync.is_declared(table, column)
-                        and await _has_rows(
-                            lease, f"{_identifier(table)} WHERE {_identifier(column)} IS NOT NULL"
-                        )
-                    ]
-                elif (
-                    table not in system
-                    and existing.keys() >= {DOC, SIDE, VERSION}
-                    and await _has_rows(lease, _identifier(table))
-                ):
-                    undeclared.append(declared_name(table))
-        return sorted(undeclared)
+            tables = Tables(await self._sync.read(lease) or Catalogue(), self._dialect.grammar)
+            system = [each.name for each in SYSTEM_COLLECTIONS]
+            return [
+                name
+                for name in sorted(tables)
+                if name not in self.schema
+                and name not in system
+                and await lease.rows(f"SELECT 1 FROM {tables[name].name} LIMIT 1")
+            ]
+
+    async def declarations(self) -> list[Collection]:
+        catalogue = await self._catalogue() or Catalogue()
+        system = [each.name for each in SYSTEM_COLLECTIONS]
+        return [each for each in catalogue.schema().values() if each.name not in system]
+
+    async def remember(self, collections: Iterable[Collection]) -> None:
+        # Everything that is declared was recorded before the first write.
+        del collections
+        await self._prepare()
+
+    async def schema_changes(self) -> list[SchemaChange]:
+        if not self._dialect.exists():
+            return self._sync.changes_from(Catalogue(), {})
+        async with self._main.lease() as lease:
+            return await self._sync.changes(lease)
+
+    async def apply_schema(
+        self, *, progress: SchemaProgress | None = None, complete: bool = False
+    ) -> None:
+        report = progress or (lambda change, done, total: None)
+        planned = await self.schema_changes()
+        async with self.writing() as lease:
+            remaining = await self._sync.changes(lease)
+            for each in planned:
+                if each not in remaining:  # it was made before the lease, as before any write
+                    report(each, 1, 1)
+            self._use(await self._sync.apply(lease, report, complete=complete))
 
     # -- independent writes ------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self._retried(lambda: self._write_each(changes))
+        return await self._write(changes, patient=True)
 
-    async def _write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        puts = self.writer.imports_in(changes)
-        if puts is not None and await self._import_in_bulk(puts):
-            return [each.import_version for each in puts]
-        marked = any(each.mark is not None for each in changes)
-        async with self.writing() as lease:
-            if marked or self._dialect.needs_transactions:
-                return await self._write_together(lease, changes)
-            return await self._write_independently(lease, changes)
+    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
+        return await self._write(changes, patient=False)
 
-    async def _import_in_bulk(self, puts: Sequence[Put]) -> bool:
-        """Write imports in bulk. Returns whether all of them were applied.
-
-        If not, the caller writes all of them again with the statements of other writes, which report
-        each change that fails. To write an import twice has the same result as once.
-        """
-        rows = await self.writer.import_rows(puts)
-        try:
-            async with self.writing() as lease, lease.bulk():
-                return await self.writer.imported(lease, puts[0].key.collection, rows)
-        except REFUSALS:
-            return False
-
-    async def _write_independently(
-        self, lease: LeasedConnection, changes: Sequence[Change]
-    ) -> list[Outcome]:
-        waves = self.writer.dependency_batches(changes)
-        outcomes: list[Outcome] = [None] * len(changes)
-        if self._dialect.batches_commit_together and self.writer.statements(waves) > 1:
-            try:
-                async with lease.transaction():
-                    for batch in chain.from_iterable(waves):
-                        await self.writer.send(
-                            _RunOnce(lease), lease, batch, outcomes, halves=False
-                        )
-            except REFUSALS:
-                return await self._write_together(lease, changes)
-            return outcomes
-        run = _RunWithRetries(lease, self._config.timeout)
-        failure: StorageError | None = None
-        first = True
-        for batch in chain.from_iterable(waves):
-            if failure is None:
-                try:
-                    await self.writer.send(run, lease, batch, outcomes, halves=True)
-                except StorageError as exc:
-                    if first:
-                        raise
-                    # Earlier statements were applied, and must not be reported as failed.
-                    failure = exc
-                    _fail(batch, exc, outcomes)
-            else:
-                unsent = failure.copy()
-                unsent.outcome_unknown = False
-                _fail(batch, unsent, outcomes)
-            first = False
+    async def _write(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
+        outcomes = await self._retried(lambda: self._write_each(changes, patient=patient))
+        again = [n for n, each in enumerate(outcomes) if isinstance(each, CatalogueChangedError)]
+        if again:
+            # Other changes were applied before.
+            self._ready = False
+            found = await self._write([changes[each] for each in again], patient=patient)
+            for place, outcome in zip(again, found, strict=True):
+                outcomes[place] = outcome
         return outcomes
 
-    async def _write_together(
-        self, lease: LeasedConnection, changes: Sequence[Change]
-    ) -> list[Outcome]:
-        """Apply changes and their change markers in one transaction; if the database rejects one of the
-        changes, each half in a transaction of its own."""
-        deadline = time.monotonic() + self._config.timeout
-        pause = _FIRST_PAUSE
-        while True:
-            outcomes: list[Outcome] = [None] * len(changes)
-            try:
-                async with lease.transaction():
-                    await self._send(lease, changes, outcomes, all_or_none=False)
-            except ConcurrencyConflictError:
-                if time.monotonic() > deadline:
-                    raise
-                pause = await _sleep(pause)
-            except REFUSALS as exc:
-                if len(changes) == 1:
-                    return [exc]
-                middle = len(changes) // 2
-                return [
-                    *await self._write_together(lease, changes[:middle]),
-                    *await self._write_together(lease, changes[middle:]),
-                ]
-            else:
-                return outcomes
+    async def _write_each(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
+        async with self.writing() as lease:
+            return await self._writer.write_each(lease, changes, patient=patient)
 
-    async def _send(
-        self,
-        lease: LeasedConnection,
-        changes: Sequence[Change],
-        outcomes: list[Outcome],
-        *,
-        all_or_none: bool,
-    ) -> None:
-        halves = all_or_none and self._dialect.batches_commit_together
-        run = _RunOnce(lease)
-        failed = len(changes)  # with `all_or_none`: the position of the first change that failed
-        for batch in chain.from_iterable(self.writer.dependency_batches(changes)):
-            if min(batch.places) > failed:
-                continue
-            wanted = batch.before(failed)
-            await self.writer.send(run, lease, wanted, outcomes, halves=halves)
-            if all_or_none:
-                for position in wanted.places:
-                    if isinstance(outcomes[position], StorageError):
-                        failed = min(failed, position)
-        if failed < len(changes):
-            return
-        markers = [
-            marker_put(change.mark, getattr(change, "written_at", ""))
-            for change, outcome in zip(changes, outcomes, strict=True)
-            if change.mark is not None and not isinstance(outcome, StorageError)
-        ]
-        if markers:
-            marker_outcomes: list[Outcome] = [None] * len(markers)
-            await self._send(lease, markers, marker_outcomes, all_or_none=False)
-            for outcome in marker_outcomes:
-                if isinstance(outcome, StorageError):
-                    raise outcome
+    @property
+    def _writer(self) -> Writer:
+        assert self._state is not None, "the store was prepared"
+        return self._state.writer
 
     # -- sessions ----------------------------------------------------------------------------
 
@@ -470,12 +400,15 @@ class SQLEngine(Engine):
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """Apply the changes of a session, up to the first that fails."""
-        outcomes: list[Outcome] = [None] * len(changes)
-        await self._send(lease, changes, outcomes, all_or_none=True)
-        for index, each in enumerate(outcomes):
-            if isinstance(each, StorageError):
-                return outcomes[: index + 1]
-        return outcomes
+        try:
+            return await self._writer.apply(lease, changes)
+        except CatalogueChangedError:
+            if not self._dialect.single_writer:
+                self._ready = False
+                raise
+        # The transaction has the write lock of the store, so the catalogue does not change again.
+        self._use(await self._sync.read(lease) or Catalogue())
+        return await self._writer.apply(lease, changes)
 
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object]
@@ -492,19 +425,22 @@ class SQLEngine(Engine):
         """Run work, and repeat it until `timeout` while it fails without any effect: because of a
         conflict, a statement that was prepared before the tables were changed, a session that had
         ended, or a server that accepts no writes."""
-        deadline = time.monotonic() + self._config.timeout
-        pause = _FIRST_PAUSE
+        backoff = conflict_backoff(self._config.timeout)
         while True:
             try:
                 return await work()
+            except CatalogueChangedError:
+                self._ready = False
+                if not await backoff.pause():
+                    raise
             except (ConcurrencyConflictError, ReadOnlyStoreError) as exc:
-                if not exc.retryable or exc.outcome_unknown or time.monotonic() > deadline:
+                if not exc.retryable or exc.outcome_unknown or not await backoff.pause():
                     raise
             except UnavailableError as exc:
                 # The server had ended the session of a pooled connection before this statement.
-                if not isinstance(exc.__cause__, SessionEndedError) or time.monotonic() > deadline:
+                ended = isinstance(exc.__cause__, SessionEndedError)
+                if not ended or not await backoff.pause():
                     raise
-            pause = await _sleep(pause)
 
     async def execute(
         self, lease: LeasedConnection, sql: str, params: Sequence[object] | Mapping[str, object]
@@ -518,43 +454,44 @@ class SQLEngine(Engine):
     # -- plans, health and closing -----------------------------------------------------------
 
     async def explain(self, query: Query) -> QueryPlan:
-        if not self._ready and not self._dialect.exists():
+        if self._state is None and not self._dialect.exists():
             return await self._explain_absent(None, query)
         async with self._main.lease() as lease:
-            table = (await self._tables_on(lease)).get(query.collection)
+            table = (await self.tables(lease)).get(query.collection)
             if table is None:
                 return await self._explain_absent(lease.driver, query)
             return await self._explain(lease.driver, table, query)
 
-    async def _explain(self, driver: Any, table: TableMapping, query: Query) -> QueryPlan:
+    async def _explain(self, driver: Any, table: Table, query: Query) -> QueryPlan:
         compiled = compile_query(table, query)
+        indexes = {
+            index_name(table.collection, table.entry.indexed(each.fields)): each
+            for each in self.schema[query.collection].indexes
+        }
         try:
             plan = await self._dialect.explain(
-                driver,
-                compiled.sql,
-                compiled.args,
-                self._schema_sync.indexes[query.collection],
-                comparisons_in(query.where),
+                driver, compiled.sql, compiled.args, indexes, len(paths_in(query.where))
             )
         except self._dialect.driver_errors as exc:
             raise self._dialect.translate(exc, doing="explain the query", writes=False) from exc
-        if compiled.residual is None and not compiled.sorted_here:
-            return plan
-        return QueryPlan(
-            access=plan.access,
-            index=plan.index,
-            residual=plan.residual or compiled.residual is not None,
-            sorted_here=plan.sorted_here or compiled.sorted_here,
-            detail=plan.detail,
-        )
+        ready = [each.fields for each in table.entry.indexes if each.ready]
+        missing = [each.name for each in indexes.values() if each.fields not in ready]
+        detail = plan.detail
+        if missing:
+            detail += f" (not ready, see schema_changes: {', '.join(missing)})"
+        residual = plan.residual or compiled.residual is not None
+        return msgspec.structs.replace(plan, residual=residual, detail=detail)
 
     async def _explain_absent(self, driver: Any, query: Query) -> QueryPlan:
-        """The plan of a query whose table does not exist, made on temporary tables."""
+        """The plan of a query whose table does not exist, made on a temporary table."""
+        name = query.collection
+        entry = declared(Catalogue(), [self.schema[name]])[name]
         try:
             async with self._dialect.scratch(driver) as scratch:
-                for statement in await self._schema_sync.missing_ddl(scratch):
-                    await self._dialect.rows(scratch, statement, ())
-                return await self._explain(scratch, self.tables[query.collection], query)
+                await self._sync.create(scratch, name, entry)
+                return await self._explain(
+                    scratch, Table(name, entry, self._dialect.grammar), query
+                )
         except self._dialect.driver_errors as exc:
             error = self._dialect.translate(exc, doing="explain the query", writes=False)
             if isinstance(error, ReadOnlyStoreError | PermissionDeniedError):
@@ -562,20 +499,20 @@ class SQLEngine(Engine):
             raise error from exc
 
     async def probe(self) -> None:
-        parameters = [self._dialect.parameter(n, "text") for n in (1, 2)]
+        parameters = [self._dialect.grammar.parameter(n, "text") for n in (1, 2)]
         name = f"probe-{secrets.token_hex(8)}"
         await self._retried(lambda: self._probe(name, parameters))
 
     async def _probe(self, name: str, parameters: Sequence[str]) -> None:
         async with self.writing() as lease:
             await lease.rows(
-                f"INSERT INTO {PROBES} (name, value) VALUES ({parameters[0]}, {parameters[1]})",
+                f"INSERT INTO {CATALOGUE} (name, value) VALUES ({parameters[0]}, {parameters[1]})",
                 (name, "probe"),
                 doing="write",
                 writes=True,
             )
             deleted = await lease.rows(
-                f"DELETE FROM {PROBES} WHERE name = {parameters[0]} RETURNING value",
+                f"DELETE FROM {CATALOGUE} WHERE name = {parameters[0]} RETURNING value",
                 (name,),
                 doing="delete",
                 writes=True,
@@ -587,17 +524,19 @@ class SQLEngine(Engine):
         if not self._dialect.exists():
             return {"problems": []}
         problems: list[Value] = []
+        changes: list[Value] = []
         async with self._main.lease() as lease:
-            if self._ready or self._readable:
-                # The tables existed earlier, and this store does not create them again while open.
-                columns = await self._schema_sync.existing_columns(lease)
-                missing = self._schema_sync.missing_from(columns)
-                problems += [f"{each} was dropped while the store was in use" for each in missing]
+            if self._state is not None:
+                problems += await self._damaged_tables(lease, self._state.tables)
             try:
-                names = [sql_name(each) for each in self.schema]
-                report = await self._dialect.health(lease.driver, names)
+                report = await self._dialect.health(
+                    lease.driver, list(map(table_name, self.schema))
+                )
             except self._dialect.driver_errors as exc:
                 raise self._dialect.translate(exc, doing="check the health", writes=False) from exc
+            if not problems:
+                found = await self._sync.changes(lease)
+                changes += [f"{each.kind}: {each.detail}" for each in found]
         more = report.pop("problems", [])
         problems += more if isinstance(more, list) else []
         figures = self._main.figures()
@@ -605,10 +544,24 @@ class SQLEngine(Engine):
             figures = {name: n + self._readers.figures()[name] for name, n in figures.items()}
         return {
             **report,
+            "schema_changes": changes,
             "pool": {**figures},
             "streams": {**self._streams.figures()},
             "problems": problems,
         }
+
+    async def _damaged_tables(self, lease: LeasedConnection, tables: Tables) -> list[str]:
+        """The tables that another program dropped or changed while this store was open."""
+        problems = []
+        for table in tables.values():
+            columns = ", ".join(
+                f"t.{each}" for each in (table.key, VERSION, DOC, *table.key_columns)
+            )
+            try:
+                await lease.rows(f"SELECT {columns} FROM {table.name} AS t WHERE FALSE")
+            except SchemaMismatchError as exc:
+                problems.append(f"the table {table.name} was dropped or changed: {exc}")
+        return problems
 
     def describe(self) -> Mapping[str, Value]:
         return {**self._dialect.describe(), "configuration": redacted(self._config)}
@@ -670,52 +623,3 @@ def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, Connection
         read_only=True,
     )
     return main, readers, streams
-
-
-async def _has_rows(lease: LeasedConnection, source: str) -> bool:
-    return bool(await lease.rows(f"SELECT 1 FROM {source} LIMIT 1"))
-
-
-def _identifier(name: str) -> str:
-    """A name that may not come from a declaration, as a quoted SQL identifier."""
-    escaped = name.replace('"', '""')
-    return f'"{escaped}"'
-
-
-class _RunOnce:
-    """Runs a statement in the open transaction, which an error ends."""
-
-    def __init__(self, lease: LeasedConnection) -> None:
-        self._lease = lease
-
-    async def __call__(self, sql: str, args: Sequence[object]) -> Sequence[Sequence[object]]:
-        return await self._lease.rows(sql, args, doing="write", writes=True)
-
-
-class _RunWithRetries:
-    """Runs a statement that is a transaction by itself, and repeats it after a conflict."""
-
-    def __init__(self, lease: LeasedConnection, seconds: float) -> None:
-        self._lease = lease
-        self._deadline = time.monotonic() + seconds
-
-    async def __call__(self, sql: str, args: Sequence[object]) -> Sequence[Sequence[object]]:
-        pause = _FIRST_PAUSE
-        while True:
-            try:
-                return await self._lease.rows(sql, args, doing="write", writes=True)
-            except ConcurrencyConflictError as exc:
-                if exc.outcome_unknown or time.monotonic() > self._deadline:
-                    raise
-            pause = await _sleep(pause)
-
-
-async def _sleep(pause: float) -> float:
-    """Wait for a random time up to `pause` seconds; returns the next pause."""
-    await asyncio.sleep(random.uniform(0, pause))
-    return min(pause * 2, _MAX_PAUSE_SECONDS)
-
-
-def _fail(batch: StatementGroup, exc: StorageError, outcomes: list[Outcome]) -> None:
-    for position in batch.places:
-        outcomes[position] = exc.copy()

@@ -12,12 +12,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import BigInteger, Boolean, Numeric, Text, func
-from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
@@ -33,25 +30,13 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
-from hf_async_store.schema import Field, Index, Schema
-from hf_async_store.strategies.sql.compiler import SHORT, Arguments, SortPart
+from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.dialect import Dialect, SessionEndedError
 from hf_async_store.strategies.sql.errors import connection_error, postgres_error
-from hf_async_store.strategies.sql.postgres_jsonb import (
-    array_text,
-    decimal_text,
-    json_text,
-    number_of,
-)
-from hf_async_store.strategies.sql.row_mapping import (
-    SIDE,
-    Kind,
-    decode_json,
-    encode_json,
-    limited,
-    quoted,
-)
-from hf_async_store.values import FieldType, Value
+from hf_async_store.strategies.sql.names import GENERATION_PREFIX, collection_name
+from hf_async_store.strategies.sql.postgres_grammar import PostgresGrammar
+from hf_async_store.strategies.sql.write_sql import CHANGED
+from hf_async_store.values import Value
 
 try:
     import asyncpg  # type: ignore[import-untyped]  # it has no types
@@ -61,48 +46,24 @@ except ImportError as exc:
     ) from exc
 
 if TYPE_CHECKING:
-    from sqlalchemy import MetaData
-    from sqlalchemy.types import TypeEngine
+    from hf_async_store.schema import Index
 
 PasswordProvider: TypeAlias = "Callable[[str, int, str], str | Awaitable[str]]"
 """Called with host, port and user name; returns the password for one new connection."""
 
 _PORT: Final = 5432
 _CHUNK_SIZE: Final = 256
-_MAX_ROWS: Final = 1024
 _GRACE: Final = 5.0
 """How many seconds the driver waits longer than `statement_timeout`, within which the server reports that
 a statement was cancelled."""
 
+_UNLIMITED: Final = 7 * 24 * 3600.0
+"""How many seconds the driver waits for statements such as the build of an index."""
+
+INVALID: Final = "invalid index"
+"""The kind, in `relations`, of an index whose build was interrupted, or is in progress."""
+
 _SCHEMA_LOCK: Final = int.from_bytes(b"hfstore", "big")
-_ELEMENT_TYPES: Final = {"integer": "bigint", "bigint": "bigint", "boolean": "boolean"}
-_INPUT_CASTS: Final = {"number": "::numeric", "json": "::jsonb"}
-_PARAMETER_CASTS: Final = {
-    "integer": "::bigint",
-    "bigint": "::bigint",
-    "boolean": "::boolean",
-    "number": "::text::numeric",
-    "json": "::text::jsonb",
-    "path": "::text::jsonpath",
-    "list": "::text::text[]",
-}
-_COLUMN_TYPES: Final = {
-    "integer": "bigint",
-    "bigint": "bigint",
-    "boolean": "boolean",
-    "number": "numeric",
-    "json": "jsonb",
-}
-_MAX_ANY_VALUES: Final = 64
-"""With more values than this, a list is searched by hash instead of with ANY."""
-
-_MAX_ARROWS: Final = 8
-"""A path of at most this many steps is compiled to operators `->`, which are faster than a jsonpath."""
-
-_OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
-_JSON_TYPES: Final = {str: "string", bool: "boolean", int: "number", float: "number"}
-
-
 _ROLE_SECONDS: Final = 0.25
 """For how many seconds after a connection was opened the role of its server is assumed to be unchanged. If
 no server accepts writes, connections are replaced at most this often."""
@@ -167,11 +128,7 @@ class PostgreSQL(Dialect):
     caller_errors = ()
     placeholder_prefix = "$"
     single_writer = False
-    batches_commit_together = False
-    bulk = None
-    inline_references = False
-    to_column = MappingProxyType({"number": decimal_text, "json": json_text})
-    from_column = MappingProxyType({"number": number_of, "json": decode_json})
+    grammar = PostgresGrammar()
 
     def __init__(self, config: SQLConfig, password: PasswordProvider | None = None) -> None:
         self._config = config
@@ -192,9 +149,6 @@ class PostgreSQL(Dialect):
             read_concurrency=2,
             write_concurrency=1,
         )
-
-    def json_text(self, value: Value) -> tuple[str, bool]:
-        return json_text(value)
 
     # -- the driver --------------------------------------------------------------------------
 
@@ -631,12 +585,8 @@ class PostgreSQL(Dialect):
                 "idle for longer than idle_in_transaction_session_timeout or idle_session_timeout "
                 "allow, or an administrator or a restart ended it"
             )
-        if isinstance(exc, asyncpg.InvalidCachedStatementError):
-            return ConcurrencyConflictError(
-                f"cannot {doing}: the tables were changed since the statement was prepared: try "
-                "again",
-                retryable=True,
-            )
+        if (changed := _changed_tables(exc, doing, callers=callers)) is not None:
+            return changed
         if isinstance(exc, asyncpg.ConnectionDoesNotExistError) and isinstance(
             exc.__cause__, asyncpg.PostgresError
         ):
@@ -665,47 +615,29 @@ class PostgreSQL(Dialect):
 
     # -- the schema --------------------------------------------------------------------------
 
-    def column_type(self, kind: FieldType | Kind) -> TypeEngine[Any]:
-        if kind in ("integer", "bigint"):
-            return BigInteger()
-        if kind == "boolean":
-            return Boolean()
-        if kind == "number":
-            return Numeric()
-        return JSONB() if kind == "json" else Text(collation="C")
-
-    def index_expression(self, column: Any, field: Field) -> Any:
-        if field.type == "text" and not (field.references and field.enforced):
-            # The server rejects index entries of more than about 2,700 bytes.
-            column = func.left(column, SHORT)
-        return column.nulls_first()
-
     async def untrusted_owners(
         self, driver: Any, tables: Sequence[str], declared: Sequence[str]
     ) -> dict[str, str]:
         rows = await self.rows(driver, _UNTRUSTED_OWNERS, (list(tables), list(declared)))
         return {str(table): str(owner) for table, owner in rows}
 
-    async def reflect_tables(self, driver: Any) -> list[str]:
-        return [each[0] for each in await self.rows(driver, _TABLES, ())]
+    async def relations(self, driver: Any) -> dict[str, str]:
+        return dict(cast("Any", await self.rows(driver, _RELATIONS, ())))
 
-    async def reflect_columns(
-        self, driver: Any, tables: Sequence[str]
-    ) -> dict[str, dict[str, str]]:
-        rows = await self.rows(driver, _COLUMNS, (list(tables),))
-        columns: dict[str, dict[str, str]] = {}
-        for table, column, type_ in rows:
-            columns.setdefault(table, {})[column] = type_
-        return columns
+    async def run_unlimited(self, driver: Any, sql: str) -> None:
+        """Run statements outside a transaction that may take very long."""
+        try:
+            await driver.execute(sql, timeout=_UNLIMITED)
+        except Exception as exc:
+            self._record_error(driver, exc)
+            raise
 
-    async def reflect_indexes(self, driver: Any, tables: Sequence[str]) -> dict[str, str]:
-        rows = await self.rows(driver, _INDEXES, (list(tables),))
-        return dict(cast("Any", rows))
-
-    def same_type(self, existing: str, kind: FieldType | Kind) -> bool:
-        return existing.split(" PRIMARY")[0].split(" NOT")[0] == _COLUMN_TYPES.get(
-            kind, "text COLLATE C"
-        )
+    async def read_committed(
+        self, driver: Any, sql: str, args: Sequence[object]
+    ) -> Sequence[Sequence[Any]]:
+        """The rows of a statement that reads much, and must be no reason for others to fail."""
+        async with self._read_only(driver):
+            return await self.rows(driver, sql, args)
 
     async def begin_ddl(self, driver: Any) -> Any:
         # Read committed, so that it sees after the lock what the previous holder of the lock created.
@@ -719,172 +651,6 @@ class PostgreSQL(Dialect):
             raise
         return handle
 
-    def extra_ddl(
-        self, schema: Schema, metadata: MetaData, existing: Mapping[str, str]
-    ) -> list[str]:
-        """Add or drop the foreign keys, as `enforce_references` demands, and index the references.
-
-        A foreign key is added as NOT VALID, so that existing rows without a parent do not prevent it.
-        """
-        wanted = self._config.enforce_references
-        statements: list[str] = []
-        for collection in schema.values():
-            for field in collection.references:
-                parent = schema[cast("str", field.references)]
-                table, column = quoted(collection.name), quoted(field.name)
-                name = limited(f"{collection.name}-{field.name}-reference")
-                index = limited(f"{collection.name}-{field.name}-children")
-                if wanted and name not in existing:
-                    statements.append(
-                        f'ALTER TABLE {table} ADD CONSTRAINT "{name}" FOREIGN KEY ({column}) '
-                        f"REFERENCES {quoted(parent.name)} ({quoted(parent.key)}) NOT VALID"
-                    )
-                if not wanted and name in existing:
-                    statements.append(f'ALTER TABLE {table} DROP CONSTRAINT "{name}"')
-                is_indexed = any(each.field == field.name for each in collection.indexes)
-                if not is_indexed and index not in existing:
-                    statements.append(f'CREATE INDEX "{index}" ON {table} ({column})')
-        return statements
-
-    # -- grammar: writes ---------------------------------------------------------------------
-
-    def batches(self, rows: int) -> list[int]:
-        return [min(_MAX_ROWS, rows - n) for n in range(0, rows, _MAX_ROWS)]
-
-    def statement_variant(self, rows: int) -> int:
-        return 0
-
-    def values_source(self, kinds: Sequence[Kind], rows: int) -> str:
-        arrays = [
-            f"${n}::text::{_ELEMENT_TYPES.get(kind, 'text')}[]" for n, kind in enumerate(kinds, 1)
-        ]
-        columns = [f"c{n}" for n in range(len(kinds))]
-        # The unqualified name with one argument would be looked up along the search_path.
-        name = "pg_catalog.unnest" if len(arrays) == 1 else "unnest"
-        return f"{name}({', '.join(arrays)}) AS i ({', '.join(columns)})"
-
-    def bind_columns(
-        self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]
-    ) -> Sequence[object]:
-        return list(map(array_text, columns))
-
-    def cast_input(self, column: str, kind: Kind) -> str:
-        return f"{column}{_INPUT_CASTS.get(kind, '')}"
-
-    def json_merge(self, column: str, sets: str, removes: str) -> str:
-        return (
-            f"nullif((coalesce({column}, '{{}}'::jsonb) "
-            f"- ARRAY(SELECT jsonb_array_elements_text(coalesce({removes}, '[]')::jsonb))) "
-            f"|| coalesce({sets}, '{{}}')::jsonb, '{{}}'::jsonb)"
-        )
-
-    def size(self, column: str) -> str:
-        return f"octet_length({column}::text)"
-
-    def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
-        kinds = ["text", "bigint"] if versions else ["text"]
-        also = " AND t.version = i.c1" if versions else ""
-        source = self.values_source(kinds, rows)
-        return f"DELETE FROM {table} AS t USING {source} WHERE t.{key} = i.c0{also}"
-
-    # -- grammar: reads ----------------------------------------------------------------------
-
-    def read(self, column: str, kind: Kind) -> str:
-        return f"{column}::text" if kind in ("number", "json") else column
-
-    def parameter(self, number: int, kind: Kind) -> str:
-        return f"${number}{_PARAMETER_CASTS.get(kind, '::text')}"
-
-    def argument(self, value: Any, kind: Kind) -> object:
-        if kind == "number":
-            return decimal_text(value)[0]
-        if kind == "list":
-            return array_text(value)
-        return json_text(value)[0] if kind == "json" else value
-
-    def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
-        if kind in ("number", "json"):
-            encoded = [self.argument(each, kind) for each in values]
-            array = f"{args.add(encoded, 'list')}{_INPUT_CASTS[kind]}[]"
-        else:
-            array = args.add(list(values), "list")
-            array += f"::{_ELEMENT_TYPES[kind]}[]" if kind in _ELEMENT_TYPES else ""
-        if len(values) > _MAX_ANY_VALUES:
-            # ANY would compare the values one by one for each row; a subquery is hashed once.
-            return f"{expression} IN (SELECT unnest({array}))"
-        return f"{expression} = ANY({array})"
-
-    def one_of_ids(self, expression: str) -> str:
-        return f"{expression} = ANY($1::text::text[])"
-
-    def index_prefix(self, expression: str) -> str | None:
-        return f"left({expression}, {SHORT})"
-
-    def has_overflow(self, name: str) -> str:
-        return f"coalesce(t.{SIDE} ? '{name}'::text, false)"
-
-    def contains_string(self, expression: str, part: str) -> str:
-        return f'strpos({expression} COLLATE "C", {part}) > 0'
-
-    def ordered(self, part: SortPart, *, descending: bool) -> str:
-        direction = " DESC NULLS LAST" if descending else " ASC NULLS FIRST"
-        null = f", {part.null}{direction}" if part.null is not None else ""
-        return f"{part.sql}{direction if part.nullable else direction[:5]}{null}"
-
-    def json_test(
-        self, base: str, steps: Sequence[str | int], op: str, value: Value, args: Arguments
-    ) -> tuple[str, bool]:
-        nothing = (op == "in" and not value) or (op in _OPERATORS and value is None)
-        if nothing or (op == "between" and None in cast("list[Value]", value)):
-            return "FALSE", True
-        target = _json_at(base, steps, args)
-        if op == "exists":
-            return f"{target} IS {'NOT ' if value else ''}NULL", True
-        if op == "eq":
-            return f"{target} = {args.add(value, 'json')}", True
-        if op == "in":
-            return self.one_of(target, cast("list[Value]", value), "json", args), True
-        if op == "between":
-            low, high = cast("list[Value]", value)
-            one, exact_one = self._compared(target, "gte", low, args)
-            two, exact_two = self._compared(target, "lte", high, args)
-            return f"({one} AND {two})", exact_one and exact_two
-        if op == "contains":
-            return self._contains(target, value, args), True
-        if op == "begins_with":
-            begins = f"starts_with({target} #>> '{{}}'::text[], {args.add(value, 'text')})"
-            return f"({_has_type(target, 'string')} AND {begins})", True
-        return self._compared(target, op, value, args)
-
-    def _compared(self, target: str, op: str, value: Value, args: Arguments) -> tuple[str, bool]:
-        sign = _OPERATORS[op]
-        if isinstance(value, list | dict):
-            # JSONB orders arrays and objects differently from the store.
-            return _has_type(target, "array" if isinstance(value, list) else "object"), False
-        kind = _JSON_TYPES[type(value)]
-        if isinstance(value, str):
-            test = f"(({target} #>> '{{}}'::text[]) COLLATE \"C\") {sign} {args.add(value, 'text')}"
-        else:
-            test = f"{target} {sign} {args.add(value, 'json')}"
-        return f"({_has_type(target, kind)} AND {test})", True
-
-    def _contains(self, target: str, value: Value, args: Arguments) -> str:
-        array = f"CASE WHEN {_has_type(target, 'array')} THEN {target} ELSE '[]'::jsonb END"
-        element = args.add(value, "json")
-        test = (
-            f"EXISTS (SELECT 1 FROM jsonb_array_elements({array}) AS e (v) WHERE e.v = {element})"
-        )
-        if not isinstance(value, str):
-            return test
-        text = self.contains_string(f"({target} #>> '{{}}'::text[])", args.add(value, "text"))
-        return f"({test} OR ({_has_type(target, 'string')} AND {text}))"
-
-    def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
-        return None  # JSONB orders arrays and objects differently, and strings by locale
-
-    def order_argument(self, value: Value) -> object:
-        raise AssertionError("queries on PostgreSQL are not sorted by JSON in SQL")
-
     # -- the rest ----------------------------------------------------------------------------
 
     async def explain(
@@ -893,7 +659,7 @@ class PostgreSQL(Dialect):
         sql: str,
         args: Sequence[object],
         indexes: Mapping[str, Index],
-        comparisons: int,
+        paths: int,
     ) -> QueryPlan:
         [plans] = await self._row(driver, f"EXPLAIN (FORMAT JSON) {sql}", args)
         nodes = _nodes(plans[0]["Plan"])  # SQLAlchemy makes the driver decode JSON
@@ -919,7 +685,7 @@ class PostgreSQL(Dialect):
         return {
             "server_version": version,
             "database_bytes": size,
-            "table_bytes": dict(cast("Any", sizes)),
+            "table_bytes": {collection_name(table) or table: number for table, number in sizes},
             "server_connections": used,
             "server_max_connections": most,
             "problems": problems,
@@ -948,26 +714,14 @@ END$$
 # A cast to regnamespace would parse the name, and fail for a name that needs quotes.
 _SCHEMA: Final = "(SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = current_schema())"
 
-_TABLES: Final = f"""
-SELECT relname::text FROM pg_catalog.pg_class
-WHERE relnamespace = {_SCHEMA} AND relkind IN ('r', 'p') ORDER BY 1
-"""
-
 # Another role may have created functions and operators in the schema. The server would prefer one that
 # matches the types of the arguments better than that of pg_catalog. So no argument needs a conversion.
-_COLUMNS: Final = f"""
-SELECT c.relname::text, a.attname::text,
-    pg_catalog.concat(pg_catalog.format_type(a.atttypid, a.atttypmod),
-        CASE WHEN a.attcollation = 0::oid THEN '' ELSE pg_catalog.concat(' COLLATE ', l.collname) END,
-        CASE WHEN k.conkey IS NOT NULL THEN ' PRIMARY KEY'
-             WHEN a.attnotnull AND NOT a.atthasdef THEN ' NOT NULL' ELSE '' END)
-FROM pg_catalog.pg_attribute AS a
-JOIN pg_catalog.pg_class AS c ON c.oid = a.attrelid
-LEFT JOIN pg_catalog.pg_collation AS l ON l.oid = a.attcollation
-LEFT JOIN pg_catalog.pg_constraint AS k ON k.conrelid = c.oid AND k.contype = 'p'
-    AND k.conkey OPERATOR(pg_catalog.=) ARRAY[a.attnum]
-WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p')
-    AND c.relname::text = ANY($1::text[]) AND a.attnum > 0::int2 AND NOT a.attisdropped
+_RELATIONS: Final = f"""
+SELECT c.relname::text, CASE
+    WHEN i.indisvalid = false THEN '{INVALID}' WHEN c.relkind = 'i'::"char" THEN 'index'
+    WHEN c.relkind = 'v'::"char" THEN 'view' ELSE 'table' END
+FROM pg_catalog.pg_class AS c LEFT JOIN pg_catalog.pg_index AS i ON i.indexrelid = c.oid
+WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p', 'f', 'v', 'm', 'i', 'I', 'S')
 """
 
 _UNTRUSTED_OWNERS: Final = f"""
@@ -982,18 +736,6 @@ WHERE c.relnamespace = {_SCHEMA} AND c.relname::text = ANY($1::text[])
             SELECT 1 FROM pg_class AS o WHERE o.relnamespace = c.relnamespace
             AND o.relowner = c.relowner AND o.relname::text = ANY($2::text[])
         ))
-"""
-
-_INDEXES: Final = f"""
-SELECT c.relname::text, pg_catalog.pg_get_indexdef(i.indexrelid) FROM pg_index AS i
-JOIN pg_class AS c ON c.oid = i.indexrelid
-JOIN pg_class AS t ON t.oid = i.indrelid
-WHERE t.relnamespace = {_SCHEMA} AND t.relname::text = ANY($1::text[])
-UNION ALL
-SELECT k.conname::text, '' FROM pg_constraint AS k
-JOIN pg_class AS t ON t.oid = k.conrelid
-WHERE k.contype = 'f' AND t.relnamespace = {_SCHEMA}
-    AND t.relname::text = ANY($1::text[])
 """
 
 _HEALTH: Final = """
@@ -1056,6 +798,22 @@ def _setting(driver: Any, name: str) -> str | None:
     return cast("str | None", getattr(driver.get_settings(), name, None))
 
 
+def _changed_tables(
+    exc: Exception, doing: str, *, callers: bool
+) -> ConcurrencyConflictError | None:
+    """The error for a statement that was made for tables, or a catalogue, that have changed since."""
+    if isinstance(exc, asyncpg.InvalidCachedStatementError):
+        return ConcurrencyConflictError(
+            f"cannot {doing}: the tables were changed since the statement was prepared: try again",
+            retryable=True,
+        )
+    if isinstance(exc, asyncpg.CheckViolationError):
+        stale = str(exc.constraint_name).startswith(GENERATION_PREFIX)
+    else:
+        stale = isinstance(exc, asyncpg.InvalidTextRepresentationError) and CHANGED in str(exc)
+    return CatalogueChangedError() if stale and not callers else None
+
+
 def _is_closed(exc: Exception) -> bool:
     """Whether the driver sent nothing because the server had ended the session.
 
@@ -1095,29 +853,6 @@ def _provider(name: str) -> PasswordProvider | None:
         raise ConfigurationError(
             f"login_provider: {name!r} is not a module:function that can be imported"
         ) from exc
-
-
-def _json_at(base: str, steps: Sequence[str | int], args: Arguments) -> str:
-    """The expression for the JSON at a path in a column; NULL if there is no value."""
-    if not steps:
-        return base
-    if len(steps) > _MAX_ARROWS or not all(isinstance(each, str) for each in steps):
-        # Strict, so that a single string or number is not treated as an array; a mismatch returns NULL.
-        path = args.add("strict $" + "".join(map(_accessor, steps)), "path")
-        return f"jsonb_path_query_first({base}, {path}, '{{}}', true)"
-    target = base
-    for each in steps:
-        # The operator -> with a string selects members of objects only.
-        target = f"({target} -> {args.add(each, 'text')})"
-    return target
-
-
-def _accessor(step: str | int) -> str:
-    return f"[{step}]" if isinstance(step, int) else f".{encode_json(step).decode()}"
-
-
-def _has_type(target: str, kind: str) -> str:
-    return f"jsonb_typeof({target}) = '{kind}'"
 
 
 def _nodes(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:

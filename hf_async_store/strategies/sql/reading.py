@@ -1,23 +1,33 @@
-"""Queries on a connection: reads the rows of a SELECT as records, and filters and sorts in Python what
-SQL could not."""
+"""Queries on a connection: reads the rows of a SELECT as records, filters in Python what SQL could not,
+and sorts the rows of each group.
+
+A group is what `compiler.group_of` says: adjacent rows that SQL returns in any order.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
+
+import msgspec
 
 from hf_async_store.changes import Record
-from hf_async_store.driver import batched
 from hf_async_store.errors import CorruptionError, ProtocolError, StorageError
 from hf_async_store.generators import Owned
-from hf_async_store.query import Query, ordered
-from hf_async_store.strategies.sql.compiler import Compiled, compile_count, compile_query
-from hf_async_store.strategies.sql.row_mapping import TableMapping
-from hf_async_store.values import Entity, Key, canonical
+from hf_async_store.query import MISSING, Missing, Query, ordered
+from hf_async_store.sort_bytes import sort_bytes
+from hf_async_store.strategies.sql.compiler import (
+    Compiled,
+    compile_count,
+    compile_query,
+    group_of,
+)
+from hf_async_store.values import Entity, Key, Value, canonical
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
+    from hf_async_store.strategies.sql.rows import Table
 
 _CHUNK_SIZE: Final = 256
 """How many rows are decoded per iteration of the event loop."""
@@ -28,87 +38,68 @@ _SMALL_LIMIT: Final = 512
 _MAX_IDS: Final = 1024
 """The maximum number of ids in one statement."""
 
+_Row: TypeAlias = "tuple[str, Entity]"
+
 
 async def fetch(
-    lease: LeasedConnection, tables: Mapping[str, TableMapping], keys: Sequence[Key]
+    lease: LeasedConnection, tables: Mapping[str, Table], keys: Sequence[Key]
 ) -> list[Record | None]:
     """The records of `keys`, in their order. A key whose collection has no table is absent."""
-    by_collection: dict[str, dict[str, Sequence[object]]] = {}
+    found: dict[Key, Sequence[object]] = {}
+    for collection, ids in _by_collection(keys).items():
+        if collection in tables:
+            for row in await _rows_of(lease, tables[collection], ids):
+                found[Key(collection, cast("str", row[0]))] = row
+    return [
+        Record(key, tables[key.collection].entity(found[key])) if key in found else None
+        for key in keys
+    ]
+
+
+def _by_collection(keys: Sequence[Key]) -> dict[str, list[str]]:
+    ids: dict[str, dict[str, None]] = {}
     for key in keys:
-        by_collection.setdefault(key.collection, {})[key.id] = ()
-    for name, rows in by_collection.items():
-        ids = list(rows)
-        rows.clear()
-        if name not in tables:
-            continue
-        table = tables[name]
-        for start in range(0, len(ids), _MAX_IDS):
-            chunk = ids[start : start + _MAX_IDS]
-            sql = table.fetch_many if len(chunk) > 1 else table.fetch_one
-            args = (table.dialect.argument(chunk, "list"),) if len(chunk) > 1 else chunk
-            for row in await lease.rows(sql, args):
-                rows[row[0]] = row
-    records: list[Record | None] = []
-    for key in keys:
-        stored = by_collection[key.collection].get(key.id)
-        entity = None if stored is None else tables[key.collection].entity(stored)
-        records.append(None if entity is None else Record(key, entity))
-    return records
+        ids.setdefault(key.collection, {})[key.id] = None
+    return {collection: list(each) for collection, each in ids.items()}
+
+
+async def _rows_of(
+    lease: LeasedConnection, table: Table, ids: Sequence[str]
+) -> list[Sequence[Any]]:
+    if len(ids) == 1:
+        return list(await lease.rows(table.fetch_one, ids))
+    rows: list[Sequence[Any]] = []
+    for start in range(0, len(ids), _MAX_IDS):
+        listed = table.grammar.strings(ids[start : start + _MAX_IDS])
+        rows += await lease.rows(table.fetch_many, (listed,))
+    return rows
 
 
 async def records(
-    lease: LeasedConnection, table: TableMapping, query: Query
+    lease: LeasedConnection, table: Table, query: Query
 ) -> AsyncGenerator[Record, None]:
     """The records that match a query, in its order."""
-    if query.limit == 0:
-        return
-    compiled = compile_query(table, query)
-    collection = query.collection
-    async with Owned(_entities(lease, table, query, compiled)) as batches:
-        if compiled.sorted_here:
-            async with Owned(ordered(batches, query)) as rows:
-                async for entity_id, entity in rows:
-                    yield Record(Key(collection, entity_id), entity)
-            return
-        count = 0
+    async with Owned(_in_order(lease, table, query)) as batches:
         async for batch in batches:
             for entity_id, entity in batch:
-                yield Record(Key(collection, entity_id), entity)
-                count += 1
-                if count == query.limit:
-                    return
+                yield Record(Key(query.collection, entity_id), entity)
 
 
 async def select_batches(
-    lease: LeasedConnection, table: TableMapping, query: Query
+    lease: LeasedConnection, table: Table, query: Query
 ) -> AsyncGenerator[list[Entity], None]:
     """The entities of `records`, in batches."""
-    compiled = compile_query(table, query)
-    if query.limit is not None or compiled.sorted_here:
-        async with Owned(batched(records(lease, table, query))) as batches:
-            async for each in batches:
-                yield each
-        return
-    async with Owned(_entities(lease, table, query, compiled)) as found:
-        async for batch in found:
-            if batch:
-                yield [entity for _, entity in batch]
+    async with Owned(_in_order(lease, table, query)) as batches:
+        async for batch in batches:
+            yield [entity for _, entity in batch]
 
 
 async def select_json(
-    lease: LeasedConnection, table: TableMapping, query: Query
+    lease: LeasedConnection, table: Table, query: Query
 ) -> AsyncGenerator[list[bytes], None]:
     """The canonical JSON of the entities of `records`, in batches."""
-    compiled = compile_query(table, query, table.text_selected)
-    if compiled.residual is None and not compiled.sorted_here and compiled.names is None:
-        async with Owned(_rows(lease, table, compiled)) as batches:
-            async for rows in batches:
-                for start in range(0, len(rows), _CHUNK_SIZE):
-                    yield table.texts(rows[start : start + _CHUNK_SIZE])
-                    await asyncio.sleep(0)
-        return
-    async with Owned(select_batches(lease, table, query)) as entities:
-        async for batch in entities:
+    async with Owned(select_batches(lease, table, query)) as batches:
+        async for batch in batches:
             yield list(map(canonical, batch))
 
 
@@ -116,36 +107,35 @@ def may_be_small(query: Query) -> bool:
     return query.limit is not None and query.limit <= _SMALL_LIMIT
 
 
-async def small(lease: LeasedConnection, table: TableMapping, query: Query) -> list[Record] | None:
+def statements(query: Query) -> Literal["one", "many"]:
+    """How many statements `records` may need: a group at the limit, or at the position, has its own."""
+    return "many" if query.order and (query.limit or query.after) else "one"
+
+
+async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Record] | None:
     """The records of a query with a small limit, read at once.
 
-    Returns None if the limit is not small, or if rows must be filtered or sorted in Python.
+    Returns None if the limit is not small, or if a cursor is needed: rows must be filtered in Python, or
+    sorted in groups.
     """
     if not may_be_small(query):
         return None
     compiled = compile_query(table, query)
-    if compiled.sorted_here or compiled.residual is not None:
+    after = query.after
+    if not compiled.limited or (after and group_of(table, query.order, after.values)):
         return None
-    try:
-        rows = await lease.rows(compiled.sql, compiled.args)
-    except ProtocolError as exc:
-        await _raise_if_damaged(lease, table, exc)
-        raise
-    return [
-        Record(Key(query.collection, cast("str", row[0])), table.entity(row, compiled.names))
-        for row in rows
-    ]
+    rows = await _all_rows(lease, table, compiled)
+    found = [(cast("str", row[0]), table.entity(row)) for row in rows]
+    if query.order and any(_group(table, query, entity) for _, entity in found):
+        return None
+    return [Record(Key(query.collection, entity_id), entity) for entity_id, entity in found]
 
 
-async def count(lease: LeasedConnection, table: TableMapping, query: Query) -> int:
+async def count(lease: LeasedConnection, table: Table, query: Query) -> int:
     """The number of records that match a query."""
     compiled = compile_count(table, query)
     if compiled is not None:
-        try:
-            rows = await lease.rows(compiled.sql, compiled.args)
-        except ProtocolError as exc:
-            await _raise_if_damaged(lease, table, exc)
-            raise
+        rows = await _all_rows(lease, table, compiled)
         if len(rows) != 1:
             raise ProtocolError(f"cannot count: the server returned {len(rows)} rows instead of 1")
         return cast("int", rows[0][0])
@@ -156,25 +146,121 @@ async def count(lease: LeasedConnection, table: TableMapping, query: Query) -> i
     return number
 
 
-async def _entities(
-    lease: LeasedConnection, table: TableMapping, query: Query, compiled: Compiled
-) -> AsyncGenerator[list[tuple[str, Entity]], None]:
+async def _in_order(
+    lease: LeasedConnection, table: Table, query: Query
+) -> AsyncGenerator[list[_Row], None]:
+    """The rows that match a query, in its order, up to its limit, in batches that are not empty."""
+    left = query.limit
+    if left == 0:
+        return
+    async with Owned(_after_position(lease, table, query)) as batches:
+        async for batch in batches:
+            wanted = batch if left is None else batch[:left]
+            if wanted:
+                yield wanted
+            if left is not None:
+                left -= len(wanted)
+                if not left:
+                    return
+
+
+# -- groups ---------------------------------------------------------------------------------
+
+
+async def _after_position(
+    lease: LeasedConnection, table: Table, query: Query
+) -> AsyncGenerator[list[_Row], None]:
+    """In batches, the rows that match a query, in its order, after its position."""
+    unplaced = msgspec.structs.replace(query, after=None, limit=None)
+    if query.after is not None:
+        before = group_of(table, query.order, query.after.values)
+        if before is not None:
+            placed = msgspec.structs.replace(query, limit=None)
+            yield await _sorted(_whole_group(lease, table, query, before), placed)
+    compiled = compile_query(table, query)
+    members: list[_Row] = []  # the last rows read, if they are in a group
+    group: list[Value | Missing] = []
+    read = 0
+    async with Owned(_batches(lease, table, compiled)) as batches:
+        async for batch in batches:
+            read += len(batch)
+            groups = [_group(table, query, entity) for _, entity in batch] if query.order else []
+            if not members and not any(groups):
+                yield batch
+                continue
+            placed_rows: list[_Row] = []
+            for row, found in zip(batch, groups, strict=True):
+                if members and (found is None or _bytes_of(found) != _bytes_of(group)):
+                    placed_rows += await _sorted(_once(members), unplaced)
+                    members = []
+                if found is None:
+                    placed_rows.append(row)
+                else:
+                    members.append(row)
+                    group = found
+            yield placed_rows
+    if members:
+        divided = compiled.limited and read == query.limit  # by the limit
+        source = _whole_group(lease, table, query, group) if divided else _once(members)
+        yield await _sorted(source, unplaced)
+
+
+def _whole_group(
+    lease: LeasedConnection, table: Table, query: Query, group: Sequence[Value | Missing]
+) -> AsyncGenerator[list[_Row], None]:
+    return _batches(lease, table, compile_query(table, query, group=group))
+
+
+async def _sorted(source: AsyncGenerator[list[_Row], None], query: Query) -> list[_Row]:
+    """Rows in the order of a query, after its position."""
+    async with Owned(source) as batches, Owned(ordered(batches, query)) as rows:
+        return [each async for each in rows]
+
+
+async def _once(rows: list[_Row]) -> AsyncGenerator[list[_Row], None]:
+    yield rows
+
+
+def _group(table: Table, query: Query, entity: Entity) -> list[Value | Missing] | None:
+    return group_of(table, query.order, [_value_at(entity, each.path) for each in query.order])
+
+
+def _bytes_of(group: Sequence[Value | Missing]) -> list[bytes]:
+    return list(map(sort_bytes, group))
+
+
+def _value_at(entity: Entity, path: Sequence[str | int]) -> Value | Missing:
+    value: Any = entity
+    for step in path:
+        if isinstance(step, str):
+            value = value.get(step, MISSING) if isinstance(value, dict) else MISSING
+        else:
+            value = value[step] if isinstance(value, list) and step < len(value) else MISSING
+    return cast("Value | Missing", value)
+
+
+# -- rows -----------------------------------------------------------------------------------
+
+
+async def _batches(
+    lease: LeasedConnection, table: Table, compiled: Compiled
+) -> AsyncGenerator[list[_Row], None]:
     """In batches, the entities of a SELECT that pass the conditions that SQL could not test, with ids."""
-    key = table.collection.key
-    async with Owned(_rows(lease, table, compiled)) as batches:
+    async with Owned(_raw_batches(lease, table, compiled)) as batches:
         async for rows in batches:
             for start in range(0, len(rows), _CHUNK_SIZE):
-                entities = [
-                    table.entity(row, compiled.names) for row in rows[start : start + _CHUNK_SIZE]
+                found = [
+                    (cast("str", row[0]), table.entity(row))
+                    for row in rows[start : start + _CHUNK_SIZE]
                 ]
                 if compiled.residual is not None:
-                    entities = [each for each in entities if compiled.residual(each)]
-                yield [(cast("str", each[key]), each) for each in entities]
+                    found = [each for each in found if compiled.residual(each[1])]
+                yield found
                 await asyncio.sleep(0)
 
 
-async def _rows(
-    lease: LeasedConnection, table: TableMapping, compiled: Compiled
+async def _raw_batches(
+    lease: LeasedConnection, table: Table, compiled: Compiled
 ) -> AsyncGenerator[Sequence[Sequence[Any]], None]:
     try:
         async with Owned(lease.fetch_batches(compiled.sql, compiled.args)) as batches:
@@ -185,9 +271,17 @@ async def _rows(
         raise
 
 
-async def _raise_if_damaged(
-    lease: LeasedConnection, table: TableMapping, exc: ProtocolError
-) -> None:
+async def _all_rows(
+    lease: LeasedConnection, table: Table, compiled: Compiled
+) -> Sequence[Sequence[Any]]:
+    try:
+        return await lease.rows(compiled.sql, compiled.args)
+    except ProtocolError as exc:
+        await _raise_if_damaged(lease, table, exc)
+        raise
+
+
+async def _raise_if_damaged(lease: LeasedConnection, table: Table, exc: ProtocolError) -> None:
     """Find the row that made a query fail, if another program damaged one.
 
     The message of the engine ("malformed JSON") names neither table nor row.

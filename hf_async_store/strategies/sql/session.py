@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import Isolation, Reader, Session
@@ -18,8 +18,9 @@ from hf_async_store.values import Entity, Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
-    from hf_async_store.strategies.sql.engine import SQLEngine
-    from hf_async_store.strategies.sql.row_mapping import TableMapping
+    from hf_async_store.strategies.sql.rows import Table
+
+Item = TypeVar("Item")
 
 
 class SQLReader(Reader):
@@ -30,14 +31,14 @@ class SQLReader(Reader):
         tables: by collection, the existing tables.
     """
 
-    def __init__(self, lease: LeasedConnection | None, tables: Mapping[str, TableMapping]) -> None:
+    def __init__(self, lease: LeasedConnection | None, tables: Mapping[str, Table]) -> None:
         self._lease = lease
         self._tables = tables
 
     async def _read_lease(self) -> LeasedConnection | None:
         return self._lease
 
-    async def _source(self, query: Query) -> tuple[LeasedConnection, TableMapping] | None:
+    async def _source(self, query: Query) -> tuple[LeasedConnection, Table] | None:
         """The connection and table to read from; None if the table does not exist."""
         lease = await self._read_lease()
         table = self._tables.get(query.collection)
@@ -54,40 +55,63 @@ class SQLReader(Reader):
         source = await self._source(query)
         return [] if source is None else await reading.small(*source, query)
 
-    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        source = await self._source(query)
-        if source is None:
-            return
-        async with Owned(reading.records(*source, query)) as records:
-            async for each in records:
-                yield each
+    def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        return self._read(reading.records, query)
 
-    async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        source = await self._source(query)
-        if source is None:
-            return
-        async with Owned(reading.select_batches(*source, query)) as batches:
-            async for each in batches:
-                yield each
+    def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        return self._read(reading.select_batches, query)
 
-    async def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
+    def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
+        return self._read(reading.select_json, query)
+
+    async def _read(
+        self,
+        read: Callable[[LeasedConnection, Table, Query], AsyncGenerator[Item, None]],
+        query: Query,
+    ) -> AsyncGenerator[Item, None]:
         source = await self._source(query)
-        if source is None:
-            return
-        async with Owned(reading.select_json(*source, query)) as batches:
-            async for each in batches:
-                yield each
+        if source is not None:
+            async with Owned(read(*source, query)) as items:
+                async for each in items:
+                    yield each
 
     async def count(self, query: Query) -> int:
         source = await self._source(query)
         return 0 if source is None else await reading.count(*source, query)
 
 
+class Connected(Protocol):
+    """What a session needs of its engine."""
+
+    async def is_absent(self) -> bool:
+        """Whether the store does not exist yet."""
+        ...
+
+    @property
+    def known_tables(self) -> Mapping[str, Table]:
+        """By collection, the tables, after the store was prepared for writing."""
+        ...
+
+    def writing(self) -> AbstractAsyncContextManager[LeasedConnection]:
+        """A connection for writes."""
+        ...
+
+    async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
+        """Apply the changes of a session, up to the first that fails."""
+        ...
+
+    async def execute(
+        self, lease: LeasedConnection, sql: str, params: Sequence[object] | Mapping[str, object]
+    ) -> list[dict[str, Value]]:
+        """Run a caller's own statement in the open transaction."""
+        ...
+
+
 class SQLSession(SQLReader, Session):
     """A session of the engine; the context manager of its transaction."""
 
-    def __init__(self, engine: SQLEngine, isolation: Isolation | None) -> None:
-        super().__init__(None, engine.tables)
+    def __init__(self, engine: Connected, isolation: Isolation | None) -> None:
+        super().__init__(None, {})
         self._engine = engine
         self._isolation = isolation
         self._stack = AsyncExitStack()
@@ -114,7 +138,8 @@ class SQLSession(SQLReader, Session):
         if self._lease is None:
             lease = await self._stack.enter_async_context(self._engine.writing())
             await self._stack.enter_async_context(lease.transaction(self._isolation))
-            if self._read_absent and not await self._engine.is_empty(lease):
+            self._tables = self._engine.known_tables
+            if self._read_absent and not await self._is_empty(lease):
                 raise ConcurrencyConflictError(
                     "another program created the store after this transaction had read that it does "
                     "not exist: try again",
@@ -122,6 +147,13 @@ class SQLSession(SQLReader, Session):
                 )
             self._lease = lease
         return self._lease
+
+    async def _is_empty(self, lease: LeasedConnection) -> bool:
+        """Whether all tables are empty."""
+        for table in self._tables.values():
+            if await lease.rows(f"SELECT 1 FROM {table.name} LIMIT 1"):
+                return False
+        return True
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         lease = await self._write_lease()

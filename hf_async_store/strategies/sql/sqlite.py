@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import itertools
 import os
 import re
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast
 from urllib.parse import quote
 
 import aiosqlite
-from sqlalchemy import BigInteger, Boolean, Text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
-from sqlalchemy.types import TypeEngine, UserDefinedType
 
 from hf_async_store.config import SQLConfig
 from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_completion
@@ -37,16 +33,14 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.schema import Field, Index, Schema
-from hf_async_store.strategies.sql import sqlite_functions as functions
-from hf_async_store.strategies.sql.compiler import Arguments, SortPart
-from hf_async_store.strategies.sql.dialect import BulkUpsert, Dialect
+from hf_async_store.strategies.sql.dialect import Dialect, Result
 from hf_async_store.strategies.sql.errors import sqlite_error
-from hf_async_store.strategies.sql.row_mapping import SIDE, Kind, decode_json, encode_json
-from hf_async_store.values import INT_MAX, FieldType, Value
+from hf_async_store.strategies.sql.sqlite_functions import FUNCTIONS
+from hf_async_store.strategies.sql.sqlite_grammar import SQLiteGrammar
+from hf_async_store.values import Value
 
 if TYPE_CHECKING:
-    from sqlalchemy import MetaData
+    from hf_async_store.schema import Index
 
 _MIN_VERSION: Final = (3, 38, 0)  # has RETURNING and the operators -> and ->>
 _CHUNK_SIZE: Final = 256
@@ -56,12 +50,6 @@ _MAX_CHUNK_SIZE: Final = 1024
 in smaller chunks, of about `_CHUNK_BYTES`."""
 
 _SAMPLE_SIZE: Final = 16
-_BATCH_SIZE: Final = 250
-_BULK_SIZES: Final = (1000, 250)
-_IMPORT_SIZES: Final = (_BATCH_SIZE, 50, 10, 1)
-_WAL_PAGES: Final = 1000  # SQLite's own default
-_IMPORT_WAL_PAGES: Final = 10_000
-_MAX_PARAMETERS: Final = 32_766
 _WAL_SUFFIXES: Final = ("-wal", "-shm")
 _BUSY_TIMEOUT_MS: Final = 20
 """How long SQLite itself waits for a lock. Then the store tries again, so that a cancellation can take
@@ -76,37 +64,8 @@ _OPEN_ATTEMPTS: Final = 8
 _EXIT_SECONDS: Final = 5.0
 """How long the exit of the process waits for the connections of stores that were not closed."""
 
-_FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
-    "hf_real": (1, functions.real),
-    "hf_test": (3, functions.test),
-    "hf_at": (2, functions.at),
-    "hf_merged": (3, functions.merged),
-    "hf_key": (1, functions.key),
-}
-
-_SIMPLE_NAME: Final = re.compile(r'[^"\\\x00-\x1f]+\Z')
 _BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _FOR_UPDATE: Final = re.compile(r"(?is)\s+for\s+update\s*;?\s*\Z")
-
-
-def _boolean(value: Any) -> Value:
-    # Another program may have written another value, which is returned unchanged.
-    return bool(value) if value in (0, 1) else cast("Value", value)
-
-
-def _json(value: Any) -> Value:
-    if not isinstance(value, str):
-        raise TypeError(f"a JSON column contains {value!r}")
-    return cast("Value", decode_json(value))
-
-
-class _Untyped(UserDefinedType[Any]):
-    """A column without type affinity, which preserves the difference between 1 and 1.0."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: object) -> str:
-        return "BLOB"
 
 
 _Identity: TypeAlias = "tuple[int, int]"
@@ -305,41 +264,6 @@ def _close_all() -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
-class _SQLiteImports:
-    """Imports with a parameter for each value, and up to 250 rows in a statement.
-
-    The statements return no rows: for each row, the thread of the connection would have to acquire
-    the interpreter lock, for which it waits long while the event loop builds the next batch.
-    """
-
-    # A commit in the write-ahead log is as durable as one in the database file. With fewer checkpoints,
-    # a page that many batches change is written to the file only once for all of them.
-    before = f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}"
-    after = f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}"
-
-    def blocks(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        sizes = []
-        for size in _IMPORT_SIZES:
-            if size * columns <= _MAX_PARAMETERS and (times := rows // size):
-                sizes.append((size, times))
-                rows %= size
-        return sizes
-
-    def values(self, columns: int, rows: int) -> str:
-        numbers = itertools.count(1)
-        values = ", ".join(
-            f"({', '.join(f'?{next(numbers)}' for _ in range(columns))})" for _ in range(rows)
-        )
-        parts = [f"column{n + 1} AS c{n}" for n in range(columns)]
-        return f"(SELECT {', '.join(parts)} FROM (VALUES {values})) AS i"
-
-    async def run(
-        self, driver: aiosqlite.Connection, sql: str, arg_lists: Sequence[Sequence[object]]
-    ) -> int:
-        async with driver.executemany(sql, arg_lists) as cursor:
-            return cursor.rowcount
-
-
 class SQLite(Dialect):
     """The dialect of one database file.
 
@@ -353,11 +277,7 @@ class SQLite(Dialect):
     single_writer = True
     separate_read_pool = False
     needs_transactions = False
-    batches_commit_together = True
-    bulk = _SQLiteImports()
-    inline_references = True
-    to_column = MappingProxyType({"json": lambda value: (encode_json(value).decode(), True)})
-    from_column = MappingProxyType({"boolean": _boolean, "json": _json})
+    grammar = SQLiteGrammar()
 
     def __init__(self, config: SQLConfig) -> None:
         if config.name in ("", ":memory:"):
@@ -384,9 +304,6 @@ class SQLite(Dialect):
             read_batch=1024,
             read_concurrency=2,
         )
-
-    def json_text(self, value: Value) -> tuple[str, bool]:
-        return encode_json(value).decode(), True
 
     # -- the driver --------------------------------------------------------------------------
 
@@ -466,7 +383,7 @@ class SQLite(Dialect):
         return driver
 
     async def _prepare(self, driver: _Connection) -> None:
-        for name, (arguments, function) in _FUNCTIONS.items():
+        for name, (arguments, function) in FUNCTIONS.items():
             await driver.create_function(name, arguments, function, deterministic=True)
         enforced = "ON" if self._config.enforce_references else "OFF"
         await self.rows(driver, f"PRAGMA synchronous = {self._config.synchronous}", ())
@@ -611,12 +528,18 @@ class SQLite(Dialect):
     async def rows(
         self, driver: aiosqlite.Connection, sql: str, args: Sequence[object]
     ) -> Sequence[Sequence[Any]]:
+        rows = await self._repeated(driver, lambda: driver.execute_fetchall(sql, args))
+        self._check_immutable(driver)
+        return cast("Sequence[Sequence[Any]]", rows)
+
+    async def _repeated(
+        self, driver: aiosqlite.Connection, work: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        """The result of work, which has no effect if it cannot acquire a lock, and is then repeated."""
         deadline = time.monotonic() + self._config.timeout
         while True:
             try:
-                rows = await driver.execute_fetchall(sql, args)
-                self._check_immutable(driver)
-                return cast("Sequence[Sequence[Any]]", rows)
+                return await work()
             except sqlite3.OperationalError as exc:
                 if _is_undecodable(exc) and driver.text_factory is str:
                     # Read the rows again as bytes, so that the damaged row can be found.
@@ -628,12 +551,13 @@ class SQLite(Dialect):
             # The statement had no effect: another connection holds the lock.
             await asyncio.sleep(0)
 
-    async def bulk_upsert_locked(
-        self, driver: aiosqlite.Connection, puts: BulkUpsert
-    ) -> dict[str, int] | None:
-        # As one job of the driver's thread; the driver has no public method for that.
-        versions = await driver._execute(_bulk_upsert_locked, driver._conn, puts)  # type: ignore[no-untyped-call]  # private
-        return cast("dict[str, int] | None", versions)
+    async def job(self, driver: aiosqlite.Connection, work: Callable[[Any], Result]) -> Result:
+        def run() -> Result:
+            return work(driver._conn)
+
+        # The driver has no public method that runs a function in its thread.
+        result = await self._repeated(driver, lambda: cast("Any", driver)._execute(run))
+        return cast("Result", result)
 
     async def fetch_dicts(
         self, driver: aiosqlite.Connection, sql: str, args: Sequence[object]
@@ -748,168 +672,14 @@ class SQLite(Dialect):
 
     # -- the schema --------------------------------------------------------------------------
 
-    def column_type(self, kind: FieldType | Kind) -> TypeEngine[Any]:
-        if kind in ("integer", "bigint"):
-            return BigInteger()
-        if kind == "boolean":
-            return Boolean(create_constraint=False)
-        return _Untyped() if kind == "number" else Text()
-
-    def index_expression(self, column: Any, field: Field) -> Any:
-        return column
-
-    async def reflect_tables(self, driver: aiosqlite.Connection) -> list[str]:
+    async def relations(self, driver: aiosqlite.Connection) -> dict[str, str]:
         rows = await self.rows(
-            driver, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY 1", ()
+            driver, "SELECT name, type FROM sqlite_master WHERE type <> 'trigger'", ()
         )
-        return [name for [name] in rows]
-
-    async def reflect_columns(
-        self, driver: aiosqlite.Connection, tables: Sequence[str]
-    ) -> dict[str, dict[str, str]]:
-        rows = await self.rows(
-            driver,
-            'SELECT m.name, p.name, p.type, p.pk, p."notnull" AND p.dflt_value IS NULL '
-            "FROM sqlite_master AS m, pragma_table_info(m.name) AS p WHERE m.type = 'table'",
-            (),
-        )
-        columns: dict[str, dict[str, str]] = {}
-        for table, column, type_, key, required in rows:
-            if table in tables:
-                constraint = " PRIMARY KEY" if key else " NOT NULL" if required else ""
-                columns.setdefault(table, {})[column] = f"{type_.upper()}{constraint}"
-        return columns
-
-    async def reflect_indexes(
-        self, driver: aiosqlite.Connection, tables: Sequence[str]
-    ) -> dict[str, str]:
-        rows = await self.rows(
-            driver, "SELECT name, sql FROM sqlite_master WHERE type = 'index'", ()
-        )
-        return {name: sql or "" for name, sql in rows}
-
-    def same_type(self, existing: str, kind: FieldType | Kind) -> bool:
-        wanted = {"integer": "BIGINT", "bigint": "BIGINT", "boolean": "BOOLEAN", "number": "BLOB"}
-        return existing.split(" ")[0] == wanted.get(kind, "TEXT")
+        return dict(cast("Any", rows))
 
     async def begin_ddl(self, driver: aiosqlite.Connection) -> Any:
         return await self.begin(driver, None)
-
-    def extra_ddl(
-        self, schema: Schema, metadata: MetaData, existing: Mapping[str, str]
-    ) -> list[str]:
-        return []
-
-    # -- grammar: writes ---------------------------------------------------------------------
-
-    def batches(self, rows: int) -> list[int]:
-        # Parameters are twice as fast as JSON, but each number of rows needs a statement of its own.
-        # So only full batches use parameters.
-        rest = rows % _BATCH_SIZE
-        return [_BATCH_SIZE] * (rows // _BATCH_SIZE) + ([rest] if rest else [])
-
-    def statement_variant(self, rows: int) -> int:
-        return rows if rows in (1, _BATCH_SIZE) else 0
-
-    def values_source(self, kinds: Sequence[Kind], rows: int) -> str:
-        if _as_parameters(kinds, rows):
-            return self.bulk.values(len(kinds), rows)
-        parts = [f"{_json_column(n, kind)} AS c{n}" for n, kind in enumerate(kinds)]
-        return f"(SELECT {', '.join(parts)} FROM json_each(?1)) AS i"
-
-    def bind_columns(
-        self, columns: Sequence[Sequence[object]], kinds: Sequence[Kind]
-    ) -> Sequence[object]:
-        if len(columns[0]) == 1:
-            return [each[0] for each in columns]
-        if _as_parameters(kinds, len(columns[0])):
-            return list(itertools.chain.from_iterable(zip(*columns, strict=True)))
-        encodable = [
-            list(map(_float_as_string, each)) if kind == "number" else each
-            for each, kind in zip(columns, kinds, strict=True)
-        ]
-        return (encode_json(list(zip(*encodable, strict=True))).decode(),)
-
-    def cast_input(self, column: str, kind: Kind) -> str:
-        return column
-
-    def json_merge(self, column: str, sets: str, removes: str) -> str:
-        return f"hf_merged({column}, {sets}, {removes})"
-
-    def size(self, column: str) -> str:
-        return f"length(CAST({column} AS BLOB))"
-
-    def deletion(self, table: str, key: str, rows: int, *, versions: bool) -> str:
-        kinds = ["text", "bigint"] if versions else ["text"]
-        source = self.values_source(kinds, rows)
-        if versions:
-            return (
-                f"DELETE FROM {table} AS t "
-                f"WHERE (t.{key}, t.version) IN (SELECT i.c0, i.c1 FROM {source})"
-            )
-        return f"DELETE FROM {table} AS t WHERE t.{key} IN (SELECT i.c0 FROM {source})"
-
-    # -- grammar: reads ----------------------------------------------------------------------
-
-    def read(self, column: str, kind: Kind) -> str:
-        return column
-
-    def parameter(self, number: int, kind: Kind) -> str:
-        return f"?{number}"
-
-    def argument(self, value: Any, kind: Kind) -> object:
-        return encode_json(value).decode() if kind == "list" else value
-
-    def one_of(self, expression: str, values: Sequence[Any], kind: Kind, args: Arguments) -> str:
-        value = "value"
-        if kind == "number":
-            # As strings, because SQLite's JSON may read a float with an error in the last bit.
-            values = list(map(_float_as_string, values))
-            value = "CASE type WHEN 'text' THEN hf_real(value) ELSE value END"
-        return f"{expression} IN (SELECT {value} FROM json_each({args.add(list(values), 'list')}))"
-
-    def one_of_ids(self, expression: str) -> str:
-        return f"{expression} IN (SELECT value FROM json_each(?1))"
-
-    def index_prefix(self, expression: str) -> str | None:
-        return None
-
-    def has_overflow(self, name: str) -> str:
-        return f"(json_type(t.{SIDE}, '$.{name}') IS NOT NULL)"
-
-    def contains_string(self, expression: str, part: str) -> str:
-        return f"instr({expression}, {part}) > 0"
-
-    def ordered(self, part: SortPart, *, descending: bool) -> str:
-        direction = " DESC" if descending else ""
-        null = f", {part.null}{direction}" if part.null is not None else ""
-        return f"{part.sql}{direction}{null}"
-
-    def json_test(
-        self, base: str, steps: Sequence[str | int], op: str, value: Value, args: Arguments
-    ) -> tuple[str, bool]:
-        if op == "in" and not value:
-            return "FALSE", True
-        target = _json_at(base, steps, args)
-        if op == "exists":
-            return f"{target} IS {'NOT ' if value else ''}NULL", True
-        if op in ("eq", "in"):
-            values = [value] if op == "eq" else cast("list[Value]", value)
-            if not any(isinstance(each, list | dict) for each in values):
-                forms = [form for each in values for form in _json_forms(each)]
-                return self.one_of(target, forms, "text", args), True
-        if op in ("lt", "lte", "gt", "gte") and isinstance(value, str):
-            sign = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}[op]
-            bound = args.add(value, "text")
-            return f"(substr({target}, 1, 1) = '\"' AND {target} ->> '$' {sign} {bound})", True
-        operand = args.add(encode_json(value).decode(), "text")
-        return f"hf_test({target}, '{op}', {operand})", True
-
-    def json_order(self, base: str, steps: Sequence[str | int], args: Arguments) -> SortPart | None:
-        return SortPart(f"hf_key({_json_at(base, steps, args)})", nullable=True)
-
-    def order_argument(self, value: Value) -> object:
-        return functions.order_bytes(value)
 
     # -- the rest ----------------------------------------------------------------------------
 
@@ -919,7 +689,7 @@ class SQLite(Dialect):
         sql: str,
         args: Sequence[object],
         indexes: Mapping[str, Index],
-        comparisons: int,
+        paths: int,
     ) -> QueryPlan:
         details = [row[3] for row in await self.rows(driver, f"EXPLAIN QUERY PLAN {sql}", args)]
         # The table has the alias "t"; all other sources are lists of arguments.
@@ -927,11 +697,12 @@ class SQLite(Dialect):
         used = re.search(r"USING (?:COVERING )?INDEX (\S+)(?: \((.*)\))?", access)
         index = indexes.get(used[1]) if used is not None else None
         searches = access.startswith("SEARCH")
-        terms = used[2].count(" AND ") + 1 if used is not None and used[2] else 0
+        terms = used[2] or "" if used is not None else ""
+        fields = {term.partition("-key")[0] for term in terms.split(" AND ") if term}
         return QueryPlan(
             access="scan" if not searches else "index" if index is not None else "key",
             index=index.name if searches and index is not None else None,
-            residual=comparisons > terms if searches else comparisons > 0,
+            residual=paths > len(fields) if searches else paths > 0,
             sorted_here=any("TEMP B-TREE FOR" in each for each in details),
             detail="; ".join(details),
         )
@@ -998,85 +769,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _bulk_upsert_locked(connection: sqlite3.Connection, puts: BulkUpsert) -> dict[str, int] | None:
-    """See `Dialect.bulk_upsert_locked`. Runs in the thread of the driver."""
-    for sql, parents in puts.parents:
-        [[existing]] = connection.execute(sql, (encode_json(parents).decode(),))
-        if existing < len(parents):
-            return None
-    rows = list(zip(*puts.columns, strict=True))
-    sizes = _bulk_sizes(len(rows), len(puts.columns))
-    versions: dict[str, int] = {}
-    if puts.versions is not None and not (puts.fresh and sizes == [len(rows)]):
-        ids = (encode_json(puts.columns[0]).decode(),)
-        versions.update(connection.execute(puts.versions, ids).fetchall())
-        if versions and (puts.fresh or max(versions.values()) == INT_MAX):
-            return None
-    start = 0
-    for size in sizes:
-        args = list(itertools.chain.from_iterable(rows[start : start + size]))
-        start += size
-        try:
-            connection.execute(puts.text(size), args)
-        except sqlite3.IntegrityError:
-            if puts.fresh and size == len(rows):
-                return None  # the statement itself checked that no entity exists, and had no effect
-            raise
-    if start < len(rows):
-        connection.executemany(puts.text(1), rows[start:])
-    return versions
-
-
-def _bulk_sizes(rows: int, columns: int) -> list[int]:
-    """The numbers of rows of the statements with many rows; each remaining row has its own statement."""
-    sizes: list[int] = []
-    for size in _BULK_SIZES:
-        if size * columns <= _MAX_PARAMETERS:
-            sizes += [size] * ((rows - sum(sizes)) // size)
-    return sizes
-
-
 def _max_row_size(rows: Sequence[Sequence[Any]]) -> int:
     """The approximate size of the largest of some rows, measured on a sample."""
     sample = rows[:: 1 + len(rows) // _SAMPLE_SIZE]
     return max(1, *(sum(len(each) for each in row if type(each) is str) for row in sample))
-
-
-def _as_parameters(kinds: Sequence[Kind], rows: int) -> bool:
-    return rows == 1 or (rows == _BATCH_SIZE and rows * len(kinds) <= _MAX_PARAMETERS)
-
-
-def _json_column(number: int, kind: Kind) -> str:
-    """A column of a row of arguments that is passed as JSON."""
-    member = f"value ->> '$[{number}]'"
-    if kind != "number":
-        return member
-    return (
-        f"CASE json_type(value, '$[{number}]') WHEN 'text' THEN hf_real({member}) ELSE {member} END"
-    )
-
-
-def _float_as_string(value: object) -> object:
-    return repr(value) if isinstance(value, float) else value
-
-
-def _json_at(base: str, steps: Sequence[str | int], args: Arguments) -> str:
-    """The expression for the JSON at a path in a column; NULL if there is no value."""
-    if not steps:
-        return base
-    if all(isinstance(each, int) or _SIMPLE_NAME.match(each) for each in steps):
-        path = "".join(f"[{each}]" if isinstance(each, int) else f'."{each}"' for each in steps)
-        return f"({base} -> {args.add(f'${path}', 'text')})"
-    return f"hf_at({base}, {args.add(encode_json(list(steps)).decode(), 'text')})"
-
-
-def _json_forms(value: Value) -> list[str]:
-    """All forms in which stored JSON may contain a value that equals this one."""
-    forms = [encode_json(value).decode()]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return forms
-    if isinstance(value, float) and value.is_integer():
-        forms.append(str(int(value)))
-    elif isinstance(value, int) and int(float(value)) == value:
-        forms.append(encode_json(float(value)).decode())
-    return [*forms, "0.0", "-0.0"] if value == 0 else forms

@@ -23,7 +23,6 @@ from hf_async_store.transaction import Transaction
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
-    from hf_async_store.strategies.sql.dialect import Dialect
     from hf_async_store.strategies.sql.postgresql import PasswordProvider
 
 
@@ -73,7 +72,7 @@ class SQLStorageStrategy(StorageStrategy):
         sql = strategy_config(loaded, SQLConfig)
 
         def opened(declared: Schema) -> SQLEngine:
-            return SQLEngine(sql, declared, _dialect(sql, password))
+            return _engine(sql, declared, password)
 
         self._sql = opened(schema)
         super().__init__(routed(self._sql, schema, loaded, opened), schema)
@@ -83,10 +82,12 @@ class SQLStorageStrategy(StorageStrategy):
     ) -> list[dict[str, Value]]:
         """Run a caller's own statement in a separate transaction; returns its rows as dicts by column.
 
-        The statement uses the tables directly (their columns are the declared fields, `doc`,
-        `version` and `_side`), so what it writes is not validated. On SQLite, a trailing FOR UPDATE
-        is removed, because the transaction acquires the write lock when it begins. All locks are
-        released when the call returns.
+        For each collection there is a view with its name: the id, `version`, and the declared fields, NULL
+        where the stored value has another type. A statement that changes entities uses the table
+        `"NAME-entities"`, and must set `doc` (the whole entity as JSON), `version` and the key columns
+        together; it is not validated. On SQLite, a trailing FOR UPDATE is removed, because the
+        transaction acquires the write lock when it begins. All locks are released when the call
+        returns.
 
         Args:
             params: a list of arguments for `?`, or a dict of arguments for `:name`.
@@ -96,12 +97,16 @@ class SQLStorageStrategy(StorageStrategy):
             return await self._sql.execute_with_lock(sql, params)
 
 
-def _dialect(config: SQLConfig, password: PasswordProvider | None) -> Dialect:
+def _engine(config: SQLConfig, schema: Schema, password: PasswordProvider | None) -> SQLEngine:
     # Each module imports its driver, which may not be installed.
     if config.type == "sqlite":
         from hf_async_store.strategies.sql.sqlite import SQLite
+        from hf_async_store.strategies.sql.sqlite_schema import SQLiteSchema
+        from hf_async_store.strategies.sql.sqlite_writer import SQLiteWriter
 
-        return SQLite(config)
+        return SQLEngine(config, schema, SQLite(config), SQLiteSchema, SQLiteWriter)
+    from hf_async_store.strategies.sql.postgres_schema import PostgresSchema
     from hf_async_store.strategies.sql.postgresql import PostgreSQL
+    from hf_async_store.strategies.sql.statement_writer import StatementWriter
 
-    return PostgreSQL(config, password)
+    return SQLEngine(config, schema, PostgreSQL(config, password), PostgresSchema, StatementWriter)

@@ -1,294 +1,273 @@
-"""The SQL of writes: one statement checks the preconditions of many rows, and returns those it wrote.
+"""The SQL of writes on PostgreSQL: one statement checks the preconditions of many rows, and returns those
+it wrote.
 
-A statement takes rows of arguments as `i`: the key first, then the columns that its `StatementKey`
-determines. A row that it does not return did not meet its precondition; `bulk_writer` finds out why.
+A statement takes rows of arguments as `i`, one array for each column, and the documents `d` in one JSON
+array. A row that it does not return did not meet its precondition; `statement_writer` finds out why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
-from hf_async_store.schema import Field
-from hf_async_store.strategies.sql.row_mapping import DOC, SIDE, Kind, TableMapping, quoted
-from hf_async_store.values import CREATED_AT, INT_MAX, MAX_ENTITY_BYTES, VERSION
+from hf_async_store.schema import Collection, Field
+from hf_async_store.strategies.sql.names import CATALOGUE, DOC, GENERATION, key_column, quoted
+from hf_async_store.values import CREATED_AT, INT_MAX, LIGHT_BYTES, VERSION
 
 if TYPE_CHECKING:
-    from hf_async_store.schema import Schema
+    from hf_async_store.strategies.sql.rows import Table, Tables
 
 Verb: TypeAlias = Literal["save", "create", "replace", "patch", "delete"]
 
-_CREATED: Final = quoted(CREATED_AT)
-_MAX_BULK_STATEMENTS: Final = 64
-"""How many bulk statements are cached: each batch may use different columns."""
+_LOCK_TIMEOUT: Final = (
+    "pg_catalog.set_config('lock_timeout'::text, coalesce($1::text, "
+    "pg_catalog.current_setting('lock_timeout'::text)), true) AS s (c)"
+)
+"""Sets `lock_timeout` until the transaction ends: in a FROM clause, before the first row is locked."""
+
+CHANGED: Final = "the catalogue has generation "
+"""A part of the message of the error that a statement causes if the catalogue has changed: a cast to a
+number fails, because a condition that is false could also mean that there is no such row."""
 
 
 class StatementKey(NamedTuple):
     """Changes with the same key can share one statement.
 
     Attributes:
-        created: for a whole entity: the arguments include its own `created_at`.
-        with_version: for an import: the arguments include its version, which is stored unchanged.
-        versions: for a replace, patch or delete: the arguments include the expected version.
-        names: for a patch: the declared fields that it changes.
-        document: for a patch: it also changes fields that are not declared.
-        kept: for a replace: the references that are not changed, even if their parent is missing.
+        keys: the fields whose key columns it writes; of a delete, none.
+        created: for a whole entity: its document contains `created_at`, or is stored without it.
+        imported: a column of arguments contains the version to store.
     """
 
     collection: str
     verb: Verb
+    keys: tuple[str, ...] = ()
     created: bool = False
-    with_version: bool = False
-    versions: bool = False
-    names: tuple[str, ...] = ()
-    document: bool = False
-    kept: tuple[str, ...] = ()
+    imported: bool = False
 
 
-class Statement(NamedTuple):
-    """A statement, and the kinds of the columns of its rows of arguments."""
+class WriteStatements:
+    """Generates the statements for the tables of a store, and caches them.
 
-    sql: str
-    kinds: tuple[Kind, ...]
+    Attributes:
+        references: they are enforced.
+    """
 
-
-class WriteStatementCache:
-    """Generates the statements of a store, and caches them."""
-
-    def __init__(
-        self, schema: Schema, tables: dict[str, TableMapping], *, references: bool
-    ) -> None:
-        self._schema = schema
+    def __init__(self, tables: Tables, *, references: bool) -> None:
         self._tables = tables
-        self._references = references
-        self._statements: dict[tuple[StatementKey, int], Statement] = {}
-        self._bulk: dict[tuple[StatementKey, tuple[int, ...], int], str] = {}
-        self._imports: dict[tuple[str, int], str] = {}
+        self.references = references
+        self._cache: dict[tuple[StatementKey, bool], str] = {}
 
-    def of(self, shape: StatementKey, rows: int) -> Statement:
-        """The statement for a number of rows of arguments."""
-        variant = self._tables[shape.collection].dialect.statement_variant(rows)
-        cached = self._statements.get((shape, variant))
-        if cached is None:
-            cached = self._statements[shape, variant] = self._generate(shape, rows)
-        return cached
+    def of(self, shape: StatementKey, *, locks: bool) -> str:
+        """The statement.
 
-    def in_bulk(self, shape: StatementKey, used: tuple[int, ...], rows: int) -> str:
-        """The SQL that writes whole entities without preconditions, with a parameter for each value.
+        Its arguments are `lock_timeout` (None: as it is set), and one array for each column of arguments;
+        unless it deletes, then the JSON array of documents, and for each reference the JSON array of the
+        distinct ids.
 
         Args:
-            used: the numbers of the columns that have arguments; the other columns are NULL.
+            locks: it locks the parents to which rows refer, until its transaction ends. This is needed
+                unless the transactions are serializable.
         """
-        cached = self._bulk.get((shape, used, rows))
+        cached = self._cache.get((shape, locks))
         if cached is None:
-            if len(self._bulk) >= _MAX_BULK_STATEMENTS:
-                self._bulk.clear()
-            cached = self._bulk[shape, used, rows] = self._generate_bulk(shape, used, rows)
+            cached = self._cache[shape, locks] = self._generate(shape, locks=locks)
         return cached
 
-    def _generate_bulk(self, shape: StatementKey, used: tuple[int, ...], rows: int) -> str:
-        table = self._tables[shape.collection]
-        columns = [*table.columns, DOC, SIDE, VERSION]
-        row = ", ".join("?" * len(used)) + ("" if shape.with_version else ", 1")
-        conflict = ""
-        if shape.verb == "save":
-            excluded = {each: f"excluded.{each}" for each in columns[:-1]}
-            sets = self._sets(table, shape, excluded, f"excluded.{VERSION}")
-            conflict = f" ON CONFLICT ({table.key}) DO UPDATE SET {sets}"
-        named = [columns[each] for each in used] + ([] if shape.with_version else [VERSION])
+    def of_parents(self, collection: str) -> str:
+        """The statement that locks rows, in the order of their ids, so that they get no children.
+
+        Its arguments are `lock_timeout`, as in `of`, and a list of ids.
+        """
+        table = self._tables[collection]
         return (
-            f"INSERT INTO {table.name} AS t ({', '.join(named)}) "
-            f"VALUES {', '.join([f'({row})'] * rows)}{conflict}"
+            f"SELECT 1 FROM {_LOCK_TIMEOUT}, {table.name} AS t "
+            f"WHERE t.{table.key} = ANY($2::text::text[]) ORDER BY t.{table.key} FOR UPDATE OF t"
         )
 
-    def _generate(self, shape: StatementKey, rows: int) -> Statement:
+    def parents_of(self, collection: str) -> Sequence[Field]:
+        """The references whose values are the last columns of arguments of a statement that writes rows."""
+        return self._tables.schema[collection].references if self.references else ()
+
+    def children_of(self, collection: str) -> Sequence[tuple[Collection, Field]]:
+        """The references to a collection that prevent deletes; `sort_bytes` of the id is then the last
+        column of arguments of a delete."""
+        return self._tables.schema.children[collection] if self.references else ()
+
+    def _generate(self, shape: StatementKey, *, locks: bool) -> str:
         table = self._tables[shape.collection]
-        if shape.verb == "patch":
-            return self._patch(table, shape, rows)
-        if shape.verb == "delete":
-            return self._delete(table, shape, rows)
-        return self._put(table, shape, rows)
-
-    # -- whole entities. Arguments: key and fields, doc, _side; version and expected version if needed
-
-    def _put(self, table: TableMapping, shape: StatementKey, rows: int) -> Statement:
-        kinds: list[Kind] = [*table.kinds, "json", "json"]
-        columns = [*table.columns, DOC, SIDE]
-        inputs = [table.dialect.cast_input(f"i.c{n}", kind) for n, kind in enumerate(kinds)]
-        version = "1"
-        if shape.with_version:
-            version = f"i.c{len(kinds)}"
-            kinds.append("bigint")
-        expected = ""
-        if shape.versions:
-            expected = f" AND t.{VERSION} = i.c{len(kinds)}"
-            kinds.append("bigint")
-        source = table.dialect.values_source(kinds, rows)
-        if shape.verb == "replace":
-            sets = self._sets(table, shape, dict(zip(columns, inputs, strict=True)), version)
-            parents = self._parents(table, table.fields, kept=shape.kept)
-            sql = (
-                f"UPDATE {table.name} AS t SET {sets} FROM {source} "
-                f"WHERE t.{table.key} = i.c0{expected}{_version_below_maximum(shape)}{parents}"
-            )
+        columns = _Columns()
+        entity_id = columns.add("text")
+        if shape.verb in ("save", "create"):
+            sql = self._insert(table, shape, columns, locks=locks)
+        elif shape.verb == "delete":
+            condition = f"t.{table.key} = {entity_id} AND {_expected(columns)}"
+            condition += "".join(self._no_children(table, columns)) + self._current()
+            source = columns.source(documents=False)
+            sql = f"DELETE FROM {table.name} AS t USING {source} WHERE {condition}"
         else:
-            sql = self._save(table, shape, source)
-        return Statement(f"{sql} RETURNING {table.key}, {VERSION}", tuple(kinds))
+            sql = self._update(table, shape, columns, locks=locks)
+        return f"{sql} RETURNING t.{table.key}, t.{VERSION}"
 
-    def imports(self, collection: str, rows: int) -> str:
-        """The SQL that writes whole entities with their versions, and returns no rows.
-
-        It has a parameter for each value, so each number of rows has a statement of its own.
-        """
-        cached = self._imports.get((collection, rows))
-        if cached is None:
-            shape = StatementKey(collection, "save", created=True, with_version=True)
-            table = self._tables[collection]
-            bulk = table.dialect.bulk
-            assert bulk is not None, "the caller has checked that the dialect has bulk statements"
-            source = bulk.values(len(table.columns) + 3, rows)
-            cached = self._imports[collection, rows] = self._save(table, shape, source)
-        return cached
-
-    def _save(self, table: TableMapping, shape: StatementKey, source: str) -> str:
-        kinds: list[Kind] = [*table.kinds, "json", "json"]
-        columns = [*table.columns, DOC, SIDE]
-        inputs = [table.dialect.cast_input(f"i.c{n}", kind) for n, kind in enumerate(kinds)]
-        version = f"i.c{len(kinds)}" if shape.with_version else "1"
+    def _insert(self, table: Table, shape: StatementKey, columns: _Columns, *, locks: bool) -> str:
+        version = columns.add("bigint") if shape.imported else "1::bigint"
+        keys = {key_column(each): columns.add("bytea") for each in shape.keys}
+        parents = "".join(self._parents(table, columns, locks=locks))
+        names = [table.key, VERSION, DOC, quoted(GENERATION), *map(quoted, keys)]
+        values = ["i.c0", version, "i.d", f"{table.generation}::int", *keys.values()]
         conflict = "NOTHING"
         if shape.verb == "save":
-            excluded = {each: f"excluded.{each}" for each in columns}
-            sets = self._sets(table, shape, excluded, f"excluded.{VERSION}")
-            conflict = f"UPDATE SET {sets} WHERE TRUE{_version_below_maximum(shape)}"
+            sets = {each: f"excluded.{quoted(each)}" for each in keys}
+            new = f"excluded.{VERSION}" if shape.imported else f"t.{VERSION} + 1::bigint"
+            written, condition = _row(table, shape, f"excluded.{DOC}", new, sets)
+            conflict = f"UPDATE SET {written} WHERE {condition}"
         return (
-            f"INSERT INTO {table.name} AS t ({', '.join(columns)}, {VERSION}) "
-            f"SELECT {', '.join(inputs)}, {version} FROM {source} "
-            f"WHERE TRUE{self._parents(table, table.fields)} "
+            f"INSERT INTO {table.name} AS t ({', '.join(names)}) "
+            f"SELECT {', '.join(values)} FROM {columns.source(documents=True)} "
+            f"WHERE TRUE{parents}{self._current()} "
             f"ON CONFLICT ({table.key}) DO {conflict}"
         )
 
-    def _sets(
-        self, table: TableMapping, shape: StatementKey, new: dict[str, str], version: str
-    ) -> str:
-        """The assignments that replace a row. `created_at` is kept unless the arguments include it."""
-        skipped = {table.key, *map(quoted, shape.kept)}
-        sets = {column: value for column, value in new.items() if column not in skipped}
-        sets[VERSION] = version if shape.with_version else f"t.{VERSION} + 1"
-        if not shape.with_version and not shape.created:
-            sets[_CREATED] = f"t.{_CREATED}"
-            # An explicit null in it is stored in `_side`.
-            merged = table.dialect.json_merge(sets[SIDE], f"'{{\"{CREATED_AT}\":null}}'", "NULL")
-            sets[SIDE] = (
-                f"CASE WHEN t.{SIDE} IS NOT NULL AND {table.dialect.has_overflow(CREATED_AT)} "
-                f"THEN {merged} ELSE {sets[SIDE]} END"
-            )
-        return ", ".join(f"{column} = {value}" for column, value in sets.items())
-
-    # -- patches. Arguments: key, fields, sets, removes, side sets, side removes, weight, version ---
-
-    def _patch(self, table: TableMapping, shape: StatementKey, rows: int) -> Statement:
-        fields = [table.collection.fields[each] for each in shape.names]
-        kinds: list[Kind] = ["text", *(each.type for each in fields)]
-        dialect = table.dialect
-        sets = {
-            quoted(field.name): dialect.cast_input(f"i.c{n}", field.type)
-            for n, field in enumerate(fields, 1)
-        }
-        if shape.document:
-            n = len(kinds)
-            sets[DOC] = dialect.json_merge(f"t.{DOC}", f"i.c{n}", f"i.c{n + 1}")
-            kinds += ["text", "text"]
-        n = len(kinds)
-        kinds += ["text", "text", "bigint"]
-        merged = dialect.json_merge(f"t.{SIDE}", f"i.c{n}", f"i.c{n + 1}")
-        sets[SIDE] = f"CASE WHEN t.{SIDE} IS NULL AND i.c{n} IS NULL THEN NULL ELSE {merged} END"
-        sets[VERSION] = f"t.{VERSION} + 1"
-        size_limit = f" AND {self._size_bound(table)} + i.c{n + 2} <= {MAX_ENTITY_BYTES}"
-        expected = ""
-        if shape.versions:
-            expected = f" AND t.{VERSION} = i.c{len(kinds)}"
-            kinds.append("bigint")
-        parents = self._parents(table, fields, first=1)
-        sql = (
-            f"UPDATE {table.name} AS t "
-            f"SET {', '.join(f'{column} = {value}' for column, value in sets.items())} "
-            f"FROM {dialect.values_source(kinds, rows)} "
-            f"WHERE t.{table.key} = i.c0{expected}{_version_below_maximum(shape)}{size_limit}{parents} "
-            f"RETURNING {table.key}, {VERSION}"
+    def _update(self, table: Table, shape: StatementKey, columns: _Columns, *, locks: bool) -> str:
+        expected = _expected(columns)
+        version, doc, patched = f"t.{VERSION} + 1::bigint", "i.d", ""
+        if shape.imported:
+            version = columns.add("bigint")
+        if shape.verb == "patch":
+            removed, size = columns.add("text"), columns.add("bigint")
+            doc = f"(t.{DOC} - coalesce({removed}::text[], '{{}}'::text[])) || i.d"
+            patched = f" AND {_is_light(size)}"
+        keys = {key_column(each): columns.add("bytea") for each in shape.keys}
+        parents = "".join(self._parents(table, columns, locks=locks))
+        written, condition = _row(table, shape, doc, version, keys)
+        return (
+            f"UPDATE {table.name} AS t SET {written} FROM {columns.source(documents=True)} "
+            f"WHERE t.{table.key} = i.c0 AND {expected} AND {condition}{patched}{parents}"
+            f"{self._current()}"
         )
-        return Statement(sql, tuple(kinds))
 
-    def _size_bound(self, table: TableMapping) -> str:
-        """An upper bound for the size of the stored entity: n bytes of JSON count as at most 8.25 n.
+    def _current(self) -> str:
+        """The condition that the catalogue is as these tables were read from it.
 
-        If the bound exceeds the limit, the entity is read, measured and replaced instead.
+        Otherwise other programs may have declared references.
         """
-        fixed = sum(90 + len(each.name) for each in table.fields)
-        parts = [str(fixed)]
-        for field in table.fields:
-            if field.type in ("text", "timestamp"):
-                parts.append(f"coalesce({table.dialect.size(f't.{quoted(field.name)}')}, 0)")
-            if field.type == "json":
-                parts.append(f"9 * coalesce({table.dialect.size(f't.{quoted(field.name)}')}, 0)")
-        parts.append(f"9 * coalesce({table.dialect.size(f't.{DOC}')}, 0)")
-        return " + ".join(parts)
-
-    # -- deletes. Arguments: key, expected version -------------------------------------------
-
-    def _delete(self, table: TableMapping, shape: StatementKey, rows: int) -> Statement:
-        dialect = table.dialect
-        deletion = dialect.deletion(table.name, table.key, rows, versions=shape.versions)
-        children = ""
-        if self._references:
-            for child, field in self._schema.children[shape.collection]:
-                child_table = self._tables[child.name]
-                not_itself = (
-                    f" AND c.{child_table.key} <> t.{table.key}"
-                    if child.name == shape.collection
-                    else ""
-                )
-                children += (
-                    f" AND NOT EXISTS (SELECT 1 FROM {child_table.name} AS c "
-                    f"WHERE c.{quoted(field.name)} = t.{table.key}{not_itself})"
-                )
-        return Statement(
-            f"{deletion}{children} RETURNING {table.key}, {VERSION}",
-            ("text", "bigint") if shape.versions else ("text",),
+        generation = f"'{self._tables.catalogue.generation}'::text"
+        return (
+            f" AND (SELECT CASE WHEN c.value = {generation} THEN 1 "
+            f"ELSE pg_catalog.concat('{CHANGED}'::text, c.value)::int END "
+            f"FROM {CATALOGUE} AS c WHERE c.name = 'generation'::text) IS DISTINCT FROM 0"
         )
 
     # -- references --------------------------------------------------------------------------
 
-    def _parents(
-        self,
-        table: TableMapping,
-        fields: Sequence[Field],
-        *,
-        first: int = 0,
-        kept: Sequence[str] = (),
-    ) -> str:
-        """The conditions that the parent of every reference exists.
-
-        Args:
-            first: the number of the column of `i` that contains the first of the fields.
-            kept: the names of references that are not checked.
-        """
-        if not self._references:
-            return ""
-        conditions = []
-        for n, field in enumerate(fields, first):
-            if field.references is None or not field.enforced or field.name in kept:
-                continue
-            parent = self._tables[field.references]
-            self_reference = (
-                f" OR i.c{n} = i.c0" if field.references == table.collection.name else ""
+    def _parents(self, table: Table, columns: _Columns, *, locks: bool) -> Iterator[str]:
+        """The conditions that the parent of every reference exists."""
+        lock = " FOR KEY SHARE" if locks else ""
+        fields = self.parents_of(table.collection)
+        values = [columns.add("text") for _ in fields]
+        for number, (field, value) in enumerate(zip(fields, values, strict=True)):
+            parent = self._tables[field.parent]
+            itself = f" OR {value} = i.c0" if parent is table else ""
+            # The subquery is independent of the row: each parent is looked up once, by the index, so
+            # that a serializable transaction does not conflict with those of all other parents.
+            found = (
+                f"SELECT p.{parent.key} FROM {parent.name} AS p "
+                f"WHERE p.{parent.key} = w.id LIMIT 1{lock}"
             )
-            conditions.append(
-                f" AND (i.c{n} IS NULL{self_reference} OR EXISTS "
-                f"(SELECT 1 FROM {parent.name} AS p WHERE p.{parent.key} = i.c{n}))"
+            yield (
+                f" AND ({value} IS NULL{itself} OR {value} IN (SELECT f.{parent.key} "
+                f"FROM {columns.list(number)} AS w (id), LATERAL ({found}) AS f))"
             )
-        return "".join(conditions)
+
+    def _no_children(self, table: Table, columns: _Columns) -> Iterator[str]:
+        """The conditions that no entity refers to the deleted one."""
+        children = self.children_of(table.collection)
+        encoded = columns.add("bytea") if children else ""
+        for child, field in children:
+            others = self._tables[child.name]
+            itself = f" AND c.{others.key} <> t.{table.key}" if others is table else ""
+            refers = refers_to(others, field.name, encoded, f"t.{table.key}")
+            yield f" AND NOT EXISTS (SELECT 1 FROM {others.name} AS c WHERE {refers}{itself})"
 
 
-def _version_below_maximum(shape: StatementKey) -> str:
-    """The condition that the stored version is not the greatest possible one."""
-    return "" if shape.with_version else f" AND t.{VERSION} < {INT_MAX}"
+def refers_to(table: Table, field: str, encoded: str, entity_id: str) -> str:
+    """The condition that the row `c` refers to an entity.
+
+    Args:
+        encoded: `sort_bytes` of the id.
+    """
+    member = f"c.{DOC} -> '{field}'::text"
+    test = f"({member}) = pg_catalog.to_jsonb({entity_id})"
+    if field not in table.ready:
+        return test
+    return f"c.{quoted(key_column(field))} = {encoded} AND {test}"
+
+
+def _row(
+    table: Table, shape: StatementKey, doc: str, version: str, keys: dict[str, str]
+) -> tuple[str, str]:
+    """The assignments of an existing row, and their condition.
+
+    Args:
+        doc: the document, or that without `created_at`.
+        keys: by column, the new values.
+    """
+    if shape.verb != "patch" and not shape.created:
+        stored = f"t.{DOC} -> '{CREATED_AT}'::text"
+        kept = f"pg_catalog.jsonb_set({doc}, '{{{CREATED_AT}}}'::text[], {stored})"
+        doc = f"coalesce({kept}, {doc} - '{CREATED_AT}'::text)"  # NULL if nothing is stored
+        keys = {name: each for name, each in keys.items() if name != key_column(CREATED_AT)}
+    sets = {VERSION: version, DOC: doc, quoted(GENERATION): f"{table.generation}::int"}
+    sets.update({quoted(name): each for name, each in keys.items()})
+    conditions = [] if shape.imported else [f"t.{VERSION} < {INT_MAX}::bigint"]
+    if len(keys) < len(table.key_fields):
+        # The key columns that are kept have their values.
+        conditions.append(f"t.{quoted(GENERATION)} >= {table.generation}::int")
+    written = ", ".join(f"{name} = {each}" for name, each in sets.items())
+    return written, " AND ".join(conditions) or "TRUE"
+
+
+def _is_light(size: str) -> str:
+    """The condition that a patched entity is certainly not too large. Others are measured by the store.
+
+    The JSON of a document is at most 32 times as long as its binary form: a number of 12 bytes can have
+    309 digits.
+    """
+    binary = f"pg_catalog.pg_column_size(t.{DOC} || '{{}}'::jsonb)::bigint"  # not compressed
+    text = f"pg_catalog.octet_length(t.{DOC}::text)::bigint"
+    return f"({binary} * 32 + {size} <= {LIGHT_BYTES} OR {text} + {size} <= {LIGHT_BYTES})"
+
+
+def _expected(columns: _Columns) -> str:
+    """The condition on the version."""
+    expected = columns.add("bigint")
+    return f"({expected} IS NULL OR t.{VERSION} = {expected})"
+
+
+class _Columns:
+    """The columns of arguments of a statement, while it is generated."""
+
+    def __init__(self) -> None:
+        self._kinds: list[str] = []
+
+    def add(self, kind: str) -> str:
+        """Add a column; returns its name."""
+        self._kinds.append(kind)
+        return f"i.c{len(self._kinds) - 1}"
+
+    def list(self, number: int) -> str:
+        """The values of one of the lists after all columns and the documents, in a FROM clause."""
+        # Not an array: its length in each execution would make the server plan each execution.
+        return f"pg_catalog.json_array_elements_text(${len(self._kinds) + 3 + number}::text::json)"
+
+    def source(self, *, documents: bool) -> str:
+        """The items of a FROM clause that provide the rows of arguments."""
+        arrays = [f"${n}::text::{kind}[]" for n, kind in enumerate(self._kinds, 2)]
+        names = [*(f"c{n}" for n in range(len(arrays))), "d"]
+        # The unqualified name with one argument would be looked up along the search_path.
+        unnest = f"{'pg_catalog.' if len(arrays) == 1 else ''}unnest({', '.join(arrays)})"
+        # Also without documents: by the number of rows of the arrays alone, the server would plan each
+        # execution of the statement.
+        docs = f"${len(arrays) + 2}::text::jsonb" if documents else "'[]'::jsonb"
+        functions = f"{unnest}, pg_catalog.jsonb_array_elements({docs})"
+        return f"{_LOCK_TIMEOUT}, ROWS FROM ({functions}) AS i ({', '.join(names)})"

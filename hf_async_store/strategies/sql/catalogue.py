@@ -1,0 +1,265 @@
+"""The catalogue of a store: what is declared by all of its programs together, and what exists for it.
+
+It is the table `hf_catalogue (name, value)`, with the rows
+
+- `layout`: the number of the layout of the tables;
+- `store_id`: a random identity;
+- `generation`: a number that increases with every change of the catalogue;
+- `collection:NAME`: a JSON object, the `Entry` of a collection whose table exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from hf_async_store.errors import (
+    ConcurrencyConflictError,
+    ConfigurationError,
+    CorruptionError,
+    NewerFormatError,
+    SchemaMismatchError,
+)
+from hf_async_store.schema import Collection, Field, Index, Schema
+from hf_async_store.strategies.sql.names import CATALOGUE
+from hf_async_store.values import FieldType
+
+LAYOUT: Final = 3
+"""The number of the layout of the tables. Earlier layouts had no table of this name."""
+
+READ: Final = f"SELECT name, value FROM {CATALOGUE}"
+GENERATION_SQL: Final = f"SELECT value FROM {CATALOGUE} WHERE name = 'generation'"
+
+_PREFIX: Final = "collection:"
+
+
+class CatalogueChangedError(ConcurrencyConflictError):
+    """Another program changed the catalogue. Nothing was written; the engine reads it again."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another program changed the declarations of the store meanwhile: try again",
+            retryable=True,
+        )
+
+
+class DeclaredField(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A field that some program declared.
+
+    Attributes:
+        references: the collection to which it refers.
+        enforced: some program enforces the reference; then every program does.
+    """
+
+    type: FieldType = "text"
+    required: bool = False
+    references: str | None = None
+    enforced: bool = True
+
+    @property
+    def parent(self) -> str | None:
+        """The collection to which it refers, if that is enforced."""
+        return self.references if self.enforced else None
+
+
+class DeclaredIndex(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An index that some program declared; `ready`: it exists and is complete."""
+
+    fields: tuple[str, ...]
+    ready: bool = True
+
+
+class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A collection whose table exists.
+
+    Attributes:
+        fields: by name, without the key.
+        columns: by field that has a key column, in order: whether each row contains its value.
+        generation: the least generation of a row that contains all key columns.
+    """
+
+    key: str
+    fields: dict[str, DeclaredField]
+    indexes: tuple[DeclaredIndex, ...] = ()
+    columns: dict[str, bool] = {}
+    generation: int = 1
+
+    def indexed(self, fields: Sequence[str]) -> tuple[str, ...]:
+        """The fields of an index that precede the id, which ends every index."""
+        names = tuple(fields)
+        return names[: names.index(self.key)] if self.key in names else names
+
+    def wanted_columns(self) -> list[str]:
+        """The fields that need a key column: those of indexes, and references."""
+        names = [name for each in self.indexes for name in self.indexed(each.fields)]
+        names += [name for name, each in self.fields.items() if each.parent is not None]
+        return list(dict.fromkeys(names))
+
+    def wanted_indexes(self) -> list[tuple[str, ...]]:
+        """The fields of the indexes that should exist: the declared ones, and one for each reference."""
+        declared = [indexed for each in self.indexes if (indexed := self.indexed(each.fields))]
+        first = {each[0] for each in declared}
+        references = [
+            (name,)
+            for name, each in self.fields.items()
+            if each.parent is not None and name not in first
+        ]
+        return list(dict.fromkeys([*declared, *references]))
+
+    def completed(self) -> Entry:
+        """With all wanted key columns and indexes; of the next generation if a column is new."""
+        new = {each: True for each in self.wanted_columns() if each not in self.columns}
+        return msgspec.structs.replace(
+            self,
+            indexes=tuple(DeclaredIndex(each.fields) for each in self.indexes),
+            columns={**dict.fromkeys(self.columns, True), **new},
+            generation=self.generation + bool(new),
+        )
+
+
+class Catalogue(msgspec.Struct, frozen=True):
+    """The catalogue, as it was read at one time."""
+
+    entries: dict[str, Entry] = {}
+    store_id: str = ""
+    generation: int = 0
+
+    def schema(self) -> Schema:
+        """The declarations of all programs together.
+
+        Raises:
+            SchemaMismatchError: they contradict one another.
+        """
+        try:
+            return Schema(_collection(name, each) for name, each in self.entries.items())
+        except ConfigurationError as exc:
+            raise SchemaMismatchError(
+                f"the declarations of this store's programs contradict one another: {exc}"
+            ) from exc
+
+    def with_entries(self, entries: Mapping[str, Entry]) -> Catalogue:
+        """With these entries added or replaced; the same catalogue if that changes nothing."""
+        if all(self.entries.get(name) == each for name, each in entries.items()):
+            return self
+        return msgspec.structs.replace(
+            self, entries={**self.entries, **entries}, generation=self.generation + 1
+        )
+
+
+def declared(
+    catalogue: Catalogue, collections: Iterable[Collection], *, latest: bool = False
+) -> dict[str, Entry]:
+    """The entries of some collections, after a program declared them.
+
+    A new collection has all key columns and indexes at once. To an existing one, nothing is added but
+    the declaration: its new indexes are not ready.
+
+    Args:
+        latest: replace the recorded types of fields, too. A program does that once, because two
+            programs with contrary declarations would otherwise do it in turns.
+
+    Raises:
+        SchemaMismatchError: a collection has another key.
+    """
+    known = catalogue.entries
+    return {each.name: _merged(known.get(each.name), each, latest) for each in collections}
+
+
+def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
+    fields = {
+        name: DeclaredField(each.type, each.required, each.references, each.enforced)
+        for name, each in collection.fields.items()
+        if name != collection.key
+    }
+    indexes = [each.fields for each in collection.indexes]
+    if known is None:
+        new = Entry(collection.key, fields, tuple(map(DeclaredIndex, indexes)), generation=0)
+        return (
+            new.completed() if new.wanted_columns() else msgspec.structs.replace(new, generation=1)
+        )
+    if known.key != collection.key:
+        raise SchemaMismatchError(
+            f"the key of the collection {collection.name!r} is {known.key!r} in this store, but "
+            f"{collection.key!r} is declared"
+        )
+    for name, each in known.fields.items():
+        here = fields.get(name, each)
+        parent = each.parent or here.parent
+        given = here if latest else each
+        if given.parent != parent:
+            given = msgspec.structs.replace(given, type="text", references=parent, enforced=True)
+        fields[name] = given
+    ready = [each.fields for each in known.indexes]
+    more = [DeclaredIndex(each, ready=False) for each in indexes if each not in ready]
+    order = {**dict.fromkeys(known.fields), **fields}
+    return msgspec.structs.replace(
+        known,
+        fields={name: fields[name] for name in order},
+        indexes=(*known.indexes, *more),
+    )
+
+
+def _collection(name: str, entry: Entry) -> Collection:
+    indexed = {field for index in entry.indexes for field in index.fields}
+    return Collection(
+        name,
+        key=entry.key,
+        fields=[
+            # A field that one program indexes may be of type json for another one.
+            Field(
+                field,
+                "text" if each.type == "json" and field in indexed else each.type,
+                each.required,
+                each.references,
+                each.enforced,
+            )
+            for field, each in entry.fields.items()
+        ],
+        indexes=[Index(*each.fields) for each in entry.indexes],
+    )
+
+
+# -- rows of the table ----------------------------------------------------------------------
+
+
+def from_rows(rows: Iterable[Sequence[object]]) -> Catalogue:
+    """The catalogue from the rows of its table.
+
+    Raises:
+        NewerFormatError: the tables have another layout.
+        CorruptionError: a row is damaged.
+    """
+    values = {str(name): value for name, value in rows}
+    try:
+        layout = int(str(values["layout"]))
+        entries = {
+            name.removeprefix(_PREFIX): msgspec.json.decode(str(value), type=Entry)
+            for name, value in values.items()
+            if layout == LAYOUT and name.startswith(_PREFIX)
+        }
+        generation = int(str(values.get("generation", 0)))
+    except (KeyError, ValueError, msgspec.DecodeError) as exc:
+        raise CorruptionError(
+            f"the table {CATALOGUE} is damaged ({exc}): restore it from a backup"
+        ) from exc
+    if layout != LAYOUT:
+        raise NewerFormatError(
+            f"the tables have layout {layout}, and this version of the package knows "
+            f"layout {LAYOUT}: use the version that created them, or a later one"
+        )
+    return Catalogue(entries, str(values.get("store_id", "")), generation)
+
+
+def to_rows(catalogue: Catalogue, names: Iterable[str]) -> list[tuple[str, str]]:
+    """The rows of the table that describe the store, and the collections with these names."""
+    return [
+        ("layout", str(LAYOUT)),
+        ("store_id", catalogue.store_id),
+        ("generation", str(catalogue.generation)),
+        *(
+            (f"{_PREFIX}{each}", msgspec.json.encode(catalogue.entries[each]).decode())
+            for each in names
+        ),
+    ]

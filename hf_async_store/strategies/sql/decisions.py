@@ -1,0 +1,180 @@
+"""How a change applies to a stored row: its precondition, its references, and the new row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple, cast
+
+import msgspec
+
+from hf_async_store.changes import ABSENT, ANY, PRESENT, Change, ChangeMarker, Delete, Patch, Put
+from hf_async_store.field_operations import plain_fields
+from hf_async_store.preconditions import (
+    check,
+    check_parents,
+    missing_parents,
+    next_version,
+    patched,
+)
+from hf_async_store.query import MISSING
+from hf_async_store.schema import Schema
+from hf_async_store.sort_bytes import sort_bytes
+from hf_async_store.strategies.sql.grammar import decode_json
+from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.values import (
+    CREATED_AT,
+    LIGHT_BYTES,
+    VERSION,
+    Entity,
+    Key,
+    Removed,
+    Value,
+    check_size,
+)
+
+
+class Stored(NamedTuple):
+    """A row: its version, its document, and its key columns.
+
+    Attributes:
+        keys: empty if they were not read; of a stored row also None for a column that no change sets.
+    """
+
+    version: int
+    doc: str
+    keys: tuple[bytes | None, ...] = ()
+
+
+class _Created(msgspec.Struct):
+    created_at: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_MAY_CREATE: Final = (ANY, ABSENT)
+_decode_created: Final = msgspec.json.Decoder(_Created).decode
+_decode_members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_DAMAGED: Final = (ValueError, TypeError)
+
+
+def new_row(table: Table, change: Change, stored: Stored | None) -> Stored | None:
+    """The row after a change; None if it is deleted.
+
+    Raises:
+        AlreadyExistsError, EntityNotFoundError, ConcurrencyConflictError: the precondition is not met.
+        UnsupportedValueError: the entity is too large, or its version cannot be increased.
+        CorruptionError: the stored row cannot be decoded.
+    """
+    if stored is None and type(change) is Put and change.expect in _MAY_CREATE:
+        return _created(table, change)
+    actual = None if stored is None else stored.version
+    if actual is not None and (type(actual) is not int or actual < 0):
+        raise table.damaged(change.key.id, ValueError(f"version is {actual!r}"))
+    unmet = change.expect is not ANY and change.expect != actual
+    if unmet and (stored is None or change.expect is not PRESENT):
+        check(change.key, change.expect, actual, entity_of(table, change.key, stored))
+    if isinstance(change, Delete):
+        return None
+    if isinstance(change, Put) and change.import_version is not None:
+        doc = table.grammar.encode(change.entity)
+        return Stored(change.import_version, doc, table.keys(change.entity))
+    version = next_version(change.key, actual)
+    try:
+        assert stored is not None, "the change of an absent entity was refused"
+        if isinstance(change, Put):
+            return Stored(version, *_whole(table, change, stored))
+        return Stored(version, *_patched(table, change, stored))
+    except _DAMAGED as exc:
+        raise table.damaged(change.key.id, exc) from exc
+
+
+def _created(table: Table, change: Put) -> Stored:
+    entity, version = change.entity, change.import_version
+    if version is None:
+        version = 1
+        if CREATED_AT not in entity:
+            entity = {CREATED_AT: change.written_at, **entity}
+    return Stored(version, table.grammar.encode(entity), table.keys(entity))
+
+
+def entity_of(table: Table, key: Key, stored: Stored | None) -> Entity | None:
+    """The entity of a row."""
+    return None if stored is None else table.entity((key.id, stored.doc, stored.version))
+
+
+def _whole(table: Table, change: Put, stored: Stored) -> tuple[str, tuple[bytes | None, ...]]:
+    """The document and the key columns of a whole entity, with its `created_at`."""
+    entity = change.entity
+    if CREATED_AT not in entity:
+        kept = _decode_created(stored.doc).created_at
+        if kept is not msgspec.UNSET:
+            entity = {CREATED_AT: decode_json(kept), **entity}
+    return table.grammar.encode(entity), table.keys(entity)
+
+
+def _patched(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[bytes | None, ...]]:
+    """The document and the key columns of an entity of which some fields are changed."""
+    if plain_fields(change.fields) is None:
+        # Some value is computed from the stored one.
+        entity = patched(decode_json(stored.doc), change.fields, 0)
+        del entity[VERSION]
+        check_size(entity)
+        return table.grammar.encode(entity), table.keys(entity)
+    members: dict[str, object] = dict(_decode_members(stored.doc))
+    members.update(change.fields)
+    for name, value in change.fields.items():
+        if isinstance(value, Removed):
+            del members[name]
+    doc = table.grammar.encode(cast("Value", members))
+    if len(doc) > LIGHT_BYTES:
+        check_size(decode_json(doc))
+    if len(stored.keys) < len(table.key_fields):
+        return doc, table.keys(decode_json(doc))
+    return doc, tuple(
+        sort_bytes(cast("Value", members.get(name, MISSING))) if name in change.fields else old
+        for name, old in zip(table.key_fields, stored.keys, strict=True)
+    )
+
+
+def parents_of(schema: Schema, change: Change) -> list[Key]:
+    """The entities to which a change refers, except itself."""
+    if isinstance(change, Delete):
+        return []
+    fields = change.entity if isinstance(change, Put) else change.fields
+    found: list[Key] = []
+    for field in schema[change.key.collection].references:
+        parent = fields.get(field.name)
+        if isinstance(parent, str):
+            key = Key(field.parent, parent)
+            if key != change.key:
+                found.append(key)
+    return found
+
+
+def refuse_missing_parents(
+    schema: Schema,
+    table: Table,
+    change: Change,
+    stored: Stored | None,
+    exists: Callable[[Key], bool],
+) -> None:
+    """Refuse a change that refers to a missing parent, unless the stored entity does so already.
+
+    Raises:
+        ReferenceViolationError.
+    """
+    if missing_parents(schema, change, exists):
+        check_parents(schema, change, entity_of(table, change.key, stored), exists)
+
+
+def keys_by_collection(keys: Iterable[Key]) -> dict[str, list[str]]:
+    """The distinct ids of keys, sorted, by collection."""
+    found: dict[str, set[str]] = {}
+    for key in keys:
+        found.setdefault(key.collection, set()).add(key.id)
+    return {collection: sorted(ids) for collection, ids in found.items()}
+
+
+def marker_put(mark: ChangeMarker, at: str) -> Put:
+    """The change that writes a change marker with its version."""
+    entity = dict(mark.entity)
+    version = cast("int", entity.pop(VERSION, 0))
+    return Put(mark.key, entity, at, import_version=version)

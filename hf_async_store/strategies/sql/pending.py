@@ -1,0 +1,195 @@
+"""Changes as rows of arguments of the statements of `write_sql`.
+
+The arguments of a statement are built column by column, which takes half as long as row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from hf_async_store.changes import ABSENT, ANY, Change, Patch, Put
+from hf_async_store.field_operations import plain_fields
+from hf_async_store.query import MISSING, Missing
+from hf_async_store.sort_bytes import sort_bytes
+from hf_async_store.strategies.sql.decisions import Stored
+from hf_async_store.strategies.sql.grammar import decode_json, encode_json
+from hf_async_store.strategies.sql.postgres_jsonb import array_text, hex_array_text, json_text
+from hf_async_store.strategies.sql.write_sql import StatementKey, Verb, WriteStatements
+from hf_async_store.values import CREATED_AT, Entity, Removed, Value
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.rows import Tables
+
+
+_id_of: Final = attrgetter("change.key.id")
+
+
+class PendingChange(msgspec.Struct, frozen=True, gc=False):
+    """A change, and its position in the whole list of changes.
+
+    Attributes:
+        shape: None: there is no statement for it; it must be decided on the stored entity.
+        fields: the values that it writes.
+        doc: their JSON; of a new entity, with `created_at`.
+        expected: the precondition, if it is a version.
+        version: the version to write, if it is known.
+        kept: the stored values: a reference may stay as it is even if its parent is missing.
+    """
+
+    place: int
+    change: Change
+    shape: StatementKey | None
+    fields: Mapping[str, Value] = {}
+    doc: str = ""
+    expected: int | None = None
+    version: int | None = None
+    kept: Mapping[str, Value] = {}
+
+
+class Encoder:
+    """Encodes changes."""
+
+    def __init__(self, tables: Tables, statements: WriteStatements) -> None:
+        self.tables = tables
+        self.statements = statements
+        self._shapes: dict[tuple[str, Verb, bool, bool], StatementKey] = {}
+
+    # -- changes -----------------------------------------------------------------------------
+
+    def pending(self, place: int, change: Change) -> PendingChange:
+        """A change with its statement."""
+        expected = change.expect if type(change.expect) is int else None
+        if isinstance(change, Put):
+            return self._put(place, change, expected)
+        if isinstance(change, Patch):
+            return self._patch(place, change, expected)
+        shape = StatementKey(change.key.collection, "delete")
+        return PendingChange(place, change, shape, expected=expected)
+
+    def exactly(self, pending: PendingChange, stored: Stored, row: Stored | None) -> PendingChange:
+        """The same change, as the replacement of exactly this stored version by a decided row."""
+        place, change = pending.place, pending.change
+        collection = change.key.collection
+        if row is None:
+            shape = StatementKey(collection, "delete")
+            return PendingChange(place, change, shape, expected=stored.version)
+        return PendingChange(
+            place,
+            change,
+            self._shape((collection, "replace", True, True)),
+            decode_json(row.doc),
+            row.doc,
+            stored.version,
+            row.version,
+            decode_json(stored.doc),
+        )
+
+    def _patch(self, place: int, change: Patch, expected: int | None) -> PendingChange:
+        fields, collection = plain_fields(change.fields), change.key.collection
+        if fields is None:  # some value is computed from the stored one
+            return PendingChange(place, change, None)
+        named = tuple([each for each in self.tables[collection].key_fields if each in fields])
+        sets: Entity = {n: each for n, each in fields.items() if not isinstance(each, Removed)}
+        shape = StatementKey(collection, "patch", named)
+        return PendingChange(place, change, shape, sets, json_text(sets), expected)
+
+    def _put(self, place: int, change: Put, expected: int | None) -> PendingChange:
+        entity, version = change.entity, change.import_version
+        created = version is not None or CREATED_AT in entity
+        doc = json_text(entity)
+        if not created:
+            doc = f'{{"{CREATED_AT}":"{change.written_at}",{doc[1:]}'
+        verb: Verb = "replace"
+        if change.expect is ANY:
+            verb = "save"
+        elif change.expect is ABSENT:
+            verb, created = "create", True
+        shape = self._shape((change.key.collection, verb, created, version is not None))
+        return PendingChange(place, change, shape, entity, doc, expected, version)
+
+    def _shape(self, kind: tuple[str, Verb, bool, bool]) -> StatementKey:
+        """The statement of a whole entity: its collection, verb, `created` and `imported`."""
+        shape = self._shapes.get(kind)
+        if shape is None:
+            collection, verb, created, imported = kind
+            keys = self.tables[collection].key_fields
+            shape = self._shapes[kind] = StatementKey(collection, verb, keys, created, imported)
+        return shape
+
+    # -- arguments ---------------------------------------------------------------------------
+
+    def arguments(self, shape: StatementKey, group: Sequence[PendingChange]) -> list[str]:
+        """The arguments of the statement of some changes, without the first."""
+        ids = [each.change.key.id for each in group]
+        args = [array_text(ids)]
+        if shape.verb not in ("save", "create"):
+            args.append(array_text([each.expected for each in group]))
+        if shape.verb == "delete":
+            if self.statements.children_of(shape.collection):
+                args.append(hex_array_text(_encoded(ids)))
+            return args
+        if shape.imported:
+            args.append(array_text([each.version for each in group]))
+        if shape.verb == "patch":
+            args.append(array_text([_removed(each.change) for each in group]))
+            args.append(array_text([len(each.doc.encode()) for each in group]))
+        for name in shape.keys:
+            values: list[Value | Missing] = [each.fields.get(name, MISSING) for each in group]
+            if name == CREATED_AT and shape.verb != "patch":
+                values = [_created(each) for each in group]
+            args.append(hex_array_text(_encoded(values)))
+        parents = [
+            [_parent(each, field.name) for each in group]
+            for field in self.statements.parents_of(shape.collection)
+        ]
+        documents = f"[{','.join([each.doc for each in group])}]"
+        distinct = [encode_json(list(filter(None, set(each)))).decode() for each in parents]
+        return [*args, *map(array_text, parents), documents, *distinct]
+
+
+def _created(pending: PendingChange) -> Value | Missing:
+    """The value of `created_at` of a whole entity that is new."""
+    change = pending.change
+    if pending.version is None and isinstance(change, Put):
+        return pending.fields.get(CREATED_AT, change.written_at)
+    return pending.fields.get(CREATED_AT, MISSING)
+
+
+def _removed(change: Change) -> str | None:
+    """The names that a patch removes, as an array."""
+    assert isinstance(change, Patch)
+    names = [name for name, each in change.fields.items() if isinstance(each, Removed)]
+    return array_text(names) if names else None
+
+
+def _parent(pending: PendingChange, name: str) -> str | None:
+    """The id to which a change refers, if its parent must exist."""
+    value = pending.fields.get(name)
+    return value if isinstance(value, str) and pending.kept.get(name) != value else None
+
+
+def _encoded(values: Sequence[Value | Missing]) -> list[str]:
+    """`sort_bytes` of values, as hexadecimal digits."""
+    known: dict[str, str] = {}
+    encoded: list[str] = []
+    for value in values:
+        if type(value) is str:
+            digits = known.get(value)
+            if digits is None:
+                digits = known[value] = sort_bytes(value).hex()
+            encoded.append(digits)
+        else:
+            encoded.append(sort_bytes(value).hex())
+    return encoded
+
+
+def by_statement(pending: Iterable[PendingChange]) -> list[list[PendingChange]]:
+    """Group changes by statement, each group sorted by id: rows are locked in this order."""
+    groups: dict[StatementKey | None, list[PendingChange]] = {}
+    for each in pending:
+        groups.setdefault(each.shape, []).append(each)
+    return [sorted(each, key=_id_of) for each in groups.values()]

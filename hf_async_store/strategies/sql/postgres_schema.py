@@ -1,0 +1,318 @@
+"""The tables in PostgreSQL: existing ones are changed only by `apply_schema`, while programs use them.
+
+A key column is added in steps, so that no step holds a lock for long, and each can be interrupted and run
+again:
+
+1. One short transaction adds the columns, and increases the generation of the table. From now on, the
+   server refuses rows of programs that do not know the columns: the catalogue is read again then.
+2. The rows of earlier generations are filled, in batches.
+3. The indexes are built CONCURRENTLY. One whose build was interrupted is invalid; it is dropped.
+4. The catalogue says that queries may use the columns and indexes.
+
+A session lock excludes other processes that do the same. They poll for it: a wait in the server would be
+one for which the build of an index would wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from hf_async_store.backoff import Backoff
+from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
+from hf_async_store.errors import ConfigurationError, LockTimeoutError
+from hf_async_store.schema import Schema
+from hf_async_store.strategies.sql.catalogue import Catalogue, DeclaredIndex, Entry
+from hf_async_store.strategies.sql.ddl import SchemaSync
+from hf_async_store.strategies.sql.dialect import Dialect
+from hf_async_store.strategies.sql.names import (
+    DOC,
+    GENERATION,
+    generation_constraint,
+    index_name,
+    key_column,
+    quoted,
+    table_name,
+)
+from hf_async_store.strategies.sql.postgres_jsonb import array_text, bytes_array_text
+from hf_async_store.strategies.sql.postgresql import INVALID, PostgreSQL
+from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.values import VERSION
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.connections import LeasedConnection
+
+_APPLY_LOCK: Final = int.from_bytes(b"hfapply", "big")
+_LOCK_SECONDS: Final = 600.0
+"""How long to try again for the lock of a table, and for that of another process that applies."""
+
+_TABLE_LOCK_MS: Final = 100
+"""How long one attempt waits for the lock of a table: writers wait behind it."""
+
+_BATCH: Final = 256
+
+
+class PostgresSchema(SchemaSync):
+    """The tables of a store in PostgreSQL."""
+
+    def __init__(self, schema: Schema, dialect: Dialect) -> None:
+        assert isinstance(dialect, PostgreSQL)
+        super().__init__(schema, dialect)
+        self._server = dialect
+
+    def create_table(self, table: Table) -> str:
+        generation = quoted(GENERATION)
+        columns = [
+            f"{table.key} {self.grammar.text_type} PRIMARY KEY",
+            f"{VERSION} bigint NOT NULL",
+            f"{DOC} jsonb NOT NULL",
+            f"{generation} int NOT NULL",
+            *(f"{each} bytea NOT NULL" for each in table.key_columns),
+            f"CONSTRAINT {quoted(generation_constraint(table.collection))} "
+            f"CHECK ({generation} >= {table.generation})",
+        ]
+        return f"CREATE TABLE {table.name} ({', '.join(columns)})"
+
+    def extension(
+        self, name: str, entry: Entry, relations: Mapping[str, str]
+    ) -> tuple[Entry, list[str]]:
+        """See `SchemaSync`: only the declaration is recorded."""
+        del name, relations
+        return entry, []
+
+    def changes_of(
+        self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, str]
+    ) -> list[SchemaChange]:
+        """See `SchemaSync`; also invalid indexes."""
+        unrecorded = [
+            index_name(name, entry.indexed(each.fields)) for each in entry.indexes if not each.ready
+        ]
+        valid = {
+            index: kind
+            for index, kind in relations.items()
+            if kind != INVALID and index not in unrecorded
+        }
+        invalid = {
+            "-".join([*fields, "index"])
+            for fields in entry.wanted_indexes()
+            if relations.get(index_name(name, fields)) == INVALID
+        }
+        return [
+            msgspec.structs.replace(
+                change,
+                kind="rebuild invalid index",
+                detail="the index is invalid: its build was interrupted, or is in progress",
+            )
+            if change.kind == "create index" and change.name in invalid
+            else change
+            for change in super().changes_of(name, known, entry, valid)
+        ]
+
+    async def apply(
+        self, lease: LeasedConnection, progress: SchemaProgress, *, complete: bool
+    ) -> Catalogue:
+        """See `SchemaSync`."""
+        del complete  # a program with an older declaration reads the catalogue again when it writes
+        driver = lease.driver
+        changes = await self.changes(lease)
+        try:
+            if changes:
+                async with self._exclusively(driver):
+                    for name in self.schema:
+                        await self._apply(driver, name, progress)
+            return await self._catalogue(driver)
+        except BaseException as exc:
+            lease.state_unknown = True  # its settings and its lock end with the session
+            if isinstance(exc, self.dialect.driver_errors):
+                raise self.dialect.translate(exc, doing="change the tables", writes=False) from exc
+            raise
+
+    @asynccontextmanager
+    async def _exclusively(self, driver: Any) -> AsyncIterator[None]:
+        """Exclude other processes that do the same, and lift the time limits of the session."""
+        if self._server.needs_transactions:
+            raise ConfigurationError(
+                "apply_schema needs a connection to the server itself, without pgbouncer, because it "
+                "holds a lock of the session"
+            )
+        backoff = Backoff(_LOCK_SECONDS, first=0.05, longest=1.0)
+        sql = "SELECT pg_catalog.pg_try_advisory_lock($1::bigint)"
+        while not (await self.dialect.rows(driver, sql, (_APPLY_LOCK,)))[0][0]:
+            if not await backoff.pause():
+                raise LockTimeoutError("another process is changing the tables (apply_schema)")
+        await self._server.run_unlimited(driver, "SET statement_timeout = 0; SET lock_timeout = 0")
+        yield
+        await self._server.run_unlimited(
+            driver,
+            "RESET statement_timeout; RESET lock_timeout; "
+            f"SELECT pg_catalog.pg_advisory_unlock({_APPLY_LOCK}::bigint)",
+        )
+
+    async def _catalogue(self, driver: Any) -> Catalogue:
+        catalogue, _ = await self._read(driver)
+        assert catalogue is not None, "this store has recorded its declaration"
+        return catalogue
+
+    # -- one table ---------------------------------------------------------------------------
+
+    async def _apply(self, driver: Any, name: str, progress: SchemaProgress) -> None:
+        catalogue = await self._catalogue(driver)
+        relations = await self.dialect.relations(driver)
+        entry = catalogue.entries[name]
+        changes = self.changes_of(name, entry, entry, relations)
+        if not changes:
+            return
+        for each in changes:
+            progress(each, 0, None)
+        columns = [each for each in changes if each.kind == "add key column"]
+        if columns:
+            await self._add_columns(driver, name)
+            entry = (await self._catalogue(driver)).entries[name]
+            await self._fill(driver, Table(name, entry, self.grammar), columns, progress)
+            await self._change(driver, name, lambda old: (_filled(old, entry), []))
+        for fields in entry.wanted_indexes():
+            await self._build(driver, name, entry, fields)
+        await self._change(driver, name, lambda old: (_ready(old, entry), []))
+        await self._server.run_unlimited(driver, f"ANALYZE {quoted(table_name(name))}")
+        for each in changes:
+            progress(each, 1, 1)
+
+    async def _add_columns(self, driver: Any, name: str) -> None:
+        """Add the missing key columns, and refuse rows of programs that do not know them."""
+
+        def change(entry: Entry) -> tuple[Entry, list[str]]:
+            new = [each for each in entry.wanted_columns() if each not in entry.columns]
+            if not new:
+                return entry, []
+            changed = msgspec.structs.replace(
+                entry,
+                columns={**entry.columns, **dict.fromkeys(new, False)},
+                generation=entry.generation + 1,
+            )
+            constraint = quoted(generation_constraint(name))
+            actions = [f"ADD COLUMN IF NOT EXISTS {quoted(key_column(each))} bytea" for each in new]
+            actions += [
+                f"DROP CONSTRAINT IF EXISTS {constraint}",
+                f"ADD CONSTRAINT {constraint} CHECK "
+                f"({quoted(GENERATION)} >= {changed.generation}) NOT VALID",
+            ]
+            return changed, [f"ALTER TABLE {quoted(table_name(name))} {', '.join(actions)}"]
+
+        backoff = Backoff(_LOCK_SECONDS, first=0.02, longest=1.0)
+        while True:
+            try:
+                return await self._change(driver, name, change)
+            except LockTimeoutError:
+                if not await backoff.pause():
+                    raise
+
+    async def _change(
+        self, driver: Any, name: str, change: Callable[[Entry], tuple[Entry, list[str]]]
+    ) -> None:
+        """Change a table and its entry in the catalogue in one short transaction.
+
+        Args:
+            change: returns the new entry, and the statements that change the table.
+        """
+        handle = await self.dialect.begin_ddl(driver)
+        try:
+            await self._run(driver, f"SET LOCAL lock_timeout = {_TABLE_LOCK_MS}")
+            catalogue = await self._catalogue(driver)
+            entry, statements = change(catalogue.entries[name])
+            for each in statements:
+                await self._run(driver, each)
+            changed = catalogue.with_entries({name: entry})
+            if changed is not catalogue:
+                await self.record(driver, changed, {name: entry})
+        except BaseException:
+            await run_to_completion(self.dialect.roll_back(handle))
+            raise
+        await run_to_completion(self.dialect.commit(handle))
+
+    async def _fill(
+        self, driver: Any, table: Table, changes: Sequence[SchemaChange], progress: SchemaProgress
+    ) -> None:
+        """Write the key columns of the rows of earlier generations. Rows that others have locked are left
+        for later."""
+        old = f"t.{quoted(GENERATION)} < {table.generation}"
+        source = f"FROM {table.name} AS t WHERE {old}"
+        [[total]] = await self._server.read_committed(driver, f"SELECT count(*) {source}", ())
+        done, last = 0, ""
+        backoff = Backoff(_LOCK_SECONDS, first=0.02, longest=1.0)
+        while True:
+            keys = await self._fill_batch(driver, table, source, last)
+            done += len(keys)
+            for each in changes:
+                progress(each, min(done, total), total)
+            if keys:
+                last = keys[-1]
+                continue
+            if not await self._server.read_committed(driver, f"SELECT 1 {source} LIMIT 1", ()):
+                return
+            last = ""
+            if not await backoff.pause():
+                raise LockTimeoutError(f"rows of {table.name} are locked by other transactions")
+
+    async def _fill_batch(self, driver: Any, table: Table, source: str, last: str) -> list[str]:
+        """Fill the next rows after an id; returns their ids."""
+        columns = ", ".join(
+            f"{column} = i.c{number}" for number, column in enumerate(table.key_columns, 1)
+        )
+        names = ", ".join(f"c{number}" for number in range(len(table.key_columns) + 1))
+        arrays = ", ".join(
+            f"${number}::text::bytea[]" for number in range(2, len(table.key_columns) + 2)
+        )
+        handle = await self._server.begin(driver, "read_committed")
+        try:
+            rows = await self.dialect.rows(
+                driver,
+                f"SELECT {table.selected} {source} AND t.{table.key} > $1::text "
+                f"ORDER BY t.{table.key} LIMIT {_BATCH} FOR NO KEY UPDATE SKIP LOCKED",
+                (last,),
+            )
+            if rows:
+                keys = [table.keys(table.entity(row)) for row in rows]
+                args = map(bytes_array_text, zip(*keys, strict=True))
+                await self.dialect.rows(
+                    driver,
+                    f"UPDATE {table.name} AS t SET {columns}, "
+                    f"{quoted(GENERATION)} = {table.generation} "
+                    f"FROM ROWS FROM (unnest($1::text::text[], {arrays})) AS i ({names}) "
+                    f"WHERE t.{table.key} = i.c0",
+                    (array_text([row[0] for row in rows]), *args),
+                )
+        except BaseException:
+            await run_to_completion(self.dialect.roll_back(handle))
+            raise
+        await run_to_completion(self.dialect.commit(handle))
+        return [row[0] for row in rows]
+
+    async def _build(self, driver: Any, name: str, entry: Entry, fields: tuple[str, ...]) -> None:
+        """Build an index without blocking writers, unless it exists and is valid."""
+        index = index_name(name, fields)
+        kind = (await self.dialect.relations(driver)).get(index)
+        if kind == INVALID:
+            await self._server.run_unlimited(driver, f"DROP INDEX CONCURRENTLY {quoted(index)}")
+        elif kind is not None:
+            return
+        statement = self.index_ddl(name, entry, fields)
+        concurrently = statement.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
+        await self._server.run_unlimited(driver, concurrently)
+
+
+def _filled(entry: Entry, known: Entry) -> Entry:
+    """With the key columns ready that were filled."""
+    columns = {each: done or each in known.columns for each, done in entry.columns.items()}
+    return msgspec.structs.replace(entry, columns=columns)
+
+
+def _ready(entry: Entry, known: Entry) -> Entry:
+    """With the indexes ready that were built."""
+    built = [each.fields for each in known.indexes]
+    indexes = tuple(
+        DeclaredIndex(each.fields, each.ready or each.fields in built) for each in entry.indexes
+    )
+    return msgspec.structs.replace(entry, indexes=indexes)

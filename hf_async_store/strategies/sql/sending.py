@@ -1,0 +1,408 @@
+"""Sends changes to PostgreSQL, and finds out why some were rejected.
+
+A change that a statement does not return did not meet its precondition and had no effect. Then the stored
+entity is read, and the change is decided as in every engine. If it is valid now, it is sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from hf_async_store.changes import ANY, Delete, Outcome
+from hf_async_store.config import SQLConfig
+from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
+from hf_async_store.preconditions import check_children
+from hf_async_store.schema import Collection, Field
+from hf_async_store.sort_bytes import sort_bytes
+from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
+from hf_async_store.strategies.sql.decisions import (
+    Stored,
+    keys_by_collection,
+    new_row,
+    parents_of,
+    refuse_missing_parents,
+)
+from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.pending import (
+    Encoder,
+    PendingChange,
+    by_statement,
+)
+from hf_async_store.strategies.sql.postgres_jsonb import array_text
+from hf_async_store.strategies.sql.retries import conflict_backoff
+from hf_async_store.strategies.sql.write_sql import StatementKey, refers_to
+from hf_async_store.values import Key
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.connections import LeasedConnection
+
+_Item = TypeVar("_Item")
+
+PATIENCE: Final = 0.1
+"""For how many seconds a statement waits for a lock if other changes wait for the statement."""
+
+_MAX_ROWS: Final = 1024
+_MAX_SIZE: Final = 1 << 24
+"""The maximum number of characters of the documents of a statement; a JSON array in PostgreSQL is limited
+to 256 MiB."""
+
+_TRIES: Final = 64
+"""How often a change is sent whose precondition is met each time the entity is read."""
+
+_NOT_SENT: Final = StorageError("the change was not sent")
+
+
+class _Batch(ABC):
+    """Changes that are sent together, and their outcomes.
+
+    Args:
+        count: of the changes.
+        locks: see `WriteStatements.of`.
+    """
+
+    def __init__(
+        self, encoder: Encoder, lease: LeasedConnection, count: int, *, locks: bool
+    ) -> None:
+        self.lease = lease
+        self.outcomes: list[Outcome] = [_NOT_SENT] * count
+        self.locks = locks
+        self._encoder = encoder
+        self._tables = encoder.tables
+        self._schema = encoder.tables.schema
+        self._statements = encoder.statements
+
+    async def send(self, group: Sequence[PendingChange]) -> None:
+        """Execute changes of one statement, and store their outcomes."""
+        waiting = _pieces(group)
+        for attempt in range(_TRIES):
+            again = [each for piece in waiting for each in await self.attempt(piece)]
+            if not again:
+                return
+            waiting = again
+            if attempt:
+                await asyncio.sleep(random.uniform(0, 0.001 * attempt))
+        for pending in chain.from_iterable(waiting):
+            self.outcomes[pending.place] = _overtaken(pending.change.key)
+
+    async def attempt(self, piece: list[PendingChange]) -> list[list[PendingChange]]:
+        """Execute changes in one statement; returns those that must be sent again, by statement."""
+        shape = piece[0].shape
+        if shape is None:
+            return by_statement(await self._decided(piece))
+        written = dict(await self.execute(shape, piece))
+        rejected: list[PendingChange] = []
+        for each in piece:
+            version = written.get(each.change.key.id)
+            if version is None:
+                rejected.append(each)
+            else:
+                self.outcomes[each.place] = version
+        return by_statement(await self._decided(rejected)) if rejected else []
+
+    @abstractmethod
+    async def execute(self, shape: StatementKey, piece: list[PendingChange]) -> Any:
+        """The rows that the statement of some changes returns."""
+
+    async def run_statement(
+        self, shape: StatementKey, piece: list[PendingChange], patience: float | None
+    ) -> Any:
+        """Run the statement of some changes.
+
+        Args:
+            patience: for how many seconds it waits for a lock; None: as it is set.
+        """
+        limit = None if patience is None else str(max(1, int(patience * 1000)))
+        if self._locks_parents(shape):
+            ids = array_text([each.change.key.id for each in piece])
+            await self.lease.rows(self._statements.of_parents(shape.collection), (limit, ids))
+        sql = self._statements.of(shape, locks=self.locks)
+        return await self.lease.rows(
+            sql, (limit, *self._encoder.arguments(shape, piece)), doing="write", writes=True
+        )
+
+    def _locks_parents(self, shape: StatementKey) -> bool:
+        """Whether rows must be locked in a statement before the one that deletes them."""
+        is_delete = self.locks and shape.verb == "delete"
+        return is_delete and bool(self._statements.children_of(shape.collection))
+
+    # -- rejected changes --------------------------------------------------------------------
+
+    async def _decided(self, rejected: Sequence[PendingChange]) -> list[PendingChange]:
+        """Store the outcomes of rejected changes; returns those that are valid now."""
+        rejected = [each for each in rejected if not self._tells_absence(each)]
+        stored = await self.read_stored(each.change.key for each in rejected)
+        parents = await self._existing_parents(rejected) if self._statements.references else set()
+        again: list[PendingChange] = []
+        for each in rejected:
+            key = each.change.key
+            table, found = self._tables[key.collection], stored.get(key)
+            try:
+                row = new_row(table, each.change, found)
+                if isinstance(each.change, Delete):
+                    if found is not None:
+                        await self._check_children(key)
+                elif self._statements.references:
+                    refuse_missing_parents(
+                        self._schema, table, each.change, found, parents.__contains__
+                    )
+            except StorageError as exc:
+                self.outcomes[each.place] = exc
+                continue
+            if found is not None:
+                again.append(self._encoder.exactly(each, found, row))
+            elif row is None:
+                self.outcomes[each.place] = None
+            else:
+                again.append(self._encoder.pending(each.place, each.change))
+        return again
+
+    def _tells_absence(self, pending: PendingChange) -> bool:
+        """Whether a change can be rejected only because the entity does not exist."""
+        change = pending.change
+        absent = (
+            isinstance(change, Delete)
+            and change.expect is ANY
+            and not self._statements.children_of(change.key.collection)
+        )
+        if absent:
+            self.outcomes[pending.place] = None
+        return absent
+
+    async def read_stored(self, keys: Iterable[Key]) -> dict[Key, Stored]:
+        """The stored rows of keys."""
+        found: dict[Key, Stored] = {}
+        for collection, ids in keys_by_collection(keys).items():
+            for entity_id, doc, version in await self.lease.rows(
+                self._tables[collection].fetch_many, (array_text(ids),)
+            ):
+                found[Key(collection, entity_id)] = Stored(version, doc)
+        return found
+
+    async def _existing_parents(self, rejected: Iterable[PendingChange]) -> set[Key]:
+        """The existing parents to which changes refer."""
+        wanted = chain.from_iterable(parents_of(self._schema, each.change) for each in rejected)
+        found: set[Key] = set()
+        for collection, ids in keys_by_collection(wanted).items():
+            table = self._tables[collection]
+            sql = f"SELECT t.{table.key} FROM {table.name} AS t WHERE t.{table.key}"
+            rows = await self.lease.rows(f"{sql} = ANY($1::text::text[])", (array_text(ids),))
+            found.update(Key(collection, row[0]) for row in rows)
+        return found
+
+    async def _check_children(self, key: Key) -> None:
+        """Refuse to delete an entity to which others refer."""
+        children: dict[tuple[str, str], list[str]] = {}
+        for child, field in self._statements.children_of(key.collection):
+            table = self._tables[child.name]
+            refers = refers_to(table, field.name, "p.encoded", "p.id")
+            rows = await self.lease.rows(
+                f"SELECT c.{table.key} FROM {table.name} AS c, "
+                f"(SELECT $1::text, $2::bytea) AS p (id, encoded) WHERE {refers} LIMIT 2",
+                (key.id, sort_bytes(key.id)),
+            )
+            children[child.name, field.name] = [row[0] for row in rows]
+
+        def referrers(child: Collection, field: Field, _: str) -> list[str]:
+            return children[child.name, field.name]
+
+        if children:
+            check_children(self._schema, key, referrers)
+
+
+class TransactionBatch(_Batch):
+    """Changes in an open transaction. An error of the database ends it.
+
+    Args:
+        patience: see `run_statement`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        lease: LeasedConnection,
+        count: int,
+        *,
+        locks: bool,
+        patience: float | None = None,
+    ) -> None:
+        super().__init__(encoder, lease, count, locks=locks)
+        self._patience = patience
+
+    async def run(
+        self, groups: Sequence[list[PendingChange]], *, all_or_none: bool
+    ) -> list[Outcome]:
+        """Execute changes.
+
+        Args:
+            all_or_none: those after the first that fails need not be executed.
+        """
+        failed = len(self.outcomes)
+        for group in groups:
+            wanted = [each for each in group if each.place < failed]
+            if wanted:
+                await self.send(wanted)
+            if all_or_none:
+                broken = [
+                    e.place for e in wanted if isinstance(self.outcomes[e.place], StorageError)
+                ]
+                failed = min([failed, *broken])
+        return self.outcomes
+
+    async def execute(self, shape: StatementKey, piece: list[PendingChange]) -> Any:
+        return await self.run_statement(shape, piece, self._patience)
+
+
+class IndependentBatch(_Batch):
+    """Changes of which each succeeds or fails alone. Each statement is a transaction of its own.
+
+    Args:
+        patient: wait until a locked entity is free, or for `timeout`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        lease: LeasedConnection,
+        count: int,
+        *,
+        config: SQLConfig,
+        locks: bool,
+        patient: bool,
+    ) -> None:
+        super().__init__(encoder, lease, count, locks=locks)
+        self._patient = patient
+        # Behind pgbouncer, a statement needs a transaction to have the isolation level of this store.
+        self._in_transactions = config.pgbouncer
+        self._backoff = conflict_backoff(config.timeout)
+        self._blocked: dict[Key, LockTimeoutError] = {}
+
+    async def run(self, groups: Sequence[list[PendingChange]]) -> list[Outcome]:
+        """Execute changes.
+
+        Raises:
+            StorageError: nothing was written.
+        """
+        try:
+            for group in groups:
+                await self.send([each for each in group if not self._is_blocked(each)])
+        except StorageError as exc:
+            # What earlier statements wrote must not be reported as failed.
+            if not any(isinstance(each, int) for each in self.outcomes):
+                raise
+            for place, outcome in enumerate(self.outcomes):
+                if outcome is _NOT_SENT:
+                    error = self.outcomes[place] = exc.copy()
+                    error.outcome_unknown = False
+        return self.outcomes
+
+    def _is_blocked(self, pending: PendingChange) -> bool:
+        """Whether an earlier change of the same key is blocked."""
+        error = self._blocked.get(pending.change.key)
+        if error is not None:
+            self.outcomes[pending.place] = error.copy()
+        return error is not None
+
+    async def attempt(self, piece: list[PendingChange]) -> list[list[PendingChange]]:
+        try:
+            return await super().attempt(piece)
+        except REFUSALS as exc:
+            # The database has constraints that this store did not create.
+            if len(piece) > 1:
+                return halves(piece)
+            self.outcomes[piece[0].place] = exc
+            return []
+        except LockTimeoutError as exc:
+            if len(piece) > 1:
+                return await self._without_locked(piece, exc)
+            self._block(piece, exc)
+            return []
+        except StorageError as exc:
+            if exc.outcome_unknown:
+                for each in piece:
+                    self.outcomes[each.place] = exc.copy()
+            raise
+
+    async def execute(self, shape: StatementKey, piece: list[PendingChange]) -> Any:
+        patience = PATIENCE
+        if self._patient and len(piece) == 1:
+            patience = max(patience, self._backoff.remaining)
+        while True:
+            try:
+                async with self._transaction(shape):
+                    return await self.run_statement(shape, piece, patience)
+            except ConcurrencyConflictError as exc:
+                is_final = exc.outcome_unknown or isinstance(exc, CatalogueChangedError)
+                if is_final or not await self._backoff.pause():
+                    raise
+
+    def _transaction(self, shape: StatementKey) -> AbstractAsyncContextManager[None]:
+        if self._locks_parents(shape):
+            # Each of its statements must see what was committed before it.
+            return self.lease.transaction("read_committed")
+        return self.lease.transaction() if self._in_transactions else nullcontext()
+
+    async def _without_locked(
+        self, piece: list[PendingChange], exc: LockTimeoutError
+    ) -> list[list[PendingChange]]:
+        """The changes of which no row is locked, and, if this batch is patient, each of the others."""
+        shape = piece[0].shape
+        assert shape is not None
+        table = self._tables[shape.collection]
+        ids = array_text([each.change.key.id for each in piece])
+        source = f"SELECT t.{table.key} FROM {table.name} AS t WHERE t.{table.key} = ANY($1::text::text[])"
+        strength = "UPDATE" if shape.verb == "delete" else "NO KEY UPDATE"
+        # Not serializable, so that it is no reason for another transaction to fail.
+        async with self.lease.transaction("read_committed"):
+            rows = await self.lease.rows(
+                f"WITH free AS MATERIALIZED ({source} FOR {strength} SKIP LOCKED) "
+                f"{source} EXCEPT ALL SELECT {table.key} FROM free",
+                (ids,),
+            )
+        names = {row[0] for row in rows}
+        locked = [each for each in piece if each.change.key.id in names]
+        free = [each for each in piece if each.change.key.id not in names]
+        if not locked:  # another row is locked: that of a parent, or one that is not committed
+            return halves(piece)
+        if not self._patient:
+            self._block(locked, exc)
+            locked = []
+        return [*([free] if free else []), *([each] for each in locked)]
+
+    def _block(self, locked: Sequence[PendingChange], exc: LockTimeoutError) -> None:
+        for each in locked:
+            error = self.outcomes[each.place] = exc.copy()
+            if not self._patient:
+                self._blocked[each.change.key] = error
+
+
+def _pieces(group: Sequence[PendingChange]) -> list[list[PendingChange]]:
+    """Divide a group so that a statement has neither too many rows nor too many bytes."""
+    pieces: list[list[PendingChange]] = []
+    size = 0
+    for each in group:
+        if not pieces or len(pieces[-1]) == _MAX_ROWS or size + len(each.doc) > _MAX_SIZE:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(each)
+        size += len(each.doc)
+    return pieces
+
+
+def halves(items: Sequence[_Item]) -> list[list[_Item]]:
+    return [list(items[: len(items) // 2]), list(items[len(items) // 2 :])]
+
+
+def _overtaken(key: Key) -> ConcurrencyConflictError:
+    return ConcurrencyConflictError(
+        f"{key.collection} {key.id!r}: other writers kept changing the entity between each write "
+        "and the read after it: try again",
+        collection=key.collection,
+        entity_id=key.id,
+        retryable=True,
+    )

@@ -1,0 +1,58 @@
+"""The tables in SQLite: the first write of a process adds what is missing, under the write lock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hf_async_store.driver import SchemaProgress
+from hf_async_store.strategies.sql.catalogue import Catalogue, Entry
+from hf_async_store.strategies.sql.connections import LeasedConnection
+from hf_async_store.strategies.sql.ddl import SchemaSync
+from hf_async_store.strategies.sql.names import DOC, index_name, key_column, quoted, table_name
+from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.values import VERSION
+
+
+class SQLiteSchema(SchemaSync):
+    """The tables of a store in SQLite."""
+
+    def create_table(self, table: Table) -> str:
+        columns = [
+            f"{table.key} TEXT PRIMARY KEY NOT NULL",
+            f"{VERSION} BIGINT NOT NULL",
+            f"{DOC} TEXT NOT NULL",
+            *(f"{each} BLOB NOT NULL" for each in table.key_columns),
+        ]
+        return f"CREATE TABLE {table.name} ({', '.join(columns)})"
+
+    def extension(
+        self, name: str, entry: Entry, relations: Mapping[str, str]
+    ) -> tuple[Entry, list[str]]:
+        """See `SchemaSync`: all missing key columns, filled, and indexes."""
+        table, complete = quoted(table_name(name)), entry.completed()
+        new = {
+            quoted(key_column(each)): f"hf_fill({DOC}, '{each}')"
+            for each in complete.columns
+            if each not in entry.columns
+        }
+        # The default, which a new column needs, is the key of a missing value.
+        statements = [
+            f"ALTER TABLE {table} ADD COLUMN {column} BLOB NOT NULL DEFAULT x'00'" for column in new
+        ]
+        if new:
+            values = ", ".join(f"{column} = {value}" for column, value in new.items())
+            statements.append(f"UPDATE {table} SET {values}")
+        statements += [
+            self.index_ddl(name, complete, fields)
+            for fields in complete.wanted_indexes()
+            if index_name(name, fields) not in relations
+        ]
+        return complete, statements
+
+    async def apply(
+        self, lease: LeasedConnection, progress: SchemaProgress, *, complete: bool
+    ) -> Catalogue:
+        """See `SchemaSync`: the changes themselves are those of a first write, and so have been made."""
+        del progress, complete
+        await lease.rows("ANALYZE", doing="analyze the tables")
+        return await self.read(lease) or Catalogue()

@@ -1,0 +1,362 @@
+"""Writes to SQLite: one call in the thread of the connection reads, decides and writes a whole batch.
+
+While the transaction holds the write lock, nothing else can change. So the changes are decided in
+memory, in their order, and the resulting rows are written by statements of many rows. Each step of a
+statement acquires the interpreter lock, for which the thread may wait while the event loop is busy,
+so few steps are better than few bytes. An update sets only the key columns that change, because SQLite
+rewrites the entries of every index of which a column is set.
+
+The statements are `OR FAIL`, because a failure rolls back the whole batch anyway: with `OR ABORT`, the
+default, a statement of many rows would first copy each page that it changes.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final
+
+from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Put
+from hf_async_store.config import SQLConfig
+from hf_async_store.errors import StorageError
+from hf_async_store.preconditions import check_children
+from hf_async_store.query import Comparison, Query
+from hf_async_store.schema import Collection, Field
+from hf_async_store.strategies.sql.catalogue import GENERATION_SQL, CatalogueChangedError
+from hf_async_store.strategies.sql.compiler import compile_query
+from hf_async_store.strategies.sql.decisions import (
+    Stored,
+    keys_by_collection,
+    marker_put,
+    new_row,
+    parents_of,
+    refuse_missing_parents,
+)
+from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.names import CATALOGUE, DOC
+from hf_async_store.strategies.sql.writer import Writer
+from hf_async_store.values import CREATED_AT, VERSION, Key
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.connections import LeasedConnection
+    from hf_async_store.strategies.sql.rows import Table, Tables
+
+_ROWS: Final = (256, 64, 32, 16, 8, 4, 2, 1)
+"""The numbers of rows of the statements: few, so that each is prepared once."""
+
+_WAL_PAGES: Final = 1000  # SQLite's own default
+_IMPORT_WAL_PAGES: Final = 10_000
+"""With fewer checkpoints, a page that many batches of an import change is written to the file once."""
+
+_NOT_LOADED: Final = ""
+"""Instead of a document that was not read yet."""
+
+
+class SQLiteWriter(Writer):
+    """Executes the changes of a store."""
+
+    def __init__(self, tables: Tables, config: SQLConfig) -> None:
+        super().__init__(tables, config)
+        self._statements: dict[tuple[str, tuple[int, ...] | None, int], str] = {}
+
+    async def write_each(
+        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool = True
+    ) -> list[Outcome]:
+        """See `Writer`: in one transaction, if the database accepts all changes."""
+        try:
+            return await lease.job(lambda connection: self._commit(connection, changes))
+        except REFUSALS as exc:
+            if len(changes) == 1:
+                return [exc]
+        middle = len(changes) // 2
+        outcomes = await self.write_each(lease, changes[:middle])
+        try:
+            return outcomes + await self.write_each(lease, changes[middle:])
+        except StorageError as exc:
+            # The first half was applied, and must not be reported as failed.
+            return outcomes + [exc.copy() for _ in changes[middle:]]
+
+    async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
+        """See `Writer`."""
+        return await lease.job(lambda connection: self._apply(connection, changes))
+
+    def _apply(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+        self._check_catalogue(connection)
+        return _Batch(self, connection).run(changes, all_or_none=True)
+
+    def _check_catalogue(self, connection: sqlite3.Connection) -> None:
+        """Check under the write lock that the tables are as they were read."""
+        generation = connection.execute(GENERATION_SQL).fetchone()
+        if generation != (str(self.tables.catalogue.generation),):
+            raise CatalogueChangedError
+
+    def insert_sql(self, table: Table, rows: int) -> str:
+        """The statement that inserts this number of rows: id, version, document, key columns."""
+        columns = [table.key, VERSION, DOC, *table.key_columns]
+        values = _values(len(columns), rows)
+        return f"INSERT OR FAIL INTO {table.name} ({', '.join(columns)}) VALUES {values}"
+
+    def update_sql(self, table: Table, changed: tuple[int, ...], rows: int) -> str:
+        """The statement that updates this number of rows: id, version, document, and some key columns."""
+        names = [VERSION, DOC, *(table.key_columns[each] for each in changed)]
+        sets = ", ".join(f"{name} = v.column{number}" for number, name in enumerate(names, 2))
+        values = _values(len(names) + 1, rows)
+        return (
+            f"UPDATE OR FAIL {table.name} AS t SET {sets} FROM (VALUES {values}) AS v "
+            f"WHERE t.{table.key} = v.column1"
+        )
+
+    def statement(self, table: Table, changed: tuple[int, ...] | None, rows: int) -> str:
+        """The statement for rows of which these key columns change; None: for new rows."""
+        place = (table.collection, changed, rows)
+        cached = self._statements.get(place)
+        if cached is None:
+            if changed is None:
+                cached = self.insert_sql(table, rows)
+            else:
+                cached = self.update_sql(table, changed, rows)
+            self._statements[place] = cached
+        return cached
+
+    def _commit(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+        imports = len(changes) > 1 and all(_is_import(each) for each in changes)
+        if imports:
+            connection.execute(f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}")
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            self._check_catalogue(connection)
+            outcomes = _Batch(self, connection).run(changes, all_or_none=False)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        finally:
+            if imports:
+                connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+        return outcomes
+
+
+class _Batch:
+    """The rows that one batch read, and those that it must write."""
+
+    def __init__(self, writer: SQLiteWriter, connection: sqlite3.Connection) -> None:
+        self._schema = writer.schema
+        self._tables = writer.tables
+        self._references = writer.references
+        self._statement = writer.statement
+        self._connection = connection
+        self._rows: dict[Key, Stored | None] = {}  # as they are with the changes so far
+        self._parents: dict[Key, bool] = {}  # whether an entity that is not in `_rows` exists
+        self._before: dict[Key, Stored | None] = {}  # the stored rows of those that changed
+        self._written = False
+
+    def run(self, changes: Sequence[Change], *, all_or_none: bool) -> list[Outcome]:
+        """Decide the changes in order, and write the accepted ones."""
+        self._read(changes)
+        must_check = self._references and self._read_parents(changes)
+        outcomes: list[Outcome] = []
+        for change in changes:
+            outcome = self._apply(change, must_check=must_check)
+            outcomes.append(outcome)
+            if isinstance(outcome, StorageError):
+                if all_or_none:
+                    return outcomes
+            elif change.mark is not None:
+                marker = marker_put(change.mark, getattr(change, "written_at", ""))
+                self._set(marker.key, new_row(self._tables[marker.key.collection], marker, None))
+        if not self._written and not self._before:
+            # It fails if the database cannot be written, which is not noticed otherwise.
+            self._connection.execute(f"DELETE FROM {CATALOGUE} WHERE FALSE")
+        self._flush()
+        return outcomes
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def _read(self, changes: Sequence[Change]) -> None:
+        by_key = {each.key: each for each in changes}
+        marks = [each.mark.key for each in changes if each.mark is not None]
+        self._rows = dict.fromkeys(chain(by_key, marks))
+        # Changes of one entity may need whatever an earlier one of them left unchanged.
+        everything = len(by_key) < len(changes)
+        doc = f"t.{DOC}" if everything or any(map(_needs_document, changes)) else f"'{_NOT_LOADED}'"
+        named = None if everything else _named_fields(changes)
+        for collection, ids in keys_by_collection(self._rows).items():
+            table = self._tables[collection]
+            keys = [
+                f"t.{column}" if named is None or field in named else "NULL"
+                for field, column in zip(table.key_fields, table.key_columns, strict=True)
+            ]
+            for row in self._select(table, ", ".join([VERSION, doc, *keys]), ids):
+                self._rows[Key(collection, row[0])] = Stored(row[1], row[2], row[3:])
+
+    def _read_parents(self, changes: Sequence[Change]) -> bool:
+        """Find out which parents exist; returns whether the references must be checked one by one."""
+        wanted: dict[str, set[str]] = {}
+        for (collection, is_delete), group in _by_kind(changes).items():
+            if is_delete:
+                continue
+            for field in self._schema[collection].references:
+                ids = wanted.setdefault(field.parent, set())
+                ids.update([each for each in _values_of(group, field.name) if type(each) is str])
+        self._parents = {}
+        for collection, found in wanted.items():
+            unread = sorted(each for each in found if Key(collection, each) not in self._rows)
+            self._parents.update(dict.fromkeys([Key(collection, each) for each in unread], False))
+            for [entity_id, _] in self._select(self._tables[collection], VERSION, unread):
+                self._parents[Key(collection, entity_id)] = True
+        changed = {each.key.collection for each in changes}
+        deleted = {each.key.collection for each in changes if isinstance(each, Delete)}
+        return (
+            not all(self._parents.values())
+            or not changed.isdisjoint(wanted)
+            or any(self._schema.children[each] for each in deleted)
+        )
+
+    def _select(self, table: Table, columns: str, ids: Sequence[str]) -> list[Any]:
+        source = f"SELECT t.{table.key}, {columns} FROM {table.name} AS t WHERE t.{table.key}"
+        if len(ids) == 1:
+            return self._connection.execute(f"{source} = ?", ids).fetchall()
+        listed = (table.grammar.strings(ids),)
+        return self._connection.execute(f"{source} {table.grammar.in_list('?')}", listed).fetchall()
+
+    def _loaded(self, key: Key, stored: Stored) -> Stored:
+        """A stored row with its document."""
+        if stored.doc != _NOT_LOADED:
+            return stored
+        [[_, doc]] = self._select(self._tables[key.collection], f"t.{DOC}", [key.id])
+        return stored._replace(doc=doc)
+
+    # -- decisions ---------------------------------------------------------------------------
+
+    def _apply(self, change: Change, *, must_check: bool) -> Outcome:
+        key = change.key
+        table = self._tables[key.collection]
+        stored = self._rows[key]
+        try:
+            if stored is not None and change.expect is not ANY and change.expect != stored.version:
+                stored = self._loaded(key, stored)
+            row = new_row(table, change, stored)
+            if must_check:
+                self._check_references(table, change, stored)
+        except StorageError as exc:
+            return exc
+        if row is not None:
+            self._set(key, row)
+            return row.version
+        if stored is None:
+            return None
+        self._set(key, None)
+        return stored.version
+
+    def _set(self, key: Key, row: Stored | None) -> None:
+        self._before.setdefault(key, self._rows[key])
+        self._rows[key] = row
+
+    def _check_references(self, table: Table, change: Change, stored: Stored | None) -> None:
+        if not isinstance(change, Delete):
+            if not all(map(self._exists, parents_of(self._schema, change))):
+                loaded = None if stored is None else self._loaded(change.key, stored)
+                refuse_missing_parents(self._schema, table, change, loaded, self._exists)
+        elif stored is not None and self._schema.children[change.key.collection]:
+            self._flush()
+            check_children(self._schema, change.key, self._children)
+
+    def _exists(self, key: Key) -> bool:
+        return self._rows[key] is not None if key in self._rows else self._parents[key]
+
+    def _children(self, child: Collection, field: Field, parent: str) -> list[str]:
+        query = Query(child.name, Comparison((field.name,), "eq", parent), limit=2)
+        compiled = compile_query(self._tables[child.name], query)
+        return [row[0] for row in self._connection.execute(compiled.sql, compiled.args).fetchall()]
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Write the changed rows, those together that need the same statement."""
+        deletes: dict[str, list[str]] = {}
+        writes: dict[tuple[str, tuple[int, ...] | None], list[tuple[object, ...]]] = {}
+        for key, before in self._before.items():
+            row = self._rows[key]
+            if row is not None:
+                version, doc, keys = row
+                changed: tuple[int, ...] | None = None
+                if before is not None:
+                    changed = _different(before.keys, keys)
+                    keys = tuple([keys[each] for each in changed])
+                args = writes.setdefault((key.collection, changed), [])
+                args.append((key.id, version, doc, *keys))
+            elif before is not None:
+                deletes.setdefault(key.collection, []).append(key.id)
+        self._before.clear()
+        self._written = True
+        for collection, gone in deletes.items():
+            table = self._tables[collection]
+            sql = f"DELETE FROM {table.name} WHERE {table.key} {table.grammar.in_list('?')}"
+            self._connection.execute(sql, (table.grammar.strings(gone),))
+        for (collection, changed), rows in writes.items():
+            for part in _pieces(rows):
+                sql = self._statement(self._tables[collection], changed, len(part))
+                self._connection.execute(sql, list(chain.from_iterable(part)))
+
+
+def _by_kind(changes: Iterable[Change]) -> dict[tuple[str, bool], list[Change]]:
+    """The changes by collection, deletes apart."""
+    groups: dict[tuple[str, bool], list[Change]] = {}
+    for each in changes:
+        groups.setdefault((each.key.collection, isinstance(each, Delete)), []).append(each)
+    return groups
+
+
+def _values_of(changes: Iterable[Change], name: str) -> list[object]:
+    """The values that changes give a field."""
+    return [
+        (each.entity if isinstance(each, Put) else each.fields).get(name)
+        for each in changes
+        if not isinstance(each, Delete)
+    ]
+
+
+def _values(columns: int, rows: int) -> str:
+    row = f"({', '.join('?' * columns)})"
+    return ", ".join([row] * rows)
+
+
+def _different(before: Sequence[bytes | None], after: Sequence[bytes | None]) -> tuple[int, ...]:
+    """The positions at which key columns differ."""
+    if before == after:
+        return ()
+    pairs = enumerate(zip(before, after, strict=True))
+    return tuple(number for number, (old, new) in pairs if old != new)
+
+
+def _pieces(rows: list[tuple[object, ...]]) -> Iterator[list[tuple[object, ...]]]:
+    start = 0
+    for size in _ROWS:
+        while len(rows) - start >= size:
+            yield rows[start : start + size]
+            start += size
+
+
+def _is_import(change: Change) -> bool:
+    return isinstance(change, Put) and change.import_version is not None
+
+
+def _named_fields(changes: Iterable[Change]) -> set[str] | None:
+    """The fields whose stored key columns matter to the changes; None: all of them."""
+    names: set[str] = set()
+    for each in changes:
+        if isinstance(each, Put):
+            return None
+        if not isinstance(each, Delete):
+            names.update(each.fields)
+    return names
+
+
+def _needs_document(change: Change) -> bool:
+    """Whether the new row depends on the stored document."""
+    if not isinstance(change, Put):
+        return not isinstance(change, Delete)
+    whole = change.import_version is not None or CREATED_AT in change.entity
+    return not whole and change.expect is not ABSENT

@@ -1,0 +1,149 @@
+"""Writes to PostgreSQL: divides changes into waves, and groups each wave by statement.
+
+The changes of a wave are independent of one another, so that all changes with the same `StatementKey`
+can share a statement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from hf_async_store.changes import Change, Outcome
+from hf_async_store.config import SQLConfig
+from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
+from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
+from hf_async_store.strategies.sql.decisions import marker_put
+from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.pending import Encoder, PendingChange, by_statement
+from hf_async_store.strategies.sql.retries import conflict_backoff
+from hf_async_store.strategies.sql.sending import (
+    PATIENCE,
+    IndependentBatch,
+    TransactionBatch,
+    halves,
+)
+from hf_async_store.strategies.sql.waves import wave_numbers
+from hf_async_store.strategies.sql.write_sql import WriteStatements
+from hf_async_store.strategies.sql.writer import Writer
+from hf_async_store.values import Key
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.connections import LeasedConnection
+    from hf_async_store.strategies.sql.rows import Tables
+
+
+class StatementWriter(Writer):
+    """Executes the changes of a store."""
+
+    def __init__(self, tables: Tables, config: SQLConfig) -> None:
+        super().__init__(tables, config)
+        # For transactions of the configured isolation level: see `WriteStatements.of`.
+        self._locks = self.references and config.isolation != "serializable"
+        self._encoder = Encoder(tables, WriteStatements(tables, references=self.references))
+
+    async def write_each(
+        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool = True
+    ) -> list[Outcome]:
+        """See `Writer`."""
+        if any(each.mark is not None for each in changes):
+            return await self._write_marked(lease, changes, patient=patient)
+        batch = IndependentBatch(
+            self._encoder,
+            lease,
+            len(changes),
+            config=self.config,
+            locks=self._locks,
+            patient=patient,
+        )
+        return await batch.run(self._groups(changes))
+
+    async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
+        """See `Writer`."""
+        isolation = lease.isolation or self.config.isolation
+        locks = self.references and isolation != "serializable"
+        batch = TransactionBatch(self._encoder, lease, len(changes), locks=locks)
+        outcomes = await batch.run(self._groups(changes), all_or_none=True)
+        for index, each in enumerate(outcomes):
+            if isinstance(each, StorageError):
+                return outcomes[: index + 1]
+        await self._write_markers(lease, changes, outcomes)
+        return outcomes
+
+    def _groups(self, changes: Sequence[Change]) -> list[list[PendingChange]]:
+        """The changes in groups to be executed in order, one statement each."""
+        numbers = wave_numbers(self.schema, changes, references=self.references)
+        waves: dict[int, list[PendingChange]] = {}
+        for place, (change, wave) in enumerate(zip(changes, numbers, strict=True)):
+            waves.setdefault(wave, []).append(self._encoder.pending(place, change))
+        return list(chain.from_iterable(by_statement(waves[each]) for each in sorted(waves)))
+
+    # -- change markers ----------------------------------------------------------------------
+
+    async def _write_marked(
+        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool
+    ) -> list[Outcome]:
+        """Apply changes and their markers in one transaction; if the database rejects one of the changes,
+        or its entity is locked, each half in a transaction of its own."""
+        try:
+            return await self._commit_marked(lease, changes, patient=patient and len(changes) == 1)
+        except (*REFUSALS, LockTimeoutError) as exc:
+            if len(changes) == 1:
+                return [exc]
+        outcomes: list[Outcome] = []
+        blocked: dict[Key, StorageError] = {}  # later changes of these keys must not come first
+        for half in halves(changes):
+            wanted = [each for each in half if each.key not in blocked]
+            try:
+                found = await self._write_marked(lease, wanted, patient=patient) if wanted else []
+            except StorageError as exc:
+                if not outcomes:
+                    raise
+                # The first half was applied.
+                found = [exc.copy() for _ in wanted]
+            rest = iter(found)
+            for change in half:
+                error = blocked.get(change.key)
+                outcome = next(rest) if error is None else error.copy()
+                if isinstance(outcome, LockTimeoutError) and not patient:
+                    blocked[change.key] = outcome
+                outcomes.append(outcome)
+        return outcomes
+
+    async def _commit_marked(
+        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool
+    ) -> list[Outcome]:
+        backoff = conflict_backoff(self.config.timeout)
+        patience = None if patient else PATIENCE
+        while True:
+            try:
+                async with lease.transaction("read_committed" if self._locks else None):
+                    batch = TransactionBatch(
+                        self._encoder,
+                        lease,
+                        len(changes),
+                        locks=self._locks,
+                        patience=patience,
+                    )
+                    outcomes = await batch.run(self._groups(changes), all_or_none=False)
+                    await self._write_markers(lease, changes, outcomes)
+                return outcomes
+            except ConcurrencyConflictError as exc:
+                if isinstance(exc, CatalogueChangedError) or not await backoff.pause():
+                    raise
+
+    async def _write_markers(
+        self, lease: LeasedConnection, changes: Sequence[Change], outcomes: Sequence[Outcome]
+    ) -> None:
+        """Write the markers of the changes that succeeded, in the open transaction."""
+        markers = [
+            marker_put(change.mark, getattr(change, "written_at", ""))
+            for change, outcome in zip(changes, outcomes, strict=True)
+            if change.mark is not None and not isinstance(outcome, StorageError)
+        ]
+        if markers:
+            batch = TransactionBatch(self._encoder, lease, len(markers), locks=False)
+            for each in await batch.run(self._groups(markers), all_or_none=False):
+                if isinstance(each, StorageError):
+                    raise each

@@ -1,0 +1,39 @@
+"""The interface of what executes the changes of a store on a leased connection."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hf_async_store.changes import Change, Outcome
+from hf_async_store.config import SQLConfig
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.connections import LeasedConnection
+    from hf_async_store.strategies.sql.rows import Tables
+
+
+class Writer(ABC):
+    """Executes the changes of a store.
+
+    Args:
+        tables: as the catalogue describes them. If the catalogue has changed, the methods raise
+            `CatalogueChangedError`, and nothing was written; the engine then makes a new writer.
+    """
+
+    def __init__(self, tables: Tables, config: SQLConfig) -> None:
+        self.tables = tables
+        self.schema = tables.schema
+        self.references = config.enforce_references
+        self.config = config
+
+    @abstractmethod
+    async def write_each(
+        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool = True
+    ) -> list[Outcome]:
+        """See `Engine.write_each`; if not `patient`, `Engine.write_unblocked`."""
+
+    @abstractmethod
+    async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
+        """Execute the changes of a session in its transaction, up to the first that fails."""
