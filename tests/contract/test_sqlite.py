@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hf_async_store.testing import StrategyContract
+from hf_async_store.testing.contract import StrategyContract
 from tests.contract.harnesses import SQLiteHarness
 
 if TYPE_CHECKING:
