@@ -47,11 +47,29 @@ class ConditionalUpdate(WriteOp):
         """The UpdateItem request.
 
         First rewrites the observed item, if another program or another declaration wrote it.
+
+        Raises:
+            UnsupportedValueError: the updated entity would exceed a limit.
         """
+        await self._observe(client)
         if self.observed is not None and self._is_undeclared(self.observed):
             await self._rewrite(client, self.observed)
             self.observed = None
+            await self._observe(client)
         return update_item(self, self._condition, self._names.copy())
+
+    async def _observe(self, client: Client) -> None:
+        """Read the item, if the update changes only a part of a composite sort key."""
+        if not self.whole:
+            return
+        if self.observed is None:
+            key = {self.key[0]: {"S": self.key[1]}}
+            params = {"TableName": self.table, "Key": key, "ConsistentRead": True}
+            self.observed = (await client.read("GetItem", params)).get("Item")
+        if self.observed is not None:
+            fields = cast("Patch", self.change).fields
+            entity, version = self.mapping.entity(self.observed), self.version_of(self.observed)
+            check_size(patched(entity, fields, version))
 
     def _is_undeclared(self, item: Attributes) -> bool:
         is_complete = token_of(item) is not None and size_bound_of(item) is not None

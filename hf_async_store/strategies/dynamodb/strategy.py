@@ -102,7 +102,8 @@ class DynamoDBStorageStrategy(StorageStrategy):
         Args:
             key_condition: `template_id = :template_id`, and at most one comparison (`=`, `<`,
                 `<=`, `>`, `>=`, `BETWEEN :low AND :high`, `begins_with(field, :start)`) on the
-                sort field, joined by AND.
+                second field of an index on two, joined by AND. On an index on one timestamp,
+                integer or number field, one such comparison.
             expression_values: the value of each `:name`.
 
         Raises:
@@ -124,9 +125,8 @@ class DynamoDBStorageStrategy(StorageStrategy):
             raise InvalidQueryError("descending must be True or False")
         names = Names()
         mapping = self._dynamodb.tables.mappings[collection]
-        expression = read_key_condition(
-            key_condition, expression_values, mapping, matching[0], names
-        )
+        [shape] = [each for each in mapping.shapes if each.index == matching[0]]
+        expression = read_key_condition(key_condition, expression_values, mapping, shape, names)
         async with (
             operation_timeout(timeout),
             self._engine.direct("query_by_gsi", writes=False),
@@ -135,7 +135,8 @@ class DynamoDBStorageStrategy(StorageStrategy):
                 return await self._dynamodb.reading.by_index(
                     collection,
                     matching[0],
-                    names.request(KeyConditionExpression=expression),
+                    expression,
+                    names,
                     limit,
                     descending,
                 )

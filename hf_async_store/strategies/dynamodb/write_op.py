@@ -67,7 +67,7 @@ class WriteOp:
         self.intent = intent_of(change)
         self.state: State = "import" if is_import(change) else "start"
         self.doubt: Doubt = "none"
-        self.whole = change.mark is not None
+        self.whole = change.mark is not None or mapping.needs_stored(change)
         self.observed: Attributes | None = None
         self.statement: Statement | None = None
         self.new_version: int | None = None

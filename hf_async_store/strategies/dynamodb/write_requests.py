@@ -262,7 +262,8 @@ def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     """The UpdateItem request of an update with a condition of the caller."""
     change = cast("Patch", op.change)
     fields = {name: each for name, each in change.fields.items() if name != op.mapping.key}
-    sets, removed = op.mapping.changes(fields)
+    stored_entity = None if op.observed is None else op.mapping.entity(op.observed)
+    sets, removed = op.mapping.changes(fields, stored_entity)
     added_size = size_of(cast("Entity", fields))
     version, stored = names.name(VERSION), names.name(SIZE)
     assignments = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
