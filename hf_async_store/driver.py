@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Final, Literal, TypeAlias, TypeVar
 
@@ -73,6 +73,8 @@ __all__ = [
     "Reader",
     "Record",
     "Schema",
+    "SchemaChange",
+    "SchemaProgress",
     "Session",
     "Value",
     "batched",
@@ -167,6 +169,29 @@ class QueryPlan(msgspec.Struct, frozen=True, kw_only=True):
     sorted_here: bool = False
     consistent: bool = True
     detail: str = ""
+
+
+class SchemaChange(msgspec.Struct, frozen=True):
+    """One thing that a declaration and its store disagree about, as returned by `schema_changes`.
+
+    Attributes:
+        kind: what it is about: of every engine "collection", "key", "field", "index", "values", "form"
+            or "required" (see `schema_changes.py`); others are those of an engine.
+        collection: the name of the collection.
+        name: the name of the field or index; "" if it is about the collection.
+        detail: what is missing or differs, and what `apply_schema` does about it, for people.
+        blocking: whether writers wait while `apply_schema` does it.
+    """
+
+    kind: str
+    collection: str
+    name: str
+    detail: str
+    blocking: bool = False
+
+
+SchemaProgress: TypeAlias = Callable[[SchemaChange, int, int | None], None]
+"""Called with a change, how much of it is done, and how much there is, if that is known."""
 
 
 class Reader(ABC):
@@ -343,6 +368,27 @@ class Engine(Reader):
         Sorted; `"jobs"` is a collection, `"machines.owner"` a field. Nothing is created.
         """
         return []
+
+    async def schema_changes(self) -> list[SchemaChange]:
+        """What the store lacks for its declaration, in terms of this engine: tables, columns, indexes.
+
+        Nothing is changed. What every engine has in common, such as stored values that do not fit a
+        type, is added by the store. The default is for an engine that needs nothing but the entities.
+        """
+        return []
+
+    async def apply_schema(
+        self, *, progress: SchemaProgress | None = None, complete: bool = False
+    ) -> None:
+        """Make the changes that `schema_changes` returns, while other programs read and write.
+
+        It can be interrupted at any await, run again, and run by several processes at once.
+
+        Args:
+            progress: called for each change as it proceeds.
+            complete: whether all programs with an older declaration have ended.
+        """
+        del progress, complete
 
     async def explain(self, query: Query) -> QueryPlan:
         """How `select` would run."""

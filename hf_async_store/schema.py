@@ -483,7 +483,13 @@ HOST_FACTORY: Final = (
             Field("tags", "json"),
             Field("metadata", "json"),
         ],
-        indexes=[Index("template_id", "created_at"), "status", "request_type"],
+        indexes=[
+            Index("template_id", "created_at"),
+            "status",
+            "request_type",
+            Index("status", "created_at"),
+            "created_at",
+        ],
     ),
     Collection(
         "machines",
@@ -501,7 +507,15 @@ HOST_FACTORY: Final = (
             Field("started_at", "timestamp"),
             Field("terminated_at", "timestamp"),
         ],
-        indexes=[Index("request_id", "created_at"), "return_request_id", "status", "name"],
+        indexes=[
+            Index("request_id", "created_at"),
+            "return_request_id",
+            "status",
+            "name",
+            Index("request_id", "status"),
+            Index("status", "created_at"),
+            "created_at",
+        ],
     ),
 )
 """The collections of the spec: templates, requests and machines, with its columns and references, and

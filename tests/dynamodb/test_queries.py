@@ -15,6 +15,7 @@ from hf_async_store import (
     begins_with,
     between,
     eq,
+    exists,
     gt,
     gte,
     in_,
@@ -62,30 +63,42 @@ def loads(draw: st.DrawFn) -> list[dict[str, Any]]:
 @st.composite
 def questions(draw: st.DrawFn) -> tuple[Any, Any, int | None]:
     index = draw(st.sampled_from(THINGS.indexes))
-    assert index.sort is not None
+    first, *others = index.fields
 
     def operand(name: str) -> Any:
+        if name == "thing_id":
+            return f"t{draw(st.integers(0, 24))}"
         return draw(st.sampled_from([*POOLS[name], *POOLS[name], *ODD]))
 
-    hashed: Any = operand(index.field)
-    if draw(st.booleans()):
-        hashed = in_([hashed, operand(index.field)])
-    parts: list[Any] = [{index.field: hashed}]
-    for _ in range(draw(st.integers(0, 2))):
-        kind = draw(st.sampled_from((*RANGES, "between", "begins")))
-        if kind == "between":
-            low, high = operand(index.sort), operand(index.sort)
-            parts.append({index.sort: between(low, high)})
-        elif kind == "begins":
-            parts.append({index.sort: begins_with(draw(st.sampled_from(["", "x", LONG, "2024"])))})
-        else:
-            parts.append({index.sort: kind(operand(index.sort))})
+    parts: list[Any] = []
+    if others or draw(st.booleans()):
+        hashed: Any = operand(first)
+        if draw(st.booleans()):
+            hashed = in_([hashed, operand(first)])
+        parts.append({first: hashed})
+    equal = draw(st.integers(0, len(others)))
+    parts += [{name: operand(name)} for name in others[:equal]]
+    rest = [name for name in (others or [first]) if name != "thing_id"]
+    for name in draw(st.lists(st.sampled_from(rest), max_size=2)) if rest else ():
+        kind = draw(st.sampled_from((*RANGES, "between", "begins", "in", "exists")))
+        condition: Any = {
+            "between": lambda name: between(operand(name), operand(name)),
+            "begins": lambda name: begins_with(draw(st.sampled_from(["", "x", LONG, "2024"]))),
+            "in": lambda name: in_([operand(name), operand(name)]),
+            "exists": lambda name: exists(draw(st.booleans())),
+        }.get(kind, lambda name, kind=kind: kind(operand(name)))(name)
+        parts.append({name: condition})
     if draw(st.integers(0, 3)) == 0:
         parts.append(or_({"label": "a"}, {"count": gte(0)}))
     sign = draw(st.sampled_from(("", "-")))
-    order: Any = [f"{sign}{index.sort}"]
+    names = (others or [first])[draw(st.integers(0, equal)) if others else 0 :][
+        : draw(st.integers(1, 3))
+    ]
+    order: Any = [f"{sign}{name}" for name in names] or ["label"]
     if draw(st.booleans()):
-        order.append(draw(st.sampled_from(("-thing_id", "thing_id", "-count", "label"))))
+        more = draw(st.sampled_from(("-thing_id", "thing_id", "-count", "label")))
+        if more.removeprefix("-") not in names and "thing_id" not in names:
+            order.append(more)
     return and_(*parts), order, draw(st.sampled_from((None, 1, 3)))
 
 

@@ -10,13 +10,12 @@ from hf_async_store.preconditions import next_version, patched
 from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.items import (
     DECLARATION_DIGEST,
-    new_token,
     size_bound_of,
     size_of,
     token_of,
 )
 from hf_async_store.strategies.dynamodb.write_op import WriteOp
-from hf_async_store.strategies.dynamodb.write_requests import unchanged, update_item
+from hf_async_store.strategies.dynamodb.write_requests import rewriting, update_item
 from hf_async_store.values import MAX_ENTITY_BYTES, Entity, check_size
 
 if TYPE_CHECKING:
@@ -76,15 +75,9 @@ class ConditionalUpdate(WriteOp):
         return item.get(DECLARATION_DIGEST) != self.mapping.digest or not is_complete
 
     async def _rewrite(self, client: Client, item: Attributes) -> None:
-        mapping, key = self.mapping, self.change.key
-        mapping.check_attributes(item)
-        token = token_of(item) or new_token()
-        new = mapping.item(key.id, mapping.entity(item), self.version_of(item), token)
-        mapping.keep_encodings(new, item)
-        request = {"TableName": self.table, "Item": new, **unchanged(mapping, item)}
         # The entity remains the same, so a delayed or repeated request has no effect.
         with suppress(ConditionFailed):
-            await client.read("PutItem", request)
+            await client.read("PutItem", rewriting(self.mapping, self.table, item))
 
     def respond_with(self, item: Attributes | None) -> None:
         if item is None or self.state != "condition":

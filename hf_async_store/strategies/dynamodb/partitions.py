@@ -35,9 +35,7 @@ async def gather(reads: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
         raise
 
 
-async def items_in(
-    source: Source,
-) -> AsyncGenerator[list[Attributes], None]:
+async def items_in(source: Source) -> AsyncGenerator[list[Attributes], None]:
     async with Owned(source) as pages:
         async for page in pages:
             yield page["Items"]

@@ -100,6 +100,12 @@ class Access(msgspec.Struct, frozen=True):
             return key
         return beginning(key, self.equal_parts + self.ordered_parts)
 
+    def span_of(self, span: Span, key: SortKey) -> Span:
+        """The part of a span with the same order in the query as a sort key."""
+        group = self.group_of(key)
+        high = group + AFTER_PREFIX if isinstance(group, bytes) else group
+        return Span(span.partition, group, high)
+
 
 def plan_access(query: Query, mapping: ItemMapping, active: AbstractSet[str]) -> Access:
     """The best access path of a query.

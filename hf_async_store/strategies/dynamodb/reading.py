@@ -148,7 +148,7 @@ class Reading:
             "Key": {mapping.key: {"S": key.id}},
             "ConsistentRead": consistent,
         }
-        response = await self._read("GetItem", params)
+        response = await self.read("GetItem", params)
         return cast("Attributes | None", response.get("Item"))
 
     async def _get_batch(
@@ -167,7 +167,7 @@ class Reading:
         keys = {table: self._key_of(table) for table in requests}
         retries = self._client.retries()
         while True:
-            response = await self._read("BatchGetItem", {"RequestItems": requests})
+            response = await self.read("BatchGetItem", {"RequestItems": requests})
             for table, items in response["Responses"].items():
                 name = keys[table]
                 for item in items:
@@ -182,7 +182,7 @@ class Reading:
     def _key_of(self, table: str) -> str:
         return self._tables.mappings[self._tables.collection_of(table)].key
 
-    async def _read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    async def read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         try:
             if self._cache is not None and self._cache.can_serve(operation, params):
                 return await self._cache.read(operation, params)
@@ -325,24 +325,31 @@ class Reading:
         )
 
     async def pages(
-        self, operation: str, params: Mapping[str, Any], hint: int | None = None
+        self,
+        operation: str,
+        params: Mapping[str, Any],
+        hint: int | None = None,
+        *,
+        grows: bool = True,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The pages of a Query or Scan, including empty ones, up to the last.
 
         Args:
             hint: the number of rows to examine for the first page; doubled for each further page,
                 and unlimited once it has exceeded 1000. None for no limit.
+            grows: if false, it is the number of rows for every page.
         """
         start: Mapping[str, Any] = {}
         while True:
             limit = {} if hint is None else {"Limit": hint}
-            response = await self._read(operation, {**params, **start, **limit})
+            response = await self.read(operation, {**params, **start, **limit})
             yield response
             last = response.get("LastEvaluatedKey")
             if not last:
                 return
             start = {"ExclusiveStartKey": last}
-            hint = None if hint is None or hint > 1000 else hint * 2
+            if grows:
+                hint = None if hint is None or hint > 1000 else hint * 2
 
     def table(self, collection: str) -> str:
         return self._tables.name(collection)
@@ -426,7 +433,11 @@ class _Rows:
         position_in = access.shape.position_in
         sort_key_of = compile_order(query)
         after = None if query.after is None else position_key(query, query.after)
-        sources = [self._span_pages(each, hint=self._hint()) for each in access.spans]
+        sources = (
+            [self._first_pages(access.spans[0])]
+            if self._is_limited_exactly
+            else [self._span_pages(each, hint=self._hint()) for each in access.spans]
+        )
 
         def group_of(item: Attributes) -> SortKey:
             return access.group_of(position_in(item))
@@ -496,6 +507,34 @@ class _Rows:
                 async for page in pages:
                     yield page
 
+    @property
+    def _is_limited_exactly(self) -> bool:
+        """Whether the first rows of a single span are the result, except for their order."""
+        query, is_exact = self._query, self.is_exact and not self.filter_expression
+        is_limited = query.limit is not None and query.after is None
+        return is_exact and is_limited and len(self._access.spans) == 1
+
+    async def _first_pages(self, span: Span) -> AsyncGenerator[dict[str, Any], None]:
+        """One row more than the limit of the query, and the rows that are equal to the last of them."""
+        shape, limit = self._access.shape, self._query.limit
+        assert shape is not None
+        assert limit is not None
+        left, params = limit + 1, self._query_params(span)
+        while True:
+            page = await self._reading.read("Query", {**params, "Limit": left})
+            yield page
+            left -= len(page["Items"])
+            if not page.get("LastEvaluatedKey"):
+                return
+            params["ExclusiveStartKey"] = page["LastEvaluatedKey"]
+            if left <= 0:
+                break
+        group = self._access.span_of(span, shape.position_in(page["Items"][-1]))
+        params = {**self._query_params(group), "ExclusiveStartKey": params["ExclusiveStartKey"]}
+        async with Owned(self._reading.pages("Query", params)) as pages:
+            async for page in pages:
+                yield page
+
     def _span_pages(
         self, span: Span, *, hint: int | None = None, counting: bool = False
     ) -> AsyncGenerator[dict[str, Any], None]:
@@ -523,7 +562,9 @@ class _Rows:
         if limit is None:
             return None
         exact = self.is_exact and not self.filter_expression
-        return min(limit + 1 if exact else 32 + limit * _ROWS_PER_MATCH, 5_000)
+        if exact:
+            return min(limit + 1 + (self._query.after is not None), 5_000)
+        return min(32 + limit * _ROWS_PER_MATCH, 5_000)
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -613,7 +654,7 @@ async def _parallel_scan(
         {"Segment": each, "TotalSegments": _SEGMENTS} for each in range(_SEGMENTS)
     ]
     while starts:
-        pages = await gather([reading._read("Scan", {**params, **each}) for each in starts])
+        pages = await gather([reading.read("Scan", {**params, **each}) for each in starts])
         for page in pages:
             yield page
         starts = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, cast
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from hf_async_store.config import AutoScaling
 from hf_async_store.errors import (
@@ -18,6 +18,7 @@ from hf_async_store.errors import (
 from hf_async_store.schema import SYSTEM_COLLECTIONS, Index, Schema
 from hf_async_store.strategies.dynamodb.errors import (
     ActionDenied,
+    ConditionFailed,
     StatementRefused,
     TableMissing,
     scaling_error,
@@ -28,6 +29,7 @@ from hf_async_store.strategies.dynamodb.index_keys import (
     keys_of_table,
 )
 from hf_async_store.strategies.dynamodb.index_state import (
+    CONTENT,
     STATE_ID,
     IndexState,
     attributes_of,
@@ -36,13 +38,16 @@ from hf_async_store.strategies.dynamodb.index_state import (
 from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attributes
     from hf_async_store.values import Value
 
 _WAIT_SECONDS: Final = 600.0
+_INDEX_SECONDS: Final = 7 * 24 * 3600.0
+"""How long is waited for an index of an existing table, while its progress is reported."""
+
 _MAX_TARGETS: Final = 50
 """Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
 
@@ -50,6 +55,13 @@ _MAX_TARGETS: Final = 50
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{3,255}\Z")
 
 _SCALING_ENDPOINT: Final = "AWS_ENDPOINT_URL_APPLICATION_AUTO_SCALING"
+
+
+SeeTable: TypeAlias = Callable[[Mapping[str, Any]], None]
+
+
+def _ignore(table: Mapping[str, Any]) -> None:
+    del table
 
 
 class Tables:
@@ -144,7 +156,7 @@ class Tables:
             if table is None or table["TableStatus"] != "ACTIVE":
                 if table is None and await self._create(collection):
                     await self._finish_creation(collection)
-                table = await self._wait_until_active(collection)
+                table = await self.wait_until_active(collection)
         except ActionDenied:
             # A minimal policy does not allow DescribeTable: assume that the table is as declared.
             if not create and not await self._table_exists(collection):
@@ -165,7 +177,7 @@ class Tables:
         task = cast("asyncio.Task[object]", asyncio.current_task())
         self._creating.add(task)
         try:
-            await self._wait_until_active(collection)
+            await self.wait_until_active(collection)
             await self._configure(collection)
         finally:
             self._creating.discard(task)
@@ -235,7 +247,7 @@ class Tables:
         self, collection: str, table: Mapping[str, Any], state: IndexState
     ) -> frozenset[str]:
         """The declared indexes that are active and complete, and match their declaration."""
-        active = _active_indexes(table) - state.incomplete
+        active = active_indexes(table) - state.incomplete
         return frozenset(
             each.name
             for each in self.schema[collection].indexes
@@ -251,13 +263,36 @@ class Tables:
             "Key": self._state_key(collection),
             "ConsistentRead": True,
         }
-        item = (await self._client.read("GetItem", params)).get("Item")
-        return IndexState() if item is None else state_of(item)
+        return state_of((await self._client.read("GetItem", params)).get("Item"))
 
-    async def remember(self, collection: str, state: IndexState) -> None:
-        """Store this state in the table."""
-        item = {**self._state_key(collection), **attributes_of(state)}
-        await self._client.read("PutItem", {"TableName": self.name(collection), "Item": item})
+    async def change_state(
+        self, collection: str, change: Callable[[IndexState], IndexState]
+    ) -> None:
+        """Change what the table remembers; other processes may do so at the same time.
+
+        Raises:
+            UnavailableError: they did so each time.
+        """
+        retries = self._client.retries()
+        while True:
+            old = await self.state(collection)
+            new = change(old)
+            if new == old:
+                return
+            request: dict[str, Any] = {
+                "TableName": self.name(collection),
+                "Item": {**self._state_key(collection), **attributes_of(new)},
+                "ConditionExpression": "attribute_not_exists(#c) OR #c = :old",
+                "ExpressionAttributeNames": {"#c": CONTENT},
+                "ExpressionAttributeValues": {":old": attributes_of(old)[CONTENT]},
+            }
+            with suppress(ConditionFailed):
+                await self._client.read("PutItem", request)
+                return
+            if not await retries.pause():
+                raise UnavailableError(
+                    f"other programs change the indexes of {self.name(collection)} at the same time"
+                )
 
     def _state_key(self, collection: str) -> Attributes:
         return {self.schema[collection].key: {"S": STATE_ID}}
@@ -295,11 +330,11 @@ class Tables:
             )
         mismatch = self.mismatch(collection, index, table)
         if mismatch:
-            raise SchemaMismatchError(_mismatch_message(name, index, mismatch))
+            raise SchemaMismatchError(mismatch_message(name, index, mismatch))
         self._ready[collection] = usable = await self._adopt(collection, table)
         if index.name in usable:
             return
-        if index.name in _active_indexes(table):
+        if index.name in active_indexes(table):
             raise SchemaMismatchError(incomplete_message(name, index))
         raise UnavailableError(f"the index {index.name} of {name} is being created")
 
@@ -319,11 +354,11 @@ class Tables:
         name = self.name(collection)
         if await self.described(collection) is None and await self._create(collection):
             messages.append(f"created {name}")
-        table = await self._wait_until_active(collection)
+        table = await self.wait_until_active(collection)
         for index in self.missing(collection, table):
             await self.add_index(collection, index)
             messages.append(f"created {index.name} of {name}")
-        await self._wait_until_active(collection)
+        await self.wait_until_active(collection)
         await self._configure(collection)
         self._ready.pop(collection, None)
         return messages
@@ -341,11 +376,17 @@ class Tables:
         table: dict[str, Any] = response["Table"]
         return table
 
-    async def _wait_until_active(self, collection: str) -> dict[str, Any]:
-        """Wait until the table and all its indexes are active; return its description."""
-        retries = self._client.retries(_WAIT_SECONDS)
+    async def wait_until_active(self, collection: str, seen: SeeTable = _ignore) -> dict[str, Any]:
+        """Wait until the table and all its indexes are active; return its description.
+
+        Args:
+            seen: called with each description of the table.
+        """
+        retries = self._client.retries(_WAIT_SECONDS if seen is _ignore else _INDEX_SECONDS)
         while True:
             table = await self.described(collection)
+            if table is not None:
+                seen(table)
             if table is not None and _is_active(table):
                 return table
             if not await retries.pause():
@@ -412,7 +453,7 @@ class Tables:
                 collection, each, table
             )
             if mismatch:
-                problems.append(_mismatch_message(name, each, mismatch))
+                problems.append(mismatch_message(name, each, mismatch))
         incomplete = (await self.state(collection)).incomplete if _indexes(table) else frozenset()
         problems += [
             incomplete_message(name, each)
@@ -513,15 +554,19 @@ class Tables:
             **self._throughput(),
         }
 
-    async def add_index(self, collection: str, index: Index) -> None:
+    async def refresh(self, collection: str) -> None:
+        """Look at the table again, for indexes that were made or completed since."""
+        self._ready.pop(collection, None)
+        await self.find(collection)
+
+    async def add_index(self, collection: str, index: Index, seen: SeeTable = _ignore) -> None:
         """Add an index to a table, and wait until it is active.
 
         DynamoDB creates one index of a table at a time. The table first remembers that the index is
         incomplete: it lacks entities of programs that do not know it, and those written before it
         was declared.
         """
-        state = await self.state(collection)
-        await self.remember(collection, state.with_incomplete(index.name))
+        await self.change_state(collection, lambda state: state.with_incomplete(index.name))
         retries = self._client.retries()
         params = {
             "TableName": self.name(collection),
@@ -533,14 +578,14 @@ class Tables:
                 await self._client.call("UpdateTable", params)
             except (UnavailableError, StatementRefused) as exc:
                 # Another process may be creating the same index: check the table.
-                table = await self._wait_until_active(collection)
+                table = await self.wait_until_active(collection, seen)
                 if index not in self.missing(collection, table):
                     return
                 is_refused = isinstance(exc, StatementRefused)
                 if not await (retries.pause() if is_refused else retries.pause_after(exc)):
                     raise
             else:
-                await self._wait_until_active(collection)
+                await self.wait_until_active(collection, seen)
                 return
 
     async def _configure(self, collection: str) -> None:
@@ -628,7 +673,7 @@ async def _enable_scaling(client: Any, resource: str, capacity: str, scaling: Au
 
 
 def _is_active(table: Mapping[str, Any]) -> bool:
-    return table["TableStatus"] == "ACTIVE" and len(_active_indexes(table)) == len(
+    return table["TableStatus"] == "ACTIVE" and len(active_indexes(table)) == len(
         table.get("GlobalSecondaryIndexes", ())
     )
 
@@ -654,7 +699,7 @@ def _keys(
     return [f"{each} ({types.get(each) or declared.get(each, '?')})" for each in names]
 
 
-def _mismatch_message(table: str, index: Index, mismatch: str) -> str:
+def mismatch_message(table: str, index: Index, mismatch: str) -> str:
     return (
         f"{table}: the index {index.name} does not match its declaration: {mismatch}; queries do not "
         "use it: delete it and run `schema apply`"
@@ -698,7 +743,7 @@ def _check_name(name: str, setting: str, kind: str) -> None:
         )
 
 
-def _active_indexes(table: Mapping[str, Any]) -> frozenset[str]:
+def active_indexes(table: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(
         each["IndexName"]
         for each in _indexes(table)

@@ -15,10 +15,12 @@ from hf_async_store.strategies.dynamodb.items import (
     SIZE,
     TOKEN,
     ItemMapping,
+    new_token,
     size_bound_of,
     size_of,
     stored_size,
     token_of,
+    version_of,
 )
 from hf_async_store.strategies.dynamodb.partiql import (
     ConditionBuilder,
@@ -304,6 +306,20 @@ def _update_request(
         "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
         **names.request(UpdateExpression=expression, ConditionExpression=condition),
     }
+
+
+def rewriting(mapping: ItemMapping, table: str, item: Attributes) -> dict[str, Any]:
+    """The PutItem request that writes the entity of an item by this declaration, if it is unchanged.
+
+    Raises:
+        CorruptionError: another program wrote the item, and it cannot be rewritten.
+    """
+    mapping.check_attributes(item)
+    entity_id = mapping.id_of(item)
+    version = version_of(item, table, entity_id)
+    new = mapping.item(entity_id, mapping.entity(item), version, token_of(item) or new_token())
+    mapping.keep_encodings(new, item)
+    return {"TableName": table, "Item": new, **unchanged(mapping, item)}
 
 
 def unchanged(mapping: ItemMapping, observed: Attributes | None) -> dict[str, Any]:
