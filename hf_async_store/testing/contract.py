@@ -19,6 +19,7 @@ import pytest_asyncio
 from hf_async_store.testing.assertions import no_complaints, nothing_is_left
 from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
+from hf_async_store.testing.changed_declarations import ChangedDeclarationContract
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.independent_changes import IndependentChangeContract
 from hf_async_store.testing.isolation import IsolationContract
@@ -54,6 +55,7 @@ class StrategyContract(
     CancellationContract,
     StreamContract,
     ReferenceContract,
+    ChangedDeclarationContract,
     PlantedRecordContract,
 ):
     """All cases of the contract."""

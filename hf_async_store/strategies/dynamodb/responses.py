@@ -85,6 +85,7 @@ _INDEX: Final = _object(
     IndexStatus=str,
     Backfilling=bool,
     ProvisionedThroughput=_THROUGHPUT,
+    ItemCount=int,
 )
 _TABLE: Final = _object(
     "TableStatus KeySchema",
