@@ -136,7 +136,7 @@ def condition(
         else:
             steps: list[str | int] = [token.text]
             position = _parse_steps(tokens, position, steps)
-            if steps[0] != VERSION and steps[0] not in mapping.collection.fields:
+            if steps[0] != VERSION and not mapping.is_attribute(token.text):
                 steps.insert(0, DOC)
             output.append(names.path(steps))
     operands.assert_exhausted()

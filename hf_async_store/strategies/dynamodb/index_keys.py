@@ -47,10 +47,11 @@ MAX_HASH_BYTES: Final = 2048
 MAX_SORT_CHARACTERS: Final = 256
 """The number of characters in the sort key of a string: at most 1,024 bytes, the limit of DynamoDB."""
 
-_LOWEST: Final[Mapping[Kind, str]] = {"S": "\x01", "N": "-9.9E+125", "BOOL": "0"}
+_LARGEST: Final = 99 * 10**124
+_LOWEST: Final[Mapping[Kind, str]] = {"S": "\x01", "N": f"-{_LARGEST}", "BOOL": "0"}
 _HIGHEST: Final[Mapping[Kind, str]] = {
     "S": "\U0010ffff" * MAX_SORT_CHARACTERS,
-    "N": "9.9E+125",
+    "N": f"{_LARGEST}",
     "BOOL": "3",
 }
 _BOOLEANS: Final = ("1", "2")
@@ -62,9 +63,8 @@ _KINDS: Final[Mapping[FieldType, Kind]] = {
     "boolean": "BOOL",
 }
 _ORDERED_ALONE: Final = frozenset({"timestamp", "integer", "number"})
-# Source: DynamoDB Developer Guide, "Supported data types": magnitudes from 1E-130.
+# Source: DynamoDB Developer Guide, "Supported data types": magnitudes from 1E-130 to 9.9E+125.
 _SMALLEST: Final = 1e-130
-_LARGEST: Final = 9.9e125
 _END_OF_PART: Final = b"\x00"
 _ESCAPED_ZERO: Final = b"\x00\xff"
 AFTER_PREFIX: Final = b"\xff"

@@ -233,6 +233,10 @@ class ItemMapping:
             indexed[name] = field
         return indexed
 
+    def is_attribute(self, name: str) -> bool:
+        """Whether a field is stored as an attribute, if that can contain its value."""
+        return name == self.key or name in self.plain or name in self.indexed
+
     def _digest(self) -> str:
         """A digest of the parts of the declaration that determine the attributes of an item."""
         declared_parts = [self.key, *sorted(self.plain), *sorted(self.composites)]

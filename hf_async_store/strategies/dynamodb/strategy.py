@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_async_store.changes import ANY, Expect, Patch, check_version
@@ -30,6 +30,8 @@ from hf_async_store.values import Entity, Value, utc_now
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from hf_async_store.strategies.dynamodb.items import ItemMapping
 
 
 class DynamoDBStorageStrategy(StorageStrategy):
@@ -124,7 +126,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         if not isinstance(descending, bool):
             raise InvalidQueryError("descending must be True or False")
         names = Names()
-        mapping = self._dynamodb.tables.mappings[collection]
+        mapping = self._dynamodb.tables.mapping_for(collection, index_name)
         [shape] = [each for each in mapping.shapes if each.index == matching[0]]
         expression = read_key_condition(key_condition, expression_values, mapping, shape, names)
         async with (
@@ -175,15 +177,23 @@ class DynamoDBStorageStrategy(StorageStrategy):
         _check_timeout(timeout)
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
-        names = Names()
-        mapping = self._dynamodb.tables.mappings[collection]
-        expression = condition(condition_expression, expression_values, mapping, names)
-        return await self._await_write(self._update_where(change, expression, names), timeout)
+        # A copy, because it is read again when the table is known.
+        values = expression_values
+        if isinstance(values, Mapping):
+            values = dict(values)
 
-    async def _update_where(self, change: Patch, condition: str, names: Names) -> int:
+        def condition_of(mapping: ItemMapping, names: Names) -> str:
+            return condition(condition_expression, values, mapping, names)
+
+        condition_of(self._dynamodb.tables.mappings[collection], Names())  # raises before any I/O
+        return await self._await_write(self._update_where(change, condition_of), timeout)
+
+    async def _update_where(
+        self, change: Patch, condition_of: Callable[[ItemMapping, Names], str]
+    ) -> int:
         async with self._engine.direct("condition_expression", writes=True):
             with public_errors():
-                return await self._dynamodb.writes.update_where(change, condition, names)
+                return await self._dynamodb.writes.update_where(change, condition_of)
 
     async def _await_write(self, work: Coroutine[Any, Any, int], timeout: float | None) -> int:
         """Await a write that must not be interrupted, because it may be applied until its response.

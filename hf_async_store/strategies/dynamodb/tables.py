@@ -74,6 +74,7 @@ class Tables:
         self.mappings: dict[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
         }
+        self._declared = dict(self.mappings)
         self._names = {name: f"{client.config.table_prefix}_{name}" for name in schema}
         self._collections = {table: name for name, table in self._names.items()}
         for collection, table in self._names.items():
@@ -95,6 +96,11 @@ class Tables:
 
     def collection_of(self, table: str) -> str:
         return self._collections[table]
+
+    def mapping_for(self, collection: str, index: str) -> ItemMapping:
+        """The mapping for conditions on an index: the declared one, as long as it cannot be used."""
+        is_usable = index in self._ready.get(collection, ())
+        return (self.mappings if is_usable else self._declared)[collection]
 
     def is_ready(self, collection: str) -> bool:
         return collection in self._ready
@@ -161,6 +167,9 @@ class Tables:
             # A minimal policy does not allow DescribeTable: assume that the table is as declared.
             if not create and not await self._table_exists(collection):
                 return None
+            with suppress(TableMissing):
+                incomplete = (await self.state(collection)).incomplete
+                return frozenset(e.name for e in self.schema[collection].indexes) - incomplete
             return frozenset(each.name for each in self.schema[collection].indexes)
         self._check_key(collection, table)
         return await self._adopt(collection, table)
