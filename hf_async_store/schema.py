@@ -136,7 +136,7 @@ class Index(msgspec.Struct, frozen=True):
 
     It serves a query with equality on its first fields, a range on the next one, and the order by those
     that follow, in both directions. Its `name` follows the spec: `template_id-created_at-index`, or
-    `status-index`. Only text, integer, number, boolean and timestamp fields can be indexed.
+    `name-index`. Only text, integer, number, boolean and timestamp fields can be indexed.
 
     Example:
         `Index("template_id", "created_at")`
@@ -485,7 +485,6 @@ HOST_FACTORY: Final = (
         ],
         indexes=[
             Index("template_id", "created_at"),
-            "status",
             "request_type",
             Index("status", "created_at"),
             "created_at",
@@ -510,7 +509,6 @@ HOST_FACTORY: Final = (
         indexes=[
             Index("request_id", "created_at"),
             "return_request_id",
-            "status",
             "name",
             Index("request_id", "status"),
             Index("status", "created_at"),

@@ -298,7 +298,7 @@ def test_fields(filled: Cli) -> None:
 
 def test_explain(filled: Cli) -> None:
     [plan] = filled("query", "machines", "status=RUNNING", "--explain").rows
-    assert (plan["access"], plan["index"]) == ("index", "status-index")
+    assert (plan["access"], plan["index"]) == ("index", "status-created_at-index")
 
 
 def test_count(filled: Cli) -> None:

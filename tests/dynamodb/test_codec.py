@@ -213,6 +213,9 @@ def test_an_update_of_every_field_is_the_same_as_a_save(
     if "" in names:
         return  # such an update is made differently; see `test_writes`
     assert typed(FORM.entity(through_json(item))) == typed({**after, "version": 1})
+    whole = FORM.item("t", after, 1, "token")
+    keys = {key.name for shape in FORM.shapes for key in shape.keys}
+    assert {each: item.get(each) for each in keys} == {each: whole.get(each) for each in keys}
 
 
 @given(things(), things())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from hf_async_store import Collection, Field, Index, SchemaMismatchError, gt
 from hf_async_store.driver import SchemaChange
+from hf_async_store.strategies.dynamodb import schema_changes
 from tests.dynamodb.proxy import Answer, Changed
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -200,8 +202,6 @@ async def test_an_interrupted_apply_can_be_run_again(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each request in turn, the process that applies the schema ends."""
-    from hf_async_store.strategies.dynamodb import schema_changes
-
     monkeypatch.setattr(schema_changes, "_PAGE_SIZE", 4)
     prefix = new_prefix()
     await _filled(proxy, prefix, 10)
@@ -252,3 +252,52 @@ async def test_two_programs_apply_while_others_write(proxy: Proxy) -> None:
     finally:
         for each in stores:
             await each.close()
+
+
+async def test_a_condition_on_a_field_that_only_another_program_declares(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix, AFTER) as store:
+        await store.save_entity("jobs", job(5))
+    async with store_at(proxy.url, prefix, BEFORE) as store:
+        for size, expected in ((5, 2), (6, 3)):
+            version = await store.update_entity(
+                "jobs",
+                "j005",
+                {"size": size + 1},
+                condition_expression="size = :size AND owner = :owner",
+                expression_values={":size": size, ":owner": "o2"},
+            )
+            assert version == expected
+        assert (await store.query_entities("jobs", {"size": 7}))[0]["job_id"] == "j005"
+
+
+async def test_entities_are_rewritten_at_a_bounded_rate(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema_changes, "_REWRITES_PER_SECOND", 50.0)
+    prefix = new_prefix()
+    await _filled(proxy, prefix, 20)
+    async with store_at(proxy.url, prefix, AFTER) as store:
+        began = time.monotonic()
+        await store._dynamodb.apply_schema()
+        assert time.monotonic() - began >= 0.4
+        began = time.monotonic()
+        await store._dynamodb.apply_schema()
+        assert time.monotonic() - began < 0.4, "nothing was left to rewrite"
+
+
+async def test_without_permission_to_describe_tables(proxy: Proxy) -> None:
+    """The declared indexes are assumed to exist, except for those that are known to be incomplete."""
+    prefix = new_prefix()
+    await _filled(proxy, prefix, 3)
+    async with store_at(proxy.url, prefix, AFTER) as store:
+        await store.create_tables()
+    proxy.rule = lambda request: (
+        Answer(400, {"__type": "AccessDeniedException", "message": "no"})
+        if request.operation == "DescribeTable"
+        else None
+    )
+    async with store_at(proxy.url, prefix, AFTER) as store:
+        assert await _used(store) == {"owner-index", None}
+        found = await store.query_entities("jobs", {"owner": "o1"}, "due_at")
+        assert [each["job_id"] for each in found] == ["j001"]

@@ -49,7 +49,6 @@ async def test_the_spec_s_tables_and_indexes(proxy: Proxy) -> None:
             "templates": set(),
             "requests": {
                 "template_id-created_at-index",
-                "status-index",
                 "request_type-index",
                 "status-created_at-index",
                 "created_at-index",
@@ -57,7 +56,6 @@ async def test_the_spec_s_tables_and_indexes(proxy: Proxy) -> None:
             "machines": {
                 "request_id-created_at-index",
                 "return_request_id-index",
-                "status-index",
                 "name-index",
                 "request_id-status-index",
                 "status-created_at-index",

@@ -508,11 +508,14 @@ class _Rows:
                     yield page
 
     @property
+    def _reads_only_matches(self) -> bool:
+        return self.is_exact and not self.filter_expression
+
+    @property
     def _is_limited_exactly(self) -> bool:
         """Whether the first rows of a single span are the result, except for their order."""
-        query, is_exact = self._query, self.is_exact and not self.filter_expression
-        is_limited = query.limit is not None and query.after is None
-        return is_exact and is_limited and len(self._access.spans) == 1
+        is_limited = self._query.limit is not None and self._query.after is None
+        return is_limited and self._reads_only_matches and len(self._access.spans) == 1
 
     async def _first_pages(self, span: Span) -> AsyncGenerator[dict[str, Any], None]:
         """One row more than the limit of the query, and the rows that are equal to the last of them."""
@@ -561,8 +564,7 @@ class _Rows:
         limit = self._query.limit
         if limit is None:
             return None
-        exact = self.is_exact and not self.filter_expression
-        if exact:
+        if self._reads_only_matches:
             return min(limit + 1 + (self._query.after is not None), 5_000)
         return min(32 + limit * _ROWS_PER_MATCH, 5_000)
 
