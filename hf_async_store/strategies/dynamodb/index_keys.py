@@ -47,7 +47,9 @@ MAX_HASH_BYTES: Final = 2048
 MAX_SORT_CHARACTERS: Final = 256
 """The number of characters in the sort key of a string: at most 1,024 bytes, the limit of DynamoDB."""
 
-_LARGEST: Final = 99 * 10**124
+_LARGEST: Final = 10**38 - 1
+"""Numbers beyond it have the lowest or highest sort key; a number of DynamoDB has at most 38 digits."""
+
 _LOWEST: Final[Mapping[Kind, str]] = {"S": "\x01", "N": f"-{_LARGEST}", "BOOL": "0"}
 _HIGHEST: Final[Mapping[Kind, str]] = {
     "S": "\U0010ffff" * MAX_SORT_CHARACTERS,
@@ -63,7 +65,7 @@ _KINDS: Final[Mapping[FieldType, Kind]] = {
     "boolean": "BOOL",
 }
 _ORDERED_ALONE: Final = frozenset({"timestamp", "integer", "number"})
-# Source: DynamoDB Developer Guide, "Supported data types": magnitudes from 1E-130 to 9.9E+125.
+# Source: DynamoDB Developer Guide, "Supported data types": magnitudes from 1E-130.
 _SMALLEST: Final = 1e-130
 _END_OF_PART: Final = b"\x00"
 _ESCAPED_ZERO: Final = b"\x00\xff"
@@ -121,6 +123,8 @@ def _number(value: float) -> str:
         return str(value)
     if abs(value) >= _LARGEST:
         return _HIGHEST["N"] if value > 0 else _LOWEST["N"]
+    if value.is_integer():
+        return str(int(value))
     return "0" if abs(value) < _SMALLEST else repr(value)
 
 
