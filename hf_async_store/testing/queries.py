@@ -798,7 +798,7 @@ class QueryContract:
         backwards = sorted(rows, reverse=True)
         orders: tuple[tuple[OrderBy, list[str]], ...] = (
             ("label", by(lambda e: e["label"])),
-            ("-count", by(lambda e: -e["count"])),
+            ("-count", by(lambda e: e["count"])[::-1]),
             (["-count", "label"], by(lambda e: (-e["count"], e["label"]))),
             (
                 [asc("extra"), desc("count"), asc("label")],
@@ -808,7 +808,7 @@ class QueryContract:
             ("item_id", sorted(rows)),
             ("-item_id", backwards),
             (["no such field"], sorted(rows)),
-            (["-no such field"], sorted(rows)),
+            (["-no such field"], backwards),
         )
         for order, expected in orders:
             await comes_as(store, order, expected, page=5)

@@ -93,6 +93,7 @@ async def test_indexes_declared_later_are_used_when_older_programs_have_ended(pr
         assert await _changes(store) == []
         assert await _used(store) == NEW
         assert (await store.health())["ok"]
+        assert await store.count_entities("jobs") == len(await store.query_entities("jobs")) == 31
         biggest = await store.query_entities("jobs", {"size": gt(3)}, "-size", 3)
         assert [each["job_id"] for each in biggest] == ["j001", "j031", "j029"]
         assert len(await store.query_entities("jobs", {"owner": "o1"}, "due_at")) == 11
