@@ -38,6 +38,7 @@ from hf_async_store.errors import (
     MigrationError,
     NewerFormatError,
     OperationTimeoutError,
+    PartialChangeError,
     PermissionDeniedError,
     PoolTimeoutError,
     ProtocolError,
@@ -61,7 +62,9 @@ from hf_async_store.errors import (
     UnsupportedValueError,
     VerificationError,
 )
+from hf_async_store.field_operations import add_to_set, append, increment, remove_from_set
 from hf_async_store.query import (
+    MISSING,
     Page,
     and_,
     asc,
@@ -116,6 +119,7 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "ABSENT",
     "HOST_FACTORY",
+    "MISSING",
     "REMOVE",
     "AlreadyExistsError",
     "AuthenticationError",
@@ -147,6 +151,7 @@ __all__ = [
     "NewerFormatError",
     "OperationTimeoutError",
     "Page",
+    "PartialChangeError",
     "PermissionDeniedError",
     "PoolTimeoutError",
     "ProtocolError",
@@ -176,7 +181,9 @@ __all__ = [
     "UnsupportedValueError",
     "Value",
     "VerificationError",
+    "add_to_set",
     "and_",
+    "append",
     "asc",
     "begins_with",
     "between",
@@ -187,6 +194,7 @@ __all__ = [
     "gt",
     "gte",
     "in_",
+    "increment",
     "load_config",
     "lt",
     "lte",
@@ -196,4 +204,5 @@ __all__ = [
     "open_store",
     "or_",
     "path",
+    "remove_from_set",
 ]

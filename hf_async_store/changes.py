@@ -8,7 +8,8 @@ from typing import Final, TypeAlias
 import msgspec
 
 from hf_async_store.errors import InvalidVersionError, StorageError
-from hf_async_store.values import INT_MAX, Entity, Key, Removed, Value, version_of
+from hf_async_store.field_operations import FieldUpdate
+from hf_async_store.values import INT_MAX, Entity, Key, version_of
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -88,10 +89,14 @@ class Put(msgspec.Struct, frozen=True, gc=False):
 
 
 class Patch(msgspec.Struct, frozen=True, gc=False):
-    """Change the given top-level fields of an existing entity; REMOVE deletes a field."""
+    """Change the given top-level fields of an existing entity; REMOVE deletes a field.
+
+    A `FieldChange` computes the new value of a field from the stored one. `preconditions.patched` applies
+    all of them; `field_operations.plain_fields` tells whether there is any.
+    """
 
     key: Key
-    fields: dict[str, Value | Removed]
+    fields: dict[str, FieldUpdate]
     written_at: str
     expect: Precondition = PRESENT
     mark: ChangeMarker | None = None

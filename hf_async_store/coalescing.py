@@ -17,8 +17,9 @@ from typing import Final, Generic, TypeAlias, TypeVar
 
 from msgspec import Struct
 
+from hf_async_store.arguments import check_seconds
 from hf_async_store.errors import StorageError
-from hf_async_store.repository import check_seconds, timed_out
+from hf_async_store.repository import timed_out
 from hf_async_store.values import Key
 
 Item = TypeVar("Item")

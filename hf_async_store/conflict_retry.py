@@ -11,7 +11,7 @@ import asyncio
 import random
 from asyncio import sleep
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import Final, TypeVar
 
@@ -87,7 +87,7 @@ async def retry_conflicts(
                     current=conflict.current,
                     retryable=True,
                 ) from exc
-        if ticket is not None and not ticket.is_current:
+        if ticket is not None and ticket.key is not None and not ticket.is_current:
             await ticket.acquire(deadline - now)
         else:
             await sleep(pause)
@@ -121,6 +121,16 @@ class FairRetryQueue:
         """Whether there is a queue for any key."""
         return bool(self._queues)
 
+    async def retry_transaction(
+        self, attempt: Callable[[TransactionTicket], Awaitable[Result]], seconds: float
+    ) -> Result:
+        """`retry_conflicts` for a transaction, whose entity is known only after a conflict."""
+        ticket = TransactionTicket(self._queues, None, seconds)
+        try:
+            return await retry_conflicts(lambda: ticket.run(attempt), seconds, ticket)
+        finally:
+            ticket.release()
+
     async def retry(
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
@@ -136,27 +146,32 @@ class FairRetryQueue:
 
 
 class Ticket(Struct, eq=False):
-    """The position of one task in the queue for one key."""
+    """The position of one task in the queue for one key; without a key, it is in no queue."""
 
     queues: dict[Key, _KeyQueue]
-    key: Key
+    key: Key | None
+
+    @property
+    def _queue(self) -> _KeyQueue | None:
+        return None if self.key is None else self.queues.get(self.key)
 
     @property
     def queue_exists(self) -> bool:
         """Whether any task is in the queue for the key."""
-        return self.key in self.queues
+        return self._queue is not None
 
     @property
     def is_current(self) -> bool:
         """Whether this is the first ticket of the queue, whose task may try."""
-        queue = self.queues.get(self.key)
+        queue = self._queue
         return queue is not None and queue.current is self
 
     async def acquire(self, seconds: float) -> None:
         """Enter the queue; wait until this ticket is the first one, or `seconds` have passed."""
-        queue = self.queues.get(self.key)
+        assert self.key is not None
+        queue = self._queue
         if queue is None:
-            self.queues[self.key] = _KeyQueue(self)
+            self.queues[self.key] = _KeyQueue(self.key, self)
             return
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
@@ -171,7 +186,7 @@ class Ticket(Struct, eq=False):
 
     def release(self) -> None:
         """Leave the first position of the queue, if this ticket has it."""
-        queue = self.queues.get(self.key)
+        queue = self._queue
         if queue is not None and queue.current is self:
             self._advance(queue)
 
@@ -187,19 +202,62 @@ class Ticket(Struct, eq=False):
                 if queue.waiting:
                     self._start_timer(queue)
                 return
-        del self.queues[self.key]
+        del self.queues[queue.key]
 
     def _start_timer(self, queue: _KeyQueue) -> None:
         loop = asyncio.get_running_loop()
         queue.timer = loop.call_later(_MAX_TICKET_SECONDS, self._advance, queue)
 
 
+class TransactionTicket(Ticket, eq=False):
+    """The ticket of a transaction that is repeated after conflicts.
+
+    Its key is the entity that a conflict names, else the first one that the transaction wrote, else the
+    first one that it read.
+    """
+
+    seconds: float
+    written: Key | None = None
+    read: Key | None = None
+
+    async def run(self, attempt: Callable[[TransactionTicket], Awaitable[Result]]) -> Result:
+        """One attempt; chooses the key if it ends in a conflict."""
+        self.written = self.read = None
+        try:
+            return await attempt(self)
+        except StorageError as exc:
+            conflict = _conflict_in(exc)
+            if conflict is not None:
+                self._choose(conflict)
+            raise
+
+    async def enter(self, keys: Sequence[Key], *, writes: bool) -> None:
+        """Before the transaction reads or writes `keys`: if nothing was done yet, wait in their queue."""
+        if self.key is None and self.queues and self.written is None and self.read is None:
+            self.key = next((each for each in keys if each in self.queues), None)
+            if self.key is not None:
+                await self.acquire(self.seconds)
+        if keys and writes:
+            self.written = self.written or keys[0]
+        elif keys:
+            self.read = self.read or keys[0]
+
+    def _choose(self, conflict: ConcurrencyConflictError) -> None:
+        key = self.written or self.read
+        if conflict.collection is not None and conflict.entity_id is not None:
+            key = Key(conflict.collection, conflict.entity_id)
+        if key is not None and key != self.key:
+            self.release()
+            self.key = key
+
+
 class _KeyQueue(Struct, eq=False):
-    """The queue for one key: the ticket whose task may try, and the waiting ones.
+    """The queue for a key: the ticket whose task may try, and the waiting ones.
 
     `timer` advances the queue if the current task takes too long.
     """
 
+    key: Key
     current: Ticket
     waiting: deque[tuple[Ticket, asyncio.Future[None]]] = field(default_factory=deque)
     timer: asyncio.TimerHandle | None = None

@@ -36,6 +36,7 @@ from hf_async_store.changes import (
     Record,
 )
 from hf_async_store.errors import InvalidInputError
+from hf_async_store.field_operations import FieldChange, plain_fields
 from hf_async_store.generators import Owned
 from hf_async_store.overlay import Overlay
 from hf_async_store.preconditions import (
@@ -61,6 +62,7 @@ __all__ = [
     "Delete",
     "Engine",
     "Entity",
+    "FieldChange",
     "Isolation",
     "Key",
     "Outcome",
@@ -88,6 +90,7 @@ __all__ = [
     "next_version",
     "ordered",
     "patched",
+    "plain_fields",
     "run_to_completion",
 ]
 
@@ -161,6 +164,8 @@ class QueryPlan(msgspec.Struct, frozen=True, kw_only=True):
         sorted_here: whether the rows are sorted after reading, instead of being read in index order.
         consistent: whether the result is current (strongly consistent), or may lag behind writes.
         detail: what the engine itself reports.
+        advice: if the query scans or sorts: the index that would serve it, as a declaration, for example
+            `Index("status", "created_at")`. Set by the store, not by engines.
     """
 
     access: Literal["index", "key", "scan"]
@@ -169,6 +174,7 @@ class QueryPlan(msgspec.Struct, frozen=True, kw_only=True):
     sorted_here: bool = False
     consistent: bool = True
     detail: str = ""
+    advice: str | None = None
 
 
 class SchemaChange(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ A missing entity is not an error: `None`, `False` and an empty list are valid re
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from hf_async_store.redaction import redact_text
 
@@ -169,17 +169,37 @@ class BatchError(StorageError):
 
     Attributes:
         outcomes: one per change, in input order: what the method for a single entity returns, or
-            the error of that change.
+            the error of that change. `create_entities(if_absent=True)`: whether it was created.
     """
 
-    def __init__(self, message: str, outcomes: Sequence[int | bool | StorageError]) -> None:
+    def __init__(self, message: str, outcomes: Sequence[object]) -> None:
         errors = [each for each in outcomes if isinstance(each, StorageError)]
         super().__init__(
             message,
             retryable=all(each.retryable for each in errors),
             outcome_unknown=any(each.outcome_unknown for each in errors),
         )
-        self.outcomes = list(outcomes)
+        self.outcomes: list[Any] = list(outcomes)  # their type depends on the method
+
+
+class PartialChangeError(StorageError):
+    """`update_where` or `delete_where` stopped because a change failed; the cause is chained.
+
+    Attributes:
+        done: how many entities were changed before; they stay changed.
+        cause: the failure.
+        entities: those that `delete_where(returning=True)` has deleted, as they were.
+    """
+
+    def __init__(self, done: int, cause: StorageError, entities: Sequence[Entity] = ()) -> None:
+        super().__init__(
+            f"stopped after {done:,} entities were changed: {cause}",
+            retryable=cause.retryable,
+            outcome_unknown=cause.outcome_unknown,
+        )
+        self.done = done
+        self.cause = cause
+        self.entities = list(entities)
 
 
 # -- transactions and lifecycle -------------------------------------------------------------

@@ -13,6 +13,8 @@ from hf_async_store.errors import (
     ReferenceViolationError,
     UnsupportedValueError,
 )
+from hf_async_store.field_operations import FieldChange, FieldUpdate
+from hf_async_store.query import MISSING
 from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.values import (
     CREATED_AT,
@@ -21,7 +23,6 @@ from hf_async_store.values import (
     Entity,
     Key,
     Removed,
-    Value,
     check_size,
     copy_entity,
     version_of,
@@ -65,6 +66,7 @@ def changed(change: Change, current: Entity | None) -> Entity | None:
 
     Raises:
         AlreadyExistsError, EntityNotFoundError, ConcurrencyConflictError: the precondition is not met.
+        InvalidFieldError: a field operation does not apply to the stored value.
         UnsupportedValueError: the entity is too large, or its version cannot be increased.
     """
     actual = None if current is None else version_of(current)
@@ -91,11 +93,17 @@ def _replaced(change: Put, current: Entity | None, actual: int | None) -> Entity
     return entity
 
 
-def patched(current: Entity, fields: Mapping[str, Value | Removed], version: int) -> Entity:
-    """A copy of `current` with the given fields changed or removed, and this version."""
+def patched(current: Entity, fields: Mapping[str, FieldUpdate], version: int) -> Entity:
+    """A copy of `current` with the given fields changed or removed, and this version.
+
+    Raises:
+        InvalidFieldError, UnsupportedValueError: a `FieldChange` does not apply to the stored value.
+    """
     entity = dict(current)
-    for name, value in fields.items():
-        if isinstance(value, Removed):
+    for name, update in fields.items():
+        # Not isinstance, which takes twice as long: this runs for each field of each update.
+        value = update.apply(current.get(name, MISSING)) if type(update) is FieldChange else update
+        if type(value) is Removed:
             entity.pop(name, None)
         else:
             entity[name] = value

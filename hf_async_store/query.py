@@ -25,6 +25,7 @@ import msgspec
 
 from hf_async_store.errors import InvalidCursorError, InvalidQueryError, UnsupportedValueError
 from hf_async_store.event_loop import Chunks
+from hf_async_store.field_checks import OPERATOR_CALLS, operand_problem, type_of, usual_operands
 from hf_async_store.values import (
     VERSION,
     Entity,
@@ -58,6 +59,8 @@ OpName: TypeAlias = Literal[
     "exists",
     "contains",
     "begins_with",
+    "contains_ignore_case",
+    "begins_with_ignore_case",
 ]
 
 
@@ -121,14 +124,23 @@ def exists(wanted: bool = True) -> Op:
     return Op("exists", wanted)
 
 
-def contains(value: object) -> Op:
-    """A string that contains this string, or a list with an element that is `eq` to this value."""
-    return Op("contains", value)
+def contains(value: object, *, ignore_case: bool = False) -> Op:
+    """A string that contains this string, or a list with an element that is `eq` to this value.
+
+    Args:
+        ignore_case: compare strings by their Unicode case folding (`str.casefold`), so that "STRASSE"
+            contains "ße"; the value must be a string. No index serves it.
+    """
+    return Op("contains_ignore_case" if ignore_case else "contains", value)
 
 
-def begins_with(prefix: str) -> Op:
-    """A string with this prefix. Case-sensitive; no character is special."""
-    return Op("begins_with", prefix)
+def begins_with(prefix: str, *, ignore_case: bool = False) -> Op:
+    """A string with this prefix. No character is special.
+
+    Args:
+        ignore_case: as for `contains`.
+    """
+    return Op("begins_with_ignore_case" if ignore_case else "begins_with", prefix)
 
 
 def _frozen(values: object) -> object:
@@ -149,8 +161,11 @@ def path(*parts: str | int) -> Path:
     """A path to a nested value, as a filter key or an order key: `path("disks", 0, "size")`.
 
     A string selects a key of a dict, a non-negative integer an element of a list. If the path does
-    not lead to a value, the value is missing. A plain string instead of a path is the name of one
-    top-level field; dots in it have no special meaning.
+    not lead to a value, the value is missing. A plain string instead of a path is the name of a
+    declared field; dots in it have no special meaning.
+
+    `path("name")` is the top-level field `name`, declared or not, and can be compared with any value:
+    a declared field may hold values of other types, which were stored before it was declared.
 
     Raises:
         InvalidQueryError: a step is neither a string nor an integer.
@@ -174,8 +189,11 @@ class Combined(msgspec.Struct, frozen=True):
     filters: tuple[FilterMap | Combined, ...]
 
 
-FilterMap: TypeAlias = "Mapping[str, object] | Mapping[Path, object] | Mapping[str | Path, object]"
-"""Maps a field name or `path` to a value, which means equality, or to an operator. All must match."""
+FilterMap: TypeAlias = "Mapping[Any, object]"
+"""Maps a declared field or a `path` to a value, which means equality, or to an operator. All must match.
+
+The type of the keys is not `str | Path`, because type checkers infer `object` for both in one dict.
+"""
 
 Filters: TypeAlias = "FilterMap | Combined | None"
 """The `filters` argument of the query methods; None matches all entities."""
@@ -196,28 +214,35 @@ def not_(filters: FilterMap | Combined) -> Combined:
     return Combined("not", (filters,))
 
 
+class SortKeyInput(msgspec.Struct, frozen=True):
+    """A field or path with a direction, created by `asc` or `desc`. `build_query` validates it."""
+
+    name: str | Path
+    descending: bool
+
+
+OrderBy: TypeAlias = "str | Path | SortKeyInput | Sequence[str | Path | SortKeyInput] | None"
+"""The `order_by` argument of the query methods; None sorts by id."""
+
+
+def asc(name: str | Path) -> SortKeyInput:
+    """Ascending: missing, null, booleans, numbers, strings, lists, dicts."""
+    return SortKeyInput(name, descending=False)
+
+
+def desc(name: str | Path) -> SortKeyInput:
+    """Descending: the reverse of `asc`, so missing comes last."""
+    return SortKeyInput(name, descending=True)
+
+
+# -- the classes that engines evaluate ------------------------------------------------------
+
+
 class Order(msgspec.Struct, frozen=True):
     """One sort key."""
 
     path: Steps
     descending: bool = False
-
-
-OrderBy: TypeAlias = "str | Path | Order | Sequence[str | Path | Order] | None"
-"""The `order_by` argument of the query methods; None sorts by id."""
-
-
-def asc(name: str | Path) -> Order:
-    """Ascending: missing, null, booleans, numbers, strings, lists, dicts."""
-    return Order(name.parts if isinstance(name, Path) else (name,))
-
-
-def desc(name: str | Path) -> Order:
-    """Descending: the reverse of `asc`, so missing comes last."""
-    return Order(name.parts if isinstance(name, Path) else (name,), descending=True)
-
-
-# -- the classes that engines evaluate ------------------------------------------------------
 
 
 class Missing(Enum):
@@ -238,7 +263,8 @@ class Comparison(msgspec.Struct, frozen=True):
 
     Attributes:
         value: portable. For `in` and `not_in` a list of distinct values in ascending order, for
-            `between` the list of the two bounds, for `exists` a bool, for `begins_with` a string.
+            `between` the list of the two bounds, for `exists` a bool, for `begins_with` a string, for
+            the operators that ignore case a string after `str.casefold`.
     """
 
     path: Steps
@@ -349,7 +375,7 @@ def build_query(
     filters: Filters = None,
     order_by: OrderBy = None,
     limit: int | None = None,
-    fields: Iterable[str] | None = None,
+    fields: Iterable[str | Path] | None = None,
     cursor: str | None = None,
     paged: bool = False,
 ) -> Query:
@@ -360,27 +386,34 @@ def build_query(
         order_by: `"name"`, `"-name"` for descending, a `path`, `asc(...)` or `desc(...)`, or a
             list of these; None: by id.
         limit: the maximum number of rows.
-        fields: the top-level fields to return; the key and `version` are always included.
+        fields: the top-level fields to return, as names or paths of one step; the key and `version`
+            are always included.
         cursor: the end of the previous page, from `encode_cursor` with the same collection, filters
             and order. The limit and the fields may differ.
         paged: the query reads one page.
+
+    A bare name must be a declared field or `version`, and its operands must be values that the field
+    can hold by its type; null is one of them, except in comparisons. A `path` may lead to any field, and
+    is compared with any value. The undeclared fields of a collection that is declared `open` are like
+    fields of type json.
 
     Operands are normalised like stored values. If compared with a declared timestamp, a string that
     can be parsed as one is converted to its canonical form; `contains` and `begins_with` take the
     string unchanged.
 
     Raises:
-        InvalidQueryError: a malformed filter, operator, order, limit or field list.
+        InvalidQueryError: a malformed filter, operator, order, limit or field list; the message shows
+            how to write what may be meant.
         UnsupportedValueError: an operand that could not be stored.
         InvalidCursorError: an invalid cursor, or the cursor of another query.
     """
-    order = None if order_by is None else _order(order_by, collection.key)
+    order = None if order_by is None else _order(order_by, collection)
     query = Query(
         collection=collection.name,
         where=EVERYTHING if filters is None else _FilterReader(collection).read(filters, 0),
         order=order or (),
         limit=None if limit is None else _limit(limit),
-        fields=None if fields is None else _fields(fields, collection.key),
+        fields=None if fields is None else _fields(fields, collection),
         by_id=order == () and order_by != [] and order_by != (),
         paged=paged,
     )
@@ -389,7 +422,8 @@ def build_query(
     return msgspec.structs.replace(query, after=_decode_cursor(query, cursor))
 
 
-_STRING_OPS: Final = ("contains", "begins_with")
+_FOLDED_OPS: Final = ("contains_ignore_case", "begins_with_ignore_case")
+_STRING_OPS: Final = ("contains", "begins_with", *_FOLDED_OPS)
 _VALUE_OPS: Final = ("eq", "ne", "lt", "lte", "gt", "gte", *_STRING_OPS)
 _LIST_OPS: Final = ("in", "not_in")
 
@@ -431,7 +465,7 @@ class _FilterReader:
     def _entry(self, key: object, value: object) -> Comparison:
         """One entry of a filter mapping."""
         self._count_term()
-        steps = _steps(key.parts if isinstance(key, Path) else (key,))
+        steps = named_steps(key, self._collection)
         self._add_size(sum(len(each.encode()) for each in steps if isinstance(each, str)))
         if not isinstance(value, Op):
             value = Op("eq", value)
@@ -441,7 +475,10 @@ class _FilterReader:
                 raise InvalidQueryError(
                     f"{join_path(steps)}: more than {MAX_FILTER_VALUES:,} values in one filter"
                 )
-        return Comparison(steps, value.name, self._operand(value, steps))
+        operand = self._operand(value, steps)
+        if not isinstance(key, Path) and value.name != "exists":
+            self._check_operand(value, steps[0], operand)
+        return Comparison(steps, value.name, operand)
 
     def _count_term(self) -> None:
         self._terms += 1
@@ -467,11 +504,26 @@ class _FilterReader:
                 raise _refused(op, steps, f"needs True or False, not {type(operand).__name__}")
             return operand
         if op.name not in _VALUE_OPS:
-            raise _refused(op, steps, "is not an operator")
+            raise _refused(op, steps, f"is not an operator; write one of {OPERATOR_CALLS}")
         value = self._portable(op, steps, operand)
-        if op.name == "begins_with" and not isinstance(value, str):
+        if op.name in _STRING_OPS[1:] and not isinstance(value, str):
             raise _refused(op, steps, f"needs a string, not {type(operand).__name__}")
-        return value
+        return value.casefold() if op.name in _FOLDED_OPS and isinstance(value, str) else value
+
+    def _check_operand(self, op: Op, name: str | int, operand: Value) -> None:
+        """Check that a declared field can hold an operand."""
+        assert isinstance(name, str), "a bare name"
+        field_type = type_of(self._collection, name)
+        operands = _listed(operand) if op.name in (*_LIST_OPS, "between") else [operand]
+        if usual_operands(op.name, field_type, operands):
+            return
+        for each in operands:
+            problem = operand_problem(op.name, field_type, each)
+            if problem is not None:
+                several = (
+                    "" if not isinstance(each, list) else "; for any of several values, in_([...])"
+                )
+                raise _refused(op, (name,), f"{problem}{several}; path({name!r}) takes any value")
 
     def _distinct(self, op: Op, steps: Steps) -> list[Value]:
         if not isinstance(op.operand, tuple):
@@ -484,6 +536,10 @@ class _FilterReader:
         if isinstance(item, msgspec.Struct):
             # A combination, a path or an operator, which cannot be an operand.
             raise _refused(op, steps, f"needs a value, not {type(item).__name__}")
+        if isinstance(item, AbstractSet):
+            raise _refused(
+                op, steps, "needs a value, not a set; for any of several values, in_([...])"
+            )
         value, size = weighed(item, steps)
         self._add_size(size)
         if isinstance(value, str) and op.name not in _STRING_OPS:
@@ -500,7 +556,18 @@ def _joined(kind: type[And | Or], parts: Iterable[Filter]) -> Filter:
     return flat[0] if len(flat) == 1 else kind(tuple(flat))
 
 
-def _steps(parts: object) -> Steps:
+def named_steps(name: object, collection: Collection) -> Steps:
+    """The steps of a path, or of a bare name, which must be declared."""
+    if isinstance(name, Path):
+        return checked_steps(name.parts)
+    if type(name) is str and name in collection.fields:
+        return (name,)
+    steps = checked_steps((name,))
+    type_of(collection, str(steps[0]))
+    return steps
+
+
+def checked_steps(parts: object) -> Steps:
     """The steps of a path, validated."""
     if not isinstance(parts, tuple) or not parts:
         raise InvalidQueryError("a path needs at least one step")
@@ -534,8 +601,9 @@ def _refused(op: Op, steps: Steps, problem: str) -> InvalidQueryError:
     return InvalidQueryError(f"{join_path(steps)}: {op.name} {problem}")
 
 
-def _order(order_by: object, key_field: str) -> tuple[Order, ...]:
-    entries = [order_by] if isinstance(order_by, str | Path | Order) else order_by
+def _order(order_by: object, collection: Collection) -> tuple[Order, ...]:
+    key_field = collection.key
+    entries = [order_by] if isinstance(order_by, str | Path | SortKeyInput) else order_by
     if not isinstance(entries, list | tuple):
         raise InvalidQueryError(
             "order_by must be a name, a path, asc, desc or a list of these, not "
@@ -544,7 +612,7 @@ def _order(order_by: object, key_field: str) -> tuple[Order, ...]:
     if len(entries) > MAX_ORDER_FIELDS:
         raise InvalidQueryError(f"order_by has more than {MAX_ORDER_FIELDS} sort keys")
     by_path: dict[Steps, Order] = {}
-    for each in map(_order_entry, entries):
+    for each in (_order_entry(entry, collection) for entry in entries):
         # A sort key after the id, or after another with the same path, has no effect.
         if (key_field,) not in by_path:
             by_path.setdefault(each.path, each)
@@ -554,14 +622,16 @@ def _order(order_by: object, key_field: str) -> tuple[Order, ...]:
     return (*others, last)
 
 
-def _order_entry(entry: object) -> Order:
+def _order_entry(entry: object, collection: Collection) -> Order:
     if isinstance(entry, str):
         entry = desc(entry[1:]) if entry.startswith("-") else asc(entry)
     elif isinstance(entry, Path):
         entry = asc(entry)
-    if not isinstance(entry, Order) or not isinstance(entry.descending, bool):
-        raise InvalidQueryError(f"{type(entry).__name__} is not a sort key")
-    return Order(_steps(entry.path), entry.descending)
+    if not isinstance(entry, SortKeyInput) or not isinstance(entry.descending, bool):
+        raise InvalidQueryError(
+            f'{type(entry).__name__} is not a sort key; write "name", or desc("name") or "-name"'
+        )
+    return Order(named_steps(entry.name, collection), entry.descending)
 
 
 def _limit(limit: object) -> int:
@@ -570,10 +640,18 @@ def _limit(limit: object) -> int:
     return min(limit, _MAX_LIMIT)
 
 
-def _fields(fields: object, key_field: str) -> tuple[str, ...]:
+def _fields(fields: object, collection: Collection) -> tuple[str, ...]:
     if not isinstance(fields, list | tuple | AbstractSet):
         raise InvalidQueryError(f"fields must be a list of names, not {type(fields).__name__}")
-    return tuple(dict.fromkeys([key_field, *map(_field_name, fields), VERSION]))
+    names = [_top_level(named_steps(each, collection)) for each in fields]
+    return tuple(dict.fromkeys([collection.key, *names, VERSION]))
+
+
+def _top_level(steps: Steps) -> str:
+    name, *inner = steps
+    if inner or not isinstance(name, str):
+        raise InvalidQueryError(f"fields takes whole fields, not the path {join_path(steps)}")
+    return name
 
 
 # -- semantics: order -----------------------------------------------------------------------
@@ -610,7 +688,7 @@ def sort_key(query: Query, entity_id: str, entity: Entity) -> SortKey:
 
 def compile_order(query: Query) -> Callable[[str, Entity], SortKey]:
     """`sort_key` for one query, compiled for use with many rows."""
-    parts = [(_reader(each.path), _part_key(each)) for each in query.order]
+    parts = [(value_reader(each.path), _part_key(each)) for each in query.order]
     tie = _id_key(query)
     if len(parts) == 1:  # the usual case; this takes two thirds of the time of the general code
         [(read, part)] = parts
@@ -678,7 +756,7 @@ def _descending(value: Value | Missing) -> SortKey:
     return (-key[0], *map(Desc, key[1:]))
 
 
-def _reader(steps: Steps) -> Callable[[Entity], Value | Missing]:
+def value_reader(steps: Steps) -> Callable[[Entity], Value | Missing]:
     """A function that reads the value at a path."""
     name = steps[0]
     if isinstance(name, str) and len(steps) == 1:
@@ -715,7 +793,7 @@ def compile_filter(where: Filter) -> Callable[[Entity], bool]:
         name = where.path[0]
         if isinstance(name, str) and len(where.path) == 1:
             return lambda entity: test(entity.get(name, MISSING))
-        read = _reader(where.path)
+        read = value_reader(where.path)
         return lambda entity: test(read(entity))
     if isinstance(where, Not):
         inner = compile_filter(where.part)
@@ -753,6 +831,8 @@ def _test(op: OpName, value: Value) -> _Test:
     if op == "begins_with":
         prefix = str(value)
         return lambda actual: isinstance(actual, str) and actual.startswith(prefix)
+    if op in _FOLDED_OPS:
+        return _folded(op, str(value))
     return _compared(_COMPARE[op], value)
 
 
@@ -803,6 +883,19 @@ def _contains(value: Value) -> _Test:
     return test
 
 
+def _folded(op: OpName, value: str) -> _Test:
+    """The operators that ignore case, for an operand after `str.casefold`."""
+    if op == "begins_with_ignore_case":
+        return lambda actual: isinstance(actual, str) and actual.casefold().startswith(value)
+
+    def test(actual: Value | Missing) -> bool:
+        if isinstance(actual, list):
+            return any(isinstance(each, str) and each.casefold() == value for each in actual)
+        return isinstance(actual, str) and value in actual.casefold()
+
+    return test
+
+
 # -- for planners and projections -----------------------------------------------------------
 
 
@@ -848,14 +941,21 @@ class _CursorPayload(msgspec.Struct, array_like=True, frozen=True, forbid_unknow
 _decode_payload: Final = msgspec.json.Decoder(_CursorPayload).decode
 
 
+def position_of(query: Query, entity_id: str, entity: Entity) -> CursorPosition:
+    """The position directly after a row, which has at least the fields of the order."""
+    values = tuple(value_reader(each.path)(entity) for each in query.order)
+    return CursorPosition(values, entity_id)
+
+
 def encode_cursor(query: Query, entity_id: str, entity: Entity) -> str:
     """The cursor that continues a query after this row.
 
     Args:
         entity: before projection. The cursor contains, readable, the values that the order uses.
     """
-    values = [_reader(each.path)(entity) for each in query.order]
-    payload = _CursorPayload([[] if each is MISSING else [each] for each in values], entity_id)
+    position = position_of(query, entity_id, entity)
+    values = [[] if each is MISSING else [each] for each in position.values]
+    payload = _CursorPayload(values, entity_id)
     body = msgspec.json.encode(payload)
     return urlsafe_b64encode(_digest(query, body) + body).decode().rstrip("=")
 

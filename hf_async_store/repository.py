@@ -20,9 +20,11 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeAlias, TypeVar, overload
 
 from hf_async_store import batch_validation
+from hf_async_store.aggregates import Counts, Sum, aggregated_path, extreme_query
+from hf_async_store.arguments import check_boolean, check_callable, check_listed, check_seconds
 from hf_async_store.changes import (
     ABSENT,
     ANY,
@@ -37,30 +39,41 @@ from hf_async_store.changes import (
     Record,
     check_version,
 )
+from hf_async_store.changes_by_filter import ChangesByFilter
 from hf_async_store.conflict_retry import RETRY_SECONDS
 from hf_async_store.driver import batched
 from hf_async_store.errors import (
+    AlreadyExistsError,
     BatchError,
+    ConcurrencyConflictError,
     EntityNotFoundError,
     InvalidFieldError,
     InvalidInputError,
     InvalidQueryError,
     InvalidVersionError,
     OperationTimeoutError,
+    RetriesExhaustedError,
     StorageError,
     UnsupportedValueError,
 )
 from hf_async_store.event_loop import Chunks
+from hf_async_store.field_operations import UpdateMap, read_update
 from hf_async_store.generators import Owned
+from hf_async_store.preconditions import changed
 from hf_async_store.query import (
+    MISSING,
     Filters,
+    Missing,
     OrderBy,
     Page,
+    Path,
     Query,
     build_query,
     encode_cursor,
     project,
+    value_reader,
 )
+from hf_async_store.returning_updates import ReturningUpdates
 from hf_async_store.schema import Collection, Schema
 from hf_async_store.values import (
     CREATED_AT,
@@ -69,6 +82,8 @@ from hf_async_store.values import (
     VERSION,
     Entity,
     Key,
+    Value,
+    copy_entity,
     utc_now,
     version_of,
     with_canonical,
@@ -77,7 +92,10 @@ from hf_async_store.values import (
 Item = TypeVar("Item")
 Converted = TypeVar("Converted")
 Result = TypeVar("Result")
-Done = TypeVar("Done", bound=int)
+Done = TypeVar("Done", int, bool, Entity)
+Modification: TypeAlias = Callable[
+    [Entity], "Mapping[str, object] | Awaitable[Mapping[str, object]]"
+]
 
 _CHUNK_SIZE: Final = 128
 """The number of entities validated one by one between two iterations of the event loop."""
@@ -169,26 +187,63 @@ class RepositoryInterface(ABC):
         change = self._put(self._schema[collection], entity, expect, utc_now())
         return await self._write_one(change, timeout)
 
+    @overload
     async def update_entity(
         self,
         collection: str,
         entity_id: str,
-        fields: Mapping[str, object],
+        fields: UpdateMap,
         *,
         expected_version: int | Expect = ANY,
+        returning: Literal[False] = False,
         timeout: float | None = None,
-    ) -> int:
-        """Change the given top-level fields of an existing entity; returns the new version.
+    ) -> int: ...
 
-        None sets a field to null, REMOVE deletes it.
+    @overload
+    async def update_entity(
+        self,
+        collection: str,
+        entity_id: str,
+        fields: UpdateMap,
+        *,
+        expected_version: int | Expect = ANY,
+        returning: Literal[True],
+        timeout: float | None = None,
+    ) -> Entity: ...
+
+    async def update_entity(
+        self,
+        collection: str,
+        entity_id: str,
+        fields: UpdateMap,
+        *,
+        expected_version: int | Expect = ANY,
+        returning: bool = False,
+        timeout: float | None = None,
+    ) -> int | Entity:
+        """Change the given fields of an existing entity; returns the new version.
+
+        None sets a field to null, REMOVE deletes it; `increment`, `append`, `add_to_set` and
+        `remove_from_set` compute the new value from the stored one, atomically with the write. A
+        `path("labels", "owner")` instead of a name changes a nested value; missing dicts on it are
+        created.
+
+        Args:
+            returning: return the entity as written instead of the version. It is read first, and written
+                on condition that it has not changed since, again after each conflict: one round trip
+                more than without.
 
         Raises:
             EntityNotFoundError: the entity does not exist; nothing is inserted.
+            InvalidFieldError: also if a stored value has a type that the change does not apply to.
             ConcurrencyConflictError, InvalidVersionError, UnsupportedValueError,
-            InvalidFieldError, ReferenceViolationError: as in `save_entity`.
+            ReferenceViolationError: as in `save_entity`.
         """
+        check_boolean(returning, "returning")
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
+        if returning:
+            return _all_succeeded(await self._update_returning([change], timeout), alone=True)[0]
         return await self._write_one(change, timeout)
 
     async def delete_entity(
@@ -223,31 +278,71 @@ class RepositoryInterface(ABC):
 
     # -- many --------------------------------------------------------------------------------
 
+    @overload
     async def create_entities(
         self,
         collection: str,
         entities: Iterable[Mapping[str, object]],
         *,
+        if_absent: Literal[False] = False,
         timeout: float | None = None,
-    ) -> list[int]:
+    ) -> list[int]: ...
+
+    @overload
+    async def create_entities(
+        self,
+        collection: str,
+        entities: Iterable[Mapping[str, object]],
+        *,
+        if_absent: Literal[True],
+        timeout: float | None = None,
+    ) -> list[bool]: ...
+
+    async def create_entities(
+        self,
+        collection: str,
+        entities: Iterable[Mapping[str, object]],
+        *,
+        if_absent: bool = False,
+        timeout: float | None = None,
+    ) -> list[int] | list[bool]:
         """`create_entity` for each; returns the versions in input order.
 
         Called on the store, each entity succeeds or fails independently; in a transaction, the first
         failure aborts the transaction. If an entity cannot be stored (an invalid key, value or
         field), the whole batch is rejected before any I/O, and the error names the item.
 
+        Args:
+            if_absent: leave existing entities unchanged, which is then no failure; returns whether each
+                entity was created.
+
         Raises:
             BatchError: some failed; each element of its `outcomes` is a version or an error.
         """
+        check_boolean(if_absent, "if_absent")
         declared = self._schema[collection]
         at = utc_now()
         changes = await _in_chunks(
-            _reject_str(entities, "entities"),
+            check_listed(entities, "entities"),
             lambda each: self._put(declared, each, ABSENT, at),
             lambda chunk: _puts(declared, chunk, ABSENT, at),
             collection=declared,
         )
+        if if_absent:
+            return await self._create_absent(changes, timeout)
         return await self._write_many(changes, timeout)
+
+    async def _create_absent(self, puts: Sequence[Put], timeout: float | None) -> list[bool]:
+        """Create the entities that do not exist; returns which were created."""
+        outcomes = await self._write(puts, timeout) if puts else []
+        return _all_succeeded(
+            [
+                each
+                if isinstance(each, StorageError) and not isinstance(each, AlreadyExistsError)
+                else not isinstance(each, AlreadyExistsError)
+                for each in outcomes
+            ]
+        )
 
     async def save_entities(
         self,
@@ -271,7 +366,7 @@ class RepositoryInterface(ABC):
             return put if expect is ANY else Put(put.key, put.entity, at, expect)
 
         changes = await _in_chunks(
-            _reject_str(entities, "entities"),
+            check_listed(entities, "entities"),
             change,
             None if expected_versions else lambda chunk: _puts(declared, chunk, ANY, at),
             collection=declared,
@@ -279,17 +374,41 @@ class RepositoryInterface(ABC):
         expected.assert_exhausted()
         return await self._write_many(changes, timeout)
 
+    @overload
     async def update_entities(
         self,
         collection: str,
-        updates: Mapping[str, Mapping[str, object]],
+        updates: Mapping[str, UpdateMap],
         expected_versions: Mapping[str, int | Expect] | None = None,
         *,
+        returning: Literal[False] = False,
         timeout: float | None = None,
-    ) -> list[int]:
+    ) -> list[int]: ...
+
+    @overload
+    async def update_entities(
+        self,
+        collection: str,
+        updates: Mapping[str, UpdateMap],
+        expected_versions: Mapping[str, int | Expect] | None = None,
+        *,
+        returning: Literal[True],
+        timeout: float | None = None,
+    ) -> list[Entity]: ...
+
+    async def update_entities(
+        self,
+        collection: str,
+        updates: Mapping[str, UpdateMap],
+        expected_versions: Mapping[str, int | Expect] | None = None,
+        *,
+        returning: bool = False,
+        timeout: float | None = None,
+    ) -> list[int] | list[Entity]:
         """`update_entity` for each id in `updates`; see `save_entities`."""
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
+        check_boolean(returning, "returning")
         _check_mapping(updates, "updates", "changes")
         at = utc_now()
         changes = await _in_chunks(
@@ -297,7 +416,23 @@ class RepositoryInterface(ABC):
             lambda each: self._patch(declared, each[0], each[1], expected.pop(each[0]), at),
         )
         expected.assert_exhausted()
+        if returning:
+            return _all_succeeded(await self._update_returning(changes, timeout))
         return await self._write_many(changes, timeout)
+
+    async def _update_returning(
+        self, patches: Sequence[Patch], timeout: float | None
+    ) -> list[Entity | StorageError]:
+        """The entities as written, in order, or the error of each update."""
+        if timeout is not None:
+            check_seconds(timeout, "timeout")
+        updates = ReturningUpdates(self, patches, timeout)
+        if patches:
+            try:
+                await self._retried(patches[0].key, updates.attempt, RETRY_SECONDS)
+            except RetriesExhaustedError as exc:
+                updates.results.update({number: exc.copy() for number in updates.pending})
+        return [updates.results[number] for number in range(len(patches))]
 
     async def delete_entities(
         self,
@@ -311,7 +446,7 @@ class RepositoryInterface(ABC):
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=False)
         changes = await _in_chunks(
-            _reject_str(ids, "ids"), lambda each: _delete(declared.key_of(each), expected)
+            check_listed(ids, "ids"), lambda each: _delete(declared.key_of(each), expected)
         )
         expected.assert_exhausted()
         outcomes = await self._write(changes, timeout) if changes else []
@@ -324,7 +459,7 @@ class RepositoryInterface(ABC):
     ) -> list[Entity | None]:
         """The entities in the order of `ids`, None for each that does not exist."""
         declared = self._schema[collection]
-        keys = await _in_chunks(_reject_str(ids, "ids"), declared.key_of)
+        keys = await _in_chunks(check_listed(ids, "ids"), declared.key_of)
         if not keys:
             return []
         records = await self._fetch(keys, timeout)
@@ -351,7 +486,7 @@ class RepositoryInterface(ABC):
         expected = _Expected(expected_versions, absent=True)
         at = utc_now()
         changes = await _in_chunks(
-            _reject_str(entities, "entities"),
+            check_listed(entities, "entities"),
             lambda each: _imported(declared, each, expected, at),
             collection=declared,
         )
@@ -392,14 +527,40 @@ class RepositoryInterface(ABC):
         """Write whole entities as given, in batches that need not be combined with other writes."""
         return await self._write(changes, None)
 
+    @overload
     async def modify_entity(
         self,
         collection: str,
         entity_id: str,
-        change: Callable[[Entity], Mapping[str, object] | Awaitable[Mapping[str, object]]],
+        change: Modification,
         *,
+        default: Mapping[str, object] | None = None,
+        returning: Literal[False] = False,
         retry_seconds: float = RETRY_SECONDS,
-    ) -> int:
+    ) -> int: ...
+
+    @overload
+    async def modify_entity(
+        self,
+        collection: str,
+        entity_id: str,
+        change: Modification,
+        *,
+        default: Mapping[str, object] | None = None,
+        returning: Literal[True],
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> Entity: ...
+
+    async def modify_entity(
+        self,
+        collection: str,
+        entity_id: str,
+        change: Modification,
+        *,
+        default: Mapping[str, object] | None = None,
+        returning: bool = False,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> int | Entity:
         """Read an entity, change it and write it back if unchanged; returns the new version.
 
         Args:
@@ -407,41 +568,152 @@ class RepositoryInterface(ABC):
                 is called again after each conflict, with the current entity, until `retry_seconds`
                 have passed; in a transaction it is called once, because after a conflict the
                 transaction can only be rolled back.
+            default: if the entity does not exist, the function gets a copy of this one with the id in
+                its key field, and what it returns is created. Without it, that is an error.
+            returning: return the entity as written instead of the version, at no extra cost.
 
         Raises:
-            EntityNotFoundError: the entity does not exist.
+            EntityNotFoundError: the entity does not exist, and there is no default.
             RetriesExhaustedError: there were conflicts until the time had passed; the last one is
                 the cause.
         """
-
         declared = self._schema[collection]
         key = declared.key_of(entity_id)
+        check_boolean(returning, "returning")
         check_callable(change, "change")
         check_seconds(retry_seconds, "retry_seconds")
-        entity_id, field = key.id, declared.key
+        if default is not None:
+            if not isinstance(default, Mapping):
+                raise UnsupportedValueError(f"default must be a dict, not {type(default).__name__}")
+            default = declared.entity({declared.key: key.id, **default})[1]
 
-        async def attempt() -> int:
-            entity = await self.get_entity(collection, entity_id)
-            if entity is None:
-                raise EntityNotFoundError(collection, entity_id)
-            version = version_of(entity)
-            result = change(entity)
+        async def attempt() -> Entity:
+            current = await self.get_entity(collection, key.id)
+            if current is None and default is None:
+                raise EntityNotFoundError(collection, key.id)
+            given = copy_entity(default) if current is None and default is not None else current
+            assert given is not None
+            # The function may change its argument in place.
+            stored = None if current is None else dict(current)
+            result = change(given)
             new = await result if inspect.isawaitable(result) else result
             if not isinstance(new, Mapping):
                 raise UnsupportedValueError(
                     f"modify_entity: the function returned {type(new).__name__}, not the entity"
                 )
-            if new.get(field, entity_id) != entity_id:
-                raise InvalidFieldError(f"{collection}.{field} is the key and cannot be changed")
-            return await self.save_entity(collection, new, expected_version=version)
+            if new.get(declared.key, key.id) != key.id:
+                raise InvalidFieldError(
+                    f"{collection}.{declared.key} is the key and cannot be changed"
+                )
+            expect: Precondition = ABSENT if stored is None else version_of(stored)
+            put = self._put(declared, new, expect, utc_now())
+            try:
+                await self._write_one(put, None)
+            except AlreadyExistsError as exc:
+                raise ConcurrencyConflictError(str(exc), retryable=True) from exc
+            written = changed(put, stored)
+            assert written is not None, "only a delete writes nothing"
+            return written
 
-        return await self._retried(key, attempt, retry_seconds)
+        written = await self._retried(key, attempt, retry_seconds)
+        return copy_entity(written) if returning else version_of(written)
 
     @abstractmethod
     async def _retried(
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
         """Await `attempt()`, and again after each conflict on the entity of this key."""
+
+    # -- changes by filter -------------------------------------------------------------------
+
+    async def update_where(
+        self,
+        collection: str,
+        filters: Filters,
+        changes: UpdateMap,
+        *,
+        order_by: OrderBy = None,
+        limit: int | None = None,
+    ) -> int:
+        """Change the given fields of every entity that matches; returns how many were changed.
+
+        Each is changed at most once, and only if it matches at the moment at which it is written: an
+        entity that is changed by another task meanwhile is read and judged again. (It is judged by its
+        version: one that is deleted and created again with the same version is not distinguished
+        from the first where the engine does not declare `detects_recreation`.)
+
+        Called on the store, the entities are changed in batches, each independently, and the first
+        failure ends the call. In a transaction, all of them are changed or none.
+
+        Args:
+            changes: as in `update_entity`.
+            order_by, limit: as in `query_entities`: the first `limit` entities in this order.
+
+        Raises:
+            PartialChangeError: a change failed; those before it stay.
+            InvalidQueryError, InvalidFieldError, UnsupportedValueError: before any I/O.
+        """
+        declared = self._schema[collection]
+        query = self._query(collection, filters, order_by, limit, None)
+        fields = read_update(declared, "", changes)
+        if declared.key in fields:
+            raise InvalidFieldError(f"{collection}.{declared.key} is the key and cannot be changed")
+
+        def change(key: Key, version: int) -> Patch:
+            at = utc_now()
+            return Patch(key, {**fields, UPDATED_AT: at}, at, version)
+
+        matching = ChangesByFilter(self, declared, query, change)
+        await self._change_by_filter(matching)
+        return matching.done
+
+    @overload
+    async def delete_where(
+        self,
+        collection: str,
+        filters: Filters,
+        *,
+        order_by: OrderBy = None,
+        limit: int | None = None,
+        returning: Literal[False] = False,
+    ) -> int: ...
+
+    @overload
+    async def delete_where(
+        self,
+        collection: str,
+        filters: Filters,
+        *,
+        order_by: OrderBy = None,
+        limit: int | None = None,
+        returning: Literal[True],
+    ) -> list[Entity]: ...
+
+    async def delete_where(
+        self,
+        collection: str,
+        filters: Filters,
+        *,
+        order_by: OrderBy = None,
+        limit: int | None = None,
+        returning: bool = False,
+    ) -> int | list[Entity]:
+        """Delete every entity that matches, in the way of `update_where`; returns how many.
+
+        Args:
+            returning: return the deleted entities instead, as they were.
+
+        Raises:
+            PartialChangeError, InvalidQueryError: as in `update_where`.
+        """
+        check_boolean(returning, "returning")
+        query = self._query(collection, filters, order_by, limit, None)
+        matching = ChangesByFilter(self, self._schema[collection], query, Delete, keep=returning)
+        await self._change_by_filter(matching)
+        return matching.entities if returning else matching.done
+
+    async def _change_by_filter(self, changes: ChangesByFilter) -> None:
+        await changes.run()
 
     # -- queries -----------------------------------------------------------------------------
 
@@ -452,24 +724,36 @@ class RepositoryInterface(ABC):
         order_by: OrderBy = None,
         limit: int | None = None,
         *,
-        fields: Sequence[str] | None = None,
+        fields: Sequence[str | Path] | None = None,
+        offset: int = 0,
         timeout: float | None = None,
     ) -> list[Entity]:
         """The matching entities, in order.
 
         Args:
-            filters: maps literal field names (or `path(...)`) to a value, which means equality, or
-                to an operator; or a combination by `and_`, `or_`, `not_`. None: all entities.
+            filters: maps declared fields (or `path(...)`) to a value, which means equality, or to an
+                operator; or a combination by `and_`, `or_`, `not_`. None: all entities. A field that
+                is not declared, or a value of another type than the declared one, is asked for by
+                `path("name")`.
             order_by: `"name"`, `"-name"`, or a list of them or of `asc(...)`, `desc(...)`. Ties
                 are broken by id; None sorts by id if the engine's `default_order` is "id".
             limit: the maximum number of entities.
             fields: return only these; the key field and `version` are always included.
+            offset: skip this number of entities first, in the order by id if `order_by` is None. They
+                are read, so that its cost grows with the offset: `query_page` has no such cost.
 
         Raises:
             InvalidQueryError: an argument is malformed; raised before any I/O.
         """
+        if type(offset) is not int or offset < 0:
+            raise InvalidQueryError("offset must be a non-negative integer")
+        if offset and order_by is None:
+            order_by = self._schema[collection].key
         query = self._query(collection, filters, order_by, limit, fields)
-        return [] if query.limit == 0 else await self._entities(query, query.fields, timeout)
+        if query.limit == 0:
+            return []
+        end = None if query.limit is None else query.limit + offset
+        return await self._entities(query.with_limit(end), query.fields, timeout, skipped=offset)
 
     async def stream_entities(
         self,
@@ -478,7 +762,7 @@ class RepositoryInterface(ABC):
         order_by: OrderBy = None,
         limit: int | None = None,
         *,
-        fields: Sequence[str] | None = None,
+        fields: Sequence[str | Path] | None = None,
     ) -> AsyncGenerator[Entity, None]:
         """Like `query_entities`, one entity at a time, without keeping all of them in memory."""
         query = self._query(collection, filters, order_by, limit, fields)
@@ -494,7 +778,7 @@ class RepositoryInterface(ABC):
         limit: int = 100,
         *,
         cursor: str | None = None,
-        fields: Sequence[str] | None = None,
+        fields: Sequence[str | Path] | None = None,
         timeout: float | None = None,
     ) -> Page:
         """One page of entities, and the cursor of the next page; None on the last.
@@ -533,6 +817,110 @@ class RepositoryInterface(ABC):
         async with operation_timeout(timeout):
             return await self._count(query)
 
+    async def count_by(
+        self,
+        collection: str,
+        field: str | Path,
+        filters: Filters = None,
+        *,
+        timeout: float | None = None,
+    ) -> list[tuple[Value | Missing, int]]:
+        """The values of a field among the matching entities, each with the number of entities.
+
+        In the order of `asc`: MISSING, None, False, True, numbers, strings. Integers and floats that are
+        equal count together, and are shown as an integer if one of them is.
+
+        Args:
+            field: a name, or a `path`. A field declared as json is refused; a value inside it is not.
+
+        Raises:
+            InvalidQueryError: before any I/O.
+        """
+        counts = Counts()
+        await self._aggregate(collection, field, filters, counts, timeout)
+        return await counts.sorted()
+
+    async def sum_of(
+        self,
+        collection: str,
+        field: str | Path,
+        filters: Filters = None,
+        *,
+        timeout: float | None = None,
+    ) -> int | float:
+        """The exact sum of the numbers in a field; values that are no numbers are not counted.
+
+        0 if there are none. An integer, of any size, if all numbers are integers, else a float.
+
+        Args:
+            field: declared as integer or number, or a `path`.
+
+        Raises:
+            InvalidQueryError: before any I/O.
+            UnsupportedValueError: the sum exceeds the range of floats.
+        """
+        numbers = Sum()
+        await self._aggregate(collection, field, filters, numbers, timeout)
+        return numbers.total()
+
+    async def _aggregate(
+        self,
+        collection: str,
+        field: str | Path,
+        filters: Filters,
+        result: Counts | Sum,
+        timeout: float | None,
+    ) -> None:
+        numeric = isinstance(result, Sum)
+        steps = aggregated_path(self._schema[collection], field, numeric=numeric)
+        query = self._query(collection, filters, None, None, [Path((steps[0],))])
+        read = value_reader(steps)
+        async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
+            async for batch in batches:
+                result.add(map(read, batch))
+
+    async def min_of(
+        self,
+        collection: str,
+        field: str | Path,
+        filters: Filters = None,
+        *,
+        timeout: float | None = None,
+    ) -> Value:
+        """The least value of a field in the order of `asc`, without null; None if there is no value.
+
+        Raises:
+            InvalidQueryError: the field is declared as json; before any I/O.
+        """
+        return await self._extreme(collection, field, filters, timeout, greatest=False)
+
+    async def max_of(
+        self,
+        collection: str,
+        field: str | Path,
+        filters: Filters = None,
+        *,
+        timeout: float | None = None,
+    ) -> Value:
+        """The greatest value of a field; see `min_of`."""
+        return await self._extreme(collection, field, filters, timeout, greatest=True)
+
+    async def _extreme(
+        self,
+        collection: str,
+        field: str | Path,
+        filters: Filters,
+        timeout: float | None,
+        *,
+        greatest: bool,
+    ) -> Value:
+        steps = aggregated_path(self._schema[collection], field)
+        query = self._query(collection, filters, None, None, [Path((steps[0],))])
+        query = extreme_query(query, steps, greatest=greatest)
+        entities = await self._entities(query, None, timeout)
+        values = [value for each in entities if (value := value_reader(steps)(each)) is not MISSING]
+        return values[0] if values else None
+
     # -- shared by the methods ---------------------------------------------------------------
 
     def _query(
@@ -541,7 +929,7 @@ class RepositoryInterface(ABC):
         filters: Filters,
         order_by: OrderBy,
         limit: int | None,
-        fields: Sequence[str] | None,
+        fields: Sequence[str | Path] | None,
     ) -> Query:
         return build_query(
             self._schema[collection],
@@ -552,12 +940,18 @@ class RepositoryInterface(ABC):
         )
 
     async def _entities(
-        self, query: Query, fields: tuple[str, ...] | None, timeout: float | None
+        self,
+        query: Query,
+        fields: tuple[str, ...] | None,
+        timeout: float | None,
+        *,
+        skipped: int = 0,
     ) -> list[Entity]:
         entities: list[Entity] = []
         async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
             async for batch in batches:
-                entities += [project(each, fields) for each in batch]
+                entities += [project(each, fields) for each in batch[skipped:]]
+                skipped = max(0, skipped - len(batch))
         return entities
 
     async def _rows(self, query: Query) -> AsyncGenerator[Entity, None]:
@@ -578,12 +972,12 @@ class RepositoryInterface(ABC):
         self,
         collection: Collection,
         entity_id: str,
-        data: Mapping[str, object],
+        data: UpdateMap,
         expect: Precondition,
         at: str,
     ) -> Patch:
         key = collection.key_of(entity_id)
-        fields = collection.changes(key.id, data)
+        fields = read_update(collection, key.id, data)
         fields[UPDATED_AT] = at
         return Patch(key, fields, at, PRESENT if expect is ANY else expect)
 
@@ -609,8 +1003,11 @@ def _versions(outcomes: Sequence[Outcome]) -> list[int]:
     return _all_succeeded([each for each in outcomes if each is not None])
 
 
-def _all_succeeded(results: Sequence[Done | StorageError]) -> list[Done]:
+def _all_succeeded(results: Sequence[Done | StorageError], *, alone: bool = False) -> list[Done]:
     """The results of the changes of a batch.
+
+    Args:
+        alone: raise the error of the only change as it is.
 
     Raises:
         BatchError: some of them failed.
@@ -619,6 +1016,8 @@ def _all_succeeded(results: Sequence[Done | StorageError]) -> list[Done]:
     if len(succeeded) == len(results):
         return succeeded
     errors = [each for each in results if isinstance(each, StorageError)]
+    if alone:
+        raise errors[0]
     raise BatchError(
         f"{len(errors)} of {len(results)} changes failed; the first: {errors[0]}", results
     ) from errors[0]
@@ -733,32 +1132,11 @@ def _name_of(index: int, item: object, collection: Collection | None) -> str:
     return f"item {index}"
 
 
-def _reject_str(items: Iterable[Item], what: str) -> Iterable[Item]:
-    if isinstance(items, str) or not isinstance(items, Iterable):
-        # The characters of a string would be taken as items.
-        raise InvalidInputError(
-            f"{what} must be an iterable other than str, not {type(items).__name__}"
-        )
-    return items
-
-
 def _check_mapping(items: object, what: str, values: str) -> None:
     if not isinstance(items, Mapping):
         raise InvalidInputError(
             f"{what} must be a dict that maps ids to {values}, not {type(items).__name__}"
         )
-
-
-def check_callable(function: object, what: str) -> None:
-    """Raise `InvalidInputError` for an argument that is not callable."""
-    if not callable(function):
-        raise InvalidInputError(f"{what} must be a function, not {type(function).__name__}")
-
-
-def check_seconds(seconds: object, what: str) -> None:
-    """Raise `InvalidInputError` for an argument that is not a number of seconds."""
-    if type(seconds) not in (int, float) or seconds != seconds:  # NaN would never expire
-        raise InvalidInputError(f"{what} must be a number of seconds, not {type(seconds).__name__}")
 
 
 def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError:

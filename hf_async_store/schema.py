@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from hf_async_store.arguments import check_declared
 from hf_async_store.errors import (
     ConfigurationError,
     InvalidFieldError,
@@ -72,8 +73,20 @@ class Field(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         _checked_name(self.name, "field name")
-        if self.type not in _CHECKS:
-            raise ConfigurationError(f"field {self.name!r}: unknown type {self.type!r}")
+        if not isinstance(self.type, str) or self.type not in _CHECKS:
+            raise ConfigurationError(
+                f"field {self.name!r}: unknown type {self.type!r}; the types are: "
+                f"{', '.join(_CHECKS)}"
+            )
+        for switch in (self.required, self.enforced):
+            if not isinstance(switch, bool):
+                raise ConfigurationError(
+                    f"field {self.name!r}: required and enforced must be True or False"
+                )
+        if self.references is not None and not isinstance(self.references, str):
+            raise ConfigurationError(
+                f"field {self.name!r}: references must be the name of a collection"
+            )
         if self.references is not None and self.type != "text":
             raise ConfigurationError(
                 f"field {self.name!r}: a reference must be of type text, not {self.type}"
@@ -104,7 +117,7 @@ class Field(msgspec.Struct, frozen=True):
         ):
             return value
         raise InvalidFieldError(
-            f"{collection}.{self.name} is declared as {self.type}, but the value is {_describe(value)}"
+            f"{collection}.{self.name} is declared as {self.type}, but the value is {described(value)}"
         )
 
 
@@ -122,7 +135,8 @@ _CHECKS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
 )
 
 
-def _describe(value: Value) -> str:
+def described(value: Value) -> str:
+    """The type of a value other than null, for errors."""
     # The value itself may be a secret; its type is enough.
     if isinstance(value, str):
         return "a string" if parse_timestamp(value) is None else "a timestamp string"
@@ -147,6 +161,14 @@ class Index(msgspec.Struct, frozen=True):
     third: str | None = None
     fourth: str | None = None
 
+    def __post_init__(self) -> None:
+        for each in (self.field, self.sort, self.third, self.fourth):
+            if not isinstance(each, str) and (each is not None or self.field is None):
+                raise ConfigurationError(
+                    'an index has one to four names of fields, for example Index("status", '
+                    f'"created_at"), not {type(each).__name__}'
+                )
+
     @property
     def fields(self) -> tuple[str, ...]:
         """The names of its fields, in order."""
@@ -167,6 +189,8 @@ class Collection:
         fields: the other declared fields: `Field`s, or names of fields of type text.
             `created_at` and `updated_at` are always declared.
         indexes: `Index`es, or names of single fields to index.
+        open: queries may name undeclared fields without `path`. By default such a name is an error,
+            because it may be misspelt.
 
     Example:
         `Collection("accounts", key="account_id", fields=["owner"], indexes=["owner"])`
@@ -185,6 +209,8 @@ class Collection:
     required: tuple[str, ...]
     typed: Mapping[str, Field]
     """The fields whose values must be checked: all except optional ones of type json."""
+    open: bool
+    """Whether queries may name undeclared fields without `path`."""
 
     def __init__(
         self,
@@ -193,17 +219,21 @@ class Collection:
         key: str,
         fields: Iterable[Field | str] = (),
         indexes: Iterable[Index | str] = (),
+        open: bool = False,  # noqa: A002  # as an argument it reads best
     ) -> None:
         self.name = _checked_name(name, "collection name")
+        if not isinstance(open, bool):
+            raise ConfigurationError(f"collection {name!r}: open must be True or False")
+        self.open = open
         self.key = key
         declared = _with_timestamps(
             [
                 Field(key, required=True),
-                *(Field(each) if isinstance(each, str) else each for each in fields),
+                *check_declared(fields, Field, f"the fields of {name!r}", Field),
             ]
         )
         self.fields = MappingProxyType({each.name: each for each in declared})
-        self.indexes = tuple(Index(each) if isinstance(each, str) else each for each in indexes)
+        self.indexes = check_declared(indexes, Index, f"the indexes of {name!r}", Index)
         self.references = tuple(
             each for each in declared if each.references is not None and each.enforced
         )
@@ -392,7 +422,7 @@ class Schema(Mapping[str, Collection]):
     """By parent: every (collection, field) that refers to it."""
 
     def __init__(self, collections: Iterable[Collection]) -> None:
-        declared = list(collections)
+        declared = check_declared(collections, Collection, "collections")
         by_name = {each.name: each for each in declared}
         if len(by_name) != len(declared):
             names = [each.name for each in declared]

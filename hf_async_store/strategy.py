@@ -7,6 +7,7 @@ the capabilities of an engine, never on its name.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import time
 import warnings
@@ -15,9 +16,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
+from msgspec.structs import replace
+
+from hf_async_store.arguments import check_boolean, check_callable, check_seconds
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.coalescing import Coalescer
-from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, retry_conflicts
+from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
 from hf_async_store.driver import (
     Capabilities,
     Engine,
@@ -32,14 +36,11 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
 )
+from hf_async_store.index_advice import advice
 from hf_async_store.query import Filters, OrderBy, Query
+from hf_async_store.read_only import ReadOnlySession
 from hf_async_store.redaction import redact_texts
-from hf_async_store.repository import (
-    RepositoryInterface,
-    check_callable,
-    check_seconds,
-    operation_timeout,
-)
+from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
@@ -182,13 +183,16 @@ class StorageStrategy(RepositoryInterface):
         await self.close()
 
     def _usable(self) -> Engine:
+        self._refuse_unopened()
+        self._transactions.refuse_reentry()
+        return self._engine
+
+    def _refuse_unopened(self) -> None:
         if self._closed:
             raise StoreClosedError("this store was closed")
         if self._loop is None:
             raise StoreClosedError("this store is not open (use `async with`)")
         self._refuse_other_loop()
-        self._transactions.refuse_reentry()
-        return self._engine
 
     def _refuse_other_loop(self) -> None:
         if self._forks != _Forks.count:
@@ -246,39 +250,76 @@ class StorageStrategy(RepositoryInterface):
 
     # -- transactions ------------------------------------------------------------------------
 
-    def begin_transaction(self, isolation: Isolation | None = None) -> Transaction:
+    def begin_transaction(
+        self, isolation: Isolation | None = None, *, read_only: bool = False
+    ) -> Transaction:
         """A transaction, for use with `async with`; see `Transaction`.
 
         Args:
             isolation: one of `capabilities.isolations`; None means the first.
+            read_only: all reads see one snapshot, and writes are refused with InvalidInputError. It can
+                be used inside another transaction, too. Where `capabilities.query_isolation` is
+                "eventual", only the reads by key are consistent: they are validated at its end.
 
         Raises:
-            InvalidInputError: the engine does not support this isolation.
+            InvalidInputError: the engine does not support this isolation, or it was given together
+                with `read_only`.
         """
+        return self._transaction(isolation, read_only=read_only)
+
+    def _transaction(
+        self,
+        isolation: Isolation | None,
+        *,
+        read_only: bool,
+        ticket: TransactionTicket | None = None,
+    ) -> Transaction:
+        check_boolean(read_only, "read_only")
+        if read_only:
+            if isolation is not None:
+                raise InvalidInputError("a read-only transaction is a snapshot: omit isolation")
+            return self.transaction_type(
+                self._schema,
+                ReadOnlySession(self._engine),
+                enter=self._enter_read_only,
+                read_only=True,
+                ticket=ticket,
+            )
         known = self.capabilities.isolations
         if isolation is not None and isolation not in known:
             raise InvalidInputError(
                 f"isolation must be one of {', '.join(known)}, not {isolation!r}"
             )
         return self.transaction_type(
-            self._schema, self._engine.session(isolation), enter=self._enter_transaction
+            self._schema,
+            self._engine.session(isolation),
+            enter=self._enter_transaction,
+            ticket=ticket,
         )
 
     def _enter_transaction(self) -> Callable[[], None]:
         self._usable()
         return self._transactions.enter("a transaction")
 
+    def _enter_read_only(self) -> Callable[[], None]:
+        self._refuse_unopened()
+        return lambda: None
+
     async def run_transaction(
         self,
         work: Callable[[Transaction], Awaitable[Result]],
         *,
         isolation: Isolation | None = None,
+        read_only: bool = False,
         retry_seconds: float = RETRY_SECONDS,
     ) -> Result:
         """`await work(tx)` in a transaction, again after each conflict; returns its result.
 
+        The tasks of this store that compete for one entity take turns after a conflict.
+
         Args:
             work: is called once per attempt, so its side effects outside the transaction are repeated.
+            isolation, read_only: as in `begin_transaction`.
 
         Raises:
             RetriesExhaustedError: there were conflicts until `retry_seconds` had passed.
@@ -288,11 +329,16 @@ class StorageStrategy(RepositoryInterface):
         check_callable(work, "work")
         check_seconds(retry_seconds, "retry_seconds")
 
-        async def attempt() -> Result:
-            async with self.begin_transaction(isolation) as tx:
-                return await work(tx)
+        async def attempt(ticket: TransactionTicket) -> Result:
+            async with self._transaction(isolation, read_only=read_only, ticket=ticket) as tx:
+                result = work(tx)
+                if not inspect.isawaitable(result):
+                    raise InvalidInputError(
+                        f"work must be an async function; it returned {type(result).__name__}"
+                    )
+                return await result
 
-        return await retry_conflicts(attempt, retry_seconds)
+        return await self._retry_queue.retry_transaction(attempt, retry_seconds)
 
     # -- for backups and migrations ----------------------------------------------------------
 
@@ -315,6 +361,8 @@ class StorageStrategy(RepositoryInterface):
 
     async def is_same_store(self, other: StorageStrategy) -> bool:
         """Whether `other` has the same data, whatever the URLs of the two; see `Engine.is_same_store`."""
+        if not isinstance(other, StorageStrategy):
+            raise InvalidInputError(f"other must be a store, not {type(other).__name__}")
         mine, theirs = self._usable(), other._usable()
         if type(mine) is not type(theirs):
             # Only one of them may be a wrapper, which knows the engine that it wraps.
@@ -332,9 +380,15 @@ class StorageStrategy(RepositoryInterface):
         order_by: OrderBy = None,
         limit: int | None = None,
     ) -> QueryPlan:
-        """How `query_entities` would run: by index or scan, and what is filtered and sorted afterwards."""
+        """How `query_entities` would run: by index or scan, and what is filtered and sorted afterwards.
+
+        If it scans or sorts, the `advice` of the plan is the index that would serve it.
+        """
         query = self._query(collection, filters, order_by, limit, None)
-        return await self._usable().explain(query)
+        plan = await self._usable().explain(query)
+        if not self.capabilities.indexes:
+            return plan
+        return replace(plan, advice=advice(self._schema[collection], query, plan))
 
     async def test_connection(self) -> float:
         """Write, read back and delete a value that is not an entity; returns the seconds it took.

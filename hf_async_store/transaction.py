@@ -9,25 +9,29 @@ commit and rollback to the context manager of the session.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Self, TypeVar
 
-from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Record
+from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Patch, Put, Record
+from hf_async_store.changes_by_filter import ChangesByFilter
+from hf_async_store.conflict_retry import TransactionTicket
 from hf_async_store.driver import Session
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     EntityNotFoundError,
     EventLoopMismatchError,
+    InvalidInputError,
     StorageError,
     TransactionAbortedError,
     TransactionClosedError,
     TransactionReentryError,
 )
+from hf_async_store.field_operations import UpdateMap
 from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import Schema
-from hf_async_store.values import Key, utc_now
+from hf_async_store.values import Entity, Key, utc_now
 
 Result = TypeVar("Result")
 
@@ -69,6 +73,9 @@ class TransactionManager:
 class Transaction(RepositoryInterface):
     """A transaction: all of its writes are committed at its end, or none.
 
+    A read-only one refuses writes, and sees one snapshot in all its reads: the last commit, not the
+    changes of a transaction around it. It waits for no writer and blocks none.
+
     Use it as an async context manager: leaving it commits, leaving it by an exception rolls it back
     and propagates the exception. Calls by several tasks at once run one after another.
 
@@ -86,8 +93,12 @@ class Transaction(RepositoryInterface):
         *,
         enter: Callable[[], Callable[[], None]],
         parent: Transaction | None = None,
+        read_only: bool = False,
+        ticket: TransactionTicket | None = None,
     ) -> None:
         super().__init__(schema)
+        self._read_only = read_only
+        self._ticket = ticket
         self._context = context
         self._enter = enter
         self._parent = parent
@@ -109,6 +120,10 @@ class Transaction(RepositoryInterface):
         Until it ends, only its own methods may be called.
         """
         session = self._usable()
+        if self._read_only:
+            raise InvalidInputError(
+                "a read-only transaction has nothing to roll back, so it has no nested transactions"
+            )
         return type(self)(
             self._schema, session.savepoint(), enter=lambda: lambda: None, parent=self
         )
@@ -117,7 +132,7 @@ class Transaction(RepositoryInterface):
         self,
         collection: str,
         entity_id: str,
-        fields: Mapping[str, object],
+        fields: UpdateMap,
         *,
         timeout: float | None = None,
     ) -> int:
@@ -263,7 +278,34 @@ class Transaction(RepositoryInterface):
     ) -> Result:
         return await attempt()
 
+    async def _create_absent(self, puts: Sequence[Put], timeout: float | None) -> list[bool]:
+        # A create that fails would abort the transaction.
+        records = await self._fetch([each.key for each in puts], timeout) if puts else []
+        existing = {each.key for each in records if each is not None}
+        created: list[bool] = []
+        for put in puts:
+            created.append(put.key not in existing)
+            existing.add(put.key)
+        absent = [put for put, is_new in zip(puts, created, strict=True) if is_new]
+        await self._write_many(absent, timeout)
+        return created
+
+    async def _update_returning(
+        self, patches: Sequence[Patch], timeout: float | None
+    ) -> list[Entity | StorageError]:
+        results = await super()._update_returning(patches, timeout)
+        for each in results:
+            if isinstance(each, StorageError):
+                self._failure = each
+                raise each
+        return results
+
+    async def _change_by_filter(self, changes: ChangesByFilter) -> None:
+        await changes.run_in_transaction()
+
     async def _fetch(self, keys: Sequence[Key], timeout: float | None) -> list[Record | None]:
+        if self._ticket is not None:
+            await self._ticket.enter(keys, writes=False)
         async with self._step(timeout) as session:
             records = await session.fetch(keys)
         for key, record in zip(keys, records, strict=True):
@@ -271,6 +313,10 @@ class Transaction(RepositoryInterface):
         return records
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
+        if self._read_only:
+            raise InvalidInputError("this transaction is read-only, so it cannot write")
+        if self._ticket is not None:
+            await self._ticket.enter([each.key for each in changes], writes=True)
         async with self._step(timeout) as session:
             outcomes = await session.write(changes)
             if outcomes and isinstance(outcomes[-1], StorageError):

@@ -9,7 +9,7 @@ from enum import Enum
 from math import isfinite
 from time import time_ns
 from types import NoneType
-from typing import Any, Final, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Final, Literal, TypeAlias, TypeVar, cast, final
 from uuid import UUID
 
 import msgspec
@@ -92,6 +92,7 @@ _FIXED_FORM: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z", re.
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
+@final
 class Removed:
     """The type of `REMOVE`."""
 

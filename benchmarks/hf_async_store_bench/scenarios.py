@@ -103,7 +103,8 @@ async def memory(plan: Plan) -> list[Measurement]:
         opened = resident_bytes()
         for collection in hfas.HOST_FACTORY:
             for index in collection.indexes:
-                await store.query_entities(collection.name, {index.field: "PENDING"}, limit=1)
+                filters = {hfas.path(index.field): "PENDING"}  # whatever its type
+                await store.query_entities(collection.name, filters, limit=1)
         indexed = resident_bytes()
     grown, full = ([(each - before) / file] for each in (opened, indexed))
     every = "opened, every index built, against the file"

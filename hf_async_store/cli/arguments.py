@@ -65,12 +65,13 @@ A filter is FIELD=VALUE, FIELD:OPERATOR=VALUE, or FIELD:=JSON. An entity must ma
   done_at:exists=false    the field is missing (a field that is null is not missing)
   name:=null              any JSON value after :=
   '["a/b:c"]=x'           a field name that contains / : or =, as a JSON list of path steps
+  '["zone"]=7'            a field that is not declared, or a value of another type than the declared
 
   operators: eq ne lt lte gt gte in not_in between exists contains begins_with
 
 A value is read as the declared type of its field. If the field is of type json, or not declared,
-the value is read as JSON if it is valid JSON, otherwise as a string: zone=7 compares with the
-number 7, zone:='"7"' with the string "7".
+the value is read as JSON if it is valid JSON, otherwise as a string: '["zone"]=7' compares with the
+number 7, '["zone"]:="7"' with the string "7".
 """
 
 
@@ -342,16 +343,17 @@ _UPDATE: Final = (
     _repeatable("--remove", "FIELD", "remove a field; may be repeated"),
     _EXPECTED_VERSION,
 )
+_ORDER: Final = _repeatable(
+    "--order",
+    "NAME|-NAME",
+    "sort by a field, ascending, or descending with -; separate several fields by commas",
+)
 _QUERY: Final = (
     _COLLECTION,
     _FILTERS,
-    _repeatable(
-        "--order",
-        "NAME|-NAME",
-        "sort by a field, ascending, or descending with -; separate several fields by commas",
-    ),
+    _ORDER,
     _argument("--limit", "N", "maximum number of entities", type=_integer),
-    _argument("--fields", "A,B", "show only these fields, the key and the version"),
+    _repeatable("--fields", "A,B", "show only these fields, the key and the version"),
     _flag("--explain", "show the query plan instead of running the query"),
 )
 _CHECKPOINT: Final = _argument(
@@ -522,8 +524,28 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "count COLLECTION [FILTER...]",
         "count the entities that match all filters",
         f"{_CLI}.entity_commands:count",
-        (_COLLECTION, _FILTERS),
-        f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n",
+        (
+            _COLLECTION,
+            _FILTERS,
+            _argument("--by", "FIELD", "count each value of this field; one line of JSON for each"),
+        ),
+        f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n"
+        f"  {PROGRAM} count machines --by status\n",
+    ),
+    "delete-where": Command(
+        "delete-where COLLECTION FILTER... [OPTIONS]",
+        "delete the entities that match all filters",
+        f"{_CLI}.entity_commands:delete_where",
+        (
+            _COLLECTION,
+            _argument("filters", "FILTER", "a condition, see below; all must match", nargs="+"),
+            _ORDER,
+            _argument("--limit", "N", "delete at most this number, in this order", type=_integer),
+        ),
+        "An entity that is changed meanwhile is deleted only if it still matches. The number of\n"
+        f"deleted entities is shown.\n\n{_FILTER_HELP}\n"
+        f"  {PROGRAM} delete-where requests status=COMPLETED completed_at:lt=2025-01-01\n"
+        f"  {PROGRAM} delete-where machines status=TERMINATED --order updated_at --limit 1000\n",
     ),
     "health": Command(
         "health",

@@ -278,6 +278,24 @@ def _show_deleted(arguments: Namespace, collection: Collection, outcomes: Sequen
     return status
 
 
+def delete_where(arguments: Namespace) -> int:
+    from hf_async_store.cli.filter_syntax import filters_of, order_of
+
+    context = Context(arguments)
+    collection = context.collection()
+    filters = filters_of(arguments.filters, collection)
+    order = order_of(arguments.order, collection)
+
+    async def work(store: StorageStrategy) -> int:
+        number = await store.delete_where(
+            collection.name, filters, order_by=order, limit=arguments.limit
+        )
+        output.result(arguments, {"deleted": number}, f"{number:,} {collection.name} deleted")
+        return 0
+
+    return context.run(work, writes=True, needs_store=True)
+
+
 def _expected(arguments: Namespace) -> int | Expect:
     return ANY if arguments.expected_version is None else int(arguments.expected_version)
 
@@ -286,13 +304,13 @@ def _expected(arguments: Namespace) -> int | Expect:
 
 
 def query(arguments: Namespace) -> int:
-    from hf_async_store.cli.filter_syntax import filters_of, order_of
+    from hf_async_store.cli.filter_syntax import fields_of, filters_of, order_of
 
     context = Context(arguments)
     collection = context.collection()
     filters = filters_of(arguments.filters, collection)
-    order = order_of(arguments.order)
-    fields = None if arguments.fields is None else _field_names(arguments.fields)
+    order = order_of(arguments.order, collection)
+    fields = fields_of(arguments.fields, collection)
 
     async def work(store: StorageStrategy) -> int:
         if arguments.explain:
@@ -304,20 +322,14 @@ def query(arguments: Namespace) -> int:
         )
         async with aclosing(rows):
             if output.for_people(arguments):
-                _show_table(collection, [each async for each in rows], fields)
+                names = None if fields is None else [str(each.parts[0]) for each in fields]
+                _show_table(collection, [each async for each in rows], names)
             else:
                 async for each in rows:
                     output.json_line(each)
         return 0
 
     return context.run(work, needs_store=True)
-
-
-def _field_names(text: str) -> list[str]:
-    names = [each.strip() for each in text.split(",")]
-    if not all(names):
-        raise InvalidInputError("--fields needs field names, for example --fields name,status")
-    return names
 
 
 def _show_table(collection: Collection, rows: list[Entity], fields: list[str] | None) -> None:
@@ -330,14 +342,23 @@ def _show_table(collection: Collection, rows: list[Entity], fields: list[str] | 
 
 
 def count(arguments: Namespace) -> int:
-    from hf_async_store.cli.filter_syntax import filters_of
+    from hf_async_store.cli.filter_syntax import filters_of, steps_of
+    from hf_async_store.query import MISSING, path
 
     context = Context(arguments)
     collection = context.collection()
     filters = filters_of(arguments.filters, collection)
 
+    steps = () if arguments.by is None else steps_of(arguments.by)
+
     async def work(store: StorageStrategy) -> int:
-        output.json_line(await store.count_entities(collection.name, filters))
+        if not steps:
+            output.json_line(await store.count_entities(collection.name, filters))
+            return 0
+        field = str(steps[0]) if len(steps) == 1 else path(*steps)
+        for value, number in await store.count_by(collection.name, field, filters):
+            group = {} if value is MISSING else {"value": value}
+            output.json_line({**group, "count": number})
         return 0
 
     return context.run(work, needs_store=True)

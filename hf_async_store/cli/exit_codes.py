@@ -68,6 +68,8 @@ def code_of(exc: StorageError) -> int:
     """The exit code of an error; for a batch, the greatest code of its errors."""
     if isinstance(exc, BatchError):
         return max(code_of(each) for each in exc.outcomes if isinstance(each, StorageError))
+    if isinstance(exc, errors.PartialChangeError):
+        return code_of(exc.cause)
     return code_of_kind(type(exc))
 
 

@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast, get_args
 
 import msgspec
 
 from hf_async_store.errors import InvalidFieldError, InvalidInputError, InvalidQueryError
+from hf_async_store.field_checks import directed, is_known, operand_problem, signed, undeclared
 from hf_async_store.json_input import decode_json
-from hf_async_store.query import Combined, Op, OpName, Order, Path, and_
+from hf_async_store.query import Combined, Op, OpName, Path, and_, asc, desc
 from hf_async_store.values import REMOVE, VERSION, Removed, Value, parse_timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from hf_async_store.query import Steps
+    from hf_async_store.query import SortKeyInput, Steps
     from hf_async_store.schema import Collection
     from hf_async_store.values import FieldType
 
@@ -44,6 +45,7 @@ def filters_of(words: Iterable[str], collection: Collection) -> Combined | None:
 
 
 def _filter(word: str, collection: Collection) -> Mapping[Path, object]:
+    _refuse_sign(word)
     parsed = _split(word)
     operator = next((each for each in OPERATORS if each == parsed.operator), None)
     if operator is None:
@@ -52,7 +54,60 @@ def _filter(word: str, collection: Collection) -> Mapping[Path, object]:
             f"{', '.join(OPERATORS)} (write a field name with a colon as a JSON list: "
             "'[\"a:b\"]=x')"
         )
-    return {Path(parsed.steps): Op(operator, _operand(word, operator, parsed, collection))}
+    operand = _operand(word, operator, parsed, collection)
+    if parsed.bare_name is not None:
+        _check_name(parsed.bare_name, word, collection)
+        _check_operand(word, operator, operand, parsed.bare_name, collection)
+    return {Path(parsed.steps): Op(operator, operand)}
+
+
+def _refuse_sign(word: str) -> None:
+    """Refuse `status!=done` and `size>=5`, which would else be the fields `status!` and `size>`."""
+    meant = signed(word)
+    if meant is None or re.match(r"\s*[\w/]+=(?!=)", word):
+        return
+    name, operator = meant
+    if operator != "eq":
+        raise InvalidQueryError(
+            f"{_shown(word)} is not a filter; write {name}:{operator}=VALUE, or a field name that "
+            "contains such a sign as a JSON list"
+        )
+    raise InvalidQueryError(
+        f"{_shown(word)} is not a filter; write {name}=VALUE, or {name}:='\"=...\"' for a value that "
+        "begins with ="
+    )
+
+
+def _check_name(name: str, word: str, collection: Collection) -> None:
+    if not is_known(collection, name):
+        raise InvalidQueryError(
+            f"{_shown(word)}: {undeclared(collection, name)}; a field that is not declared is "
+            f"written as a JSON list: '{_listed_name(name)}'"
+        )
+
+
+def _check_operand(
+    word: str, operator: OpName, operand: object, name: str, collection: Collection
+) -> None:
+    if operator == "exists":
+        return
+    field_type = _type_of((name,), collection)
+    for each in operand if isinstance(operand, tuple) else (operand,):
+        problem = operand_problem(operator, field_type, cast("Value", each))
+        if problem is not None:
+            several = (
+                f"; for any of several values: {name}:in=a,b" if isinstance(each, list) else ""
+            )
+            raise InvalidQueryError(
+                f"{_shown(word)}: {operator} {problem}{several}; any value is accepted after the "
+                f"name as a JSON list: '{_listed_name(name)}'"
+            )
+
+
+def _listed_name(name: str) -> str:
+    from json import dumps
+
+    return dumps([name if len(name) <= _MAX_SHOWN_LENGTH else "NAME"])
 
 
 def _operand(word: str, operator: OpName, parsed: _ParsedWord, collection: Collection) -> object:
@@ -97,16 +152,53 @@ def _checked_list(word: str, operator: OpName, values: list[Value]) -> tuple[Val
     return tuple(values)
 
 
-def order_of(words: Iterable[str]) -> list[Order] | None:
+def order_of(words: Iterable[str], collection: Collection) -> list[SortKeyInput] | None:
     """Parse `--order`: names separated by commas, with a leading `-` for descending order."""
-    names = [
-        name
+    names = _names(words)
+    if not all(name.strip("-") for name in names):
+        raise InvalidQueryError("--order needs names, for example --order status,-created_at")
+    return [_sort_key(each, collection) for each in names] or None
+
+
+def _sort_key(word: str, collection: Collection) -> SortKeyInput:
+    meant = directed(word)
+    if meant is not None:
+        name, descending = meant
+        raise InvalidQueryError(
+            f"--order {_shown(word)}: write --order {'-' if descending else ''}{name}"
+        )
+    if word.lower() in ("asc", "desc") and not is_known(collection, word.lower()):
+        raise InvalidQueryError(f"--order {_shown(word)}: a descending order is written -name")
+    return (desc if word.startswith("-") else asc)(
+        _named_path(word.removeprefix("-"), "--order", collection)
+    )
+
+
+def fields_of(words: Iterable[str], collection: Collection) -> list[Path] | None:
+    """Parse `--fields`: names separated by commas; None if there are none."""
+    names = _names(words)
+    if not all(names):
+        raise InvalidInputError("--fields needs field names, for example --fields name,status")
+    return [_named_path(each, "--fields", collection, nested=False) for each in names] or None
+
+
+def _names(words: Iterable[str]) -> list[str]:
+    """The names in words that contain one JSON list, or names separated by commas."""
+    return [
+        name.strip()
         for word in words
         for name in ([word] if word.lstrip("-").startswith("[") else word.split(","))
     ]
-    if not all(name.strip("-") for name in names):
-        raise InvalidQueryError("--order needs names, for example --order status,-created_at")
-    return [Order(steps_of(each.removeprefix("-")), each.startswith("-")) for each in names] or None
+
+
+def _named_path(word: str, option: str, collection: Collection, *, nested: bool = True) -> Path:
+    """The path of a word of an option; a bare name in it must be declared."""
+    if word.startswith("["):
+        return Path(steps_of(word))
+    steps = steps_of(word) if nested else (word,)
+    if len(steps) == 1:
+        _check_name(word, f"{option} {word}", collection)
+    return Path(steps)
 
 
 # -- assignments ----------------------------------------------------------------------------
@@ -172,10 +264,18 @@ class _ParsedWord(NamedTuple):
     operator: str
     value: str | None
     is_json: bool = False
+    is_listed: bool = False
+
+    @property
+    def bare_name(self) -> str | None:
+        """The name of a field that is not written as a path or a JSON list."""
+        name, *inner = self.steps
+        return None if inner or self.is_listed or not isinstance(name, str) else name
 
 
 def _split(word: str) -> _ParsedWord:
     steps, rest = _leading_steps(word)
+    is_listed = steps is not None
     head, equals, value = rest.partition("=")
     is_json = bool(equals) and head.endswith(":")
     head = head.removesuffix(":") if is_json else head
@@ -188,7 +288,7 @@ def _split(word: str) -> _ParsedWord:
         )
     else:
         operator = head[1:]
-    return _ParsedWord(steps, operator or "eq", value if equals else None, is_json)
+    return _ParsedWord(steps, operator or "eq", value if equals else None, is_json, is_listed)
 
 
 def _shown(word: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
 
+from hf_async_store.arguments import check_boolean, check_callable, check_declared
 from hf_async_store.config import MigrationConfig, absolute, load_config, load_migration
 from hf_async_store.errors import (
     BatchError,
@@ -153,12 +154,13 @@ class MigrationTool:
                 "migration.cleanup_source needs validate_after_migration: the source is emptied "
                 "only after the target was verified"
             )
-        declared = tuple(collections)
+        check_callable(advance, "advance")
+        declared = check_declared(collections, Collection, "collections")
         self._arguments = (source, target)
         self.source = _store(source, declared)
         self.target = _store(target, declared)
         self._merge = merge
-        self._leave_out = frozenset(leave_out)
+        self._leave_out = frozenset(check_declared(leave_out, str, "leave_out"))
         check_leave_out(self._leave_out, self.source.collections)
         if self._config.cleanup_source and any("." in each for each in self._leave_out):
             raise ConfigurationError(
@@ -262,6 +264,7 @@ class MigrationTool:
             ConfigurationError: the source is of another engine.
         """
         engine = self.source.capabilities.engine
+        _check_location(backup_location)
         if source_type is not None and not _is_type(source_type, engine):
             raise ConfigurationError(f"the engine of the source is {engine!r}, not {source_type!r}")
         backup = await backup_store(
@@ -276,7 +279,9 @@ class MigrationTool:
         self, batch_size: int | None = None
     ) -> AsyncGenerator[MigrationBatch, None]:
         """All entities of the source, in batches of one collection each, parents before children."""
-        size = batch_size or self._config.batch_size
+        size = self._config.batch_size if batch_size is None else batch_size
+        if type(size) is not int or size < 1:
+            raise ConfigurationError("batch_size must be a positive integer, or None")
         for name in self.source.collections:
             async with aclosing(batches_of(self.source, name, size)) as batches:
                 async for each in batches:
@@ -320,6 +325,7 @@ class MigrationTool:
             MigrationError: a step failed; `__cause__` is the error, and the message says what to do.
             VerificationError: source and target differ after copying.
         """
+        check_boolean(dry_run, "dry_run")
         report = self._report(dry_run=dry_run)
         started = time.monotonic()
         await self._check_stores(report)
@@ -579,7 +585,7 @@ class MigrationTool:
                     "source are in the target"
                 )
         try:
-            return len(await self.source.delete_entities(name, versions, versions))
+            return len(await self.source.delete_entities(name, list(versions), versions))
         except BatchError as exc:
             errors = [
                 (entity, each)
@@ -609,6 +615,13 @@ def _store(
     if isinstance(argument, StorageStrategy):
         return argument
     return open_store(load_config(argument), collections=collections)
+
+
+def _check_location(location: object) -> None:
+    if not isinstance(location, str | Path | None):
+        raise ConfigurationError(
+            f"backup_location must be a path or None, not {type(location).__name__}"
+        )
 
 
 def _is_type(source_type: str, engine: str) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from msgspec.structs import replace
 
+from hf_async_store.arguments import is_listed
 from hf_async_store.errors import ConfigurationError
 from hf_async_store.schema import HOST_FACTORY, Collection
 
@@ -54,6 +55,10 @@ def open_store(
     loaded = load_config(config)
     if not loaded.strategy:
         raise ConfigurationError(NO_STRATEGY)
+    if not is_listed(follow_moves):
+        raise ConfigurationError(
+            f"follow_moves must be a list of configurations, not {type(follow_moves).__name__}"
+        )
     permitted = permitted_moves(list(follow_moves))
     if permitted:
         loaded = replace(loaded, follow_moves=(*loaded.follow_moves, *permitted))

@@ -401,7 +401,8 @@ async def _call_verb(store: StorageStrategy, change: Change) -> Answer:
             return await store.delete_entity("items", change.key.id, **expected)
         if isinstance(change, Patch):
             fields = {"label": "new"}
-            return await store.update_entity("items", change.key.id, fields, **expected)
+            version: int = await store.update_entity("items", change.key.id, fields, **expected)
+            return version
         if change.expect is ABSENT:
             return await store.create_entity("items", change.entity)
         return await store.save_entity("items", change.entity, **expected)

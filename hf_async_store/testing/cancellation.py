@@ -17,6 +17,7 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
 )
+from hf_async_store.field_operations import increment
 from hf_async_store.testing.assertions import (
     get_existing,
     nothing_is_left,
@@ -152,6 +153,18 @@ VERBS: Final[Mapping[str, _Verb]] = {
     "create many": _Verb(lambda store: store.create_entities("items", [_C, _D]), atomic=False),
     "save many": _Verb(lambda store: store.save_entities("items", [_A, _C]), atomic=False),
     "update many": _Verb(lambda store: store.update_entities("items", _BOTH), atomic=False),
+    "increment": _Verb(lambda store: store.update_entity("counters", "n", {"value": increment()})),
+    "update and return": _Verb(
+        lambda store: store.update_entity("items", "a", {"label": "after"}, returning=True)
+    ),
+    "update where": _Verb(
+        lambda store: store.update_where("items", {"label": "before"}, {"label": "after"}),
+        atomic=False,
+    ),
+    "delete where": _Verb(
+        lambda store: store.delete_where("items", {"item_id": "a"}, order_by="label")
+    ),
+    "count by": _Verb(lambda store: store.count_by("items", "label"), reads=True),
     "delete many": _Verb(
         lambda store: store.delete_entities("items", ["a", "b", "c"]), atomic=False
     ),

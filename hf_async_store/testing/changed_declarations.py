@@ -11,11 +11,12 @@ import pytest
 from hf_async_store.query import (
     MISSING,
     Op,
-    Order,
+    asc,
     begins_with,
     between,
     build_query,
     contains,
+    desc,
     eq,
     exists,
     gt,
@@ -101,12 +102,11 @@ def _operators(operand: object) -> list[Op]:
     return [*found, begins_with(operand)] if isinstance(operand, str) else found
 
 
-def questions(operands: tuple[object, ...]) -> list[tuple[FilterMap, list[Order]]]:
+def questions(operands: tuple[object, ...]) -> list[tuple[FilterMap, list[Any]]]:
     """Filters by every operator with these operands, and orders."""
     place = path("value")
-    value, label = ("value",), ("label",)
-    orders = [[Order(value)], [Order(value, descending=True)], [Order(label), Order(value)], []]
-    asked: list[tuple[FilterMap, list[Order]]] = [({}, order) for order in orders]
+    orders = [[asc(place)], [desc(place)], [asc(path("label")), asc(place)], []]
+    asked: list[tuple[FilterMap, list[Any]]] = [({}, order) for order in orders]
     for number, operand in enumerate((*operands, None)):
         asked += [({place: op}, orders[number % len(orders)]) for op in _operators(operand)]
     asked += [({place: op}, []) for op in (exists(), exists(False))]
@@ -134,7 +134,7 @@ async def _check_query(
     collection: Collection,
     rows: Rows,
     filters: FilterMap,
-    order: list[Order],
+    order: list[Any],
     *,
     thorough: bool,
 ) -> None:

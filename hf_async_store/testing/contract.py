@@ -21,17 +21,22 @@ from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
 from hf_async_store.testing.changed_declarations import ChangedDeclarationContract
 from hf_async_store.testing.entities import EntityContract
+from hf_async_store.testing.field_operations import FieldOperationContract
+from hf_async_store.testing.filtered_changes import FilteredChangeContract
+from hf_async_store.testing.groups import GroupContract
 from hf_async_store.testing.independent_changes import IndependentChangeContract
 from hf_async_store.testing.isolation import IsolationContract
 from hf_async_store.testing.lifecycle import LifecycleContract
 from hf_async_store.testing.limits import LimitContract
 from hf_async_store.testing.planted_records import PlantedRecordContract
 from hf_async_store.testing.queries import QueryContract
+from hf_async_store.testing.read_only_transactions import ReadOnlyTransactionContract
 from hf_async_store.testing.references import ReferenceContract
 from hf_async_store.testing.streams import StreamContract
 from hf_async_store.testing.transactions import TransactionContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
+from hf_async_store.testing.wrong_arguments import ArgumentContract
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -46,6 +51,7 @@ class StrategyContract(
     ValueContract,
     VersionContract,
     TransactionContract,
+    ReadOnlyTransactionContract,
     IsolationContract,
     QueryContract,
     LimitContract,
@@ -57,6 +63,10 @@ class StrategyContract(
     ReferenceContract,
     ChangedDeclarationContract,
     PlantedRecordContract,
+    ArgumentContract,
+    FieldOperationContract,
+    FilteredChangeContract,
+    GroupContract,
 ):
     """All cases of the contract."""
 

@@ -27,12 +27,13 @@ CONTRACT_COLLECTIONS: Final = (
             Field("data", "json"),
         ],
         indexes=["label", Index("count", "due_at"), Index("ratio"), Index("active")],
+        open=True,
     ),
     Collection("accounts", key="account_id", fields=[Field("balance", "integer", required=True)]),
     Collection("counters", key="counter_id"),
 )
-"""The collections of the suite: `HOST_FACTORY`, a collection with a field of every type, one with a
-required field, and one without declared fields."""
+"""The collections of the suite: `HOST_FACTORY`, a collection with a field of every type,
+whose queries may name undeclared fields, one with a required field, and one without declared fields."""
 
 
 class Harness(Protocol):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from hypothesis import strategies as st
 
 from hf_async_store.query import (
-    Order,
     Path,
+    SortKeyInput,
     and_,
     asc,
     begins_with,
@@ -260,7 +260,7 @@ def draw_filters(draw: st.DrawFn, places: Places, operands: OperandsAt, depth: i
     kind = draw(_below[7]) if depth < 2 else 0
     if kind < 4:
         chosen = [draw(_place(places)) for _ in range(draw(_below[3]) or (not depth))]
-        return {place: _draw_test(draw, operands(place)) for place in chosen}
+        return {_unchecked(place): _draw_test(draw, operands(place)) for place in chosen}
     if kind == 6:
         return not_(draw_filters(draw, places, operands, depth + 1))
     parts = [draw_filters(draw, places, operands, depth + 1) for _ in range(draw(_below[4]))]
@@ -269,7 +269,7 @@ def draw_filters(draw: st.DrawFn, places: Places, operands: OperandsAt, depth: i
 
 def _draw_test(draw: st.DrawFn, operands: Strategy) -> object:
     """A random operator, or an operand without one, which means equality."""
-    kind = draw(_below[14])
+    kind = draw(_below[15])
     if kind < len(_ONE_OPERAND_OPERATORS):
         return _ONE_OPERAND_OPERATORS[kind](draw(operands))
     if kind < 9:
@@ -280,13 +280,22 @@ def _draw_test(draw: st.DrawFn, operands: Strategy) -> object:
     if kind == 11:
         return exists(chance(draw, 2))
     if kind == 12:
-        return begins_with(draw(_word))
+        return begins_with(draw(_word), ignore_case=chance(draw, 2))
+    if kind == 13:
+        return contains(draw(_word), ignore_case=True)
     return draw(operands)
 
 
-def draw_order(draw: st.DrawFn, places: Places) -> list[Order]:
+def _unchecked(place: str | Path) -> Path:
+    """As a path, a field can be compared with values of any type."""
+    return path(place) if isinstance(place, str) else place
+
+
+def draw_order(draw: st.DrawFn, places: Places) -> list[SortKeyInput]:
     """Up to three keys of an order; without any, the order is by id."""
-    return [pick(draw, (asc, desc))(draw(_place(places))) for _ in range(draw(_below[4]))]
+    return [
+        pick(draw, (asc, desc))(_unchecked(draw(_place(places)))) for _ in range(draw(_below[4]))
+    ]
 
 
 def paths_in(*names: str) -> list[Path]:

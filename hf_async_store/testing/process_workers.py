@@ -29,6 +29,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     EventLoopMismatchError,
 )
+from hf_async_store.field_operations import increment
 from hf_async_store.strategies import open_store
 from hf_async_store.testing.concurrent_workloads import TOTAL, count_up, total, transfer
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
@@ -77,6 +78,13 @@ async def cas_counter(store: StorageStrategy, *, counter_id: str, times: int) ->
         return {**entity, "n": n + 1}
 
     return [await store.modify_entity("counters", counter_id, increment) for _ in range(times)]
+
+
+async def operations(store: StorageStrategy, *, counter_id: str, times: int) -> list[int]:
+    """As `cas_counter`, by field operations; the versions in any order."""
+    return [
+        await store.update_entity("counters", counter_id, {"n": increment(1)}) for _ in range(times)
+    ]
 
 
 async def version_race(
@@ -180,6 +188,7 @@ ROLES: Final[Mapping[str, Role]] = {
     "first-use": first_use,
     "fork": fork,
     "increments": increments,
+    "operations": operations,
     "save-many": save_many,
     "single-keys": single_keys,
     "transactions": transactions,

@@ -444,7 +444,7 @@ class ReferenceContract:
         imported = [{"item_id": name, "version": 3, **each} for name, each in given.items()]
         assert await store.import_entities("items", imported) == [3, 3, 3, 3]
         expected = [*imported[:3], {**imported[0], "item_id": "zone"}]
-        assert await store.get_entities("items", given) == expected
+        assert await store.get_entities("items", list(given)) == expected
 
     @pytest.mark.parametrize("verb", ["save", "update", "transaction"])
     async def test_87_a_write_replaces_an_imported_updated_at(

@@ -34,12 +34,13 @@ from hypothesis.stateful import (
 
 from hf_async_store.changes import ABSENT
 from hf_async_store.errors import BatchError, StorageError
+from hf_async_store.field_operations import add_to_set, append, increment, remove_from_set
 from hf_async_store.schema import HOST_FACTORY
 from hf_async_store.strategies.memory import MemoryStorageStrategy
 from hf_async_store.testing import hypothesis_strategies
 from hf_async_store.testing.assertions import typed
 from hf_async_store.testing.hypothesis_strategies import Places, chance, pick
-from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES, REMOVE
+from hf_async_store.values import CREATED_AT, INT_MAX, MAX_ENTITY_BYTES, REMOVE, UPDATED_AT
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -98,7 +99,11 @@ class Call(NamedTuple):
 
     @property
     def is_query(self) -> bool:
-        return self.verb in ("query_entities", "stream", "walk", "count_entities")
+        return self.verb in ("query_entities", "stream", "walk", "count_entities", "count_by")
+
+    @property
+    def changes_what_a_query_finds(self) -> bool:
+        return self.verb in ("update_where", "delete_where")
 
 
 class Script(NamedTuple):
@@ -131,10 +136,14 @@ async def _walk(
 
 
 async def _modify(
-    repository: RepositoryInterface, collection: str, entity_id: str, fields: Mapping[str, Any]
+    repository: RepositoryInterface,
+    collection: str,
+    entity_id: str,
+    fields: Mapping[str, Any],
+    **more: Any,
 ) -> object:
     return await repository.modify_entity(
-        collection, entity_id, lambda entity: {**entity, **fields}, retry_seconds=1
+        collection, entity_id, lambda entity: {**entity, **fields}, retry_seconds=1, **more
     )
 
 
@@ -191,7 +200,7 @@ def _is_clock(value: object) -> bool:
 
 def comparable(answer: object) -> object:
     """The part of a result that must be equal on two engines."""
-    if isinstance(answer, list):
+    if isinstance(answer, list | tuple):
         return [comparable(each) for each in answer]
     if isinstance(answer, dict) and "version" in answer:
         return {
@@ -250,12 +259,25 @@ def _draw_entity(draw: st.DrawFn, collection: Collection) -> dict[str, Any]:
     return {**_draw_fields(draw, collection, whole=True), collection.key: entity_id}
 
 
-def _draw_update(draw: st.DrawFn, collection: Collection) -> dict[str, Any]:
-    """Named fields, some of them to be removed."""
-    fields = _draw_fields(draw, collection, whole=False)
+_OPERATIONS: Final = (
+    *(increment(), increment(-5), increment(INT_MAX), append("x"), append([1.0])),
+    *(add_to_set(1), add_to_set(None), remove_from_set(1.0), remove_from_set("x"), REMOVE),
+)
+
+
+def _draw_update(draw: st.DrawFn, collection: Collection) -> dict[Any, Any]:
+    """Named fields, some of them to be removed, or to be computed from the stored value."""
+    fields: dict[Any, Any] = _draw_fields(draw, collection, whole=False)
+    if chance(draw, 3):
+        name = pick(draw, (*collection.fields, *hypothesis_strategies.UNDECLARED[:2]))
+        fields[name] = pick(draw, (*_OPERATIONS, REMOVE, REMOVE))
     if chance(draw, 4):
-        fields[pick(draw, (*collection.fields, *hypothesis_strategies.UNDECLARED[:2]))] = REMOVE
+        fields[pick(draw, _PATHS_IN_EXTRA)] = pick(draw, (*_OPERATIONS, 1))
     return fields
+
+
+def _draw_flag(draw: st.DrawFn, name: str) -> dict[str, Any]:
+    return {name: True} if chance(draw, 3) else {}
 
 
 def _draw_expected(draw: st.DrawFn, *, absent: bool) -> dict[str, Any]:
@@ -286,6 +308,7 @@ def _writes(draw: st.DrawFn) -> Call:
     entity_id = _draw_id(draw, collection)
     if verb == "delete":
         return Call("delete_entity", (name, entity_id), more)
+    more |= _draw_flag(draw, "returning")
     return Call("update_entity", (name, entity_id, _draw_update(draw, collection)), more)
 
 
@@ -301,10 +324,11 @@ def _batches(draw: st.DrawFn) -> Call:
         if verb == "delete":
             return Call("delete_entities", (name, ids, expected), {})
         updates = {each: _draw_update(draw, collection) for each in ids}
-        return Call("update_entities", (name, updates, expected), {})
+        flag = _draw_flag(draw, "returning")
+        return Call("update_entities", (name, updates, expected), flag)
     entities = [_draw_entity(draw, collection) for _ in range(draw(_up_to_4))]
     if verb == "create":
-        return Call("create_entities", (name, entities), {})
+        return Call("create_entities", (name, entities), _draw_flag(draw, "if_absent"))
     if verb == "save":
         ids = [each[collection.key] for each in entities]
         expected = _draw_expected_by_id(draw, ids, absent=True)
@@ -320,7 +344,10 @@ def _modifications(draw: st.DrawFn) -> Call:
     """`modify_entity` with a change that sets some fields."""
     collection = pick(draw, HOST_FACTORY)
     fields = _draw_fields(draw, collection, whole=False)
-    return Call("modify", (collection.name, _draw_id(draw, collection), fields), {})
+    more = _draw_flag(draw, "returning")
+    if chance(draw, 2):
+        more["default"] = _draw_fields(draw, collection, whole=True)
+    return Call("modify", (collection.name, _draw_id(draw, collection), fields), more)
 
 
 @st.composite
@@ -347,15 +374,32 @@ def _queries(draw: st.DrawFn) -> Call:
     filters = (
         None if chance(draw, 4) else hypothesis_strategies.draw_filters(draw, places, _operands_at)
     )
-    verb = pick(draw, ("query_entities", "stream", "walk", "count_entities"))
+    verb = pick(draw, ("query_entities", "stream", "walk", "count_entities", "count_by"))
     if verb == "count_entities":
         return Call(verb, (name, filters), {})
+    if verb == "count_by":
+        # The clocks of two stores differ.
+        grouped = [each for each in places if each not in (CREATED_AT, UPDATED_AT)]
+        return Call(verb, (name, draw(st.sampled_from(grouped)), filters), {})
     order = [*hypothesis_strategies.draw_order(draw, places), collection.key]
     if verb == "walk":
         return Call(verb, (name, filters, order, 1 + draw(_up_to_4)), {})
     limit = None if chance(draw, 2) else draw(_up_to_4)
     fields = None if chance(draw, 2) else [pick(draw, tuple(collection.fields))]
-    return Call(verb, (name, filters, order, limit), {"fields": fields})
+    more = {"offset": draw(_up_to_4)} if verb == "query_entities" else {}
+    return Call(verb, (name, filters, order, limit), {"fields": fields, **more})
+
+
+@st.composite
+def _changes_by_filter(draw: st.DrawFn) -> Call:
+    collection = pick(draw, HOST_FACTORY)
+    places: Places = (*collection.fields, *_PATHS_IN_EXTRA)
+    filters = hypothesis_strategies.draw_filters(draw, places, _operands_at)
+    more = {"order_by": collection.key, "limit": draw(_up_to_4)}
+    if chance(draw, 3):
+        more |= _draw_flag(draw, "returning")
+        return Call("delete_where", (collection.name, filters), more)
+    return Call("update_where", (collection.name, filters, _draw_update(draw, collection)), more)
 
 
 _up_to_4: Final = st.integers(0, 4)
@@ -378,9 +422,10 @@ _BATCHES: Final = _batches()
 _READS: Final = _reads()
 _QUERIES: Final = _queries()
 _MODIFICATIONS: Final = _modifications()
+_CHANGES_BY_FILTER: Final = _changes_by_filter()
 _IN_TRANSACTION: Final[Sequence[st.SearchStrategy[Call]]] = (
     *(_WRITES, _WRITES, _WRITES, _BATCHES),
-    *(_READS, _QUERIES, _MODIFICATIONS, _conditional_updates()),
+    *(_READS, _QUERIES, _MODIFICATIONS, _conditional_updates(), _CHANGES_BY_FILTER),
 )
 
 
@@ -407,6 +452,9 @@ def _supported_steps(script: Script, capabilities: Capabilities) -> Script:
         if isinstance(step, Script):
             if capabilities.savepoints:
                 steps.append(_supported_steps(step, capabilities))
+        elif step.changes_what_a_query_finds:
+            if capabilities.queries_in_transaction == "serializable":
+                steps.append(step)
         elif not step.is_query or capabilities.queries_in_transaction != "outside":
             steps.append(step)
     return Script(steps, script.rolled_back)
@@ -490,6 +538,11 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(call=_MODIFICATIONS)
     def modify(self, call: Call) -> None:
+        self._compare_call(call)
+
+    @precondition(lambda self: self._capabilities.query_isolation == "snapshot")
+    @rule(call=_CHANGES_BY_FILTER)
+    def change_by_filter(self, call: Call) -> None:
         self._compare_call(call)
 
     @precondition(lambda self: self._capabilities.durable)

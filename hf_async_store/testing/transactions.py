@@ -1063,3 +1063,29 @@ class TransactionContract:
         assert await labels(store, "a") == ["theirs"]
         with pytest.raises(EntityNotFoundError):
             await store.modify_entity("items", "none", always)
+
+    async def test_46_tasks_that_compete_for_an_entity_take_turns(
+        self, store: StorageStrategy
+    ) -> None:
+        await store.create_entities("items", [item("a", count=0), item("b", count=0)])
+        attempts: list[int] = []
+
+        async def work(tx: Transaction) -> None:
+            attempts.append(len(attempts))
+            entity = await tx.get_entity("items", "a")
+            assert entity is not None
+            count = entity["count"]
+            assert isinstance(count, int)
+            await tx.update_entity("items", "a", {"count": count + 1})
+
+        async def task() -> None:
+            for _ in range(5):
+                await store.run_transaction(work)
+
+        async with asyncio.timeout(HANG_SECONDS):
+            await asyncio.gather(*(task() for _ in range(16)))
+        entity = await store.get_entity("items", "a")
+        assert entity is not None
+        assert (entity["count"], entity["version"]) == (80, 81)
+        # At random, each of 16 tasks would lose to most of the others.
+        assert len(attempts) <= 3 * 80

@@ -264,8 +264,8 @@ def test_query(filled: Cli) -> None:
     assert ids(filled, "machines", "name:=null") == ["m-2"]
     assert ids(filled, "requests", "tags/owner=ops") == ["r-1"]
     assert ids(filled, "requests", '["tags","a/b",1]=2') == ["r-1"]
-    assert ids(filled, "requests", "zone=7") == ["r-2"]
-    assert ids(filled, "requests", 'zone:="7"') == []
+    assert ids(filled, "requests", '["zone"]=7') == ["r-2"]
+    assert ids(filled, "requests", '["zone"]:="7"') == []
     assert ids(filled, "requests", "completed_at:gt=2025-06-30T10:00:00+02:00") == ["r-2"]
     assert ids(filled, "requests", "machine_count:between=2,4") == ["r-1"]
 
@@ -291,8 +291,13 @@ def test_options_and_filters_in_any_order(filled: Cli) -> None:
 
 
 def test_fields(filled: Cli) -> None:
-    ran = filled("query", "machines", "--fields", "status, nope", "--limit", "1")
-    assert ran.rows == [{"machine_id": "m-1", "status": "RUNNING", "version": 1}]
+    ran = filled("query", "machines", "--fields", "status, name", "--limit", "1")
+    assert ran.rows == [{"machine_id": "m-1", "name": "one", "status": "RUNNING", "version": 1}]
+    ran = filled("query", "requests", "--fields", '["zone"]', "--order", '-["zone"]')
+    assert [each.get("zone") for each in ran.rows] == [7, None]
+    ran = filled("query", "machines", "--fields", "status,nope")
+    assert (ran.code, ran.out) == (2, "")
+    assert "machines has no declared field 'nope'" in ran.message
     assert "--fields needs field names" in filled("query", "machines", "--fields", ",").message
 
 
@@ -305,6 +310,34 @@ def test_count(filled: Cli) -> None:
     assert filled("count", "machines").out == "3\n"
     assert filled("count", "machines", "status=RUNNING").out == "2\n"
     assert filled("count", "machines", "status=GONE").out == "0\n"
+
+
+def test_count_by(filled: Cli) -> None:
+    assert filled("count", "machines", "--by", "status").rows == [
+        {"value": "RUNNING", "count": 2},
+        {"value": "STOPPED", "count": 1},
+    ]
+    assert filled("count", "machines", "--by", "name").rows == [
+        {"count": 1},
+        {"value": None, "count": 1},
+        {"value": "one", "count": 1},
+    ]
+    assert filled("count", "machines", "status=RUNNING", "--by", "tags/owner").rows == [
+        {"count": 2}
+    ]
+    assert filled("count", "machines", "--by", "a//b").code == 2
+
+
+def test_delete_where(filled: Cli) -> None:
+    assert filled("delete-where", "machines").code == 2  # never everything by mistake
+    words = ("delete-where", "machines", "status=RUNNING")
+    assert filled(*words, "--order", "-machine_id", "--limit", "1").rows == [{"deleted": 1}]
+    assert filled(*words).rows == [{"deleted": 1}]
+    assert filled(*words).rows == [{"deleted": 0}]
+    ran = filled("delete-where", "requests", "request_id=r-1")
+    assert ran.code == 3
+    assert "cannot be deleted: machines 'm-2' refers to it" in ran.message
+    assert filled("count", "machines").out == "1\n"
 
 
 @pytest.mark.parametrize("command", ["query", "count"])
@@ -325,6 +358,7 @@ def test_a_filter_that_is_wrong(filled: Cli, command: str) -> None:
         ["count", "machines"],
         ["update", "machines", "m-1", "status=x"],
         ["delete", "machines", "m-1"],
+        ["delete-where", "machines", "status=x"],
         ["health"],
         ["checkpoint"],
         ["backup"],

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 
 from hf_async_store import REMOVE, Collection, Field, StorageError
-from hf_async_store.cli.filter_syntax import changes_of, entities_of, filters_of, order_of
-from hf_async_store.query import Comparison, Order, build_query
+from hf_async_store.cli.filter_syntax import (
+    changes_of,
+    entities_of,
+    fields_of,
+    filters_of,
+    order_of,
+)
+from hf_async_store.query import Comparison, asc, build_query, desc, path
 
 THINGS = Collection(
     "things",
@@ -37,6 +43,12 @@ def comparison(word: str) -> Comparison:
         ("note=RUNNING", ("note",), "eq", "RUNNING"),
         ("note=", ("note",), "eq", ""),
         ("note=a=b:c", ("note",), "eq", "a=b:c"),
+        ("note=a!=b", ("note",), "eq", "a!=b"),
+        ("note:gt=>=", ("note",), "gt", ">="),
+        ('note:="=a"', ("note",), "eq", "=a"),
+        ('["note"]:=5', ("note",), "eq", 5),
+        ('["count"]:="5"', ("count",), "eq", "5"),
+        ("count=5.0", ("count",), "eq", 5.0),
         ("note=null", ("note",), "eq", "null"),
         ("note=5", ("note",), "eq", "5"),
         ("note:=null", ("note",), "eq", None),
@@ -57,11 +69,11 @@ def comparison(word: str) -> Comparison:
         ("lines=[1]", ("lines",), "eq", [1]),
         ("lines:contains=1", ("lines",), "contains", 1),
         ("note:contains=1", ("note",), "contains", "1"),
-        ("zone=7", ("zone",), "eq", 7),
-        ("zone=seven", ("zone",), "eq", "seven"),
-        ("zone=007", ("zone",), "eq", "007"),
-        ('zone:="7"', ("zone",), "eq", "7"),
-        ("zone=NaN", ("zone",), "eq", "NaN"),
+        ('["zone"]=7', ("zone",), "eq", 7),
+        ('["zone"]=seven', ("zone",), "eq", "seven"),
+        ('["zone"]=007', ("zone",), "eq", "007"),
+        ('["zone"]:="7"', ("zone",), "eq", "7"),
+        ('["zone"]=NaN', ("zone",), "eq", "NaN"),
         ("note:in=b, a", ("note",), "in", ["a", "b"]),
         ("count:in=1,2", ("count",), "in", [1, 2]),
         ('note:in:=["a,b"]', ("note",), "in", ["a,b"]),
@@ -118,6 +130,23 @@ def test_several_filters_are_combined_with_and() -> None:
         ("[true]=x", "path steps must be strings or integers"),
         ('["a"]x=1', "expected =value or :operator=value after the JSON list"),
         ("note=" + "x" * 500 + "\n:", None),
+        ("note!=done", "write note:ne=VALUE"),
+        ("note<>done", "write note:ne=VALUE"),
+        ("count>=5", "write count:gte=VALUE"),
+        ("count > 5", "write count:gt=VALUE"),
+        ("count<5", "write count:lt=VALUE"),
+        ("count = 5", "write count=VALUE"),
+        ("tags/size>=5", "write tags/size:gte=VALUE"),
+        ("note==done", "write note=VALUE, or note:='\"=...\"'"),
+        ("noet=done", "things has no declared field 'noet'; the nearest are: note"),
+        ("noet=done", "written as a JSON list: '[\"noet\"]'"),
+        ('note:=["a"]', "eq needs a string, not a list"),
+        ('note:=["a"]', "for any of several values: note:in=a,b"),
+        ('count:="5"', "eq needs an integer, not a string"),
+        ("count=0.5", "eq needs an integer, not a float"),
+        ("count:contains=5", "but this is of type integer"),
+        ("done_at:lt:=null", "never matches null"),
+        ('done_at:in:=["soon"]', "in needs a timestamp, for example"),
     ],
 )
 def test_a_filter_that_is_refused(word: str, told: str | None) -> None:
@@ -131,16 +160,46 @@ def test_a_filter_that_is_refused(word: str, told: str | None) -> None:
 
 
 def test_an_order() -> None:
-    assert order_of(["status,-created_at", "tags/owner", '-["a,b",0]']) == [
-        Order(("status",)),
-        Order(("created_at",), descending=True),
-        Order(("tags", "owner")),
-        Order(("a,b", 0), descending=True),
+    assert order_of(["note,-created_at", "tags/owner", '-["a,b",0]', '["zone"]'], THINGS) == [
+        asc(path("note")),
+        desc(path("created_at")),
+        asc(path("tags", "owner")),
+        desc(path("a,b", 0)),
+        asc(path("zone")),
     ]
-    assert order_of([]) is None
+    assert order_of([], THINGS) is None
     for wrong in ("", "a,", "-"):
         with pytest.raises(StorageError, match="--order needs names"):
-            order_of([wrong])
+            order_of([wrong], THINGS)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("done_at desc", "write --order -done_at"),
+        ("done_at:DESC", "write --order -done_at"),
+        ("done_at asc", "write --order done_at"),
+        ("done_at,desc", "a descending order is written -name"),
+        ("done_ta", "--order done_ta': things has no declared field 'done_ta'; the nearest"),
+        ("-done_ta", "written as a JSON list: '[\"done_ta\"]'"),
+    ],
+)
+def test_an_order_that_is_refused(word: str, told: str) -> None:
+    with pytest.raises(StorageError) as caught:
+        order_of([word], THINGS)
+    assert told in str(caught.value)
+
+
+def test_fields() -> None:
+    assert fields_of([], THINGS) is None
+    assert fields_of(["note, count", '["zo,ne"]'], THINGS) == [
+        path("note"),
+        path("count"),
+        path("zo,ne"),
+    ]
+    for wrong, told in (("", "--fields needs"), ("zone", "no declared field 'zone'")):
+        with pytest.raises(StorageError, match=told):
+            fields_of([wrong], THINGS)
 
 
 def test_assignments() -> None:

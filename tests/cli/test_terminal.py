@@ -56,14 +56,14 @@ def plain(seen: str) -> list[str]:
 
 @pytest.mark.usefixtures("filled")
 def test_a_table() -> None:
-    words = ("query", "machines", "--order", "-machine_id", "--fields", "status,name,nope")
+    words = ("query", "machines", "--order", "-machine_id", "--fields", "status,name,public_ip")
     code, seen = on_a_terminal(*words)
     assert code == 0
     assert plain(seen) == [
-        "machine_id  status   name  nope  version",
-        "m-3         RUNNING                    1",
-        "m-2         STOPPED  null              1",
-        "m-1         RUNNING  one               1",
+        "machine_id  status   name  public_ip  version",
+        "m-3         RUNNING                         1",
+        "m-2         STOPPED  null                   1",
+        "m-1         RUNNING  one                    1",
         "3 rows",
     ]
 
@@ -91,7 +91,7 @@ def test_stored_strings_cannot_contain_control_sequences(cli: Cli) -> None:
     cli(
         "put", "machines", '{"machine_id": "m\\u001b[31m", "name": "a\\n\\u0007b", "[b]": "[red]x"}'
     )
-    _, seen = on_a_terminal("query", "machines", "--fields", "name,[b]")
+    _, seen = on_a_terminal("query", "machines", "--fields", "name", "--fields", '["[b]"]')
     assert plain(seen)[:2] == [
         "machine_id  name      [b]     version",
         "m\\x1b[31m   a\\n\\x07b  [red]x        1",

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from hf_async_store import BatchError, Collection, ConcurrencyConflictError, CorruptionError, Field
+from hf_async_store import (
+    BatchError,
+    Collection,
+    ConcurrencyConflictError,
+    CorruptionError,
+    Field,
+    path,
+)
 from tests.dynamodb.proxy import Changed
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -237,7 +244,9 @@ async def test_fields_of_another_program_can_be_selected(proxy: Proxy) -> None:
         await store.create_entity("things", {"id": "a"})
         await _put(store, "theirs", tags={"SS": ["x", "y"]}, doc={"S": "text"}, big={"S": "x"})
         for fields in (["tags"], ["doc", "tags"]):
-            [_, found] = await store.query_entities("things", order_by="id", fields=fields)
+            [_, found] = await store.query_entities(
+                "things", order_by="id", fields=[*map(path, fields)]
+            )
             assert found["tags"] == ["x", "y"]
             assert "big" not in found
             assert ("doc" in found) == ("doc" in fields)
@@ -322,7 +331,7 @@ async def test_a_projection_contains_no_path_twice(proxy: Proxy) -> None:
     """DynamoDB rejects that; fields of a caller may have the names of the store's attributes."""
     async with store_at(proxy.url, new_prefix(), THINGS) as store:
         await store.create_entity("things", {"id": "first"})
-        assert len(await store.query_entities("things", fields=["_c", "created_at"])) == 1
+        assert len(await store.query_entities("things", fields=[path("_c"), "created_at"])) == 1
     params = [each.params for each in proxy.requests if each.operation == "Scan"][-1]
     paths = params["ProjectionExpression"].split(", ")
     assert len(set(paths)) == len(paths)

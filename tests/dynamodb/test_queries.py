@@ -24,6 +24,7 @@ from hf_async_store import (
     ne,
     not_,
     or_,
+    path,
 )
 from hf_async_store.testing.assertions import typed
 from hf_async_store.testing.repetitions import repetitions
@@ -75,9 +76,9 @@ def questions(draw: st.DrawFn) -> tuple[Any, Any, int | None]:
         hashed: Any = operand(first)
         if draw(st.booleans()):
             hashed = in_([hashed, operand(first)])
-        parts.append({first: hashed})
+        parts.append({path(first): hashed})
     equal = draw(st.integers(0, len(others)))
-    parts += [{name: operand(name)} for name in others[:equal]]
+    parts += [{path(name): operand(name)} for name in others[:equal]]
     rest = [name for name in (others or [first]) if name != "thing_id"]
     for name in draw(st.lists(st.sampled_from(rest), max_size=2)) if rest else ():
         kind = draw(st.sampled_from((*RANGES, "between", "begins", "in", "exists")))
@@ -87,7 +88,7 @@ def questions(draw: st.DrawFn) -> tuple[Any, Any, int | None]:
             "in": lambda name: in_([operand(name), operand(name)]),
             "exists": lambda name: exists(draw(st.booleans())),
         }.get(kind, lambda name, kind=kind: kind(operand(name)))(name)
-        parts.append({name: condition})
+        parts.append({path(name): condition})
     if draw(st.integers(0, 3)) == 0:
         parts.append(or_({"label": "a"}, {"count": gte(0)}))
     sign = draw(st.sampled_from(("", "-")))

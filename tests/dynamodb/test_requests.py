@@ -58,8 +58,8 @@ async def test_every_declared_index_is_queried(
         filters: list[Any] = [
             values,
             {name: in_([value]) for name, value in values.items()},
-            and_(values, {"extra": contains("x")}),
-            and_(values, or_({"extra": 1}, {path("extra", "a"): 2})),
+            and_(values, {path("extra"): contains("x")}),
+            and_(values, or_({path("extra"): 1}, {path("extra", "a"): 2})),
         ]
         proxy.requests.clear()
         for each in filters:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from hf_async_store import Collection, Field, Index, SchemaMismatchError, gt
+from hf_async_store import Collection, Field, Index, SchemaMismatchError, gt, path
 from hf_async_store.driver import SchemaChange
 from hf_async_store.strategies.dynamodb import schema_changes
 from tests.dynamodb.proxy import Answer, Changed
@@ -269,7 +269,7 @@ async def test_a_condition_on_a_field_that_only_another_program_declares(proxy: 
                 expression_values={":size": size, ":owner": "o2"},
             )
             assert version == expected
-        assert (await store.query_entities("jobs", {"size": 7}))[0]["job_id"] == "j005"
+        assert (await store.query_entities("jobs", {path("size"): 7}))[0]["job_id"] == "j005"
 
 
 async def test_entities_are_rewritten_at_a_bounded_rate(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
 
+from hf_async_store import increment
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -81,6 +83,7 @@ WRITES: Final[dict[str, Verb]] = {
         condition_expression="label = :l",
         expression_values={":l": "x"},
     ),
+    "increment": lambda store: store.update_entity("items", "a", {"count": increment(1)}),
     "delete": lambda store: store.delete_entity("items", "a"),
     "delete expecting": lambda store: store.delete_entity("items", "a", expected_version=1),
     "import": lambda store: store.import_entities("items", [{"item_id": "a", "version": 7}]),

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hf_async_store import Collection, Field, Index
+from hf_async_store import Collection, Field, Index, path
 from hf_async_store.errors import CorruptionError
 from hf_async_store.query import build_query, eq, matches
 from hf_async_store.schema import Schema
@@ -602,14 +602,14 @@ def test_queries_over_invalid_values_agree_with_the_reference(
     """Files of other programs may contain any value in a declared field, also invalid ones."""
     rows = {each: _entity(each, *fields) for each, fields in start.items()}
     wanted = None if value is _MISSING else value
-    query = build_query(THINGS, filters={field: eq(wanted)})
+    query = build_query(THINGS, filters={path(field): eq(wanted)})
     expected = [rows[each] for each in sorted(rows) if matches(query.where, rows[each])]
 
     async def run(folder: Path) -> list[Entity]:
         (folder / SINGLE).write_text(json.dumps({"things": rows}))
         async with open_json(folder, collections=[THINGS]) as store:
-            found = await store.query_entities("things", {field: eq(wanted)})
-            assert await store.count_entities("things", {field: eq(wanted)}) == len(found)
+            found = await store.query_entities("things", {path(field): eq(wanted)})
+            assert await store.count_entities("things", {path(field): eq(wanted)}) == len(found)
             return found
 
     with tempfile.TemporaryDirectory() as folder:

@@ -289,7 +289,7 @@ async def test_122_arguments_of_the_command_line(words: list[str], as_order: boo
 
         async def query() -> None:
             filters = None if as_order else filters_of(words, REQUESTS)
-            order = order_of(words) if as_order else None
+            order = order_of(words, REQUESTS) if as_order else None
             await store.query_entities("requests", filters, order)
 
         async def update() -> None:

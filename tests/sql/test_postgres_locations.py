@@ -251,7 +251,7 @@ async def every_filter(store: Any) -> None:
         {"name": exists(True)},
         {"name": None},
         {"template_id": in_(["t"])},
-        {"created_at": gte("2020")},
+        {"created_at": gte("2020-01-01")},
         {"version": gt(0)},
         {path("doc", "n"): 1.5},
         {path("doc", "n"): gt(1)},

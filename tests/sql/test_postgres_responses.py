@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import asyncpg  # type: ignore[import-untyped]  # it has no types
 import pytest
 
-from hf_async_store import StorageError, open_store
+from hf_async_store import StorageError, open_store, path
 from hf_async_store.strategies.sql import postgresql
 from tests.sql.mutations import Damage, damaging_link
 
@@ -45,7 +45,7 @@ async def verb_of(store: Any, name: str) -> None:
     elif name == "gets":
         await store.get_entities("templates", ["t", "u", "none"])
     elif name == "query":
-        await store.query_entities("templates", {"n": 1})
+        await store.query_entities("templates", {path("n"): 1})
     elif name == "stream":
         async for _ in store.stream_entities("templates"):
             pass

@@ -17,6 +17,7 @@ from hf_async_store import (
     UnavailableError,
     load_config,
     open_store,
+    path,
 )
 from hf_async_store.values import Key
 from hf_async_store_bench.servers import ServerUnavailable, postgres
@@ -90,11 +91,11 @@ async def test_every_read_works_on_a_standby(replicated: Replicated, isolation: 
         found = await store.get_entity("templates", "t")
         assert found is not None
         assert await store.get_entities("templates", ["t", "u"]) == [found, None]
-        assert await store.query_entities("templates", {"n": 0}) == [found]
+        assert await store.query_entities("templates", {path("n"): 0}) == [found]
         assert await store.count_entities("templates") == 1
         assert [each async for each in store.stream_entities("templates")] == [found]
         assert (await store.query_page("templates", limit=5)).items == [found]
-        assert (await store.explain_query("templates", {"n": 0})).access == "scan"
+        assert (await store.explain_query("templates", {path("n"): 0})).access == "scan"
         async with store.snapshot() as snapshot:
             assert await snapshot.fetch([Key("templates", "t")]) != [None]
         for wanted in (None, *store.capabilities.isolations):

@@ -22,6 +22,7 @@ from hf_async_store import (
     StorageError,
     UnavailableError,
     open_store,
+    path,
 )
 from hf_async_store_bench.acked_writes import AckedByEntity, AckedWrites, lost_writes, writing
 from hf_async_store_bench.servers import ServerUnavailable, postgres
@@ -120,7 +121,7 @@ async def _killed_under_load(server: Any) -> None:
         for each in failures:
             assert isinstance(each, UnavailableError | ConcurrencyConflictError), repr(each)
             assert each.__cause__ is not None
-        found = await store.get_entities("templates", tried)
+        found = await store.get_entities("templates", list(tried))
         stored = zip(tried, found, strict=True)
         assert lost_writes(tried, stored, first_version={}) == [], (
             "an acknowledged write is lost, or a refused one is stored"
@@ -138,7 +139,7 @@ async def test_73_cancellations_leave_all_connections_usable(database: str) -> N
             async with store.begin_transaction() as tx:
                 await tx.get_entity("templates", "t1")
                 await tx.save_entity("templates", template(f"t{random.randrange(300)}"))
-                await tx.query_entities("templates", {"n": 5})
+                await tx.query_entities("templates", {path("n"): 5})
 
         async def stream() -> None:
             async for _ in store.stream_entities("templates"):
@@ -149,7 +150,7 @@ async def test_73_cancellations_leave_all_connections_usable(database: str) -> N
             stream,
             lambda: store.save_entity("templates", template(f"t{random.randrange(300)}")),
             lambda: store.get_entity("templates", "t1"),
-            lambda: store.query_entities("templates", {"n": 7}),
+            lambda: store.query_entities("templates", {path("n"): 7}),
             lambda: store.count_entities("templates"),
         )
         for _ in range(50):

@@ -45,7 +45,7 @@ async def read_nothing(store: Any, collection: str = "templates") -> None:
     assert await store.get_entity(collection, "t") is None
     assert await store.get_entities(collection, ["t", "u"]) == [None, None]
     assert await store.query_entities(collection) == []
-    assert await store.query_entities(collection, {"updated_at": "x"}, limit=3) == []
+    assert await store.query_entities(collection, {"updated_at": "2026-01-01"}, limit=3) == []
     page = await store.query_page(collection, limit=3)
     assert (page.items, page.cursor) == ([], None)
     assert [each async for each in store.stream_entities(collection)] == []

@@ -76,7 +76,7 @@ async def test_real_data_are_read_as_imported(url: str, layout: str) -> None:
             await store.import_entities(name, entities)
         for name, collection in store.collections.items():
             by_id = {each[collection.key]: each for each in data[name].values()}
-            read = await store.get_entities(name, by_id)
+            read = await store.get_entities(name, list(by_id))
             for entity, back in zip(by_id.values(), read, strict=True):
                 assert back is not None
                 assert typed(back) == stored_form(name, entity)
@@ -100,7 +100,7 @@ async def test_a_real_json_store_is_migrated(url: str, layout: str, tmp_path: Pa
         assert report.ok
         assert report.verified
         for name, by_id in data.items():
-            read = await target.get_entities(name, by_id)
+            read = await target.get_entities(name, list(by_id))
             for entity, back in zip(by_id.values(), read, strict=True):
                 assert back is not None
                 assert typed(back) == stored_form(name, entity)

@@ -150,6 +150,7 @@ async def test_reserved_names(url: str) -> None:
         key="ctid",
         fields=["xmin", "order", "left", Field("table", "integer")],
         indexes=["xmin", "order", "left", "table"],
+        open=True,
     )
     async with open_store(url, collections=[odd]) as store:
         entity = {"ctid": "1", "xmin": "a", "order": "b", "left": "c", "table": 1, "rowid": 2}

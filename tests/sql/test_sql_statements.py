@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hf_async_store import InvalidInputError, SQLStorageStrategy, gt, open_store
+from hf_async_store import InvalidInputError, SQLStorageStrategy, desc, gt, open_store, path
 from hf_async_store.strategies.sql.bulk_writer import BulkWriter
 from hf_async_store.strategies.sql.parameters import bind
 from hf_async_store.testing.concurrency import elsewhere
@@ -101,7 +101,7 @@ async def test_plans_on_many_rows(filled: Any) -> None:
     assert rest.items[0]["request_id"] == "r00010"
     plan = await store.explain_query("requests", None, None, 10)
     assert not plan.sorted_here, plan
-    plan = await store.explain_query("requests", {"x": gt(5)}, "-x")
+    plan = await store.explain_query("requests", {path("x"): gt(5)}, desc(path("x")))
     assert plan.access == "scan"
 
 

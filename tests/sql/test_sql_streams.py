@@ -21,6 +21,7 @@ from hf_async_store import (
     StoreClosedError,
     contains,
     open_store,
+    path,
 )
 from hf_async_store.strategies.sql import connections
 from tests.contract.harnesses import ask
@@ -168,7 +169,7 @@ async def test_136_a_store_closes_after_its_tasks_were_cancelled(
             async def work(store: Any, number: int) -> None:
                 while True:
                     if number % 3 == 0:
-                        await store.query_entities("templates", {"note": contains("z")})
+                        await store.query_entities("templates", {path("note"): contains("z")})
                     elif number % 3 == 1:
                         # On PostgreSQL two of these tasks may conflict.
                         with suppress(ConcurrencyConflictError):

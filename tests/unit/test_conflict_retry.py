@@ -16,7 +16,7 @@ from hf_async_store import (
     conflict_retry,
     open_store,
 )
-from hf_async_store.conflict_retry import FairRetryQueue, retry_conflicts
+from hf_async_store.conflict_retry import FairRetryQueue, TransactionTicket, retry_conflicts
 from hf_async_store.values import Entity, Key
 
 KEY = Key("counters", "c")
@@ -359,3 +359,59 @@ async def test_concurrent_modifications_are_fair(tasks: int) -> None:
         found = await store.get_entity("templates", "t") or {}
         assert found["count"] == sum(counts)
         assert min(counts) >= 80, counts
+
+
+# -- transactions ------------------------------------------------------------------------------
+
+
+async def test_a_transaction_waits_before_its_first_call_if_there_is_a_queue() -> None:
+    turns = FairRetryQueue()
+    gate, first = await held(turns)
+    entered: list[str] = []
+
+    async def attempt(ticket: TransactionTicket) -> int:
+        await ticket.enter([OTHER, KEY], writes=False)
+        entered.append("first call")
+        return 1
+
+    async def other(ticket: TransactionTicket) -> int:
+        await ticket.enter([OTHER], writes=True)
+        await ticket.enter([KEY], writes=True)  # too late to wait: it has read something already
+        entered.append("another entity")
+        return 2
+
+    waiting = asyncio.create_task(turns.retry_transaction(attempt, SECONDS))
+    assert await turns.retry_transaction(other, SECONDS) == 2
+    await asyncio.sleep(0)
+    assert entered == ["another entity"]
+    gate.set()
+    await settled(first, waiting)
+    assert entered == ["another entity", "first call"]
+    assert not turns.contended
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (conflict(), KEY),
+        (ConcurrencyConflictError("lost"), OTHER),
+    ],
+)
+async def test_a_transaction_queues_for_the_entity_of_its_conflict(
+    error: ConcurrencyConflictError, wanted: Key
+) -> None:
+    turns = FairRetryQueue()
+    keys: list[Key | None] = []
+
+    async def attempt(ticket: TransactionTicket) -> int:
+        keys.append(ticket.key)
+        await ticket.enter([Key("counters", "read first")], writes=False)
+        await ticket.enter([OTHER], writes=True)
+        if len(keys) == 1:
+            raise error
+        assert ticket.is_current
+        return 1
+
+    assert await turns.retry_transaction(attempt, SECONDS) == 1
+    assert keys == [None, wanted]
+    assert not turns.contended

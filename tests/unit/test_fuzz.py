@@ -26,9 +26,9 @@ from hf_async_store.query import (
     MISSING,
     Combined,
     Op,
-    Order,
     Path,
     Query,
+    SortKeyInput,
     build_query,
     compile_filter,
     compile_order,
@@ -159,6 +159,7 @@ _OP_NAMES: Final = st.sampled_from(
         *("contains", "begins_with", "like", "", None, 5),
     ]
 )
+_named_paths: Final = _NAMES.map(lambda name: Path((name,)))  # compared with anything
 _steps: Final = st.lists(_NAMES | st.integers() | objects, max_size=5).map(tuple) | objects
 _paths: Final = _steps.map(lambda parts: Path(parts))
 
@@ -173,7 +174,7 @@ def _hashable(value: object) -> bool:
 
 _ops: Final = st.builds(Op, _OP_NAMES, objects | st.lists(objects, max_size=3).map(tuple))
 _maps: Final = st.dictionaries(
-    _NAMES | _paths.filter(_hashable) | _SCALARS.filter(_hashable),
+    _NAMES | _named_paths | _paths.filter(_hashable) | _SCALARS.filter(_hashable),
     _ops | objects | _paths,
     max_size=4,
 )
@@ -186,7 +187,13 @@ filters: Final = st.recursive(
     ),
     max_leaves=8,
 )
-_one_order: Final = _NAMES | _paths | st.builds(Order, _steps, st.booleans() | objects) | objects
+_one_order: Final = st.one_of(
+    _NAMES,
+    _named_paths,
+    _paths,
+    st.builds(SortKeyInput, _NAMES | _named_paths | _paths | objects, st.booleans() | objects),
+    objects,
+)
 orders: Final = _one_order | st.lists(_one_order, max_size=4)
 
 
@@ -215,7 +222,7 @@ def _queries(data: st.DataObject) -> None:
             filters=data.draw(filters),
             order_by=data.draw(st.none() | orders),
             limit=data.draw(st.none() | st.integers(0, 5) | objects),
-            fields=data.draw(st.none() | st.lists(_NAMES) | objects),
+            fields=data.draw(st.none() | st.lists(_NAMES | _named_paths) | objects),
         )
     except InvalidInputError as exc:
         assert str(exc)
@@ -237,7 +244,8 @@ def _continues(query: Query) -> None:
 
 def _asked(query: Query) -> dict[str, Any]:
     # The compiled query, converted back to the arguments of a caller.
-    return {"filters": _said(query.where), "order_by": list(query.order)}
+    order = [SortKeyInput(Path(each.path), each.descending) for each in query.order]
+    return {"filters": _said(query.where), "order_by": order}
 
 
 def _said(where: Any) -> Any:

@@ -39,6 +39,7 @@ from hf_async_store.query import (
     Page,
     Path,
     Query,
+    SortKeyInput,
     and_,
     asc,
     begins_with,
@@ -79,6 +80,7 @@ THINGS = Collection(
     key="id",
     fields=["status", Field("count", "integer"), Field("seen_at", "timestamp")],
     indexes=["status"],
+    open=True,
 )
 OTHERS = Collection("others", key="id", fields=["status"])
 
@@ -88,6 +90,11 @@ def build(**given: Any) -> Query:
     return build_query(THINGS, **given)
 
 
+def asked(order: Iterable[Order]) -> list[SortKeyInput]:
+    """An order as callers write it."""
+    return [(desc if each.descending else asc)(Path(each.path)) for each in order]
+
+
 def keeps(filters: Any, entity: Entity) -> bool:
     return matches(build(filters=filters).where, entity)
 
@@ -95,7 +102,7 @@ def keeps(filters: Any, entity: Entity) -> bool:
 def shows(operator: Any, value: Value | Missing) -> bool:
     """Whether `operator` matches a field with this value."""
     entity: Entity = {} if value is MISSING else {"f": value}
-    return keeps({"f": operator}, entity)
+    return keeps({path("f"): operator}, entity)
 
 
 # -- the reference -----------------------------------------------------------------------------
@@ -458,8 +465,11 @@ def test_operands_of_declared_timestamps_take_the_fixed_form() -> None:
     assert keeps({"seen_at": gt(date(2025, 1, 1))}, entity)
     assert keeps({"seen_at": begins_with("2025-01-01")}, entity)
     assert keeps({"seen_at": contains("10:00")}, entity)
-    assert not keeps({"seen_at": "soon"}, entity)
-    assert keeps({"seen_at": ne("0001-01-01T00:00:00+14:00")}, entity)  # outside the years of UTC
+    assert keeps({path("seen_at"): same[0]}, entity)
+    assert not keeps({path("seen_at"): "soon"}, entity)
+    assert keeps(
+        {path("seen_at"): ne("0001-01-01T00:00:00+14:00")}, entity
+    )  # outside the years of UTC
     # In other fields a string is not converted.
     assert not keeps({"status": "2025-01-01"}, {"status": "2025-01-01T00:00:00.000000Z"})
     assert not keeps(
@@ -551,7 +561,7 @@ def test_the_order_is_transitive(values: list[Value]) -> None:
 
 @given(ROWS, ORDERS)
 def test_sort_key_agrees_with_the_rules(rows: list[Entity], order: list[Order]) -> None:
-    query = build(order_by=order)
+    query = build(order_by=asked(order))
     found = sorted(rows, key=lambda row: sort_key(query, cast("str", row["id"]), row))
     assert found == in_order(rows, order)
 
@@ -780,7 +790,6 @@ def test_a_path_step_of_an_invalid_type_is_refused(step: Any) -> None:
         (begins_with("\0"), "a"),
         ("\ud800", "a"),
         (datetime(2025, 1, 1), "a"),
-        ({1, 2}, "a"),
         (object(), "a"),
         (gt, "a"),
         ({"x": gt(1)}, "a.x"),
@@ -816,8 +825,9 @@ def test_operands_outside_the_domain(operand: Any, place: str) -> None:
         "a\0",
         asc(None),  # type: ignore[arg-type]
         desc(["a"]),  # type: ignore[arg-type]
-        Order("a"),  # type: ignore[arg-type]
-        Order(("a",), "yes"),  # type: ignore[arg-type]
+        Order(("a",)),
+        SortKeyInput("a", "yes"),  # type: ignore[arg-type]
+        ("a", "b", 5),
     ],
 )
 def test_malformed_orders(order_by: Any) -> None:
@@ -838,7 +848,9 @@ def test_a_limit_with_more_digits_than_python_prints() -> None:
         build(filters={path("a", 10**5_000): 1})
 
 
-@pytest.mark.parametrize("fields", ["a", 5, {"a": 1}, [1], [""], [None], [path("a")], ["a\0"]])
+@pytest.mark.parametrize(
+    "fields", ["a", 5, {"a": 1}, [1], [""], [None], [path("a", "b")], [path(0)], ["a\0"]]
+)
 def test_malformed_fields(fields: Any) -> None:
     with pytest.raises(InvalidQueryError):
         build(fields=fields)
@@ -986,7 +998,7 @@ def run_ordered(rows: Sequence[Entity], query: Query, size: int = 4) -> list[Ent
 def test_ordered_is_sorted(
     rows: list[Entity], order: list[Order], limit: int | None, size: int
 ) -> None:
-    query = build(order_by=order, limit=limit)
+    query = build(order_by=asked(order), limit=limit)
     assert run_ordered(rows, query, size) == in_order(rows, order)[:limit]
 
 
@@ -996,7 +1008,7 @@ def test_a_walk_over_pages_is_the_whole(rows: list[Entity], order: list[Order], 
     walked: list[Entity] = []
     cursor = None
     for _ in range(len(rows) + 1):
-        query = build(order_by=order, limit=limit, cursor=cursor)
+        query = build(order_by=asked(order), limit=limit, cursor=cursor)
         page = Page(run_ordered(rows, query), None)
         walked += page.items
         if len(page.items) < limit:
@@ -1015,7 +1027,7 @@ def test_pages_show_unchanged_rows_once_during_other_changes(
     seen: list[str] = []
     cursor = None
     for step in range(len(rows) + 4):
-        query = build(order_by=order, limit=limit, cursor=cursor)
+        query = build(order_by=asked(order), limit=limit, cursor=cursor)
         page = run_ordered(list(stored.values()), query)
         seen += [cast("str", row["id"]) for row in page]
         if len(page) < limit:

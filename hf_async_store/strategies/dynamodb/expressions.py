@@ -45,6 +45,7 @@ _FIELD: Final = "\0"
 """Stands for the path of a field in an expression, until it is replaced by its two places."""
 
 _PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
+_UNTRANSLATED: Final = ("contains_ignore_case", "begins_with_ignore_case")
 _NEGATIONS: Final = {"ne": "eq", "not_in": "in"}
 _RANGE_OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 
@@ -176,8 +177,10 @@ class FilterTranslator:
 
     def _comparison(self, steps: Sequence[str | int], op: str, value: Value) -> Translation | None:
         name = cast("str", steps[0])
-        if len(steps) > _MAX_DEPTH or not all(
-            isinstance(each, int) or is_plain_name(each) for each in steps
+        if (
+            op in _UNTRANSLATED
+            or len(steps) > _MAX_DEPTH
+            or not all(isinstance(each, int) or is_plain_name(each) for each in steps)
         ):
             return None
         if name in self._excluded:

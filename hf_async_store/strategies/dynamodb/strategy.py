@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+from hf_async_store.arguments import check_boolean
 from hf_async_store.changes import ANY, Expect, Patch, check_version
 from hf_async_store.config import (
     DynamoDBConfig,
@@ -16,6 +17,7 @@ from hf_async_store.config import (
 )
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import InvalidInputError, InvalidQueryError, OperationTimeoutError
+from hf_async_store.field_operations import UpdateMap, plain_fields
 from hf_async_store.repository import operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategies.dynamodb.condition_parser import condition
@@ -143,17 +145,44 @@ class DynamoDBStorageStrategy(StorageStrategy):
                     descending,
                 )
 
+    @overload
     async def update_entity(
         self,
         collection: str,
         entity_id: str,
-        fields: Mapping[str, object],
+        fields: UpdateMap,
         *,
         expected_version: int | Expect = ANY,
+        returning: Literal[False] = False,
         timeout: float | None = None,
         condition_expression: str | None = None,
         expression_values: Mapping[str, object] | None = None,
-    ) -> int:
+    ) -> int: ...
+
+    @overload
+    async def update_entity(
+        self,
+        collection: str,
+        entity_id: str,
+        fields: UpdateMap,
+        *,
+        expected_version: int | Expect = ANY,
+        returning: Literal[True],
+        timeout: float | None = None,
+    ) -> Entity: ...
+
+    async def update_entity(
+        self,
+        collection: str,
+        entity_id: str,
+        fields: UpdateMap,
+        *,
+        expected_version: int | Expect = ANY,
+        returning: bool = False,
+        timeout: float | None = None,
+        condition_expression: str | None = None,
+        expression_values: Mapping[str, object] | None = None,
+    ) -> int | Entity:
         """As `RepositoryInterface.update_entity`, with an optional DynamoDB condition expression.
 
         Args:
@@ -163,13 +192,25 @@ class DynamoDBStorageStrategy(StorageStrategy):
                 not an identifier is written in double quotes.
             expression_values: the value of each `:name`.
 
+        A condition expression cannot be combined with field operations, nested changes or `returning`.
+
         Raises:
             ConcurrencyConflictError: the condition does not hold; contains the stored entity.
             InvalidQueryError: the condition is malformed; raised before any I/O.
         """
+        check_boolean(returning, "returning")
         if condition_expression is None:
             if expression_values is not None:
                 raise InvalidQueryError("expression_values requires a condition_expression")
+            if returning:
+                return await super().update_entity(
+                    collection,
+                    entity_id,
+                    fields,
+                    expected_version=expected_version,
+                    returning=True,
+                    timeout=timeout,
+                )
             return await super().update_entity(
                 collection, entity_id, fields, expected_version=expected_version, timeout=timeout
             )
@@ -177,6 +218,11 @@ class DynamoDBStorageStrategy(StorageStrategy):
         _check_timeout(timeout)
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
+        if returning or plain_fields(change.fields) is None:
+            raise InvalidInputError(
+                "condition_expression cannot be combined with field operations, nested changes or "
+                "returning"
+            )
         # A copy, because it is read again when the table is known.
         values = expression_values
         if isinstance(values, Mapping):

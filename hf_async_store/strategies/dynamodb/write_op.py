@@ -15,6 +15,7 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
+from hf_async_store.field_operations import plain_fields
 from hf_async_store.strategies.dynamodb.errors import TABLE_REMEDY
 from hf_async_store.strategies.dynamodb.items import (
     ItemMapping,
@@ -67,7 +68,9 @@ class WriteOp:
         self.intent = intent_of(change)
         self.state: State = "import" if is_import(change) else "start"
         self.doubt: Doubt = "none"
-        self.whole = change.mark is not None or mapping.needs_stored(change)
+        # Field operations are decided here on the item that is read.
+        is_plain = not isinstance(change, Patch) or plain_fields(change.fields) is not None
+        self.whole = change.mark is not None or not is_plain or mapping.needs_stored(change)
         self.observed: Attributes | None = None
         self.statement: Statement | None = None
         self.new_version: int | None = None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hf_async_store.changes import Delete, Patch, Put
 from hf_async_store.errors import CorruptionError
+from hf_async_store.field_operations import plain_fields
 from hf_async_store.preconditions import changed, next_version
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import (
@@ -31,7 +32,15 @@ from hf_async_store.strategies.dynamodb.partiql import (
     update,
 )
 from hf_async_store.strategies.dynamodb.write_op import WriteOp, receipt_of
-from hf_async_store.values import CREATED_AT, INT_MAX, MAX_ENTITY_BYTES, VERSION, Entity
+from hf_async_store.values import (
+    CREATED_AT,
+    INT_MAX,
+    MAX_ENTITY_BYTES,
+    VERSION,
+    Entity,
+    Removed,
+    Value,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,7 +150,9 @@ def _replace(op: WriteOp, put: Put, condition: ConditionBuilder) -> Statement | 
 
 
 def _patch(op: WriteOp, patch: Patch, condition: ConditionBuilder) -> Statement | None:
-    fields = patch.fields
+    fields = plain_fields(patch.fields)
+    if fields is None:
+        return None
     if op.mapping.key in fields:
         fields = {name: each for name, each in fields.items() if name != op.mapping.key}
     changes, removed = op.mapping.changes(fields)
@@ -263,7 +274,7 @@ def upsert_item(op: WriteOp) -> dict[str, Any]:
 def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     """The UpdateItem request of an update with a condition of the caller."""
     change = cast("Patch", op.change)
-    fields = {name: each for name, each in change.fields.items() if name != op.mapping.key}
+    fields = {name: each for name, each in _plain_fields(change).items() if name != op.mapping.key}
     stored_entity = None if op.observed is None else op.mapping.entity(op.observed)
     sets, removed = op.mapping.changes(fields, stored_entity)
     added_size = size_of(cast("Entity", fields))
@@ -287,6 +298,12 @@ def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
         max_size = names.value({"N": str(MAX_ENTITY_BYTES - added_size)})
         conditions.append(f"{stored} <= {max_size}")
     return _update_request(op, names, assignments, removed, " AND ".join(conditions))
+
+
+def _plain_fields(change: Patch) -> dict[str, Value | Removed]:
+    fields = plain_fields(change.fields)
+    assert fields is not None, "refused together with a condition"
+    return fields
 
 
 def _update_request(

@@ -179,7 +179,10 @@ class JSONEngine(Engine):
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        reader = SnapshotReader(await self.follower.current())
+        # A task that holds the write lock must not wait for the read lock.
+        follower = self.follower
+        state = await (follower.refresh_locked() if self.locks.holds() else follower.current())
+        reader = SnapshotReader(state)
         try:
             yield reader
         finally:

@@ -10,6 +10,7 @@ from typing import Final, Literal, cast
 
 import msgspec
 
+from hf_async_store.arguments import check_mapping, check_seconds
 from hf_async_store.changes import check_version
 from hf_async_store.config import (
     JSONConfig,
@@ -29,6 +30,7 @@ from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, utc_n
 
 _CHUNK_SIZE: Final = 256
 _CHECK_CHUNK: Final = 8192
+_RECOVERIES: Final = ("file", "journal", "salvage")
 
 
 class JSONStorageStrategy(StorageStrategy):
@@ -84,6 +86,8 @@ class JSONStorageStrategy(StorageStrategy):
         self, what: str, *, exclusive: bool, timeout: float | None
     ) -> AsyncIterator[None]:
         self._usable()
+        if timeout is not None:
+            check_seconds(timeout, "timeout")
         leave = self._transactions.enter(what)
         try:
             locks, files = self._json.locks, self._json.files
@@ -147,6 +151,10 @@ class JSONStorageStrategy(StorageStrategy):
                 recovery is interrupted, either nothing was changed, or it is effective.
         """
         self._usable()
+        if recover_from not in (None, *_RECOVERIES):
+            raise InvalidInputError(
+                f"recover_from must be one of {', '.join(_RECOVERIES)}, or None"
+            )
         if recover_from is None:
             await self._json.compactor.checkpoint()
         else:
@@ -196,10 +204,13 @@ class JSONStorageStrategy(StorageStrategy):
         encode = self._json.serializer.encode
         wanted: dict[str, dict[str, bytes]] = {name: {} for name in self._schema}
         number = 0
+        check_mapping(data, "data")
         for name, entities in data.items():
             collection = self._schema[name]
+            check_mapping(entities, f"the entities of {name}")
             for entity_id, each in entities.items():
                 try:
+                    check_mapping(each, "an entity")
                     version = check_version(each.get(VERSION, 1), absent=False)
                     key, entity = collection.entity({collection.key: entity_id, **each})
                 except InvalidInputError as exc:

@@ -31,6 +31,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     StorageError,
 )
+from hf_async_store.field_operations import plain_fields
 from hf_async_store.preconditions import changed, check_children, check_parents, missing_parents
 from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.strategies.sql import reading
@@ -48,6 +49,10 @@ _TRIES: Final = 64
 
 _IMPORT_PIECE: Final = 256
 """How many rows are built per iteration of the event loop."""
+
+DECIDED_HERE: Final = ("*",)
+"""In the statement key of updates with field operations: no statement expresses them. As if it had been
+rejected, each is decided on the entity that is read, and sent as a replacement of this version."""
 
 # Called for many changes by `map`.
 _ID: Final = attrgetter("key.id")
@@ -120,6 +125,8 @@ class BulkWriter:
         """The number of statements that the changes of these waves need."""
         return sum(
             len(self._tables[batch.shape.collection].dialect.batches(len(batch.places)))
+            # A read, and the write on condition that it is current.
+            * (2 if batch.shape.names == DECIDED_HERE else 1)
             for wave in waves
             for batch in wave
         )
@@ -193,7 +200,11 @@ class BulkWriter:
             row: list[object] = [change.key.id]
             shape = StatementKey(collection, "delete", versions=versions)
         elif isinstance(change, Patch):
-            patched = table.patched(change.fields)
+            fields = plain_fields(change.fields)
+            if fields is None:
+                shape = StatementKey(collection, "patch", names=DECIDED_HERE, versions=versions)
+                return PendingChange(place, change, shape, [change.key.id])
+            patched = table.patched(fields)
             document = patched.sets is not None or patched.removes is not None
             row = [change.key.id, *patched.values.values()]
             if document:
@@ -275,7 +286,9 @@ class BulkWriter:
     ) -> list[StatementGroup]:
         """Send changes in one statement; returns those that must be sent again."""
         try:
-            landed = await self._applied(run, batch)
+            landed = {}
+            if batch.shape.names != DECIDED_HERE:
+                landed = await self._applied(run, batch)
         except REFUSALS as exc:
             # Another transaction changed a parent or child after the statement had checked the
             # references, or the database has constraints that this store did not create.

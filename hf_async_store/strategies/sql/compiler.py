@@ -133,6 +133,10 @@ def comparisons_in(where: Filter) -> int:
     return sum(map(comparisons_in, where.parts))
 
 
+_FILTERED_HERE: Final = ("contains_ignore_case", "begins_with_ignore_case")
+"""The operators for which SQL has no exact equivalent: its case folding is not that of `str.casefold`."""
+
+
 class _SortKey(NamedTuple):
     """How SQL sorts by one key of an order.
 
@@ -178,6 +182,8 @@ class _Compiler:
 
     def _filter(self, where: Filter) -> tuple[str, bool]:
         if isinstance(where, Comparison):
+            if where.op in _FILTERED_HERE:
+                return TRUE, False
             return self._comparison(where.path, where.op, where.value)
         if isinstance(where, Not):
             before = len(self.args.values)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
+from hf_async_store.arguments import check_callable
 from hf_async_store.config import (
     SQLConfig,
     StorageConfig,
@@ -65,6 +66,8 @@ class SQLStorageStrategy(StorageStrategy):
         collections: Iterable[Collection] = HOST_FACTORY,
         password: PasswordProvider | None = None,
     ) -> None:
+        if password is not None:
+            check_callable(password, "password")
         schema = schema_of(collections)
         loaded = anchored(load_config(config))
         sql = strategy_config(loaded, SQLConfig)
