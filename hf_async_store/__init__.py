@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from hf_async_store.changes import ABSENT
 from hf_async_store.config import StorageConfig, load_config
-from hf_async_store.driver import Capabilities, QueryPlan
+from hf_async_store.driver import Capabilities, QueryPlan, SchemaChange
 from hf_async_store.errors import (
     AlreadyExistsError,
     AuthenticationError,
@@ -161,6 +161,7 @@ __all__ = [
     "RepositoryInterface",
     "RetriesExhaustedError",
     "SQLStorageStrategy",
+    "SchemaChange",
     "SchemaMismatchError",
     "StorageConfig",
     "StorageError",

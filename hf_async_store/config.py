@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from hf_async_store.values import Value
 
 FOLLOW_MOVES: Final = "follow_moves"
+COLLECTIONS: Final = "collections"
 
 NO_STRATEGY: Final = "strategy: required, because no strategy is named"
 
@@ -472,6 +473,8 @@ class StorageConfig(_RedactedRepr, frozen=True, kw_only=True):
         follow_moves: the stores to which a program with this configuration follows a live migration,
             with the configurations by which it opens them. The location that a store records for a
             migration only selects one of these.
+        collections: `module:name` of the declared collections, for the command line; None: those that
+            the store remembers.
 
     Raises:
         ConfigurationError: `options` that belong to another strategy.
@@ -482,6 +485,7 @@ class StorageConfig(_RedactedRepr, frozen=True, kw_only=True):
     others: Mapping[str, Options] = msgspec.field(default_factory=dict)
     migration: MigrationConfig = msgspec.field(default_factory=MigrationConfig)
     follow_moves: tuple[StorageConfig, ...] = ()
+    collections: str | None = None
 
     def __post_init__(self) -> None:
         for name, options in ((self.strategy, self.options), *self.others.items()):
@@ -699,7 +703,7 @@ def _from_mapping(source: Mapping[str, object], *, follows: bool = True) -> Stor
             name, {} if block is None else block, _at(path, name)
         )
         for name, block in storage.items()
-        if name not in ("strategy", FOLLOW_MOVES)
+        if name not in ("strategy", FOLLOW_MOVES, COLLECTIONS)
     }
     migration = source.get("migration")
     config = _model(MigrationConfig, {} if migration is None else migration, "migration")
@@ -718,12 +722,19 @@ def _from_mapping(source: Mapping[str, object], *, follows: bool = True) -> Stor
         follow_moves=permitted_moves(storage.get(FOLLOW_MOVES), _at(path, FOLLOW_MOVES))
         if follows
         else (),
+        collections=_collections_of(storage.get(COLLECTIONS), _at(path, COLLECTIONS)),
     )
+
+
+def _collections_of(value: object, path: str) -> str | None:
+    if value is None or (isinstance(value, str) and all(value.partition(":"))):
+        return value
+    raise ConfigurationError(f"{path}: expected the text MODULE:NAME, got {_type_name(value)}")
 
 
 def _storage_keys(storage: Mapping[str, object], path: str) -> list[str]:
     """The keys that are allowed in `storage`."""
-    known = ["strategy", *_BLOCKS, FOLLOW_MOVES]
+    known = ["strategy", *_BLOCKS, FOLLOW_MOVES, COLLECTIONS]
     if not storage.keys() <= set(known):
         known += [f"{name}_strategy" for name in _registered()]
         if path == "":
@@ -1244,6 +1255,8 @@ def redacted(
         storage |= {f"{name}_strategy": options for name, options in blocks.items()}
         if config.follow_moves:
             storage[FOLLOW_MOVES] = [redacted(each)["storage"] for each in config.follow_moves]
+        if config.collections is not None:
+            storage[COLLECTIONS] = config.collections
         config = {"storage": storage, "migration": config.migration}
     return _redact_all(config)
 

@@ -6,7 +6,8 @@ the package is shared by the engines.
 
 An engine that has the current entity in memory decides with `changed`, `check_parents` and
 `check_children`, and keeps the changes of a session in an `Overlay`; `strategies/memory.py` shows
-how. An engine that checks conditions elsewhere uses `check`, `patched` and `next_version`. A strategy
+how. An engine that checks conditions elsewhere uses `check`, `patched` and `next_version`; an update for
+which `plain_fields` is None contains field operations, and needs the stored entity. A strategy
 that other packages can install is a subclass of `StorageStrategy`, registered in the entry-point
 group `hf_async_store.strategies`.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Final, Literal, TypeAlias, TypeVar
 
@@ -35,7 +36,14 @@ from hf_async_store.changes import (
     Put,
     Record,
 )
-from hf_async_store.errors import InvalidInputError
+from hf_async_store.declarations import are_equal, decoded, encoded, merged
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    ConcurrencyConflictError,
+    InvalidInputError,
+    StorageError,
+    UnavailableError,
+)
 from hf_async_store.field_operations import FieldChange, plain_fields
 from hf_async_store.generators import Owned
 from hf_async_store.overlay import Overlay
@@ -48,8 +56,17 @@ from hf_async_store.preconditions import (
     patched,
 )
 from hf_async_store.query import Query, compile_filter, ordered
-from hf_async_store.schema import Collection, Schema
-from hf_async_store.values import Entity, Key, Value, canonical, copy_entity
+from hf_async_store.schema import CATALOGUE_COLLECTION, Collection, Schema
+from hf_async_store.values import (
+    CREATED_AT,
+    UPDATED_AT,
+    Entity,
+    Key,
+    Value,
+    canonical,
+    copy_entity,
+    utc_now,
+)
 
 __all__ = [
     "ABSENT",
@@ -91,6 +108,7 @@ __all__ = [
     "ordered",
     "patched",
     "plain_fields",
+    "remember_in",
     "run_to_completion",
 ]
 
@@ -375,6 +393,28 @@ class Engine(Reader):
         """
         return []
 
+    async def declarations(self) -> list[Collection]:
+        """The declarations that `remember` has recorded. Nothing is created.
+
+        Raises:
+            CorruptionError: what is recorded is invalid.
+            NewerFormatError: a newer version of this package has recorded it.
+        """
+        return _declared_in(await self._catalogue_record())
+
+    async def remember(self, collections: Iterable[Collection]) -> None:
+        """Record these declarations, merged with the recorded ones (`declarations.merged`), atomically.
+
+        Called after the first write of a store, and outside of transactions. The default reads, and
+        if something is new writes, one entity of a collection of its own, `hf_catalogue`. It is for
+        an engine that can store entities of any collection that its schema (`schema_of`) can look
+        up. An engine that cannot calls `remember_in` with an engine whose only collection is that one.
+        """
+        await remember_in(self, collections)
+
+    async def _catalogue_record(self) -> Record | None:
+        return await self.fetch_undeclared(CATALOGUE_COLLECTION, _CATALOGUE_KEY.id)
+
     async def schema_changes(self) -> list[SchemaChange]:
         """What the store lacks for its declaration, in terms of this engine: tables, columns, indexes.
 
@@ -441,6 +481,40 @@ class Engine(Reader):
 
     def abandon(self) -> None:
         """See `StorageStrategy.abandon`. The default is for an engine whose finalizers do not warn."""
+
+
+_CATALOGUE_KEY: Final = Key(CATALOGUE_COLLECTION.name, "declarations")
+_MAX_TRIES: Final = 10
+
+
+async def remember_in(engine: Engine, collections: Iterable[Collection]) -> None:
+    """Record declarations in the collection `hf_catalogue` of an engine; see `Engine.remember`."""
+    declared = list(collections)
+    for _ in range(_MAX_TRIES):
+        record = await engine._catalogue_record()
+        recorded = _declared_in(record)
+        wanted = merged(recorded, declared)
+        if record is not None and are_equal(wanted, recorded):
+            return
+        now = utc_now()
+        entity = {CATALOGUE_COLLECTION.key: _CATALOGUE_KEY.id, CREATED_AT: now, UPDATED_AT: now}
+        expect = ABSENT if record is None else record.version
+        [outcome] = await engine.write_each(
+            [Put(_CATALOGUE_KEY, {**entity, **encoded(wanted)}, now, expect)]
+        )
+        if not isinstance(outcome, StorageError):
+            return
+        if not isinstance(outcome, AlreadyExistsError | ConcurrencyConflictError):
+            raise outcome
+    raise UnavailableError("other programs record their declarations in the store at the same time")
+
+
+def _declared_in(record: Record | None) -> list[Collection]:
+    where = (
+        f"the entity {_CATALOGUE_KEY.id!r} of {_CATALOGUE_KEY.collection} (if it is deleted, each "
+        "program records its own again)"
+    )
+    return [] if record is None else decoded(record.entity, where)
 
 
 _BATCH_SIZE: Final = 512

@@ -341,7 +341,7 @@ class NewerFormatError(StorageError):
 
 
 class SchemaMismatchError(StorageError):
-    """An existing table differs from the declaration; the message lists the differences."""
+    """Existing tables or entities differ from the declaration; the message lists the differences."""
 
 
 class ProtocolError(StorageError):

@@ -96,7 +96,7 @@ _SIGNS: Final[Mapping[str, str]] = {
     ">": "gt",
 }
 _SIGNED: Final = re.compile(rf"\s*([\w/]+)\s*({'|'.join(_SIGNS)})")
-_DIRECTED: Final = re.compile(r"(\w+)[\s:,]+(asc|desc|ascending|descending)\s*\Z", re.IGNORECASE)
+_DIRECTED: Final = re.compile(r"([\w/]+)[\s:,]+(asc|desc|ascending|descending)\s*\Z", re.IGNORECASE)
 _COMBINED: Final = ("and", "or", "not", "nor")
 
 

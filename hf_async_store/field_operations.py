@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, TypeAlias, final, get_args
 
 import msgspec
@@ -217,21 +218,21 @@ def read_update(collection: Collection, entity_id: str, data: UpdateMap) -> dict
     if not isinstance(data, Mapping) or not _is_special(data):
         return {**collection.changes(entity_id, data)}
     plain: dict[str, object] = {}
-    nested: list[NestedChange] = []
+    nested: dict[str, list[NestedChange]] = {}
     for key, value in data.items():
         path = _checked_path(key)
         name = str(path[0])
         if len(path) > 1 or isinstance(value, Operation):
-            nested.append(_nested_change(collection, path, value))
+            nested.setdefault(name, []).append(_nested_change(collection, path, value))
         elif name in plain:
             raise InvalidFieldError(f"{name} is changed twice")
         else:
             plain[name] = value
-    _refuse_overlaps([*((name,) for name in plain), *(each.path for each in nested)])
+    _refuse_overlaps([*((name,) for name in plain), *(e.path for e in chain(*nested.values()))])
     fields: dict[str, FieldUpdate] = {**collection.changes(entity_id, plain)}
-    for name in dict.fromkeys(str(each.path[0]) for each in nested):
-        parts = tuple(each for each in nested if each.path[0] == name)
-        fields[name] = FieldChange(collection.name, name, collection.fields.get(name), parts)
+    for name, parts in nested.items():
+        field = collection.fields.get(name)
+        fields[name] = FieldChange(collection.name, name, field, tuple(parts))
     return fields
 
 

@@ -18,7 +18,7 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -37,6 +37,8 @@ from hf_async_store.driver import (
     Isolation,
     QueryPlan,
     Reader,
+    SchemaChange,
+    SchemaProgress,
     Session,
 )
 from hf_async_store.errors import (
@@ -188,7 +190,7 @@ class Route(msgspec.Struct):
 _NO_MIGRATION: Final = Route(None, None, add_markers=False, term=0)
 
 OpenEngine: TypeAlias = "Callable[[str | None], Engine | None]"
-"""Opens an engine with `SYSTEM_COLLECTIONS`: of the store itself (None), or of the store at a location;
+"""Opens an engine with `MIGRATION_COLLECTIONS`: of the store itself (None), or of the store at a location;
 None if the configuration does not permit that."""
 
 
@@ -446,6 +448,20 @@ class MigrationRouter(Engine):
 
     async def undeclared(self) -> list[str]:
         return await (await self.in_use()).undeclared()
+
+    async def declarations(self) -> list[Collection]:
+        return await (await self.in_use()).declarations()
+
+    async def remember(self, collections: Iterable[Collection]) -> None:
+        await (await self.in_use()).remember(collections)
+
+    async def schema_changes(self) -> list[SchemaChange]:
+        return await (await self.in_use()).schema_changes()
+
+    async def apply_schema(
+        self, *, progress: SchemaProgress | None = None, complete: bool = False
+    ) -> None:
+        await (await self.in_use()).apply_schema(progress=progress, complete=complete)
 
     async def explain(self, query: Query) -> QueryPlan:
         return await (await self.in_use()).explain(query)

@@ -55,6 +55,15 @@ class Overlay:
             if key.collection == collection and changed_entity is not None:
                 yield key.id, changed_entity
 
+    def written(self, collection: str) -> dict[str, Entity | None]:
+        """The changed entities of a collection by id; None for a deleted one."""
+        return {
+            key.id: entity
+            for layer in self._layers
+            for key, entity in layer.items()
+            if key.collection == collection
+        }
+
     def apply(self, change: Change) -> Outcome:
         """Apply one change, with its change marker, to the top layer.
 

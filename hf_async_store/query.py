@@ -423,7 +423,8 @@ def build_query(
 
 
 _FOLDED_OPS: Final = ("contains_ignore_case", "begins_with_ignore_case")
-_STRING_OPS: Final = ("contains", "begins_with", *_FOLDED_OPS)
+_TEXT_OPS: Final = ("begins_with", *_FOLDED_OPS)
+_STRING_OPS: Final = ("contains", *_TEXT_OPS)
 _VALUE_OPS: Final = ("eq", "ne", "lt", "lte", "gt", "gte", *_STRING_OPS)
 _LIST_OPS: Final = ("in", "not_in")
 
@@ -506,7 +507,7 @@ class _FilterReader:
         if op.name not in _VALUE_OPS:
             raise _refused(op, steps, f"is not an operator; write one of {OPERATOR_CALLS}")
         value = self._portable(op, steps, operand)
-        if op.name in _STRING_OPS[1:] and not isinstance(value, str):
+        if op.name in _TEXT_OPS and not isinstance(value, str):
             raise _refused(op, steps, f"needs a string, not {type(operand).__name__}")
         return value.casefold() if op.name in _FOLDED_OPS and isinstance(value, str) else value
 

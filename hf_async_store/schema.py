@@ -552,6 +552,24 @@ omit columns that are NOT NULL in its DDL."""
 
 MIGRATION_COLLECTION: Final = Collection("hf_move", key="move_id")
 MARKER_COLLECTION: Final = Collection("hf_marks", key="mark_id")
-SYSTEM_COLLECTIONS: Final = (MIGRATION_COLLECTION, MARKER_COLLECTION)
-"""The collections that a store itself needs, in addition to the declared ones: the record and the change
-markers of a live migration."""
+MIGRATION_COLLECTIONS: Final = (MIGRATION_COLLECTION, MARKER_COLLECTION)
+"""The collections of a live migration: its record, and the change markers."""
+
+CATALOGUE_COLLECTION: Final = Collection("hf_catalogue", key="name")
+SYSTEM_COLLECTIONS: Final = (*MIGRATION_COLLECTIONS, CATALOGUE_COLLECTION)
+"""The collections that a store itself needs, in addition to the declared ones: those of a live migration,
+and the declarations that the store remembers (`Engine.remember`)."""
+
+
+class EngineSchema(Schema):
+    """The schema that an engine gets: looking up a name also finds the collection of the declarations.
+
+    It is not listed, so it has no entities for a store, a backup or a migration.
+    """
+
+    __slots__ = ()
+
+    def __getitem__(self, name: str) -> Collection:
+        if name == CATALOGUE_COLLECTION.name and name not in self:
+            return CATALOGUE_COLLECTION
+        return super().__getitem__(name)

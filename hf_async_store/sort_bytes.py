@@ -117,7 +117,7 @@ def _equal(value: Value | Missing) -> ByteRange:
 
 def _bound(op: str, value: Value) -> list[ByteRange]:
     """Comparisons never match values of another type, nor null."""
-    if value is None:
+    if value is None or (value is False and op == "lt"):
         return []
     encoded = sort_bytes(value)
     exact = is_exact(encoded)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import os
 import time
 import warnings
@@ -18,6 +19,7 @@ from typing import ClassVar, Final, Self, TypeVar
 
 from msgspec.structs import replace
 
+from hf_async_store import schema_changes
 from hf_async_store.arguments import check_boolean, check_callable, check_seconds
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.coalescing import Coalescer
@@ -28,6 +30,8 @@ from hf_async_store.driver import (
     Isolation,
     QueryPlan,
     Reader,
+    SchemaChange,
+    SchemaProgress,
     run_to_completion,
 )
 from hf_async_store.errors import (
@@ -41,13 +45,16 @@ from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import ReadOnlySession
 from hf_async_store.redaction import redact_texts
 from hf_async_store.repository import RepositoryInterface, operation_timeout
-from hf_async_store.schema import HOST_FACTORY, Collection, Schema
+from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.values import Entity, Key, Value
 
 Result = TypeVar("Result")
 
+log: Final = logging.getLogger("hf_async_store")
+
+_RECORD_ATTEMPTS: Final = 3
 
 _ABANDONED: Final[list[StorageStrategy]] = []
 """Abandoned stores, referenced until the process ends, so that no finalizer of an engine warns."""
@@ -81,8 +88,9 @@ class StorageStrategy(RepositoryInterface):
     transaction_type: ClassVar[type[Transaction]] = Transaction
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
-        super().__init__(schema)
+        super().__init__(Schema(schema.values()))
         self._engine = engine
+        self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
         self._transactions = TransactionManager()
         self._retry_queue = FairRetryQueue()
         self._streams = OpenStreams()
@@ -224,14 +232,45 @@ class StorageStrategy(RepositoryInterface):
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         self._usable()
-        return await self._writes.submit(changes, timeout)
+        outcomes = await self._writes.submit(changes, timeout)
+        if self._record_attempts:
+            await self._record_declarations(outcomes, timeout)
+        return outcomes
 
     async def _import(self, changes: Sequence[Change]) -> list[Outcome]:
         # Not through the coalescer, which would split these batches. The caller prepares the next
         # batch while this one is written.
         self._usable()
         # As in the coalescer, a cancellation waits until the batch has been written.
-        return await run_to_completion(self._engine.write_each(changes))
+        outcomes = await run_to_completion(self._engine.write_each(changes))
+        if self._record_attempts:
+            await self._record_declarations(outcomes)
+        return outcomes
+
+    async def _record_declarations(
+        self, outcomes: Iterable[Outcome] | None = None, timeout: float | None = None
+    ) -> None:
+        """After the first write, let the store remember the declared collections.
+
+        A failure does not fail the write, which has been made already: a later write tries again.
+
+        Args:
+            outcomes: of the write, if some of its changes may have failed.
+        """
+        if outcomes is not None and all(isinstance(each, StorageError) for each in outcomes):
+            return
+        attempts, self._record_attempts = self._record_attempts, 0
+        if not attempts:
+            return
+        try:
+            async with operation_timeout(timeout):
+                await self._engine.remember(self._schema.values())
+        except StorageError as exc:
+            self._record_attempts = attempts - 1
+            log.warning("the declared collections were not recorded in the store: %s", exc)
+        except BaseException:
+            self._record_attempts = attempts
+            raise
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._streams.read(self._usable().select(query))
@@ -295,6 +334,7 @@ class StorageStrategy(RepositoryInterface):
             self._engine.session(isolation),
             enter=self._enter_transaction,
             ticket=ticket,
+            after_commit=self._record_declarations if self._record_attempts else None,
         )
 
     def _enter_transaction(self) -> Callable[[], None]:
@@ -352,6 +392,44 @@ class StorageStrategy(RepositoryInterface):
         """
         async with self._usable().snapshot() as reader:
             yield reader
+
+    # -- declarations ------------------------------------------------------------------------
+
+    async def recorded_collections(self) -> list[Collection]:
+        """The collections that programs have declared for this store, recorded at their first write.
+
+        Raises:
+            CorruptionError: what is recorded is invalid.
+        """
+        return await self._usable().declarations()
+
+    async def schema_changes(self) -> list[SchemaChange]:
+        """What the declared collections and the store disagree about; empty if everything is in place.
+
+        Reads all entities. Nothing is changed. A query is right without these changes, and may be slower.
+        """
+        return await schema_changes.compared(self._usable(), self._schema)
+
+    async def apply_schema(
+        self, progress: SchemaProgress | None = None, complete: bool = False
+    ) -> None:
+        """Bring the store to the declared collections, while other programs read and write.
+
+        It can be interrupted at any time, run again, and run by several processes at once.
+
+        Args:
+            progress: called for each change as it proceeds.
+            complete: all programs with an older declaration have ended. Where queries use a new
+                index only then, they begin to.
+
+        Raises:
+            SchemaMismatchError: the stored data breaks the declaration, for example because a
+                required field is missing; the first entities are named, and nothing was changed.
+        """
+        check_boolean(complete, "complete")
+        if progress is not None:
+            check_callable(progress, "progress")
+        await schema_changes.apply(self._usable(), self._schema, progress, complete=complete)
 
     # -- health ------------------------------------------------------------------------------
 
@@ -414,6 +492,7 @@ class StorageStrategy(RepositoryInterface):
             report["latency_ms"] = round(await self.test_connection() * 1000, 3)
         except StorageError as exc:
             problems.append(str(exc))
+        problems += [each for each in await self._contradictions(engine) if each not in problems]
         try:
             details = dict(await engine.health())
         except StorageError as exc:
@@ -430,6 +509,17 @@ class StorageStrategy(RepositoryInterface):
             **redact_texts(details),
             "problems": redact_texts(problems),
         }
+
+    async def _contradictions(self, engine: Engine) -> list[Value]:
+        """Where another program has declared something else for this store."""
+        try:
+            recorded = await engine.declarations()
+        except StorageError as exc:
+            return [str(exc)]
+        return [
+            f"the declaration of {each.collection}.{each.name} contradicts the store: {each.detail}"
+            for each in schema_changes.contradictions(recorded, self._schema)
+        ]
 
     def describe(self) -> dict[str, Value]:
         """Capabilities and limits, the location of the data and the collections; without secrets."""
@@ -463,9 +553,11 @@ def _description(collection: Collection) -> dict[str, Value]:
     }
 
 
-def schema_of(collections: Schema | Iterable[Collection]) -> Schema:
-    """The schema for the `collections` argument of a caller."""
-    return collections if isinstance(collections, Schema) else Schema(collections)
+def schema_of(collections: Iterable[Collection] | Schema) -> EngineSchema:
+    """The schema that an engine gets, for the `collections` argument of a caller."""
+    if isinstance(collections, EngineSchema):
+        return collections
+    return EngineSchema(collections.values() if isinstance(collections, Schema) else collections)
 
 
 __all__: Final = ["HOST_FACTORY", "StorageStrategy", "schema_of"]

@@ -95,6 +95,7 @@ class Transaction(RepositoryInterface):
         parent: Transaction | None = None,
         read_only: bool = False,
         ticket: TransactionTicket | None = None,
+        after_commit: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(schema)
         self._read_only = read_only
@@ -102,6 +103,8 @@ class Transaction(RepositoryInterface):
         self._context = context
         self._enter = enter
         self._parent = parent
+        self._after_commit = after_commit
+        self._has_written = False
         self._leave: Callable[[], None] | None = None
         self._session: Session | None = None
         self._closed = False
@@ -195,6 +198,8 @@ class Transaction(RepositoryInterface):
             self._end()
         if own_error is not None:
             raise own_error
+        if exc is None and self._has_written and self._after_commit is not None:
+            await self._after_commit()
 
     async def _acquire_last(self) -> asyncio.CancelledError | None:
         """Wait until the calls of other tasks have ended, even if cancelled: the session must be ended.
@@ -232,6 +237,7 @@ class Transaction(RepositoryInterface):
     def _end(self) -> None:
         if self._parent is not None:
             self._parent._inner = None
+            self._parent._has_written |= self._has_written
             if self._failure is None:
                 self._parent._known_versions.update(self._known_versions)
         if self._leave is not None:
@@ -318,6 +324,7 @@ class Transaction(RepositoryInterface):
         if self._ticket is not None:
             await self._ticket.enter([each.key for each in changes], writes=True)
         async with self._step(timeout) as session:
+            self._has_written = True
             outcomes = await session.write(changes)
             if outcomes and isinstance(outcomes[-1], StorageError):
                 raise outcomes[-1]

@@ -44,7 +44,7 @@ async def make_empty(context: Context) -> list[str]:
 
 
 def health(arguments: Namespace) -> int:
-    context = Context(arguments)
+    context = Context(arguments, tolerant=True)
 
     async def work(store: StorageStrategy) -> int:
         report = await store.health()
@@ -59,7 +59,7 @@ def health(arguments: Namespace) -> int:
 
 
 def describe(arguments: Namespace) -> int:
-    context = Context(arguments)
+    context = Context(arguments, tolerant=True)
 
     async def work(store: StorageStrategy) -> int:
         description = store.describe()

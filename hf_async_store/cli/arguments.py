@@ -29,6 +29,10 @@ URL or to the path of a configuration file. Options may be given before or after
   Take passwords from environment variables: '...://app:${{DB_PASSWORD}}@host/name', in single quotes,
   so that the command and not the shell inserts the value.
 
+the collections: those that programs have declared for the store, which it remembers; for a new
+store templates, requests and machines. Name others by --collections MODULE:NAME, the environment
+variable HF_ASYNC_STORE_COLLECTIONS, or `storage.collections` of the configuration file.
+
 On a terminal, results are shown as tables and indented JSON; otherwise, or with --json, as one JSON
 value per line. Messages are written to stderr, one line each.
 
@@ -68,6 +72,7 @@ A filter is FIELD=VALUE, FIELD:OPERATOR=VALUE, or FIELD:=JSON. An entity must ma
   '["zone"]=7'            a field that is not declared, or a value of another type than the declared
 
   operators: eq ne lt lte gt gte in not_in between exists contains begins_with
+             contains_ignore_case begins_with_ignore_case
 
 A value is read as the declared type of its field. If the field is of type json, or not declared,
 the value is read as JSON if it is valid JSON, otherwise as a string: '["zone"]=7' compares with the
@@ -232,8 +237,8 @@ def _add_common(parser: argparse.ArgumentParser, refused: Container[str] = ()) -
     add(
         "collections",
         "MODULE:NAME",
-        "your own collections: NAME in the Python module MODULE is a Collection, or a list of "
-        "them; MODULE may be in the working directory",
+        "your own collections, instead of those that the store remembers: NAME in the Python module "
+        "MODULE is a Collection, or a list of them; MODULE may be in the working directory",
     )
     add("timeout", "SECONDS", "fail after this number of seconds", type=_seconds)
     group.add_argument("--json", action="store_true", help="write JSON lines also to a terminal")
@@ -302,7 +307,7 @@ def _leave_out(
 
 
 _COLLECTION: Final = _argument(
-    "collection", "COLLECTION", "templates, requests, machines, or one of your own"
+    "collection", "COLLECTION", "templates, requests, machines, or one that a program declares"
 )
 _IDS: Final = _argument("ids", "ID", "one or more ids", nargs="+")
 _FILTERS: Final = _argument(
@@ -446,6 +451,13 @@ _LIVE_MIGRATE: Final = (
     ),
     _flag("--no-cut-over", "copy and verify, but do not switch; run `start` again to switch"),
 )
+_SCHEMA: Final = (
+    _argument(
+        "action", "ACTION", "plan, apply or check; see below", choices=("plan", "apply", "check")
+    ),
+    _flag("--complete", "apply: all programs with an older declaration have ended"),
+    _repeatable("--allow", "KIND", "check: differences of this kind, such as values, are accepted"),
+)
 _VERIFY: Final = (
     _argument("backup", "BACKUP", "a portable backup file, made by `backup`", nargs="?"),
     *_pair(required=False),
@@ -570,6 +582,22 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "Waits until the tables and indexes are active, and sets auto scaling and point-in-time\n"
         "recovery as configured. Missing tables are also created by the first write. Missing\n"
         "indexes of existing tables are created only by this command, because that may take long.\n",
+    ),
+    "schema": Command(
+        "schema ACTION [OPTIONS]",
+        "compare the store with the declared collections, and bring it to them",
+        f"{_CLI}.schema_command:schema",
+        _SCHEMA,
+        "  plan   show what differs, and what `apply` does about it; nothing is changed\n"
+        "  apply  do it, while other programs read and write; then show what remains\n"
+        "  check  as plan; if anything differs, the exit code is 3\n\n"
+        "Queries are right without `apply`, and may be slower. It may be interrupted and run again. If\n"
+        "required values are missing, nothing is changed, and the first entities are named. Values that\n"
+        "do not fit their type stay as they are. With --complete you state that all programs with an\n"
+        "older declaration have ended: DynamoDB queries use new indexes only then. Name the collections\n"
+        "by --collections, HF_ASYNC_STORE_COLLECTIONS, or storage.collections of the configuration.\n\n"
+        f"  {PROGRAM} schema plan --collections shop.collections:ALL\n"
+        f"  {PROGRAM} schema check --collections shop.collections:ALL --allow values\n",
     ),
     "checkpoint": Command(
         "checkpoint [OPTIONS]",

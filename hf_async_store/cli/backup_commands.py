@@ -18,13 +18,14 @@ from msgspec.json import encode
 
 from hf_async_store.cli import output
 from hf_async_store.cli.admin_commands import make_empty
-from hf_async_store.cli.context import Context, path_of
+from hf_async_store.cli.context import Context, path_of, run_work
 from hf_async_store.cli.exit_codes import CONFLICT, BackupNotFoundError
-from hf_async_store.cli.json_backup_reader import read_backup
+from hf_async_store.cli.json_backup_reader import declarations_beside, read_backup
 from hf_async_store.cli.json_files import JSONFiles, dated, remove
 from hf_async_store.cli.progress import Bars
 from hf_async_store.errors import CorruptionError, InvalidInputError
 from hf_async_store.migration import backup_store, is_portable, restore_store
+from hf_async_store.migration.backup_format import declarations_in
 from hf_async_store.migration.store_checks import listed
 
 if TYPE_CHECKING:
@@ -169,10 +170,11 @@ def backups(arguments: Namespace) -> int:
 
 
 def restore(arguments: Namespace) -> int:
-    context = Context(arguments)
     source = path_of(arguments.source)
     if is_portable(source):
-        return _restore_portable(arguments, context, source)
+        declared = run_work(arguments, declarations_in(source))
+        return _restore_portable(arguments, Context(arguments, also=declared), source)
+    context = Context(arguments, also=run_work(arguments, declarations_beside(source)))
     if not source.exists():
         raise BackupNotFoundError(
             f"the backup {source} does not exist; `{output.PROGRAM} backups` lists the backups that "

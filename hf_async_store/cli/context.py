@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -13,14 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hf_async_store.cli.arguments import STORE_VARIABLE
+from hf_async_store.cli.declared import named_collections
 from hf_async_store.cli.output import PROGRAM, log_line, write_error
 from hf_async_store.config import JSONConfig, load_config
+from hf_async_store.declarations import merged, schema_of_recorded
 from hf_async_store.errors import (
     ConfigurationError,
     InvalidInputError,
     OperationTimeoutError,
+    StorageError,
     StoreNotFoundError,
 )
+from hf_async_store.migration_routing import unrouted
 from hf_async_store.redaction import redact_text
 from hf_async_store.repository import operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
@@ -44,6 +47,11 @@ _CANCEL_SECONDS: Final = 0.2
 class Context:
     """The store of one command.
 
+    Args:
+        also: further collections, which a backup contains.
+        tolerant: if the collections that the store remembers cannot be read, those of the spec are
+            used: for a command that reports what is wrong.
+
     Attributes:
         existed: whether the store existed before a command that writes.
 
@@ -51,10 +59,17 @@ class Context:
         ConfigurationError: no store is named, or its configuration is not valid.
     """
 
-    def __init__(self, arguments: Namespace) -> None:
+    def __init__(
+        self, arguments: Namespace, *, also: Iterable[Collection] = (), tolerant: bool = False
+    ) -> None:
         self.arguments = arguments
         self.config = _config_of(arguments)
-        self.schema = Schema(collections_of(arguments.collections))
+        try:
+            self.schema = declared_schema(arguments, self.config, also=also)
+        except StorageError as exc:
+            if not tolerant or isinstance(exc, ConfigurationError):
+                raise
+            self.schema = Schema(HOST_FACTORY)
         self.store = open_store(self.config, collections=self.schema.values())
         self.existed = True
         self._deadline: float | None = None
@@ -140,6 +155,33 @@ class Context:
         folder = Path(options.base_path)
         single = options.storage_type == "single_file"
         return str(folder / options.filenames.single_file if single else folder)
+
+
+def declared_schema(
+    arguments: Namespace, *configs: StorageConfig, also: Iterable[Collection] = ()
+) -> Schema:
+    """The collections of a command.
+
+    They are those that the command line, the environment or a configuration names; otherwise those that
+    the stores remember, and if they remember none, those of the spec.
+
+    Args:
+        configs: the stores; if they contradict one another, the first one is followed.
+        also: further collections, unless the stores contradict them.
+    """
+    named = named_collections(arguments, configs)
+    if named is not None:
+        return Schema(named)
+
+    async def recorded() -> list[Collection]:
+        found = list(also)
+        for config in reversed(configs):
+            # Not routed: what this very store remembers, even if another one is active.
+            async with _opened(open_store(config)) as store:
+                found = merged(found, await unrouted(store.engine).declarations())
+        return found
+
+    return schema_of_recorded(run_work(arguments, recorded()) or HOST_FACTORY)
 
 
 def run_work(arguments: Namespace, work: Coroutine[Any, Any, Result]) -> Result:
@@ -229,46 +271,6 @@ def _config_of(arguments: Namespace) -> StorageConfig:
         "no store is named; give --store json:data/request_database.json (or another URL), "
         f"--config FILE, or set {STORE_VARIABLE} to either"
     )
-
-
-def collections_of(named: str | None) -> Iterable[Collection]:
-    """The collections that `--collections MODULE:NAME` names."""
-    if named is None:
-        return HOST_FACTORY
-    module, colon, name = named.partition(":")
-    if not (module and colon and name):
-        raise ConfigurationError(f"--collections {named!r}: expected MODULE:NAME")
-    value = _import_attribute(module, name, named)
-    if isinstance(value, Collection):
-        return (value,)
-    items = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
-    if not items or not all(isinstance(each, Collection) for each in items):
-        raise ConfigurationError(
-            f"--collections {named}: expected {name} to be a Collection or a non-empty list of "
-            f"Collection, got {type(value).__name__}"
-        )
-    return items
-
-
-def _import_attribute(module: str, name: str, named: str) -> object:
-    from importlib import import_module
-
-    folder = str(Path.cwd())
-    added = folder not in sys.path
-    if added:
-        sys.path.insert(0, folder)
-    try:
-        return getattr(import_module(module), name)
-    except Exception as exc:
-        raise ConfigurationError(
-            f"--collections {named}: cannot be imported from {folder}: {type(exc).__name__}: {exc}"
-        ) from exc
-    finally:
-        if added:
-            # Only that module is wanted from the working directory. Move the folder to the end, so
-            # that no other file in it is imported instead of a driver of the same name.
-            sys.path.remove(folder)
-            sys.path.append(folder)
 
 
 # -- warnings -------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 OPERATORS: Final[tuple[OpName, ...]] = get_args(OpName)
 _LISTS: Final = ("in", "not_in", "between")
-_STRING_OPERATORS: Final = ("contains", "begins_with")
+_STRING_OPERATORS: Final = tuple(
+    each for each in OPERATORS if each.startswith(("contains", "begins_with"))
+)
 _MAX_SHOWN_LENGTH: Final = 80
 _MAX_INDEX_DIGITS: Final = 18
 """Enough for any list. Python refuses to convert strings of thousands of digits to integers."""
@@ -125,7 +127,7 @@ def _operand(word: str, operator: OpName, parsed: _ParsedWord, collection: Colle
         return _json_operand(word, operator, value)
     field_type = _type_of(parsed.steps, collection)
     if operator in _STRING_OPERATORS:
-        is_string = operator == "begins_with" or field_type in _STRING_TYPES
+        is_string = operator != "contains" or field_type in _STRING_TYPES
         return value if is_string else _json_or_string(value)
     if operator not in _LISTS:
         return _typed(value, field_type, word)

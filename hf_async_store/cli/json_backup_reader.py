@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from hf_async_store.config import Filenames, JSONConfig
 from hf_async_store.errors import CorruptionError, InvalidInputError
 from hf_async_store.migration.store_checks import listed
+from hf_async_store.schema import Collection, Schema
+from hf_async_store.strategies.json.declarations_file import DeclarationsFile
 from hf_async_store.strategies.json.engine import JSONEngine
+from hf_async_store.strategies.json.files import FileManager
 from hf_async_store.strategy import StorageStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hf_async_store.cli.json_files import Data, JSONFiles
-    from hf_async_store.schema import Schema
 
 
 class Backup(NamedTuple):
@@ -73,6 +75,19 @@ async def read_backup(source: Path, files: JSONFiles, schema: Schema) -> Backup:
         raise CorruptionError(f"{source} is not a valid backup: {message}") from exc
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def declarations_beside(source: Path) -> list[Collection]:
+    """The declarations that were copied together with a backup; empty if there are none."""
+    return await DeclarationsFile(FileManager(_options_of(source), Schema([]))).read()
+
+
+def _options_of(source: Path) -> JSONConfig:
+    """The configuration of a store whose data files are this backup."""
+    if source.is_dir():
+        return JSONConfig(storage_type="split_files", base_path=str(source))
+    name = re.sub(r"\.bak\.[0-9]+$", "", source.name).removesuffix(".gz")
+    return JSONConfig(base_path=str(source.parent), filenames=Filenames(single_file=name))
 
 
 def _copy(files: Mapping[str, Path], folder: Path) -> None:

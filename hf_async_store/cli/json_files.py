@@ -119,12 +119,30 @@ class JSONFiles:
                 # between two renames, and the files may be inconsistent until the next checkpoint.
                 if len(self.manager.journals()) <= 1:
                     paths = (self._path(each) for each in self.names)
-                    return await self._create(target, {each.name: each for each in paths if each})
+                    created = await self._create(
+                        target, {each.name: each for each in paths if each}
+                    )
+                    return created + await self._copy_declarations(target)
             await asyncio.sleep(_WAIT_SECONDS)
         raise UnavailableError(
             f"cannot copy the files in {self.folder}: there was an unfinished compaction in each of "
             f"{_TRIES} attempts; try again"
         )
+
+    async def _copy_declarations(self, target: Path) -> list[Path]:
+        """Copy the recorded declarations to a copy of the data files; returns the created file."""
+        source = self.manager.declarations()
+        copy = target / source.name
+        if self.manager.single:
+            copy = target.with_name(f".{target.name.removesuffix('.gz')}.declarations")
+        try:
+            copy.unlink(missing_ok=True)  # of an earlier file of this name
+            await asyncio.to_thread(_create_file, copy, source.read_bytes(), self._ownership())
+        except FileNotFoundError:
+            return []  # nothing is recorded
+        except OSError as exc:
+            raise translate_os_error(exc, f"write {copy}") from exc
+        return [copy]
 
     async def keep(self, data: Data) -> Path:
         """Write this content to a new file or folder next to the data files, for `restore`."""

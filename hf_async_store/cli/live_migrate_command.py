@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from hf_async_store.cli import output
-from hf_async_store.cli.context import collections_of, run_work
+from hf_async_store.cli.context import declared_schema, run_work
 from hf_async_store.cli.progress import Bars
+from hf_async_store.config import load_config
 from hf_async_store.migration.live import LiveMigration, LiveStatus
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ _SENTENCES: Final = {
 
 
 def live_migrate(arguments: Namespace) -> int:
-    schema = tuple(collections_of(arguments.collections))
+    sides = [load_config(each) for each in (arguments.source, arguments.target)]
+    schema = declared_schema(arguments, *sides)
 
     async def work() -> LiveStatus:
         with Bars({}) as bars:
             live = LiveMigration(
-                arguments.source,
-                arguments.target,
-                collections=schema,
+                *sides,
+                collections=schema.values(),
                 rate=arguments.rate,
                 advance=bars.advance,
             )

@@ -12,7 +12,7 @@ import msgspec
 
 from hf_async_store.cli import output
 from hf_async_store.cli.arguments import STORE_VARIABLE
-from hf_async_store.cli.context import collections_of, run_work
+from hf_async_store.cli.context import declared_schema, run_work
 from hf_async_store.cli.exit_codes import CONFLICT, BackupNotFoundError
 from hf_async_store.cli.progress import Bars
 from hf_async_store.config import SQLConfig, StorageConfig, load_config
@@ -85,7 +85,7 @@ def _configured(arguments: Namespace, config: MigrationConfig) -> MigrationConfi
 def _run(
     arguments: Namespace, source: StorageConfig, target: StorageConfig, config: MigrationConfig
 ) -> int:
-    schema = tuple(collections_of(arguments.collections))
+    schema = _collections(arguments, source, target)
     tool = MigrationTool(
         source,
         target,
@@ -107,6 +107,12 @@ def _run(
     report = run_work(arguments, work())
     _show_report(arguments, report)
     return 0 if report.ok else CONFLICT
+
+
+def _collections(
+    arguments: Namespace, source: StorageConfig, target: StorageConfig
+) -> tuple[Collection, ...]:
+    return tuple(declared_schema(arguments, source, target).values())
 
 
 async def _sizes(store: StorageStrategy, schema: tuple[Collection, ...]) -> dict[str, int]:
@@ -162,13 +168,14 @@ def verify(arguments: Namespace) -> int:
         return _verify_backup(arguments)
     if arguments.source is None or arguments.target is None:
         raise ConfigurationError("give --from URL and --to URL, or a backup file")
-    schema = tuple(collections_of(arguments.collections))
+    configs = [load_config(each) for each in (arguments.source, arguments.target)]
+    schema = _collections(arguments, *configs)
 
     async def work() -> Comparison:
         async with AsyncExitStack() as stack:
             source, target = [
                 await stack.enter_async_context(open_store(each, collections=schema))
-                for each in (arguments.source, arguments.target)
+                for each in configs
             ]
             for store, label in ((source, "the source"), (target, "the target")):
                 await require_store(store, label)

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 import msgspec
 
+from hf_async_store.declarations import decoded, encoded
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import CorruptionError, InvalidInputError
 from hf_async_store.migration.digest import Digest
@@ -72,6 +73,8 @@ class Header(msgspec.Struct, frozen=True):
     format: str
     format_version: int
     collections: list[Section]
+    declarations: object = None
+    """The declarations of the collections (`declarations.encoded`); None in older backups."""
 
 
 class End(msgspec.Struct, frozen=True):
@@ -191,7 +194,8 @@ class _PortableWriter:
 
     def _header(self, counts: Mapping[str, int]) -> bytes:
         sections = [_section_of(each, counts[name]) for name, each in self._schema.items()]
-        return msgspec.json.encode(Header(FORMAT, FORMAT_VERSION, sections)) + b"\n"
+        header = Header(FORMAT, FORMAT_VERSION, sections, encoded(self._schema.values()))
+        return msgspec.json.encode(header) + b"\n"
 
     async def _write_section(
         self, name: str, reader: Reader, digest: Digest, *, sort: bool
@@ -255,6 +259,16 @@ def _file_digest(header: bytes, digests: Mapping[str, Digest]) -> str:
 
 
 # -- reading --------------------------------------------------------------------------------
+
+
+async def declarations_in(path: Path) -> list[Collection]:
+    """The declarations in a portable backup; empty if it was made without them.
+
+    Raises:
+        CorruptionError: the header of the file, or the declarations in it, are invalid.
+    """
+    header = await read_header(path)
+    return [] if header.declarations is None else decoded(header.declarations, str(path))
 
 
 def is_portable(path: Path) -> bool:

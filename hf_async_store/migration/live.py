@@ -51,7 +51,7 @@ from hf_async_store.query import CursorPosition, build_query, eq
 from hf_async_store.schema import (
     HOST_FACTORY,
     MARKER_COLLECTION,
-    SYSTEM_COLLECTIONS,
+    MIGRATION_COLLECTIONS,
     Collection,
     Schema,
 )
@@ -125,7 +125,7 @@ class LiveMigration:
         self._schema = Schema(collections)
         self._rate = rate
         self._advance = advance
-        declared = [*self._schema.values(), *SYSTEM_COLLECTIONS]
+        declared = [*self._schema.values(), *MIGRATION_COLLECTIONS]
         stores = [open_store(each, collections=declared) for each in sides]
         # The engines are used directly: the stores would follow the migration, and wait for the
         # switch that this coordinator makes.
@@ -195,6 +195,7 @@ class LiveMigration:
         await self._begin()
         if self._current().phase == "SWITCHED":
             return await self.status()
+        await self._target.remember(self._schema.values())
         await self._copy()
         await self._catch_up(self._source, self._target)
         await self._repair(self._source, self._target)

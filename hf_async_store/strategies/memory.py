@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
-from hf_async_store.driver import Capabilities, Engine, Isolation, Overlay, Reader, Session
+from hf_async_store.driver import (
+    Capabilities,
+    Engine,
+    Isolation,
+    Overlay,
+    QueryPlan,
+    Reader,
+    Session,
+)
 from hf_async_store.errors import StorageError, StoreClosedError
 from hf_async_store.locks import ReaderWriterLock
-from hf_async_store.query import Query, compile_filter, ordered
+from hf_async_store.query import MISSING, Missing, Query
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategy import StorageStrategy, schema_of
+from hf_async_store.table import PastMoment, Table
+from hf_async_store.table_reading import TableReader
 from hf_async_store.values import Entity, Key, Value, copy_entity
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _LOCK_TIMEOUT: Final = 30.0
-_BATCH_SIZE: Final = 256
 
 
 class MemoryStorageStrategy(StorageStrategy):
@@ -42,10 +50,45 @@ class MemoryStorageStrategy(StorageStrategy):
         super().__init__(MemoryEngine(schema, strategy_config(config, MemoryConfig)), schema)
 
 
-class _OverlayReader(Reader):
+class _MemoryTable(Table[Entity]):
+    """The entities of one collection. They are replaced and never modified."""
+
+    def values(self, entity_id: str, stored: Entity) -> Sequence[Value | Missing]:
+        del entity_id
+        return [stored.get(each, MISSING) for each in self.indexes.fields]
+
+    def entity(self, entity_id: str, stored: Entity) -> Entity:
+        del entity_id
+        return copy_entity(stored)
+
+    def peek(self, entity_id: str, stored: Entity) -> Entity:
+        del entity_id
+        return stored
+
+
+class _Stored(Mapping[Key, Entity]):
+    """The committed entities of all collections."""
+
+    def __init__(self, tables: Mapping[str, _MemoryTable]) -> None:
+        self.tables = tables
+
+    def __getitem__(self, key: Key) -> Entity:
+        return self.tables[key.collection].entities[key.id]
+
+    def __iter__(self) -> Iterator[Key]:
+        for name, table in self.tables.items():
+            for entity_id in table.entities:
+                yield Key(name, entity_id)
+
+    def __len__(self) -> int:
+        return sum(len(each.entities) for each in self.tables.values())
+
+
+class _OverlayReader(TableReader[Entity]):
     """Reads stored entities with uncommitted changes above them."""
 
-    def __init__(self, overlay: Overlay) -> None:
+    def __init__(self, stored: _Stored, overlay: Overlay) -> None:
+        self._stored = stored
         self.overlay = overlay
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
@@ -54,21 +97,40 @@ class _OverlayReader(Reader):
             for key in keys
         ]
 
-    async def count(self, query: Query) -> int:
-        matches = compile_filter(query.where)
-        return sum(matches(each) for _, each in self.overlay.entities(query.collection))
+    def _table(self, collection: str) -> Table[Entity]:
+        return self._stored.tables[collection]
 
-    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        entities = list(self.overlay.entities(query.collection))
+    def _own_changes(self, collection: str) -> Mapping[str, Entity | None]:
+        return self.overlay.written(collection)
 
-        async def batches() -> AsyncGenerator[list[tuple[str, Entity]], None]:
-            matches = compile_filter(query.where)
-            for start in range(0, len(entities), _BATCH_SIZE):
-                yield [each for each in entities[start : start + _BATCH_SIZE] if matches(each[1])]
-                await asyncio.sleep(0)
 
-        async for entity_id, entity in ordered(batches(), query):
-            yield _record(Key(query.collection, entity_id), entity)
+class _Snapshot(TableReader[Entity]):
+    """Reads the tables as they were when the snapshot was created."""
+
+    def __init__(self, tables: Mapping[str, Table[Entity]]) -> None:
+        self._tables = tables
+        self._moments = {name: table.pin() for name, table in tables.items()}
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        return [
+            None
+            if (entity := self._moments[key.collection].get(key.id)) is None
+            else _record(key, entity)
+            for key in keys
+        ]
+
+    def _table(self, collection: str) -> Table[Entity]:
+        return self._tables[collection]
+
+    def _pin(self, collection: str) -> PastMoment[Entity]:
+        return self._moments[collection]
+
+    async def _unpin(self, collection: str, moment: PastMoment[Entity]) -> None:
+        pass  # by `close`
+
+    async def close(self) -> None:
+        for name, table in self._tables.items():
+            await table.unpin(self._moments[name])
 
 
 class _MemorySession(_OverlayReader, Session):
@@ -87,27 +149,33 @@ class _MemorySession(_OverlayReader, Session):
 
 
 class MemoryEngine(Engine):
-    """Stores all entities in one dict, with one lock that sessions and single writes acquire."""
+    """Stores the entities in a table for each collection; sessions and single writes acquire one lock."""
 
     capabilities: Capabilities = Capabilities(
-        engine="memory", durable=False, multi_process=False, indexes=False, change_markers=True
+        engine="memory", durable=False, multi_process=False, change_markers=True
     )
 
     def __init__(self, schema: Schema, config: MemoryConfig) -> None:
-        self._stored: dict[Key, Entity] = {}
+        self._stored = _Stored({name: _MemoryTable(each) for name, each in schema.items()})
         self._schema = schema
         self._references = config.enforce_references
         self._lock = ReaderWriterLock()
         self._closed = False
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        return await _OverlayReader(self._overlay()).fetch(keys)
+        return await self._reader().fetch(keys)
 
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        return _OverlayReader(self._overlay()).select(query)
+        return self._reader().select(query)
+
+    def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        return self._reader().select_batches(query)
 
     async def count(self, query: Query) -> int:
-        return await _OverlayReader(self._overlay()).count(query)
+        return await self._reader().count(query)
+
+    async def explain(self, query: Query) -> QueryPlan:
+        return await self._reader().explain(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         async with self._lock.writing(_LOCK_TIMEOUT):
@@ -122,14 +190,19 @@ class MemoryEngine(Engine):
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
         async with self._lock.writing(_LOCK_TIMEOUT):
             overlay = self._overlay()
-            yield _MemorySession(overlay)
+            yield _MemorySession(self._stored, overlay)
             self._commit(overlay)
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        # Stored entities are replaced and never modified, so a shallow copy of the dict suffices.
-        copied = Overlay(self._schema, self._stored.copy(), references=self._references)
-        yield _OverlayReader(copied)
+        snapshot = _Snapshot(self._stored.tables)
+        try:
+            yield snapshot
+        finally:
+            await snapshot.close()
+
+    def _reader(self) -> _OverlayReader:
+        return _OverlayReader(self._stored, self._overlay())
 
     def _overlay(self) -> Overlay:
         return Overlay(self._schema, self._stored, references=self._references)
@@ -137,21 +210,21 @@ class MemoryEngine(Engine):
     def _commit(self, overlay: Overlay) -> None:
         if self._closed:
             raise StoreClosedError("this store was closed")
+        images: dict[str, dict[str, Entity | None]] = {}
         for key, entity in overlay.changes.items():
-            if entity is None:
-                self._stored.pop(key, None)
-            else:
-                self._stored[key] = entity
+            images.setdefault(key.collection, {})[key.id] = entity
+        for name, each in images.items():
+            self._stored.tables[name].apply(each)
 
     async def health(self) -> Mapping[str, Value]:
-        return {"entities": len(self._stored)}
+        return {"entities": sum(each.collection in self._schema for each in self._stored)}
 
     def describe(self) -> Mapping[str, Value]:
         return {"configuration": {"enforce_references": self._references}}
 
     async def close(self) -> None:
         self._closed = True
-        self._stored.clear()
+        self._stored = _Stored({})
 
 
 def _record(key: Key, entity: Entity) -> Record:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_async_store.errors import ConfigurationError
 from hf_async_store.migration_routing import MigrationRouter, unrouted
-from hf_async_store.schema import SYSTEM_COLLECTIONS, Schema
+from hf_async_store.schema import MIGRATION_COLLECTIONS, Schema
 from hf_async_store.strategies import open_store
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def routed(
             f"the engine {capabilities.engine!r} cannot take part in live migrations, because it is not "
             "durable or is limited to one process"
         )
-    system = (each for each in SYSTEM_COLLECTIONS if each.name not in schema)
+    system = (each for each in MIGRATION_COLLECTIONS if each.name not in schema)
     declared = Schema([*schema.values(), *system])
 
     def open_engine(location: str | None) -> Engine | None:

@@ -11,7 +11,7 @@ import pytest
 
 from hf_async_store.errors import BatchError, CorruptionError, StorageError, StoreRelocatedError
 from hf_async_store.migration_routing import MIGRATION_KEY
-from hf_async_store.schema import MIGRATION_COLLECTION, SYSTEM_COLLECTIONS
+from hf_async_store.schema import MIGRATION_COLLECTION, MIGRATION_COLLECTIONS
 from hf_async_store.strategies import open_store
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, Harness
 
@@ -53,7 +53,7 @@ NONSENSE: Final[dict[str, dict[str, object]]] = {
 
 async def plant(harness: Harness, record: dict[str, object]) -> None:
     """Write a migration record into the store, as an attacker with write access can."""
-    declared = [*CONTRACT_COLLECTIONS, *SYSTEM_COLLECTIONS]
+    declared = [*CONTRACT_COLLECTIONS, *MIGRATION_COLLECTIONS]
     async with harness.store(declared) as store:
         await store.save_entity("counters", {"counter_id": "c", "n": 1})
         await store.save_entity(

@@ -41,6 +41,7 @@ from hf_async_store.query import (
     path,
     sort_key,
 )
+from hf_async_store.schema import Collection, Index
 from hf_async_store.testing import hypothesis_strategies
 from hf_async_store.testing.assertions import typed
 from hf_async_store.testing.concurrency import answer_of, elsewhere
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from hf_async_store.query import OrderBy
     from hf_async_store.repository import RepositoryInterface
     from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.testing.harness import Harness
     from hf_async_store.values import Entity
 
 ITEMS: Final = next(each for each in CONTRACT_COLLECTIONS if each.name == "items")
@@ -268,6 +270,26 @@ async def _all_refuse(store: StorageStrategy, filters: Filters, order: OrderBy) 
             await verb
 
 
+def _numbered(number: int, *, shift: int = 0) -> Entity:
+    return {
+        "item_id": f"i{number:02}",
+        "label": f"l{(number + shift) % 3}",
+        "count": (number + shift) % 4,
+        "due_at": f"2001-01-01T00:00:{number % 5:02}.000000Z",
+    }
+
+
+OTHER_INDEXES: Final[Mapping[str, Sequence[Index]]] = {
+    "none": [],
+    "of one field": [Index(each) for each in ("label", "count", "active", "due_at", "created_at")],
+    "of two": [Index("active", "due_at"), Index("label", "count"), Index("count", "label")],
+    "of three": [Index("active", "label", "count"), Index("ratio", "due_at", "label")],
+    "of four": [
+        Index("active", "count", "label", "due_at"),
+        Index("label", "ratio", "count", "active"),
+    ],
+}
+
 ONE_OF_EACH: Final[Mapping[str, object]] = {
     "null": None,
     "false": False,
@@ -386,6 +408,23 @@ class QueryContract:
         }
         for filters, order_by in load.queries:
             await _check_against_reference(store, rows, filters, order_by)
+
+    @pytest.mark.parametrize("shape", OTHER_INDEXES)
+    @settings(PROPERTY, max_examples=repetitions(8))
+    @given(load=loads())
+    async def test_54_every_operator_with_other_indexes(
+        self, harness: Harness, shape: str, load: Load
+    ) -> None:
+        fields = [each for each in ITEMS.fields.values() if each.name != ITEMS.key]
+        items = Collection("items", key=ITEMS.key, fields=fields, indexes=OTHER_INDEXES[shape])
+        ids = [f"i{n}" for n in range(30)]
+        async with harness.store([items]) as store:
+            await store.delete_entities("items", ids)
+            await store.save_entities("items", load.entities)
+            found = await store.get_entities("items", ids)
+            rows = {str(each["item_id"]): each for each in found if each is not None}
+            for filters, order_by in load.queries:
+                await _check_against_reference(store, rows, filters, order_by)
 
     # -- 55: null, missing, absent in a map --------------------------------------------------
 
@@ -817,6 +856,31 @@ class QueryContract:
         )
         for order, expected in orders:
             await comes_as(store, order, expected, page=5)
+
+    async def test_60_the_order_inside_a_transaction(self, store: StorageStrategy) -> None:
+        if store.capabilities.queries_in_transaction == "outside":
+            pytest.skip("queries do not see the changes of their transaction")
+        await store.save_entities("items", [_numbered(n) for n in range(40)])
+        async with store.begin_transaction() as transaction:
+            await transaction.save_entities("items", [_numbered(n, shift=1) for n in range(30, 50)])
+            await transaction.delete_entities("items", ["i07", "i39"])
+            rows = {
+                **{f"i{n:02}": _numbered(n) for n in range(30)},
+                **{f"i{n:02}": _numbered(n, shift=1) for n in range(30, 50)},
+            }
+            del rows["i07"], rows["i39"]
+            for filters in (None, {"label": "l1"}, {"count": in_([1, 2])}, {"count": gte(2)}):
+                for order_by in (None, "-item_id", "-count", ["count", "due_at"], "label"):
+                    query = build_query(ITEMS, filters=filters, order_by=order_by)
+                    expected = sorted(
+                        (each for each, row in rows.items() if matches(query.where, row)),
+                        key=lambda each: sort_key(query, each, rows[each]),  # called here
+                    )
+                    assert await ids_of(transaction, filters, order_by) == expected
+                    assert await ids_of(transaction, filters, order_by, 4) == expected[:4]
+                    pages = await walk(transaction, filters, order_by, 7)
+                    assert ids_in(pages) == expected
+                    assert await transaction.count_entities("items", filters) == len(expected)
 
     async def test_60_ids_are_ordered_by_code_point(self, store: StorageStrategy) -> None:
         ids = sorted(

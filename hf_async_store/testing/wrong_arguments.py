@@ -88,6 +88,8 @@ ACCEPTED: Final[Mapping[str, tuple[str, ...]]] = {
     "offset": ("integer",),
     "returning": ("boolean",),
     "if_absent": ("boolean",),
+    "progress": ("none", "function"),
+    "complete": ("boolean",),
     "work": (),
     "other": (),
     "data": ("empty dict",),

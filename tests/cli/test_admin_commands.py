@@ -264,7 +264,7 @@ def test_collections_of_ones_own(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("named", "told"),
     [
-        ("mine", "--collections 'mine': expected MODULE:NAME"),
+        ("mine", "--collections mine: expected MODULE:NAME"),
         ("nope:ALL", "ModuleNotFoundError: No module named 'nope'"),
         ("mine:NOPE", "AttributeError: module 'mine' has no attribute 'NOPE'"),
         ("mine:TEXT", "TEXT to be a Collection or a non-empty list of Collection, got str"),

@@ -121,9 +121,10 @@ def test_undeclared_collections_need_an_option(engine: str, url: Url, cli: Cli) 
     place = url(engine)
     asyncio.run(_application(place))
     to = ["--to", "json:target.json"]
+    spec = ["--collections", "hf_async_store:HOST_FACTORY"]
     commands = [
-        ["backup", "b.jsonl.gz", "--store", place],
-        ["migrate", "--from", place, *to, "--no-backup"],
+        ["backup", "b.jsonl.gz", "--store", place, *spec],
+        ["migrate", "--from", place, *to, "--no-backup", *spec],
     ]
     lost = (
         ["orders"]
@@ -143,10 +144,24 @@ def test_undeclared_collections_need_an_option(engine: str, url: Url, cli: Cli) 
         assert ran.code == 0, ran
         assert ran.rows[0]["left_out"] == lost
         assert "as requested" in ran.err
-    ran = cli("verify", "--from", place, *to)
+    ran = cli("verify", "--from", place, *to, *spec)
     assert ran.code == 2
     assert "orders" in ran.message
-    assert cli("verify", "--from", place, *to, *leave_out).code == 0
+    assert cli("verify", "--from", place, *to, *leave_out, *spec).code == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_programs_declared_is_backed_up_and_migrated(engine: str, url: Url, cli: Cli) -> None:
+    place = url(engine)
+    asyncio.run(_application(place))
+    ran = cli("backup", "b.jsonl.gz", "--store", place)
+    assert (ran.code, ran.rows[0]["entities"]) == (0, {"templates": 1, "orders": 1})
+    to = ["--to", "json:target.json"]
+    assert cli("migrate", "--from", place, *to, "--no-backup").code == 0
+    assert cli("verify", "--from", place, *to).code == 0
+    assert cli("count", "orders", "--store", "json:target.json").out == "1\n"
+    assert cli("restore", "b.jsonl.gz", "--store", "json:restored.json").code == 0
+    assert cli("count", "orders", "--store", "json:restored.json").out == "1\n"
 
 
 def test_a_backup_of_undeclared_collections_needs_an_option(cli: Cli) -> None:
@@ -157,11 +172,12 @@ def test_a_backup_of_undeclared_collections_needs_an_option(cli: Cli) -> None:
     )
     own = ["--collections", "own:ALL"]
     assert cli("backup", "b.jsonl.gz", "--store", "json:a.json", *own).code == 0
-    ran = cli("restore", "b.jsonl.gz", "--store", "json:b.json")
+    spec = ["--collections", "hf_async_store:HOST_FACTORY"]
+    ran = cli("restore", "b.jsonl.gz", "--store", "json:b.json", *spec)
     assert ran.code == 2
     assert "1 entities of 'orders', which is not declared" in ran.message
     assert not Path("b.json").exists()
-    ran = cli("restore", "b.jsonl.gz", "--store", "json:b.json", "--leave-out", "orders")
+    ran = cli("restore", "b.jsonl.gz", "--store", "json:b.json", "--leave-out", "orders", *spec)
     assert ran.code == 0
     assert ran.rows[0]["left_out"] == ["orders"]
     assert "left out, as requested: 'orders'" in ran.err

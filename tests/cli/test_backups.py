@@ -38,13 +38,12 @@ def state(cli: Cli, *words: str) -> dict[str, dict[str, Any]]:
 def test_backup_to_a_new_file(filled: Cli) -> None:
     ran = filled("backup", "--copy", "kept/before.json")
     assert ran.code == 0
-    size = Path("kept/before.json").stat().st_size
-    assert ran.rows == [
-        {"backup": "kept/before.json", "files": ["kept/before.json"], "bytes": size}
-    ]
+    files = ["kept/before.json", "kept/.before.json.declarations"]
+    size = sum(Path(each).stat().st_size for each in files)
+    assert ran.rows == [{"backup": "kept/before.json", "files": files, "bytes": size}]
     assert Path("kept/before.json").stat().st_mode & 0o777 == 0o600
     assert len(content("kept/before.json")["machines"]) == 3
-    assert [each.name for each in Path("kept").iterdir()] == ["before.json"]
+    assert sorted(map(str, Path("kept").iterdir())) == sorted(files)
 
 
 def test_backup_contains_the_commits_of_the_journal(filled: Cli) -> None:
@@ -101,7 +100,8 @@ def test_backup_of_split_files(cli: Cli) -> None:
     cli("put", "machines", '{"machine_id": "m-1"}', *SPLIT)
     ran = cli("backup", "--copy", "b", *SPLIT)
     assert ran.code == 0
-    assert sorted(each.name for each in Path("b").iterdir()) == ["machines.json", "templates.json"]
+    names = [".store.declarations", "machines.json", "templates.json"]
+    assert sorted(each.name for each in Path("b").iterdir()) == names
     assert list(content("b/machines.json")) == ["m-1"]
     assert cli("backup", "--copy", "b", *SPLIT).rows[0]["backup"].startswith("b/backup_")
 
@@ -241,8 +241,9 @@ def test_restore_one_file_of_several(filled: Cli) -> None:
 
 def test_a_restore_writes_nothing_beside_the_backup(filled: Cli) -> None:
     filled("backup", "--copy", "kept/b.json")
+    before = sorted(Path("kept").iterdir())
     filled("restore", "kept/b.json")
-    assert [each.name for each in Path("kept").iterdir()] == ["b.json"]
+    assert sorted(Path("kept").iterdir()) == before
 
 
 @pytest.mark.parametrize("damaged", [False, True])

@@ -301,6 +301,12 @@ def test_fields(filled: Cli) -> None:
     assert "--fields needs field names" in filled("query", "machines", "--fields", ",").message
 
 
+def test_operators_that_ignore_case(filled: Cli) -> None:
+    assert ids(filled, "machines", "name:contains_ignore_case=ONE") == ["m-1"]
+    assert ids(filled, "machines", "name:begins_with_ignore_case=Ne") == []
+    assert filled("count", "requests", "zone:contains_ignore_case=7").out == "0\n"
+
+
 def test_explain(filled: Cli) -> None:
     [plan] = filled("query", "machines", "status=RUNNING", "--explain").rows
     assert (plan["access"], plan["index"]) == ("index", "status-created_at-index")

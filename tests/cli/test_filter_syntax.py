@@ -179,6 +179,7 @@ def test_an_order() -> None:
         ("done_at desc", "write --order -done_at"),
         ("done_at:DESC", "write --order -done_at"),
         ("done_at asc", "write --order done_at"),
+        ("tags/owner desc", "write --order -tags/owner"),
         ("done_at,desc", "a descending order is written -name"),
         ("done_ta", "--order done_ta': things has no declared field 'done_ta'; the nearest"),
         ("-done_ta", "written as a JSON list: '[\"done_ta\"]'"),

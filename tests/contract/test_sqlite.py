@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.contract.expected import OneColumnForAField
+from tests.contract.expected import ColumnsOfTheDeclaration
 from tests.contract.harnesses import SQLiteHarness
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-class TestSQLite(OneColumnForAField):
+class TestSQLite(ColumnsOfTheDeclaration):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> SQLiteHarness:
         return SQLiteHarness(tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -16,12 +16,13 @@ from hf_async_store.driver import (
     SchemaChange,
     SchemaProgress,
     Session,
+    remember_in,
     run_to_completion,
 )
 from hf_async_store.errors import StorageError, StoreNotFoundError, UnavailableError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
-from hf_async_store.schema import Collection, Schema
+from hf_async_store.schema import CATALOGUE_COLLECTION, Collection, Schema
 from hf_async_store.strategies.dynamodb.client import Client
 from hf_async_store.strategies.dynamodb.dax import cache_of
 from hf_async_store.strategies.dynamodb.errors import (
@@ -121,6 +122,14 @@ class DynamoDBEngine(Engine):
             # this store is in progress, because that requires access to this table, too.
             return None
         return None if item is None else mapping.record(item)
+
+    async def remember(self, collections: Iterable[Collection]) -> None:
+        # The tables of an engine are those of its schema.
+        engine = DynamoDBEngine(self.config, Schema([CATALOGUE_COLLECTION]))
+        try:
+            await remember_in(engine, collections)
+        finally:
+            await engine.close()
 
     async def exists(self) -> bool:
         with public_errors():

@@ -55,8 +55,10 @@ class SchemaApplication:
             table = await self._tables.described(collection)
             if table is not None:
                 incomplete = (await self._tables.state(collection)).incomplete
-                found += self._index_changes(collection, table, incomplete)
-                found += await self._item_changes(collection, table)
+                indexes = list(self._index_changes(collection, table, incomplete))
+                found += indexes
+                # Otherwise nothing depends on it which declaration an item was written with.
+                found += await self._item_changes(collection, table) if indexes else ()
         return found
 
     def _index_changes(

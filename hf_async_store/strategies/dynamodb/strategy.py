@@ -232,7 +232,9 @@ class DynamoDBStorageStrategy(StorageStrategy):
             return condition(condition_expression, values, mapping, names)
 
         condition_of(self._dynamodb.tables.mappings[collection], Names())  # raises before any I/O
-        return await self._await_write(self._update_where(change, condition_of), timeout)
+        version = await self._await_write(self._update_where(change, condition_of), timeout)
+        await self._record_declarations(timeout=timeout)
+        return version
 
     async def _update_where(
         self, change: Patch, condition_of: Callable[[ItemMapping, Names], str]

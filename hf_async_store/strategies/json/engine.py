@@ -13,7 +13,7 @@ import asyncio
 import errno
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from typing import Final
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import JSONConfig, redacted
+from hf_async_store.declarations import are_equal, merged
 from hf_async_store.driver import Capabilities, Engine, Isolation, QueryPlan, Reader, Session
 from hf_async_store.errors import (
     CorruptionError,
@@ -35,6 +36,7 @@ from hf_async_store.os_errors import translate_os_error
 from hf_async_store.query import Query
 from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Schema
 from hf_async_store.strategies.json.compaction import Compactor
+from hf_async_store.strategies.json.declarations_file import DeclarationsFile
 from hf_async_store.strategies.json.files import FileManager, sync_data, write_all
 from hf_async_store.strategies.json.follower import Follower
 from hf_async_store.strategies.json.journal import Images
@@ -76,6 +78,7 @@ class JSONEngine(Engine):
         self.follower = Follower(self.files, loader, self.locks, self.view)
         self.journal = JournalWriter(self.files, sync_commits=config.sync_writes)
         self.compactor = Compactor(config, self.files, self.follower, self.journal, self.writing)
+        self._declarations = DeclarationsFile(self.files)
         self._reads = 0
 
     def _location(self, collection: str) -> str:
@@ -155,6 +158,23 @@ class JSONEngine(Engine):
             if file is not None and await asyncio.to_thread(holds_entities, file.text):
                 names.append(name.removesuffix(".json"))
         return names
+
+    async def declarations(self) -> list[Collection]:
+        self.follower.refuse_closed()
+        return await self._declarations.read()
+
+    async def remember(self, collections: Iterable[Collection]) -> None:
+        self.follower.refuse_closed()
+        declared = list(collections)
+        recorded = await self._declarations.read()
+        if are_equal(recorded, merged(recorded, declared)):
+            return  # without waiting for the lock, in most processes
+        self.files.make_folder()
+        if self.locks.holds() == "write":
+            await self._declarations.add(declared)
+            return
+        async with self.locks.exclusive():
+            await self._declarations.add(declared)
 
     async def explain(self, query: Query) -> QueryPlan:
         return await self.view(await self.follower.current()).explain(query)

@@ -34,9 +34,9 @@ _SPLIT_STEM: Final = "store"
 """The first part of the names of the journal and the lock files of split files."""
 
 _RESERVED: Final = re.compile(
-    r".*\.(journal|bak|damaged)\.\d+(\.gz)?|\..*\.lock(\..*)?|\..*\.tmp", re.DOTALL
+    r".*\.(journal|bak|damaged)\.\d+(\.gz)?|\..*\.lock(\..*)?|\..*\.(declarations|tmp)", re.DOTALL
 )
-"""Names of journals, backups, locks and temporary files."""
+"""Names of journals, backups, locks, recorded declarations and temporary files."""
 
 _DECOMPRESS_CHUNK: Final = 1 << 20
 _MIN_DECOMPRESS_LIMIT: Final = 64 << 20
@@ -182,6 +182,10 @@ class FileManager:
     def lock(self, suffix: str = "") -> Path:
         """The path of a lock file. The name begins with a dot: only the store uses it."""
         return self.folder / f".{self._stem}.lock{suffix}"
+
+    def declarations(self) -> Path:
+        """The path of the file with the recorded declarations."""
+        return self.folder / f".{self._stem}.declarations"
 
     def journals(self) -> list[int]:
         """The generations of the journals in the folder, oldest first."""
@@ -467,7 +471,7 @@ class FileManager:
         names = "|".join(map(re.escape, self._collections))
         stem = re.escape(self._stem)
         temporary = re.compile(
-            rf"\.((?:{names})|{stem}\.journal\.\d+|{stem}\.lock(\.[a-z]+)?)\.[0-9a-f]{{8}}\.tmp"
+            rf"\.((?:{names})|{stem}\.journal\.\d+|{stem}\.(declarations|lock(\.[a-z]+)?))\.[0-9a-f]{{8}}\.tmp"
         )
         for entry in self._entries():
             if temporary.fullmatch(entry):

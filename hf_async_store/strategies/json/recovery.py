@@ -19,9 +19,10 @@ from typing import Final, NamedTuple
 import msgspec
 
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
+from hf_async_store.ordered_index import reclaim
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.schema import Schema
-from hf_async_store.strategies.json.collection_table import CollectionTable, reclaim
+from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.files import DataFile, FileManager, has_failed_sync
 from hf_async_store.strategies.json.journal import (
     USE_FILES,

@@ -8,16 +8,13 @@ in a commit.
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_right
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from typing import Final, Literal, NamedTuple, TypeAlias, cast
+from collections.abc import Iterator, Sequence
+from typing import Final, TypeAlias, cast
 
 import msgspec
 
 from hf_async_store.changes import ANY, Change, Delete, Outcome, Patch, Put, Record
-from hf_async_store.driver import QueryPlan, Reader
 from hf_async_store.errors import CorruptionError, StorageError
-from hf_async_store.generators import Owned
 from hf_async_store.preconditions import (
     check,
     check_children,
@@ -26,18 +23,11 @@ from hf_async_store.preconditions import (
     next_version,
     patched,
 )
-from hf_async_store.query import (
-    EVERYTHING,
-    Comparison,
-    Query,
-    compile_filter,
-    equality_candidates,
-    ordered,
-)
 from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.serializer import JSONSerializer, StoredEntity
 from hf_async_store.strategies.json.store_state import StoreState
+from hf_async_store.table_reading import TableReader
 from hf_async_store.values import CREATED_AT, MAX_ENTITY_BYTES, VERSION, Entity, Key, check_size
 
 Overlay: TypeAlias = dict[str, dict[str, bytes | None]]
@@ -57,7 +47,7 @@ _SIZE_CHECK_BYTES: Final = MAX_ENTITY_BYTES // 8
 counts is less than 8 times the size of the JSON."""
 
 
-class SessionView(Reader):
+class SessionView(TableReader[StoredEntity]):
     """Reads one state of the store, and checks and applies changes to it.
 
     Args:
@@ -112,169 +102,14 @@ class SessionView(Reader):
     def _entity(self, key: Key, raw: bytes) -> Entity:
         return self.state.sections[key.collection].entity(key.id, raw)
 
-    # -- queries -----------------------------------------------------------------------------
+    def _table(self, collection: str) -> CollectionTable:
+        return self.state.sections[collection]
 
-    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        section = self.state.sections[query.collection]
-        access = await self._access(query, section)
-        if not query.order:
-            async with Owned(self._by_id(query, section, access)) as chunks:
-                async for chunk in chunks:
-                    for entity_id, raw in chunk:
-                        entity = section.entity(entity_id, raw)
-                        yield Record(Key(query.collection, entity_id), entity)
-            return
-        ids, entities = self._candidates(query, section, access)
-        # Only sort keys are kept in memory; an entity is decoded again when it is yielded.
-        async with (
-            Owned(self._matching(query, section, access, ids, entities)) as matching,
-            Owned(ordered(matching, query, keep=False)) as rows,
-        ):
-            async for entity_id, _ in rows:
-                raw = section.normalized(entity_id, entities[entity_id])
-                yield Record(Key(query.collection, entity_id), section.entity(entity_id, raw))
-
-    async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        if query.order:
-            async with Owned(super().select_batches(query)) as batches:
-                async for batch in batches:
-                    yield batch
-            return
-        section = self.state.sections[query.collection]
-        access = await self._access(query, section)
-        async with Owned(self._by_id(query, section, access)) as chunks:
-            async for chunk in chunks:
-                yield [section.entity(entity_id, raw) for entity_id, raw in chunk]
-
-    async def count(self, query: Query) -> int:
-        section = self.state.sections[query.collection]
-        access = await self._access(query, section, by_id=False)
-        ids, entities = self._candidates(query, section, access)
-        if access.complete and (access.ids is None or not self.layers):
-            return len(ids)
-        async with Owned(self._matching(query, section, access, ids, entities)) as chunks:
-            return sum([len(chunk) async for chunk in chunks])
-
-    async def explain(self, query: Query) -> QueryPlan:
-        access = await self._access(query, self.state.sections[query.collection])
-        return QueryPlan(
-            access=access.kind,
-            index=access.name,
-            residual=not access.complete,
-            sorted_here=bool(query.order),
-            detail=access.detail,
-        )
-
-    async def _access(
-        self, query: Query, section: CollectionTable, *, by_id: bool = True
-    ) -> _Access:
-        """The cheapest access path to the candidates. Its index is up to date until the next await."""
-        collection = self._schema[query.collection]
-        equalities = equality_candidates(query.where)
-        complete = query.where == EVERYTHING or isinstance(query.where, Comparison)
-        keys = equalities.get((collection.key,))
-        if keys is not None:
-            key_ids = {each for each in keys if isinstance(each, str)}
-            return _Access("key", None, key_ids, complete, f"{len(key_ids)} ids")
-        fields = [
-            path[0]
-            for path in equalities
-            if len(path) == 1 and isinstance(path[0], str) and section.can_index(path[0])
-        ]
-        if fields:
-            await section.index(*fields)
-            found = {field: section.find(field, equalities[(field,)]) for field in fields}
-            field = min(found, key=lambda each: len(found[each]))
-            # An index treats all lists and dicts as equal (only files written by other programs
-            # contain these in an indexed field).
-            exact = not any(isinstance(each, list | dict) for each in equalities[(field,)])
-            name, ids = _index_name(collection, field), found[field]
-            return _Access("index", name, ids, complete and exact, f"{len(ids)} candidates")
-        ordered_ids = await section.sorted_ids() if by_id and not query.order else None
-        detail = f"all {len(section.entities)} entities"
-        complete = query.where == EVERYTHING
-        return _Access("scan", None, None, complete, detail, ordered_ids)
-
-    def _candidates(
-        self, query: Query, section: CollectionTable, access: _Access
-    ) -> tuple[Sequence[str], dict[str, StoredEntity]]:
-        """Ids and bytes of the candidates at one moment. It must be called after `_access` without an
-        await in between, and does not await itself."""
-        own = self._own_writes(query.collection)
-        entities = section.entities
-        if access.ids is None:
-            ids = _scanned_ids(query, entities, access, limited=not own)
-        else:
-            ids = [each for each in access.ids if each in entities]
-        if own or access.ids is not None:
-            ids = _with_own(query, ids, own)
-        # Copying a dict is one step, and the garbage collector does not traverse the copy. For a page
-        # of a large section, picking the entities is faster.
-        raws = (
-            entities.copy()
-            if access.ids is None
-            and len(ids) > max(_MIN_DICT_COPY, len(entities) // _DICT_COPY_DIVISOR)
-            else {each: entities[each] for each in ids if each in entities}
-        )
-        raws.update((each, raw) for each, raw in own.items() if raw is not None)
-        return ids, raws
-
-    def _own_writes(self, collection: str) -> dict[str, bytes | None]:
-        own: dict[str, bytes | None] = {}
+    def _own_changes(self, collection: str) -> dict[str, StoredEntity | None]:
+        own: dict[str, StoredEntity | None] = {}
         for layer in self.layers:
             own.update(layer.get(collection, {}))
         return own
-
-    async def _by_id(
-        self, query: Query, section: CollectionTable, access: _Access
-    ) -> AsyncGenerator[list[tuple[str, bytes]], None]:
-        ids, entities = self._candidates(query, section, access)
-        remaining = len(ids) if query.limit is None else query.limit
-        async with Owned(self._rows(query, section, access, ids, entities)) as chunks:
-            async for chunk in chunks:
-                if chunk:
-                    yield chunk[:remaining]
-                remaining -= len(chunk)
-                if remaining <= 0:
-                    return
-
-    async def _rows(
-        self,
-        query: Query,
-        section: CollectionTable,
-        access: _Access,
-        ids: Sequence[str],
-        entities: dict[str, StoredEntity],
-    ) -> AsyncGenerator[list[tuple[str, bytes]], None]:
-        """The candidates that match, with their bytes, in chunks."""
-        matches = compile_filter(query.where)
-        for start in range(0, len(ids), _READ_CHUNK):
-            chunk = ids[start : start + _READ_CHUNK]
-            rows = [(each, section.normalized(each, entities[each])) for each in chunk]
-            if not access.complete or (access.ids is not None and self.layers):
-                rows = [row for row in rows if matches(section.decode_cached(*row))]
-            yield rows
-            await asyncio.sleep(0)
-
-    async def _matching(
-        self,
-        query: Query,
-        section: CollectionTable,
-        access: _Access,
-        ids: Sequence[str],
-        entities: dict[str, StoredEntity],
-    ) -> AsyncGenerator[list[tuple[str, Entity]], None]:
-        """The candidates that match, decoded for reading only, in chunks."""
-        matches = compile_filter(query.where)
-        await asyncio.sleep(0)  # copying the candidates may have taken some time
-        for start in range(0, len(ids), _DECODE_CHUNK):
-            chunk = ids[start : start + _DECODE_CHUNK]
-            rows = (
-                (each, section.decode_cached(each, section.normalized(each, entities[each])))
-                for each in chunk
-            )
-            yield [row for row in rows if matches(row[1])]
-            await asyncio.sleep(0)
 
     # -- changes -----------------------------------------------------------------------------
 
@@ -341,7 +176,7 @@ class SessionView(Reader):
         if actual is not None:
             if self._references:
                 for child, field in self._schema.children[key.collection]:
-                    await self.state.sections[child.name].index(field.name)
+                    await self.state.sections[child.name].indexes.ready_for(field.name)
                 check_children(self._schema, key, self._referrers)
             self._stage(change, None)
         return actual
@@ -373,12 +208,12 @@ class SessionView(Reader):
             check_parents(self._schema, change, current, self.exists)
 
     def _referrers(self, child: Collection, field: Field, parent: str) -> Iterator[str]:
-        own = self._own_writes(child.name)
-        for entity_id in self.state.sections[child.name].find(field.name, [parent]):
+        own = self._own_changes(child.name)
+        for entity_id in self.state.sections[child.name].indexes.find(field.name, parent):
             if entity_id not in own:
                 yield entity_id
         for entity_id, raw in own.items():
-            if raw is not None and self._serializer.decode(raw).get(field.name) == parent:
+            if raw is not None and self._serializer.decode(bytes(raw)).get(field.name) == parent:
                 yield entity_id
 
     def _stage(self, change: Change, encoded: bytes | None) -> None:
@@ -398,55 +233,3 @@ class SessionView(Reader):
         top = self.layers.pop()
         for collection, images in top.items():
             self.layers[-1].setdefault(collection, {}).update(images)
-
-
-class _Access(NamedTuple):
-    """The access path of a query to its candidates.
-
-    Attributes:
-        ids: the candidates; None: all entities.
-        complete: every candidate matches the filter, so the filter need not be evaluated.
-        ordered: all ids, sorted, if the query needs them in this order.
-    """
-
-    kind: Literal["index", "key", "scan"]
-    name: str | None
-    ids: set[str] | None
-    complete: bool
-    detail: str
-    ordered: tuple[str, ...] | None = None
-
-
-def _scanned_ids(
-    query: Query, entities: Mapping[str, StoredEntity], access: _Access, *, limited: bool
-) -> Sequence[str]:
-    """The ids that a scan examines.
-
-    Args:
-        limited: whether the limit of the query applies, if every entity matches.
-    """
-    # Tuples, which the garbage collector does not traverse; it would traverse a list at every
-    # collection.
-    if access.ordered is None:
-        first, ids = 0, tuple(entities)
-    else:
-        ids = access.ordered
-        first = 0 if query.after is None else bisect_right(ids, query.after.id)
-    if limited and access.complete and not query.order and query.limit is not None:
-        return ids[first : first + query.limit]
-    return ids[first:]
-
-
-def _with_own(query: Query, ids: Sequence[str], own: Mapping[str, bytes | None]) -> list[str]:
-    """The ids with a session's own writes, in the order of the query unless it is sorted later."""
-    merged = [each for each in ids if each not in own]
-    merged += [each for each, raw in own.items() if raw is not None]
-    if not query.order:
-        merged.sort()
-        if query.after is not None:
-            return merged[bisect_right(merged, query.after.id) :]
-    return merged
-
-
-def _index_name(collection: Collection, field: str) -> str:
-    return next((each.name for each in collection.indexes if each.field == field), f"{field}-index")

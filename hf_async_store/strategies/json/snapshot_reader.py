@@ -8,22 +8,21 @@ If the dict of a section is replaced as a whole, the snapshot keeps the old dict
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_right
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from hf_async_store.changes import Record
-from hf_async_store.driver import Reader
-from hf_async_store.generators import Owned
-from hf_async_store.query import EVERYTHING, Query, compile_filter, ordered
-from hf_async_store.strategies.json.collection_table import CollectionTable, SnapshotDelta
+from hf_async_store.strategies.json.collection_table import CollectionTable
+from hf_async_store.strategies.json.serializer import StoredEntity
 from hf_async_store.strategies.json.store_state import StoreState
-from hf_async_store.values import Entity, Key
+from hf_async_store.table import PastMoment
+from hf_async_store.table_reading import TableReader
+from hf_async_store.values import Key
 
 _CHUNK_SIZE: Final = 512
 
 
-class SnapshotReader(Reader):
+class SnapshotReader(TableReader[StoredEntity]):
     """Reads the store as it was when the snapshot was created. The user must close it.
 
     Args:
@@ -31,80 +30,32 @@ class SnapshotReader(Reader):
     """
 
     def __init__(self, state: StoreState) -> None:
-        self._sections: dict[str, tuple[CollectionTable, SnapshotDelta]] = {
+        self._sections = {
             name: (section, section.pin())
             for name, section in state.sections.items()
             if section.declared
         }
 
     async def close(self) -> None:
-        for section, delta in self._sections.values():
-            await section.unpin(delta)
+        for section, moment in self._sections.values():
+            await section.unpin(moment)
+
+    def _table(self, collection: str) -> CollectionTable:
+        return self._sections[collection][0]
+
+    def _pin(self, collection: str) -> PastMoment[StoredEntity]:
+        return self._sections[collection][1]
+
+    async def _unpin(self, collection: str, moment: PastMoment[StoredEntity]) -> None:
+        pass  # by `close`
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         records: list[Record | None] = []
         for number, key in enumerate(keys, 1):
-            section, delta = self._sections[key.collection]
-            raw = section.raw_before(delta, key.id)
-            records.append(None if raw is None else Record(key, section.entity(key.id, raw)))
+            section, moment = self._sections[key.collection]
+            stored = moment.get(key.id)
+            entity = None if stored is None else section.entity(key.id, stored)
+            records.append(None if entity is None else Record(key, entity))
             if not number % _CHUNK_SIZE:
                 await asyncio.sleep(0)
         return records
-
-    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        async with Owned(self._matching(query)) as chunks:
-            if query.order:
-                async with Owned(ordered(chunks, query)) as rows:
-                    async for entity_id, entity in rows:
-                        yield Record(Key(query.collection, entity_id), entity)
-                return
-            remaining = query.limit
-            async for chunk in chunks:
-                for entity_id, entity in chunk[:remaining]:
-                    yield Record(Key(query.collection, entity_id), entity)
-                if remaining is not None:
-                    remaining -= len(chunk)
-                    if remaining <= 0:
-                        return
-
-    async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        if query.order or query.limit is not None:
-            async with Owned(super().select_batches(query)) as batches:
-                async for batch in batches:
-                    yield batch
-            return
-        async with Owned(self._matching(query)) as chunks:
-            async for chunk in chunks:
-                if chunk:
-                    yield [entity for _, entity in chunk]
-
-    async def count(self, query: Query) -> int:
-        if query.where == EVERYTHING:
-            section, delta = self._sections[query.collection]
-            return len(await section.ids_before(delta))
-        async with Owned(self._matching(query)) as chunks:
-            return sum([len(chunk) async for chunk in chunks])
-
-    async def _matching(self, query: Query) -> AsyncGenerator[list[tuple[str, Entity]], None]:
-        """The entities that match, in the order of their ids, in chunks."""
-        section, delta = self._sections[query.collection]
-        ids: Sequence[str] = await section.ids_before(delta)
-        first = 0
-        if query.after is not None and not query.order:
-            first = bisect_right(ids, query.after.id)
-        matches = compile_filter(query.where)
-        decode = section.entity
-        everything = query.where == EVERYTHING
-        for start in range(first, len(ids), _CHUNK_SIZE):
-            chunk = ids[start : start + _CHUNK_SIZE]
-            if delta.before or delta.base is not None:
-                raws = [(each, section.raw_before(delta, each)) for each in chunk]
-                rows = [(each, decode(each, raw)) for each, raw in raws if raw is not None]
-            else:  # nothing has changed since, so the current entities are those of the snapshot
-                stored = map(section.entities.__getitem__, chunk)
-                rows = [
-                    (each, decode(each, section.normalized(each, raw)))
-                    for each, raw in zip(chunk, stored, strict=True)
-                ]
-            yield rows if everything else [row for row in rows if matches(row[1])]
-            await asyncio.sleep(0)

@@ -134,6 +134,7 @@ class JSONStorageStrategy(StorageStrategy):
                 name: await self._changed_images(state, name, wanted[name]) for name in wanted
             }
             await self._json.commit(state, {name: each for name, each in images.items() if each})
+            await self._record_declarations()
 
     async def checkpoint(
         self, recover_from: Literal["file", "journal", "salvage"] | None = None

@@ -11,6 +11,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Iterable,
     Mapping,
     Sequence,
 )
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Put, Record
 from hf_async_store.config import SQLConfig, redacted
-from hf_async_store.driver import Engine, Isolation, QueryPlan, Reader
+from hf_async_store.driver import Engine, Isolation, QueryPlan, Reader, remember_in
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
@@ -31,7 +32,12 @@ from hf_async_store.errors import (
 )
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
-from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Schema
+from hf_async_store.schema import (
+    CATALOGUE_COLLECTION,
+    SYSTEM_COLLECTIONS,
+    Collection,
+    Schema,
+)
 from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.bulk_writer import BulkWriter, StatementGroup, marker_put
 from hf_async_store.strategies.sql.compiler import comparisons_in, compile_query
@@ -265,6 +271,14 @@ class SQLEngine(Engine):
             for row in await lease.rows(table.fetch_one, [entity_id]):
                 return Record(Key(collection.name, entity_id), table.entity(row))
         return None
+
+    async def remember(self, collections: Iterable[Collection]) -> None:
+        # The tables of an engine are those of its schema.
+        engine = SQLEngine(self._config, Schema([CATALOGUE_COLLECTION]), self._dialect)
+        try:
+            await remember_in(engine, collections)
+        finally:
+            await engine.close()
 
     async def _refuse_untrusted_owners(self, lease: LeasedConnection) -> None:
         try:

@@ -1,0 +1,74 @@
+"""The command that compares a store with the declared collections: schema plan, apply, check."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hf_async_store.cli import output
+from hf_async_store.cli.context import Context
+from hf_async_store.cli.declared import VARIABLE, named_collections
+from hf_async_store.cli.exit_codes import CONFLICT
+from hf_async_store.cli.progress import Bars
+from hf_async_store.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Sequence
+
+    from hf_async_store.driver import SchemaChange
+    from hf_async_store.strategy import StorageStrategy
+
+
+def schema(arguments: Namespace) -> int:
+    context = Context(arguments)
+    if named_collections(arguments, [context.config]) is None:
+        raise ConfigurationError(
+            "the collections to compare the store with are not named; give --collections "
+            f"MODULE:NAME (those of the spec are hf_async_store:HOST_FACTORY), set {VARIABLE}, or "
+            "set storage.collections in the configuration file"
+        )
+
+    async def work(store: StorageStrategy) -> int:
+        if arguments.action == "apply":
+            await context.with_timeout(_apply(store, complete=arguments.complete))
+        changes = await store.schema_changes()
+        _show(arguments, changes)
+        if arguments.action == "check" and any(
+            each.kind not in arguments.allow for each in changes
+        ):
+            return CONFLICT
+        return 0
+
+    return context.run(work, writes=arguments.action == "apply")
+
+
+async def _apply(store: StorageStrategy, *, complete: bool) -> None:
+    done: dict[str, int] = {}
+    with Bars({}) as bars:
+
+        def progress(change: SchemaChange, count: int, total: int | None) -> None:
+            del total  # a bar without a total shows the count and the rate
+            what = _title(change)
+            bars.advance(what, count - done.get(what, 0))
+            done[what] = count
+
+        await store.apply_schema(progress, complete)
+
+
+def _title(change: SchemaChange) -> str:
+    place = f"{change.collection}.{change.name}" if change.name else change.collection
+    return f"{change.kind} {place}"
+
+
+def _show(arguments: Namespace, changes: Sequence[SchemaChange]) -> None:
+    if not output.for_people(arguments):
+        for each in changes:
+            output.json_line(msgspec.to_builtins(each))
+        return
+    if not changes:
+        output.line("the store is as declared")
+    for each in changes:
+        waits = " (writers wait)" if each.blocking else ""
+        output.line(f"{_title(each)}: {each.detail}{waits}")

@@ -1,0 +1,130 @@
+"""The declarations that a store remembers: their JSON form, and how those of several programs are merged.
+
+A declaration that was read from a store is data: names, types, keys, references and indexes. It is
+checked like a declaration of a program, and nothing in it is run, opened or expanded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final, cast
+
+import msgspec
+
+from hf_async_store.errors import ConfigurationError, CorruptionError, NewerFormatError
+from hf_async_store.schema import Collection, Field, Index, Schema
+from hf_async_store.values import Entity
+
+FORMAT: Final = 1
+
+
+class _Recorded(msgspec.Struct, frozen=True):
+    """One collection in its JSON form. The key is not among the fields."""
+
+    name: str
+    key: str
+    fields: list[Field]
+    indexes: list[Index]
+
+    def declared(self) -> Collection:
+        return Collection(self.name, key=self.key, fields=self.fields, indexes=self.indexes)
+
+
+class _Document(msgspec.Struct, frozen=True):
+    collections: list[_Recorded]
+
+
+class _Header(msgspec.Struct, frozen=True):
+    format: int
+
+
+def encoded(collections: Iterable[Collection]) -> Entity:
+    """The JSON form of declarations."""
+    recorded = [_recorded(each) for each in collections]
+    return {"format": FORMAT, **cast("Entity", msgspec.to_builtins(_Document(recorded)))}
+
+
+def _recorded(collection: Collection) -> _Recorded:
+    fields = [each for each in collection.fields.values() if each.name != collection.key]
+    return _Recorded(collection.name, collection.key, fields, list(collection.indexes))
+
+
+def decoded(document: object, where: str) -> list[Collection]:
+    """The declarations in their JSON form.
+
+    Args:
+        where: the place they were read from, and what to do if they are invalid, for errors.
+
+    Raises:
+        CorruptionError: they are invalid.
+        NewerFormatError: they were written by a newer version of this package.
+    """
+    try:
+        found = msgspec.convert(document, _Header).format
+        if found > FORMAT:
+            raise NewerFormatError(
+                f"the declarations in {where} have format {found}; this version reads format {FORMAT}"
+            )
+        collections = [each.declared() for each in msgspec.convert(document, _Document).collections]
+    except (msgspec.ValidationError, ConfigurationError, UnicodeEncodeError) as exc:
+        raise CorruptionError(f"the declarations in {where} are invalid: {exc}") from exc
+    if len({each.name for each in collections}) < len(collections):
+        raise CorruptionError(f"the declarations in {where} are invalid: a collection occurs twice")
+    return collections
+
+
+def merged(recorded: Iterable[Collection], declared: Iterable[Collection]) -> list[Collection]:
+    """The recorded declarations, with those of a program added.
+
+    Collections, fields and indexes that only other programs declare stay. If a field is declared
+    differently, the program is followed. A collection that it declares with another key stays as it was.
+    """
+    result = {each.name: each for each in recorded}
+    for each in declared:
+        known = result.get(each.name)
+        if known is None:
+            result[each.name] = each
+        elif known.key == each.key:
+            result[each.name] = _merged(known, each)
+    return list(result.values())
+
+
+def _merged(recorded: Collection, declared: Collection) -> Collection:
+    fields = {**recorded.fields, **declared.fields}
+    del fields[recorded.key]
+    indexes = {each.name: each for each in (*recorded.indexes, *declared.indexes)}
+    usable = [
+        each
+        for each in indexes.values()
+        if all(name == recorded.key or fields[name].type != "json" for name in each.fields)
+    ]
+    return Collection(recorded.name, key=recorded.key, fields=fields.values(), indexes=usable)
+
+
+def are_equal(first: Iterable[Collection], second: Iterable[Collection]) -> bool:
+    """Whether two lists of collections have equal declarations."""
+    return encoded(first) == encoded(second)
+
+
+def schema_of_recorded(collections: Sequence[Collection]) -> Schema:
+    """The schema of all recorded collections.
+
+    The references of several programs may contradict one another: they may form a cycle, or refer to a
+    collection that was not recorded. Then they are documentation only, as with `enforced=False`.
+    """
+    try:
+        return Schema(collections)
+    except ConfigurationError:
+        return Schema(
+            Collection(
+                each.name,
+                key=each.key,
+                fields=[
+                    msgspec.structs.replace(field, enforced=False)
+                    for field in each.fields.values()
+                    if field.name != each.key
+                ],
+                indexes=each.indexes,
+            )
+            for each in collections
+        )

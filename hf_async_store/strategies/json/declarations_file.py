@@ -1,0 +1,90 @@
+"""The file beside the journal in which a JSON store remembers its declarations.
+
+It is replaced atomically, under the write lock, and it is not part of the data: without it, every
+entity is still there, and each program records its own declarations again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from hf_async_store.declarations import are_equal, decoded, encoded, merged
+from hf_async_store.driver import run_to_completion
+from hf_async_store.errors import CorruptionError
+from hf_async_store.os_errors import translate_os_error
+from hf_async_store.ownership import Ownership, share
+from hf_async_store.schema import Collection
+from hf_async_store.strategies.json.files import FileManager, sync_data, sync_folder, write_all
+
+
+class DeclarationsFile:
+    """The declarations of one store."""
+
+    def __init__(self, files: FileManager) -> None:
+        self._files = files
+        self.path = files.declarations()
+
+    async def read(self) -> list[Collection]:
+        """The recorded declarations; none if the file does not exist.
+
+        Raises:
+            CorruptionError, NewerFormatError.
+        """
+        try:
+            content = await asyncio.to_thread(_content, self.path)
+        except OSError as exc:
+            raise translate_os_error(exc, f"read {self.path}") from exc
+        if content is None:
+            return []
+        where = f"{self.path} (if it is deleted, each program records its own again)"
+        try:
+            document = msgspec.json.decode(content)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise CorruptionError(f"the declarations in {where} are not JSON: {exc}") from exc
+        return decoded(document, where)
+
+    async def add(self, collections: Iterable[Collection]) -> None:
+        """Record further declarations. The caller holds the write lock of the store."""
+        recorded = await self.read()
+        wanted = merged(recorded, collections)
+        if are_equal(recorded, wanted):
+            return
+        content = msgspec.json.format(msgspec.json.encode(encoded(wanted)), indent=1) + b"\n"
+        # Not interrupted by a cancellation: the lock is held until the file is complete.
+        writing = asyncio.to_thread(_replace, self.path, content, self._files.ownership())
+        try:
+            await run_to_completion(writing)
+        except OSError as exc:
+            raise translate_os_error(exc, f"write {self.path}") from exc
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _replace(path: Path, content: bytes, ownership: Ownership | None) -> None:
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            if ownership is not None:
+                share(fd, ownership)
+            write_all(fd, content, 0)
+            sync_data(fd)
+        finally:
+            os.close(fd)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)

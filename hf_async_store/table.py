@@ -1,0 +1,150 @@
+"""One collection in memory: its entities, their indexes, and the views of past moments.
+
+Entities are replaced and never modified. A write only sets dict entries: it records the previous
+values for the indexes and for each view. So a view costs what changes while it is open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Final, Generic, TypeVar
+
+from hf_async_store.ordered_index import Garbage, Indexes, reclaim, record_before
+from hf_async_store.query import Missing
+from hf_async_store.schema import Collection
+from hf_async_store.values import Entity, Value
+
+Stored = TypeVar("Stored")
+
+_MIN_BULK_CHANGES: Final = 4096
+_BULK_DIVISOR: Final = 8
+"""More changes than both are applied to a copy of the dict, in chunks."""
+
+_MERGE_CHUNK: Final = 1024
+
+
+class PastMoment(Generic[Stored]):
+    """The difference between a table at one moment and its current content.
+
+    Attributes:
+        before: the previous values of the entities that changed since; None: it did not exist.
+        indexes: those of the dict with all other entities, which may not be that of the table anymore.
+    """
+
+    __slots__ = ("before", "indexes")
+
+    def __init__(self, indexes: Indexes[Stored]) -> None:
+        self.before: dict[str, Stored | None] = {}
+        self.indexes = indexes
+
+    def get(self, entity_id: str) -> Stored | None:
+        """The value of an entity at that moment; None if it did not exist."""
+        if entity_id in self.before:
+            return self.before[entity_id]
+        return self.indexes.entities.get(entity_id)
+
+
+class Table(ABC, Generic[Stored]):
+    """The entities of one collection, in the form in which an engine stores them.
+
+    Args:
+        collection: its declaration; None: there is none, and only the ids are indexed.
+    """
+
+    def __init__(self, collection: Collection | None) -> None:
+        self.entities: dict[str, Stored] = {}
+        self.collection = collection
+        self.indexes = Indexes(collection, self.entities, self.values)
+        self._moments: list[PastMoment[Stored]] = []
+        self.garbage: list[Garbage] = []
+
+    @abstractmethod
+    def values(self, entity_id: str, stored: Stored) -> Sequence[Value | Missing]:
+        """The values of `indexes.fields` of an entity."""
+
+    @abstractmethod
+    def entity(self, entity_id: str, stored: Stored) -> Entity:
+        """The entity; the caller owns it."""
+
+    def peek(self, entity_id: str, stored: Stored) -> Entity:
+        """The entity for reading only; it must not reach a caller."""
+        return self.entity(entity_id, stored)
+
+    # -- changes -----------------------------------------------------------------------------
+
+    def is_bulk(self, images: Mapping[str, Stored | None]) -> bool:
+        """Whether there are so many images that they are applied to a copy, by `merged`."""
+        return len(images) > max(_MIN_BULK_CHANGES, len(self.entities) // _BULK_DIVISOR)
+
+    async def merged(self, images: Mapping[str, Stored | None]) -> dict[str, Stored]:
+        """A copy of the dict with many images applied, for `apply`.
+
+        The copy is made in chunks, so no other images may be applied until it is complete.
+        """
+        await asyncio.sleep(0)
+        merged = self.entities.copy()  # one step, and a large one
+        await asyncio.sleep(0)
+        remaining = iter(images.items())
+        while chunk := dict(islice(remaining, _MERGE_CHUNK)):
+            self._put(merged, chunk)
+            await asyncio.sleep(0)
+        return merged
+
+    def apply(
+        self, images: Mapping[str, Stored | None], merged: dict[str, Stored] | None = None
+    ) -> None:
+        """Apply the images of a commit: new values by id; None for a deleted entity.
+
+        Args:
+            merged: the copy of the dict that `merged` returned for these images, if any.
+        """
+        current = [each for each in self._moments if each.indexes is self.indexes]
+        if merged is not None and current:
+            # The views keep the old dict, and its indexes.
+            self.entities = merged
+            self.indexes = Indexes(self.collection, merged, self.values)
+            return
+        self.indexes.record(images)
+        if merged is not None:
+            self.garbage.append(self.entities)
+            self.entities = self.indexes.entities = merged
+            return
+        for each in current:
+            record_before(each.before, images, self.entities)
+        self._put(self.entities, images)
+
+    def _put(self, entities: dict[str, Stored], images: Mapping[str, Stored | None]) -> None:
+        for entity_id, stored in images.items():
+            if stored is None:
+                entities.pop(entity_id, None)
+            else:
+                entities[entity_id] = stored
+
+    # -- moments -----------------------------------------------------------------------------
+
+    def pin(self) -> PastMoment[Stored]:
+        """Keep the present content readable, until `unpin`."""
+        moment = PastMoment(self.indexes)
+        self._moments.append(moment)
+        return moment
+
+    async def unpin(self, moment: PastMoment[Stored]) -> None:
+        """Free what only this moment needs."""
+        self._moments = [each for each in self._moments if each is not moment]
+        if moment.before:
+            self.garbage.append(moment.before)
+        indexes = moment.indexes
+        if indexes is not self.indexes and all(e.indexes is not indexes for e in self._moments):
+            self.garbage.append(indexes.entities)
+            indexes.drop()
+            self.garbage += indexes.garbage
+        await self.reclaim()
+
+    async def reclaim(self) -> None:
+        """Free what is no longer used, in small steps: in one it would block the event loop."""
+        for garbage in (self.garbage, self.indexes.garbage):
+            while garbage:
+                await reclaim(garbage.pop())

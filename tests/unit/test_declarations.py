@@ -1,0 +1,162 @@
+"""The declarations that a store remembers: their JSON form, merging, and bad content."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from hf_async_store import (
+    HOST_FACTORY,
+    Collection,
+    CorruptionError,
+    Field,
+    Index,
+    NewerFormatError,
+    SchemaMismatchError,
+    StorageError,
+    open_store,
+)
+from hf_async_store.changes import Put
+from hf_async_store.declarations import are_equal, decoded, encoded, merged, schema_of_recorded
+from hf_async_store.values import Key, utc_now
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+JOBS = Collection(
+    "jobs",
+    key="job_id",
+    fields=["owner", Field("size", "integer", required=True), Field("parent", references="jobs")],
+    indexes=["owner", Index("owner", "size")],
+)
+
+BAD: dict[str, Any] = {
+    "no format": {"collections": []},
+    "no collections": {"format": 1},
+    "a list": [],
+    "a text": "hf_async_store:HOST_FACTORY",
+    "null": None,
+    "module": {"format": 1, "collections": "os:system"},
+    "name": {
+        "format": 1,
+        "collections": [{"name": "../x", "key": "a", "fields": [], "indexes": []}],
+    },
+    "type": {
+        "format": 1,
+        "collections": [
+            {"name": "x", "key": "a", "fields": [{"name": "f", "type": "code"}], "indexes": []}
+        ],
+    },
+    "index": {
+        "format": 1,
+        "collections": [{"name": "x", "key": "a", "fields": [], "indexes": [{"field": "nope"}]}],
+    },
+    "twice": {"format": 1, "collections": [encoded([JOBS])["collections"][0]] * 2},  # type: ignore[index,call-overload]
+}
+
+
+def test_the_json_form_keeps_everything() -> None:
+    stored = msgspec.json.decode(msgspec.json.encode(encoded([*HOST_FACTORY, JOBS])))
+    found = decoded(stored, "here")
+    assert are_equal(found, [*HOST_FACTORY, JOBS])
+    assert [found[-1].fields, found[-1].indexes] == [JOBS.fields, JOBS.indexes]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_content_is_corruption(name: str) -> None:
+    with pytest.raises(CorruptionError, match="here"):
+        decoded(BAD[name], "here")
+
+
+def test_a_newer_format_is_named() -> None:
+    with pytest.raises(NewerFormatError):
+        decoded({"format": 2, "collections": {"other": "form"}}, "here")
+
+
+def test_merging_keeps_what_others_declare() -> None:
+    other = Collection(
+        "jobs", key="job_id", fields=[Field("size", "json"), "state"], indexes=["state"]
+    )
+    [found] = merged([JOBS], [other])
+    assert set(found.fields) >= {"owner", "size", "parent", "state"}
+    assert found.fields["size"] == Field("size", "json"), "the latest declaration of a field"
+    # An index on a field that is of type json now cannot be declared any more.
+    assert [each.name for each in found.indexes] == ["owner-index", "state-index"]
+    assert are_equal(merged([found], [other]), [found])
+
+
+def test_merging_never_changes_a_key() -> None:
+    assert are_equal(merged([JOBS], [Collection("jobs", key="id", fields=["x"])]), [JOBS])
+
+
+def test_references_of_several_programs_may_form_a_cycle() -> None:
+    one = Collection("one", key="one_id", fields=[Field("other_id", references="other")])
+    other = Collection("other", key="other_id", fields=[Field("one_id", references="one")])
+    schema = schema_of_recorded([one, other])
+    assert not any(each.references for each in schema.values())
+    assert schema_of_recorded([JOBS])["jobs"].references
+
+
+async def test_bad_content_of_the_default_is_corruption_and_no_failed_write() -> None:
+    async with open_store("memory:", collections=[JOBS]) as store:
+        key = Key("hf_catalogue", "declarations")
+        entity = {"name": "declarations", "format": 1, "collections": "os:system"}
+        [outcome] = await store.engine.write_each([Put(key, entity, utc_now())])
+        assert outcome == 1
+        with pytest.raises(CorruptionError, match="hf_catalogue"):
+            await store.recorded_collections()
+        assert await store.create_entity("jobs", {"job_id": "j", "size": 1}) == 1
+        assert "hf_catalogue" in str((await store.health())["problems"])
+
+
+async def test_the_collection_of_the_declarations_is_no_collection_of_the_store() -> None:
+    async with open_store("memory:", collections=[JOBS]) as store:
+        await store.create_entity("jobs", {"job_id": "j", "size": 1})
+        assert sorted(store.collections) == ["jobs"]
+        with pytest.raises(StorageError, match="no collection 'hf_catalogue'"):
+            await store.get_entity("hf_catalogue", "declarations")
+        assert await store.schema_changes() == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"format": 1}', b"\xff"])
+async def test_a_bad_file_of_a_json_store(tmp_path: Path, content: bytes) -> None:
+    url = f"json:{tmp_path}/db.json"
+    async with open_store(url, collections=[JOBS]) as store:
+        await store.create_entity("jobs", {"job_id": "j", "size": 1})
+    file = tmp_path / ".db.json.declarations"
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.write_bytes(content)
+    async with open_store(url, collections=[JOBS]) as store:
+        with pytest.raises(CorruptionError, match=r"\.db\.json\.declarations"):
+            await store.recorded_collections()
+        assert await store.update_entity("jobs", "j", {"size": 2}) == 2
+    assert file.read_bytes() == content
+    file.unlink()
+    async with open_store(url, collections=[JOBS]) as store:
+        await store.update_entity("jobs", "j", {"size": 3})
+        assert are_equal(await store.recorded_collections(), [JOBS])
+    assert [each.name for each in tmp_path.glob("*.tmp")] == []
+
+
+async def test_another_key_is_refused_by_apply_schema() -> None:
+    other = Collection("jobs", key="id")
+    async with open_store("memory:", collections=[other]) as store:
+        await store.engine.remember([JOBS])
+        with pytest.raises(SchemaMismatchError, match="jobs.id: .*'job_id'"):
+            await store.apply_schema()
+        assert "jobs.id" in str((await store.health())["problems"])
+
+
+async def test_progress_is_reported() -> None:
+    async with open_store("memory:", collections=[JOBS]) as store:
+        seen: list[tuple[str, str, int, int | None]] = []
+        await store.apply_schema(
+            lambda each, *count: seen.append((each.kind, each.collection, *count))
+        )
+        assert seen == [("collection", "jobs", 1, 1)]
+        await store.apply_schema(
+            lambda each, *count: seen.append((each.kind, each.collection, *count))
+        )
+        assert len(seen) == 1
