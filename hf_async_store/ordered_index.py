@@ -91,25 +91,36 @@ class Span(NamedTuple):
 class OrderedIndex:
     """Sorted entries, in blocks.
 
-    A block is replaced and never modified. So a copy of the list of blocks shows all entries of one
-    moment, and the garbage collector does not traverse blocks, which are tuples of strings. A key
-    that several consecutive entries have is stored once.
+    A block is replaced and never modified, and so is a list of blocks that a view shows. So a view shows
+    all entries of one moment. The garbage collector does not traverse blocks, which are tuples of
+    strings. A key that several consecutive entries have is stored once.
     """
 
-    __slots__ = ("_blocks", "_lasts")
+    __slots__ = ("_blocks", "_lasts", "_views")
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
         self._lasts: list[Entry] = []
+        self._views = [0]  # how many views share the lists; itself shared with them
 
     def __len__(self) -> int:
         return sum([len(ids) for _, ids in self._blocks])
 
-    def copy(self) -> OrderedIndex:
-        copied = OrderedIndex()
-        copied._blocks = self._blocks.copy()
-        copied._lasts = self._lasts.copy()
-        return copied
+    def view(self) -> OrderedIndex:
+        """The index as it is now, for reading until `release`."""
+        view = OrderedIndex()
+        view._blocks, view._lasts, view._views = self._blocks, self._lasts, self._views
+        self._views[0] += 1
+        return view
+
+    def release(self) -> None:
+        """End a view. The index need not be copied for it by the next change."""
+        self._views[0] -= 1
+
+    def _leave_to_views(self) -> None:
+        if self._views[0]:
+            self._blocks, self._lasts = self._blocks.copy(), self._lasts.copy()
+            self._views = [0]
 
     def containers(self) -> list[Garbage]:
         """What contains the entries, to be freed by `reclaim`."""
@@ -126,6 +137,7 @@ class OrderedIndex:
             self._lasts.append(part[-1])
 
     def insert(self, entry: Entry) -> None:
+        self._leave_to_views()
         if not self._blocks:
             self.append([entry])
             return
@@ -140,6 +152,7 @@ class OrderedIndex:
         self._replace(number, tuple(keys), tuple(ids))
 
     def remove(self, entry: Entry) -> None:
+        self._leave_to_views()
         number = bisect_left(self._lasts, entry)
         keys, ids = self._blocks[number]
         at = _position(self._blocks[number], entry)
@@ -169,7 +182,7 @@ class OrderedIndex:
             yield piece[::-1] if reverse else piece
 
     def ids(self) -> Iterator[str]:
-        """All ids, in the order of the entries. The index may not be changed meanwhile."""
+        """All ids of this moment, in the order of the entries."""
         return chain.from_iterable([ids for _, ids in self._blocks])
 
     def count(self, span: Span) -> int:
@@ -370,18 +383,20 @@ class Indexes(Generic[Stored]):
             before: the previous values of entities that changed since that moment.
         """
         if BY_ID in self._built:
-            return await self._runs_of(fields, self._built[BY_ID].copy().ids(), before)
-        try:
-            return await self._runs_of(fields, self.entities, before)
-        except RuntimeError:  # the size of the dict changed during the iteration
-            before.clear()
-            # A copy is one large step, but the garbage collector does not traverse it.
-            return await self._runs_of(fields, self.entities.copy(), before)
+            return await self._runs_of(fields, self._built[BY_ID].ids(), before)
+        runs = await self._runs_of(fields, self.entities, before)
+        if not before:
+            return runs
+        # The dict changed, so its iterator may have skipped entities.
+        before.clear()
+        # A copy is one large step, but the garbage collector does not traverse it.
+        return await self._runs_of(fields, self.entities.copy(), before)
 
     async def _runs_of(
         self, fields: Fields, ids: Iterable[str], before: Mapping[str, Stored | None]
     ) -> list[list[Entry]]:
         built = self._built
+        live = ids is self.entities
         runs: list[list[Entry]] = [[]]
         for number, entity_id in enumerate(ids, 1):
             stored = before[entity_id] if entity_id in before else self.entities[entity_id]
@@ -392,7 +407,7 @@ class Indexes(Generic[Stored]):
                     runs[-1].sort()
                     runs.append([])
                 await asyncio.sleep(0)
-                if built is not self._built:
+                if built is not self._built or (live and before):
                     break
         runs[-1].sort()
         return runs

@@ -74,7 +74,6 @@ class TableReader(Reader, Generic[Stored]):
         moment = self._pin(query.collection)
         try:
             reading = await self._reading(query, moment)
-            await reading.prepare()
             left = query.limit
             async with Owned(reading.rows()) as chunks:
                 async for chunk in chunks:
@@ -177,8 +176,8 @@ class _Reading(Generic[Stored]):
         self._entries: list[Entry] = []
         self._index = OrderedIndex()
 
-    async def prepare(self) -> None:
-        """Take the index as it is at one moment."""
+    async def _prepare(self) -> None:
+        """Take a view of the index; the caller releases it."""
         if self.path.ids is not None:
             self._changed = dict(self._own)
             return
@@ -192,7 +191,7 @@ class _Reading(Generic[Stored]):
                 break
             await self._add_changed(later)
         self._entries.sort()
-        self._index = indexes.get(fields).copy()
+        self._index = indexes.get(fields).view()
 
     async def _add_changed(self, changed: Mapping[str, Stored | None]) -> None:
         for number, (entity_id, stored) in enumerate(changed.items(), 1):
@@ -212,15 +211,19 @@ class _Reading(Generic[Stored]):
 
     async def rows(self) -> AsyncGenerator[list[Row[Stored]], None]:
         """The rows in the order of the query, perhaps more than its limit, in chunks."""
-        for ids, in_order in self._groups():
-            if in_order:
-                yield self._matching(ids)
-                await asyncio.sleep(0)
-                continue
-            group = self._sorted(ids) if self._query.order else self._sorted_by_id(ids)
-            async with Owned(group) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        await self._prepare()
+        try:
+            for ids, in_order in self._groups():
+                if in_order:
+                    yield self._matching(ids)
+                    await asyncio.sleep(0)
+                    continue
+                group = self._sorted(ids) if self._query.order else self._sorted_by_id(ids)
+                async with Owned(group) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+        finally:
+            self._index.release()
 
     async def _sorted_by_id(self, ids: list[str]) -> AsyncGenerator[list[Row[Stored]], None]:
         runs = []
@@ -339,18 +342,24 @@ class _Reading(Generic[Stored]):
 
     async def count(self) -> int:
         """The number of matching rows."""
-        await self.prepare()
-        if self.path.exact and self.path.ids is None and not self._changed:
-            return await _count(self._index, self.path.spans)
-        total = 0
-        for batch in self._batches():
-            total += len(self._matching([entity_id for _, entity_id in batch]))
-            await asyncio.sleep(0)
-        return total
+        await self._prepare()
+        try:
+            if self.path.exact and self.path.ids is None and not self._changed:
+                return await _count(self._index, self.path.spans)
+            total = 0
+            for batch in self._batches():
+                total += len(self._matching([entity_id for _, entity_id in batch]))
+                await asyncio.sleep(0)
+            return total
+        finally:
+            self._index.release()
 
     async def count_entries(self) -> int:
         """The number of entries that would be read without a limit."""
         if self.path.ids is not None:
             return len(self.path.ids)
-        await self.prepare()
-        return await _count(self._index, self.path.spans)
+        await self._prepare()
+        try:
+            return await _count(self._index, self.path.spans)
+        finally:
+            self._index.release()

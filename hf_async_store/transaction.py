@@ -106,6 +106,7 @@ class Transaction(RepositoryInterface):
         self._after_commit = after_commit
         self._has_written = False
         self._leave: Callable[[], None] | None = None
+        self._is_entered = False
         self._session: Session | None = None
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -122,14 +123,17 @@ class Transaction(RepositoryInterface):
 
         Until it ends, only its own methods may be called.
         """
-        session = self._usable()
+        self._check_usable()
         if self._read_only:
             raise InvalidInputError(
                 "a read-only transaction has nothing to roll back, so it has no nested transactions"
             )
-        return type(self)(
-            self._schema, session.savepoint(), enter=lambda: lambda: None, parent=self
-        )
+        return type(self)(self._schema, self._savepoint(), enter=lambda: lambda: None, parent=self)
+
+    @asynccontextmanager
+    async def _savepoint(self) -> AsyncGenerator[Session, None]:
+        async with (await self._begin()).savepoint() as session:
+            yield session
 
     async def conditional_update(
         self,
@@ -160,23 +164,31 @@ class Transaction(RepositoryInterface):
     # -- async context manager ---------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        if self._session is not None or self._closed:
+        if self._is_entered or self._closed:
             raise TransactionClosedError("a transaction can be entered only once")
         parent = self._parent
         if parent is not None:
-            parent._usable()
+            parent._check_usable()
         self._loop = asyncio.get_running_loop()
         leave = self._enter()
-        try:
-            async with self._call_lock:
-                self._session = await self._context.__aenter__()
-        except BaseException:
-            leave()
-            raise
+        if parent is not None:
+            try:
+                async with self._call_lock:
+                    await self._begin()
+            except BaseException:
+                leave()
+                raise
         self._leave = leave
+        self._is_entered = True
         if parent is not None:
             parent._inner = self
         return self
+
+    async def _begin(self) -> Session:
+        """The session, which the first call begins: until then, it holds no lock of the engine."""
+        if self._session is None:
+            self._session = await self._context.__aenter__()
+        return self._session
 
     async def __aexit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
         self._refuse_other_loop()
@@ -184,11 +196,12 @@ class Transaction(RepositoryInterface):
         own_error = await self._acquire_last() or (self._abort_error() if exc is None else None)
         error = own_error or exc
         try:
-            await self._context.__aexit__(
-                None if error is None else type(error),
-                error,
-                None if error is None else error.__traceback__,
-            )
+            if self._session is not None:
+                await self._context.__aexit__(
+                    None if error is None else type(error),
+                    error,
+                    None if error is None else error.__traceback__,
+                )
         except BaseException as failure:
             if failure is not error:
                 self._fail_parent(failure)
@@ -243,10 +256,10 @@ class Transaction(RepositoryInterface):
         if self._leave is not None:
             self._leave()
 
-    def _usable(self) -> Session:
+    def _check_usable(self) -> None:
         if self._closed:
             raise TransactionClosedError("this transaction has ended")
-        if self._session is None:
+        if not self._is_entered:
             raise TransactionClosedError("this transaction has not been entered: use `async with`")
         self._refuse_other_loop()
         if self._inner is not None:
@@ -257,7 +270,6 @@ class Transaction(RepositoryInterface):
             raise TransactionAbortedError(
                 f"a change in this transaction failed: {self._failure}"
             ) from self._failure
-        return self._session
 
     def _refuse_other_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
@@ -270,11 +282,11 @@ class Transaction(RepositoryInterface):
     @asynccontextmanager
     async def _step(self, timeout: float | None = None) -> AsyncGenerator[Session, None]:
         """One call of the session; any error in it aborts the transaction."""
-        self._usable()
+        self._check_usable()
         async with operation_timeout(timeout), self._call_lock:
-            session = self._usable()
+            self._check_usable()
             try:
-                yield session
+                yield await self._begin()
             except BaseException as exc:
                 self._failure = exc
                 raise

@@ -69,11 +69,18 @@ class _MemoryTable(Table[Entity]):
 class _Stored(Mapping[Key, Entity]):
     """The committed entities of all collections."""
 
-    def __init__(self, tables: Mapping[str, _MemoryTable]) -> None:
-        self.tables = tables
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+        self.tables = {name: _MemoryTable(each) for name, each in schema.items()}
+
+    def table(self, collection: str) -> _MemoryTable:
+        """The table of a collection, which need not be listed in the schema."""
+        if collection not in self.tables:
+            self.tables[collection] = _MemoryTable(self._schema[collection])
+        return self.tables[collection]
 
     def __getitem__(self, key: Key) -> Entity:
-        return self.tables[key.collection].entities[key.id]
+        return self.table(key.collection).entities[key.id]
 
     def __iter__(self) -> Iterator[Key]:
         for name, table in self.tables.items():
@@ -98,7 +105,7 @@ class _OverlayReader(TableReader[Entity]):
         ]
 
     def _table(self, collection: str) -> Table[Entity]:
-        return self._stored.tables[collection]
+        return self._stored.table(collection)
 
     def _own_changes(self, collection: str) -> Mapping[str, Entity | None]:
         return self.overlay.written(collection)
@@ -156,7 +163,7 @@ class MemoryEngine(Engine):
     )
 
     def __init__(self, schema: Schema, config: MemoryConfig) -> None:
-        self._stored = _Stored({name: _MemoryTable(each) for name, each in schema.items()})
+        self._stored = _Stored(schema)
         self._schema = schema
         self._references = config.enforce_references
         self._lock = ReaderWriterLock()
@@ -214,7 +221,7 @@ class MemoryEngine(Engine):
         for key, entity in overlay.changes.items():
             images.setdefault(key.collection, {})[key.id] = entity
         for name, each in images.items():
-            self._stored.tables[name].apply(each)
+            self._stored.table(name).apply(each)
 
     async def health(self) -> Mapping[str, Value]:
         return {"entities": sum(each.collection in self._schema for each in self._stored)}
@@ -224,7 +231,7 @@ class MemoryEngine(Engine):
 
     async def close(self) -> None:
         self._closed = True
-        self._stored = _Stored({})
+        self._stored = _Stored(Schema(()))
 
 
 def _record(key: Key, entity: Entity) -> Record:
