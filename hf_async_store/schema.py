@@ -150,7 +150,7 @@ class Index(msgspec.Struct, frozen=True):
 
     It serves a query with equality on its first fields, a range on the next one, and the order by those
     that follow, in both directions. Its `name` follows the spec: `template_id-created_at-index`, or
-    `status-index`. Only text, integer, number, boolean and timestamp fields can be indexed.
+    `name-index`. Only text, integer, number, boolean and timestamp fields can be indexed.
 
     Example:
         `Index("template_id", "created_at")`
@@ -513,7 +513,12 @@ HOST_FACTORY: Final = (
             Field("tags", "json"),
             Field("metadata", "json"),
         ],
-        indexes=[Index("template_id", "created_at"), "status", "request_type"],
+        indexes=[
+            Index("template_id", "created_at"),
+            "request_type",
+            Index("status", "created_at"),
+            "created_at",
+        ],
     ),
     Collection(
         "machines",
@@ -531,7 +536,14 @@ HOST_FACTORY: Final = (
             Field("started_at", "timestamp"),
             Field("terminated_at", "timestamp"),
         ],
-        indexes=[Index("request_id", "created_at"), "return_request_id", "status", "name"],
+        indexes=[
+            Index("request_id", "created_at"),
+            "return_request_id",
+            "name",
+            Index("request_id", "status"),
+            Index("status", "created_at"),
+            "created_at",
+        ],
     ),
 )
 """The collections of the spec: templates, requests and machines, with its columns and references, and

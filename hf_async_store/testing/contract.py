@@ -19,6 +19,7 @@ import pytest_asyncio
 from hf_async_store.testing.assertions import no_complaints, nothing_is_left
 from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
+from hf_async_store.testing.changed_declarations import ChangedDeclarationContract
 from hf_async_store.testing.declarations import DeclarationContract
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.field_operations import FieldOperationContract
@@ -61,6 +62,7 @@ class StrategyContract(
     CancellationContract,
     StreamContract,
     ReferenceContract,
+    ChangedDeclarationContract,
     PlantedRecordContract,
     DeclarationContract,
     ArgumentContract,

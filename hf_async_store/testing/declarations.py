@@ -389,7 +389,7 @@ class DeclarationContract:
             for turn in turns():
                 if not await cancelled_at(turn, store.apply_schema()):
                     break
-            await store.apply_schema()
+            await store.apply_schema(complete=True)
             assert await store.schema_changes() == []
             await check_answers(store, later[0])
             found = await store.query_entities("things")
@@ -408,7 +408,7 @@ class DeclarationContract:
 
             async with kept.store(later) as third:
                 await asyncio.gather(new.apply_schema(), third.apply_schema(), write())
-            await new.apply_schema()
+            await new.apply_schema(complete=True)
             assert await new.schema_changes() == []
             await check_answers(new, later[0])
             found = await new.query_entities("things", order_by="thing_id")

@@ -309,7 +309,7 @@ def test_operators_that_ignore_case(filled: Cli) -> None:
 
 def test_explain(filled: Cli) -> None:
     [plan] = filled("query", "machines", "status=RUNNING", "--explain").rows
-    assert (plan["access"], plan["index"]) == ("index", "status-index")
+    assert (plan["access"], plan["index"]) == ("index", "status-created_at-index")
 
 
 def test_count(filled: Cli) -> None:

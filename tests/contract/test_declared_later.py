@@ -26,8 +26,6 @@ AFTER: Final = [
 ]
 COUNT: Final = 50
 
-_DYNAMODB = "queries look at the attribute of a declared field alone"
-
 
 def job(number: int) -> dict[str, Any]:
     return {
@@ -54,26 +52,12 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield paths.get(request.param, "sqlite:{}/store.db").format(tmp_path)
 
 
-@pytest.fixture
-def engine(request: pytest.FixtureRequest) -> str:
-    return str(request.node.callspec.params["url"])
-
-
 async def filled(url: str) -> None:
     async with open_store(url, collections=BEFORE) as store:
         await store.save_entities("jobs", [job(each) for each in range(COUNT)])
 
 
-def expect_failure(request: pytest.FixtureRequest, engine: str, **reasons: str) -> None:
-    if engine in reasons:
-        marker = pytest.mark.xfail(strict=True, reason=reasons[engine])
-        request.node.add_marker(marker)
-
-
-async def test_a_later_declared_field_is_filtered_by_its_stored_values(
-    url: str, engine: str, request: pytest.FixtureRequest
-) -> None:
-    expect_failure(request, engine, dynamodb=_DYNAMODB)
+async def test_a_later_declared_field_is_filtered_by_its_stored_values(url: str) -> None:
     await filled(url)
     async with open_store(url, collections=AFTER) as store:
         await store.save_entity("jobs", job(COUNT))

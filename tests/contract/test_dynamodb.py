@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.contract.expected import AttributesOfTheDeclaration, ItemsOfTheirDeclaration
+from hf_async_store.testing.contract import StrategyContract
 from tests.contract.harnesses import DynamoDBHarness
 
 if TYPE_CHECKING:
     from tests.dynamodb.proxy import Proxy
 
 
-class TestDynamoDB(ItemsOfTheirDeclaration, AttributesOfTheDeclaration):
+class TestDynamoDB(StrategyContract):
     @pytest.fixture
     def harness(self, dynamodb_proxy: Proxy) -> Iterator[DynamoDBHarness]:
         harness = DynamoDBHarness(dynamodb_proxy)

@@ -54,7 +54,7 @@ def test_commands_from_creation_to_deletion(dynamodb_server: DynamoDBServer) -> 
     assert status == 0, said
     assert json.loads(said)["version"] == 2
     status, said = command("query", "requests", "status=RUNNING", "--explain", "--json")
-    assert json.loads(said)["index"] == "status-index", said
+    assert json.loads(said)["index"] == "status-created_at-index", said
     assert (
         json.loads(command("query", "requests", "status=RUNNING", "--json")[1])["request_id"] == "r"
     )

@@ -324,9 +324,9 @@ _GIVEN: Final = st.just({":t": "t", ":a": "2024-01-01T00:00:00Z", ":b": "2024-01
 @given(text=_nearly_good() | _TEXTS, values=_GIVEN | _VALUES)
 def test_any_condition_is_read_or_refused(text: str, values: dict[str, object]) -> None:
     form = ItemMapping(next(each for each in HOST_FACTORY if each.name == "requests"))
-    index = next(each for each in form.collection.indexes if each.sort is not None)
+    shape = next(each for each in form.shapes if each.sort is not None)
     for read in (
-        lambda: key_condition(text, values, form, index, Names()),
+        lambda: key_condition(text, values, form, shape, Names()),
         lambda: condition(text, values, form, Names()),
     ):
         with suppress(InvalidInputError):

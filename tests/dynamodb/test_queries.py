@@ -15,6 +15,7 @@ from hf_async_store import (
     begins_with,
     between,
     eq,
+    exists,
     gt,
     gte,
     in_,
@@ -38,7 +39,7 @@ LONG: Final = "x" * 1500
 POOLS: Final[dict[str, list[Any]]] = {
     "label": [None, "", "a", "ab", "b", "\x01", "\x01a", LONG, f"{LONG}a", "\U0001f600", "é"],
     "count": [None, 0, 1, -1, 2**53 + 1, 2**63 - 1, -(2**63)],
-    "ratio": [None, 0, -0.0, 1, 1.0, 1.5, 1e300, -1e300, 5e-324, 2**53, float(2**53)],
+    "ratio": [None, 0, -0.0, 1, 1.0, 1.5, 1e30, 1e37, 1e300, -1e300, 5e-324, 2**53, float(2**53)],
     "active": [None, True, False],
     "due_at": [None, "2024-01-01T00:00:00.000000Z", "2024-01-02T00:00:00.000000Z"],
     "created_at": [None, "2023-01-01T00:00:00.000000Z", "2024-01-01T00:00:00.000000Z"],
@@ -63,32 +64,42 @@ def loads(draw: st.DrawFn) -> list[dict[str, Any]]:
 @st.composite
 def questions(draw: st.DrawFn) -> tuple[Any, Any, int | None]:
     index = draw(st.sampled_from(THINGS.indexes))
-    assert index.sort is not None
+    first, *others = index.fields
 
     def operand(name: str) -> Any:
+        if name == "thing_id":
+            return f"t{draw(st.integers(0, 24))}"
         return draw(st.sampled_from([*POOLS[name], *POOLS[name], *ODD]))
 
-    hashed: Any = operand(index.field)
-    if draw(st.booleans()):
-        hashed = in_([hashed, operand(index.field)])
-    parts: list[Any] = [{path(index.field): hashed}]
-    for _ in range(draw(st.integers(0, 2))):
-        kind = draw(st.sampled_from((*RANGES, "between", "begins")))
-        if kind == "between":
-            low, high = operand(index.sort), operand(index.sort)
-            parts.append({path(index.sort): between(low, high)})
-        elif kind == "begins":
-            parts.append(
-                {path(index.sort): begins_with(draw(st.sampled_from(["", "x", LONG, "2024"])))}
-            )
-        else:
-            parts.append({path(index.sort): kind(operand(index.sort))})
+    parts: list[Any] = []
+    if others or draw(st.booleans()):
+        hashed: Any = operand(first)
+        if draw(st.booleans()):
+            hashed = in_([hashed, operand(first)])
+        parts.append({path(first): hashed})
+    equal = draw(st.integers(0, len(others)))
+    parts += [{path(name): operand(name)} for name in others[:equal]]
+    rest = [name for name in (others or [first]) if name != "thing_id"]
+    for name in draw(st.lists(st.sampled_from(rest), max_size=2)) if rest else ():
+        kind = draw(st.sampled_from((*RANGES, "between", "begins", "in", "exists")))
+        condition: Any = {
+            "between": lambda name: between(operand(name), operand(name)),
+            "begins": lambda name: begins_with(draw(st.sampled_from(["", "x", LONG, "2024"]))),
+            "in": lambda name: in_([operand(name), operand(name)]),
+            "exists": lambda name: exists(draw(st.booleans())),
+        }.get(kind, lambda name, kind=kind: kind(operand(name)))(name)
+        parts.append({path(name): condition})
     if draw(st.integers(0, 3)) == 0:
         parts.append(or_({"label": "a"}, {"count": gte(0)}))
     sign = draw(st.sampled_from(("", "-")))
-    order: Any = [f"{sign}{index.sort}"]
+    names = (others or [first])[draw(st.integers(0, equal)) if others else 0 :][
+        : draw(st.integers(1, 3))
+    ]
+    order: Any = [f"{sign}{name}" for name in names] or ["label"]
     if draw(st.booleans()):
-        order.append(draw(st.sampled_from(("-thing_id", "thing_id", "-count", "label"))))
+        more = draw(st.sampled_from(("-thing_id", "thing_id", "-count", "label")))
+        if more.removeprefix("-") not in names and "thing_id" not in names:
+            order.append(more)
     return and_(*parts), order, draw(st.sampled_from((None, 1, 3)))
 
 

@@ -12,6 +12,7 @@ from hf_async_store import (
     HOST_FACTORY,
     Index,
     InvalidQueryError,
+    SchemaMismatchError,
     and_,
     begins_with,
     between,
@@ -23,13 +24,19 @@ from hf_async_store import (
     path,
 )
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
-from tests.dynamodb.support import store_at
+from tests.dynamodb.support import new_prefix, store_at
 
 if TYPE_CHECKING:
     from hf_async_store import Collection
     from tests.dynamodb.proxy import Proxy
 
-VALUES = {"text": "a", "integer": 3, "number": 1.5, "boolean": True}
+VALUES = {
+    "timestamp": "2024-01-02T00:00:00.000000Z",
+    "text": "a",
+    "integer": 3,
+    "number": 1.5,
+    "boolean": True,
+}
 INDEXES = [
     pytest.param(collection, index, id=f"{collection.name} {index.name}")
     for collection in CONTRACT_COLLECTIONS
@@ -41,17 +48,18 @@ INDEXES = [
 async def test_every_declared_index_is_queried(
     proxy: Proxy, collection: Collection, index: Index
 ) -> None:
-    value = VALUES[collection.fields[index.field].type]
+    values = {each: VALUES[collection.fields[each].type] for each in index.fields}
     async with store_at(proxy.url) as store:
         entities = [
-            {collection.key: f"e{n}", index.field: value if n % 2 else None} for n in range(10)
+            {collection.key: f"e{n}", **values, **({} if n % 2 else {index.field: None})}
+            for n in range(10)
         ]
         await store.create_entities(collection.name, entities)
         filters: list[Any] = [
-            {index.field: value},
-            {index.field: in_([value])},
-            and_({index.field: value}, {path("extra"): contains("x")}),
-            and_({index.field: value}, or_({path("extra"): 1}, {path("extra", "a"): 2})),
+            values,
+            {name: in_([value]) for name, value in values.items()},
+            and_(values, {path("extra"): contains("x")}),
+            and_(values, or_({path("extra"): 1}, {path("extra", "a"): 2})),
         ]
         proxy.requests.clear()
         for each in filters:
@@ -197,19 +205,25 @@ async def test_only_the_requested_fields_are_read(proxy: Proxy) -> None:
         assert "big" not in str(request.params)
 
 
-async def test_a_missing_index_causes_scans_until_it_is_created(proxy: Proxy) -> None:
+async def test_a_missing_index_causes_scans_until_it_is_complete(proxy: Proxy) -> None:
     bare = [each for each in HOST_FACTORY if each.name == "templates"]
     from hf_async_store import Collection as Declared
 
     with_index = [Declared("templates", key="template_id", fields=["name"], indexes=["name"])]
-    prefix = "lacks"
+    prefix = new_prefix()
     async with store_at(proxy.url, prefix, bare) as store:
         await store.create_entity("templates", {"template_id": "t", "name": "n"})
     async with store_at(proxy.url, prefix, with_index) as store:
         assert (await store.explain_query("templates", {"name": "n"})).access == "scan"
         assert len(await store.query_entities("templates", {"name": "n"})) == 1
         assert "has no index name-index" in str((await store.health())["problems"])
-        assert await store.create_tables() == ["created name-index of lacks_templates"]
+        assert await store.create_tables() == [f"created name-index of {prefix}_templates"]
+        assert (await store.explain_query("templates", {"name": "n"})).access == "scan"
+        assert len(await store.query_entities("templates", {"name": "n"})) == 1
+        assert "schema apply --complete" in str((await store.health())["problems"])
+        with pytest.raises(SchemaMismatchError, match="--complete"):
+            await store.query_by_gsi("templates", "name-index", "name = :n", {":n": "n"})
+        await store._dynamodb.apply_schema(complete=True)
         assert (await store.explain_query("templates", {"name": "n"})).access == "index"
         assert len(await store.query_entities("templates", {"name": "n"})) == 1
         assert (await store.health())["ok"]

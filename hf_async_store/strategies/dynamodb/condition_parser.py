@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from hf_async_store.errors import InvalidQueryError
-from hf_async_store.schema import Index
 from hf_async_store.strategies.dynamodb.codec import Attribute, encode, is_plain_name
 from hf_async_store.strategies.dynamodb.expressions import Names
+from hf_async_store.strategies.dynamodb.index_keys import IndexShape
 from hf_async_store.strategies.dynamodb.items import DOC, ItemMapping
-from hf_async_store.strategies.dynamodb.tables import attribute_of
 from hf_async_store.values import VERSION, Value, normalise
 
 _TOKEN_PATTERN: Final = re.compile(
@@ -137,7 +136,7 @@ def condition(
         else:
             steps: list[str | int] = [token.text]
             position = _parse_steps(tokens, position, steps)
-            if steps[0] != VERSION and steps[0] not in mapping.collection.fields:
+            if steps[0] != VERSION and not mapping.is_attribute(token.text):
                 steps.insert(0, DOC)
             output.append(names.path(steps))
     operands.assert_exhausted()
@@ -179,12 +178,13 @@ def key_condition(
     expression: object,
     values: Mapping[str, object] | None,
     mapping: ItemMapping,
-    index: Index,
+    shape: IndexShape,
     names: Names,
 ) -> str:
     """Translate a condition on the key of an index to a KeyConditionExpression.
 
-    It consists of `field = :value` and at most one comparison of the sort field.
+    It consists of `field = :value` and at most one comparison of the sort field. An index on one
+    timestamp, integer or number field has that field as its sort field.
 
     Raises:
         InvalidQueryError: the condition or its values are invalid.
@@ -197,11 +197,11 @@ def key_condition(
     while not output or tokens:
         if output:
             _expect(tokens, "AND", argument)
-        output.append(_parse_comparison(tokens, operands, mapping, index, names, argument, fields))
+        output.append(_parse_comparison(tokens, operands, mapping, shape, names, argument, fields))
     operands.assert_exhausted()
-    if index.field not in fields or len(fields) != len({*fields}):
+    if shape.index.field not in fields or len(fields) != len({*fields}):
         raise InvalidQueryError(
-            f"{argument}: must contain {index.field} = :value, and each field at most once"
+            f"{argument}: must contain {shape.index.field} = :value, and each field at most once"
         )
     return " AND ".join(output)
 
@@ -210,22 +210,24 @@ def _parse_comparison(
     tokens: list[_Token],
     operands: _Values,
     mapping: ItemMapping,
-    index: Index,
+    shape: IndexShape,
     names: Names,
     argument: str,
     fields: list[str],
 ) -> str:
     """Remove the next comparison from `tokens`, translate it, and append its field to `fields`."""
 
+    index, known = shape.index, _compared_fields(shape)
+
     def attribute() -> str:
         token = _pop_token(tokens, argument)
-        if token.kind not in ("word", "name") or token.text not in (index.field, index.sort):
-            known = " and ".join(filter(None, (index.field, index.sort)))
+        if token.kind not in ("word", "name") or token.text not in known:
             raise InvalidQueryError(
-                f"{argument}: only the fields of the index {index.name} can be compared: {known}"
+                f"{argument}: only these fields of the index {index.name} can be compared: "
+                f"{' and '.join(known)}"
             )
         fields.append(token.text)
-        return names.name(attribute_of(mapping, token.text))
+        return names.name(known[token.text])
 
     def value() -> str:
         token = _pop_token(tokens, argument)
@@ -266,9 +268,17 @@ def _parse_comparison(
             comparison = f"{name} {operator} {value()}"
         else:
             raise InvalidQueryError(f"{argument}: a key cannot be compared with {operator}")
-    if fields[-1] == index.field and operator != "=":
+    if fields[-1] == index.field and operator != "=" and not shape.is_spread:
         raise InvalidQueryError(f"{argument}: {index.field} can only be compared with =")
     return comparison
+
+
+def _compared_fields(shape: IndexShape) -> dict[str, str]:
+    """The fields that a condition can compare, with their key attributes."""
+    known = {} if shape.is_spread else {shape.index.field: shape.partition.name}
+    if shape.sort is not None and not shape.is_composite:
+        known[shape.sort_fields[0]] = shape.sort.name
+    return known
 
 
 def _pop_token(tokens: list[_Token], argument: str) -> _Token:

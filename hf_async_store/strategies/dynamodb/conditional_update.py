@@ -10,13 +10,12 @@ from hf_async_store.preconditions import next_version, patched
 from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.items import (
     DECLARATION_DIGEST,
-    new_token,
     size_bound_of,
     size_of,
     token_of,
 )
 from hf_async_store.strategies.dynamodb.write_op import WriteOp
-from hf_async_store.strategies.dynamodb.write_requests import unchanged, update_item
+from hf_async_store.strategies.dynamodb.write_requests import rewriting, update_item
 from hf_async_store.values import MAX_ENTITY_BYTES, Entity, check_size
 
 if TYPE_CHECKING:
@@ -47,26 +46,38 @@ class ConditionalUpdate(WriteOp):
         """The UpdateItem request.
 
         First rewrites the observed item, if another program or another declaration wrote it.
+
+        Raises:
+            UnsupportedValueError: the updated entity would exceed a limit.
         """
+        await self._observe(client)
         if self.observed is not None and self._is_undeclared(self.observed):
             await self._rewrite(client, self.observed)
             self.observed = None
+            await self._observe(client)
         return update_item(self, self._condition, self._names.copy())
+
+    async def _observe(self, client: Client) -> None:
+        """Read the item, if the update changes only a part of a composite sort key."""
+        if not self.whole:
+            return
+        if self.observed is None:
+            key = {self.key[0]: {"S": self.key[1]}}
+            params = {"TableName": self.table, "Key": key, "ConsistentRead": True}
+            self.observed = (await client.read("GetItem", params)).get("Item")
+        if self.observed is not None:
+            fields = cast("Patch", self.change).fields
+            entity, version = self.mapping.entity(self.observed), self.version_of(self.observed)
+            check_size(patched(entity, fields, version))
 
     def _is_undeclared(self, item: Attributes) -> bool:
         is_complete = token_of(item) is not None and size_bound_of(item) is not None
         return item.get(DECLARATION_DIGEST) != self.mapping.digest or not is_complete
 
     async def _rewrite(self, client: Client, item: Attributes) -> None:
-        mapping, key = self.mapping, self.change.key
-        mapping.check_attributes(item)
-        token = token_of(item) or new_token()
-        new = mapping.item(key.id, mapping.entity(item), self.version_of(item), token)
-        mapping.keep_encodings(new, item)
-        request = {"TableName": self.table, "Item": new, **unchanged(mapping, item)}
         # The entity remains the same, so a delayed or repeated request has no effect.
         with suppress(ConditionFailed):
-            await client.read("PutItem", request)
+            await client.read("PutItem", rewriting(self.mapping, self.table, item))
 
     def respond_with(self, item: Attributes | None) -> None:
         if item is None or self.state != "condition":

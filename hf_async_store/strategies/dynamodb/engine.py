@@ -13,6 +13,8 @@ from hf_async_store.driver import (
     Engine,
     Isolation,
     QueryPlan,
+    SchemaChange,
+    SchemaProgress,
     Session,
     remember_in,
     run_to_completion,
@@ -32,6 +34,7 @@ from hf_async_store.strategies.dynamodb.errors import (
 from hf_async_store.strategies.dynamodb.independent_writes import MAX_STATEMENTS, Writes
 from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
 from hf_async_store.strategies.dynamodb.reading import MAX_KEYS, Reading
+from hf_async_store.strategies.dynamodb.schema_changes import SchemaApplication
 from hf_async_store.strategies.dynamodb.tables import Tables
 from hf_async_store.strategies.dynamodb.transactions import (
     MAX_ACTIONS,
@@ -71,6 +74,7 @@ class DynamoDBEngine(Engine):
         self.tables = Tables(self.client, schema)
         self._cache = cache_of(config)
         self.reading = Reading(self.client, self.tables, self._cache)
+        self._schema = SchemaApplication(self.client, self.tables, self.reading)
         self._write_cache = WriteCache()
         self.writes = Writes(self.client, self.tables, self.reading, self._write_cache)
 
@@ -149,6 +153,16 @@ class DynamoDBEngine(Engine):
         with public_errors():
             return await self.tables.undeclared()
 
+    async def schema_changes(self) -> list[SchemaChange]:
+        with public_errors():
+            return await self._schema.changes()
+
+    async def apply_schema(
+        self, *, progress: SchemaProgress | None = None, complete: bool = False
+    ) -> None:
+        with public_errors():
+            await self._schema.apply(progress or _ignore, complete=complete)
+
     async def explain(self, query: Query) -> QueryPlan:
         with public_errors():
             return await self.reading.explain(query)
@@ -210,3 +224,7 @@ class DynamoDBEngine(Engine):
         if self._cache is not None:
             await self._cache.close()
         await self.client.close()
+
+
+def _ignore(change: SchemaChange, done: int, total: int | None) -> None:
+    del change, done, total

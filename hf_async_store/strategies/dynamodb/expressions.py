@@ -4,9 +4,12 @@ An expression must hold for every row that matches the filter. It may also hold 
 because the filter is applied again to every row received. `is_exact` is true if the expression is
 equivalent to the filter.
 
-A filter is not translated where DynamoDB's semantics differ: numbers in lists, comparisons with a
-whole list or map, and the key of an index (its attribute may be a placeholder). A filter that would
-exceed the limits of a request is not translated either.
+A field is compared where the item has it: its entry in `doc`, or else its attribute. So items of every
+declaration are found by their stored values.
+
+A filter is not translated where DynamoDB's semantics differ (numbers in lists, comparisons with a
+whole list or map), and on the keys of the queried index, which DynamoDB does not allow. A filter that
+would exceed the limits of a request is not translated either.
 """
 
 from __future__ import annotations
@@ -19,10 +22,9 @@ from hf_async_store.strategies.dynamodb.codec import is_native, is_plain_name
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SUBSTITUTE,
     DOC,
-    MIN_SHORTENED_BYTES,
-    IndexedField,
+    MISSING_SENTINEL,
     ItemMapping,
-    shortened,
+    is_field_name,
 )
 from hf_async_store.values import CREATED_AT, INT_MAX, INT_MIN, VERSION, Value
 
@@ -34,10 +36,13 @@ if TYPE_CHECKING:
 # Source: DynamoDB service quotas, "Expression parameters": an expression of 4 KB, 300 operators, 2 MB
 # of values. The limits here are lower, because a filter larger than the rows it excludes saves nothing.
 _MAX_LENGTH: Final = 3_500
-_MAX_OPERATORS: Final = 200
+_MAX_OPERATORS: Final = 100  # counted once, but in the expression twice
 _MAX_VALUES: Final = 64_000
 _MAX_CHOICES: Final = 40
 _MAX_DEPTH: Final = 30
+
+_FIELD: Final = "\0"
+"""Stands for the path of a field in an expression, until it is replaced by its two places."""
 
 _PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
 _UNTRANSLATED: Final = ("contains_ignore_case", "begins_with_ignore_case")
@@ -158,8 +163,8 @@ class FilterTranslator:
             self._values_size += len(str(where.value))
         self._check_limits()
         positive = _NEGATIONS.get(where.op)
-        if positive is not None:
-            return _negated(self._comparison(where.path, positive, where.value))
+        if positive is not None or (where.op == "exists" and not where.value):
+            return _negated(self._comparison(where.path, positive or where.op, where.value))
         return self._comparison(where.path, where.op, where.value)
 
     def _check_limits(self) -> None:
@@ -178,18 +183,29 @@ class FilterTranslator:
             or not all(isinstance(each, int) or is_plain_name(each) for each in steps)
         ):
             return None
-        field = self._mapping.indexed.get(name)
-        if name in self._excluded or (field is not None and field.attribute in self._excluded):
+        if name in self._excluded:
             return None
-        if field is None:
-            is_attribute = name == VERSION or name in self._mapping.plain
-            path = steps if is_attribute else (DOC, *steps)
-            return self._plain_comparison(self._names.path(path), op, value)
-        if len(steps) > 1:
-            return None  # the field contains no map or list, so the path matches nothing
-        if field.type == "boolean":
-            return self._plain_comparison(self._names.name(field.name), op, value)
-        return self._indexed_comparison(field, op, value)
+        inner = self._names.path(steps[1:])
+        inner = f".{inner}" if inner and not inner.startswith("[") else inner
+        translated = self._plain_comparison(f"{_FIELD}{inner}", op, value)
+        return None if translated is None else self._in_its_place(name, translated)
+
+    def _in_its_place(self, name: str, translated: Translation) -> Translation:
+        """A comparison of `_FIELD` as one of the field where an item has it."""
+        expression, is_exact = translated
+        attribute = self._names.name(name)
+        if name in (VERSION, self._mapping.key):
+            return Translation(expression.replace(_FIELD, attribute), is_exact)
+        document = self._names.path((DOC, name))
+        if name == CREATED_AT:
+            document = self._names.name(CREATED_SUBSTITUTE)
+        in_document = expression.replace(_FIELD, document)
+        if name == DOC or not is_field_name(name):
+            return Translation(in_document, is_exact)
+        as_attribute = expression.replace(_FIELD, attribute)
+        return Translation(
+            f"({in_document} OR (attribute_not_exists({document}) AND {as_attribute}))", is_exact
+        )
 
     def _one_of(
         self, values: Value, equal: Callable[[Value], Translation | None]
@@ -200,15 +216,15 @@ class FilterTranslator:
         self._operators += len(choices)
         return _any_of([equal(each) for each in choices])
 
-    # -- fields that are not the key of an index ---------------------------------------------
-
     def _plain_comparison(self, path: str, op: str, value: Value) -> Translation | None:
         if op == "eq":
             return self._equal(path, value)
         if op == "in":
             return self._one_of(value, lambda each: self._equal(path, each))
         if op == "exists":
-            return Translation(f"attribute_{'' if value else 'not_'}exists({path})", is_exact=True)
+            sentinel = self._names.value(MISSING_SENTINEL)
+            present = f"(attribute_exists({path}) AND NOT {path} = {sentinel})"
+            return Translation(present, is_exact=True)
         if op == "between":
             low, high = cast("list[Value]", value)
             return _all_of([self._range(path, "gte", low), self._range(path, "lte", high)])
@@ -261,46 +277,6 @@ class FilterTranslator:
         return Translation(
             f"({comparison} OR attribute_type({path}, {substitute}))", is_exact=False
         )
-
-    # -- fields that are the key of an index -------------------------------------------------
-
-    def _indexed_comparison(self, field: IndexedField, op: str, value: Value) -> Translation | None:
-        """Compare the attribute, which may be a placeholder, and the substitute encoding."""
-        if op == "eq":
-            return self._equal_indexed(field, value)
-        if op == "in":
-            return self._one_of(value, lambda each: self._equal_indexed(field, each))
-        if op == "begins_with" and isinstance(value, str) and value:
-            prefix = shortened(value, MIN_SHORTENED_BYTES)
-            comparisons = [
-                self._begins_with(each, prefix)
-                for each in (self._names.name(field.name), self._substitute_path(field))
-            ]
-            return Translation(f"({' OR '.join(comparisons)})", is_exact=False)
-        return None
-
-    def _equal_indexed(self, field: IndexedField, value: Value) -> Translation | None:
-        substitute = self._substitute_path(field)
-        if value is None:
-            kind = self._names.value({"S": "NULL"})
-            return Translation(f"attribute_type({substitute}, {kind})", is_exact=True)
-        key = field.key_of(value)
-        if key is not None:
-            exact = not field.is_sort or (
-                isinstance(value, str)
-                and len(value.encode()) < MIN_SHORTENED_BYTES
-                and value > "\x01"
-                and field.type == "text"
-            )
-            return Translation(f"{self._names.name(field.name)} = {self._names.value(key)}", exact)
-        if isinstance(value, str) and field.type == "text":
-            return Translation(f"{substitute} = {self._names.value({'S': value})}", is_exact=True)
-        return None
-
-    def _substitute_path(self, field: IndexedField) -> str:
-        if field.name == CREATED_AT:
-            return self._names.name(CREATED_SUBSTITUTE)
-        return self._names.path((DOC, field.name))
 
 
 def _joined(word: str, parts: Sequence[Translation]) -> str:

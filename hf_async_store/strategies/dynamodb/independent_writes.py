@@ -52,6 +52,7 @@ from hf_async_store.strategies.dynamodb.errors import (
     short,
     translate,
 )
+from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import probe_id
 from hf_async_store.strategies.dynamodb.partiql import ConditionBuilder, delete
 from hf_async_store.strategies.dynamodb.request_retry import (
@@ -79,7 +80,7 @@ if TYPE_CHECKING:
     from hf_async_store.changes import ChangeMarker, Outcome
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attributes
-    from hf_async_store.strategies.dynamodb.expressions import Names
+    from hf_async_store.strategies.dynamodb.items import ItemMapping
     from hf_async_store.strategies.dynamodb.reading import Reading
     from hf_async_store.strategies.dynamodb.tables import Tables
     from hf_async_store.strategies.dynamodb.write_cache import WriteCache
@@ -116,11 +117,14 @@ class Writes:
                 self._update_cache(each)
         return [each.outcome for each in ops]
 
-    async def update_where(self, change: Patch, condition: str, names: Names) -> int:
+    async def update_where(
+        self, change: Patch, condition_of: Callable[[ItemMapping, Names], str]
+    ) -> int:
         """Update an entity if it satisfies a condition; return the new version.
 
         Args:
-            condition: a ConditionExpression with placeholders of `names`.
+            condition_of: returns the ConditionExpression for the items of a table, with placeholders of
+                the names.
 
         Raises:
             EntityNotFoundError: the entity does not exist.
@@ -130,7 +134,8 @@ class Writes:
         name = change.key.collection
         await self._tables.ensure(name)
         mapping, table = self._tables.mappings[name], self._tables.name(name)
-        op = ConditionalUpdate(change, mapping, table, condition, names)
+        names = Names()
+        op = ConditionalUpdate(change, mapping, table, condition_of(mapping, names), names)
         await self._run([op])
         self._update_cache(op)
         if isinstance(op.outcome, StatementRefused):

@@ -11,14 +11,19 @@ attributes are:
   different, the item is once written as a whole. Otherwise, the attribute of a field that is no longer
   declared would remain and hide the saved value.
 
-**Fields that are keys of an index** need additional rules, because DynamoDB rejects an item whose
-index key is null, empty or of another type, and omits an item without the key from the index:
+The value of a field is its entry in `doc` if there is one, and else the attribute with its name. This
+holds for every item, whichever declaration it was written with.
 
-* A value that the index cannot contain is stored in `doc`, which takes precedence over the attribute
-  when the item is read.
-* The sort key of an index always has an attribute: for a null or missing value it is a placeholder
-  that sorts first, for a long string its beginning.
+**Fields that are keys of an index** need additional rules, because DynamoDB rejects an item whose
+index key is null, empty or of another type, and omits an item without the key from the index. They hold
+for the declared indexes and for those of the table:
+
+* A value that the index cannot contain is stored in `doc`.
+* The sort key of an index always has an attribute, see `index_keys.position`. For a missing value,
+  `doc` contains a sentinel.
 * A boolean field has an additional string attribute `_b_NAME`, because DynamoDB has no boolean keys.
+* `_k_FIELD-FIELD` is the sort key of an index on several fields, and `_p` the partition key of an
+  index that is only ordered; see `index_keys`.
 * `created_at` is stored by these rules in every collection, but its substitute is in `_c` instead of
   `doc`, because a save that does not name `created_at` keeps it and replaces `doc`.
 """
@@ -31,8 +36,9 @@ from hashlib import blake2b
 from itertools import count
 from typing import TYPE_CHECKING, Final, cast
 
-from hf_async_store.changes import Record
-from hf_async_store.schema import Collection, Field
+from hf_async_store.changes import ABSENT, Change, Patch, Put, Record
+from hf_async_store.query import MISSING, Missing
+from hf_async_store.schema import Collection
 from hf_async_store.strategies.dynamodb.codec import (
     Attribute,
     Attributes,
@@ -43,6 +49,21 @@ from hf_async_store.strategies.dynamodb.codec import (
     is_native,
 )
 from hf_async_store.strategies.dynamodb.errors import UnexpectedResponse, unreadable
+from hf_async_store.strategies.dynamodb.index_keys import (
+    BOOLEAN_KEY,
+    COMPOSITE_KEY,
+    MAX_HASH_BYTES,
+    MAX_SORT_CHARACTERS,
+    PARTITION,
+    IndexShape,
+    KeyAttribute,
+    Kind,
+    composite,
+    composite_fields,
+    key_attribute,
+    partition_of,
+    position,
+)
 from hf_async_store.values import (
     CREATED_AT,
     INT_MAX,
@@ -51,31 +72,25 @@ from hf_async_store.values import (
     REMOVE,
     VERSION,
     Entity,
-    FieldType,
     Key,
     Removed,
     Value,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 DOC: Final = "doc"
 TOKEN: Final = "_w"  # noqa: S105 - the name of an attribute
 SIZE: Final = "_s"
 CREATED_SUBSTITUTE: Final = "_c"
 DECLARATION_DIGEST: Final = "_f"
-_INTERNAL_ATTRIBUTES: Final = frozenset({TOKEN, SIZE, CREATED_SUBSTITUTE, DECLARATION_DIGEST})
-_INTERNAL_TYPES: Final = {TOKEN: "S", SIZE: "N", DECLARATION_DIGEST: "S"}
-_BOOLEAN_KEY: Final = "_b_"
-_BOOLEAN_KEYS: Final = ({"S": "0"}, {"S": "1"}, {"S": "2"})
+_INTERNAL_ATTRIBUTES: Final = frozenset(
+    {TOKEN, SIZE, CREATED_SUBSTITUTE, DECLARATION_DIGEST, PARTITION}
+)
+_INTERNAL_TYPES: Final = {TOKEN: "S", SIZE: "N", DECLARATION_DIGEST: "S", PARTITION: "S"}
+_BOOLEAN_KEYS: Final = ({"S": "0"}, {"S": "1"}, {"S": "2"}, {"S": "3"})
 MISSING_SENTINEL: Final[Attribute] = {"SS": ["missing"]}
-
-# Source: DynamoDB service quotas: partition keys of 2,048 bytes, sort keys of 1,024.
-MAX_HASH_BYTES: Final = 2048
-MAX_SORT_BYTES: Final = 1024
-MIN_SHORTENED_BYTES: Final = MAX_SORT_BYTES - 4
-"""The minimum length of a shortened string, which ends at a character boundary."""
 
 _MAX_SCALAR_SIZE: Final = 32
 """The maximum size of a number, boolean or null in `check_size`."""
@@ -84,16 +99,6 @@ _CREATED_AT_SIZE: Final = 64
 NEAR_MAX_VERSION: Final = INT_MAX - 2**40
 
 _MAX_DIGITS: Final = 10.0**38
-
-INDEX_PLACEHOLDERS: Final[Mapping[FieldType, Attribute]] = {
-    "text": {"S": "\x01"},
-    "timestamp": {"S": "0"},
-    "boolean": {"S": "0"},
-    "integer": {"N": str(-(2**63) - 1)},
-    "number": {"N": "-9.9E+125"},
-}
-"""Sort keys for null and missing values, which sort before every value. A string that is equal to its
-placeholder is sorted correctly, too, because rows with equal attributes are sorted by their values."""
 
 
 class _Tokens:
@@ -137,14 +142,6 @@ def stored_size(entity: Entity, version: int) -> Attribute:
     return {"N": str(size if version < NEAR_MAX_VERSION else MAX_ENTITY_BYTES * 2)}
 
 
-def shortened(string: str, max_bytes: int = MAX_SORT_BYTES) -> str:
-    """The string, or its beginning of at most `max_bytes` bytes in UTF-8."""
-    if len(string) <= max_bytes // 4:
-        return string
-    encoded = string.encode()
-    return string if len(encoded) <= max_bytes else encoded[:max_bytes].decode(errors="ignore")
-
-
 def number_key(value: float) -> str | None:
     """A number as the key of an index, integral floats as integers; None if it is not exact."""
     if type(value) is int:
@@ -155,73 +152,111 @@ def number_key(value: float) -> str | None:
 
 
 class IndexedField:
-    """A declared field that is a key of an index."""
+    """A field that is a key of an index by itself."""
 
-    def __init__(self, field: Field, *, is_hash: bool, is_sort: bool) -> None:
-        self.name = field.name
-        self.type = field.type
-        self.is_hash = is_hash
-        self.is_sort = is_sort
-        self.attribute = f"{_BOOLEAN_KEY}{field.name}" if field.type == "boolean" else field.name
-        self.placeholder = INDEX_PLACEHOLDERS[field.type] if is_sort else None
-        self.substitute_attribute = CREATED_SUBSTITUTE if field.name == CREATED_AT else None
+    def __init__(self, name: str, kind: Kind) -> None:
+        self.name = name
+        self.kind = kind
+        self.is_sort = False
+        self.attribute = key_attribute(name, kind)
+        self.substitute_attribute = CREATED_SUBSTITUTE if name == CREATED_AT else None
 
     def encode(self, value: Value | Removed) -> tuple[Attribute | None, Attribute | None]:
         """The attribute for the index and the substitute encoding; None for those not needed."""
-        if value is REMOVE:
-            return self.placeholder, MISSING_SENTINEL if self.is_sort else None
-        if value is None:
-            return self.placeholder, encode(None)
-        if self.type == "boolean":
-            return self.key_of(value), None
+        if isinstance(value, Removed):
+            return self._position(MISSING), MISSING_SENTINEL if self.is_sort else None
         key = self.key_of(value)
         if key is not None and (type(value) is not float or is_native(value)):
             return key, None
-        if key is None and self.placeholder is not None:
-            string = shortened(value) if isinstance(value, str) else ""
-            key = {"S": string} if string else self.placeholder
-        return key, encode(cast("Value", value))
+        return key or self._position(value), encode(value)
+
+    def _position(self, value: Value | Missing) -> Attribute | None:
+        if not self.is_sort:
+            return None
+        return {"N" if self.kind == "N" else "S": position(self.kind, value)}
 
     def key_of(self, value: object) -> Attribute | None:
         """The key by which the index finds exactly this value; None if the index cannot contain it."""
         if type(value) is bool:
-            return {"S": "2" if value else "1"} if self.type == "boolean" else None
-        if isinstance(value, str) and self.type in ("text", "timestamp"):
-            max_bytes = MAX_SORT_BYTES if self.is_sort else MAX_HASH_BYTES
-            return {"S": value} if value and shortened(value, max_bytes) is value else None
-        if type(value) in (int, float) and self.type in ("integer", "number"):
+            return {"S": "2" if value else "1"} if self.kind == "BOOL" else None
+        if isinstance(value, str) and self.kind == "S":
+            return {"S": value} if value and self._fits(value) else None
+        if type(value) in (int, float) and self.kind == "N":
             number = number_key(cast("float", value))
             return None if number is None else {"N": number}
         return None
 
+    def _fits(self, string: str) -> bool:
+        if self.is_sort:
+            return len(string) <= MAX_SORT_CHARACTERS
+        return len(string) <= MAX_HASH_BYTES // 4 or len(string.encode()) <= MAX_HASH_BYTES
+
 
 class ItemMapping:
-    """The mapping between the entities and the items of one collection."""
+    """The mapping between the entities and the items of one collection.
 
-    def __init__(self, collection: Collection) -> None:
+    Args:
+        found: the key attributes of the indexes of the table. Where they differ from the declared
+            ones, the table decides, because it would refuse other items.
+    """
+
+    def __init__(self, collection: Collection, found: Iterable[KeyAttribute] = ()) -> None:
         self.collection = collection
         self.key = collection.key
-        hashes = {each.field for each in collection.indexes}
-        sorts = {each.sort for each in collection.indexes if each.sort is not None}
+        self.shapes = tuple(IndexShape(each, collection) for each in collection.indexes)
         # Stored like a sort key, so that every item has the attribute and a save can keep or set it.
-        sorts.add(CREATED_AT)
-        self.indexed: dict[str, IndexedField] = {
-            name: IndexedField(field, is_hash=name in hashes, is_sort=name in sorts)
-            for name, field in collection.fields.items()
-            if (name in hashes or name in sorts) and name != collection.key
+        keys = [KeyAttribute(CREATED_AT, "S", is_sort=True)]
+        keys += [key for shape in self.shapes for key in shape.keys]
+        keys += found
+        self.indexed = self._indexed(keys)
+        self.composites = {
+            each.name: composite_fields(each.name)
+            for each in keys
+            if each.name.startswith(COMPOSITE_KEY)
         }
+        self.is_spread = any(each.name == PARTITION for each in keys)
         self.plain = frozenset(collection.fields) - set(self.indexed)
         self.digest: Attribute = {"S": self._digest()}
 
+    def _indexed(self, keys: Iterable[KeyAttribute]) -> dict[str, IndexedField]:
+        indexed: dict[str, IndexedField] = {}
+        for each in keys:
+            if each.name in (self.key, PARTITION) or each.name.startswith(COMPOSITE_KEY):
+                continue
+            name = each.name.removeprefix(BOOLEAN_KEY)
+            kind: Kind = "BOOL" if name != each.name else "N" if each.type == "N" else "S"
+            field = indexed.get(name)
+            if field is None or field.kind != kind:
+                field, previous = IndexedField(name, kind), field
+                field.is_sort = previous is not None and previous.is_sort
+            field.is_sort = field.is_sort or each.is_sort
+            indexed[name] = field
+        return indexed
+
+    def is_attribute(self, name: str) -> bool:
+        """Whether a field is stored as an attribute, if that can contain its value."""
+        return name == self.key or name in self.plain or name in self.indexed
+
     def _digest(self) -> str:
         """A digest of the parts of the declaration that determine the attributes of an item."""
-        declared_parts = [self.key, *sorted(self.plain)]
+        declared_parts = [self.key, *sorted(self.plain), *sorted(self.composites)]
         declared_parts += sorted(
-            f"{each.attribute} {each.type} {each.is_sort}" for each in self.indexed.values()
+            f"{each.attribute} {each.kind} {each.is_sort}" for each in self.indexed.values()
         )
+        declared_parts.append(str(self.is_spread))
         return urlsafe_b64encode(
             blake2b("\n".join(declared_parts).encode(), digest_size=6).digest()
         ).decode()
+
+    def needs_stored(self, change: Change) -> bool:
+        """Whether a change determines a part of a composite sort key only, so that it needs the others."""
+        if isinstance(change, Patch):
+            names = change.fields.keys()
+            return any(0 < len(names & {*each}) < len(each) for each in self.composites.values())
+        if not isinstance(change, Put) or change.expect is ABSENT:
+            return False
+        is_kept = change.import_version is None and CREATED_AT not in change.entity
+        return is_kept and any(CREATED_AT in each for each in self.composites.values())
 
     def item(self, entity_id: str, entity: Entity, version: int, token: str) -> Attributes:
         """The whole item of an entity."""
@@ -257,9 +292,18 @@ class ItemMapping:
                 continue
             field_value: Value | Removed = entity.get(name, REMOVE)
             self._encode_field(field, field_value, attributes, document, removed)
+        attributes.update(self._composite_keys(entity))
+        if self.is_spread:
+            attributes[PARTITION] = partition_of(cast("str", entity[self.key]))
         attributes[DOC] = {"M": document}
         attributes[DECLARATION_DIGEST] = self.digest
         return attributes, removed
+
+    def _composite_keys(self, entity: Mapping[str, Value | Removed]) -> Attributes:
+        return {
+            attribute: {"B": composite(_present(entity.get(each, REMOVE)) for each in fields)}
+            for attribute, fields in self.composites.items()
+        }
 
     def _encode_field(
         self,
@@ -274,7 +318,7 @@ class ItemMapping:
             attributes[field.attribute] = key
         else:
             removed.append(field.attribute)
-        if field.type == "boolean":
+        if field.kind == "BOOL":
             if isinstance(value, Removed):
                 removed.append(field.name)
             else:
@@ -288,9 +332,13 @@ class ItemMapping:
             document[field.name] = substitute
 
     def changes(
-        self, fields: Mapping[str, Value | Removed]
+        self, fields: Mapping[str, Value | Removed], stored: Entity | None = None
     ) -> tuple[dict[tuple[str, ...], Attribute], list[tuple[str, ...]]]:
-        """The attributes that an update of these fields sets, by path, and the paths it removes."""
+        """The attributes that an update of these fields sets, by path, and the paths it removes.
+
+        Args:
+            stored: the entity before, which is required if `needs_stored`.
+        """
         assigned: dict[tuple[str, ...], Attribute] = {}
         removed: list[tuple[str, ...]] = []
         for name, value in fields.items():
@@ -303,6 +351,10 @@ class ItemMapping:
                 removed.append(path)
             else:
                 assigned[path] = encode(value)
+        keys = self._composite_keys({**(stored or {}), **fields}) if self.composites else {}
+        for attribute, key in keys.items():
+            if not fields.keys().isdisjoint(self.composites[attribute]):
+                assigned[attribute,] = key
         return assigned, removed
 
     def _update_field(
@@ -318,7 +370,7 @@ class ItemMapping:
         self._encode_field(field, value, attributes, document, removed_names)
         assigned.update({(name,): each for name, each in attributes.items()})
         removed += [(name,) for name in removed_names]
-        if field.type != "boolean" and field.substitute_attribute is None:
+        if field.kind != "BOOL" and field.substitute_attribute is None:
             if field.name in document:
                 assigned[(DOC, field.name)] = document[field.name]
             else:
@@ -360,15 +412,16 @@ class ItemMapping:
         for name, attribute in item.items():
             if name == DOC and "M" in attribute:
                 document = attribute["M"]
-            elif name not in _INTERNAL_ATTRIBUTES and not name.startswith(_BOOLEAN_KEY):
+            elif is_field_name(name):
                 entity[name] = decode(attribute)
         if CREATED_SUBSTITUTE in item and CREATED_AT in item:
             document = {**document, CREATED_AT: item[CREATED_SUBSTITUTE]}
         if document:
             entity.update(decode_map(document))
-            for name in self.indexed:
-                if document.get(name) == MISSING_SENTINEL:
-                    entity.pop(name, None)
+            if DECLARATION_DIGEST in item:
+                for name, attribute in document.items():
+                    if attribute == MISSING_SENTINEL:
+                        del entity[name]
         entity.setdefault(VERSION, 0)
         return entity
 
@@ -426,14 +479,25 @@ class ItemMapping:
         return Record(Key(self.collection.name, cast("str", entity[self.key])), entity)
 
 
+def is_field_name(name: str) -> bool:
+    """Whether the attribute of this name can be a field, except for `doc`."""
+    return name not in _INTERNAL_ATTRIBUTES and not name.startswith((BOOLEAN_KEY, COMPOSITE_KEY))
+
+
+def _present(value: Value | Removed) -> Value | Missing:
+    return MISSING if isinstance(value, Removed) else value
+
+
 def _is_reserved(name: str, attribute: Attribute, item: Attributes) -> bool:
     """Whether another program uses a name of the store for an attribute of its own.
 
     The store's own attributes may have come into an item by copying an item of the store.
     """
-    if name.startswith(_BOOLEAN_KEY):
-        is_missing = name.removeprefix(_BOOLEAN_KEY) not in item
+    if name.startswith(BOOLEAN_KEY):
+        is_missing = name.removeprefix(BOOLEAN_KEY) not in item
         return attribute not in _BOOLEAN_KEYS[: 1 if is_missing else None]
+    if name.startswith(COMPOSITE_KEY):
+        return "B" not in attribute
     if name == CREATED_SUBSTITUTE:
         return CREATED_AT not in item
     return name in _INTERNAL_TYPES and _INTERNAL_TYPES[name] not in attribute

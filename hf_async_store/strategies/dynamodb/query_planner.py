@@ -2,57 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, cast
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from itertools import product
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.query import And, Comparison, Filter, Or, Query, equality_candidates
-from hf_async_store.schema import Index
-from hf_async_store.strategies.dynamodb.items import (
-    MAX_SORT_BYTES,
-    MIN_SHORTENED_BYTES,
-    IndexedField,
-    ItemMapping,
-    number_key,
-    shortened,
+from hf_async_store.query import (
+    And,
+    Comparison,
+    Missing,
+    Or,
+    Order,
+    Query,
+    Steps,
+    equality_candidates,
+)
+from hf_async_store.sort_bytes import EVERYTHING, ByteRange, ranges
+from hf_async_store.strategies.dynamodb.index_keys import (
+    AFTER_PREFIX,
+    ALL_PARTITIONS,
+    IndexShape,
+    Kind,
+    SortKey,
+    beginning,
+    composite,
+    escaped,
+    is_exact,
+    position,
+    prefix_end,
 )
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from collections.abc import Set as AbstractSet
 
-    from hf_async_store.query import Missing
     from hf_async_store.strategies.dynamodb.codec import Attribute
+    from hf_async_store.strategies.dynamodb.items import ItemMapping
 
-_MAX_PARTITIONS: Final = 100
-"""Up to this many partitions are queried one after the other; for more, a scan is cheaper."""
+_MAX_SPANS: Final = 100
+"""For more requests than this, a scan is cheaper."""
 
-_TYPES_SORTED_BY_VALUE: Final = ("text", "timestamp", "integer")
-"""Types whose attributes sort like their values. A `number` may be outside of DynamoDB's range."""
+Bounds: TypeAlias = tuple[SortKey | None, SortKey | None]
+"""The lowest and the highest sort key, both included; None for no bound."""
 
 
-class SortRange(msgspec.Struct, frozen=True):
-    """A range of sort keys within a partition: from `low` to `high`, both included, or a prefix.
+class Span(NamedTuple):
+    """A range of sort keys within a partition, both included. None of its bounds is required.
 
     It may contain more rows than those that match, never fewer.
     """
 
-    low: str | None = None
-    high: str | None = None
-    prefix: str | None = None
-    kind: str = "S"
-
-    @property
-    def is_empty(self) -> bool:
-        if self.low is None or self.high is None:
-            return False
-        if self.kind == "N":
-            return float(self.low) > float(self.high)
-        return self.low > self.high
-
-    def attribute(self, value: str) -> Attribute:
-        return {self.kind: value}
+    partition: Attribute
+    low: SortKey | None = None
+    high: SortKey | None = None
 
 
 class Access(msgspec.Struct, frozen=True):
@@ -60,23 +64,47 @@ class Access(msgspec.Struct, frozen=True):
 
     Attributes:
         ids: the ids to read by key; None for an index query or a scan.
-        index: the index to query.
-        partitions: the partition keys to query in the index.
-        sort: the range of sort keys within each partition.
-        is_ordered: the index returns the rows in the order of the query.
-        exact: the partitions contain exactly the rows that match the filter on the index's field.
+        shape: the index to query.
+        spans: the parts of the index to query.
+        ordered_parts: the number of parts of the sort key that have the order of the query; rows
+            that are equal in them must be sorted. 0: the index does not return the rows in order.
+        descending: the index is read from its end.
+        equal_parts: the number of parts of a composite sort key before them, which are the same in all
+            rows.
+        implied: the comparisons of the filter that hold for all rows in the spans.
+        equalities: the number of fields of the index that the filter compares for equality.
+        has_range: the spans are parts of the partitions.
     """
 
     ids: tuple[str, ...] | None = None
-    index: Index | None = None
-    partitions: tuple[Attribute, ...] = ()
-    sort: SortRange = SortRange()
-    is_ordered: bool = False
-    exact: bool = False
+    shape: IndexShape | None = None
+    spans: tuple[Span, ...] = ()
+    ordered_parts: int = 0
+    descending: bool = False
+    equal_parts: int = 0
+    implied: tuple[Comparison, ...] = ()
+    equalities: int = 0
+    has_range: bool = False
 
     @property
     def is_scan(self) -> bool:
-        return self.ids is None and self.index is None
+        return self.ids is None and self.shape is None
+
+    @property
+    def is_ordered(self) -> bool:
+        return self.ordered_parts > 0
+
+    def group_of(self, key: SortKey) -> SortKey:
+        """The part of a sort key that has the order of the query."""
+        if self.shape is None or not self.shape.is_composite:
+            return key
+        return beginning(key, self.equal_parts + self.ordered_parts)
+
+    def span_of(self, span: Span, key: SortKey) -> Span:
+        """The part of a span with the same order in the query as a sort key."""
+        group = self.group_of(key)
+        high = group + AFTER_PREFIX if isinstance(group, bytes) else group
+        return Span(span.partition, group, high)
 
 
 def plan_access(query: Query, mapping: ItemMapping, active: AbstractSet[str]) -> Access:
@@ -93,151 +121,252 @@ def plan_access(query: Query, mapping: ItemMapping, active: AbstractSet[str]) ->
         # Ids are non-empty strings; no other value can match.
         strings = [each for each in ids if isinstance(each, str) and 0 < len(each.encode()) <= 1024]
         return Access(ids=tuple(strings))
-    paths = [
-        path
-        for index in mapping.collection.indexes
-        if index.name in active
-        and (values := candidates.get((index.field,))) is not None
-        and (path := _by_index(query, mapping, index, values)) is not None
-    ]
-    return max(paths, key=_rank, default=Access())
+    usable = [each for each in mapping.shapes if each.index.name in active]
+    planned = [_IndexPlanner(query, mapping, each, candidates).access() for each in usable]
+    return max(filter(None, planned), key=_rank, default=Access())
 
 
-def _rank(path: Access) -> tuple[bool, bool, int]:
-    has_range = (
-        path.sort.low is not None or path.sort.high is not None or path.sort.prefix is not None
-    )
-    return path.is_ordered, has_range, -len(path.partitions)
+def _rank(path: Access) -> tuple[int, bool, bool, int, int]:
+    fields = () if path.shape is None else path.shape.index.fields
+    return (path.equalities, path.is_ordered, path.has_range, -len(path.spans), -len(fields))
 
 
-def _by_index(
-    query: Query, mapping: ItemMapping, index: Index, values: Sequence[Value]
-) -> Access | None:
-    if index.field == mapping.key:
-        return None  # reading by key is cheaper
-    field = mapping.indexed[index.field]
-    partitions: list[Attribute] = []
-    for value in values:
-        key = field.key_of(value)
-        if key is not None:
-            partitions.append(key)
-        elif _may_contain(field, value):
-            return None  # the index does not contain entities with this value
-    if len(partitions) > _MAX_PARTITIONS:
-        return None
-    sort = SortRange()
-    ordered = False
-    if index.sort is not None and index.sort != mapping.key:
-        sort_field = mapping.indexed[index.sort]
-        sort = _range(query.where, sort_field)
-        ordered = (
-            len(partitions) == 1
-            and sort_field.type in _TYPES_SORTED_BY_VALUE
-            and bool(query.order)
-            and query.order[0].path == (index.sort,)
+class _IndexPlanner:
+    """Plans the access of one query by one index."""
+
+    def __init__(
+        self,
+        query: Query,
+        mapping: ItemMapping,
+        shape: IndexShape,
+        candidates: dict[Steps, list[Value]],
+    ) -> None:
+        self._query = query
+        self._mapping = mapping
+        self._shape = shape
+        self._candidates = candidates
+        where = query.where
+        parts = where.parts if isinstance(where, And) else (where,)
+        self._comparisons = [each for each in parts if isinstance(each, Comparison)]
+        self._equal = {each.path: each.value for each in self._comparisons if each.op == "eq"}
+
+    def access(self) -> Access | None:
+        """The access by this index; None if it cannot contain all matching rows, or does not help."""
+        partitions = self._partitions()
+        if partitions is None:
+            return None
+        equal_parts = self._equal_parts() if self._shape.is_composite else 0
+        order, after = self._order()
+        ordered_parts = self._ordered_parts(order, equal_parts)
+        keys = (
+            self._composite_keys(equal_parts) if self._shape.is_composite else self._native_keys()
         )
-        if ordered and query.after is not None:
-            sort = _after_cursor(sort, sort_field, query.after.values[0], query.order[0].descending)
-    return Access(
-        index=index,
-        partitions=tuple(partitions),
-        sort=sort,
-        is_ordered=ordered,
-        exact=not field.is_sort,
-    )
+        has_range = any(each != (None, None) for each in keys)
+        if self._shape.is_spread and not has_range and not ordered_parts:
+            return None
+        if ordered_parts and after is not None:
+            keys = self._after(keys, after[:ordered_parts], equal_parts, order[0].descending)
+        spans = [Span(partition, *bounds) for partition, bounds in product(partitions, keys)]
+        if len(spans) > _MAX_SPANS:
+            return None
+        return Access(
+            shape=self._shape,
+            spans=tuple(spans),
+            ordered_parts=ordered_parts,
+            descending=bool(ordered_parts) and order[0].descending,
+            equal_parts=equal_parts,
+            implied=tuple(self._implied(equal_parts)),
+            equalities=sum((name,) in self._candidates for name in self._compared(equal_parts)),
+            has_range=has_range,
+        )
+
+    def _compared(self, equal_parts: int) -> Sequence[str]:
+        """The fields that can be counted as equalities."""
+        if self._shape.is_spread:
+            return self._shape.index.fields
+        return self._shape.index.fields[: 1 + max(equal_parts, not self._shape.is_composite)]
+
+    def _partitions(self) -> Sequence[Attribute] | None:
+        if self._shape.is_spread:
+            return ALL_PARTITIONS
+        name = self._shape.index.field
+        values = self._candidates.get((name,))
+        if values is None or name == self._mapping.key:
+            return None  # reading by key is cheaper
+        keys = [self._mapping.indexed[name].key_of(each) for each in values]
+        found = [each for each in keys if each is not None]
+        # The index does not contain entities with a value that is not a key.
+        return found if len(found) == len(keys) else None
+
+    def _implied(self, equal_parts: int) -> Iterable[Comparison]:
+        """The comparisons that hold for all rows of the spans."""
+        if not self._shape.is_composite:
+            for name in self._shape.index.fields:
+                yield from filter(self._is_exact, self._only_comparison(name))
+            return
+        yield from filter(self._is_exact, self._only_comparison(self._shape.index.field))
+        equal, rest = self._shape.sort_fields[:equal_parts], self._shape.sort_fields[equal_parts:]
+        for each in (*equal, *rest[:1]):
+            on_field = self._only_comparison(each) if each in equal else self._on(each)
+            yield from filter(_has_exact_ranges, on_field)
+
+    def _is_exact(self, comparison: Comparison) -> bool:
+        """Whether the keys of an index contain exactly the values for which a comparison is true."""
+        name = str(comparison.path[0])
+        if comparison.op not in ("eq", "in", "between") or name == self._mapping.key:
+            return False
+        value, field = comparison.value, self._mapping.indexed[name]
+        is_partition = not self._shape.is_spread and name == self._shape.index.field
+        if is_partition and (comparison.op == "between" or not field.is_sort):
+            return comparison.op != "between"
+        values = [value] if comparison.op == "eq" else cast("list[Value]", value)
+        return all(is_exact(field.kind, each) for each in values)
+
+    def _on(self, name: str) -> list[Comparison]:
+        return [each for each in self._comparisons if each.path == (name,)]
+
+    def _only_comparison(self, name: str) -> list[Comparison]:
+        found = self._on(name)
+        return found if len(found) == 1 else []
+
+    # -- order -------------------------------------------------------------------------------
+
+    def _order(self) -> tuple[list[Order], list[Value | Missing] | None]:
+        """The order without the fields that are equal in all rows, and with the id that breaks ties.
+
+        Also returns the values of the cursor in this order, if there is one.
+        """
+        query, key = self._query, (self._mapping.key,)
+        pairs: list[tuple[Order, Value | Missing]] = []
+        values = [None] * len(query.order) if query.after is None else query.after.values
+        pairs = [
+            (each, value)
+            for each, value in zip(query.order, values, strict=True)
+            if each.path not in self._equal
+        ]
+        if (query.order or query.by_id or query.paged) and key not in [e.path for e in query.order]:
+            descending = bool(query.order) and query.order[-1].descending
+            last_id = None if query.after is None else query.after.id
+            pairs.append((Order(key, descending), last_id))
+        order = [each for each, _ in pairs]
+        return order, None if query.after is None else [value for _, value in pairs]
+
+    def _ordered_parts(self, order: Sequence[Order], equal_parts: int) -> int:
+        """The number of parts of the sort key that have the same order as the query."""
+        number = 0
+        for name, each in zip(self._shape.sort_fields[equal_parts:], order, strict=False):
+            if each.path != (name,) or each.descending != order[0].descending:
+                break
+            number += 1
+        return number
+
+    # -- sort keys of one field --------------------------------------------------------------
+
+    def _native_keys(self) -> list[Bounds]:
+        if not self._shape.sort_fields:
+            return [(None, None)]
+        [name] = self._shape.sort_fields
+        keys: list[Bounds] = [(None, None)]
+        for each in self._on(name):
+            keys = _intersected(keys, self._native_bounds(each))
+        return keys
+
+    def _native_bounds(self, comparison: Comparison) -> list[Bounds]:
+        op, value = comparison.op, comparison.value
+        if op == "eq":
+            return [(self._point(value), self._point(value))]
+        if op == "in":
+            points = sorted({self._point(each) for each in cast("list[Value]", value)})
+            return [(each, each) for each in points]
+        if op in ("gt", "gte"):
+            return [(self._point(value), None)]
+        if op in ("lt", "lte"):
+            return [(None, self._point(value))]
+        if op == "between":
+            low, high = map(self._point, cast("list[Value]", value))
+            return [(low, high)] if low <= high else []
+        if op == "begins_with" and self._kind == "S":
+            prefix = str(value)
+            return [(self._point(prefix), None if self._is_key else prefix_end(prefix))]
+        return [(None, None)]
+
+    @property
+    def _kind(self) -> Kind:
+        [name] = self._shape.sort_fields
+        return "S" if self._is_key else self._mapping.indexed[name].kind
+
+    @property
+    def _is_key(self) -> bool:
+        return self._shape.sort_fields == (self._mapping.key,)
+
+    def _point(self, value: Value | Missing) -> SortKey:
+        if self._is_key and isinstance(value, str) and 0 < len(value.encode()) <= 1024:
+            return value
+        found = position(self._kind, value)
+        return Decimal(found) if self._kind == "N" else found
+
+    # -- composite sort keys -----------------------------------------------------------------
+
+    def _equal_parts(self) -> int:
+        """The number of leading parts of a composite sort key that are the same in all rows."""
+        number = 0
+        while (self._shape.sort_fields[number],) in self._equal:
+            number += 1
+            if number == len(self._shape.sort_fields):
+                break
+        return number
+
+    def _composite_keys(self, equal_parts: int) -> list[Bounds]:
+        fields = self._shape.sort_fields
+        prefix = composite(self._equal[(each,)] for each in fields[:equal_parts])
+        found = [EVERYTHING]
+        for each in self._on(fields[equal_parts]) if equal_parts < len(fields) else ():
+            comparable = ranges(each.op, each.value)
+            found = found if comparable is None else _common(found, comparable)
+        if found == [EVERYTHING]:
+            return [(prefix, prefix + AFTER_PREFIX) if prefix else (None, None)]
+        return [(prefix + escaped(each.low), prefix + escaped(each.high)) for each in found]
+
+    def _after(
+        self,
+        keys: Sequence[Bounds],
+        after: Sequence[Value | Missing],
+        equal_parts: int,
+        descending: bool,
+    ) -> list[Bounds]:
+        """The parts of the bounds that may contain rows after a position."""
+        low: SortKey
+        high: SortKey
+        if self._shape.is_composite:
+            equal = (self._equal[(each,)] for each in self._shape.sort_fields[:equal_parts])
+            low = composite(equal) + composite(after)
+            high = low + AFTER_PREFIX
+        else:
+            low = high = self._point(after[0])
+        return _intersected(keys, [(None, high) if descending else (low, None)])
 
 
-def _may_contain(field: IndexedField, value: Value) -> bool:
-    """Whether a field of this type may have a value that is equal to this one."""
-    if value is None:
-        return True
-    if field.type in ("text", "timestamp"):
-        return isinstance(value, str)
-    if field.type == "boolean":
-        return type(value) is bool
-    return isinstance(value, int | float) and type(value) is not bool
+def _has_exact_ranges(comparison: Comparison) -> bool:
+    """Whether a range of sort bytes contains exactly the values for which a comparison is true."""
+    found = ranges(comparison.op, comparison.value)
+    return found is not None and all(each.exact for each in found)
 
 
-# -- ranges within a partition ---------------------------------------------------------------
+def _intersected(ones: Iterable[Bounds], others: Sequence[Bounds]) -> list[Bounds]:
+    return [
+        (low, high)
+        for one in ones
+        for other in others
+        for low in [max((e[0] for e in (one, other) if e[0] is not None), default=None)]
+        for high in [min((e[1] for e in (one, other) if e[1] is not None), default=None)]
+        if low is None or high is None or low <= high
+    ]
 
 
-def _range(where: Filter, field: IndexedField) -> SortRange:
-    """The range of an index's sort key that a filter implies."""
-    if field.type not in _TYPES_SORTED_BY_VALUE:
-        return SortRange()
-    lows: list[str] = []
-    highs: list[str] = []
-    prefix: str | None = None
-    for part in where.parts if isinstance(where, And) else (where,):
-        if not isinstance(part, Comparison) or part.path != (field.name,):
-            continue
-        if part.op == "begins_with" and field.type != "integer":
-            prefix = shortened(cast("str", part.value), MIN_SHORTENED_BYTES) or None
-            continue
-        low, high = _bounds(part)
-        lows += _bound(field, low, MIN_SHORTENED_BYTES)
-        highs += _bound(field, high, MAX_SORT_BYTES)
-    kind = "N" if field.type == "integer" else "S"
-    convert = float if kind == "N" else str
-    if prefix is not None and not lows and not highs:
-        return SortRange(prefix=prefix, kind=kind)
-    return SortRange(
-        low=max(lows, key=convert, default=None),
-        high=min(highs, key=convert, default=None),
-        kind=kind,
-    )
-
-
-def _bounds(part: Comparison) -> tuple[Value, Value]:
-    """The lower and upper bound of the values that satisfy a comparison; None for no bound."""
-    value = part.value
-    if part.op == "eq":
-        return value, value
-    if part.op in ("gt", "gte"):
-        return value, None
-    if part.op in ("lt", "lte"):
-        return None, value
-    if part.op == "between":
-        low, high = cast("list[Value]", value)
-        return low, high
-    return None, None
-
-
-def _bound(field: IndexedField, value: Value, max_bytes: int) -> list[str]:
-    """The sort key for a bound, shortened to `max_bytes`; none if there is no such key."""
-    if field.type == "integer":
-        return _number_bound(value)
-    return [shortened(value, max_bytes)] if isinstance(value, str) and value else []
-
-
-def _number_bound(value: Value) -> list[str]:
-    if type(value) not in (int, float):
-        return []
-    number = cast("float", value)
-    # A bound beyond 64 bits matches everything or nothing; it is omitted, because the filter is
-    # applied to the rows in any case.
-    key = number_key(number) if abs(number) < 2**64 else None
-    return [] if key is None else [key]
-
-
-def _after_cursor(
-    sort: SortRange, field: IndexedField, after: Value | Missing, descending: bool
-) -> SortRange:
-    """The part of a range after a cursor position."""
-    kind = "N" if field.type == "integer" else "S"
-    convert = float if kind == "N" else str
-    if isinstance(after, int | str) and type(after) is not bool and after != "":
-        bound = _bound(field, after, MAX_SORT_BYTES if descending else MIN_SHORTENED_BYTES)
-    elif descending:
-        assert field.placeholder is not None
-        bound = list(field.placeholder.values())  # missing and null values sort last
-    else:
-        bound = []
-    if not bound:
-        return sort
-    low, high = sort.low, sort.high
-    if descending:
-        high = min([*bound, *([] if high is None else [high])], key=convert)
-    else:
-        low = max([*bound, *([] if low is None else [low])], key=convert)
-    return SortRange(low=low, high=high, kind=kind)
+def _common(ones: Iterable[ByteRange], others: Sequence[ByteRange]) -> list[ByteRange]:
+    return [
+        ByteRange(low, high, one.exact and other.exact)
+        for one in ones
+        for other in others
+        if (low := max(one.low, other.low)) < (high := min(one.high, other.high))
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from hf_async_store.changes import Record
@@ -11,6 +11,7 @@ from hf_async_store.driver import QueryPlan
 from hf_async_store.errors import InvalidQueryError, UnavailableError
 from hf_async_store.generators import Owned
 from hf_async_store.query import (
+    EVERYTHING,
     And,
     Comparison,
     Filter,
@@ -24,14 +25,26 @@ from hf_async_store.query import (
 from hf_async_store.strategies.dynamodb.codec import is_plain_name
 from hf_async_store.strategies.dynamodb.errors import TABLE_REMEDY, StatementRefused, TableMissing
 from hf_async_store.strategies.dynamodb.expressions import FilterTranslator, Names
+from hf_async_store.strategies.dynamodb.index_keys import (
+    ALL_PARTITIONS,
+    PARTITION,
+    sort_attribute,
+)
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SUBSTITUTE,
+    DECLARATION_DIGEST,
     DOC,
     ItemMapping,
 )
-from hf_async_store.strategies.dynamodb.query_planner import Access, plan_access
+from hf_async_store.strategies.dynamodb.partitions import (
+    PARALLEL,
+    counted,
+    gather,
+    items_in,
+    merged,
+)
+from hf_async_store.strategies.dynamodb.query_planner import Access, Span, plan_access
 from hf_async_store.strategies.dynamodb.request_retry import throttled
-from hf_async_store.strategies.dynamodb.tables import attribute_of
 from hf_async_store.values import CREATED_AT, MAX_KEY_BYTES, VERSION, Entity, Key
 
 if TYPE_CHECKING:
@@ -39,8 +52,9 @@ if TYPE_CHECKING:
 
     from hf_async_store.schema import Index
     from hf_async_store.strategies.dynamodb.client import Client
-    from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
+    from hf_async_store.strategies.dynamodb.codec import Attributes
     from hf_async_store.strategies.dynamodb.dax import Cache
+    from hf_async_store.strategies.dynamodb.index_keys import SortKey
     from hf_async_store.strategies.dynamodb.tables import Tables
 
 Result = TypeVar("Result")
@@ -108,7 +122,7 @@ class Reading:
         if len(reads) == 1:
             await reads[0]
         else:
-            await _gather(reads)
+            await gather(reads)
         return [found.get((self._tables.name(each.collection), each.id)) for each in keys]
 
     async def item(self, key: Key) -> Attributes | None:
@@ -134,7 +148,7 @@ class Reading:
             "Key": {mapping.key: {"S": key.id}},
             "ConsistentRead": consistent,
         }
-        response = await self._read("GetItem", params)
+        response = await self.read("GetItem", params)
         return cast("Attributes | None", response.get("Item"))
 
     async def _get_batch(
@@ -153,7 +167,7 @@ class Reading:
         keys = {table: self._key_of(table) for table in requests}
         retries = self._client.retries()
         while True:
-            response = await self._read("BatchGetItem", {"RequestItems": requests})
+            response = await self.read("BatchGetItem", {"RequestItems": requests})
             for table, items in response["Responses"].items():
                 name = keys[table]
                 for item in items:
@@ -168,7 +182,7 @@ class Reading:
     def _key_of(self, table: str) -> str:
         return self._tables.mappings[self._tables.collection_of(table)].key
 
-    async def _read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    async def read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         try:
             if self._cache is not None and self._cache.can_serve(operation, params):
                 return await self._cache.read(operation, params)
@@ -229,35 +243,48 @@ class Reading:
         self,
         collection: str,
         index: Index,
-        condition: Mapping[str, Any],
+        condition: str,
+        names: Names,
         limit: int | None,
         descending: bool,
     ) -> list[Entity]:
-        """The entities that satisfy a key condition on an index, in the order of the index."""
+        """The entities that satisfy a key condition on an index, in the order of the index.
+
+        Args:
+            condition: a KeyConditionExpression with placeholders of `names`; without the partition
+                key, if that is `_p`.
+        """
         active = await self._tables.find(collection)
-        if active is None:
+        if active is None or limit == 0:
             return []
         if index.name not in active:
             await self._tables.require_index(collection, index)
         mapping = self._tables.mappings[collection]
+        shape = next(each for each in mapping.shapes if each.index.name == index.name)
         params = {
             "TableName": self._tables.name(collection),
             "IndexName": index.name,
             "ScanIndexForward": not descending,
-            **condition,
         }
+        requests: list[dict[str, Any]] = []
+        for partition in ALL_PARTITIONS if shape.is_spread else (None,):
+            own, expression = names.copy(), condition
+            if partition is not None:
+                expression += f" AND {own.name(PARTITION)} = {own.value(partition)}"
+            requests.append({**params, **own.request(KeyConditionExpression=expression)})
+        sources = [self.pages("Query", each, limit) for each in requests]
+        source = (
+            merged(sources, shape.position_in, descending=descending)
+            if shape.is_spread
+            else items_in(sources[0])
+        )
         entities: list[Entity] = []
-        if limit == 0:
-            return entities
         try:
-            async with Owned(self.pages("Query", params, limit)) as pages:
-                async for page in pages:
-                    items = page["Items"]
+            async with Owned(source) as groups:
+                async for items in groups:
                     for start in range(0, len(items), _DECODE_BATCH):
                         batch = items[start : start + _DECODE_BATCH]
-                        entities += [
-                            mapping.entity(each) for each in batch if mapping.is_entity(each)
-                        ]
+                        entities += map(mapping.entity, filter(mapping.is_entity, batch))
                         await asyncio.sleep(0)
                     if limit is not None and len(entities) >= limit:
                         return entities[:limit]
@@ -279,18 +306,18 @@ class Reading:
         if access.ids is not None:
             detail = f"BatchGetItem of {len(access.ids)} keys of {table}"
             residual = not _is_on_field(query.where, mapping.key)
-        elif access.index is None:
+        elif access.shape is None:
             allowed = "" if self._client.config.allow_scan else "; rejected: allow_scan is off"
             detail = f"Scan of {table}{filtered}{allowed}"
         else:
             consistent = False
             detail = (
-                f"Query of {len(access.partitions)} partitions of {access.index.name} of "
+                f"Query of {len(access.spans)} partitions of {access.shape.index.name} of "
                 f"{table}{filtered}; an index is eventually consistent"
             )
         return QueryPlan(
             access="key" if access.ids is not None else "scan" if access.is_scan else "index",
-            index=None if access.index is None else access.index.name,
+            index=None if access.shape is None else access.shape.index.name,
             residual=residual,
             sorted_here=bool(query.order or query.by_id) and not access.is_ordered,
             consistent=consistent,
@@ -298,24 +325,31 @@ class Reading:
         )
 
     async def pages(
-        self, operation: str, params: Mapping[str, Any], hint: int | None = None
+        self,
+        operation: str,
+        params: Mapping[str, Any],
+        hint: int | None = None,
+        *,
+        grows: bool = True,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The pages of a Query or Scan, including empty ones, up to the last.
 
         Args:
             hint: the number of rows to examine for the first page; doubled for each further page,
                 and unlimited once it has exceeded 1000. None for no limit.
+            grows: if false, it is the number of rows for every page.
         """
         start: Mapping[str, Any] = {}
         while True:
             limit = {} if hint is None else {"Limit": hint}
-            response = await self._read(operation, {**params, **start, **limit})
+            response = await self.read(operation, {**params, **start, **limit})
             yield response
             last = response.get("LastEvaluatedKey")
             if not last:
                 return
             start = {"ExclusiveStartKey": last}
-            hint = None if hint is None or hint > 1000 else hint * 2
+            if grows:
+                hint = None if hint is None or hint > 1000 else hint * 2
 
     def table(self, collection: str) -> str:
         return self._tables.name(collection)
@@ -344,22 +378,13 @@ class _Rows:
 
     def _translate_filter(self) -> None:
         access, mapping = self._access, self._mapping
-        where: Filter = self._query.where
-        excluded: set[str] = set()
-        if access.index is not None:
-            where = _without_equality_on(where, access.index.field) if access.exact else where
-            excluded.add(attribute_of(mapping, access.index.field))
-            if access.index.sort is not None:
-                excluded.add(attribute_of(mapping, access.index.sort))
-            if (
-                access.index.field in mapping.indexed
-                and mapping.indexed[access.index.field].type == "boolean"
-            ):
-                excluded.add(access.index.field)
-        if where == And(()):
+        where = _without(self._query.where, access.implied)
+        if where == EVERYTHING:
             self.is_exact = True
             return
-        translated = FilterTranslator(mapping, self._names, frozenset(excluded)).translate(where)
+        keys = () if access.shape is None else access.shape.keys
+        excluded = frozenset(each.name for each in keys)
+        translated = FilterTranslator(mapping, self._names, excluded).translate(where)
         if translated is not None:
             self.filter_expression = translated.expression
             self.is_exact = translated.is_exact
@@ -403,33 +428,33 @@ class _Rows:
 
     async def _by_index_order(self) -> AsyncGenerator[Entity, None]:
         """The rows in the order of the index; rows with equal sort keys are sorted here."""
-        query = self._query
+        query, access, key = self._query, self._access, self._mapping.key
+        assert access.shape is not None
+        position_in = access.shape.position_in
         sort_key_of = compile_order(query)
         after = None if query.after is None else position_key(query, query.after)
-        assert self._access.index is not None
-        assert self._access.index.sort is not None
-        attribute = attribute_of(self._mapping, self._access.index.sort)
-        key = self._mapping.key
-        group: list[tuple[Any, Entity]] = []
-        group_key: Attribute | None = None
-        async with Owned(self._items(limited=True)) as pages:
-            async for items in pages:
-                for position, item in enumerate(items):
-                    if not position % _DECODE_BATCH:
+        sources = (
+            [self._first_pages(access.spans[0])]
+            if self._is_limited_exactly
+            else [self._span_pages(each, hint=self._hint()) for each in access.spans]
+        )
+
+        def group_of(item: Attributes) -> SortKey:
+            return access.group_of(position_in(item))
+
+        async with Owned(merged(sources, group_of, descending=access.descending)) as groups:
+            async for items in groups:
+                found: list[tuple[Any, Entity]] = []
+                for number, item in enumerate(items):
+                    if number % _DECODE_BATCH == _DECODE_BATCH - 1:
                         await asyncio.sleep(0)
-                    if item.get(attribute) != group_key:
-                        for _, entity in sorted(group, key=_sort_key_of):
-                            yield entity
-                        group = []
-                        group_key = item.get(attribute)
                     entity = self._mapping.entity(item)
-                    if not self._matches(entity):
-                        continue
-                    sort_key = sort_key_of(cast("str", entity[key]), entity)
-                    if after is None or sort_key > after:
-                        group.append((sort_key, entity))
-        for _, entity in sorted(group, key=_sort_key_of):
-            yield entity
+                    if self._matches(entity):
+                        sort_key = sort_key_of(cast("str", entity[key]), entity)
+                        if after is None or sort_key > after:
+                            found.append((sort_key, entity))
+                for _, entity in sorted(found, key=_sort_key_of):
+                    yield entity
 
     # -- matching rows -----------------------------------------------------------------------
 
@@ -449,7 +474,7 @@ class _Rows:
                     if each is not None and self._matches(each.entity)
                 ]
             return
-        async with Owned(self._items(limited=limited)) as pages:
+        async with Owned(items_in(self._pages(limited=limited))) as pages:
             async for items in pages:
                 for start in range(0, len(items), _DECODE_BATCH):
                     batch = [
@@ -461,37 +486,68 @@ class _Rows:
                     yield batch
                     await asyncio.sleep(0)
 
-    async def _items(self, *, limited: bool) -> AsyncGenerator[list[Attributes], None]:
-        async with Owned(self._pages(limited=limited)) as pages:
-            async for page in pages:
-                yield page["Items"]
-
     async def count_matches(self) -> int:
         """The number of matching rows, counted by DynamoDB."""
-        number = 0
-        async with Owned(self._pages(counting=True)) as pages:
-            async for page in pages:
-                number += page["Count"]
+        if self._access.is_scan:
+            return await counted(self._scanned(limited=False, counting=True))
+        spans, number = self._access.spans, 0
+        for start in range(0, len(spans), PARALLEL):
+            part = spans[start : start + PARALLEL]
+            number += sum(await gather([counted(self._span_pages(e, counting=True)) for e in part]))
         return number
 
-    def _pages(
-        self, *, limited: bool = False, counting: bool = False
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    async def _pages(self, *, limited: bool) -> AsyncGenerator[dict[str, Any], None]:
         if self._access.is_scan:
-            return self._scanned(limited, counting)
-        return self._queried(limited, counting)
-
-    async def _queried(self, limited: bool, counting: bool) -> AsyncGenerator[dict[str, Any], None]:
-        if self._access.sort.is_empty:
-            return
-        hint = self._hint() if limited else None
-        for value in self._access.partitions:
-            params = self._query_params(value, counting=counting)
-            async with Owned(self._reading.pages("Query", params, hint)) as pages:
+            sources: Iterable[AsyncGenerator[dict[str, Any], None]] = (self._scanned(limited),)
+        else:
+            hint = self._hint() if limited else None
+            sources = (self._span_pages(each, hint=hint) for each in self._access.spans)
+        for source in sources:
+            async with Owned(source) as pages:
                 async for page in pages:
                     yield page
 
-    async def _scanned(self, limited: bool, counting: bool) -> AsyncGenerator[dict[str, Any], None]:
+    @property
+    def _reads_only_matches(self) -> bool:
+        return self.is_exact and not self.filter_expression
+
+    @property
+    def _is_limited_exactly(self) -> bool:
+        """Whether the first rows of a single span are the result, except for their order."""
+        is_limited = self._query.limit is not None and self._query.after is None
+        return is_limited and self._reads_only_matches and len(self._access.spans) == 1
+
+    async def _first_pages(self, span: Span) -> AsyncGenerator[dict[str, Any], None]:
+        """One row more than the limit of the query, and the rows that are equal to the last of them."""
+        shape, limit = self._access.shape, self._query.limit
+        assert shape is not None
+        assert limit is not None
+        left, params = limit + 1, self._query_params(span)
+        while True:
+            page = await self._reading.read("Query", {**params, "Limit": left})
+            yield page
+            left -= len(page["Items"])
+            if not page.get("LastEvaluatedKey"):
+                return
+            params["ExclusiveStartKey"] = page["LastEvaluatedKey"]
+            if left <= 0:
+                break
+        group = self._access.span_of(span, shape.position_in(page["Items"][-1]))
+        params = {**self._query_params(group), "ExclusiveStartKey": params["ExclusiveStartKey"]}
+        async with Owned(self._reading.pages("Query", params)) as pages:
+            async for page in pages:
+                yield page
+
+    def _span_pages(
+        self, span: Span, *, hint: int | None = None, counting: bool = False
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        if hint is not None and self._access.is_ordered and len(self._access.spans) > 1:
+            hint = hint // len(self._access.spans) + _ROWS_PER_MATCH
+        return self._reading.pages("Query", self._query_params(span, counting=counting), hint)
+
+    async def _scanned(
+        self, limited: bool, counting: bool = False
+    ) -> AsyncGenerator[dict[str, Any], None]:
         params = self._scan_params(counting=counting)
         if limited and (self._query.limit is not None or self._query.after is not None):
             # Sequentially, in the order of the table, so that a query can continue after a cursor.
@@ -508,25 +564,24 @@ class _Rows:
         limit = self._query.limit
         if limit is None:
             return None
-        exact = self.is_exact and not self.filter_expression
-        return min(limit + 1 if exact else 32 + limit * _ROWS_PER_MATCH, 5_000)
+        if self._reads_only_matches:
+            return min(limit + 1 + (self._query.after is not None), 5_000)
+        return min(32 + limit * _ROWS_PER_MATCH, 5_000)
 
     # -- requests ----------------------------------------------------------------------------
 
-    def _query_params(self, value: Attribute, *, counting: bool = False) -> dict[str, Any]:
-        index = self._access.index
-        assert index is not None
+    def _query_params(self, span: Span, *, counting: bool = False) -> dict[str, Any]:
+        shape = self._access.shape
+        assert shape is not None
         names = self._names.copy()
-        condition = f"{names.name(attribute_of(self._mapping, index.field))} = {names.value(value)}"
-        if index.sort is not None:
-            condition += _sort_condition(
-                self._access, names, attribute_of(self._mapping, index.sort)
-            )
+        condition = f"{names.name(shape.partition.name)} = {names.value(span.partition)}"
+        if shape.sort is not None:
+            condition += _sort_condition(span, names, shape.sort.name)
         params: dict[str, Any] = {
             "TableName": self._reading.table(self._query.collection),
-            "IndexName": index.name,
+            "IndexName": shape.index.name,
         }
-        if self._access.is_ordered and self._query.order[0].descending:
+        if self._access.descending:
             params["ScanIndexForward"] = False
         return self._with_expressions(params, names, counting, KeyConditionExpression=condition)
 
@@ -566,44 +621,31 @@ class _Rows:
             return None
         wanted = {*self._query.fields, self._mapping.key, VERSION, *_fields_in(self._query.where)}
         wanted |= {str(each.path[0]) for each in self._query.order}
-        if self._access.index is not None and self._access.index.sort is not None:
-            wanted.add(self._access.index.sort)
         if DOC in wanted or not all(map(is_plain_name, wanted)):
             return None
         # Items of other declarations or programs may store a field elsewhere than the store does.
         paths = [names.path(path) for name in sorted(wanted) for path in ((name,), (DOC, name))]
-        boolean = (each for each in map(self._mapping.indexed.get, wanted) if each is not None)
-        paths += [names.name(each.attribute) for each in boolean if each.attribute != each.name]
+        paths.append(names.name(DECLARATION_DIGEST))
+        shape = self._access.shape
+        if shape is not None and shape.sort is not None:
+            paths.append(names.name(shape.sort.name))
         if CREATED_AT in wanted:
             paths.append(names.name(CREATED_SUBSTITUTE))
         projection = ", ".join(dict.fromkeys(paths))  # a path twice is an error
         return projection if len(projection) <= MAX_EXPRESSION else None
 
 
-def _sort_condition(access: Access, names: Names, attribute: str) -> str:
-    sort = access.sort
-    if sort.prefix is not None:
-        return f" AND begins_with({names.name(attribute)}, {names.value({'S': sort.prefix})})"
-    if sort.low is None and sort.high is None:
+def _sort_condition(span: Span, names: Names, attribute: str) -> str:
+    if span.low is None and span.high is None:
         return ""
     name = names.name(attribute)
-    if sort.low is None or sort.high is None:
-        sign, bound = (">=", sort.low) if sort.low is not None else ("<=", sort.high)
-        return f" AND {name} {sign} {names.value(sort.attribute(cast('str', bound)))}"
-    low, high = (names.value(sort.attribute(each)) for each in (sort.low, sort.high))
+    if span.low is not None and span.low == span.high:
+        return f" AND {name} = {names.value(sort_attribute(span.low))}"
+    if span.low is None or span.high is None:
+        sign, bound = (">=", span.low) if span.high is None else ("<=", span.high)
+        return f" AND {name} {sign} {names.value(sort_attribute(bound))}"
+    low, high = (names.value(sort_attribute(each)) for each in (span.low, span.high))
     return f" AND {name} BETWEEN {low} AND {high}"
-
-
-async def _gather(reads: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Run reads concurrently and return their results; if one fails, the others are cancelled."""
-    tasks = [asyncio.create_task(each) for each in reads]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for each in tasks:
-            each.cancel()
-        await asyncio.wait(tasks)
-        raise
 
 
 async def _parallel_scan(
@@ -614,7 +656,7 @@ async def _parallel_scan(
         {"Segment": each, "TotalSegments": _SEGMENTS} for each in range(_SEGMENTS)
     ]
     while starts:
-        pages = await _gather([reading._read("Scan", {**params, **each}) for each in starts])
+        pages = await gather([reading.read("Scan", {**params, **each}) for each in starts])
         for page in pages:
             yield page
         starts = [
@@ -628,17 +670,10 @@ def _sort_key_of(pair: tuple[Any, Entity]) -> Any:
     return pair[0]
 
 
-def _without_equality_on(where: Filter, field: str) -> Filter:
-    """The filter without the comparison of the partition key, if it has exactly one."""
+def _without(where: Filter, implied: Sequence[Comparison]) -> Filter:
+    """The filter without the parts that hold in any case."""
     parts = where.parts if isinstance(where, And) else (where,)
-    comparisons = [
-        each
-        for each in parts
-        if isinstance(each, Comparison) and each.path == (field,) and each.op in ("eq", "in")
-    ]
-    if len(comparisons) != 1:
-        return where
-    rest = tuple(each for each in parts if each is not comparisons[0])
+    rest = tuple(each for each in parts if each not in implied)
     return rest[0] if len(rest) == 1 else And(rest)
 
 

@@ -69,7 +69,7 @@ _STRING: Final = str | None
 _GET: Final = _object(Item=Item)
 _KEYS: Final = _object("Keys", Keys=_ITEMS, ConsistentRead=bool)
 _BATCH_GET: Final = _object("Responses", Responses=_map(_ITEMS), UnprocessedKeys=_map(_KEYS) | None)
-_PAGE: Final = _object("Count", Count=int, Items=_ITEMS, LastEvaluatedKey=_ITEM)
+_PAGE: Final = _object("Count", Count=int, ScannedCount=int, Items=_ITEMS, LastEvaluatedKey=_ITEM)
 _PUT_REQUEST: Final = _object("PutRequest", PutRequest=_object("Item", Item=Item))
 _BATCH_WRITE: Final = _object("UnprocessedItems", UnprocessedItems=_map(_list(_PUT_REQUEST)) | None)
 _STATEMENT_ERROR: Final = _object("Code", Code=str, Message=_STRING, Item=_ITEM)
@@ -85,6 +85,7 @@ _INDEX: Final = _object(
     IndexStatus=str,
     Backfilling=bool,
     ProvisionedThroughput=_THROUGHPUT,
+    ItemCount=int,
 )
 _TABLE: Final = _object(
     "TableStatus KeySchema",

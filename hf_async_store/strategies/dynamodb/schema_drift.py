@@ -114,7 +114,7 @@ def _index_differences(
         if name in existing:
             yield from _differences(value, existing[name], f"{location}, {name}")
         else:
-            yield f"{location} has no index {name}; run `create-tables` to create it"
+            yield f"{location} has no index {name}; run `schema apply` to create it"
     for name in existing:
         if name not in declared:
             yield f"{location} has an index {name} that is not declared"

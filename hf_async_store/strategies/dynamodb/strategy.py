@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from hf_async_store.arguments import check_boolean
 from hf_async_store.changes import ANY, Expect, Patch, check_version
 from hf_async_store.config import (
     DynamoDBConfig,
@@ -31,6 +32,8 @@ from hf_async_store.values import Entity, Value, utc_now
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from hf_async_store.strategies.dynamodb.items import ItemMapping
 
 
 class DynamoDBStorageStrategy(StorageStrategy):
@@ -103,7 +106,8 @@ class DynamoDBStorageStrategy(StorageStrategy):
         Args:
             key_condition: `template_id = :template_id`, and at most one comparison (`=`, `<`,
                 `<=`, `>`, `>=`, `BETWEEN :low AND :high`, `begins_with(field, :start)`) on the
-                sort field, joined by AND.
+                second field of an index on two, joined by AND. On an index on one timestamp,
+                integer or number field, one such comparison.
             expression_values: the value of each `:name`.
 
         Raises:
@@ -124,10 +128,9 @@ class DynamoDBStorageStrategy(StorageStrategy):
         if not isinstance(descending, bool):
             raise InvalidQueryError("descending must be True or False")
         names = Names()
-        mapping = self._dynamodb.tables.mappings[collection]
-        expression = read_key_condition(
-            key_condition, expression_values, mapping, matching[0], names
-        )
+        mapping = self._dynamodb.tables.mapping_for(collection, index_name)
+        [shape] = [each for each in mapping.shapes if each.index == matching[0]]
+        expression = read_key_condition(key_condition, expression_values, mapping, shape, names)
         async with (
             operation_timeout(timeout),
             self._engine.direct("query_by_gsi", writes=False),
@@ -136,7 +139,8 @@ class DynamoDBStorageStrategy(StorageStrategy):
                 return await self._dynamodb.reading.by_index(
                     collection,
                     matching[0],
-                    names.request(KeyConditionExpression=expression),
+                    expression,
+                    names,
                     limit,
                     descending,
                 )
@@ -194,6 +198,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
             ConcurrencyConflictError: the condition does not hold; contains the stored entity.
             InvalidQueryError: the condition is malformed; raised before any I/O.
         """
+        check_boolean(returning, "returning")
         if condition_expression is None:
             if expression_values is not None:
                 raise InvalidQueryError("expression_values requires a condition_expression")
@@ -218,17 +223,25 @@ class DynamoDBStorageStrategy(StorageStrategy):
                 "condition_expression cannot be combined with field operations, nested changes or "
                 "returning"
             )
-        names = Names()
-        mapping = self._dynamodb.tables.mappings[collection]
-        expression = condition(condition_expression, expression_values, mapping, names)
-        version = await self._await_write(self._update_where(change, expression, names), timeout)
+        # A copy, because it is read again when the table is known.
+        values = expression_values
+        if isinstance(values, Mapping):
+            values = dict(values)
+
+        def condition_of(mapping: ItemMapping, names: Names) -> str:
+            return condition(condition_expression, values, mapping, names)
+
+        condition_of(self._dynamodb.tables.mappings[collection], Names())  # raises before any I/O
+        version = await self._await_write(self._update_where(change, condition_of), timeout)
         await self._record_declarations(timeout=timeout)
         return version
 
-    async def _update_where(self, change: Patch, condition: str, names: Names) -> int:
+    async def _update_where(
+        self, change: Patch, condition_of: Callable[[ItemMapping, Names], str]
+    ) -> int:
         async with self._engine.direct("condition_expression", writes=True):
             with public_errors():
-                return await self._dynamodb.writes.update_where(change, condition, names)
+                return await self._dynamodb.writes.update_where(change, condition_of)
 
     async def _await_write(self, work: Coroutine[Any, Any, int], timeout: float | None) -> int:
         """Await a write that must not be interrupted, because it may be applied until its response.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, cast
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from hf_async_store.config import AutoScaling
 from hf_async_store.errors import (
@@ -15,22 +15,39 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     UnavailableError,
 )
-from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Index, Schema
+from hf_async_store.schema import SYSTEM_COLLECTIONS, Index, Schema
 from hf_async_store.strategies.dynamodb.errors import (
     ActionDenied,
+    ConditionFailed,
     StatementRefused,
     TableMissing,
     scaling_error,
 )
-from hf_async_store.strategies.dynamodb.items import IndexedField, ItemMapping, probe_id
+from hf_async_store.strategies.dynamodb.index_keys import (
+    MAX_INDEXES,
+    IndexShape,
+    keys_of_table,
+)
+from hf_async_store.strategies.dynamodb.index_state import (
+    CONTENT,
+    STATE_ID,
+    IndexState,
+    attributes_of,
+    state_of,
+)
+from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from hf_async_store.strategies.dynamodb.client import Client
+    from hf_async_store.strategies.dynamodb.codec import Attributes
     from hf_async_store.values import Value
 
 _WAIT_SECONDS: Final = 600.0
+_INDEX_SECONDS: Final = 7 * 24 * 3600.0
+"""How long is waited for an index of an existing table, while its progress is reported."""
+
 _MAX_TARGETS: Final = 50
 """Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
 
@@ -40,6 +57,13 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{3,255}\Z")
 _SCALING_ENDPOINT: Final = "AWS_ENDPOINT_URL_APPLICATION_AUTO_SCALING"
 
 
+SeeTable: TypeAlias = Callable[[Mapping[str, Any]], None]
+
+
+def _ignore(table: Mapping[str, Any]) -> None:
+    del table
+
+
 class Tables:
     """The tables of the declared collections."""
 
@@ -47,13 +71,19 @@ class Tables:
         self._client = client
         self._config = client.config
         self.schema = schema
-        self.mappings: Mapping[str, ItemMapping] = {
+        self.mappings: dict[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
         }
+        self._declared = dict(self.mappings)
         self._names = {name: f"{client.config.table_prefix}_{name}" for name in schema}
         self._collections = {table: name for name, table in self._names.items()}
         for collection, table in self._names.items():
             _check_name(table, "dynamodb_strategy.table_prefix", "table")
+            if len(schema[collection].indexes) > MAX_INDEXES:
+                raise ConfigurationError(
+                    f"{collection} declares {len(schema[collection].indexes)} indexes, but a table of "
+                    f"DynamoDB has at most {MAX_INDEXES}"
+                )
             for index in schema[collection].indexes:
                 _check_name(index.name, f"collection {collection}", "index")
         self._ready: dict[str, frozenset[str]] = {}
@@ -66,6 +96,11 @@ class Tables:
 
     def collection_of(self, table: str) -> str:
         return self._collections[table]
+
+    def mapping_for(self, collection: str, index: str) -> ItemMapping:
+        """The mapping for conditions on an index: the declared one, as long as it cannot be used."""
+        is_usable = index in self._ready.get(collection, ())
+        return (self.mappings if is_usable else self._declared)[collection]
 
     def is_ready(self, collection: str) -> bool:
         return collection in self._ready
@@ -127,20 +162,31 @@ class Tables:
             if table is None or table["TableStatus"] != "ACTIVE":
                 if table is None and await self._create(collection):
                     await self._finish_creation(collection)
-                table = await self._wait_until_active(collection)
+                table = await self.wait_until_active(collection)
         except ActionDenied:
             # A minimal policy does not allow DescribeTable: assume that the table is as declared.
             if not create and not await self._table_exists(collection):
                 return None
+            with suppress(TableMissing):
+                incomplete = (await self.state(collection)).incomplete
+                return frozenset(e.name for e in self.schema[collection].indexes) - incomplete
             return frozenset(each.name for each in self.schema[collection].indexes)
         self._check_key(collection, table)
-        return self._usable(collection, table)
+        return await self._adopt(collection, table)
+
+    async def _adopt(self, collection: str, table: Mapping[str, Any]) -> frozenset[str]:
+        """From now on maintain the indexes of the table; return those that queries can use."""
+        state = await self.state(collection) if _indexes(table) else IndexState()
+        mapping = ItemMapping(self.schema[collection], keys_of_table(table))
+        if mapping.digest != self.mappings[collection].digest:
+            self.mappings[collection] = mapping
+        return self._usable(collection, table, state)
 
     async def _finish_creation(self, collection: str) -> None:
         task = cast("asyncio.Task[object]", asyncio.current_task())
         self._creating.add(task)
         try:
-            await self._wait_until_active(collection)
+            await self.wait_until_active(collection)
             await self._configure(collection)
         finally:
             self._creating.discard(task)
@@ -206,21 +252,66 @@ class Tables:
                 f"declare {collection} with the key of the table or set another table_prefix"
             )
 
-    def _usable(self, collection: str, table: Mapping[str, Any]) -> frozenset[str]:
-        """The declared indexes that are active and match their declaration."""
-        active = _active_indexes(table)
+    def _usable(
+        self, collection: str, table: Mapping[str, Any], state: IndexState
+    ) -> frozenset[str]:
+        """The declared indexes that are active and complete, and match their declaration."""
+        active = active_indexes(table) - state.incomplete
         return frozenset(
             each.name
             for each in self.schema[collection].indexes
-            if each.name in active and not self._mismatch(collection, each, table)
+            if each.name in active and not self.mismatch(collection, each, table)
         )
 
-    def _mismatch(self, collection: str, index: Index, table: Mapping[str, Any]) -> str:
+    # -- indexes made later ------------------------------------------------------------------
+
+    async def state(self, collection: str) -> IndexState:
+        """What the table remembers of indexes that were made after it."""
+        params = {
+            "TableName": self.name(collection),
+            "Key": self._state_key(collection),
+            "ConsistentRead": True,
+        }
+        return state_of((await self._client.read("GetItem", params)).get("Item"))
+
+    async def change_state(
+        self, collection: str, change: Callable[[IndexState], IndexState]
+    ) -> None:
+        """Change what the table remembers; other processes may do so at the same time.
+
+        Raises:
+            UnavailableError: they did so each time.
+        """
+        retries = self._client.retries()
+        while True:
+            old = await self.state(collection)
+            new = change(old)
+            if new == old:
+                return
+            request: dict[str, Any] = {
+                "TableName": self.name(collection),
+                "Item": {**self._state_key(collection), **attributes_of(new)},
+                "ConditionExpression": "attribute_not_exists(#c) OR #c = :old",
+                "ExpressionAttributeNames": {"#c": CONTENT},
+                "ExpressionAttributeValues": {":old": attributes_of(old)[CONTENT]},
+            }
+            with suppress(ConditionFailed):
+                await self._client.read("PutItem", request)
+                return
+            if not await retries.pause():
+                raise UnavailableError(
+                    f"other programs change the indexes of {self.name(collection)} at the same time"
+                )
+
+    def _state_key(self, collection: str) -> Attributes:
+        return {self.schema[collection].key: {"S": STATE_ID}}
+
+    def mismatch(self, collection: str, index: Index, table: Mapping[str, Any]) -> str:
         """How an existing index differs from its declaration, as a message; "" if it does not."""
         existing = next(each for each in _indexes(table) if each["IndexName"] == index.name)
         definition = self._index(collection, index)
         types = {each["AttributeName"]: each["AttributeType"] for each in _definitions(table)}
-        attributes = self._attributes(self.schema[collection], (index,))
+        attributes = self._attributes(collection, (index,))
         declared = {each["AttributeName"]: each["AttributeType"] for each in attributes}
         keys, declared_keys = (
             _keys(existing, types, declared),
@@ -242,16 +333,19 @@ class Tables:
         table = await self.described(collection)
         if table is None:
             raise UnavailableError(f"the table {name} was deleted", retryable=False)
-        if index in self._missing(collection, table):
+        if index in self.missing(collection, table):
             raise SchemaMismatchError(
-                f"{name} has no index {index.name}; run `create-tables` to create it"
+                f"{name} has no index {index.name}; run `schema apply` to create it"
             )
-        mismatch = self._mismatch(collection, index, table)
+        mismatch = self.mismatch(collection, index, table)
         if mismatch:
-            raise SchemaMismatchError(_mismatch_message(name, index, mismatch))
-        self._ready[collection] = usable = self._usable(collection, table)
-        if index.name not in usable:
-            raise UnavailableError(f"the index {index.name} of {name} is being created")
+            raise SchemaMismatchError(mismatch_message(name, index, mismatch))
+        self._ready[collection] = usable = await self._adopt(collection, table)
+        if index.name in usable:
+            return
+        if index.name in active_indexes(table):
+            raise SchemaMismatchError(incomplete_message(name, index))
+        raise UnavailableError(f"the index {index.name} of {name} is being created")
 
     async def create(self) -> list[str]:
         """Create the missing declared tables and indexes; return a message for each.
@@ -269,11 +363,11 @@ class Tables:
         name = self.name(collection)
         if await self.described(collection) is None and await self._create(collection):
             messages.append(f"created {name}")
-        table = await self._wait_until_active(collection)
-        for index in self._missing(collection, table):
-            await self._add_index(collection, index)
+        table = await self.wait_until_active(collection)
+        for index in self.missing(collection, table):
+            await self.add_index(collection, index)
             messages.append(f"created {index.name} of {name}")
-        await self._wait_until_active(collection)
+        await self.wait_until_active(collection)
         await self._configure(collection)
         self._ready.pop(collection, None)
         return messages
@@ -291,11 +385,17 @@ class Tables:
         table: dict[str, Any] = response["Table"]
         return table
 
-    async def _wait_until_active(self, collection: str) -> dict[str, Any]:
-        """Wait until the table and all its indexes are active; return its description."""
-        retries = self._client.retries(_WAIT_SECONDS)
+    async def wait_until_active(self, collection: str, seen: SeeTable = _ignore) -> dict[str, Any]:
+        """Wait until the table and all its indexes are active; return its description.
+
+        Args:
+            seen: called with each description of the table.
+        """
+        retries = self._client.retries(_WAIT_SECONDS if seen is _ignore else _INDEX_SECONDS)
         while True:
             table = await self.described(collection)
+            if table is not None:
+                seen(table)
             if table is not None and _is_active(table):
                 return table
             if not await retries.pause():
@@ -304,7 +404,7 @@ class Tables:
                     "its status (`aws dynamodb describe-table`), and try again when it is ACTIVE"
                 )
 
-    def _missing(self, collection: str, table: Mapping[str, Any]) -> list[Index]:
+    def missing(self, collection: str, table: Mapping[str, Any]) -> list[Index]:
         existing = {each["IndexName"] for each in _indexes(table)}
         return [each for each in self.schema[collection].indexes if each.name not in existing]
 
@@ -319,7 +419,7 @@ class Tables:
                 found[collection] = {"table": name, "status": "missing"}
                 continue
             found[collection] = await self._summary(name, table)
-            problems += self._differences(collection, table)
+            problems += await self._differences(collection, table)
         return found, problems
 
     async def _summary(self, name: str, table: Mapping[str, Any]) -> dict[str, Value]:
@@ -351,18 +451,24 @@ class Tables:
         recovery = backups["ContinuousBackupsDescription"].get("PointInTimeRecoveryDescription", {})
         return bool(recovery.get("PointInTimeRecoveryStatus") == "ENABLED")
 
-    def _differences(self, collection: str, table: Mapping[str, Any]) -> list[str]:
+    async def _differences(self, collection: str, table: Mapping[str, Any]) -> list[str]:
         name = self.name(collection)
         problems = [
-            f"{name} has no index {each.name}; run `create-tables` to create it"
-            for each in self._missing(collection, table)
+            f"{name} has no index {each.name}; run `schema apply` to create it"
+            for each in self.missing(collection, table)
         ]
         for each in self.schema[collection].indexes:
-            mismatch = each not in self._missing(collection, table) and self._mismatch(
+            mismatch = each not in self.missing(collection, table) and self.mismatch(
                 collection, each, table
             )
             if mismatch:
-                problems.append(_mismatch_message(name, each, mismatch))
+                problems.append(mismatch_message(name, each, mismatch))
+        incomplete = (await self.state(collection)).incomplete if _indexes(table) else frozenset()
+        problems += [
+            incomplete_message(name, each)
+            for each in self.schema[collection].indexes
+            if each.name in incomplete
+        ]
         if table["TableStatus"] != "ACTIVE":
             problems.append(f"{name} is {table['TableStatus']}")
         key = [each["AttributeName"] for each in table["KeySchema"]]
@@ -413,7 +519,7 @@ class Tables:
             "TableName": self.name(collection),
             "BillingMode": self._billing_mode,
             "KeySchema": [{"AttributeName": declared.key, "KeyType": "HASH"}],
-            "AttributeDefinitions": self._attributes(declared, declared.indexes),
+            "AttributeDefinitions": self._attributes(collection, declared.indexes),
             **self._throughput(),
         }
         if declared.indexes:
@@ -437,21 +543,19 @@ class Tables:
             else:
                 return True
 
-    def _attributes(self, declared: Collection, indexes: Sequence[Index]) -> list[dict[str, str]]:
-        mapping = self.mappings[declared.name]
-        names = {declared.key: "S"}
+    def _attributes(self, collection: str, indexes: Sequence[Index]) -> list[dict[str, str]]:
+        """The key attributes of the table and these indexes."""
+        declared = self.schema[collection]
+        types = {declared.key: "S"}
         for index in indexes:
-            for each in (index.field, index.sort):
-                if each is not None and each != declared.key:
-                    field = mapping.indexed[each]
-                    names[field.attribute] = key_type(field)
-        return [{"AttributeName": name, "AttributeType": kind} for name, kind in names.items()]
+            types.update({each.name: each.type for each in IndexShape(index, declared).keys})
+        return [{"AttributeName": name, "AttributeType": kind} for name, kind in types.items()]
 
     def _index(self, collection: str, index: Index) -> dict[str, Any]:
-        mapping = self.mappings[collection]
-        keys = [{"AttributeName": attribute_of(mapping, index.field), "KeyType": "HASH"}]
-        if index.sort is not None:
-            keys.append({"AttributeName": attribute_of(mapping, index.sort), "KeyType": "RANGE"})
+        keys = [
+            {"AttributeName": each.name, "KeyType": "RANGE" if each.is_sort else "HASH"}
+            for each in IndexShape(index, self.schema[collection]).keys
+        ]
         return {
             "IndexName": index.name,
             "KeySchema": keys,
@@ -459,12 +563,23 @@ class Tables:
             **self._throughput(),
         }
 
-    async def _add_index(self, collection: str, index: Index) -> None:
-        """Add an index to a table; DynamoDB creates one index of a table at a time."""
+    async def refresh(self, collection: str) -> None:
+        """Look at the table again, for indexes that were made or completed since."""
+        self._ready.pop(collection, None)
+        await self.find(collection)
+
+    async def add_index(self, collection: str, index: Index, seen: SeeTable = _ignore) -> None:
+        """Add an index to a table, and wait until it is active.
+
+        DynamoDB creates one index of a table at a time. The table first remembers that the index is
+        incomplete: it lacks entities of programs that do not know it, and those written before it
+        was declared.
+        """
+        await self.change_state(collection, lambda state: state.with_incomplete(index.name))
         retries = self._client.retries()
         params = {
             "TableName": self.name(collection),
-            "AttributeDefinitions": self._attributes(self.schema[collection], (index,)),
+            "AttributeDefinitions": self._attributes(collection, (index,)),
             "GlobalSecondaryIndexUpdates": [{"Create": self._index(collection, index)}],
         }
         while True:
@@ -472,14 +587,14 @@ class Tables:
                 await self._client.call("UpdateTable", params)
             except (UnavailableError, StatementRefused) as exc:
                 # Another process may be creating the same index: check the table.
-                table = await self._wait_until_active(collection)
-                if index not in self._missing(collection, table):
+                table = await self.wait_until_active(collection, seen)
+                if index not in self.missing(collection, table):
                     return
                 is_refused = isinstance(exc, StatementRefused)
                 if not await (retries.pause() if is_refused else retries.pause_after(exc)):
                     raise
             else:
-                await self._wait_until_active(collection)
+                await self.wait_until_active(collection, seen)
                 return
 
     async def _configure(self, collection: str) -> None:
@@ -566,17 +681,8 @@ async def _enable_scaling(client: Any, resource: str, capacity: str, scaling: Au
     )
 
 
-def attribute_of(mapping: ItemMapping, field: str) -> str:
-    """The attribute that is the key of an index on a field."""
-    return field if field == mapping.key else mapping.indexed[field].attribute
-
-
-def key_type(field: IndexedField) -> str:
-    return "N" if field.type in ("integer", "number") else "S"
-
-
 def _is_active(table: Mapping[str, Any]) -> bool:
-    return table["TableStatus"] == "ACTIVE" and len(_active_indexes(table)) == len(
+    return table["TableStatus"] == "ACTIVE" and len(active_indexes(table)) == len(
         table.get("GlobalSecondaryIndexes", ())
     )
 
@@ -602,10 +708,17 @@ def _keys(
     return [f"{each} ({types.get(each) or declared.get(each, '?')})" for each in names]
 
 
-def _mismatch_message(table: str, index: Index, mismatch: str) -> str:
+def mismatch_message(table: str, index: Index, mismatch: str) -> str:
     return (
         f"{table}: the index {index.name} does not match its declaration: {mismatch}; queries do not "
-        "use it: delete it and run `create-tables`"
+        "use it: delete it and run `schema apply`"
+    )
+
+
+def incomplete_message(table: str, index: Index) -> str:
+    return (
+        f"{table}: queries do not use the index {index.name} yet, because it was made after the table; "
+        "when all programs that do not know it have ended, run `schema apply --complete`"
     )
 
 
@@ -639,7 +752,7 @@ def _check_name(name: str, setting: str, kind: str) -> None:
         )
 
 
-def _active_indexes(table: Mapping[str, Any]) -> frozenset[str]:
+def active_indexes(table: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(
         each["IndexName"]
         for each in _indexes(table)

@@ -69,9 +69,8 @@ class WriteOp:
         self.state: State = "import" if is_import(change) else "start"
         self.doubt: Doubt = "none"
         # Field operations are decided here on the item that is read.
-        self.whole = change.mark is not None or (
-            isinstance(change, Patch) and plain_fields(change.fields) is None
-        )
+        is_plain = not isinstance(change, Patch) or plain_fields(change.fields) is not None
+        self.whole = change.mark is not None or not is_plain or mapping.needs_stored(change)
         self.observed: Attributes | None = None
         self.statement: Statement | None = None
         self.new_version: int | None = None

@@ -16,10 +16,12 @@ from hf_async_store.strategies.dynamodb.items import (
     SIZE,
     TOKEN,
     ItemMapping,
+    new_token,
     size_bound_of,
     size_of,
     stored_size,
     token_of,
+    version_of,
 )
 from hf_async_store.strategies.dynamodb.partiql import (
     ConditionBuilder,
@@ -273,7 +275,8 @@ def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     """The UpdateItem request of an update with a condition of the caller."""
     change = cast("Patch", op.change)
     fields = {name: each for name, each in _plain_fields(change).items() if name != op.mapping.key}
-    sets, removed = op.mapping.changes(fields)
+    stored_entity = None if op.observed is None else op.mapping.entity(op.observed)
+    sets, removed = op.mapping.changes(fields, stored_entity)
     added_size = size_of(cast("Entity", fields))
     version, stored = names.name(VERSION), names.name(SIZE)
     assignments = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
@@ -320,6 +323,20 @@ def _update_request(
         "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
         **names.request(UpdateExpression=expression, ConditionExpression=condition),
     }
+
+
+def rewriting(mapping: ItemMapping, table: str, item: Attributes) -> dict[str, Any]:
+    """The PutItem request that writes the entity of an item by this declaration, if it is unchanged.
+
+    Raises:
+        CorruptionError: another program wrote the item, and it cannot be rewritten.
+    """
+    mapping.check_attributes(item)
+    entity_id = mapping.id_of(item)
+    version = version_of(item, table, entity_id)
+    new = mapping.item(entity_id, mapping.entity(item), version, token_of(item) or new_token())
+    mapping.keep_encodings(new, item)
+    return {"TableName": table, "Item": new, **unchanged(mapping, item)}
 
 
 def unchanged(mapping: ItemMapping, observed: Attributes | None) -> dict[str, Any]:

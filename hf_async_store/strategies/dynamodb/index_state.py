@@ -1,0 +1,83 @@
+"""What a table remembers of its indexes, in an item that is not an entity.
+
+An index that is made after its table lacks entities: those that were written before it was declared, and
+those of programs that do not know it. Queries use it once it is complete.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from hf_async_store.strategies.dynamodb.errors import unreadable
+from hf_async_store.values import MAX_KEY_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
+    from hf_async_store.strategies.dynamodb.codec import Attributes
+
+STATE_ID: Final = "indexes".ljust(MAX_KEY_BYTES + 64, "-")
+"""The key of the item, which is longer than the id of any entity."""
+
+CONTENT: Final = "state"
+
+
+class Pass(msgspec.Struct, frozen=True):
+    """A pass over the table that rewrites the items of other declarations.
+
+    Attributes:
+        declaration: the digest of the declaration that it writes.
+        complete: it began after the programs that do not know the indexes had ended.
+        after: the id of the last item that it has examined.
+    """
+
+    declaration: str
+    complete: bool
+    after: str
+
+    def covers(self, other: Pass) -> bool:
+        """Whether what it has done is also done for another pass."""
+        return self.declaration == other.declaration and self.complete >= other.complete
+
+    def up_to(self, entity_id: str) -> Pass:
+        return msgspec.structs.replace(self, after=entity_id)
+
+
+class IndexState(msgspec.Struct, frozen=True):
+    """The names of the incomplete indexes, and the interrupted pass, if any."""
+
+    incomplete: frozenset[str] = frozenset()
+    interrupted: Pass | None = None
+
+    def with_incomplete(self, name: str) -> IndexState:
+        """The state before an index is made; a pass that began before cannot complete it."""
+        return IndexState(self.incomplete | {name})
+
+    def with_complete(self, names: AbstractSet[str]) -> IndexState:
+        """The state after a pass that these indexes preceded."""
+        return IndexState(self.incomplete - names)
+
+    def with_pass(self, interrupted: Pass | None) -> IndexState:
+        return msgspec.structs.replace(self, interrupted=interrupted)
+
+
+def attributes_of(state: IndexState) -> Attributes:
+    return {CONTENT: {"S": msgspec.json.encode(state, order="deterministic").decode()}}
+
+
+def state_of(item: Attributes | None) -> IndexState:
+    """The state in an item; that of a table whose indexes were made with it, if there is none.
+
+    Raises:
+        CorruptionError: the item was not written by this package.
+    """
+    if item is None:
+        return IndexState()
+    try:
+        return msgspec.json.decode(item[CONTENT]["S"], type=IndexState)
+    except (KeyError, msgspec.MsgspecError) as exc:
+        raise unreadable(
+            "the table", STATE_ID.rstrip("-"), f"it is not a state of indexes: {exc}"
+        ) from exc

@@ -1,0 +1,308 @@
+"""Indexes that are read in the order of a query: how many requests are sent, and how many items read."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from random import Random
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from hf_async_store import (
+    HOST_FACTORY,
+    Collection,
+    ConfigurationError,
+    Field,
+    Index,
+    InvalidQueryError,
+    MemoryStorageStrategy,
+    begins_with,
+    gt,
+    gte,
+    in_,
+    lt,
+)
+from tests.dynamodb.proxy import Changed
+from tests.dynamodb.support import new_prefix, store_at
+
+if TYPE_CHECKING:
+    from hf_async_store import DynamoDBStorageStrategy
+    from tests.dynamodb.proxy import Fault, Proxy, Request
+
+JOBS: Final = Collection(
+    "jobs",
+    key="job_id",
+    fields=["queue", "state", Field("priority", "integer"), Field("due_at", "timestamp")],
+    indexes=[
+        Index("queue", "priority", "state", "created_at"),
+        Index("queue", "job_id"),
+        Index("state", "priority"),
+        "priority",
+    ],
+)
+
+
+def job(number: int, **fields: object) -> dict[str, Any]:
+    return {
+        "job_id": f"j{number:04}",
+        "queue": "abc"[number % 3],
+        "state": ("NEW", "DONE")[number % 2],
+        "priority": number % 5,
+        "created_at": f"2026-01-01T00:{number // 60:02}:{number % 60:02}.000000Z",
+        **fields,
+    }
+
+
+class Reads:
+    """Counts requests and the items in their responses.
+
+    Args:
+        tie: shuffle the items of a response that are equal in this attribute, because DynamoDB
+            promises no order among them.
+    """
+
+    def __init__(self, proxy: Proxy, *, tie: str | None = None) -> None:
+        self.operations: list[str] = []
+        self.items = 0
+        self._tie = tie
+        self._random = Random(5)
+        proxy.rule = self._rule
+
+    def _rule(self, request: Request) -> Fault | None:
+        if request.is_migration_check:
+            return None
+        self.operations.append(request.operation)
+        return Changed(self._changed)
+
+    def _changed(self, response: dict[str, Any]) -> dict[str, Any]:
+        items = response.get("Items", [])
+        self.items += len(items)
+        if self._tie is not None and "Items" in response:
+            groups = [list(group) for _, group in groupby(items, lambda each: each[self._tie])]
+            for each in groups:
+                self._random.shuffle(each)
+            response["Items"] = [each for group in groups for each in group]
+        return response
+
+    def taken(self) -> tuple[list[str], int]:
+        taken = self.operations, self.items
+        self.operations, self.items = [], 0
+        return taken
+
+
+async def _newest(
+    store: DynamoDBStorageStrategy, filters: Any, order: Any, limit: int
+) -> list[str]:
+    found = await store.query_entities("requests", filters, order, limit)
+    return [str(each["request_id"]) for each in found]
+
+
+async def test_fifty_rows_of_a_compound_index_are_one_query_of_51_items(proxy: Proxy) -> None:
+    async with store_at(proxy.url, collections=HOST_FACTORY) as store:
+        await store.import_entities(
+            "requests",
+            [
+                {
+                    "request_id": f"r{n:04}",
+                    "status": ("PENDING", "DONE")[n % 2],
+                    "created_at": job(n)["created_at"],
+                }
+                for n in range(400)
+            ],
+        )
+        await store.import_entities(
+            "machines",
+            [
+                {"machine_id": f"m{n:03}", "request_id": "r0000", "status": ("UP", "DOWN")[n % 2]}
+                for n in range(100)
+            ],
+        )
+        reads = Reads(proxy)
+        wanted = [f"r{n:04}" for n in range(398, 298, -2)]
+        assert await _newest(store, {"status": "PENDING"}, "-created_at", 50) == wanted
+        assert reads.taken() == (["Query"], 51)
+        page = await store.query_page("requests", {"status": "PENDING"}, "-created_at", 50)
+        assert [each["request_id"] for each in page.items] == wanted
+        reads.taken()
+        page = await store.query_page(
+            "requests", {"status": "PENDING"}, "-created_at", 50, cursor=page.cursor
+        )
+        assert [each["request_id"] for each in page.items] == [
+            f"r{n:04}" for n in range(298, 198, -2)
+        ]
+        operations, items = reads.taken()
+        assert (operations, items <= 54) == (["Query"], True)
+        # The newest of all: 8 partitions, read concurrently.
+        assert await _newest(store, None, "-created_at", 50) == [
+            f"r{n:04}" for n in range(399, 349, -1)
+        ]
+        operations, items = reads.taken()
+        assert set(operations) == {"Query"}
+        assert (len(operations) <= 16, items <= 130) == (True, True), (operations, items)
+        # Two partitions, merged.
+        both = {"status": in_(["PENDING", "DONE"])}
+        assert await _newest(store, both, "-created_at", 50) == [
+            f"r{n:04}" for n in range(399, 349, -1)
+        ]
+        operations, items = reads.taken()
+        assert (operations, items <= 70) == (["Query"] * 2, True)
+        filters = {"request_id": "r0000", "status": "UP"}
+        assert await store.count_entities("machines", filters) == 50
+        assert reads.taken() == (["Query"], 0)
+        assert len(await store.query_entities("machines", filters, limit=10)) == 10
+        assert reads.taken() == (["Query"], 11)
+        assert await store.count_entities("requests", both) == 400
+        assert reads.taken() == (["Query"] * 2, 0)
+
+
+@pytest.mark.parametrize("order", ["created_at", "-created_at"])
+async def test_the_last_group_of_ties_is_read_to_its_end(proxy: Proxy, order: str) -> None:
+    same = [
+        {"request_id": f"r{n:03}", "status": "x", "created_at": job(n // 40)["created_at"]}
+        for n in range(200)
+    ]
+    async with (
+        store_at(proxy.url, collections=HOST_FACTORY) as store,
+        MemoryStorageStrategy(collections=HOST_FACTORY) as memory,
+    ):
+        for each in (store, memory):
+            await each.import_entities("requests", same)
+        reads = Reads(proxy, tie="created_at")
+        for filters in ({"status": "x"}, None):
+            reads.taken()
+            found = await store.query_entities("requests", filters, order, 50)
+            assert found == await memory.query_entities("requests", filters, order, 50)
+            assert reads.taken()[1] <= (80 if filters else 8 * 30)
+            walked: list[Any] = []
+            cursor: str | None = None
+            while cursor is not None or not walked:
+                page = await store.query_page("requests", filters, order, 30, cursor=cursor)
+                walked += page.items
+                cursor = page.cursor
+            assert walked == await memory.query_entities("requests", filters, order)
+
+
+QUERIES: Final[list[tuple[Any, Any, str, bool]]] = [
+    ({"queue": "a"}, ["priority", "state", "created_at"], "queue-priority-state-created_at", True),
+    ({"queue": "a"}, ["-priority", "-state"], "queue-priority-state-created_at", True),
+    ({"queue": "a"}, ["priority", "-state"], "queue-priority-state-created_at", True),
+    ({"queue": "a", "priority": 2}, "-state", "queue-priority-state-created_at", True),
+    (
+        {"queue": "a", "priority": 2, "state": "NEW"},
+        "created_at",
+        "queue-priority-state-created_at",
+        True,
+    ),
+    ({"queue": in_(["a", "c"])}, "priority", "queue-priority-state-created_at", True),
+    ({"queue": "a", "priority": gt(2)}, "priority", "queue-priority-state-created_at", True),
+    ({"queue": "a", "priority": in_([0, 3])}, None, "queue-priority-state-created_at", False),
+    ({"queue": "a"}, "job_id", "queue-job_id", True),
+    ({"queue": "a", "job_id": begins_with("j00")}, "-job_id", "queue-job_id", True),
+    ({"state": "NEW", "priority": None}, "job_id", "state-priority", False),
+    (None, "-priority", "priority", True),
+    ({"priority": gte(3)}, ["priority", "queue"], "priority", True),
+    ({"priority": lt(1)}, None, "priority", False),
+]
+
+
+@pytest.mark.parametrize(("filters", "order", "index", "in_order"), QUERIES, ids=str)
+async def test_the_index_and_the_order_of_a_query(
+    proxy: Proxy, filters: Any, order: Any, index: str, in_order: bool
+) -> None:
+    jobs = [job(n) for n in range(60)]
+    jobs += [job(60, priority=None), job(61, state=None), {"job_id": "odd", "queue": "a"}]
+    async with (
+        store_at(proxy.url, collections=[JOBS]) as store,
+        MemoryStorageStrategy(collections=[JOBS]) as memory,
+    ):
+        for each in (store, memory):
+            await each.import_entities("jobs", jobs)
+        plan = await store.explain_query("jobs", filters, order, 7)
+        assert (plan.access, plan.index) == ("index", f"{index}-index")
+        assert plan.sorted_here is (order is not None and not in_order)
+        reads = Reads(proxy)
+        for limit in (7, None):
+            found = await store.query_entities("jobs", filters, order, limit)
+            wanted = await memory.query_entities("jobs", filters, order, limit)
+            if order is None:
+                assert len(found) == len(wanted)
+            else:
+                assert found == wanted
+        assert set(reads.taken()[0]) == {"Query"}
+        assert await store.count_entities("jobs", filters) == len(wanted)
+
+
+async def test_every_write_maintains_the_keys_of_indexes(proxy: Proxy) -> None:
+    """An update of a part of a composite sort key needs its other parts."""
+    table = "jobs"
+    async with store_at(proxy.url, collections=[JOBS]) as store:
+        await store.save_entities(table, [job(n) for n in range(12)])
+        await store.update_entity(table, "j0000", {"priority": 9})
+        await store.update_entity(table, "j0001", {"priority": 8}, expected_version=1)
+        await store.update_entity(
+            table, "j0002", {"state": "X"}, condition_expression="attribute_exists(queue)"
+        )
+        await store.update_entity(table, "j0003", {"priority": 1, "state": "Y", "created_at": None})
+        kept = {name: value for name, value in job(4).items() if name != "created_at"}
+        await store.save_entity(table, {**kept, "priority": 7})
+        await store.save_entity(table, {**job(5), "priority": 6}, expected_version=1)
+        async with store.begin_transaction() as tx:
+            await tx.update_entity(table, "j0006", {"state": "Z"})
+        await store.update_entities(table, {"j0007": {"priority": 5}, "j0008": {"state": "W"}})
+        mapping = store._dynamodb.tables.mappings[table]
+        params = {"TableName": store._dynamodb.tables.name(table)}
+        items = (await store._dynamodb.client.call("Scan", params))["Items"]
+        for item in items:
+            entity = mapping.entity(item)
+            whole = mapping.item(str(entity["job_id"]), entity, 1, "token")
+            keys = {key for shape in mapping.shapes for key, _, _ in shape.keys}
+            assert {each: item.get(each) for each in keys} == {
+                each: whole.get(each) for each in keys
+            }
+        assert len(items) == 12
+
+
+async def test_more_indexes_than_a_table_can_have() -> None:
+    names = [f"f{n}" for n in range(21)]
+    many = Collection("many", key="id", fields=names, indexes=names)
+    with pytest.raises(ConfigurationError, match="at most 20"):
+        store_at("http://127.0.0.1:1", collections=[many])
+
+
+async def test_query_by_gsi_on_ordered_and_composite_indexes(proxy: Proxy) -> None:
+    async with store_at(proxy.url, collections=[JOBS]) as store:
+        await store.save_entities("jobs", [job(n) for n in range(30)])
+        found = await store.query_by_gsi(
+            "jobs", "priority-index", "priority > :p", {":p": 2}, limit=7, descending=True
+        )
+        assert [each["priority"] for each in found] == [4] * 6 + [3]
+        name = "queue-priority-state-created_at-index"
+        found = await store.query_by_gsi("jobs", name, "queue = :q", {":q": "b"}, limit=3)
+        assert [each["priority"] for each in found] == [0, 0, 1]
+        condition = "queue = :q AND priority = :p"
+        with pytest.raises(InvalidQueryError, match="only these fields"):
+            await store.query_by_gsi("jobs", name, condition, {":q": "b", ":p": 1})
+
+
+async def test_an_index_of_an_earlier_shape_is_not_used(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix, [JOBS]) as store:
+        table = f"{prefix}_jobs"
+        request = store._dynamodb.tables.request("jobs")
+        request["AttributeDefinitions"] = [
+            {"AttributeName": "job_id", "AttributeType": "S"},
+            {"AttributeName": "priority", "AttributeType": "N"},
+        ]
+        request["GlobalSecondaryIndexes"] = [
+            {
+                "IndexName": "priority-index",
+                "KeySchema": [{"AttributeName": "priority", "KeyType": "HASH"}],
+                "Projection": {"ProjectionType": "ALL"},
+            }
+        ]
+        await store._dynamodb.client.call("CreateTable", request)
+        await store.save_entities("jobs", [job(1), job(2, priority=None)])
+        assert (await store.explain_query("jobs", None, "priority", 5)).access == "scan"
+        assert len(await store.query_entities("jobs", {"priority": 1})) == 1
+        told = f"{table}: the index priority-index does not match its declaration"
+        assert told in str((await store.health())["problems"])
