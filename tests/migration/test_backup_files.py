@@ -146,6 +146,15 @@ async def test_81_a_damaged_header_is_corruption_whichever_bit(tmp_path: Path) -
 @pytest.mark.parametrize(
     "data",
     [bytes(1), bytes(1024), gzip.compress(b""), b"\x1f\x8b", b"\x1f", b"x", gzip.compress(b"x")],
+    ids=[
+        "zero",
+        "zeros",
+        "empty member",
+        "magic",
+        "half a magic",
+        "x",
+        "member",
+    ],  # not the time in gzip
 )
 async def test_81_data_after_the_end_is_refused(data: bytes, tmp_path: Path) -> None:
     path = await _backup(tmp_path)
