@@ -187,7 +187,12 @@ class Transaction(RepositoryInterface):
     async def _begin(self) -> Session:
         """The session, which the first call begins: until then, it holds no lock of the engine."""
         if self._session is None:
-            self._session = await self._context.__aenter__()
+            try:
+                self._session = await self._context.__aenter__()
+            except BaseException as exc:
+                # Also if a nested transaction begins it: it cannot be begun again.
+                self._failure = exc
+                raise
         return self._session
 
     async def __aexit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:

@@ -1,0 +1,30 @@
+"""Transactions on an engine whose sessions fail, or that was closed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from hf_async_store import LockTimeoutError, TransactionAbortedError, open_store
+from hf_async_store.driver import Isolation, Session
+
+
+async def test_a_nested_transaction_that_cannot_begin_the_outer_one_aborts_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @asynccontextmanager
+    async def locked(isolation: Isolation | None) -> AsyncGenerator[Session, None]:
+        raise LockTimeoutError("locked")
+        yield
+
+    async with open_store("memory:") as store:
+        monkeypatch.setattr(store.engine, "session", locked)
+        with pytest.raises(TransactionAbortedError, match="locked"):
+            async with store.begin_transaction() as tx:
+                with pytest.raises(LockTimeoutError):
+                    async with tx.begin_transaction():
+                        pass
+                with pytest.raises(TransactionAbortedError, match="locked"):
+                    await tx.get_entity("templates", "t")
