@@ -430,7 +430,10 @@ class RepositoryInterface(ABC):
         if patches:
             try:
                 await self._retried(patches[0].key, updates.attempt, RETRY_SECONDS)
-            except RetriesExhaustedError as exc:
+            except StorageError as exc:
+                if not updates.results and not isinstance(exc, RetriesExhaustedError):
+                    raise
+                # An earlier attempt has written some of them, which this error alone would conceal.
                 updates.results.update({number: exc.copy() for number in updates.pending})
         return [updates.results[number] for number in range(len(patches))]
 

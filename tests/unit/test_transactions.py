@@ -21,10 +21,10 @@ async def test_a_nested_transaction_that_cannot_begin_the_outer_one_aborts_it(
 
     async with open_store("memory:") as store:
         monkeypatch.setattr(store.engine, "session", locked)
+        tx = await store.begin_transaction().__aenter__()
+        with pytest.raises(LockTimeoutError):
+            await tx.begin_transaction().__aenter__()
         with pytest.raises(TransactionAbortedError, match="locked"):
-            async with store.begin_transaction() as tx:
-                with pytest.raises(LockTimeoutError):
-                    async with tx.begin_transaction():
-                        pass
-                with pytest.raises(TransactionAbortedError, match="locked"):
-                    await tx.get_entity("templates", "t")
+            await tx.get_entity("templates", "t")
+        with pytest.raises(TransactionAbortedError, match="locked"):
+            await tx.__aexit__(None, None, None)
