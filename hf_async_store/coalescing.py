@@ -304,13 +304,15 @@ class Coalescer(Generic[Item, Result]):
             if wanted:
                 await self._run_batch(wanted, self._wait)
         finally:
+            # Not in the done callback: in the meantime, another batch may begin with the same key.
+            self._busy.difference_update(self._keys(batch))
             self._waiting.discard(task)
 
     def _end_waiting(self, batch: _Batch[Item, Result], task: asyncio.Task[None]) -> None:
         if task in self._waiting:  # it was cancelled before it began
             self._waiting.discard(task)
+            self._busy.difference_update(self._keys(batch))
             _fail(batch, asyncio.CancelledError())
-        self._busy.difference_update(self._keys(batch))
         self._start_waiting()
         if self._queue:
             self._schedule_start()

@@ -440,3 +440,35 @@ def test_a_loop_that_closes_ends_the_items_that_wait_for_a_lock() -> None:
     asyncio.run(begin())
     assert sorted(ended) == list("abcdef")
     assert not locks.written
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_items_of_a_key_never_run_twice_at_once_after_a_lock(seed: int) -> None:
+    chance = random.Random(seed)
+    running: set[Key] = set()
+
+    async def run(items: Sequence[Key], *, locks: bool) -> list[str | StorageError]:
+        assert not running & set(items), "two batches with the same key run at the same time"
+        running.update(items)
+        for _ in range(chance.randrange(4)):
+            await asyncio.sleep(0)
+        running.difference_update(items)
+        locked = {each for each in items if locks and chance.random() < 0.5}
+        return [LockTimeoutError("locked") if each in locked else each.id for each in items]
+
+    calls: Coalescer[Key, str | StorageError] = Coalescer(
+        lambda items: run(items, locks=True),
+        wait=lambda items: run(items, locks=False),
+        key=identity,
+        lanes=3,
+        size=2,
+        writes=True,
+    )
+
+    async def submit_all() -> None:
+        for _ in range(100):
+            [name] = chance.choices("abc")
+            assert await calls.submit(keys(name), None) == [name]
+
+    await asyncio.gather(*(submit_all() for _ in range(8)))
+    await calls.drain()
