@@ -911,6 +911,9 @@ class QueryContract:
             assert len(await ids_of(store, filters, "-extra", 3)) == 3
             page = await store.query_page("items", filters, "item_id", 4)
             assert ids_in([page]) == few[:4]
+            page = await store.query_page("items", filters, "item_id", 2**63)
+            assert ids_in([page]) == few
+            assert await store.query_entities("items", filters, "item_id", 3, offset=2**63) == []
 
     async def test_61_zero_none_and_invalid_limits(self, store: StorageStrategy) -> None:
         await store.save_entities("items", [{"item_id": each} for each in "abc"])
