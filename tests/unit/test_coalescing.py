@@ -286,7 +286,7 @@ async def test_a_timeout_of_reads_has_no_unknown_outcome() -> None:
     await calls.drain()
 
 
-@pytest.mark.parametrize("timeout", ["1", True, float("nan"), [1]])
+@pytest.mark.parametrize("timeout", ["1", True, float("nan"), [1], 10**400])
 async def test_an_invalid_timeout_is_refused(timeout: Any) -> None:
     gate = Gate()
     calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=True)
