@@ -160,3 +160,16 @@ async def test_progress_is_reported() -> None:
             lambda each, *count: seen.append((each.kind, each.collection, *count))
         )
         assert len(seen) == 1
+
+
+async def test_another_key_is_listed_and_refused(tmp_path: Path) -> None:
+    location = f"json:{tmp_path / 'store.json'}"
+    async with open_store(location, collections=[Collection("items", key="id")]) as store:
+        await store.create_entity("items", {"id": "a"})
+    renamed = [Collection("items", key="name"), Collection("others", key="id")]
+    async with open_store(location, collections=renamed) as store:
+        found = [(each.kind, each.name) for each in await store.schema_changes()]
+        assert found == [("key", "name"), ("collection", "")]
+        with pytest.raises(SchemaMismatchError, match="items.name: .* the key 'id'"):
+            await store.apply_schema()
+        assert [each.key for each in await store.recorded_collections()] == ["id"]
