@@ -146,6 +146,7 @@ class Coalescer(Generic[Item, Result]):
         try:
             await waiter.done
         except asyncio.CancelledError:
+            self._withdraw_blocked(waiter)
             if self._writes:
                 await waiter.wait_for_batches()
             raise
@@ -291,6 +292,19 @@ class Coalescer(Generic[Item, Result]):
         pairs = list(zip(keys, self._blocked, strict=True))
         self._blocked = [entry for key, entry in pairs if key != first]
         return [entry for key, entry in pairs if key == first]
+
+    def _withdraw_blocked(self, waiter: _Waiter[Item, Result]) -> None:
+        """Remove the items of a call that a call of `wait` has not taken yet."""
+        withdrawn = [entry for entry in self._blocked if entry[0] is waiter]
+        if not withdrawn:
+            return
+        self._blocked = [entry for entry in self._blocked if entry[0] is not waiter]
+        for _ in withdrawn:
+            waiter.release()
+        self._busy.difference_update(self._keys(withdrawn))
+        self._busy.update(self._keys(self._blocked))
+        if self._queue:
+            self._schedule_start()
 
     async def _run_waiting(self, batch: _Batch[Item, Result]) -> None:
         task = asyncio.current_task()

@@ -413,6 +413,7 @@ async def test_withdrawn_items_are_not_written_when_their_lock_is_free() -> None
         each.cancel()
     await asyncio.sleep(0.01)
     assert not any(each.done() for each in tasks[:4])  # they wait for their writes
+    assert all(each.done() for each in tasks[4:])
     locks.free.set()
     await asyncio.gather(*tasks, return_exceptions=True)
     await calls.drain()
@@ -443,7 +444,7 @@ def test_a_loop_that_closes_ends_the_items_that_wait_for_a_lock() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_items_of_a_key_never_run_twice_at_once_after_a_lock(seed: int) -> None:
+async def test_items_that_were_locked_and_cancellations_at_any_moment(seed: int) -> None:
     chance = random.Random(seed)
     running: set[Key] = set()
 
@@ -466,9 +467,16 @@ async def test_items_of_a_key_never_run_twice_at_once_after_a_lock(seed: int) ->
     )
 
     async def submit_all() -> None:
-        for _ in range(100):
-            [name] = chance.choices("abc")
-            assert await calls.submit(keys(name), None) == [name]
+        for _ in range(50):
+            names = chance.choices("abcdefg", k=chance.choice([1, 1, 3]))
+            task = asyncio.create_task(calls.submit(keys(*names), None))
+            if chance.random() < 0.3:
+                for _ in range(chance.randrange(12)):
+                    await asyncio.sleep(0)
+                task.cancel()
+            [results] = await asyncio.gather(task, return_exceptions=True)
+            assert results == names or isinstance(results, asyncio.CancelledError)
 
-    await asyncio.gather(*(submit_all() for _ in range(8)))
+    await asyncio.gather(*(submit_all() for _ in range(12)))
     await calls.drain()
+    assert await calls.submit(keys(*"abcdefg"), None) == list("abcdefg"), "no key is left busy"
