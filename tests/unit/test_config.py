@@ -809,7 +809,7 @@ class AcmeOptions(StrategyOptions, frozen=True, kw_only=True):
     wait: float = 1.0
     fast: bool = False
     token: Secret | None = None
-    names: list[str] = []
+    names: tuple[str, ...] = ()
 
 
 @pytest.mark.usefixtures("registered")
@@ -823,7 +823,7 @@ def test_typed_options_of_a_registered_strategy() -> None:
     block = {"pool": 7, "wait": 1, "fast": "no", "names": ["5"]}
     for source in ({"acme_strategy": block}, {"strategy": "acme", "acme_strategy": block}):
         assert options_of(load_config(source), AcmeOptions) == AcmeOptions(
-            pool=7, wait=1.0, names=["5"]
+            pool=7, wait=1.0, names=("5",)
         )
     assert options_of(load_config({"strategy": "acme"}), AcmeOptions) == AcmeOptions()
 
