@@ -133,9 +133,11 @@ class ReaderWriterLock:
         """`acquire("read")` on entry, `release("read")` on exit."""
         return _LockContext(self, "read", timeout)
 
-    def writing(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
-        """`acquire("write")` on entry, `release("write")` on exit."""
-        return _LockContext(self, "write", timeout)
+    def writing(
+        self, timeout: float | None = None, *, owner: asyncio.Task[Any] | None = None
+    ) -> AbstractAsyncContextManager[None]:
+        """`acquire("write")` on entry, `release("write")` on exit, for `owner` or the current task."""
+        return _LockContext(self, "write", timeout, owner)
 
     async def acquire(
         self, mode: Mode, timeout: float | None = None, task: asyncio.Task[Any] | None = None

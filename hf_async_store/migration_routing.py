@@ -576,23 +576,30 @@ class _RoutedSession(Session):
         self._router = router
         self._isolation = isolation
         self._route: Route | None = None  # from the first call of a method on
-        self._context: AbstractAsyncContextManager[Session] | None = None
         self._session: Session | None = None
-        self._entered_route = _NO_MIGRATION
+        # By the task that begins the transaction; another one may enter it.
+        self._entered_route = router.last_route
+        self._context = self._context_on(router.last_route)
         self._changes: list[Change] = []
         self._untracked_write: str | None = None  # the method that wrote without change markers
 
     async def __aenter__(self) -> Session:
         # No I/O before the first method is called: begins on the last route, which is checked then.
-        await self._enter(self._router.last_route)
+        if self._router.last_route is self._entered_route:
+            self._session = await self._context.__aenter__()
+        else:
+            await self._enter(self._router.last_route)
         return self
 
-    async def _enter(self, route: Route) -> None:
+    def _context_on(self, route: Route) -> AbstractAsyncContextManager[Session]:
         engine = self._router.engine_of(route)
         isolation = self._isolation
         if isolation not in engine.capabilities.isolations:
             isolation = None
-        self._context = engine.session(isolation)
+        return engine.session(isolation)
+
+    async def _enter(self, route: Route) -> None:
+        self._context = self._context_on(route)
         self._session = await self._context.__aenter__()
         self._entered_route = route
 
@@ -602,7 +609,6 @@ class _RoutedSession(Session):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._context is not None, "entered"
         late_error: StorageError | None = None
         if exc is None and self._changes:
             try:
@@ -644,7 +650,6 @@ class _RoutedSession(Session):
         if self._route is None:
             route = await self._router.current_route()
             if route is not self._entered_route:
-                assert self._context is not None, "entered"
                 await self._context.__aexit__(None, None, None)
                 await self._enter(route)
             self._route = route

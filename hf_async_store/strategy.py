@@ -320,7 +320,7 @@ class StorageStrategy(RepositoryInterface):
                 raise InvalidInputError("a read-only transaction is a snapshot: omit isolation")
             return self.transaction_type(
                 self._schema,
-                ReadOnlySession(self._engine),
+                lambda: ReadOnlySession(self._engine),
                 enter=self._enter_read_only,
                 read_only=True,
                 ticket=ticket,
@@ -332,7 +332,7 @@ class StorageStrategy(RepositoryInterface):
             )
         return self.transaction_type(
             self._schema,
-            self._engine.session(isolation),
+            lambda: self._engine.session(isolation),
             enter=self._enter_transaction,
             ticket=ticket,
             after_commit=self._record_declarations if self._record_attempts else None,

@@ -89,7 +89,7 @@ class Transaction(RepositoryInterface):
     def __init__(
         self,
         schema: Schema,
-        context: AbstractAsyncContextManager[Session],
+        session: Callable[[], AbstractAsyncContextManager[Session]],
         *,
         enter: Callable[[], Callable[[], None]],
         parent: Transaction | None = None,
@@ -100,7 +100,8 @@ class Transaction(RepositoryInterface):
         super().__init__(schema)
         self._read_only = read_only
         self._ticket = ticket
-        self._context = context
+        self._new_session = session
+        self._context: AbstractAsyncContextManager[Session] | None = None
         self._enter = enter
         self._parent = parent
         self._after_commit = after_commit
@@ -128,7 +129,7 @@ class Transaction(RepositoryInterface):
             raise InvalidInputError(
                 "a read-only transaction has nothing to roll back, so it has no nested transactions"
             )
-        return type(self)(self._schema, self._savepoint(), enter=lambda: lambda: None, parent=self)
+        return type(self)(self._schema, self._savepoint, enter=lambda: lambda: None, parent=self)
 
     @asynccontextmanager
     async def _savepoint(self) -> AsyncGenerator[Session, None]:
@@ -171,6 +172,8 @@ class Transaction(RepositoryInterface):
             parent._check_usable()
         self._loop = asyncio.get_running_loop()
         leave = self._enter()
+        # By this task: an engine may record which task holds its locks. Another one may begin it.
+        self._context = self._new_session()
         if parent is not None:
             try:
                 async with self._call_lock:
@@ -187,6 +190,7 @@ class Transaction(RepositoryInterface):
     async def _begin(self) -> Session:
         """The session, which the first call begins: until then, it holds no lock of the engine."""
         if self._session is None:
+            assert self._context is not None, "the transaction has been entered"
             try:
                 self._session = await self._context.__aenter__()
             except BaseException as exc:
@@ -201,7 +205,7 @@ class Transaction(RepositoryInterface):
         own_error = await self._acquire_last() or (self._abort_error() if exc is None else None)
         error = own_error or exc
         try:
-            if self._session is not None:
+            if self._context is not None and self._session is not None:
                 await self._context.__aexit__(
                     None if error is None else type(error),
                     error,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.changes import Change, Outcome, Record
@@ -193,9 +194,14 @@ class MemoryEngine(Engine):
                 self._commit(overlay)
             return outcomes
 
+    def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
+        del isolation
+        # Another task may enter it, for the first call.
+        return self._session(asyncio.current_task())
+
     @asynccontextmanager
-    async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
-        async with self._lock.writing(_LOCK_TIMEOUT):
+    async def _session(self, owner: asyncio.Task[object] | None) -> AsyncGenerator[Session, None]:
+        async with self._lock.writing(_LOCK_TIMEOUT, owner=owner):
             self._refuse_closed()
             overlay = self._overlay()
             yield _MemorySession(self._stored, overlay)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +45,28 @@ async def test_the_first_call_after_the_store_was_closed(*, read_only: bool) -> 
         await tx.get_entity("templates", "t")
     with pytest.raises(TransactionAbortedError):
         await tx.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("url", ["memory:", "json:store.json"])
+async def test_the_task_of_the_first_call_does_not_hold_the_lock(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It belongs to the task that is inside the transaction; the other one may begin its own."""
+    monkeypatch.chdir(tmp_path)
+    async with open_store(url) as store:
+        await store.save_entity("templates", {"template_id": "t"})
+        called = asyncio.Event()
+
+        async def child() -> None:
+            await tx.get_entity("templates", "t")
+            called.set()
+            async with store.begin_transaction() as own:
+                await own.update_entity("templates", "t", {"name": "own"})
+
+        async with store.begin_transaction() as tx:
+            task = asyncio.create_task(child())
+            await called.wait()
+            await tx.update_entity("templates", "t", {"name": "first"})
+        await task
+        found = await store.get_entity("templates", "t") or {}
+        assert (found["name"], found["version"]) == ("own", 3)

@@ -446,10 +446,10 @@ class _JSONSession(Session):
         self._engine = engine
         self._stack = AsyncExitStack()
         self._view: SessionView | None = None
-        self._owner: asyncio.Task[object] | None = None
+        # Another task may enter it, for the first call.
+        self._owner = asyncio.current_task()
 
     async def __aenter__(self) -> Session:
-        self._owner = asyncio.current_task()
         return self
 
     async def __aexit__(
