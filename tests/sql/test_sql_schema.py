@@ -16,6 +16,7 @@ from hf_async_store import (
     ReferenceViolationError,
     SchemaMismatchError,
     open_store,
+    path,
 )
 from tests.contract.harnesses import execute
 
@@ -136,7 +137,7 @@ async def test_a_field_of_another_type_is_found_by_its_stored_values(
     async with open_store(url, collections=[after]) as store:
         await store.save_entity("jobs", {"job_id": "new", "size": values[types[1]]})
         for name, type_ in (("old", types[0]), ("new", types[1])):
-            found = await store.query_entities("jobs", {"size": values[type_]})
+            found = await store.query_entities("jobs", {path("size"): values[type_]})
             assert [(each["job_id"], each["size"]) for each in found] == [(name, values[type_])]
         ordered = await store.query_entities("jobs", order_by="size", limit=5)
         ranks = {int: 0, str: 1, list: 2}
