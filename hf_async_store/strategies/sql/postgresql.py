@@ -126,6 +126,9 @@ class PostgreSQL(Dialect):
         _InvalidResponseError,
     )
     caller_errors = ()
+    other_columns: ClassVar[type[Exception]] = asyncpg.InvalidTableDefinitionError
+    """Raised by CREATE OR REPLACE VIEW if a column of the existing view is missing, or has another type."""
+
     placeholder_prefix = "$"
     single_writer = False
     grammar = PostgresGrammar()
