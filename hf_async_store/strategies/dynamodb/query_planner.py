@@ -98,7 +98,7 @@ class Access(msgspec.Struct, frozen=True):
         """The part of a sort key that has the order of the query."""
         if self.shape is None or not self.shape.is_composite:
             return key
-        return beginning(key, self.equal_parts + self.ordered_parts)
+        return beginning(key, self.equal_parts, self.ordered_parts)
 
     def span_of(self, span: Span, key: SortKey) -> Span:
         """The part of a span with the same order in the query as a sort key."""
@@ -338,8 +338,8 @@ class _IndexPlanner:
         low: SortKey
         high: SortKey
         if self._shape.is_composite:
-            equal = (self._equal[(each,)] for each in self._shape.sort_fields[:equal_parts])
-            low = composite(equal) + composite(after)
+            equal = [self._equal[(each,)] for each in self._shape.sort_fields[:equal_parts]]
+            low = beginning(composite([*equal, *after]), equal_parts, len(after))
             high = low + AFTER_PREFIX
         else:
             low = high = self._point(after[0])
