@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import groupby
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
@@ -17,10 +18,12 @@ from hf_async_store import (
     InvalidQueryError,
     MemoryStorageStrategy,
     begins_with,
+    between,
     gt,
     gte,
     in_,
     lt,
+    lte,
 )
 from tests.dynamodb.proxy import Changed
 from tests.dynamodb.support import new_prefix, store_at
@@ -337,3 +340,15 @@ async def test_long_strings_with_the_same_beginning_are_in_order(proxy: Proxy) -
                 pages.append([each["job_id"] for each in page.items])
                 cursor = page.cursor
             assert [each for page in pages for each in page] == expected
+
+
+@pytest.mark.parametrize("comparison", [lt, lte, partial(between, "a")])
+async def test_ids_are_compared_with_a_string_longer_than_an_id(
+    proxy: Proxy, comparison: Any
+) -> None:
+    async with store_at(proxy.url, collections=[JOBS]) as store:
+        await store.create_entity("jobs", {"job_id": "x" * 300, "queue": "a"})
+        filters = {"queue": "a", "job_id": comparison("x" * 1100)}
+        assert (await store.explain_query("jobs", filters)).index == "queue-job_id-index"
+        assert len(await store.query_entities("jobs", filters)) == 1
+        assert await store.count_entities("jobs", filters) == 1
