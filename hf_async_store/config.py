@@ -131,6 +131,23 @@ class _Model(_RedactedRepr, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return ()
 
 
+class StrategyOptions(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The typed configuration of a third-party strategy: subclass it, and read it by `options_of`.
+
+    The types of the keys are those that msgspec converts; `Secret` is a string that no `repr` shows.
+
+    Attributes:
+        url: the URL without its query, if the store was opened by one.
+
+    Example:
+        `class AcmeOptions(StrategyOptions, frozen=True, kw_only=True): pool: int = 5`
+    """
+
+    _urls: ClassVar[tuple[str, ...]] = ("url",)
+
+    url: str = ""
+
+
 class Filenames(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The file names of the JSON strategy, relative to `base_path` and inside it.
 
@@ -625,6 +642,32 @@ def strategy_config(source: ConfigSource, model: type[ModelT]) -> ModelT:
             else NO_STRATEGY
         )
     return loaded.options
+
+
+OptionsT = TypeVar("OptionsT", bound=StrategyOptions)
+
+
+def options_of(config: StorageConfig, model: type[OptionsT]) -> OptionsT:
+    """The typed configuration of a third-party strategy.
+
+    Its values come from a file, a dict or the query of a URL, so strings are converted to the types of
+    the keys: `?pool=5` is an integer, and `?fast=true` a boolean.
+
+    Raises:
+        ConfigurationError: a key is unknown, or a value has another type; names its path.
+    """
+    path = f"{config.strategy}_strategy"
+    kinds = _kinds(model)
+    return _model(
+        model,
+        {
+            name: _typed(_ExternalString(each), kinds[name])
+            if isinstance(each, str) and name in kinds
+            else each
+            for name, each in _mapping(config.options, path).items()
+        },
+        path,
+    )
 
 
 def anchored(config: StorageConfig) -> StorageConfig:

@@ -36,6 +36,7 @@ from hf_async_store.changes import (
     Put,
     Record,
 )
+from hf_async_store.config import Secret, StrategyOptions, options_of
 from hf_async_store.declarations import are_equal, decoded, encoded, merged
 from hf_async_store.errors import (
     AlreadyExistsError,
@@ -94,7 +95,9 @@ __all__ = [
     "Schema",
     "SchemaChange",
     "SchemaProgress",
+    "Secret",
     "Session",
+    "StrategyOptions",
     "Value",
     "batched",
     "canonical",
@@ -105,6 +108,7 @@ __all__ = [
     "compile_filter",
     "copy_entity",
     "next_version",
+    "options_of",
     "ordered",
     "patched",
     "plain_fields",

@@ -475,6 +475,7 @@ async def test_a_reference_that_is_declared_later_holds_in_every_program(
                 await store.save_entity("children", {"id": "z", "parent": "nobody"})
             with pytest.raises(ReferenceViolationError, match="nobody"):
                 await store.update_entity("children", "x", {"parent": "nobody"})
+            assert not await store.delete_entity("parents", "nobody")
             assert await store.update_entity("children", "orphan", {"n": 1})
             assert await store.save_entity("children", {"id": "orphan", "parent": "nobody"})
         assert await old.delete_entity("parents", "c")

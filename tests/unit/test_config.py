@@ -25,8 +25,10 @@ from hf_async_store.config import (
     Secret,
     SQLConfig,
     StorageConfig,
+    StrategyOptions,
     load_config,
     load_migration,
+    options_of,
     redacted,
     strategy_config,
 )
@@ -800,6 +802,45 @@ def test_a_url_of_a_registered_strategy() -> None:
         "strategy": "acme",
         "acme_strategy": {"url": "acme://u:***@h/x", "pool": "5", "token": "***"},
     }
+
+
+class AcmeOptions(StrategyOptions, frozen=True, kw_only=True):
+    pool: int = 1
+    wait: float = 1.0
+    fast: bool = False
+    token: Secret | None = None
+    names: tuple[str, ...] = ()
+
+
+@pytest.mark.usefixtures("registered")
+def test_typed_options_of_a_registered_strategy() -> None:
+    config = load_config("acme://u:p@h/x?pool=5&wait=2&fast=true&token=hidden")
+    options = options_of(config, AcmeOptions)
+    assert options == AcmeOptions(
+        url="acme://u:p@h/x", pool=5, wait=2.0, fast=True, token=Secret("hidden")
+    )
+    assert "hidden" not in repr(options)
+    block = {"pool": 7, "wait": 1, "fast": "no", "names": ["5"]}
+    for source in ({"acme_strategy": block}, {"strategy": "acme", "acme_strategy": block}):
+        assert options_of(load_config(source), AcmeOptions) == AcmeOptions(
+            pool=7, wait=1.0, names=("5",)
+        )
+    assert options_of(load_config({"strategy": "acme"}), AcmeOptions) == AcmeOptions()
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("pol=5", r"acme_strategy\.pol: unknown key.*pool"),
+        ("pool=many", r"acme_strategy\.pool: expected int"),
+        ("fast=maybe", r"acme_strategy\.fast: expected bool"),
+        ("pool=5.5", r"acme_strategy\.pool: expected int"),
+    ],
+)
+def test_typed_options_are_checked(query: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        options_of(load_config(f"acme:x?{query}"), AcmeOptions)
 
 
 def test_an_unregistered_strategy() -> None:

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, cast
 import msgspec
 
 from hf_async_store.changes import ABSENT, ANY, PRESENT, Change, ChangeMarker, Delete, Patch, Put
-from hf_async_store.field_operations import plain_fields
+from hf_async_store.field_operations import FieldChange
 from hf_async_store.preconditions import (
     check,
     check_parents,
@@ -112,26 +112,32 @@ def _whole(table: Table, change: Put, stored: Stored) -> tuple[str, tuple[bytes 
 
 def _patched(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[bytes | None, ...]]:
     """The document and the key columns of an entity of which some fields are changed."""
-    if plain_fields(change.fields) is None:
-        # Some value is computed from the stored one.
-        entity = patched(decode_json(stored.doc), change.fields, 0)
-        del entity[VERSION]
-        check_size(entity)
-        return table.grammar.encode(entity), table.keys(entity)
     members: dict[str, object] = dict(_decode_members(stored.doc))
-    members.update(change.fields)
     for name, value in change.fields.items():
-        if isinstance(value, Removed):
-            del members[name]
+        if type(value) is Removed:
+            members.pop(name, None)
+        elif type(value) is FieldChange:
+            return _computed(table, change, stored)
+        else:
+            members[name] = value
     doc = table.grammar.encode(cast("Value", members))
     if len(doc) > LIGHT_BYTES:
         check_size(decode_json(doc))
     if len(stored.keys) < len(table.key_fields):
         return doc, table.keys(decode_json(doc))
-    return doc, tuple(
-        sort_bytes(cast("Value", members.get(name, MISSING))) if name in change.fields else old
-        for name, old in zip(table.key_fields, stored.keys, strict=True)
-    )
+    keys = list(stored.keys)
+    for number, name in enumerate(table.key_fields):
+        if name in change.fields:
+            keys[number] = sort_bytes(cast("Value", members.get(name, MISSING)))
+    return doc, tuple(keys)
+
+
+def _computed(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[bytes | None, ...]]:
+    """As `_patched`, if some value is computed from the stored one."""
+    entity = patched(decode_json(stored.doc), change.fields, 0)
+    del entity[VERSION]
+    check_size(entity)
+    return table.grammar.encode(entity), table.keys(entity)
 
 
 def parents_of(schema: Schema, change: Change) -> list[Key]:
