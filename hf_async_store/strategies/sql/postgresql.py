@@ -660,8 +660,9 @@ class PostgreSQL(Dialect):
                     raise
             else:
                 return handle
-            if (handle := await self._begin_creating(driver)) is not None:
-                return handle
+            creating = await self._begin_creating(driver)
+            if creating is not None:
+                return creating
 
     async def _begin_creating(self, driver: Any) -> _Transaction | None:
         """As `begin_ddl`, to create a store; None if another process has created it meanwhile."""
