@@ -580,3 +580,39 @@ async def test_a_view_that_gets_more_columns_keeps_what_depends_on_it(database: 
     async with open_store(database, collections=other) as store:  # a column gets another type
         await store.save_entity("jobs", job(4, size="large"))
     assert ask(database, "SELECT max(size) FROM jobs") == ["large"]
+
+
+@pytest.mark.parametrize("verb", ["get", "delete"])
+async def test_a_reference_that_is_declared_during_a_transaction_holds(
+    database: str, verb: str
+) -> None:
+    """The transaction of a program that does not know it began before."""
+
+    def declared(references: str | None) -> list[Collection]:
+        owner = Field("owner", references=references)
+        return [
+            Collection("owners", key="owner_id"),
+            Collection("jobs", key="job_id", fields=[owner]),
+        ]
+
+    async with open_store(database, collections=declared(None)) as store:
+        await store.save_entities("owners", [{"owner_id": each} for each in "ab"])
+
+        async def declare() -> None:
+            async with open_store(database, collections=declared("owners")) as other:
+                await other.save_entity("jobs", {"job_id": "j", "owner": "a"})
+
+        async def delete() -> None:
+            async with store.begin_transaction() as tx:
+                if verb == "delete":
+                    await tx.delete_entity("owners", "a")
+                else:
+                    await tx.get_entity("owners", "b")
+                await asyncio.create_task(declare())
+                await tx.delete_entity("owners", "a")
+
+        with pytest.raises((ConcurrencyConflictError, ReferenceViolationError)):
+            await delete()
+        assert await store.get_entity("owners", "a") is not None
+        with pytest.raises(ReferenceViolationError):
+            await store.delete_entity("owners", "a")

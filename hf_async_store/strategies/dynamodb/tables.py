@@ -619,6 +619,10 @@ class Tables:
                     "PointInTimeRecoverySpecification": {"PointInTimeRecoveryEnabled": True},
                 },
             )
+        await self.scale(collection)
+
+    async def scale(self, collection: str) -> None:
+        """Enable auto scaling of the table and its indexes, if it is configured."""
         scaling = self.scaling
         if scaling is not None:
             async with self._scaling_client() as client:
