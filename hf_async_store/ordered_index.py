@@ -88,6 +88,16 @@ class Span(NamedTuple):
     high: Entry
 
 
+class _Sharing:
+    """How many views share the lists of an index, and where the lists go after the last of them."""
+
+    __slots__ = ("garbage", "views")
+
+    def __init__(self) -> None:
+        self.views = 0
+        self.garbage: list[Garbage] | None = None
+
+
 class OrderedIndex:
     """Sorted entries, in blocks.
 
@@ -96,12 +106,12 @@ class OrderedIndex:
     strings. A key that several consecutive entries have is stored once.
     """
 
-    __slots__ = ("_blocks", "_lasts", "_views")
+    __slots__ = ("_blocks", "_lasts", "_sharing")
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
         self._lasts: list[Entry] = []
-        self._views = [0]  # how many views share the lists; itself shared with them
+        self._sharing = _Sharing()
 
     def __len__(self) -> int:
         return sum([len(ids) for _, ids in self._blocks])
@@ -109,22 +119,27 @@ class OrderedIndex:
     def view(self) -> OrderedIndex:
         """The index as it is now, for reading until `release`."""
         view = OrderedIndex()
-        view._blocks, view._lasts, view._views = self._blocks, self._lasts, self._views
-        self._views[0] += 1
+        view._blocks, view._lasts, view._sharing = self._blocks, self._lasts, self._sharing
+        self._sharing.views += 1
         return view
 
     def release(self) -> None:
         """End a view. The index need not be copied for it by the next change."""
-        self._views[0] -= 1
+        self._sharing.views -= 1
+        if self._sharing.garbage is not None:
+            self.discard(self._sharing.garbage)
+
+    def discard(self, garbage: list[Garbage]) -> None:
+        """Add what contains the entries to `garbage`, as soon as no view shows it."""
+        if self._sharing.views:
+            self._sharing.garbage = garbage
+        else:
+            garbage += [self._blocks, self._lasts]
 
     def _leave_to_views(self) -> None:
-        if self._views[0]:
+        if self._sharing.views:
             self._blocks, self._lasts = self._blocks.copy(), self._lasts.copy()
-            self._views = [0]
-
-    def containers(self) -> list[Garbage]:
-        """What contains the entries, to be freed by `reclaim`."""
-        return [self._blocks, self._lasts]
+            self._sharing = _Sharing()
 
     def append(self, entries: Sequence[Entry]) -> None:
         """Add sorted entries that are greater than all others."""
@@ -452,7 +467,7 @@ class Indexes(Generic[Stored]):
         """Drop all indexes: building them again is cheaper than applying many changes."""
         self.garbage.append(self._before)
         for index in self._built.values():
-            self.garbage += index.containers()
+            index.discard(self.garbage)
         self._built, self._before = {}, {}
 
 

@@ -136,16 +136,20 @@ async def _choose(indexes: Indexes[Stored], conditions: Conditions) -> AccessPat
     if len(limited) <= 1:
         return limited[0] if limited else max(paths, key=lambda each: _RANK[each.ordered])
     await indexes.ready(*[each.fields for each in limited])
-    costs = [
-        (await _count(indexes.get(each.fields), each.spans), -_RANK[each.ordered], number)
-        for number, each in enumerate(limited)
-    ]
+    views = [indexes.get(each.fields).view() for each in limited]
+    try:
+        costs = [
+            (await _count(view, each.spans), -_RANK[each.ordered], number)
+            for number, (each, view) in enumerate(zip(limited, views, strict=True))
+        ]
+    finally:
+        for view in views:
+            view.release()
     return limited[min(costs)[2]]
 
 
 async def _count(index: OrderedIndex, spans: list[Span]) -> int:
-    """The number of entries in spans: exact if there are few spans, otherwise the index may change
-    meanwhile."""
+    """The number of entries in spans of a view."""
     total = 0
     for start in range(0, len(spans), _COUNTED_SPANS):
         if start:

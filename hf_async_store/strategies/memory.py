@@ -116,7 +116,7 @@ class _Snapshot(TableReader[Entity]):
     """Reads the tables as they were when the snapshot was created."""
 
     def __init__(self, tables: Mapping[str, Table[Entity]]) -> None:
-        self._tables = tables
+        self._tables = dict(tables)  # a later write may create a table
         self._moments = {name: table.pin() for name, table in tables.items()}
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:

@@ -286,8 +286,8 @@ def test_composite_sort_keys_follow_the_order_of_their_parts(tuples: list[Any]) 
     assert keys == sorted(keys)
     for key, parts in zip(keys, ordered, strict=True):
         assert len(key) <= 1024
-        assert index_keys.beginning(key, 2) == index_keys.composite(parts[:2])
-        assert index_keys.beginning(key, 3) == key
+        assert index_keys.beginning(key, 2, 0) == index_keys.composite(parts[:2])
+        assert index_keys.beginning(key, 3, 0) == key
 
 
 @given(TUPLES, ANYTHING, ANYTHING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import groupby
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
@@ -17,10 +18,12 @@ from hf_async_store import (
     InvalidQueryError,
     MemoryStorageStrategy,
     begins_with,
+    between,
     gt,
     gte,
     in_,
     lt,
+    lte,
 )
 from tests.dynamodb.proxy import Changed
 from tests.dynamodb.support import new_prefix, store_at
@@ -306,3 +309,46 @@ async def test_an_index_of_an_earlier_shape_is_not_used(proxy: Proxy) -> None:
         assert len(await store.query_entities("jobs", {"priority": 1})) == 1
         told = f"{table}: the index priority-index does not match its declaration"
         assert told in str((await store.health())["problems"])
+
+
+async def test_long_strings_with_the_same_beginning_are_in_order(proxy: Proxy) -> None:
+    # Their sort bytes are equal, so the index has them in the order of the next field.
+    jobs = Collection(
+        "jobs",
+        key="job_id",
+        fields=["queue", "title", "note"],
+        indexes=[Index("queue", "title", "note")],
+    )
+    stored = [
+        {"job_id": f"j{n}", "queue": "a", "title": f"{'t' * 256}{n}", "note": str(9 - n)}
+        for n in range(6)
+    ]
+    async with store_at(proxy.url, collections=[jobs]) as store:
+        await store.create_entities("jobs", stored)
+        for order in (["title", "note"], ["-title", "-note"]):
+            expected = [f"j{n}" for n in range(6)]
+            expected = expected[::-1] if order[0] == "-title" else expected
+            plan = await store.explain_query("jobs", {"queue": "a"}, order)
+            assert (plan.index, plan.sorted_here) == ("queue-title-note-index", False)
+            found = await store.query_entities("jobs", {"queue": "a"}, order)
+            assert [each["job_id"] for each in found] == expected
+            pages, cursor = [], None
+            while cursor is not None or not pages:
+                page = await store.query_page(
+                    "jobs", {"queue": "a"}, order_by=order, limit=2, cursor=cursor
+                )
+                pages.append([each["job_id"] for each in page.items])
+                cursor = page.cursor
+            assert [each for page in pages for each in page] == expected
+
+
+@pytest.mark.parametrize("comparison", [lt, lte, partial(between, "a")])
+async def test_ids_are_compared_with_a_string_longer_than_an_id(
+    proxy: Proxy, comparison: Any
+) -> None:
+    async with store_at(proxy.url, collections=[JOBS]) as store:
+        await store.create_entity("jobs", {"job_id": "x" * 300, "queue": "a"})
+        filters = {"queue": "a", "job_id": comparison("x" * 1100)}
+        assert (await store.explain_query("jobs", filters)).index == "queue-job_id-index"
+        assert len(await store.query_entities("jobs", filters)) == 1
+        assert await store.count_entities("jobs", filters) == 1

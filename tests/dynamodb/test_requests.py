@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,6 +22,7 @@ from hf_async_store import (
     gte,
     in_,
     lt,
+    ne,
     or_,
     path,
 )
@@ -228,3 +231,21 @@ async def test_a_missing_index_causes_scans_until_it_is_complete(proxy: Proxy) -
         assert len(await store.query_entities("templates", {"name": "n"})) == 1
         assert (await store.health())["ok"]
         assert await store.create_tables() == []
+
+
+OPERATOR = re.compile(r"\b(?:AND|OR|NOT|attribute_\w+|contains|size)\b|[<>]=?|=")
+
+
+@pytest.mark.parametrize("operator", [begins_with, ne, partial(between, "a")])
+async def test_a_filter_expression_has_at_most_300_operators(proxy: Proxy, operator: Any) -> None:
+    # Source: DynamoDB service quotas, "Expression parameters"; the test server has no such limit.
+    async with store_at(proxy.url) as store:
+        await store.create_entity("items", {"item_id": "a", "label": "x"})
+        proxy.requests.clear()
+        filters = and_(*[{"label": operator(f"z{each}")} for each in range(60)])
+        found = await store.query_entities("items", filters)
+        assert await store.count_entities("items", filters) == len(found)
+        assert len(found) == (operator is not begins_with)
+        sent = [each.params["FilterExpression"] for each in proxy.requests]
+        assert len(sent) > 1
+        assert max(len(OPERATOR.findall(each)) for each in sent) <= 300

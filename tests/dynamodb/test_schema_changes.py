@@ -302,3 +302,46 @@ async def test_without_permission_to_describe_tables(proxy: Proxy) -> None:
         assert await _used(store) == {"owner-index", None}
         found = await store.query_entities("jobs", {"owner": "o1"}, "due_at")
         assert [each["job_id"] for each in found] == ["j001"]
+
+
+@pytest.mark.parametrize(
+    "verb", ["save", "expect", "update", "batch", "condition", "transaction", "import", "modify"]
+)
+async def test_a_running_program_can_write_values_that_a_later_index_cannot_contain(
+    proxy: Proxy, verb: str
+) -> None:
+    prefix, declared = new_prefix(), Collection("jobs", key="job_id", fields=FIELDS)
+    async with store_at(proxy.url, prefix, [declared]) as old:
+        await old.create_entities("jobs", [job(1), job(2)])
+        async with store_at(proxy.url, prefix, AFTER) as new:
+            await new.apply_schema()
+            await _write_without_size(old, verb)
+            await new.apply_schema(complete=True)
+            found = await new.query_entities("jobs", {"size": None}, "size")
+            assert [each["job_id"] for each in found] == ["j001"]
+            [stored] = await old.get_entities("jobs", ["j001"])
+            assert stored is not None
+            assert stored["version"] == (0 if verb == "import" else 2)
+
+
+async def _write_without_size(store: DynamoDBStorageStrategy, verb: str) -> None:
+    entity = {**job(1), "size": None}
+    if verb == "save":
+        await store.save_entity("jobs", entity)
+    elif verb == "expect":
+        await store.save_entity("jobs", entity, expected_version=1)
+    elif verb == "update":
+        await store.update_entity("jobs", "j001", {"size": None})
+    elif verb == "batch":
+        await store.update_entities("jobs", {"j001": {"size": None}, "j002": {"owner": ""}})
+    elif verb == "condition":
+        await store.update_entity(
+            "jobs", "j001", {"size": None}, condition_expression="attribute_exists(owner)"
+        )
+    elif verb == "transaction":
+        async with store.begin_transaction() as transaction:
+            await transaction.update_entity("jobs", "j001", {"size": None})
+    elif verb == "import":
+        await store.import_entities("jobs", [entity])
+    else:
+        await store.modify_entity("jobs", "j001", lambda each: {**each, "size": None})

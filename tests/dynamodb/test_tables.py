@@ -336,6 +336,20 @@ async def test_auto_scaling(
     assert {each["TargetValue"] for each in tracked} == {70.0 if given is True else 60.0}
 
 
+async def test_auto_scaling_of_an_index_that_is_made_later(moto: str) -> None:
+    prefix = new_prefix()
+    for indexes in ([], ["owner", "host"]):
+        declared = [Collection("jobs", key="job_id", fields=["owner", "host"], indexes=indexes)]
+        async with store_at(moto, prefix, declared, auto_scaling=True, read_timeout=60) as store:
+            if indexes:
+                await store._dynamodb.apply_schema()
+            else:
+                await store.create_tables()
+            beside: Any = await store.compare_tables()
+            each = beside["jobs"]
+            assert each["existing"]["auto_scaling"] == each["declared"]["auto_scaling"]
+
+
 async def test_auto_scaling_that_is_refused(proxy: Proxy) -> None:
     """The test server has no such API."""
     async with store_at(proxy.url, auto_scaling=True) as store:

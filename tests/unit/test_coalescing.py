@@ -321,6 +321,7 @@ class Locks:
         self.waiting = 0
         self.most_waiting = 0
         self.written: list[Key] = []
+        self.batches: list[list[str]] = []  # those that waited
 
     async def run(self, items: Sequence[Key]) -> list[str | StorageError]:
         await asyncio.sleep(0)
@@ -330,7 +331,7 @@ class Locks:
         ]
 
     async def wait(self, items: Sequence[Key]) -> list[str | StorageError]:
-        assert len(set(items)) == 1
+        self.batches.append([each.id for each in items])
         self.waiting += 1
         self.most_waiting = max(self.most_waiting, self.waiting)
         try:
@@ -362,6 +363,23 @@ async def test_items_that_wait_for_a_lock_delay_no_others(lanes: int) -> None:
     assert await later == ["y", "a"]
     assert locks.most_waiting == 4
     await calls.drain()
+
+
+async def test_all_blocked_items_wait_at_once() -> None:
+    """Else the last of many would begin to wait when the wait of the first ones had timed out."""
+    names = [f"{each:03}" for each in range(99)]
+    locks = Locks(*names, "late", "later")
+    calls = locks.coalescer()
+    alone = [asyncio.create_task(calls.submit(keys(each), None)) for each in ("late", "later")]
+    while locks.waiting < 2:
+        await asyncio.sleep(0)
+    many = asyncio.create_task(calls.submit(keys(*names), None))
+    while locks.waiting < 4:
+        await asyncio.sleep(0)
+    assert locks.batches == [["late"], ["later"], names[:50], names[50:]]
+    locks.free.set()
+    assert await many == names
+    await asyncio.gather(*alone)
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
@@ -406,9 +424,11 @@ async def test_a_lock_timeout_of_the_call_that_waits_is_final() -> None:
 async def test_withdrawn_items_are_not_written_when_their_lock_is_free() -> None:
     locks = Locks(*"abcdef")
     calls = locks.coalescer()
-    tasks = [asyncio.create_task(calls.submit(keys(each), None)) for each in "abcdef"]
+    tasks = [asyncio.create_task(calls.submit(keys(each), None)) for each in "abcd"]
     while locks.waiting < 4:
         await asyncio.sleep(0)
+    tasks += [asyncio.create_task(calls.submit(keys(each), None)) for each in "ef"]
+    await asyncio.sleep(0.01)  # they are blocked, too
     for each in tasks:
         each.cancel()
     await asyncio.sleep(0.01)
@@ -433,9 +453,11 @@ def test_a_loop_that_closes_ends_the_items_that_wait_for_a_lock() -> None:
 
     async def begin() -> list[asyncio.Task[None]]:
         calls = locks.coalescer()
-        tasks = [asyncio.create_task(submit(calls, each)) for each in "abcdef"]
+        tasks = [asyncio.create_task(submit(calls, each)) for each in "abcd"]
         while locks.waiting < 4:
             await asyncio.sleep(0)
+        tasks += [asyncio.create_task(submit(calls, each)) for each in "ef"]
+        await asyncio.sleep(0.01)
         return tasks
 
     asyncio.run(begin())

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_async_store import open_store, ordered_index
+from hf_async_store import open_store, ordered_index, table_reading
 from hf_async_store.access_path import Conditions
 from hf_async_store.changes import Record
 from hf_async_store.ordered_index import (
@@ -332,7 +332,7 @@ async def _compare(random: Random) -> None:
             await table.unpin(table.pin())
         assert found == rows
         assert not table._moments
-        assert not any(each._views[0] for each in table.indexes._built.values())
+        assert not any(each._sharing.views for each in table.indexes._built.values())
 
 
 @pytest.mark.parametrize(
@@ -424,3 +424,37 @@ async def test_no_id_is_skipped_while_as_many_are_created_as_deleted() -> None:
     await table.indexes.ready(BY_ID)
     assert number > 5
     assert list(table.indexes.get(BY_ID).ids()) == sorted(table.entities)
+
+
+async def test_a_view_stays_complete_while_the_index_is_dropped() -> None:
+    table = Things(collection([Index("a")]))
+    table.entities.update({f"i{n}": {"id": f"i{n}", "a": n} for n in range(9_000)})
+    found = []
+    async with aclosing(
+        ThingsReader(table).select(build_query(table.collection, order_by="a"))
+    ) as rows:
+        async for row in rows:
+            found.append(row.entity["a"])
+            if len(found) == 1:
+                table.apply({f"i{n}": {"id": f"i{n}", "a": -n} for n in range(4_000)})
+                table.apply({f"i{n}": {"id": f"i{n}", "a": -n} for n in range(4_000, 8_000)})
+                await table.unpin(table.pin())  # another query ends
+                assert not table.indexes._built
+    assert found == list(range(9_000))
+    assert not table.indexes.garbage
+
+
+async def test_indexes_are_compared_while_they_are_dropped(monkeypatch: Any) -> None:
+    monkeypatch.setattr(table_reading, "_COUNTED_SPANS", 2)
+    table = Things(collection([Index("a"), Index("b")]))
+    table.entities.update({f"i{n}": {"id": f"i{n}", "a": n, "b": n} for n in range(9)})
+    query = build_query(
+        collection([]), filters=by_path({"a": in_(list(range(5))), "b": in_(list(range(4)))})
+    )
+    await table.indexes.ready(("a",), ("b",))
+    choice = asyncio.create_task(_choose(table.indexes, Conditions(query, "id")))
+    await asyncio.sleep(0)
+    assert not choice.done()
+    table.indexes.drop()
+    await table.reclaim()
+    assert (await choice).fields == ("b",)

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 # Source: DynamoDB service quotas, "Expression parameters": an expression of 4 KB, 300 operators, 2 MB
 # of values. The limits here are lower, because a filter larger than the rows it excludes saves nothing.
 _MAX_LENGTH: Final = 3_500
-_MAX_OPERATORS: Final = 100  # counted once, but in the expression twice
+_MAX_OPERATORS: Final = 280
+_MAX_COMPARISONS: Final = 100
 _MAX_VALUES: Final = 64_000
 _MAX_CHOICES: Final = 40
 _MAX_DEPTH: Final = 30
@@ -45,6 +46,7 @@ _FIELD: Final = "\0"
 """Stands for the path of a field in an expression, until it is replaced by its two places."""
 
 _PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
+_OPERATOR: Final = re.compile(r"AND|OR|NOT|attribute_[a-z_]+|contains|[<>]=?|=")
 _UNTRANSLATED: Final = ("contains_ignore_case", "begins_with_ignore_case")
 _NEGATIONS: Final = {"ne": "eq", "not_in": "in"}
 _RANGE_OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
@@ -124,6 +126,7 @@ class FilterTranslator:
         self._mapping = mapping
         self._names = names
         self._excluded = excluded
+        self._comparisons = 0
         self._operators = 0
         self._length = 0
         self._values_size = 0
@@ -139,16 +142,17 @@ class FilterTranslator:
 
     def _translate_within_limits(self, where: Filter) -> Translation | None:
         """Translate a part that must hold; None if it would exceed the limits of the expression."""
-        saved = self._operators, self._length, self._values_size
+        saved = self._comparisons, self._operators, self._length, self._values_size
         try:
             translated = self._translate(where)
             if translated is not None:
                 self._length += len(translated.expression) + len(" AND ")
+                self._operators += len(_OPERATOR.findall(translated.expression)) + 1
                 self._check_limits()
         except _LimitExceeded:
             translated = None
         if translated is None:
-            self._operators, self._length, self._values_size = saved
+            self._comparisons, self._operators, self._length, self._values_size = saved
         return translated
 
     def _translate(self, where: Filter) -> Translation | None:
@@ -158,7 +162,7 @@ class FilterTranslator:
             return _any_of([self._translate(each) for each in where.parts])
         if isinstance(where, Not):
             return _negated(self._translate(where.part))
-        self._operators += 1
+        self._comparisons += 1
         if where.value is not None:
             self._values_size += len(str(where.value))
         self._check_limits()
@@ -169,7 +173,8 @@ class FilterTranslator:
 
     def _check_limits(self) -> None:
         if (
-            self._operators > _MAX_OPERATORS
+            self._comparisons > _MAX_COMPARISONS
+            or self._operators > _MAX_OPERATORS
             or self._values_size > _MAX_VALUES
             or self._length > _MAX_LENGTH
         ):
@@ -213,7 +218,7 @@ class FilterTranslator:
         choices = cast("list[Value]", values)
         if not 0 < len(choices) <= _MAX_CHOICES:
             return None
-        self._operators += len(choices)
+        self._comparisons += len(choices)
         return _any_of([equal(each) for each in choices])
 
     def _plain_comparison(self, path: str, op: str, value: Value) -> Translation | None:
@@ -257,7 +262,7 @@ class FilterTranslator:
         if isinstance(value, int | float):
             encodings = _encodings_of_number(value)
             comparisons = [f"{path} = {self._names.value(each)}" for each in encodings]
-            self._operators += len(comparisons)
+            self._comparisons += len(comparisons)
             return Translation(f"({' OR '.join(comparisons)})", is_exact=True)
         return None
 
@@ -273,7 +278,7 @@ class FilterTranslator:
         number = {"N": repr(value) if is_float_key(value) else str(int(value))}
         substitute = self._names.value({"S": "SS"})
         comparison = f"{path} {_RANGE_OPERATORS[op]} {self._names.value(number)}"
-        self._operators += 2
+        self._comparisons += 2
         return Translation(
             f"({comparison} OR attribute_type({path}, {substitute}))", is_exact=False
         )

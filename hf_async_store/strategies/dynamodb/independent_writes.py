@@ -113,6 +113,11 @@ class Writes:
         ops = [self._op(each) for each in changes]
         for batch in _split_repeated_keys(ops):
             await self._run(batch)
+            refused = await self._repeatable(batch)
+            again = [self._op(each.change) for each in refused]
+            await self._run(again)
+            for before, after in zip(refused, again, strict=True):
+                before.outcome, before.receipt = after.outcome, after.receipt
             for each in batch:
                 self._update_cache(each)
         return [each.outcome for each in ops]
@@ -131,12 +136,12 @@ class Writes:
             ConcurrencyConflictError: the condition or the expected version does not hold.
             InvalidQueryError: DynamoDB rejected the condition.
         """
-        name = change.key.collection
-        await self._tables.ensure(name)
-        mapping, table = self._tables.mappings[name], self._tables.name(name)
-        names = Names()
-        op = ConditionalUpdate(change, mapping, table, condition_of(mapping, names), names)
+        await self._tables.ensure(change.key.collection)
+        op = self._conditional(change, condition_of)
         await self._run([op])
+        if await self._repeatable([op]):
+            op = self._conditional(change, condition_of)
+            await self._run([op])
         self._update_cache(op)
         if isinstance(op.outcome, StatementRefused):
             raise refused_query(op.outcome) from op.outcome
@@ -147,6 +152,25 @@ class Writes:
     def _op(self, change: Change) -> WriteOp:
         name = change.key.collection
         return WriteOp(change, self._tables.mappings[name], self._tables.name(name))
+
+    def _conditional(
+        self, change: Patch, condition_of: Callable[[ItemMapping, Names], str]
+    ) -> ConditionalUpdate:
+        name, names = change.key.collection, Names()
+        mapping = self._tables.mappings[name]
+        condition = condition_of(mapping, names)
+        return ConditionalUpdate(change, mapping, self._tables.name(name), condition, names)
+
+    async def _repeatable(self, ops: Sequence[WriteOp]) -> list[WriteOp]:
+        """The writes that were refused, but may not be for the present indexes of their tables."""
+        refused = [
+            each
+            for each in ops
+            if isinstance(each.outcome, StatementRefused) and not each.outcome.outcome_unknown
+        ]
+        mappings = {each.mapping for each in refused}
+        changed = {each for each in mappings if await self._tables.have_changed(each)}
+        return [each for each in refused if each.mapping in changed]
 
     def _update_cache(self, op: WriteOp) -> None:
         if op.receipt is None or isinstance(op.outcome, StorageError):

@@ -20,6 +20,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 from hf_async_store.query import MISSING, Missing
+from hf_async_store.sort_bytes import is_exact as is_exact_encoding
 from hf_async_store.sort_bytes import sort_bytes
 
 if TYPE_CHECKING:
@@ -147,14 +148,17 @@ def escaped(encoded: bytes) -> bytes:
     return encoded.replace(_END_OF_PART, _ESCAPED_ZERO)
 
 
-def beginning(key: bytes, parts: int) -> bytes:
-    """The first parts of a composite key."""
+def beginning(key: bytes, equal: int, ordered: int) -> bytes:
+    """The first parts of a composite key: `equal` ones, and then `ordered` ones, up to the first that
+    is not exact. The parts after it do not give the order of different values with the same bytes."""
     end = 0
-    for _ in range(parts):
-        end = key.index(_END_OF_PART, end)
+    for number in range(equal + ordered):
+        start, end = end, key.index(_END_OF_PART, end)
         while key[end : end + 2] == _ESCAPED_ZERO:
             end = key.index(_END_OF_PART, end + 2)
         end += 1
+        if number >= equal and not is_exact_encoding(key[start : end - 1]):
+            break
     return key[:end]
 
 

@@ -33,7 +33,7 @@ from hf_async_store.strategies.dynamodb.index_keys import (
     position,
     prefix_end,
 )
-from hf_async_store.values import Value
+from hf_async_store.values import MAX_KEY_BYTES, Value
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
@@ -98,7 +98,7 @@ class Access(msgspec.Struct, frozen=True):
         """The part of a sort key that has the order of the query."""
         if self.shape is None or not self.shape.is_composite:
             return key
-        return beginning(key, self.equal_parts + self.ordered_parts)
+        return beginning(key, self.equal_parts, self.ordered_parts)
 
     def span_of(self, span: Span, key: SortKey) -> Span:
         """The part of a span with the same order in the query as a sort key."""
@@ -119,7 +119,11 @@ def plan_access(query: Query, mapping: ItemMapping, active: AbstractSet[str]) ->
     ids = candidates.get((mapping.key,))
     if ids is not None:
         # Ids are non-empty strings; no other value can match.
-        strings = [each for each in ids if isinstance(each, str) and 0 < len(each.encode()) <= 1024]
+        strings = [
+            each
+            for each in ids
+            if isinstance(each, str) and 0 < len(each.encode()) <= MAX_KEY_BYTES
+        ]
         return Access(ids=tuple(strings))
     usable = [each for each in mapping.shapes if each.index.name in active]
     planned = [_IndexPlanner(query, mapping, each, candidates).access() for each in usable]
@@ -273,6 +277,10 @@ class _IndexPlanner:
 
     def _native_bounds(self, comparison: Comparison) -> list[Bounds]:
         op, value = comparison.op, comparison.value
+        if self._is_key and not _is_id_size(value):
+            return [
+                (None, None)
+            ]  # a bound cannot be that long, and a shorter one is not equivalent
         if op == "eq":
             return [(self._point(value), self._point(value))]
         if op == "in":
@@ -300,7 +308,7 @@ class _IndexPlanner:
         return self._shape.sort_fields == (self._mapping.key,)
 
     def _point(self, value: Value | Missing) -> SortKey:
-        if self._is_key and isinstance(value, str) and 0 < len(value.encode()) <= 1024:
+        if self._is_key and isinstance(value, str) and 0 < len(value.encode()) <= MAX_KEY_BYTES:
             return value
         found = position(self._kind, value)
         return Decimal(found) if self._kind == "N" else found
@@ -338,12 +346,18 @@ class _IndexPlanner:
         low: SortKey
         high: SortKey
         if self._shape.is_composite:
-            equal = (self._equal[(each,)] for each in self._shape.sort_fields[:equal_parts])
-            low = composite(equal) + composite(after)
+            equal = [self._equal[(each,)] for each in self._shape.sort_fields[:equal_parts]]
+            low = beginning(composite([*equal, *after]), equal_parts, len(after))
             high = low + AFTER_PREFIX
         else:
             low = high = self._point(after[0])
         return _intersected(keys, [(None, high) if descending else (low, None)])
+
+
+def _is_id_size(operand: Value) -> bool:
+    """Whether no string of an operand is longer than an id."""
+    values = operand if isinstance(operand, list) else [operand]
+    return all(len(each.encode()) <= MAX_KEY_BYTES for each in values if isinstance(each, str))
 
 
 def _has_exact_ranges(comparison: Comparison) -> bool:

@@ -146,6 +146,7 @@ class SchemaApplication:
                 await tables.add_index(collection, index, seen)
             elif index.name not in active_indexes(table):
                 await tables.wait_until_active(collection, seen)
+        await tables.scale(collection)
 
     async def _rewrite(self, collection: str, progress: SchemaProgress, *, complete: bool) -> None:
         """Rewrite the entities of other declarations, and remember which indexes are complete."""

@@ -13,6 +13,7 @@ from hf_async_store.config import AutoScaling
 from hf_async_store.errors import (
     ConfigurationError,
     SchemaMismatchError,
+    StorageError,
     UnavailableError,
 )
 from hf_async_store.schema import SYSTEM_COLLECTIONS, Index, Schema
@@ -563,6 +564,17 @@ class Tables:
             **self._throughput(),
         }
 
+    async def have_changed(self, mapping: ItemMapping) -> bool:
+        """Whether the table has got an index that this mapping does not maintain.
+
+        Asked after the table refused an item: its indexes decide which values a key can contain.
+        """
+        collection = mapping.collection.name
+        if self.mappings[collection] is mapping:
+            with suppress(StorageError):  # the refusal is what counts
+                await self.refresh(collection)
+        return self.mappings[collection] is not mapping
+
     async def refresh(self, collection: str) -> None:
         """Look at the table again, for indexes that were made or completed since."""
         self._ready.pop(collection, None)
@@ -607,6 +619,10 @@ class Tables:
                     "PointInTimeRecoverySpecification": {"PointInTimeRecoveryEnabled": True},
                 },
             )
+        await self.scale(collection)
+
+    async def scale(self, collection: str) -> None:
+        """Enable auto scaling of the table and its indexes, if it is configured."""
         scaling = self.scaling
         if scaling is not None:
             async with self._scaling_client() as client:

@@ -293,12 +293,22 @@ class DynamoDBSession(Session):
                 raise self._conflict(key, now)
 
     async def _commit(self, written: Mapping[Key, Entity | None]) -> None:
-        token = new_token()
         keys = list(dict.fromkeys([*written, *self._items_read]))
         self._check_action_count(len(keys))
         for collection in {each.collection for each in keys}:
             # Also for keys that were only read: a condition on a missing item requires the table.
             await self._tables.ensure(collection)
+        mappings = [self._tables.mappings[name] for name in {each.collection for each in written}]
+        try:
+            await self._write(keys, written)
+        except StatementRefused as exc:
+            changed_tables = [each for each in mappings if await self._tables.have_changed(each)]
+            if exc.outcome_unknown or not changed_tables:
+                raise
+            await self._write(keys, written)
+
+    async def _write(self, keys: Sequence[Key], written: Mapping[Key, Entity | None]) -> None:
+        token = new_token()
         actions = [self._action(each, written, token) for each in keys]
         if len(_ENCODE(actions)) > MAX_BYTES:
             raise TransactionTooLargeError(
