@@ -22,7 +22,7 @@ from hf_async_store.query import (
     order_key,
 )
 from hf_async_store.schema import Collection
-from hf_async_store.values import Value
+from hf_async_store.values import Value, canonical
 
 _RUN_SIZE: Final = 1_000
 """The number of values sorted between two iterations of the event loop."""
@@ -61,8 +61,7 @@ class Counts:
         for value in values:
             key = order_key(value)
             shown, count = self._groups.get(key, (value, 0))
-            # 1 and 1.0 are one group; it does not depend on the order of the rows which of them is shown.
-            self._groups[key] = (value if type(value) is int else shown, count + 1)
+            self._groups[key] = (_shown(shown, value), count + 1)
 
     async def sorted(self) -> list[tuple[Value | Missing, int]]:
         """Each value with its count, in the order of `query.order_key`.
@@ -72,6 +71,13 @@ class Counts:
         runs = [sorted(keys) async for keys in Chunks(list(self._groups), _RUN_SIZE)]
         merged = Chunks(heapq.merge(*runs), _RUN_SIZE)
         return [self._groups[key] async for keys in merged for key in keys]
+
+
+def _shown(first: Value | Missing, second: Value | Missing) -> Value | Missing:
+    """Which of two equal values, such as 1 and 1.0, is shown: the same one in both orders of the rows."""
+    if isinstance(first, list | dict) and isinstance(second, list | dict):
+        return min(first, second, key=canonical)
+    return second if type(second) is int else first
 
 
 class Sum:

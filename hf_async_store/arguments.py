@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -51,6 +52,8 @@ def check_seconds(seconds: object, what: str) -> None:
     """Raise `InvalidInputError` for an argument that is not a number of seconds."""
     if type(seconds) not in (int, float) or seconds != seconds:  # NaN would never expire
         raise InvalidInputError(f"{what} must be a number of seconds, not {type(seconds).__name__}")
+    if isinstance(seconds, int) and abs(seconds) > sys.float_info.max:
+        raise InvalidInputError(f"{what} must be a number of seconds in the range of floats")
 
 
 def check_declared(

@@ -9,6 +9,7 @@ a timer or anything to tune.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ Result = TypeVar("Result")
 _NO_RESULT: Final = StorageError("there is no result yet")
 
 _MAX_WAITING: Final = 4
-"""How many keys may wait for their locks at once, each in a call of `wait`."""
+"""How many calls of `wait` may run at once."""
 
 
 class _Waiter(Struct, Generic[Item, Result], eq=False):
@@ -86,7 +87,7 @@ class Coalescer(Generic[Item, Result]):
         size: the maximum number of items in a batch.
         key: returns the key of an item; items with the same key are kept in order. None: the order
             does not matter.
-        wait: as `run`, for items of one key, for whose lock it waits. Requires `key`.
+        wait: as `run`, for items that were blocked, for whose locks it waits. Requires `key`.
 
     Attributes:
         let_callers_run: what a lane awaits between two batches; by default, one iteration of the event
@@ -146,6 +147,7 @@ class Coalescer(Generic[Item, Result]):
         try:
             await waiter.done
         except asyncio.CancelledError:
+            self._withdraw_blocked(waiter)
             if self._writes:
                 await waiter.wait_for_batches()
             raise
@@ -279,18 +281,34 @@ class Coalescer(Generic[Item, Result]):
     # -- items that wait for a lock ----------------------------------------------------------
 
     def _start_waiting(self) -> None:
-        while self._blocked and len(self._waiting) < _MAX_WAITING:
-            batch = self._next_blocked()
+        while self._blocked and (free := _MAX_WAITING - len(self._waiting)) > 0:
+            batch = self._next_blocked(free)
             task = asyncio.get_running_loop().create_task(self._run_waiting(batch))
             self._waiting.add(task)
             task.add_done_callback(partial(self._end_waiting, batch))
 
-    def _next_blocked(self) -> _Batch[Item, Result]:
-        """Remove the blocked items of one key, in order."""
-        [first, *_] = keys = self._keys(self._blocked)
+    def _next_blocked(self, tasks: int) -> _Batch[Item, Result]:
+        """Remove the blocked items of some keys, in order: those of the next one of some tasks, which
+        share all keys evenly."""
+        keys = self._keys(self._blocked)
+        distinct = list(dict.fromkeys(keys))
+        wanted = set(distinct[: math.ceil(len(distinct) / tasks)])
         pairs = list(zip(keys, self._blocked, strict=True))
-        self._blocked = [entry for key, entry in pairs if key != first]
-        return [entry for key, entry in pairs if key == first]
+        self._blocked = [entry for key, entry in pairs if key not in wanted]
+        return [entry for key, entry in pairs if key in wanted]
+
+    def _withdraw_blocked(self, waiter: _Waiter[Item, Result]) -> None:
+        """Remove the items of a call that a call of `wait` has not taken yet."""
+        withdrawn = [entry for entry in self._blocked if entry[0] is waiter]
+        if not withdrawn:
+            return
+        self._blocked = [entry for entry in self._blocked if entry[0] is not waiter]
+        for _ in withdrawn:
+            waiter.release()
+        self._busy.difference_update(self._keys(withdrawn))
+        self._busy.update(self._keys(self._blocked))
+        if self._queue:
+            self._schedule_start()
 
     async def _run_waiting(self, batch: _Batch[Item, Result]) -> None:
         task = asyncio.current_task()
@@ -304,13 +322,15 @@ class Coalescer(Generic[Item, Result]):
             if wanted:
                 await self._run_batch(wanted, self._wait)
         finally:
+            # Not in the done callback: in the meantime, another batch may begin with the same key.
+            self._busy.difference_update(self._keys(batch))
             self._waiting.discard(task)
 
     def _end_waiting(self, batch: _Batch[Item, Result], task: asyncio.Task[None]) -> None:
         if task in self._waiting:  # it was cancelled before it began
             self._waiting.discard(task)
+            self._busy.difference_update(self._keys(batch))
             _fail(batch, asyncio.CancelledError())
-        self._busy.difference_update(self._keys(batch))
         self._start_waiting()
         if self._queue:
             self._schedule_start()

@@ -235,9 +235,9 @@ class TransactionTicket(Ticket, eq=False):
                 self._choose(conflict)
             raise
 
-    async def enter(self, keys: Sequence[Key], *, writes: bool) -> None:
-        """Before the transaction reads or writes `keys`: if nothing was done yet, wait in their queue."""
-        if self.key is None and self.queues and self.written is None and self.read is None:
+    async def enter(self, keys: Sequence[Key], *, writes: bool, may_wait: bool) -> None:
+        """Before the transaction reads or writes `keys`: if it `may_wait`, wait in their queue."""
+        if may_wait and self.key is None and self.queues:
             self.key = next((each for each in keys if each in self.queues), None)
             if self.key is not None:
                 await self.acquire(self.seconds)

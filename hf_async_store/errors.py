@@ -185,6 +185,8 @@ class BatchError(StorageError):
 class PartialChangeError(StorageError):
     """`update_where` or `delete_where` stopped because a change failed; the cause is chained.
 
+    A second call also changes again those that were changed and still match.
+
     Attributes:
         done: how many entities were changed before; they stay changed.
         cause: the failure.

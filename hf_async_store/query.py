@@ -329,6 +329,7 @@ class Query(msgspec.Struct, frozen=True):
 
     def with_limit(self, limit: int | None) -> Query:
         """The same query with another limit. Cursors of the two are interchangeable."""
+        limit = None if limit is None else min(limit, _MAX_LIMIT)
         return msgspec.structs.replace(self, limit=limit)
 
 

@@ -430,7 +430,10 @@ class RepositoryInterface(ABC):
         if patches:
             try:
                 await self._retried(patches[0].key, updates.attempt, RETRY_SECONDS)
-            except RetriesExhaustedError as exc:
+            except StorageError as exc:
+                if not updates.results and not isinstance(exc, RetriesExhaustedError):
+                    raise
+                # An earlier attempt has written some of them, which this error alone would conceal.
                 updates.results.update({number: exc.copy() for number in updates.pending})
         return [updates.results[number] for number in range(len(patches))]
 
@@ -608,12 +611,12 @@ class RepositoryInterface(ABC):
             expect: Precondition = ABSENT if stored is None else version_of(stored)
             put = self._put(declared, new, expect, utc_now())
             try:
-                await self._write_one(put, None)
+                version = await self._write_one(put, None)
             except AlreadyExistsError as exc:
                 raise ConcurrencyConflictError(str(exc), retryable=True) from exc
             written = changed(put, stored)
             assert written is not None, "only a delete writes nothing"
-            return written
+            return {**written, VERSION: version}
 
         written = await self._retried(key, attempt, retry_seconds)
         return copy_entity(written) if returning else version_of(written)

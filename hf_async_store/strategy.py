@@ -489,11 +489,13 @@ class StorageStrategy(RepositoryInterface):
         engine = self._usable()
         report: dict[str, Value] = {"engine": self.capabilities.engine}
         problems: list[Value] = []
+        # Before the first write, by which an engine may record the declarations.
+        contradictions = await self._contradictions(engine)
         try:
             report["latency_ms"] = round(await self.test_connection() * 1000, 3)
         except StorageError as exc:
             problems.append(str(exc))
-        problems += [each for each in await self._contradictions(engine) if each not in problems]
+        problems += [each for each in contradictions if each not in problems]
         try:
             details = dict(await engine.health())
         except StorageError as exc:

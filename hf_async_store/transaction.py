@@ -187,7 +187,12 @@ class Transaction(RepositoryInterface):
     async def _begin(self) -> Session:
         """The session, which the first call begins: until then, it holds no lock of the engine."""
         if self._session is None:
-            self._session = await self._context.__aenter__()
+            try:
+                self._session = await self._context.__aenter__()
+            except BaseException as exc:
+                # Also if a nested transaction begins it: it cannot be begun again.
+                self._failure = exc
+                raise
         return self._session
 
     async def __aexit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
@@ -280,12 +285,18 @@ class Transaction(RepositoryInterface):
     # -- primitives --------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _step(self, timeout: float | None = None) -> AsyncGenerator[Session, None]:
-        """One call of the session; any error in it aborts the transaction."""
+    async def _step(
+        self, timeout: float | None = None, keys: Sequence[Key] = (), *, writes: bool = False
+    ) -> AsyncGenerator[Session, None]:
+        """One call of the session, which reads or writes `keys`; any error in it aborts the transaction."""
         self._check_usable()
         async with operation_timeout(timeout), self._call_lock:
             self._check_usable()
             try:
+                if self._ticket is not None:
+                    # Locks of a session that has begun would keep those before it in the queue waiting.
+                    may_wait = self._session is None and not self._read_only
+                    await self._ticket.enter(keys, writes=writes, may_wait=may_wait)
                 yield await self._begin()
             except BaseException as exc:
                 self._failure = exc
@@ -322,9 +333,7 @@ class Transaction(RepositoryInterface):
         await changes.run_in_transaction()
 
     async def _fetch(self, keys: Sequence[Key], timeout: float | None) -> list[Record | None]:
-        if self._ticket is not None:
-            await self._ticket.enter(keys, writes=False)
-        async with self._step(timeout) as session:
+        async with self._step(timeout, keys) as session:
             records = await session.fetch(keys)
         for key, record in zip(keys, records, strict=True):
             self._known_versions[key] = None if record is None else record.version
@@ -333,9 +342,8 @@ class Transaction(RepositoryInterface):
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         if self._read_only:
             raise InvalidInputError("this transaction is read-only, so it cannot write")
-        if self._ticket is not None:
-            await self._ticket.enter([each.key for each in changes], writes=True)
-        async with self._step(timeout) as session:
+        keys = [each.key for each in changes]
+        async with self._step(timeout, keys, writes=True) as session:
             self._has_written = True
             outcomes = await session.write(changes)
             if outcomes and isinstance(outcomes[-1], StorageError):

@@ -287,8 +287,8 @@ def delete_where(arguments: Namespace) -> int:
     order = order_of(arguments.order, collection)
 
     async def work(store: StorageStrategy) -> int:
-        number = await store.delete_where(
-            collection.name, filters, order_by=order, limit=arguments.limit
+        number = await context.with_timeout(
+            store.delete_where(collection.name, filters, order_by=order, limit=arguments.limit)
         )
         output.result(arguments, {"deleted": number}, f"{number:,} {collection.name} deleted")
         return 0

@@ -196,12 +196,14 @@ class MemoryEngine(Engine):
     @asynccontextmanager
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
         async with self._lock.writing(_LOCK_TIMEOUT):
+            self._refuse_closed()
             overlay = self._overlay()
             yield _MemorySession(self._stored, overlay)
             self._commit(overlay)
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
+        self._refuse_closed()
         snapshot = _Snapshot(self._stored.tables)
         try:
             yield snapshot
@@ -215,13 +217,16 @@ class MemoryEngine(Engine):
         return Overlay(self._schema, self._stored, references=self._references)
 
     def _commit(self, overlay: Overlay) -> None:
-        if self._closed:
-            raise StoreClosedError("this store was closed")
+        self._refuse_closed()
         images: dict[str, dict[str, Entity | None]] = {}
         for key, entity in overlay.changes.items():
             images.setdefault(key.collection, {})[key.id] = entity
         for name, each in images.items():
             self._stored.table(name).apply(each)
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise StoreClosedError("this store was closed")
 
     async def health(self) -> Mapping[str, Value]:
         return {"entities": sum(each.collection in self._schema for each in self._stored)}

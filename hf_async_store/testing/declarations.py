@@ -449,7 +449,9 @@ class DeclarationContract:
                 ]
             )
         async with kept.store(one) as store:
-            assert await store.schema_changes() == []
+            # An engine may list what the index of another program lacks.
+            changes = await store.schema_changes()
+            assert not {each.kind for each in changes} & {"collection", "field", "index", "key"}
 
     async def test_129_contradictions_are_reported_and_no_error_at_open(
         self, kept: Harness

@@ -869,8 +869,10 @@ class QueryContract:
                 **{f"i{n:02}": _numbered(n, shift=1) for n in range(30, 50)},
             }
             del rows["i07"], rows["i39"]
+            by_default = [None] if store.capabilities.default_order == "id" else []
+            orders = [*by_default, "-item_id", "-count", ["count", "due_at"], "label"]
             for filters in (None, {"label": "l1"}, {"count": in_([1, 2])}, {"count": gte(2)}):
-                for order_by in (None, "-item_id", "-count", ["count", "due_at"], "label"):
+                for order_by in orders:
                     query = build_query(ITEMS, filters=filters, order_by=order_by)
                     expected = sorted(
                         (each for each, row in rows.items() if matches(query.where, row)),
@@ -911,6 +913,9 @@ class QueryContract:
             assert len(await ids_of(store, filters, "-extra", 3)) == 3
             page = await store.query_page("items", filters, "item_id", 4)
             assert ids_in([page]) == few[:4]
+            page = await store.query_page("items", filters, "item_id", 2**63)
+            assert ids_in([page]) == few
+            assert await store.query_entities("items", filters, "item_id", 3, offset=2**63) == []
 
     async def test_61_zero_none_and_invalid_limits(self, store: StorageStrategy) -> None:
         await store.save_entities("items", [{"item_id": each} for each in "abc"])
@@ -1114,7 +1119,10 @@ class QueryContract:
         for collection, filters, index in INDEXED:
             plan = await store.explain_query(collection, cast("Filters", filters))
             if store.capabilities.indexes:
-                assert (plan.access, plan.index) == ("index", index), plan
+                # Without entities, an engine may prefer an index on the second condition alone.
+                fitting = {index, "created_at-index"} if "created_at" in filters else {index}
+                assert plan.access == "index", plan
+                assert plan.index in fitting, plan
             else:
                 assert (plan.access, plan.index) == ("scan", None), plan
             if store.capabilities.query_isolation == "snapshot":

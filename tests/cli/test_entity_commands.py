@@ -304,7 +304,7 @@ def test_fields(filled: Cli) -> None:
 def test_operators_that_ignore_case(filled: Cli) -> None:
     assert ids(filled, "machines", "name:contains_ignore_case=ONE") == ["m-1"]
     assert ids(filled, "machines", "name:begins_with_ignore_case=Ne") == []
-    assert filled("count", "requests", "zone:contains_ignore_case=7").out == "0\n"
+    assert filled("count", "requests", '["zone"]:contains_ignore_case=7').out == "0\n"
 
 
 def test_explain(filled: Cli) -> None:

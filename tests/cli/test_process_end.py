@@ -260,6 +260,7 @@ def test_interrupted_while_it_reads() -> None:
         (["put", "machines", '{"machine_id": "m-9"}'], True),
         (["update", "machines", "m-1", "status=X"], True),
         (["delete", "machines", "m-1"], True),
+        (["delete-where", "machines", "machine_id=m-1"], True),
         (["restore", "data/db.json"], True),
         (["checkpoint"], False),
         (["backup", "--copy", "b.json"], False),

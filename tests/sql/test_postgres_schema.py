@@ -26,6 +26,7 @@ from hf_async_store import (
     UnavailableError,
     gt,
     open_store,
+    path,
 )
 from hf_async_store.query import MISSING
 from hf_async_store.sort_bytes import sort_bytes
@@ -279,7 +280,9 @@ async def test_an_apply_that_is_killed_is_completed_by_the_next_one(
     ):
         for each in (old, new):
             await each.update_entity("jobs", "j00002", {"size": 5})
-            found = await each.query_entities("jobs", {"owner": "o1"}, order_by="size", limit=2)
+            found = await each.query_entities(
+                "jobs", {"owner": "o1"}, order_by=path("size"), limit=2
+            )
             assert [entity["job_id"] for entity in found] == ["j00001", "j00004"]
         await new.engine.apply_schema()
     await assert_complete(database)
@@ -558,3 +561,58 @@ async def test_a_reference_and_a_transaction_that_is_not_committed(
         kept = (first == "child") is committed
         assert (await one.get_entity("children", "c") is not None) is kept
         assert (await one.get_entity("parents", "p") is not None) is kept
+
+
+async def test_a_view_that_gets_more_columns_keeps_what_depends_on_it(database: str) -> None:
+    """A view of another program, and privileges."""
+    await filled(database, 3)
+    execute(
+        database, "CREATE VIEW report AS SELECT owner FROM jobs; GRANT SELECT ON jobs TO PUBLIC"
+    )
+    async with open_store(database, collections=NEW) as store:
+        await store.save_entity("jobs", job(3))
+    assert ask(database, "SELECT count(*) FROM report") == ["4"]
+    assert ask(database, "SELECT sum(size) FROM jobs") == ["6"]
+    granted = "SELECT relacl::text LIKE '%,=r/%' FROM pg_class WHERE relname = 'jobs'"
+    assert ask(database, granted) == ["True"]
+    execute(database, "DROP VIEW report")
+    other = [Collection("jobs", key="job_id", fields=["owner", Field("size", "text")])]
+    async with open_store(database, collections=other) as store:  # a column gets another type
+        await store.save_entity("jobs", job(4, size="large"))
+    assert ask(database, "SELECT max(size) FROM jobs") == ["large"]
+
+
+@pytest.mark.parametrize("verb", ["get", "delete"])
+async def test_a_reference_that_is_declared_during_a_transaction_holds(
+    database: str, verb: str
+) -> None:
+    """The transaction of a program that does not know it began before."""
+
+    def declared(references: str | None) -> list[Collection]:
+        owner = Field("owner", references=references)
+        return [
+            Collection("owners", key="owner_id"),
+            Collection("jobs", key="job_id", fields=[owner]),
+        ]
+
+    async with open_store(database, collections=declared(None)) as store:
+        await store.save_entities("owners", [{"owner_id": each} for each in "ab"])
+
+        async def declare() -> None:
+            async with open_store(database, collections=declared("owners")) as other:
+                await other.save_entity("jobs", {"job_id": "j", "owner": "a"})
+
+        async def delete() -> None:
+            async with store.begin_transaction() as tx:
+                if verb == "delete":
+                    await tx.delete_entity("owners", "a")
+                else:
+                    await tx.get_entity("owners", "b")
+                await asyncio.create_task(declare())
+                await tx.delete_entity("owners", "a")
+
+        with pytest.raises((ConcurrencyConflictError, ReferenceViolationError)):
+            await delete()
+        assert await store.get_entity("owners", "a") is not None
+        with pytest.raises(ReferenceViolationError):
+            await store.delete_entity("owners", "a")

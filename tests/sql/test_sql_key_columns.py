@@ -106,11 +106,11 @@ async def test_many_values_are_one_argument_and_use_the_index(tmp_path: Path) ->
     async with open_store(f"sqlite:{tmp_path}/store.db", collections=[JOBS]) as store:
         await store.save_entities("jobs", [job(n) for n in range(100)])
         wanted = [*(f"o{n}" for n in range(2, 20_000)), 7, None, True, 1.5]
-        query = build_query(JOBS, filters={"owner": in_(wanted)})
+        query = build_query(JOBS, filters={path("owner"): in_(wanted)})
         compiled = compile_query(store._sql._state.tables["jobs"], query)  # type: ignore[attr-defined]
         assert len(compiled.args) == 1
         assert (await store.engine.explain(query)).index == "owner-due_at-index"
-        assert await store.count_entities("jobs", {"owner": in_(wanted)}) == 50
+        assert await store.count_entities("jobs", {path("owner"): in_(wanted)}) == 50
 
 
 # -- groups of inexact values ---------------------------------------------------------------
@@ -262,7 +262,7 @@ async def test_a_transaction_begins_with_the_columns_of_another_program(tmp_path
             await new.save_entity("jobs", job(2))
             async with old.begin_transaction() as tx:
                 await tx.update_entity("jobs", "j0001", {"size": 50})
-                found = await tx.query_entities("jobs", {"size": 50})
+                found = await tx.query_entities("jobs", {path("size"): 50})
                 assert [each["job_id"] for each in found] == ["j0001"]
             assert await new.count_entities("jobs", {"size": gt(49)}) == 1
 

@@ -265,6 +265,25 @@ async def test_an_entity_that_is_being_created_elsewhere(database: str) -> None:
         assert await writes[-1] == 2
 
 
+@pytest.mark.parametrize("created", [True, False])
+async def test_many_blocked_changes_wait_together(database: str, created: bool) -> None:
+    """Not one after the other: it would take minutes until the last one was found to be blocked."""
+    entities = [template(f"x{each:03}", n=1) for each in range(150)]
+    async with open_store(database) as other, open_store(f"{database}?timeout=1") as store:
+        await store.save_entities("templates", [template("a"), *([] if created else entities)])
+        async with other.begin_transaction() as tx:
+            await tx.save_entities("templates", entities)
+            async with asyncio.timeout(15):
+                with pytest.raises(BatchError) as caught:
+                    await store.save_entities("templates", [*entities, template("a")])
+                outcomes = await store.engine.write_each(
+                    [Put(Key("templates", str(each["template_id"])), each, "") for each in entities]
+                )
+        assert caught.value.outcomes[-1] == 2
+        for each in (*caught.value.outcomes[:-1], *outcomes):
+            assert isinstance(each, LockTimeoutError), each
+
+
 async def test_a_single_change_of_a_locked_row_waits_until_its_timeout(
     database: str,
 ) -> None:

@@ -16,6 +16,7 @@ from hf_async_store import (
     ReferenceViolationError,
     SchemaMismatchError,
     open_store,
+    path,
 )
 from tests.contract.harnesses import execute
 
@@ -56,7 +57,7 @@ async def test_later_declared_fields_and_indexes_are_added(url: str) -> None:
             else "SELECT indexname AS name FROM pg_indexes"
         )
         found = {each["name"] for each in await store.execute_with_lock(catalogue)}  # type: ignore[attr-defined]
-        wanted = {"jobs_owner-created_at-index", "jobs_size-index", "jobs_left-index"}
+        wanted = {"jobs-owner-created_at-index", "jobs-size-index", "jobs-left-index"}
         assert wanted <= found or url.startswith("postgresql")  # there `apply_schema` creates them
         await store.engine.apply_schema()
         assert await store.engine.schema_changes() == []
@@ -64,6 +65,17 @@ async def test_later_declared_fields_and_indexes_are_added(url: str) -> None:
         assert wanted <= found
     async with open_store(url, collections=[AFTER]) as store:
         assert await store.count_entities("jobs") == 2
+
+
+async def test_names_of_indexes_of_two_collections_differ(url: str) -> None:
+    collections = [
+        Collection("jobs", key="job_id", fields=["old_owner"], indexes=["old_owner"]),
+        Collection("jobs_old", key="job_id", fields=["owner"], indexes=["owner"]),
+    ]
+    async with open_store(url, collections=collections) as store:
+        await store.save_entity("jobs", {"job_id": "a", "old_owner": "ann"})
+        await store.save_entity("jobs_old", {"job_id": "b", "owner": "bob"})
+        assert await store.engine.schema_changes() == []
 
 
 @pytest.mark.parametrize(
@@ -125,7 +137,7 @@ async def test_a_field_of_another_type_is_found_by_its_stored_values(
     async with open_store(url, collections=[after]) as store:
         await store.save_entity("jobs", {"job_id": "new", "size": values[types[1]]})
         for name, type_ in (("old", types[0]), ("new", types[1])):
-            found = await store.query_entities("jobs", {"size": values[type_]})
+            found = await store.query_entities("jobs", {path("size"): values[type_]})
             assert [(each["job_id"], each["size"]) for each in found] == [(name, values[type_])]
         ordered = await store.query_entities("jobs", order_by="size", limit=5)
         ranks = {int: 0, str: 1, list: 2}

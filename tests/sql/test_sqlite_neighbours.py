@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hf_async_store import BatchError, StorageError, open_store
+from hf_async_store import BatchError, StorageError, UnavailableError, open_store
 from hf_async_store.changes import Put
+from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
+from hf_async_store.strategies.sql.engine import SQLEngine
 from hf_async_store.values import Key
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from hf_async_store.changes import Change, Outcome
 
 AT = "2026-01-01T00:00:00.000000Z"
 REFUSING = [
@@ -124,6 +129,32 @@ async def test_135_a_transaction_with_a_refused_change_writes_nothing(
             await _goes_on_after_a_refusal(store)
         assert await store.query_entities("templates") == []
         assert [each["machine_id"] for each in await store.query_entities("machines")] == ["m"]
+
+
+async def test_changes_that_are_sent_again_do_not_fail_those_before_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_store(f"sqlite:{tmp_path}/store.db") as store:
+        calls: list[Sequence[Change]] = []
+
+        async def write(
+            engine: SQLEngine, changes: Sequence[Change], *, patient: bool
+        ) -> list[Outcome]:
+            del engine, patient
+            calls.append(changes)
+            if len(calls) == 1:  # another program changed the catalogue meanwhile
+                return [1, CatalogueChangedError(), 1]
+            raise UnavailableError("the connection was lost")
+
+        monkeypatch.setattr(SQLEngine, "_write_each", write)
+        changes = [Put(Key("templates", each), {"template_id": each}, "") for each in "abc"]
+        found = await store.engine.write_each(changes)
+        assert calls == [changes, changes[1:2]]
+        assert [each if isinstance(each, int) else type(each) for each in found] == [
+            1,
+            UnavailableError,
+            1,
+        ]
 
 
 async def test_135_readers_do_not_wait_for_a_blocked_writer(tmp_path: Path) -> None:

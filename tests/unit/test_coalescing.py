@@ -286,7 +286,7 @@ async def test_a_timeout_of_reads_has_no_unknown_outcome() -> None:
     await calls.drain()
 
 
-@pytest.mark.parametrize("timeout", ["1", True, float("nan"), [1]])
+@pytest.mark.parametrize("timeout", ["1", True, float("nan"), [1], 10**400])
 async def test_an_invalid_timeout_is_refused(timeout: Any) -> None:
     gate = Gate()
     calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=True)
@@ -321,6 +321,7 @@ class Locks:
         self.waiting = 0
         self.most_waiting = 0
         self.written: list[Key] = []
+        self.batches: list[list[str]] = []  # those that waited
 
     async def run(self, items: Sequence[Key]) -> list[str | StorageError]:
         await asyncio.sleep(0)
@@ -330,7 +331,7 @@ class Locks:
         ]
 
     async def wait(self, items: Sequence[Key]) -> list[str | StorageError]:
-        assert len(set(items)) == 1
+        self.batches.append([each.id for each in items])
         self.waiting += 1
         self.most_waiting = max(self.most_waiting, self.waiting)
         try:
@@ -362,6 +363,23 @@ async def test_items_that_wait_for_a_lock_delay_no_others(lanes: int) -> None:
     assert await later == ["y", "a"]
     assert locks.most_waiting == 4
     await calls.drain()
+
+
+async def test_all_blocked_items_wait_at_once() -> None:
+    """Else the last of many would begin to wait when the wait of the first ones had timed out."""
+    names = [f"{each:03}" for each in range(99)]
+    locks = Locks(*names, "late", "later")
+    calls = locks.coalescer()
+    alone = [asyncio.create_task(calls.submit(keys(each), None)) for each in ("late", "later")]
+    while locks.waiting < 2:
+        await asyncio.sleep(0)
+    many = asyncio.create_task(calls.submit(keys(*names), None))
+    while locks.waiting < 4:
+        await asyncio.sleep(0)
+    assert locks.batches == [["late"], ["later"], names[:50], names[50:]]
+    locks.free.set()
+    assert await many == names
+    await asyncio.gather(*alone)
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
@@ -406,13 +424,16 @@ async def test_a_lock_timeout_of_the_call_that_waits_is_final() -> None:
 async def test_withdrawn_items_are_not_written_when_their_lock_is_free() -> None:
     locks = Locks(*"abcdef")
     calls = locks.coalescer()
-    tasks = [asyncio.create_task(calls.submit(keys(each), None)) for each in "abcdef"]
+    tasks = [asyncio.create_task(calls.submit(keys(each), None)) for each in "abcd"]
     while locks.waiting < 4:
         await asyncio.sleep(0)
+    tasks += [asyncio.create_task(calls.submit(keys(each), None)) for each in "ef"]
+    await asyncio.sleep(0.01)  # they are blocked, too
     for each in tasks:
         each.cancel()
     await asyncio.sleep(0.01)
     assert not any(each.done() for each in tasks[:4])  # they wait for their writes
+    assert all(each.done() for each in tasks[4:])
     locks.free.set()
     await asyncio.gather(*tasks, return_exceptions=True)
     await calls.drain()
@@ -432,11 +453,52 @@ def test_a_loop_that_closes_ends_the_items_that_wait_for_a_lock() -> None:
 
     async def begin() -> list[asyncio.Task[None]]:
         calls = locks.coalescer()
-        tasks = [asyncio.create_task(submit(calls, each)) for each in "abcdef"]
+        tasks = [asyncio.create_task(submit(calls, each)) for each in "abcd"]
         while locks.waiting < 4:
             await asyncio.sleep(0)
+        tasks += [asyncio.create_task(submit(calls, each)) for each in "ef"]
+        await asyncio.sleep(0.01)
         return tasks
 
     asyncio.run(begin())
     assert sorted(ended) == list("abcdef")
     assert not locks.written
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_items_that_were_locked_and_cancellations_at_any_moment(seed: int) -> None:
+    chance = random.Random(seed)
+    running: set[Key] = set()
+
+    async def run(items: Sequence[Key], *, locks: bool) -> list[str | StorageError]:
+        assert not running & set(items), "two batches with the same key run at the same time"
+        running.update(items)
+        for _ in range(chance.randrange(4)):
+            await asyncio.sleep(0)
+        running.difference_update(items)
+        locked = {each for each in items if locks and chance.random() < 0.5}
+        return [LockTimeoutError("locked") if each in locked else each.id for each in items]
+
+    calls: Coalescer[Key, str | StorageError] = Coalescer(
+        lambda items: run(items, locks=True),
+        wait=lambda items: run(items, locks=False),
+        key=identity,
+        lanes=3,
+        size=2,
+        writes=True,
+    )
+
+    async def submit_all() -> None:
+        for _ in range(50):
+            names = chance.choices("abcdefg", k=chance.choice([1, 1, 3]))
+            task = asyncio.create_task(calls.submit(keys(*names), None))
+            if chance.random() < 0.3:
+                for _ in range(chance.randrange(12)):
+                    await asyncio.sleep(0)
+                task.cancel()
+            [results] = await asyncio.gather(task, return_exceptions=True)
+            assert results == names or isinstance(results, asyncio.CancelledError)
+
+    await asyncio.gather(*(submit_all() for _ in range(12)))
+    await calls.drain()
+    assert await calls.submit(keys(*"abcdefg"), None) == list("abcdefg"), "no key is left busy"

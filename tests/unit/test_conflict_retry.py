@@ -11,12 +11,14 @@ import pytest
 
 from hf_async_store import (
     ConcurrencyConflictError,
+    OperationTimeoutError,
     RetriesExhaustedError,
     UnavailableError,
     conflict_retry,
     open_store,
 )
-from hf_async_store.conflict_retry import FairRetryQueue, TransactionTicket, retry_conflicts
+from hf_async_store.conflict_retry import FairRetryQueue, Ticket, TransactionTicket, retry_conflicts
+from hf_async_store.transaction import Transaction
 from hf_async_store.values import Entity, Key
 
 KEY = Key("counters", "c")
@@ -370,13 +372,13 @@ async def test_a_transaction_waits_before_its_first_call_if_there_is_a_queue() -
     entered: list[str] = []
 
     async def attempt(ticket: TransactionTicket) -> int:
-        await ticket.enter([OTHER, KEY], writes=False)
+        await ticket.enter([OTHER, KEY], writes=False, may_wait=True)
         entered.append("first call")
         return 1
 
     async def other(ticket: TransactionTicket) -> int:
-        await ticket.enter([OTHER], writes=True)
-        await ticket.enter([KEY], writes=True)  # too late to wait: it has read something already
+        await ticket.enter([OTHER], writes=True, may_wait=True)
+        await ticket.enter([KEY], writes=True, may_wait=False)  # its session has begun
         entered.append("another entity")
         return 2
 
@@ -405,8 +407,8 @@ async def test_a_transaction_queues_for_the_entity_of_its_conflict(
 
     async def attempt(ticket: TransactionTicket) -> int:
         keys.append(ticket.key)
-        await ticket.enter([Key("counters", "read first")], writes=False)
-        await ticket.enter([OTHER], writes=True)
+        await ticket.enter([Key("counters", "read first")], writes=False, may_wait=True)
+        await ticket.enter([OTHER], writes=True, may_wait=False)
         if len(keys) == 1:
             raise error
         assert ticket.is_current
@@ -415,3 +417,44 @@ async def test_a_transaction_queues_for_the_entity_of_its_conflict(
     assert await turns.retry_transaction(attempt, SECONDS) == 1
     assert keys == [None, wanted]
     assert not turns.contended
+
+
+T = Key("templates", "t")
+
+
+async def test_a_transaction_that_has_begun_does_not_wait_in_a_queue() -> None:
+    """It holds locks of the engine, for which those in the queue wait."""
+    async with open_store("memory:") as store:
+        await store.save_entity("templates", {"template_id": "t", "count": 0})
+        first = Ticket(store._retry_queue._queues, T)
+        await first.acquire(SECONDS)
+
+        async def work(tx: Transaction) -> None:
+            await tx.count_entities("templates")
+            await tx.get_entity("templates", "t")
+
+        began = time.monotonic()
+        await store.run_transaction(work)
+        assert time.monotonic() - began < 0.5
+        first.release()
+
+
+async def test_a_read_only_transaction_does_not_wait_in_a_queue() -> None:
+    async with open_store("memory:") as store:
+        first = Ticket(store._retry_queue._queues, T)
+        await first.acquire(SECONDS)
+        began = time.monotonic()
+        await store.run_transaction(lambda tx: tx.get_entity("templates", "t"), read_only=True)
+        assert time.monotonic() - began < 0.5
+        first.release()
+
+
+async def test_waiting_in_a_queue_is_part_of_the_timeout_of_a_call() -> None:
+    async with open_store("memory:") as store:
+        first = Ticket(store._retry_queue._queues, T)
+        await first.acquire(SECONDS)
+        began = time.monotonic()
+        with pytest.raises(OperationTimeoutError):
+            await store.run_transaction(lambda tx: tx.get_entity("templates", "t", timeout=0.01))
+        assert time.monotonic() - began < 0.5
+        first.release()

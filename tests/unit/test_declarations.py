@@ -16,6 +16,7 @@ from hf_async_store import (
     NewerFormatError,
     SchemaMismatchError,
     StorageError,
+    TransactionAbortedError,
     open_store,
 )
 from hf_async_store.changes import Put
@@ -160,3 +161,34 @@ async def test_progress_is_reported() -> None:
             lambda each, *count: seen.append((each.kind, each.collection, *count))
         )
         assert len(seen) == 1
+
+
+async def test_another_key_is_listed_and_refused(tmp_path: Path) -> None:
+    location = f"json:{tmp_path / 'store.json'}"
+    async with open_store(location, collections=[Collection("items", key="id")]) as store:
+        await store.create_entity("items", {"id": "a"})
+    renamed = [Collection("items", key="name"), Collection("others", key="id")]
+    async with open_store(location, collections=renamed) as store:
+        found = [(each.kind, each.name) for each in await store.schema_changes()]
+        assert found == [("key", "name"), ("collection", "")]
+        with pytest.raises(SchemaMismatchError, match="items.name: .* the key 'id'"):
+            await store.apply_schema()
+        assert [each.key for each in await store.recorded_collections()] == ["id"]
+
+
+async def test_nothing_is_written_under_another_key(tmp_path: Path) -> None:
+    location = f"json:{tmp_path / 'store.json'}"
+    declared = [Collection("items", key="id")]
+    async with open_store(location, collections=declared) as store:
+        await store.create_entity("items", {"id": "a"})
+    async with open_store(location, collections=[Collection("items", key="name")]) as store:
+        for _ in range(2):
+            with pytest.raises(SchemaMismatchError, match="'items' is 'id' in this store"):
+                await store.create_entity("items", {"name": "b"})
+        tx = await store.begin_transaction().__aenter__()
+        with pytest.raises(SchemaMismatchError):
+            await tx.save_entity("items", {"name": "b"})
+        with pytest.raises(TransactionAbortedError):
+            await tx.__aexit__(None, None, None)
+    async with open_store(location, collections=declared) as store:
+        assert [each["id"] for each in await store.query_entities("items")] == ["a"]

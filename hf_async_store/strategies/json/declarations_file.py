@@ -16,10 +16,10 @@ import msgspec
 
 from hf_async_store.declarations import are_equal, decoded, encoded, merged
 from hf_async_store.driver import run_to_completion
-from hf_async_store.errors import CorruptionError
+from hf_async_store.errors import CorruptionError, SchemaMismatchError, StorageError
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import Ownership, share
-from hf_async_store.schema import Collection
+from hf_async_store.schema import Collection, Schema
 from hf_async_store.strategies.json.files import FileManager, sync_data, sync_folder, write_all
 
 
@@ -48,6 +48,24 @@ class DeclarationsFile:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise CorruptionError(f"the declarations in {where} are not JSON: {exc}") from exc
         return decoded(document, where)
+
+    async def refuse_other_keys(self, schema: Schema) -> None:
+        """Refuse a declaration by which entities would be written that other programs cannot read.
+
+        Raises:
+            SchemaMismatchError: a collection is recorded with another key.
+        """
+        try:
+            recorded = await self.read()
+        except StorageError:
+            return  # it is not part of the data; `health` reports it
+        for each in recorded:
+            if each.name in schema and schema[each.name].key != each.key:
+                raise SchemaMismatchError(
+                    f"the key of the collection {each.name!r} is {each.key!r} in this store, but "
+                    f"{schema[each.name].key!r} is declared (if {self.path} is deleted, each program "
+                    "records its own declarations again)"
+                )
 
     async def add(self, collections: Iterable[Collection]) -> None:
         """Record further declarations. The caller holds the write lock of the store."""

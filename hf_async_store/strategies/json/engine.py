@@ -79,6 +79,7 @@ class JSONEngine(Engine):
         self.journal = JournalWriter(self.files, sync_commits=config.sync_writes)
         self.compactor = Compactor(config, self.files, self.follower, self.journal, self.writing)
         self._declarations = DeclarationsFile(self.files)
+        self._keys_checked = False
         self._reads = 0
 
     def _location(self, collection: str) -> str:
@@ -238,6 +239,9 @@ class JSONEngine(Engine):
 
     async def _refresh_for_write(self) -> StoreState:
         self.files.refuse_moved_links()
+        if not self._keys_checked:
+            await self._declarations.refuse_other_keys(self.schema)
+            self._keys_checked = True
         follower = self.follower
         state = follower.state
         if state is None or not follower.is_unchanged(state):

@@ -186,16 +186,19 @@ class SchemaSync(ABC):
 
     async def replace_view(self, driver: Any, name: str, entry: Entry) -> None:
         """Create the view of a collection anew, with all declared fields."""
+        await self._run(driver, f"DROP VIEW IF EXISTS {quoted(sql_name(name))}")
+        await self._run(driver, f"CREATE VIEW {self.view_definition(name, entry)}")
+
+    def view_definition(self, name: str, entry: Entry) -> str:
+        """The name of a view, and its query."""
         columns = [quoted(sql_name(entry.key)), VERSION]
         columns += [
             f"{self.grammar.view_column(field, each.type)} AS {quoted(sql_name(field))}"
             for field, each in entry.fields.items()
         ]
-        await self._run(driver, f"DROP VIEW IF EXISTS {quoted(sql_name(name))}")
-        await self._run(
-            driver,
-            f"CREATE VIEW {quoted(sql_name(name))} AS SELECT {', '.join(columns)} "
-            f"FROM {quoted(table_name(name))}",
+        return (
+            f"{quoted(sql_name(name))} AS SELECT {', '.join(columns)} "
+            f"FROM {quoted(table_name(name))}"
         )
 
     async def record(self, driver: Any, catalogue: Catalogue, names: Mapping[str, object]) -> None:

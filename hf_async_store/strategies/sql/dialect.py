@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_completion
+from hf_async_store.driver import Capabilities, Isolation, QueryPlan
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
@@ -202,19 +202,14 @@ class Dialect(ABC):
             paths: the number of paths in the filter.
         """
 
-    @asynccontextmanager
-    async def scratch(self, driver: Any) -> AsyncIterator[Any]:
+    @abstractmethod
+    def scratch(self, driver: Any) -> AbstractAsyncContextManager[Any]:
         """A connection for temporary tables: no other connection sees them, and they are dropped
         afterwards.
 
         Args:
             driver: a connection to the store; None if the store does not exist.
         """
-        handle = await self.begin_ddl(driver)
-        try:
-            yield driver
-        finally:
-            await run_to_completion(self.roll_back(handle))
 
     @abstractmethod
     async def health(self, driver: Any, tables: Sequence[str]) -> dict[str, Value]: ...

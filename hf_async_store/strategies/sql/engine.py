@@ -36,6 +36,7 @@ from hf_async_store.errors import (
     PermissionDeniedError,
     ReadOnlyStoreError,
     SchemaMismatchError,
+    StorageError,
     UnavailableError,
 )
 from hf_async_store.generators import Owned
@@ -377,9 +378,13 @@ class SQLEngine(Engine):
         outcomes = await self._retried(lambda: self._write_each(changes, patient=patient))
         again = [n for n, each in enumerate(outcomes) if isinstance(each, CatalogueChangedError)]
         if again:
-            # Other changes were applied before.
+            # Other changes were applied before, and must not be reported as failed.
             self._ready = False
-            found = await self._write([changes[each] for each in again], patient=patient)
+            found: list[Outcome]
+            try:
+                found = await self._write([changes[each] for each in again], patient=patient)
+            except StorageError as exc:
+                found = [exc.copy() for _ in again]
             for place, outcome in zip(again, found, strict=True):
                 outcomes[place] = outcome
         return outcomes

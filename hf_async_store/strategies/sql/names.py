@@ -51,8 +51,8 @@ def key_column(field: str) -> str:
 
 
 def index_name(collection: str, fields: Sequence[str]) -> str:
-    """The name of an index; it identifies the fields."""
-    return limited(f"{sql_name(collection)}_{'-'.join(fields)}-index")
+    """The name of an index; it identifies the collection and the fields."""
+    return limited(f"{sql_name(collection)}-{'-'.join(fields)}-index")
 
 
 def generation_constraint(collection: str) -> str:

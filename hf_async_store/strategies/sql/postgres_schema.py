@@ -83,6 +83,22 @@ class PostgresSchema(SchemaSync):
         del name, relations
         return entry, []
 
+    async def replace_view(self, driver: Any, name: str, entry: Entry) -> None:
+        """See `SchemaSync`. If only columns are added, the view keeps its privileges, and views of other
+        programs may depend on it."""
+        handle = await self._server.begin(driver, None)  # a savepoint
+        try:
+            sql = f"CREATE OR REPLACE VIEW {self.view_definition(name, entry)}"
+            await self.dialect.rows(driver, sql, ())
+        except BaseException as exc:
+            await run_to_completion(self.dialect.roll_back(handle))
+            if not isinstance(exc, self._server.other_columns):
+                raise
+        else:
+            await run_to_completion(self.dialect.commit(handle))
+            return
+        await super().replace_view(driver, name, entry)
+
     def changes_of(
         self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, str]
     ) -> list[SchemaChange]:

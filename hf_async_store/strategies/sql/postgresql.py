@@ -33,7 +33,7 @@ from hf_async_store.errors import (
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.dialect import Dialect, SessionEndedError
 from hf_async_store.strategies.sql.errors import connection_error, postgres_error
-from hf_async_store.strategies.sql.names import GENERATION_PREFIX, collection_name
+from hf_async_store.strategies.sql.names import CATALOGUE, GENERATION_PREFIX, collection_name
 from hf_async_store.strategies.sql.postgres_grammar import PostgresGrammar
 from hf_async_store.strategies.sql.write_sql import CHANGED
 from hf_async_store.values import Value
@@ -126,6 +126,9 @@ class PostgreSQL(Dialect):
         _InvalidResponseError,
     )
     caller_errors = ()
+    other_columns: ClassVar[type[Exception]] = asyncpg.InvalidTableDefinitionError
+    """Raised by CREATE OR REPLACE VIEW if a column of the existing view is missing, or has another type."""
+
     placeholder_prefix = "$"
     single_writer = False
     grammar = PostgresGrammar()
@@ -640,16 +643,48 @@ class PostgreSQL(Dialect):
             return await self.rows(driver, sql, args)
 
     async def begin_ddl(self, driver: Any) -> Any:
-        # Read committed, so that it sees after the lock what the previous holder of the lock created.
+        """See `Dialect`.
+
+        Serializable, so that of a transaction that read the catalogue before a reference was declared, and
+        those that rely on the reference, one fails. It reads nothing before it has locked the catalogue,
+        and so sees what the previous holder of the lock created.
+        """
+        while True:
+            handle = await self._begin(driver, isolation="serializable")
+            try:
+                sql = f"LOCK TABLE {CATALOGUE} IN SHARE ROW EXCLUSIVE MODE"
+                await self.rows(driver, sql, ())
+            except BaseException as exc:
+                await run_to_completion(self.roll_back(handle))
+                if not isinstance(exc, asyncpg.UndefinedTableError):
+                    raise
+            else:
+                return handle
+            creating = await self._begin_creating(driver)
+            if creating is not None:
+                return creating
+
+    async def _begin_creating(self, driver: Any) -> _Transaction | None:
+        """As `begin_ddl`, to create a store; None if another process has created it meanwhile."""
         handle = await self._begin(driver, isolation="read_committed")
         try:
-            await self.rows(
-                driver, "SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (_SCHEMA_LOCK,)
-            )
+            lock = "SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)"
+            await self.rows(driver, lock, (_SCHEMA_LOCK,))
+            if CATALOGUE not in await self.relations(driver):
+                return handle
         except BaseException:
             await run_to_completion(self.roll_back(handle))
             raise
-        return handle
+        await run_to_completion(self.roll_back(handle))
+        return None
+
+    @asynccontextmanager
+    async def scratch(self, driver: Any) -> AsyncIterator[Any]:
+        handle = await self._begin(driver, isolation="read_committed")
+        try:
+            yield driver
+        finally:
+            await run_to_completion(self.roll_back(handle))
 
     # -- the rest ----------------------------------------------------------------------------
 

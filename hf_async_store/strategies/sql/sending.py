@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from hf_async_store.backoff import Backoff
 from hf_async_store.changes import ANY, Delete, Outcome
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 
-PATIENCE: Final = 0.1
-"""For how many seconds a statement waits for a lock if other changes wait for the statement."""
+_LONGEST_WAIT: Final = 0.1
+_SHORTEST_WAIT: Final = 0.001
 
 _MAX_ROWS: Final = 1024
 _MAX_SIZE: Final = 1 << 24
@@ -56,6 +57,30 @@ _TRIES: Final = 64
 """How often a change is sent whose precondition is met each time the entity is read."""
 
 _NOT_SENT: Final = StorageError("the change was not sent")
+
+
+class Patience:
+    """For how many seconds the statements of a batch wait for a lock.
+
+    One that contains several changes waits for a short time, because most of them may be free. Each that
+    had to be divided makes it shorter: otherwise a thousand changes that are all blocked, each of which
+    is found to be so, would take minutes.
+
+    Args:
+        seconds: how long, in all, the statements of a single change wait.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._single = Backoff(seconds, first=0, longest=0)
+        self._shared = _LONGEST_WAIT
+
+    def wait(self, count: int) -> float:
+        """How long a statement of some changes waits."""
+        return max(self._shared, self._single.remaining) if count == 1 else self._shared
+
+    def shorten(self) -> None:
+        """A statement is divided because it waited in vain."""
+        self._shared = max(_SHORTEST_WAIT, self._shared / 2)
 
 
 class _Batch(ABC):
@@ -277,6 +302,7 @@ class IndependentBatch(_Batch):
     ) -> None:
         super().__init__(encoder, lease, count, locks=locks)
         self._patient = patient
+        self._patience = Patience(config.timeout if patient else 0)
         # Behind pgbouncer, a statement needs a transaction to have the isolation level of this store.
         self._in_transactions = config.pgbouncer
         self._backoff = conflict_backoff(config.timeout)
@@ -319,6 +345,7 @@ class IndependentBatch(_Batch):
             return []
         except LockTimeoutError as exc:
             if len(piece) > 1:
+                self._patience.shorten()
                 return await self._without_locked(piece, exc)
             self._block(piece, exc)
             return []
@@ -329,13 +356,11 @@ class IndependentBatch(_Batch):
             raise
 
     async def execute(self, shape: StatementKey, piece: list[PendingChange]) -> Any:
-        patience = PATIENCE
-        if self._patient and len(piece) == 1:
-            patience = max(patience, self._backoff.remaining)
         while True:
             try:
                 async with self._transaction(shape):
-                    return await self.run_statement(shape, piece, patience)
+                    wait = self._patience.wait(len(piece))
+                    return await self.run_statement(shape, piece, wait)
             except ConcurrencyConflictError as exc:
                 is_final = exc.outcome_unknown or isinstance(exc, CatalogueChangedError)
                 if is_final or not await self._backoff.pause():

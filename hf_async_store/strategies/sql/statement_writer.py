@@ -19,8 +19,8 @@ from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.pending import Encoder, PendingChange, by_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.sending import (
-    PATIENCE,
     IndependentBatch,
+    Patience,
     TransactionBatch,
     halves,
 )
@@ -48,7 +48,8 @@ class StatementWriter(Writer):
     ) -> list[Outcome]:
         """See `Writer`."""
         if any(each.mark is not None for each in changes):
-            return await self._write_marked(lease, changes, patient=patient)
+            patience = Patience(self.config.timeout if patient else 0)
+            return await self._write_marked(lease, changes, patience, patient=patient)
         batch = IndependentBatch(
             self._encoder,
             lease,
@@ -82,21 +83,30 @@ class StatementWriter(Writer):
     # -- change markers ----------------------------------------------------------------------
 
     async def _write_marked(
-        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool
+        self,
+        lease: LeasedConnection,
+        changes: Sequence[Change],
+        patience: Patience,
+        *,
+        patient: bool,
     ) -> list[Outcome]:
         """Apply changes and their markers in one transaction; if the database rejects one of the changes,
         or its entity is locked, each half in a transaction of its own."""
         try:
-            return await self._commit_marked(lease, changes, patient=patient and len(changes) == 1)
+            return await self._commit_marked(lease, changes, patience)
         except (*REFUSALS, LockTimeoutError) as exc:
             if len(changes) == 1:
                 return [exc]
+            if isinstance(exc, LockTimeoutError):
+                patience.shorten()
         outcomes: list[Outcome] = []
         blocked: dict[Key, StorageError] = {}  # later changes of these keys must not come first
         for half in halves(changes):
             wanted = [each for each in half if each.key not in blocked]
             try:
-                found = await self._write_marked(lease, wanted, patient=patient) if wanted else []
+                found = []
+                if wanted:
+                    found = await self._write_marked(lease, wanted, patience, patient=patient)
             except StorageError as exc:
                 if not outcomes:
                     raise
@@ -112,10 +122,9 @@ class StatementWriter(Writer):
         return outcomes
 
     async def _commit_marked(
-        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool
+        self, lease: LeasedConnection, changes: Sequence[Change], patience: Patience
     ) -> list[Outcome]:
         backoff = conflict_backoff(self.config.timeout)
-        patience = None if patient else PATIENCE
         while True:
             try:
                 async with lease.transaction("read_committed" if self._locks else None):
@@ -124,7 +133,7 @@ class StatementWriter(Writer):
                         lease,
                         len(changes),
                         locks=self._locks,
-                        patience=patience,
+                        patience=patience.wait(len(changes)),
                     )
                     outcomes = await batch.run(self._groups(changes), all_or_none=False)
                     await self._write_markers(lease, changes, outcomes)
