@@ -51,11 +51,11 @@ _ROUND_SIZE: Final = 20_000
 _MAX_FRUITLESS: Final = 10
 
 _EFFECTS: Final = {
-    "values": "{count:,} stored values are not of type {type}; they stay, and compare as their own "
+    "values": "stored values that are not of type {type}: {count:,}; they stay, and compare as their own "
     "type",
-    "form": "{count:,} stored timestamps are in another form, and compare as text; they are "
+    "form": "stored timestamps in another form, which compare as text: {count:,}; they are "
     "rewritten in batches",
-    "required": "{count:,} entities have no value for this required field; give them one first",
+    "required": "entities without a value for this required field: {count:,}; give them one first",
 }
 
 
