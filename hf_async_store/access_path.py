@@ -38,6 +38,10 @@ _MAX_SPANS: Final = 50_000
 _MAX_STREAMS: Final = 256
 """The maximum number of streams that are merged; more are sorted instead."""
 
+_MAX_MERGED_SPANS: Final = 4096
+"""The same for the spans of several streams: a merge begins by looking for the first entry of each
+stream, in one step, and may find all spans empty."""
+
 _FIRST: Final[Entry] = (b"", "")
 _LAST: Final[Entry] = (AFTER, "")
 
@@ -85,8 +89,10 @@ class AccessPath(NamedTuple):
     @property
     def ids(self) -> list[str] | None:
         """The only ids that can match, in order; None if they are not known without the index."""
+        if self.fields != BY_ID:
+            return None
         spans = self.spans
-        if self.fields != BY_ID or any(high != (b"", low + "\x00") for (_, low), high in spans):
+        if any(high != (b"", low + "\x00") for (_, low), high in spans):
             return None
         ids = [low for (_, low), _ in spans]
         return ids[::-1] if self.reverse else ids
@@ -269,6 +275,7 @@ class _Spans:
         # (head, key): the key begins with the head, unless the order begins later.
         self._keys: list[tuple[bytes, bytes]] = [(b"", b"")]
         self._bounds: list[ByteRange] = []
+        self._streams = 1
         self.equalities = 0
         self.bounded = False
         self.exact = True
@@ -286,8 +293,13 @@ class _Spans:
         self.equalities += 1
         parts = [key_part(each) for each in points if each is not None]
         at_start = self.equalities == self._start
-        if at_start and len(self._keys) * len(parts) > _MAX_STREAMS:
+        number = len(self._keys) * len(parts)
+        if at_start and number > _MAX_STREAMS:
             at_start = self.mergeable = False
+        elif at_start:
+            self._streams = number
+        elif self._streams > 1 and number > _MAX_MERGED_SPANS:
+            self.mergeable = False
         self._keys = [
             (key + part if at_start else head, key + part)
             for head, key in self._keys

@@ -355,6 +355,9 @@ async def _compare(random: Random) -> None:
         (["a", Index("a", "b")], {"a": 1}, "b", ("a", "b"), "complete"),
         ([Index("a", "b"), "a"], {"a": 1}, None, ("a",), "complete"),
         ([Index("a", "b", "c", "d")], {"a": 1, "b": 2, "c": 3}, "-d", tuple("abcd"), "complete"),
+        ([Index("a", "b")], {"a": 1, "b": in_(range(5000))}, "b", ("a", "b"), "complete"),
+        ([Index("a", "b")], {"a": in_([1, 2]), "b": in_(range(2000))}, "b", ("a", "b"), "complete"),
+        ([Index("a", "b")], {"a": in_([1, 2]), "b": in_(range(5000))}, "b", ("a", "b"), "none"),
     ],
 )
 def test_the_chosen_index(
