@@ -540,7 +540,6 @@ HOST_FACTORY: Final = (
             Index("request_id", "created_at"),
             "return_request_id",
             "name",
-            Index("request_id", "status"),
             Index("status", "created_at"),
             "created_at",
         ],

@@ -108,9 +108,9 @@ def baselines(results: Results) -> Table:
 
 
 _MADE: Final = (
-    "SQL baselines store rows with the columns, indexes and foreign keys of the store, what has no "
-    "column as a document, and a version that each write raises. DynamoDB baselines store items in a "
-    "table with the store's four indexes, and a version."
+    "SQL baselines store rows with a column for each field, the indexes of the store and foreign keys, "
+    "what has no column as a document, and a version that each write raises. DynamoDB baselines store "
+    "items in a table with indexes on the same fields as the store, and a version."
 )
 
 

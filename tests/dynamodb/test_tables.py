@@ -57,7 +57,6 @@ async def test_the_spec_s_tables_and_indexes(proxy: Proxy) -> None:
                 "request_id-created_at-index",
                 "return_request_id-index",
                 "name-index",
-                "request_id-status-index",
                 "status-created_at-index",
                 "created_at-index",
             },

@@ -19,8 +19,8 @@ _READS = 100
 _AT_ONCE = 8
 _KEY = "machine_id"
 _IS_NEW = f"attribute_not_exists({_KEY})"
-# What the store's machines are found by, and ordered by.
-_INDEXES = {"request_id": "created_at", "return_request_id": None, "status": None, "name": None}
+_SORTED = dict.fromkeys(("request_id", "status"), "created_at")
+_INDEXES = {**_SORTED, "return_request_id": None, "name": None, "created_at": None}  # as the store
 
 
 class _Client:
@@ -49,8 +49,7 @@ class _Client:
                 TableName=target._table,
                 KeySchema=_key_schema(_KEY),
                 AttributeDefinitions=[
-                    {"AttributeName": each, "AttributeType": "S"}
-                    for each in (_KEY, "created_at", *_INDEXES)
+                    {"AttributeName": each, "AttributeType": "S"} for each in (_KEY, *_INDEXES)
                 ],
                 GlobalSecondaryIndexes=[
                     {

@@ -10,9 +10,11 @@ CREATE TABLE IF NOT EXISTS hand_machines (
     private_ip {text}, public_ip {text}, started_at {text}, terminated_at {text},
     created_at {text}, updated_at {text}, doc {document}, version BIGINT NOT NULL);
 CREATE INDEX IF NOT EXISTS hand_requests_type ON hand_requests (request_type);
-CREATE INDEX IF NOT EXISTS hand_requests_status ON hand_requests (status);
+CREATE INDEX IF NOT EXISTS hand_requests_status ON hand_requests (status, created_at);
+CREATE INDEX IF NOT EXISTS hand_requests_created ON hand_requests (created_at);
 CREATE INDEX IF NOT EXISTS hand_requests_template ON hand_requests (template_id, created_at);
 CREATE INDEX IF NOT EXISTS hand_machines_name ON hand_machines (name);
 CREATE INDEX IF NOT EXISTS hand_machines_request ON hand_machines (request_id, created_at);
 CREATE INDEX IF NOT EXISTS hand_machines_return ON hand_machines (return_request_id);
-CREATE INDEX IF NOT EXISTS hand_machines_status ON hand_machines (status)
+CREATE INDEX IF NOT EXISTS hand_machines_status ON hand_machines (status, created_at);
+CREATE INDEX IF NOT EXISTS hand_machines_created ON hand_machines (created_at)
