@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -14,6 +14,8 @@ from hf_async_store.values import utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from hf_async_store_bench.servers import PostgresServer
 
 ROUNDS = 60
 
@@ -86,3 +88,36 @@ async def test_126_nothing_is_applied_after_the_cancellation(
             assert at_once is not None
             landed += n in (at_once.get("n"), at_once["version"])
         assert landed < ROUNDS, "a write that had not begun was applied"
+
+
+async def test_a_connection_whose_begin_was_cancelled_is_not_used_again(
+    postgres_server: PostgresServer,
+) -> None:
+    """The server begins the transaction, although the driver does not know it yet. A write on this
+    connection would be acknowledged, and never committed."""
+    url = postgres_server.database()
+    try:
+        async with open_store(url) as store:
+            await store.save_entity("templates", {"template_id": "t"})
+            engine = cast("Any", store)._sql
+            dialect = engine._dialect
+            for begin in (
+                dialect.begin_ddl,
+                lambda driver: dialect.begin(driver, None),
+                lambda driver: dialect.begin_reading(driver, "many"),
+                lambda driver: dialect.read_committed(driver, "SELECT 1", ()),
+            ):
+                lease = await engine._main.acquire()
+                beginning = asyncio.create_task(begin(lease.driver))
+                await asyncio.sleep(0)  # BEGIN is sent, and not answered
+                beginning.cancel()
+                await asyncio.wait([beginning])
+                assert not await engine._main._is_reusable(lease)
+                await engine._main.release(lease, check=True)
+            assert await store.save_entity("templates", {"template_id": "t"}) == 2
+        async with open_store(url) as store:
+            entity = await store.get_entity("templates", "t")
+            assert entity is not None
+            assert entity["version"] == 2
+    finally:
+        postgres_server.drop(url)

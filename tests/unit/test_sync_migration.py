@@ -29,6 +29,7 @@ def tool(tmp_path: Path) -> MigrationTool:
 
 
 def test_125_a_migration(tmp_path: Path) -> None:
+    threads = threading.active_count()
     with open_store(f"json:{tmp_path}/source.json") as store:
         store.create_entities("templates", [{"template_id": str(n)} for n in range(50)])
     with tool(tmp_path) as migration:
@@ -37,15 +38,16 @@ def test_125_a_migration(tmp_path: Path) -> None:
         assert sum(len(each.entities) for each in batches) == 50
         assert migration.migrate().verified
         assert migration.compare().equal
-    assert threading.active_count() == 1
+    assert threading.active_count() <= threads
     with open_store(f"sqlite:{tmp_path}/target.db") as store:
         assert store.count_entities("templates") == 50
 
 
 def test_125_a_migration_that_is_refused(tmp_path: Path) -> None:
+    threads = threading.active_count()
     with tool(tmp_path) as migration, pytest.raises(StoreNotFoundError):
         migration.migrate()
-    assert threading.active_count() == 1
+    assert threading.active_count() <= threads
 
     async def enter() -> None:
         with pytest.raises(EventLoopMismatchError):

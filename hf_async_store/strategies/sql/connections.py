@@ -98,6 +98,13 @@ class LeasedConnection:
         self.commit_done.clear()
         try:
             rows = await self._rows(sql, args, doing, writes=True)
+            if self.dialect.in_transaction(self.driver):
+                self.state_unknown = True
+                raise TransactionAbortedError(
+                    "the statement was executed in a transaction that nobody commits: the connection "
+                    "was left in it before",
+                    outcome_unknown=True,
+                )
             self._check_committed()
         finally:
             self.commit_done.set()

@@ -499,10 +499,12 @@ class PostgreSQL(Dialect):
         try:
             transaction = driver.transaction(**options)
             await transaction.start()
-        except Exception as exc:
-            # The driver may treat the transaction as begun, and would create savepoints from now on.
+        except BaseException as exc:
+            # The driver may treat the transaction as begun, and would create savepoints from now on. After
+            # a cancellation, the server may have begun it, which the driver does not know yet.
             _SESSIONS[driver].state_unknown |= not driver.is_in_transaction()
-            self._record_error(driver, exc)
+            if isinstance(exc, Exception):
+                self._record_error(driver, exc)
             raise
         return _Transaction(driver, transaction)
 
