@@ -503,6 +503,11 @@ class PostgreSQL(Dialect):
             # The driver may treat the transaction as begun, and would create savepoints from now on. After
             # a cancellation, the server may have begun it, which the driver does not know yet.
             _SESSIONS[driver].state_unknown |= not driver.is_in_transaction()
+            if isinstance(exc, asyncpg.ActiveSQLTransactionError):
+                # An operation that was cancelled left the session in a transaction, which the driver did
+                # not know yet. Nothing was sent for this caller; the session is closed.
+                _SESSIONS[driver].state_unknown = True
+                raise SessionEndedError from exc
             if isinstance(exc, Exception):
                 self._record_error(driver, exc)
             raise
