@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
 
 import pytest
 
@@ -88,6 +89,50 @@ async def test_126_nothing_is_applied_after_the_cancellation(
             assert at_once is not None
             landed += n in (at_once.get("n"), at_once["version"])
         assert landed < ROUNDS, "a write that had not begun was applied"
+
+
+async def test_a_connection_whose_statement_was_cancelled_is_not_used_again(
+    postgres_server: PostgresServer,
+) -> None:
+    """The driver prepares a statement with Flush, which leaves the server in a transaction until the
+    statement is executed. If the task is cancelled between the two, the driver knows nothing of it."""
+    url = postgres_server.database()
+    try:
+        async with open_store(url) as store:
+            await store.save_entity("templates", {"template_id": "t"})
+            engine = cast("Any", store)._sql
+            dialect = engine._dialect
+            for number, run in enumerate((dialect.rows, dialect.fetch_dicts)):
+                prepared = asyncio.Event()
+                lease = await engine._main.acquire()
+                protocol = lease.driver._protocol
+                with mock.patch.object(lease.driver, "_protocol", _Prepared(protocol, prepared)):
+                    running = asyncio.create_task(run(lease.driver, f"SELECT {number} + 4711", ()))
+                    await prepared.wait()
+                    running.cancel()
+                    await asyncio.wait([running])
+                assert running.cancelled()
+                assert not lease.driver.is_in_transaction()
+                assert not await engine._main._is_reusable(lease)
+                await engine._main.release(lease, check=True)
+            assert await store.get_entity("templates", "t") is not None
+    finally:
+        postgres_server.drop(url)
+
+
+class _Prepared:
+    """The protocol of a connection, which never executes what it has prepared."""
+
+    def __init__(self, protocol: Any, prepared: asyncio.Event) -> None:
+        self._protocol = protocol
+        self._prepared = prepared
+
+    async def bind_execute(self, *_: object, **__: object) -> None:
+        self._prepared.set()
+        await asyncio.Event().wait()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._protocol, name)
 
 
 async def test_a_connection_whose_begin_was_cancelled_is_not_used_again(

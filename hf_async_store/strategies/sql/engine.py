@@ -13,7 +13,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
@@ -208,23 +208,10 @@ class SQLEngine(Engine):
         if self._state is None and not self._dialect.exists():
             yield SQLReader(None, {})
             return
-        async with AsyncExitStack() as stack:
-            try:
-                reader = await self._begin_reading(stack, pool, statements)
-            except UnavailableError as exc:
-                if not isinstance(exc.__cause__, SessionEndedError):
-                    raise
-                await stack.aclose()
-                reader = await self._begin_reading(stack, pool, statements)
-            yield reader
-
-    async def _begin_reading(
-        self, stack: AsyncExitStack, pool: Connections, statements: Literal["one", "many"]
-    ) -> SQLReader:
-        lease = await stack.enter_async_context(pool.lease())
-        tables = await self.tables(lease)
-        await stack.enter_async_context(lease.reading(statements=statements))
-        return SQLReader(lease, tables)
+        async with pool.lease() as lease:
+            tables = await self.tables(lease)
+            async with lease.reading(statements=statements):
+                yield SQLReader(lease, tables)
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Reader]:

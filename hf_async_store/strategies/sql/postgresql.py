@@ -402,13 +402,18 @@ class PostgreSQL(Dialect):
             return True
         return session.on_standby and _setting(driver, "in_hot_standby") == "off"
 
-    def _record_error(self, driver: Any, exc: Exception) -> None:
+    def _record_error(self, driver: Any, exc: BaseException) -> None:
         """Update the state of a connection after an error, and raise a more specific error if possible.
 
         Raises:
             SessionEndedError, _ServerReadOnlyError, _InvalidResponseError: the error has this cause.
         """
-        if isinstance(exc, asyncpg.ReadOnlySQLTransactionError):
+        if not isinstance(exc, Exception):
+            # Outside a transaction, a cancelled operation may leave the session in one that the driver
+            # does not know: the driver prepares statements with Flush, which begins an implicit
+            # transaction, and Sync, which would end it, is sent by the execution. ROLLBACK ends it, too.
+            _SESSIONS[driver].state_unknown |= not driver.is_in_transaction()
+        elif isinstance(exc, asyncpg.ReadOnlySQLTransactionError):
             if self._is_outdated(driver):
                 raise _ServerReadOnlyError(exc.message) from exc
         elif isinstance(exc, asyncpg.InterfaceError):
@@ -442,7 +447,7 @@ class PostgreSQL(Dialect):
     async def rows(self, driver: Any, sql: str, args: Sequence[object]) -> Sequence[Sequence[Any]]:
         try:
             return cast("Sequence[Sequence[Any]]", await driver.fetch(sql, *args))
-        except Exception as exc:
+        except BaseException as exc:
             # The driver rejects a statement of the store only after an invalid response to its preparation.
             _SESSIONS[driver].state_unknown |= _is_rejected_by_driver(exc)
             self._record_error(driver, exc)
@@ -460,7 +465,7 @@ class PostgreSQL(Dialect):
     ) -> list[dict[str, Value]]:
         try:
             return [dict(each) for each in await driver.fetch(sql, *args)]
-        except Exception as exc:
+        except BaseException as exc:
             self._record_error(driver, exc)
             raise
 
@@ -470,7 +475,7 @@ class PostgreSQL(Dialect):
         try:
             cursor = await driver.cursor(sql, *args)
             rows = await cursor.fetch(_CHUNK_SIZE)
-        except Exception as exc:
+        except BaseException as exc:
             self._record_error(driver, exc)
             raise
         while rows:
@@ -479,7 +484,7 @@ class PostgreSQL(Dialect):
                 return
             try:
                 rows = await cursor.fetch(_CHUNK_SIZE)
-            except Exception as exc:
+            except BaseException as exc:
                 self._record_error(driver, exc)
                 raise
 
@@ -503,20 +508,14 @@ class PostgreSQL(Dialect):
             # The driver may treat the transaction as begun, and would create savepoints from now on. After
             # a cancellation, the server may have begun it, which the driver does not know yet.
             _SESSIONS[driver].state_unknown |= not driver.is_in_transaction()
-            if isinstance(exc, asyncpg.ActiveSQLTransactionError):
-                # An operation that was cancelled left the session in a transaction, which the driver did
-                # not know yet. Nothing was sent for this caller; the session is closed.
-                _SESSIONS[driver].state_unknown = True
-                raise SessionEndedError from exc
-            if isinstance(exc, Exception):
-                self._record_error(driver, exc)
+            self._record_error(driver, exc)
             raise
         return _Transaction(driver, transaction)
 
     async def commit(self, handle: _Transaction) -> None:
         try:
             await handle.transaction.commit()
-        except Exception as exc:
+        except BaseException as exc:
             self._record_error(handle.driver, exc)
             raise
 
@@ -527,7 +526,7 @@ class PostgreSQL(Dialect):
             return
         try:
             await handle.transaction.rollback()
-        except Exception as exc:
+        except BaseException as exc:
             self._record_error(handle.driver, exc)
             raise
 
@@ -638,7 +637,7 @@ class PostgreSQL(Dialect):
         """Run statements outside a transaction that may take very long."""
         try:
             await driver.execute(sql, timeout=_UNLIMITED)
-        except Exception as exc:
+        except BaseException as exc:
             self._record_error(driver, exc)
             raise
 
@@ -866,7 +865,7 @@ def _is_closed(exc: Exception) -> bool:
     return isinstance(exc, asyncpg.InterfaceError) and str(exc).endswith("connection is closed")
 
 
-def _is_rejected_by_driver(exc: Exception) -> bool:
+def _is_rejected_by_driver(exc: BaseException) -> bool:
     """Whether the driver itself rejected a statement or its arguments.
 
     For invalid arguments it raises an exception class of the server's errors, but without the
