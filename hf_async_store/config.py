@@ -450,7 +450,7 @@ class MigrationConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=T
         backup_location: a folder if it ends in `/` or exists as one, else a file.
     """
 
-    batch_size: AtLeastOne = 100
+    batch_size: AtLeastOne = 1000
     create_backup: bool = True
     backup_location: str = "backups/"
     validate_after_migration: bool = True
