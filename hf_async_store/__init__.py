@@ -29,6 +29,7 @@ from hf_async_store.errors import (
     EntityNotFoundError,
     EventLoopMismatchError,
     InvalidCursorError,
+    InvalidEntityError,
     InvalidFieldError,
     InvalidInputError,
     InvalidKeyError,
@@ -63,6 +64,7 @@ from hf_async_store.errors import (
     VerificationError,
 )
 from hf_async_store.field_operations import add_to_set, append, increment, remove_from_set
+from hf_async_store.models import References, StoreVersion
 from hf_async_store.query import (
     MISSING,
     Page,
@@ -90,6 +92,7 @@ from hf_async_store.schema import HOST_FACTORY, Collection, Field, Index
 from hf_async_store.strategies import open_store
 from hf_async_store.strategy import StorageStrategy
 from hf_async_store.transaction import Transaction
+from hf_async_store.typed import TypedCollection, TypedPage, Versioned
 from hf_async_store.values import REMOVE, Entity, Value
 
 if TYPE_CHECKING:
@@ -138,6 +141,7 @@ __all__ = [
     "Field",
     "Index",
     "InvalidCursorError",
+    "InvalidEntityError",
     "InvalidFieldError",
     "InvalidInputError",
     "InvalidKeyError",
@@ -158,6 +162,7 @@ __all__ = [
     "QueryPlan",
     "ReadOnlyStoreError",
     "ReferenceViolationError",
+    "References",
     "RepositoryInterface",
     "RetriesExhaustedError",
     "SQLStorageStrategy",
@@ -169,6 +174,7 @@ __all__ = [
     "StoreClosedError",
     "StoreNotFoundError",
     "StoreRelocatedError",
+    "StoreVersion",
     "TargetNotEmptyError",
     "ThrottledError",
     "Transaction",
@@ -177,11 +183,14 @@ __all__ = [
     "TransactionError",
     "TransactionReentryError",
     "TransactionTooLargeError",
+    "TypedCollection",
+    "TypedPage",
     "UnavailableError",
     "UnknownCollectionError",
     "UnsupportedValueError",
     "Value",
     "VerificationError",
+    "Versioned",
     "add_to_set",
     "and_",
     "append",

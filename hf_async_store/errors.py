@@ -123,6 +123,24 @@ class AlreadyExistsError(StorageError):
         self.entity_id = entity_id
 
 
+class InvalidEntityError(StorageError):
+    """A stored entity does not fit the model as which it is read.
+
+    Attributes:
+        collection, entity_id: the entity.
+        field: the path of the first field that does not fit; "" for the entity as a whole.
+    """
+
+    def __init__(
+        self, collection: str, entity_id: str, model: str, field: str, problem: str
+    ) -> None:
+        where = f", field {field!r}" if field else ""
+        super().__init__(f"{collection} {entity_id!r} does not fit {model}{where}: {problem}")
+        self.collection = collection
+        self.entity_id = entity_id
+        self.field = field
+
+
 class ConcurrencyConflictError(StorageError):
     """A concurrent change conflicts with this write or transaction.
 

@@ -243,7 +243,7 @@ class RepositoryInterface(ABC):
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
         if returning:
-            return _all_succeeded(await self._update_returning([change], timeout), alone=True)[0]
+            return all_succeeded(await self._update_returning([change], timeout), alone=True)[0]
         return await self._write_one(change, timeout)
 
     async def delete_entity(
@@ -335,7 +335,7 @@ class RepositoryInterface(ABC):
     async def _create_absent(self, puts: Sequence[Put], timeout: float | None) -> list[bool]:
         """Create the entities that do not exist; returns which were created."""
         outcomes = await self._write(puts, timeout) if puts else []
-        return _all_succeeded(
+        return all_succeeded(
             [
                 each
                 if isinstance(each, StorageError) and not isinstance(each, AlreadyExistsError)
@@ -417,7 +417,7 @@ class RepositoryInterface(ABC):
         )
         expected.assert_exhausted()
         if returning:
-            return _all_succeeded(await self._update_returning(changes, timeout))
+            return all_succeeded(await self._update_returning(changes, timeout))
         return await self._write_many(changes, timeout)
 
     async def _update_returning(
@@ -453,7 +453,7 @@ class RepositoryInterface(ABC):
         )
         expected.assert_exhausted()
         outcomes = await self._write(changes, timeout) if changes else []
-        return _all_succeeded(
+        return all_succeeded(
             [each if isinstance(each, StorageError) else each is not None for each in outcomes]
         )
 
@@ -1003,10 +1003,10 @@ def _succeeded(outcome: Outcome) -> int | None:
 
 def _versions(outcomes: Sequence[Outcome]) -> list[int]:
     """The outcomes of changes other than deletes, if no change has failed."""
-    return _all_succeeded([each for each in outcomes if each is not None])
+    return all_succeeded([each for each in outcomes if each is not None])
 
 
-def _all_succeeded(results: Sequence[Done | StorageError], *, alone: bool = False) -> list[Done]:
+def all_succeeded(results: Sequence[Done | StorageError], *, alone: bool = False) -> list[Done]:
     """The results of the changes of a batch.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType, NoneType
-from typing import Final
+from typing import Final, Self
 
 import msgspec
 
@@ -17,6 +17,7 @@ from hf_async_store.errors import (
     UnknownCollectionError,
     UnsupportedValueError,
 )
+from hf_async_store.models import ModelCodec, ModelField, codec_of, default_name
 from hf_async_store.values import (
     CREATED_AT,
     LIGHT_BYTES,
@@ -121,6 +122,16 @@ class Field(msgspec.Struct, frozen=True):
         )
 
 
+def _field_of(field: ModelField) -> Field:
+    """The declaration of a field of a model."""
+    # The store sets the timestamps, so an instance need not have them.
+    required = field.required and field.name not in (CREATED_AT, UPDATED_AT)
+    if field.references is None:
+        return Field(field.name, field.type, required=required)
+    collection, enforced = field.references
+    return Field(field.name, field.type, required, references=collection, enforced=enforced)
+
+
 _USUAL_TYPES: Final = {"text": str, "integer": int, "boolean": bool}
 
 _CHECKS: Final[Mapping[str, type | tuple[type, ...]]] = MappingProxyType(
@@ -211,6 +222,8 @@ class Collection:
     """The fields whose values must be checked: all except optional ones of type json."""
     open: bool
     """Whether queries may name undeclared fields without `path`."""
+    model: type | None
+    """The class of its entities, if it was declared by `from_model`."""
 
     def __init__(
         self,
@@ -225,6 +238,7 @@ class Collection:
         if not isinstance(open, bool):
             raise ConfigurationError(f"collection {name!r}: open must be True or False")
         self.open = open
+        self.model = None
         self.key = key
         declared = _with_timestamps(
             [
@@ -248,6 +262,54 @@ class Collection:
             (each.name, _usual_types(each)) for each in typed if each not in optional_timestamps
         )
         self._check(declared)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: type,
+        *,
+        key: str,
+        name: str | None = None,
+        fields: Iterable[Field | str] = (),
+        indexes: Iterable[Index | str] = (),
+        open: bool = False,  # noqa: A002  # as in the constructor
+    ) -> Self:
+        """The declaration of a collection whose entities are instances of a class.
+
+        The class is a pydantic model, a `msgspec.Struct`, a dataclass or an attrs class. Each of its
+        fields is declared, under its alias if it has one. Strings, dates, UUIDs, decimals and bytes are
+        text, `datetime`s are timestamps, enumerations and literals have the type of their values, and
+        everything else is json. A field that has no default and is not optional is required. `References`
+        marks a reference, `StoreVersion` the field that holds the version.
+
+        Args:
+            model: the class.
+            key: the name of the field that contains the id.
+            name: of the collection; by default from that of the class: `host_requests` for
+                `HostRequest`.
+            fields: declarations that replace those of the class, or are added to them.
+
+        Example:
+            `Collection.from_model(Job, key="job_id", indexes=["status"])`
+
+        Raises:
+            ConfigurationError: it is not such a class, or a field cannot be declared.
+        """
+        codec: ModelCodec[object] = codec_of(model)
+        declared = {each.name: _field_of(each) for each in codec.fields if each.name != key}
+        given = check_declared(fields, Field, f"the fields of {model.__name__}", Field)
+        declared.update({each.name: each for each in given})
+        collection = cls(
+            default_name(model) if name is None else name,
+            key=key,
+            fields=declared.values(),
+            indexes=indexes,
+            open=open,
+        )
+        if key not in codec.names:
+            raise ConfigurationError(f"{model.__name__} has no field {key!r}, which is the key")
+        collection.model = model
+        return collection
 
     def _check(self, declared: Sequence[Field]) -> None:
         if len(self.fields) != len(declared):

@@ -41,6 +41,7 @@ from hf_async_store.errors import (
     StoreClosedError,
 )
 from hf_async_store.index_advice import advice
+from hf_async_store.models import Model
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import ReadOnlySession
 from hf_async_store.redaction import redact_texts
@@ -48,6 +49,7 @@ from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
+from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key, Value
 
 Result = TypeVar("Result")
@@ -289,6 +291,14 @@ class StorageStrategy(RepositoryInterface):
         return await self._retry_queue.retry(key, attempt, seconds)
 
     # -- transactions ------------------------------------------------------------------------
+
+    def typed(self, model: type[Model]) -> TypedCollection[Model]:
+        """The methods of the collection that was declared from a class, with its instances.
+
+        Raises:
+            ConfigurationError: this store has no such collection, or several.
+        """
+        return TypedCollection(self, model)
 
     def begin_transaction(
         self, isolation: Isolation | None = None, *, read_only: bool = False

@@ -28,9 +28,11 @@ from hf_async_store.errors import (
     TransactionReentryError,
 )
 from hf_async_store.field_operations import UpdateMap
+from hf_async_store.models import Model
 from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import Schema
+from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key, utc_now
 
 Result = TypeVar("Result")
@@ -118,6 +120,10 @@ class Transaction(RepositoryInterface):
         self._known_versions: dict[Key, int | None] = (
             {} if parent is None else dict(parent._known_versions)
         )
+
+    def typed(self, model: type[Model]) -> TypedCollection[Model]:
+        """As `StorageStrategy.typed`, in this transaction."""
+        return TypedCollection(self, model)
 
     def begin_transaction(self) -> Self:
         """A nested transaction: a savepoint that can be rolled back alone.

@@ -1,0 +1,385 @@
+"""Classes of entities: what a model declares, and how its instances are stored.
+
+A model is a pydantic model, a `msgspec.Struct`, a dataclass or an attrs class. None of these libraries
+is imported here, except msgspec, which converts all of them but pydantic's.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from functools import cache
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Generic,
+    Literal,
+    NamedTuple,
+    NewType,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+from uuid import UUID
+
+import msgspec
+
+from hf_async_store.errors import ConfigurationError, InvalidEntityError, UnsupportedValueError
+from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, FieldType
+
+Model = TypeVar("Model")
+
+
+class References(NamedTuple):
+    """Marks a field of a model as a reference, in `Annotated[str, References("requests")]`.
+
+    Attributes:
+        collection: the name of the collection whose key the field contains.
+        enforced: see `Field`.
+    """
+
+    collection: str
+    enforced: bool = True
+
+
+class StoreVersion(NamedTuple):
+    """Marks the field of a model that holds the version of the entity.
+
+    `revision: Annotated[int | None, StoreVersion()] = None`. A field named `version` needs no mark. The
+    store sets it in what it returns. An instance in which it is a number is saved only if that
+    version is stored.
+    """
+
+
+class ModelField(NamedTuple):
+    """A field of a model, as it is declared.
+
+    Attributes:
+        name: as it is stored: the alias of the field, if it has one.
+        attribute: its name in the model.
+        type: the declared type that its annotation stands for.
+        required: it has no default and is not optional.
+        references: its mark, if it is a reference.
+    """
+
+    name: str
+    attribute: str
+    type: FieldType
+    required: bool
+    references: References | None
+
+
+class ModelCodec(Generic[Model]):
+    """How the instances of a model are stored.
+
+    Attributes:
+        model: the class.
+        fields: its fields, except the one that holds the version.
+        version: the stored name of the field that holds the version, or None.
+        attributes: the stored names of the fields, by their names in the model.
+        names: the names of all stored fields of an instance.
+    """
+
+    def __init__(self, model: type[Model], library: _Library) -> None:
+        self.model = model
+        self.fields: tuple[ModelField, ...]
+        self.version: str | None
+        self._library = library
+        self.fields, self.version, self._version_attribute = _described(model, library)
+        self.attributes: Final = {each.attribute: each.name for each in self.fields}
+        self.names: Final = frozenset([*self.attributes.values(), *library.tags(model)])
+        self._timestamps = tuple(
+            (each.name, each.attribute) for each in self.fields if each.type == "timestamp"
+        )
+
+    def name_of(self, attribute: str) -> str | None:
+        """The stored name of a field of the model; None if there is no such field."""
+        return self.attributes.get(attribute)
+
+    def entity(self, instance: Model) -> dict[str, object]:
+        """The fields of an instance as they are stored, without the version.
+
+        Raises:
+            UnsupportedValueError: it is not an instance of the model, or holds a datetime without a zone.
+        """
+        if not isinstance(instance, self.model):
+            raise UnsupportedValueError(
+                f"an instance of {self.model.__name__} is expected, not {type(instance).__name__}"
+            )
+        for name, attribute in self._timestamps:
+            value = getattr(instance, attribute, None)
+            if isinstance(value, datetime) and value.tzinfo is None:
+                raise UnsupportedValueError(f"{name}: a datetime without a time zone")
+        fields = self._library.dump(instance)
+        if self.version is not None:
+            fields.pop(self.version, None)
+        for name in (CREATED_AT, UPDATED_AT):
+            if fields.get(name) is None:  # the store sets it
+                fields.pop(name, None)
+        return fields
+
+    def version_in(self, instance: Model) -> int | None:
+        """The version that an instance holds."""
+        if self._version_attribute is None:
+            return None
+        return cast("int | None", getattr(instance, self._version_attribute))
+
+    def value(self, value: object) -> object:
+        """A value of a field as it is stored, in an update."""
+        return self._library.dump_value(value)
+
+    def instance(self, collection: str, entity_id: str, entity: Entity) -> Model:
+        """The instance for a stored entity. Fields that are unknown to the model are left out.
+
+        Raises:
+            InvalidEntityError: the entity does not fit the model.
+        """
+        known = {name: entity[name] for name in self.names if name in entity}
+        if self.version is not None:
+            known[self.version] = entity[VERSION]
+        try:
+            return cast("Model", self._library.load(self.model, known))
+        except ValueError as exc:  # of msgspec and of pydantic, and of validators of the user's
+            field, problem = self._library.problem(exc)
+            raise InvalidEntityError(
+                collection, entity_id, self.model.__name__, field, problem
+            ) from exc
+
+
+class _Library:
+    """How instances are converted by msgspec: structs, dataclasses and attrs classes."""
+
+    def declared(self, model: Any) -> Iterable[tuple[str, str, bool]]:
+        """Each field: its name in the model, its stored name, and whether it has no default."""
+        if hasattr(model, "__struct_fields__"):
+            if model.__struct_config__.array_like:
+                raise ConfigurationError(
+                    f"{model.__name__} is array_like: its fields would have no names"
+                )
+            return [(e.name, e.encode_name, e.required) for e in msgspec.structs.fields(model)]
+        info = msgspec.inspect.type_info(model)
+        assert isinstance(info, msgspec.inspect.DataclassType)
+        return [(each.name, each.encode_name, each.required) for each in info.fields]
+
+    def tags(self, model: type) -> tuple[str, ...]:
+        """The names of stored fields that are not fields of the model."""
+        config = getattr(model, "__struct_config__", None)
+        tag = None if config is None else config.tag_field
+        return () if tag is None else (tag,)
+
+    def dump(self, instance: object) -> dict[str, object]:
+        return cast("dict[str, object]", self.dump_value(instance))
+
+    def dump_value(self, value: object) -> object:
+        return msgspec.to_builtins(value, str_keys=True)
+
+    def load(self, model: type, entity: Mapping[str, object]) -> object:
+        return msgspec.convert(entity, model, str_keys=True)
+
+    def problem(self, exc: ValueError) -> tuple[str, str]:
+        """The path of the field that does not fit, and what is wrong."""
+        message = str(exc)
+        found = _MSGSPEC_PATH.search(message)
+        if found is None:
+            missing = _MSGSPEC_MISSING.search(message)
+            return ("" if missing is None else missing[1]), message
+        return found[1], message[: found.start()]
+
+
+_MSGSPEC_PATH: Final = re.compile(r" - at `\$\.?([^`]*)`$")
+_MSGSPEC_MISSING: Final = re.compile(r"required field `([^`]*)`")
+
+
+class _Pydantic(_Library):
+    """How instances of pydantic models are converted. All values pass as JSON, so that models in strict
+    mode accept timestamps and the like."""
+
+    def declared(self, model: Any) -> Iterable[tuple[str, str, bool]]:
+        by_name = model.model_config.get("validate_by_name") or model.model_config.get(
+            "populate_by_name"
+        )
+        for name, field in model.model_fields.items():
+            if field.exclude:
+                continue
+            written = field.serialization_alias or name
+            read = field.validation_alias or name
+            if written != read and not (by_name and written == name):
+                raise ConfigurationError(
+                    f"{model.__name__}.{name} would be stored as {written!r}, and read as {read!r}: it "
+                    "needs the same alias for both"
+                )
+            yield name, written, field.is_required()
+
+    def tags(self, model: type) -> tuple[str, ...]:
+        return ()
+
+    def dump(self, instance: Any) -> dict[str, object]:
+        names = type(instance).model_fields  # without computed fields, which cannot be read back
+        return cast(
+            "dict[str, object]",
+            instance.model_dump(mode="json", by_alias=True, include=set(names)),
+        )
+
+    def dump_value(self, value: object) -> object:
+        to_json: Callable[..., object] = sys.modules["pydantic_core"].to_jsonable_python
+        return to_json(value, by_alias=True)
+
+    def load(self, model: Any, entity: Mapping[str, object]) -> object:
+        return model.model_validate_json(msgspec.json.encode(entity))
+
+    def problem(self, exc: ValueError) -> tuple[str, str]:
+        errors: Callable[..., list[dict[str, Any]]] | None = getattr(exc, "errors", None)
+        if errors is None:
+            return "", str(exc)
+        first = errors(include_input=False, include_url=False, include_context=False)[0]
+        return ".".join(map(str, first["loc"])), first["msg"]
+
+
+def codec_of(model: type[Model]) -> ModelCodec[Model]:
+    """How the instances of a model are stored.
+
+    Raises:
+        ConfigurationError: it is not a model, or a field of it cannot be stored.
+    """
+    any_class: object = model
+    return _codec_of(any_class)
+
+
+@cache
+def _codec_of(model: Any) -> ModelCodec[Any]:
+    if not isinstance(model, type):
+        raise ConfigurationError(f"a model is a class, not {model!r}")
+    if hasattr(model, "__pydantic_validator__") and hasattr(model, "model_fields"):
+        return ModelCodec(model, _Pydantic())
+    if (
+        hasattr(model, "__struct_fields__")
+        or is_dataclass(model)
+        or hasattr(model, "__attrs_attrs__")
+    ):
+        return ModelCodec(model, _Library())
+    raise ConfigurationError(
+        f"{model.__name__} is not a model: a pydantic model, a msgspec.Struct, a dataclass or an attrs "
+        "class is needed"
+    )
+
+
+def default_name(model: type) -> str:
+    """The name of the collection of a model: `HostRequest` is stored in `host_requests`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", model.__name__).lower() + "s"
+
+
+def _described(
+    model: type, library: _Library
+) -> tuple[tuple[ModelField, ...], str | None, str | None]:
+    """The fields of a model, and the stored name and the attribute that hold the version."""
+    try:
+        hints = get_type_hints(model, include_extras=True)
+    except (NameError, TypeError) as exc:
+        raise ConfigurationError(
+            f"the annotations of {model.__name__} cannot be evaluated: {exc}"
+        ) from exc
+    fields: list[ModelField] = []
+    versions: list[tuple[str, str]] = []
+    for attribute, name, is_required in library.declared(model):
+        annotation = _annotation(hints[attribute])
+        if annotation.is_version or attribute == VERSION:
+            versions.append((name, attribute))
+            continue
+        fields.append(
+            ModelField(
+                name,
+                attribute,
+                annotation.type,
+                is_required and not annotation.is_optional,
+                annotation.references,
+            )
+        )
+    if len(versions) > 1:
+        raise ConfigurationError(f"{model.__name__} has several fields for the version")
+    name_of_version, attribute_of_version = versions[0] if versions else (None, None)
+    return tuple(fields), name_of_version, attribute_of_version
+
+
+class _Annotation(NamedTuple):
+    """What an annotation says."""
+
+    type: FieldType
+    is_optional: bool = False
+    references: References | None = None
+    is_version: bool = False
+
+
+def _annotation(annotation: Any) -> _Annotation:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *marks = get_args(annotation)
+        found = _annotation(inner)
+        for mark in marks:
+            if isinstance(mark, References):
+                found = found._replace(references=mark)
+            elif isinstance(mark, StoreVersion) or mark is StoreVersion:
+                found = found._replace(is_version=True)
+        return found
+    if origin in (Union, UnionType):
+        return _union(get_args(annotation))
+    if isinstance(annotation, NewType):
+        return _annotation(annotation.__supertype__)
+    if origin is Literal:
+        return _Annotation(_type_of({type(each) for each in get_args(annotation)}))
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return _Annotation(_type_of({type(each.value) for each in annotation}))
+    return _Annotation(_type_of({annotation}))
+
+
+def _union(alternatives: Iterable[Any]) -> _Annotation:
+    found = [_annotation(each) for each in alternatives if each not in _ABSENT]
+    kinds = {each.type for each in found}
+    if kinds == {"integer", "number"}:
+        kinds = {"number"}
+    marks = [each.references for each in found if each.references is not None]
+    return _Annotation(
+        kinds.pop() if len(kinds) == 1 else "json",
+        is_optional=len(found) < len(list(alternatives)) or any(e.is_optional for e in found),
+        references=marks[0] if marks else None,
+        is_version=any(each.is_version for each in found),
+    )
+
+
+def _type_of(kinds: set[Any]) -> FieldType:
+    """The declared type for classes of values."""
+    found: set[FieldType] = {_single_type(each) for each in kinds}
+    return found.pop() if len(found) == 1 else "json"
+
+
+def _single_type(kind: Any) -> FieldType:
+    if not isinstance(kind, type):
+        return "json"
+    return next((name for base, name in _TYPES if issubclass(kind, base)), "json")
+
+
+_ABSENT: Final = (NoneType, msgspec.UnsetType)
+
+_TYPES: Final[tuple[tuple[type, FieldType], ...]] = (
+    (bool, "boolean"),
+    (int, "integer"),
+    (float, "number"),
+    (str, "text"),
+    (datetime, "timestamp"),
+    (date, "text"),
+    (time, "text"),
+    (timedelta, "text"),
+    (UUID, "text"),
+    (Decimal, "text"),
+    (bytes, "text"),
+)
+"""In this order, because a bool is an int, and a datetime is a date."""

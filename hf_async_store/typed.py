@@ -1,0 +1,426 @@
+"""Typed collections: the methods of one collection, with instances of a model instead of dicts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from difflib import get_close_matches
+from types import NoneType
+from typing import Final, Generic, NamedTuple, TypeAlias
+
+from hf_async_store.arguments import check_callable
+from hf_async_store.backoff import Backoff
+from hf_async_store.changes import ABSENT, ANY, Expect
+from hf_async_store.conflict_retry import RETRY_SECONDS
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    BatchError,
+    ConcurrencyConflictError,
+    ConfigurationError,
+    EntityNotFoundError,
+    InvalidEntityError,
+    InvalidFieldError,
+    InvalidInputError,
+    StorageError,
+)
+from hf_async_store.field_operations import Operation, UpdateMap
+from hf_async_store.generators import Owned
+from hf_async_store.models import Model, ModelCodec, codec_of
+from hf_async_store.query import Filters, Missing, OrderBy, Path
+from hf_async_store.repository import RepositoryInterface, all_succeeded
+from hf_async_store.schema import Collection
+from hf_async_store.values import CREATED_AT, REMOVE, UPDATED_AT, Entity, Removed, Value, version_of
+
+OnInvalid: TypeAlias = Callable[[InvalidEntityError], object] | None
+
+
+class Versioned(NamedTuple, Generic[Model]):
+    """An instance, and the version with which it is stored."""
+
+    instance: Model
+    version: int
+
+
+class TypedPage(NamedTuple, Generic[Model]):
+    """A page of instances.
+
+    Attributes:
+        items: the instances, in order.
+        cursor: that of the next page; None on the last page.
+        invalid: an error for each entity of the page that does not fit the model. It is not in `items`.
+    """
+
+    items: list[Model]
+    cursor: str | None
+    invalid: list[InvalidEntityError]
+
+
+class TypedCollection(Generic[Model]):
+    """The methods of a collection that was declared by `Collection.from_model`.
+
+    They are those of `RepositoryInterface`, with its arguments and errors. What they return fits the
+    model, or is an `InvalidEntityError`: methods that return several instances take `on_invalid`, a
+    function that is called with the error of each entity that does not fit, and continue with the
+    others; without it, they raise the first.
+
+    Get it by `store.typed(Job)` or, in a transaction, `tx.typed(Job)`.
+    """
+
+    def __init__(self, repository: RepositoryInterface, model: type[Model]) -> None:
+        self._repository = repository
+        self._model = model
+        self._collection = _declared(repository, model)
+        self._codec: ModelCodec[Model] = codec_of(model)
+        self._name = self._collection.name
+
+    @property
+    def model(self) -> type[Model]:
+        """The class of the instances."""
+        return self._model
+
+    @property
+    def collection(self) -> Collection:
+        """The declaration."""
+        return self._collection
+
+    def id_of(self, instance: Model) -> str:
+        """The id of an instance."""
+        return self._key(self._codec.entity(instance))
+
+    # -- one entity --------------------------------------------------------------------------
+
+    async def get(self, entity_id: str, *, timeout: float | None = None) -> Model | None:
+        """The instance, or None if it does not exist."""
+        entity = await self._repository.get_entity(self._name, entity_id, timeout=timeout)
+        return None if entity is None else self._instance(entity)
+
+    async def get_versioned(
+        self, entity_id: str, *, timeout: float | None = None
+    ) -> Versioned[Model] | None:
+        """The instance and its version, for a model without a field that holds it."""
+        entity = await self._repository.get_entity(self._name, entity_id, timeout=timeout)
+        return None if entity is None else Versioned(self._instance(entity), version_of(entity))
+
+    async def create(self, instance: Model, *, timeout: float | None = None) -> int:
+        """Insert a new entity; returns its version, 1. See `create_entity`."""
+        entity = self._codec.entity(instance)
+        return await self._repository.create_entity(self._name, entity, timeout=timeout)
+
+    async def save(
+        self,
+        instance: Model,
+        *,
+        expected_version: int | Expect = ANY,
+        timeout: float | None = None,
+    ) -> int:
+        """Insert the entity, or change its fields to those of the instance; returns the new version.
+
+        Stored fields that the model does not have stay as they are.
+
+        Args:
+            expected_version: as in `save_entity`. By default, the version that the instance holds; any,
+                if it holds none.
+
+        Raises:
+            ConcurrencyConflictError, EntityNotFoundError, AlreadyExistsError: as `save_entity`.
+        """
+        entity = self._codec.entity(instance)
+        expected = self._expected(instance, expected_version)
+        if expected is ABSENT:
+            return await self._repository.create_entity(self._name, entity, timeout=timeout)
+        if expected is not ANY:
+            return await self._repository.update_entity(
+                self._name,
+                self._key(entity),
+                self._changes(entity),
+                expected_version=expected,
+                timeout=timeout,
+            )
+        return await self._repository.modify_entity(
+            self._name,
+            self._key(entity),
+            lambda stored: self._merged(stored, entity),
+            default=entity,
+        )
+
+    async def patch(self, entity_id: str, /, **fields: object) -> int:
+        """Change only the given fields of the model; returns the new version. See `update_entity`.
+
+        Example:
+            `await jobs.patch("j-1", status=Status.DONE, attempts=increment(1))`
+        """
+        return await self._repository.update_entity(self._name, entity_id, self._named(fields))
+
+    async def modify(
+        self,
+        entity_id: str,
+        change: Callable[[Model], Model | Awaitable[Model]],
+        *,
+        default: Model | None = None,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> int:
+        """Read, change and write until no other writer interferes; returns the new version.
+
+        Args:
+            change: receives the instance, and returns the changed one. It is called again after a
+                conflict.
+            default: the instance that is changed if the entity does not exist.
+        """
+        check_callable(change, "change")
+
+        async def changed(stored: Entity) -> dict[str, object]:
+            result = change(self._instance(stored))
+            new = await result if inspect.isawaitable(result) else result
+            return self._merged(stored, self._codec.entity(new))
+
+        return await self._repository.modify_entity(
+            self._name,
+            entity_id,
+            changed,
+            default=None if default is None else self._codec.entity(default),
+            retry_seconds=retry_seconds,
+        )
+
+    async def delete(
+        self,
+        entity_id: str,
+        *,
+        expected_version: int | Expect = ANY,
+        timeout: float | None = None,
+    ) -> bool:
+        """Delete an entity; returns whether it existed. See `delete_entity`."""
+        return await self._repository.delete_entity(
+            self._name, entity_id, expected_version=expected_version, timeout=timeout
+        )
+
+    # -- many --------------------------------------------------------------------------------
+
+    async def get_many(
+        self,
+        ids: Iterable[str],
+        *,
+        on_invalid: OnInvalid = None,
+        timeout: float | None = None,
+    ) -> list[Model | None]:
+        """The instances in the order of `ids`; None for each that does not exist or does not fit."""
+        entities = await self._repository.get_entities(self._name, ids, timeout=timeout)
+        return [
+            None if each is None else next(self._instances([each], on_invalid), None)
+            for each in entities
+        ]
+
+    async def create_many(
+        self, instances: Iterable[Model], *, timeout: float | None = None
+    ) -> list[int]:
+        """`create` for each, in one batch; returns the versions. See `create_entities`."""
+        entities = map(self._codec.entity, instances)
+        return await self._repository.create_entities(self._name, entities, timeout=timeout)
+
+    async def save_many(self, instances: Iterable[Model]) -> list[int]:
+        """`save` for each, in one batch; returns the versions in input order.
+
+        Raises:
+            InvalidInputError: two instances have the same id.
+            BatchError: some failed; the others are saved.
+        """
+        given = list(instances)
+        entities = {self._key(each): each for each in map(self._codec.entity, given)}
+        if len(entities) != len(given):
+            raise InvalidInputError("save_many: two instances have the same id")
+        expected = dict(zip(entities, map(self._expected, given), strict=True))
+        outcomes: dict[str, int | StorageError] = {}
+        backoff = Backoff(RETRY_SECONDS, first=0.001, longest=0.1)
+        pending = entities
+        while pending:
+            outcomes |= await self._save_merged(pending, expected)
+            pending = {
+                entity_id: entity
+                for entity_id, entity in pending.items()
+                if expected[entity_id] is ANY and isinstance(outcomes[entity_id], _OVERTAKEN)
+            }
+            if pending and not await backoff.pause():
+                break
+        return all_succeeded([outcomes[each] for each in entities])
+
+    async def _save_merged(
+        self, entities: Mapping[str, dict[str, object]], expected: Mapping[str, int | Expect]
+    ) -> dict[str, int | StorageError]:
+        """Save entities with the stored fields that the model does not have; their outcomes by id."""
+        merged: list[dict[str, object]] = []
+        versions: dict[str, int | Expect] = {}
+        stored = await self._repository.get_entities(self._name, list(entities))
+        for (entity_id, entity), old in zip(entities.items(), stored, strict=True):
+            merged.append(entity if old is None else self._merged(old, entity))
+            current = ABSENT if old is None else version_of(old)
+            versions[entity_id] = current if expected[entity_id] is ANY else expected[entity_id]
+        try:
+            outcomes = await self._repository.save_entities(self._name, merged, versions)
+        except BatchError as exc:
+            outcomes = exc.outcomes
+        return dict(zip(entities, outcomes, strict=True))
+
+    async def delete_many(self, ids: Iterable[str], *, timeout: float | None = None) -> list[bool]:
+        """`delete` for each id, in one batch. See `delete_entities`."""
+        return await self._repository.delete_entities(self._name, ids, timeout=timeout)
+
+    # -- queries -----------------------------------------------------------------------------
+
+    async def query(
+        self,
+        filters: Filters = None,
+        order_by: OrderBy = None,
+        limit: int | None = None,
+        *,
+        offset: int = 0,
+        on_invalid: OnInvalid = None,
+        timeout: float | None = None,
+    ) -> list[Model]:
+        """The matching instances, in order. See `query_entities`."""
+        entities = await self._repository.query_entities(
+            self._name, filters, order_by, limit, offset=offset, timeout=timeout
+        )
+        return list(self._instances(entities, on_invalid))
+
+    async def stream(
+        self,
+        filters: Filters = None,
+        order_by: OrderBy = None,
+        limit: int | None = None,
+        *,
+        on_invalid: OnInvalid = None,
+    ) -> AsyncGenerator[Model, None]:
+        """As `query`, one instance at a time, without keeping all of them in memory."""
+        entities = self._repository.stream_entities(self._name, filters, order_by, limit)
+        async with Owned(entities) as owned:
+            async for each in owned:
+                for instance in self._instances([each], on_invalid):
+                    yield instance
+
+    async def page(
+        self,
+        filters: Filters = None,
+        order_by: OrderBy = None,
+        limit: int = 100,
+        *,
+        cursor: str | None = None,
+        timeout: float | None = None,
+    ) -> TypedPage[Model]:
+        """One page of instances, and the cursor of the next page. See `query_page`."""
+        page = await self._repository.query_page(
+            self._name, filters, order_by, limit, cursor=cursor, timeout=timeout
+        )
+        invalid: list[InvalidEntityError] = []
+        items = list(self._instances(page.items, invalid.append))
+        return TypedPage(items, page.cursor, invalid)
+
+    async def count(self, filters: Filters = None, *, timeout: float | None = None) -> int:
+        """The number of matching entities."""
+        return await self._repository.count_entities(self._name, filters, timeout=timeout)
+
+    async def count_by(
+        self, field: str | Path, filters: Filters = None, *, timeout: float | None = None
+    ) -> list[tuple[Value | Missing, int]]:
+        """The values of a field, each with the number of entities. See `RepositoryInterface.count_by`."""
+        return await self._repository.count_by(self._name, field, filters, timeout=timeout)
+
+    async def update_where(
+        self,
+        filters: Filters,
+        changes: UpdateMap,
+        *,
+        order_by: OrderBy = None,
+        limit: int | None = None,
+    ) -> int:
+        """Change the given fields of every match. See `RepositoryInterface.update_where`."""
+        return await self._repository.update_where(
+            self._name, filters, self._stored(changes), order_by=order_by, limit=limit
+        )
+
+    async def delete_where(
+        self, filters: Filters, *, order_by: OrderBy = None, limit: int | None = None
+    ) -> int:
+        """Delete every match; returns how many. See `RepositoryInterface.delete_where`."""
+        return await self._repository.delete_where(
+            self._name, filters, order_by=order_by, limit=limit
+        )
+
+    # -- conversion --------------------------------------------------------------------------
+
+    def _key(self, entity: Mapping[str, object]) -> str:
+        return self._collection.key_of(entity.get(self._collection.key)).id
+
+    def _instance(self, entity: Entity) -> Model:
+        return self._codec.instance(self._name, self._collection.id_of(entity), entity)
+
+    def _instances(self, entities: Iterable[Entity], on_invalid: OnInvalid) -> Iterator[Model]:
+        for each in entities:
+            try:
+                instance = self._instance(each)
+            except InvalidEntityError as exc:
+                if on_invalid is None:
+                    raise
+                on_invalid(exc)
+            else:
+                yield instance
+
+    def _expected(self, instance: Model, given: int | Expect = ANY) -> int | Expect:
+        held = self._codec.version_in(instance)
+        return held if given is ANY and held is not None else given
+
+    def _merged(self, stored: Entity, entity: Mapping[str, object]) -> dict[str, object]:
+        """The entity with the stored fields that the model does not have."""
+        unknown = {name: stored[name] for name in stored.keys() - self._codec.names}
+        return {**unknown, **entity}
+
+    def _changes(self, entity: Mapping[str, object]) -> dict[str, object]:
+        """The update that gives a stored entity the fields of an instance."""
+        left_out = self._codec.names - entity.keys() - {CREATED_AT, UPDATED_AT}
+        return {**dict.fromkeys(left_out, REMOVE), **entity}
+
+    def _named(self, fields: Mapping[str, object]) -> dict[str, object]:
+        """An update by names of the model, by stored names."""
+        named: dict[str, object] = {}
+        for attribute, value in fields.items():
+            name = self._codec.name_of(attribute)
+            if name is None:
+                nearest = get_close_matches(attribute, self._codec.attributes, 1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+                raise InvalidFieldError(f"{self._model.__name__} has no field {attribute!r}{hint}")
+            named[name] = value
+        return dict(self._stored(named))
+
+    def _stored(self, changes: UpdateMap) -> UpdateMap:
+        """An update with the values as they are stored."""
+        return {
+            name: value if isinstance(value, _UNCHANGED) else self._codec.value(value)
+            for name, value in changes.items()
+        }
+
+
+_UNCHANGED: Final = (str, bool, int, float, NoneType, datetime, Operation, Removed)
+"""What the store itself converts or computes."""
+
+_OVERTAKEN: Final = (ConcurrencyConflictError, AlreadyExistsError, EntityNotFoundError)
+"""The errors of a save whose entity another task changed, created or deleted after it was read."""
+
+
+def _declared(repository: RepositoryInterface, model: type) -> Collection:
+    """The collection of a model.
+
+    Raises:
+        ConfigurationError: the store has no such collection.
+    """
+    found = [each for each in repository.collections.values() if each.model is model]
+    if len(found) == 1:
+        return found[0]
+    name = getattr(model, "__name__", repr(model))
+    if found:
+        names = ", ".join(each.name for each in found)
+        raise ConfigurationError(
+            f"several collections of this store are declared from {name}: {names}"
+        )
+    raise ConfigurationError(
+        f"no collection of this store is declared from {name}: open it with "
+        f"`collections=[Collection.from_model({name}, key=...)]`"
+    )

@@ -1,0 +1,532 @@
+"""Typed collections: models of four kinds of classes, on stores in memory and in files."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import subprocess
+import sys
+import uuid
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import attrs
+import msgspec
+import pydantic
+import pytest
+
+from hf_async_store import (
+    ABSENT,
+    BatchError,
+    Collection,
+    ConcurrencyConflictError,
+    ConfigurationError,
+    EntityNotFoundError,
+    Field,
+    InvalidEntityError,
+    InvalidFieldError,
+    InvalidInputError,
+    References,
+    StoreVersion,
+    UnsupportedValueError,
+    increment,
+    open_store,
+    sync,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+
+AT = datetime(2026, 1, 2, 3, 4, 5, 600, tzinfo=UTC)
+
+
+class Status(Enum):
+    WAITING = "WAITING"
+    DONE = "DONE"
+
+
+class Place(msgspec.Struct):
+    room: str
+    floor: int = 0
+
+
+class StructJob(msgspec.Struct):
+    job_id: str
+    status: Status = Status.WAITING
+    attempts: int = 0
+    due_at: datetime | None = None
+    place: Place | None = None
+    tags: list[str] = []
+
+
+@dataclasses.dataclass
+class DataPlace:
+    room: str
+    floor: int = 0
+
+
+@dataclasses.dataclass
+class DataJob:
+    job_id: str
+    status: Status = Status.WAITING
+    attempts: int = 0
+    due_at: datetime | None = None
+    place: DataPlace | None = None
+    tags: list[str] = dataclasses.field(default_factory=list)
+
+
+@attrs.define
+class AttrsJob:
+    job_id: str
+    status: Status = Status.WAITING
+    attempts: int = 0
+    due_at: datetime | None = None
+    place: DataPlace | None = None
+    tags: list[str] = attrs.field(factory=list)
+
+
+class PydanticPlace(pydantic.BaseModel):
+    room: str
+    floor: int = 0
+
+
+class PydanticJob(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+
+    job_id: str
+    status: Status = Status.WAITING
+    attempts: int = 0
+    due_at: datetime | None = None
+    place: PydanticPlace | None = None
+    tags: list[str] = []
+
+
+JOBS: list[tuple[Any, Any]] = [
+    (StructJob, Place),
+    (DataJob, DataPlace),
+    (AttrsJob, DataPlace),
+    (PydanticJob, PydanticPlace),
+]
+
+
+@pytest.fixture(params=["memory", "json", "sqlite"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return {"memory": "memory:", "json": f"json:{tmp_path}/d", "sqlite": f"sqlite:{tmp_path}/s.db"}[
+        request.param
+    ]
+
+
+def declared(model: type) -> Collection:
+    return Collection.from_model(model, key="job_id", name="jobs", indexes=["status"])
+
+
+@pytest.fixture(params=JOBS, ids=lambda each: each[0].__name__)
+async def opened(request: pytest.FixtureRequest, url: str) -> AsyncIterator[tuple[Any, Any, Any]]:
+    model, place = request.param
+    async with open_store(url, collections=[declared(model)]) as store:
+        yield store, model, place
+
+
+async def test_an_instance_comes_back_as_it_was_saved(opened: Any) -> None:
+    store, model, place = opened
+    jobs = store.typed(model)
+    job = model(
+        job_id="j",
+        status=Status.DONE,
+        attempts=3,
+        due_at=AT,
+        place=place(room="r"),
+        tags=["a", "b"],
+    )
+    assert await jobs.create(job) == 1
+    assert await jobs.get("j") == job
+    assert await jobs.get("other") is None
+    assert await jobs.get_many(["other", "j"]) == [None, job]
+    assert await jobs.get_versioned("j") == (job, 1)
+    assert jobs.id_of(job) == "j"
+    entity = await store.get_entity("jobs", "j")
+    assert entity["due_at"] == "2026-01-02T03:04:05.000600Z"
+    assert entity["status"] == "DONE"
+    assert entity["place"] == {"room": "r", "floor": 0}
+
+
+async def test_a_save_keeps_fields_that_the_model_does_not_have(opened: Any) -> None:
+    store, model, _ = opened
+    await store.save_entity("jobs", {"job_id": "j", "owner": {"name": "x"}, "attempts": 9})
+    jobs = store.typed(model)
+    assert await jobs.save(model(job_id="j", attempts=1)) == 2
+    assert await jobs.save_many([model(job_id="j", attempts=2), model(job_id="k")]) == [3, 1]
+    assert await jobs.save(model(job_id="j", attempts=3), expected_version=3) == 4
+    entity = await store.get_entity("jobs", "j")
+    assert entity["owner"] == {"name": "x"}
+    assert entity["attempts"] == 3
+    with pytest.raises(ConcurrencyConflictError):
+        await jobs.save(model(job_id="j"), expected_version=3)
+    assert await jobs.save(model(job_id="new"), expected_version=ABSENT) == 1
+    created = (await store.get_entity("jobs", "j"))["created_at"]
+    assert created == entity["created_at"]
+
+
+async def test_a_patch_writes_only_what_is_named(opened: Any) -> None:
+    store, model, place = opened
+    jobs = store.typed(model)
+    await jobs.create(model(job_id="j", attempts=1, tags=["x"]))
+    assert (
+        await jobs.patch("j", status=Status.DONE, attempts=increment(2), place=place(room="q")) == 2
+    )
+    assert await jobs.get("j") == model(
+        job_id="j", status=Status.DONE, attempts=3, place=place(room="q"), tags=["x"]
+    )
+    with pytest.raises(InvalidFieldError, match="no field 'statsu'; did you mean 'status'"):
+        await jobs.patch("j", statsu=Status.DONE)
+    with pytest.raises(EntityNotFoundError):
+        await jobs.patch("nobody", attempts=1)
+
+
+async def test_modify_gets_and_returns_instances(opened: Any) -> None:
+    store, model, _ = opened
+    jobs = store.typed(model)
+
+    def count(job: Any) -> Any:
+        job.attempts += 1
+        return job
+
+    async def count_later(job: Any) -> Any:
+        return count(job)
+
+    assert await jobs.modify("j", count, default=model(job_id="j")) == 1
+    await store.update_entity("jobs", "j", {"other": 1})
+    assert await jobs.modify("j", count_later) == 3
+    assert (await store.get_entity("jobs", "j"))["other"] == 1
+    assert (await jobs.get("j")).attempts == 2
+
+
+async def test_queries_return_instances(opened: Any) -> None:
+    store, model, _ = opened
+    jobs = store.typed(model)
+    made = [
+        model(job_id=f"j{n}", attempts=n, status=Status(("WAITING", "DONE")[n % 2]))
+        for n in range(9)
+    ]
+    await jobs.create_many(made)
+    assert await jobs.query({"status": Status.DONE}, "-attempts", 2) == [made[7], made[5]]
+    assert [each async for each in jobs.stream(None, "attempts")] == made
+    page = await jobs.page(None, "attempts", 5)
+    assert page.items == made[:5]
+    rest = await jobs.page(None, "attempts", 5, cursor=page.cursor)
+    assert rest.items == made[5:]
+    assert rest.cursor is None
+    assert await jobs.count({"status": "DONE"}) == 4
+    assert await jobs.count_by("status") == [("DONE", 4), ("WAITING", 5)]
+    assert await jobs.update_where({"status": "DONE"}, {"status": Status.WAITING}) == 4
+    assert await jobs.delete_where({"attempts": 0}) == 1
+    assert await jobs.delete("j1") is True
+    assert await jobs.delete_many(["j1", "j2"]) == [False, True]
+
+
+async def test_an_entity_that_does_not_fit_does_not_spoil_the_others(opened: Any) -> None:
+    store, model, _ = opened
+    jobs = store.typed(model)
+    await jobs.create_many([model(job_id="a"), model(job_id="c")])
+    await store.save_entity("jobs", {"job_id": "b", "attempts": 1, "tags": [1]})
+    await store.save_entity("jobs", {"job_id": "d", "status": "LOST"})
+    page = await jobs.page(None, "job_id")
+    assert [each.job_id for each in page.items] == ["a", "c"]
+    assert [
+        (e.collection, e.entity_id, e.field.split("[")[0].split(".")[0]) for e in page.invalid
+    ] == [
+        ("jobs", "b", "tags"),
+        ("jobs", "d", "status"),
+    ]
+    with pytest.raises(
+        InvalidEntityError, match=rf"jobs 'b' does not fit {model.__name__}, field 'tags"
+    ):
+        await jobs.get("b")
+    with pytest.raises(InvalidEntityError):
+        await jobs.query(None, "job_id")
+    found: list[InvalidEntityError] = []
+    assert len(await jobs.query(on_invalid=found.append)) == 2
+    assert len([each async for each in jobs.stream(on_invalid=found.append)]) == 2
+    assert await jobs.get_many(["a", "b"], on_invalid=found.append) == [model(job_id="a"), None]
+    assert len(found) == 5
+
+
+async def test_a_transaction_is_typed_too(opened: Any) -> None:
+    store, model, _ = opened
+    async with store.begin_transaction() as tx:
+        jobs = tx.typed(model)
+        await jobs.create(model(job_id="j"))
+        await jobs.save(model(job_id="j", attempts=1))
+        await jobs.save_many([model(job_id="j", attempts=2), model(job_id="k")])
+        assert (await jobs.get("j")).attempts == 2
+    assert await store.typed(model).count() == 2
+
+
+async def test_save_many_finds_every_entity_at_once(opened: Any) -> None:
+    store, model, _ = opened
+    jobs = store.typed(model)
+    with pytest.raises(InvalidInputError, match="same id"):
+        await jobs.save_many([model(job_id="j"), model(job_id="j")])
+    await store.save_entity("jobs", {"job_id": "j0", "other": 1})
+    assert await jobs.save_many([model(job_id=f"j{n}") for n in range(300)]) == [2] + [1] * 299
+    assert (await store.get_entity("jobs", "j0"))["other"] == 1
+    assert await jobs.save_many([]) == []
+
+
+async def test_a_naive_datetime_is_refused(opened: Any) -> None:
+    store, model, _ = opened
+    with pytest.raises(UnsupportedValueError, match="due_at"):
+        await store.typed(model).save(model(job_id="j", due_at=datetime(2026, 1, 1)))
+
+
+# -- versions --------------------------------------------------------------------------------
+
+
+class Counter(msgspec.Struct):
+    counter_id: str
+    n: int = 0
+    version: int | None = None
+
+
+class Marked(pydantic.BaseModel):
+    counter_id: str
+    n: int = 0
+    revision: Annotated[int | None, StoreVersion()] = None
+
+
+@pytest.mark.parametrize("model", [Counter, Marked])
+async def test_the_version_that_an_instance_holds_is_expected(model: Any, url: str) -> None:
+    collection = Collection.from_model(model, key="counter_id", name="counters")
+    assert "version" not in collection.fields
+    name = "version" if model is Counter else "revision"
+    async with open_store(url, collections=[collection]) as store:
+        counters = store.typed(model)
+        await counters.save(model(counter_id="c"))
+        first, second = await counters.get("c"), await counters.get("c")
+        assert getattr(first, name) == 1
+        first.n = 1
+        assert await counters.save(first) == 2
+        with pytest.raises(ConcurrencyConflictError):
+            await counters.save(second)
+        with pytest.raises(BatchError):
+            await counters.save_many([second])
+        fresh = await counters.get("c")
+        assert await counters.save_many([fresh]) == [3]
+        assert name not in (await store.get_entity("counters", "c")) or name == "version"
+
+
+# -- declarations ----------------------------------------------------------------------------
+
+
+class Kind(Enum):
+    ONE = 1
+    TWO = 2
+
+
+class Everything(pydantic.BaseModel):
+    every_id: str
+    text: str
+    maybe: str | None
+    defaulted: str = ""
+    number: float
+    either: int | float
+    flag: bool
+    kind: Kind
+    word: Literal["a", "b"]
+    mixed: Literal["a", 1]
+    day: date
+    at: datetime
+    unique: uuid.UUID
+    price: Decimal
+    listed: list[int]
+    nested: PydanticPlace
+    anything: Any = None
+    camelCase: int = pydantic.Field(default=0, alias="camel_case")
+    request: Annotated[str, References("requests")]
+    loose: Annotated[str | None, References("requests", enforced=False)] = None
+    created_at: datetime | None = None
+
+
+def test_annotations_are_declared() -> None:
+    collection = Collection.from_model(Everything, key="every_id", indexes=["text"])
+    assert collection.name == "everythings"
+    found = {name: (each.type, each.required) for name, each in collection.fields.items()}
+    assert found == {
+        "every_id": ("text", True),
+        "text": ("text", True),
+        "maybe": ("text", False),
+        "defaulted": ("text", False),
+        "number": ("number", True),
+        "either": ("number", True),
+        "flag": ("boolean", True),
+        "kind": ("integer", True),
+        "word": ("text", True),
+        "mixed": ("json", True),
+        "day": ("text", True),
+        "at": ("timestamp", True),
+        "unique": ("text", True),
+        "price": ("text", True),
+        "listed": ("json", True),
+        "nested": ("json", True),
+        "anything": ("json", False),
+        "camel_case": ("integer", False),
+        "request": ("text", True),
+        "loose": ("text", False),
+        "created_at": ("timestamp", False),
+        "updated_at": ("timestamp", False),
+    }
+    assert collection.fields["request"].references == "requests"
+    assert [each.name for each in collection.references] == ["request"]
+
+
+async def test_every_annotation_comes_back() -> None:
+    parent = Collection("requests", key="request_id")
+    collections = [parent, Collection.from_model(Everything, key="every_id")]
+    given = Everything(
+        every_id="e",
+        text="t",
+        maybe=None,
+        number=1.5,
+        either=2,
+        flag=True,
+        kind=Kind.TWO,
+        word="b",
+        mixed=1,
+        day=date(2026, 1, 2),
+        at=AT,
+        unique=uuid.UUID(int=7),
+        price=Decimal("1.50"),
+        listed=[1],
+        nested=PydanticPlace(room="r"),
+        camel_case=4,
+        request="r",
+    )
+    async with open_store("memory:", collections=collections) as store:
+        await store.save_entity("requests", {"request_id": "r"})
+        everything = store.typed(Everything)
+        await everything.create(given)
+        read = await everything.get("e")
+        assert read is not None
+        assert read.created_at is not None
+        assert read.model_copy(update={"created_at": None}) == given
+        await everything.patch("e", camelCase=5, price=Decimal("2"))
+        again = await everything.get("e")
+        assert again is not None
+        assert (again.camelCase, again.price) == (5, Decimal(2))
+
+
+class Tagged(msgspec.Struct, tag="tagged"):
+    tagged_id: str
+
+
+class Array(msgspec.Struct, array_like=True):
+    array_id: str
+
+
+class TwoAliases(pydantic.BaseModel):
+    job_id: str
+    one: str = pydantic.Field(validation_alias="two", serialization_alias="three")
+
+
+class TwoVersions(msgspec.Struct):
+    job_id: str
+    version: int | None = None
+    other: Annotated[int | None, StoreVersion] = None
+
+
+class Unknown(msgspec.Struct):
+    job_id: str
+    what: Nobody = None  # type: ignore[name-defined]  # noqa: F821
+
+
+async def test_a_tagged_struct_keeps_its_tag() -> None:
+    async with open_store(
+        "memory:", collections=[Collection.from_model(Tagged, key="tagged_id")]
+    ) as store:
+        await store.typed(Tagged).save(Tagged("t"))
+        assert await store.typed(Tagged).get("t") == Tagged("t")
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "problem"),
+    [
+        (int, "job_id", "int is not a model"),
+        ("Job", "job_id", "a model is a class, not 'Job'"),
+        (Array, "array_id", "array_like"),
+        (TwoAliases, "job_id", "the same alias"),
+        (TwoVersions, "job_id", "several fields for the version"),
+        (Unknown, "job_id", "cannot be evaluated"),
+        (StructJob, "id", "has no field 'id'"),
+    ],
+)
+def test_what_cannot_be_declared(model: Any, key: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        Collection.from_model(model, key=key)
+
+
+def test_given_fields_replace_those_of_the_class() -> None:
+    collection = Collection.from_model(
+        StructJob, key="job_id", fields=[Field("tags", "text"), "extra"], open=True
+    )
+    assert collection.fields["tags"].type == "text"
+    assert "extra" in collection.fields
+    assert collection.name == "struct_jobs"
+    assert collection.model is StructJob
+
+
+async def test_a_store_that_does_not_know_the_class() -> None:
+    collections = [
+        Collection.from_model(StructJob, key="job_id"),
+        Collection.from_model(DataJob, key="job_id"),
+        Collection.from_model(DataJob, key="job_id", name="others"),
+    ]
+    async with open_store("memory:", collections=collections) as store:
+        with pytest.raises(ConfigurationError, match="is declared from AttrsJob: open it"):
+            store.typed(AttrsJob)
+        with pytest.raises(ConfigurationError, match="several collections .* data_jobs, others"):
+            store.typed(DataJob)
+        with pytest.raises(UnsupportedValueError, match="StructJob is expected, not DataJob"):
+            await store.typed(StructJob).save(DataJob("j"))  # type: ignore[arg-type]
+
+
+# -- the rest --------------------------------------------------------------------------------
+
+
+def test_blocking_callers_get_instances(url: str) -> None:
+    with sync.open_store(url, collections=[declared(DataJob)]) as store:
+        jobs = store.typed(DataJob)
+        assert jobs.create(DataJob("j")) == 1
+        assert jobs.get("j") == DataJob("j")
+        assert jobs.patch("j", status=Status.DONE) == 2
+        assert jobs.modify("j", lambda job: dataclasses.replace(job, attempts=4)) == 3
+        assert list(jobs.stream()) == [DataJob("j", Status.DONE, 4)]
+        assert jobs.model is DataJob
+        assert jobs.collection.name == "jobs"
+        with store.begin_transaction() as tx:
+            tx.typed(DataJob).save(DataJob("k"))
+        assert jobs.count() == 2
+        assert jobs.id_of(DataJob("q")) == "q"
+
+
+def test_no_library_of_models_is_imported() -> None:
+    code = (
+        "import sys, hf_async_store; "
+        "print([each for each in ('pydantic', 'attr', 'attrs') if each in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+async def test_two_tasks_that_save_one_entity_both_succeed(opened: Any) -> None:
+    store, model, _ = opened
+    jobs = store.typed(model)
+
+    await asyncio.gather(*(jobs.save(model(job_id="j", attempts=n)) for n in range(8)))
+    await asyncio.gather(
+        *(jobs.save_many([model(job_id="j"), model(job_id=f"j{n}")]) for n in range(8))
+    )
+    assert (await jobs.get_versioned("j")).version == 16
