@@ -24,10 +24,11 @@ test: $(STAMP)  ## every test but the long sweeps
 test-long: $(STAMP)  ## the long sweeps, too
 	$(PYTEST) --hf-full -m "long or not long"
 
-check: $(STAMP)  ## style, types, and which layer may import which
+check: $(STAMP)  ## style, types by three checkers, and which layer may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/type_checks
 	$(BIN)/lint-imports
 
 dist: $(DIST_STAMP)  ## builds the archives of a release, and tries the wheel in an empty environment

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Final, cast
 from hf_async_store import strategies
 from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.sync.calls import Stream
-from hf_async_store.sync.store import Repository, Snapshot, Store, Transaction, TypedCollection
+from hf_async_store.sync.store import Repository, Snapshot, Store, Transaction
+from hf_async_store.sync.typed import TypedCollection
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

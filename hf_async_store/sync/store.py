@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
-from hf_async_store import driver, repository, strategy, transaction, typed
+from hf_async_store import driver, repository, strategy, transaction
 from hf_async_store.arguments import check_callable
 from hf_async_store.conflict_retry import RETRY_SECONDS
 from hf_async_store.errors import StoreClosedError
 from hf_async_store.models import Model
 from hf_async_store.sync.calls import Blocking, Context, Entering, blocking, calling_back, streaming
 from hf_async_store.sync.event_loop_thread import EventLoopThread, refuse_running_loop
+from hf_async_store.sync.typed import TypedCollection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,47 +63,6 @@ class Repository(Blocking):
     sum_of = blocking(repository.RepositoryInterface.sum_of)
     min_of = blocking(repository.RepositoryInterface.min_of)
     max_of = blocking(repository.RepositoryInterface.max_of)
-
-
-class TypedCollection(Blocking, Generic[Model]):
-    """As `typed.TypedCollection`."""
-
-    _target: typed.TypedCollection[Model]
-
-    get = blocking(typed.TypedCollection[Model].get)
-    get_versioned = blocking(typed.TypedCollection[Model].get_versioned)
-    create = blocking(typed.TypedCollection[Model].create)
-    save = blocking(typed.TypedCollection[Model].save)
-    patch = blocking(typed.TypedCollection[Model].patch)
-    modify = calling_back(typed.TypedCollection[Model].modify)
-    delete = blocking(typed.TypedCollection[Model].delete)
-
-    get_many = calling_back(typed.TypedCollection[Model].get_many)
-    create_many = blocking(typed.TypedCollection[Model].create_many)
-    save_many = blocking(typed.TypedCollection[Model].save_many)
-    delete_many = blocking(typed.TypedCollection[Model].delete_many)
-
-    query = calling_back(typed.TypedCollection[Model].query)
-    stream = streaming(typed.TypedCollection[Model].stream)
-    page = blocking(typed.TypedCollection[Model].page)
-    count = blocking(typed.TypedCollection[Model].count)
-    count_by = blocking(typed.TypedCollection[Model].count_by)
-    update_where = blocking(typed.TypedCollection[Model].update_where)
-    delete_where = blocking(typed.TypedCollection[Model].delete_where)
-
-    @property
-    def model(self) -> type[Model]:
-        """As `typed.TypedCollection.model`."""
-        return self._target.model
-
-    @property
-    def collection(self) -> Collection:
-        """As `typed.TypedCollection.collection`."""
-        return self._target.collection
-
-    def id_of(self, instance: Model) -> str:
-        """As `typed.TypedCollection.id_of`."""
-        return self._target.id_of(instance)
 
 
 class Transaction(Entering, Repository):

@@ -114,7 +114,9 @@ def run_python(block: Block, namespace: dict[str, Any], runner: asyncio.Runner) 
     assert transformer.checks == len(re.findall(r"#\s*->", block.text)), (
         "a `# -> x` follows no expression"
     )
-    code = compile(tree, name_of(block.page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    code = compile(
+        tree, name_of(block.page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+    )
     if code.co_flags & CO_COROUTINE:
 
         async def body() -> None:
@@ -173,7 +175,7 @@ def test_examples_run(
     monkeypatch.chdir(folder)
     environment = dict(os.environ)
     # Annotations of a block are resolved in its module.
-    namespace: dict[str, Any] = {"__name__": "__docs__", "__shows__": shows}
+    namespace: dict[str, Any] = {"__name__": "__main__", "__shows__": shows}
     shell = Shell(folder)
     with asyncio.Runner() as runner:
         try:
