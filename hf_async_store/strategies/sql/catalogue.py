@@ -158,7 +158,7 @@ def declared(
             programs with contrary declarations would otherwise do it in turns.
 
     Raises:
-        SchemaMismatchError: a collection has another key.
+        SchemaMismatchError: a collection has another key, or a field refers to another collection.
     """
     known = catalogue.entries
     return {each.name: _merged(known.get(each.name), each, latest) for each in collections}
@@ -184,6 +184,11 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
     for name, each in known.fields.items():
         here = fields.get(name, each)
         parent = each.parent or here.parent
+        if here.parent not in (None, parent):
+            raise SchemaMismatchError(
+                f"{collection.name}.{name} refers to {parent!r} in this store, but to {here.parent!r} "
+                "in this declaration: declare another field, or the reference with enforced=False"
+            )
         given = here if latest else each
         if given.parent != parent:
             given = msgspec.structs.replace(given, type="text", references=parent, enforced=True)

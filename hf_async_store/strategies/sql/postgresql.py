@@ -783,7 +783,8 @@ _SCHEMA: Final = "(SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = curre
 _RELATIONS: Final = f"""
 SELECT c.relname::text, CASE
     WHEN i.indisvalid = false THEN '{INVALID}' WHEN c.relkind = 'i'::"char" THEN 'index'
-    WHEN c.relkind = 'v'::"char" THEN 'view' WHEN c.relkind = 'c'::"char" THEN 'type' ELSE 'table' END, coalesce(o.relname::text, ''::text)
+    WHEN c.relkind = 'v'::"char" THEN 'view' WHEN c.relkind = 'c'::"char" THEN 'type' ELSE 'table' END,
+    coalesce(o.relname::text, ''::text)
 FROM pg_catalog.pg_class AS c LEFT JOIN pg_catalog.pg_index AS i ON i.indexrelid = c.oid
 LEFT JOIN pg_catalog.pg_class AS o ON o.oid = i.indrelid
 WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p', 'f', 'v', 'm', 'i', 'I', 'S', 'c')
