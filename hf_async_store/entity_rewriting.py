@@ -28,7 +28,7 @@ from hf_async_store.query import build_query, position_of
 from hf_async_store.schema import Collection
 from hf_async_store.values import UPDATED_AT, Entity, Key, Removed, Value, utc_now, version_of
 
-NewFields: TypeAlias = Mapping[str, Value | Removed]
+NewFields: TypeAlias = "Mapping[str, Value | Removed]"
 """The fields of an entity to change; none: it stays as it is."""
 
 _PAGE_SIZE: Final = 512
