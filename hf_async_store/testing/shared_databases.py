@@ -63,7 +63,7 @@ class SharedDatabaseContract:
         for number, name in enumerate(names):
             async with store_of(name) as store:
                 await self._check(store, number)
-                for other in names:
+                for other in (name, names[number - 1]):
                     async with store_of(other) as second:
                         assert await store.is_same_store(second) is (other == name)
 
