@@ -89,14 +89,16 @@ async def _rewrite_page(
     change: Callable[[Entity], Awaitable[NewFields]],
 ) -> None:
     backoff = Backoff(_CONFLICT_SECONDS, first=_FIRST_PAUSE, longest=_LONGEST_PAUSE)
-    while entities:
+    while True:
         changed: list[Key] = []
         for start in range(0, len(entities), _BATCH_SIZE):
             batch = entities[start : start + _BATCH_SIZE]
             patches = [_patch(collection, each, await change(each)) for each in batch]
             changed += await _write(engine, [each for each in patches if each is not None])
             await asyncio.sleep(0)
-        if changed and not await backoff.pause():
+        if not changed:
+            return
+        if not await backoff.pause():
             raise UnavailableError(
                 f"{len(changed):,} entities of {collection.name}, the first of them {changed[0].id!r}, "
                 "are changed by other programs all the time: run `schema apply` again"

@@ -89,11 +89,11 @@ async def apply(
     """
     report = progress or _ignore
     if transforms:
-        _refuse(unrecorded(await engine.declarations(), schema))
+        _refuse(unrecorded(await engine.declarations(), schema), "nothing was changed")
         for name, function in transforms.items():
             await transform(engine, schema[name], function, report)
     changes = await compared(engine, schema)
-    _refuse(changes)
+    _refuse(changes, "no more was changed" if transforms else "nothing was changed")
     await engine.apply_schema(progress=progress, complete=complete)
     for name in {each.collection: None for each in changes if each.kind == "form"}:
         new_forms = partial(_new_forms, schema[name])
@@ -105,12 +105,11 @@ async def apply(
             report(each, 1, 1)
 
 
-def _refuse(changes: Iterable[SchemaChange]) -> None:
+def _refuse(changes: Iterable[SchemaChange], state: str) -> None:
     refused = [each for each in changes if each.kind in REFUSED]
     if refused:
         raise SchemaMismatchError(
-            "nothing was changed: "
-            + "; ".join(f"{_place(each)}: {each.detail}" for each in refused)
+            f"{state}: " + "; ".join(f"{_place(each)}: {each.detail}" for each in refused)
         )
 
 
@@ -261,11 +260,12 @@ class _MissingParents:
             for entity in page
             if type(value := entity.get(field.name)) is str
         ]
-        unknown = list({key for key, _, _ in referring} - self._existing)
-        found = {each.key for each in await self._engine.fetch(unknown) if each is not None}
+        parents = {key for key, _, _ in referring}
         if len(self._existing) > _MAX_KNOWN_PARENTS:
-            self._existing = {key for key, _, _ in referring} - set(unknown)
-        self._existing |= found
+            self._existing &= parents
+        if unknown := list(parents - self._existing):
+            records = await self._engine.fetch(unknown)
+            self._existing.update(each.key for each in records if each is not None)
         return [(entity, name) for key, entity, name in referring if key not in self._existing]
 
 

@@ -158,10 +158,31 @@ def declared(
             programs with contrary declarations would otherwise do it in turns.
 
     Raises:
-        SchemaMismatchError: a collection has another key, or a field refers to another collection.
+        SchemaMismatchError: a collection has another key.
     """
     known = catalogue.entries
     return {each.name: _merged(known.get(each.name), each, latest) for each in collections}
+
+
+def refuse_other_parents(catalogue: Catalogue, collections: Iterable[Collection]) -> None:
+    """Refuse a field that refers to another collection than another program has declared.
+
+    Every program enforces the references of all, so no value could fit both.
+
+    Raises:
+        SchemaMismatchError.
+    """
+    for collection in collections:
+        entry = catalogue.entries.get(collection.name)
+        known = {} if entry is None else entry.fields
+        for field in collection.references:
+            recorded = known[field.name].parent if field.name in known else None
+            if recorded not in (None, field.parent):
+                raise SchemaMismatchError(
+                    f"{collection.name}.{field.name} refers to {recorded!r} in this store, but to "
+                    f"{field.parent!r} in this declaration: declare another field, or the reference "
+                    "with enforced=False"
+                )
 
 
 def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
@@ -184,11 +205,6 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
     for name, each in known.fields.items():
         here = fields.get(name, each)
         parent = each.parent or here.parent
-        if here.parent not in (None, parent):
-            raise SchemaMismatchError(
-                f"{collection.name}.{name} refers to {parent!r} in this store, but to {here.parent!r} "
-                "in this declaration: declare another field, or the reference with enforced=False"
-            )
         given = here if latest else each
         if given.parent != parent:
             given = msgspec.structs.replace(given, type="text", references=parent, enforced=True)

@@ -21,6 +21,7 @@ from hf_async_store.strategies.sql.catalogue import (
     declared,
     from_rows,
     read_sql,
+    refuse_other_parents,
     to_rows,
 )
 from hf_async_store.strategies.sql.names import key_column, quoted, sql_name
@@ -112,8 +113,8 @@ class SchemaSync(ABC):
             latest: see `declared`.
 
         Raises:
-            SchemaMismatchError: a collection has another key, or another program has a table or view of
-                its name.
+            SchemaMismatchError: a collection has another key, a field another parent, or another program
+                has a table or view of a name that is needed.
             NewerFormatError, PermissionDeniedError: as `read`.
         """
         driver = lease.driver
@@ -138,6 +139,7 @@ class SchemaSync(ABC):
         self, catalogue: Catalogue, relations: Mapping[str, Relation], latest: bool
     ) -> bool:
         """Whether a write must create or record something first."""
+        refuse_other_parents(catalogue, self.schema.values())
         for name, entry in declared(catalogue, self.schema.values(), latest=latest).items():
             if entry != catalogue.entries.get(name) or not (
                 self.names.table(name) in relations and self.names.view(name) in relations
@@ -157,6 +159,7 @@ class SchemaSync(ABC):
                 f"CREATE TABLE {quoted(self.names.catalogue)} "
                 f"(name {text} PRIMARY KEY NOT NULL, value {text} NOT NULL)",
             )
+        refuse_other_parents(catalogue, self.schema.values())
         entries = declared(catalogue, self.schema.values(), latest=latest)
         for name, entry in entries.items():
             known = catalogue.entries.get(name)

@@ -112,14 +112,17 @@ class PostgresSchema(SchemaSync):
 
     async def _recreate_view(self, driver: Any, name: str, entry: Entry) -> None:
         view = self.names.view(name)
+        sql = f"DROP VIEW {quoted(view)}"
         try:
-            await self.dialect.rows(driver, f"DROP VIEW {quoted(view)}", ())
+            await self.dialect.rows(driver, sql, ())
         except self._server.has_dependents as exc:
             raise SchemaMismatchError(
                 f"the view {view} must be created again, because the type of a field of {name} was "
                 f"changed, but others depend on it ({exc.detail}): drop them, and create them again "
                 "after the next write. Nothing was changed"
             ) from exc
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing=f"run {sql}", writes=False) from exc
         await self._run(driver, f"CREATE VIEW {self.view_definition(name, entry)}")
 
     def changes_of(

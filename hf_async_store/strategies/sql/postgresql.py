@@ -679,14 +679,13 @@ class PostgreSQL(Dialect):
             handle = await self._begin(driver, isolation="serializable")
             try:
                 await self.rows(driver, sql, ())
+            except asyncpg.UndefinedTableError:
+                await run_to_completion(self.roll_back(handle))
             except BaseException as exc:
                 await run_to_completion(self.roll_back(handle))
-                if isinstance(exc, asyncpg.PostgresError) and not isinstance(
-                    exc, asyncpg.UndefinedTableError
-                ):
+                if isinstance(exc, asyncpg.PostgresError):
                     raise self.translate(exc, doing=f"run {sql}", writes=False) from exc
-                if not isinstance(exc, asyncpg.UndefinedTableError):
-                    raise
+                raise
             else:
                 return handle
             creating = await self._begin_creating(driver)
