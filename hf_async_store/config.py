@@ -243,6 +243,8 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
         sslmode, sslrootcert, sslcert, sslkey, sslpassword, sslcrl, channel_binding, gssencmode:
             PostgreSQL: as in libpq.
         schema: PostgreSQL: the schema of the tables; an empty string: the role's search_path decides.
+        table_prefix: what the names of all tables, views and indexes of the store begin with. Stores
+            with different prefixes can share a database.
         pgbouncer: PostgreSQL is accessed through a pool that assigns connections per transaction.
         login_provider: `module:function`. The function is called with host, port and user name, and
             returns the password of each new connection; it may be async.
@@ -262,6 +264,7 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     timeout: Seconds = 30.0
     enable_query_cache: bool = True
     enforce_references: bool = True
+    table_prefix: str = ""
     synchronous: Literal["FULL", "NORMAL"] = "FULL"
     isolation: Literal["serializable", "repeatable_read", "read_committed"] = "serializable"
     sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = "prefer"
@@ -296,6 +299,8 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
                     "'verify-full'"
                 )
         self.servers()
+        if "\0" in self.table_prefix or re.search(_SURROGATE, self.table_prefix):
+            raise ConfigurationError("table_prefix: expected UTF-8 text without U+0000")
         if self.pgbouncer and (self.schema or self.options):
             raise ConfigurationError(
                 f"{'schema' if self.schema else 'options'}: not supported with pgbouncer, which does not "
@@ -326,12 +331,18 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def location(self) -> str:
         """See `StorageConfig.location`."""
         if self.type == "sqlite":
-            return f"sqlite:{_file_location(self.name)}"
+            return f"sqlite:{_file_location(self.name)}{self._part()}"
         servers = ",".join(
             f"{_server(host.lower() or 'localhost')}:{port or 5432}"
             for host, port in self.servers()
         )
-        return f"postgresql://{servers}/{_quoted(self.name or self.username)}"
+        return f"postgresql://{servers}/{_quoted(self.name or self.username)}{self._part()}"
+
+    def _part(self) -> str:
+        """The part of the database that is the store, as the query of a URL."""
+        named = {"schema": self.schema, "table_prefix": self.table_prefix}
+        query = "&".join(f"{key}={_quoted(each)}" for key, each in named.items() if each)
+        return query and f"?{query}"
 
 
 def _port(digits: str) -> int:

@@ -203,8 +203,8 @@ class SchemaChange(msgspec.Struct, frozen=True):
     """One thing that a declaration and its store disagree about, as returned by `schema_changes`.
 
     Attributes:
-        kind: what it is about: of every engine "collection", "key", "field", "index", "values", "form"
-            or "required" (see `schema_changes.py`); others are those of an engine.
+        kind: what it is about: of every engine "collection", "key", "field", "index", "values", "form",
+            "reference" or "required" (see `schema_changes.py`); others are those of an engine.
         collection: the name of the collection.
         name: the name of the field or index; "" if it is about the collection.
         detail: what is missing or differs, and what `apply_schema` does about it, for people.

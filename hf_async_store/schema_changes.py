@@ -8,53 +8,40 @@ type, and is only counted here. The changes have these kinds:
 - "values": stored values that do not fit the declared type. They stay.
 - "form": timestamps in another form than the fixed one. They are rewritten.
 - "required": entities in which a required field is missing or null. It is refused.
+- "reference": entities that refer to a parent that does not exist, where references are enforced. They
+  stay.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
 
-from hf_async_store.changes import Patch
 from hf_async_store.driver import Engine, SchemaChange, SchemaProgress
-from hf_async_store.errors import (
-    ConcurrencyConflictError,
-    EntityNotFoundError,
-    InvalidFieldError,
-    SchemaMismatchError,
-    StorageError,
-    UnavailableError,
-)
+from hf_async_store.entity_rewriting import NewFields, pages, reporting, rewrite
+from hf_async_store.errors import InvalidFieldError, SchemaMismatchError
 from hf_async_store.generators import Owned
-from hf_async_store.query import build_query
 from hf_async_store.schema import Collection, Field, Schema
-from hf_async_store.values import (
-    UPDATED_AT,
-    Entity,
-    Key,
-    Value,
-    is_canonical_timestamp,
-    parse_timestamp,
-    utc_now,
-    version_of,
-)
+from hf_async_store.transforms import Transforms, transform
+from hf_async_store.values import Entity, Key, Value, is_canonical_timestamp, parse_timestamp
 
 REFUSED: Final = frozenset({"key", "required"})
 """The kinds of changes that `apply` refuses."""
 
-_CHUNK_SIZE: Final = 256
 _MAX_SHOWN: Final = 5
-_ROUND_SIZE: Final = 20_000
-_MAX_FRUITLESS: Final = 10
+_MAX_KNOWN_PARENTS: Final = 50_000
 
 _EFFECTS: Final = {
     "values": "stored values that are not of type {type}: {count:,}; they stay, and compare as their own "
     "type",
     "form": "stored timestamps in another form, which compare as text: {count:,}; they are "
     "rewritten in batches",
+    "reference": "entities whose parent does not exist: {count:,}; they stay, and can be read and updated: "
+    "save the parents, or change or delete these",
     "required": "entities without a value for this required field: {count:,}; give them one first",
 }
 
@@ -72,39 +59,58 @@ async def compared(engine: Engine, schema: Schema) -> list[SchemaChange]:
         if collection.name in unreadable:
             continue
         found = _Found(collection)
-        async with Owned(_chunks(engine, collection)) as chunks:
-            async for chunk in chunks:
-                for entity in chunk:
+        parents = _MissingParents(engine, collection)
+        async with Owned(pages(engine, collection)) as read:
+            async for page in read:
+                for entity in page:
                     found.examine(entity)
+                for entity, name in await parents.of(page):
+                    found.add(entity, name, "reference")
+                await asyncio.sleep(0)
         changes += found.changes()
     return changes
 
 
 async def apply(
-    engine: Engine, schema: Schema, progress: SchemaProgress | None, *, complete: bool
+    engine: Engine,
+    schema: Schema,
+    progress: SchemaProgress | None,
+    transforms: Transforms,
+    *,
+    complete: bool,
 ) -> None:
-    """Bring the store to the declaration.
+    """Transform the entities, then bring the store to the declaration.
 
     It can be interrupted and run again: what is done is not done again.
 
     Raises:
-        SchemaMismatchError: the data breaks the declaration; nothing was changed.
+        SchemaMismatchError: the data breaks the declaration; nothing was changed, except by the
+            transforms, which may provide required values.
     """
     report = progress or _ignore
+    if transforms:
+        _refuse(unrecorded(await engine.declarations(), schema), "nothing was changed")
+        for name, function in transforms.items():
+            await transform(engine, schema[name], function, report)
     changes = await compared(engine, schema)
-    refused = [each for each in changes if each.kind in REFUSED]
-    if refused:
-        raise SchemaMismatchError(
-            "nothing was changed: "
-            + "; ".join(f"{_place(each)}: {each.detail}" for each in refused)
-        )
+    _refuse(changes, "no more was changed" if transforms else "nothing was changed")
     await engine.apply_schema(progress=progress, complete=complete)
     for name in {each.collection: None for each in changes if each.kind == "form"}:
-        await _rewrite(engine, schema[name], report)
+        new_forms = partial(_new_forms, schema[name])
+        change = SchemaChange("form", name, "", "rewrite timestamps")
+        await rewrite(engine, schema[name], new_forms, reporting(report, change))
     await engine.remember(schema.values())
     for each in changes:
         if each.kind in ("collection", "field", "index"):
             report(each, 1, 1)
+
+
+def _refuse(changes: Iterable[SchemaChange], state: str) -> None:
+    refused = [each for each in changes if each.kind in REFUSED]
+    if refused:
+        raise SchemaMismatchError(
+            f"{state}: " + "; ".join(f"{_place(each)}: {each.detail}" for each in refused)
+        )
 
 
 def _ignore(change: SchemaChange, done: int, total: int | None) -> None:
@@ -191,8 +197,12 @@ class _Found:
 
     def examine(self, entity: Entity) -> None:
         for name, kind in _disagreements(self._collection, entity):
-            offenders = self._offenders.setdefault((name, kind), _Offenders())
-            offenders.add(self._collection.id_of(entity))
+            self.add(entity, name, kind)
+
+    def add(self, entity: Entity, name: str, kind: str) -> None:
+        """Add a disagreement with a field."""
+        offenders = self._offenders.setdefault((name, kind), _Offenders())
+        offenders.add(self._collection.id_of(entity))
 
     def changes(self) -> list[SchemaChange]:
         collection = self._collection
@@ -231,72 +241,41 @@ def _fits(field: Field, value: Value) -> bool:
     return True
 
 
-async def _chunks(engine: Engine, collection: Collection) -> AsyncGenerator[list[Entity], None]:
-    """All entities of a collection; the event loop is not held for longer than one chunk."""
-    async with Owned(engine.select_batches(build_query(collection))) as batches:
-        async for batch in batches:
-            for start in range(0, len(batch), _CHUNK_SIZE):
-                yield batch[start : start + _CHUNK_SIZE]
-                await asyncio.sleep(0)
+# -- references -------------------------------------------------------------------------------
+
+
+class _MissingParents:
+    """The references of a collection whose parents do not exist."""
+
+    def __init__(self, engine: Engine, collection: Collection) -> None:
+        self._engine = engine
+        self._references = collection.references if engine.capabilities.references else ()
+        self._existing: set[Key] = set()
+
+    async def of(self, page: Sequence[Entity]) -> list[tuple[Entity, str]]:
+        """Of a page, the entities and fields that refer to a missing parent."""
+        referring = [
+            (Key(field.parent, value), entity, field.name)
+            for field in self._references
+            for entity in page
+            if type(value := entity.get(field.name)) is str
+        ]
+        parents = {key for key, _, _ in referring}
+        if len(self._existing) > _MAX_KNOWN_PARENTS:
+            self._existing &= parents
+        if unknown := list(parents - self._existing):
+            records = await self._engine.fetch(unknown)
+            self._existing.update(each.key for each in records if each is not None)
+        return [(entity, name) for key, entity, name in referring if key not in self._existing]
 
 
 # -- timestamps in another form -------------------------------------------------------------
 
 
-async def _rewrite(engine: Engine, collection: Collection, report: SchemaProgress) -> None:
-    """Rewrite the timestamps of a collection in the fixed form, unless they change meanwhile.
-
-    In rounds of reading and writing: no stream is open during a write, because its snapshot could hold
-    up a change of the schema by another program, and with it the write.
-    """
-    change = SchemaChange("form", collection.name, "", "rewrite timestamps")
-    done = 0
-    before: set[Key] = set()
-    fruitless = 0
-    while patches := await _patches(engine, collection):
-        written: set[Key] = set()
-        for start in range(0, len(patches), _CHUNK_SIZE):
-            written |= await _written(engine, patches[start : start + _CHUNK_SIZE])
-            report(change, done + len(written), None)
-        done += len(written)
-        # Other programs may have changed these entities, or given them such values again.
-        fruitless = 0 if written - before else fruitless + 1
-        if fruitless == _MAX_FRUITLESS:
-            raise UnavailableError(
-                f"{len(patches):,} entities of {collection.name} still have timestamps in another "
-                "form, because other programs write them; run `schema apply` again"
-            )
-        before = written
-
-
-async def _patches(engine: Engine, collection: Collection) -> list[Patch]:
-    """The changes of the first entities whose timestamps are in another form."""
-    patches: list[Patch] = []
-    async with Owned(_chunks(engine, collection)) as chunks:
-        async for chunk in chunks:
-            patches += filter(None, (_patch(collection, each) for each in chunk))
-            if len(patches) >= _ROUND_SIZE:
-                break
-    return patches
-
-
-def _patch(collection: Collection, entity: Entity) -> Patch | None:
-    """The change that gives the timestamps of an entity the fixed form; None if they have it."""
-    names = [name for name, kind in _disagreements(collection, entity) if kind == "form"]
-    if not names:
-        return None
-    now = utc_now()
-    key = Key(collection.name, collection.id_of(entity))
-    fields = {each: collection.fields[each].check(entity[each], collection.name) for each in names}
-    return Patch(key, {**fields, UPDATED_AT: now}, now, version_of(entity))
-
-
-async def _written(engine: Engine, patches: Sequence[Patch]) -> set[Key]:
-    """Write changes; returns the keys of those that were written. The others met another change."""
-    written = set()
-    for patch, outcome in zip(patches, await engine.write_each(patches), strict=True):
-        if not isinstance(outcome, StorageError):
-            written.add(patch.key)
-        elif not isinstance(outcome, ConcurrencyConflictError | EntityNotFoundError):
-            raise outcome
-    return written
+async def _new_forms(collection: Collection, entity: Entity) -> NewFields:
+    """The timestamps of an entity that are in another form, in the fixed one."""
+    return {
+        name: collection.fields[name].check(entity[name], collection.name)
+        for name, kind in _disagreements(collection, entity)
+        if kind == "form"
+    }

@@ -49,6 +49,7 @@ from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
+from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key, Value
 
@@ -422,7 +423,10 @@ class StorageStrategy(RepositoryInterface):
         return await schema_changes.compared(self._usable(), self._schema)
 
     async def apply_schema(
-        self, progress: SchemaProgress | None = None, complete: bool = False
+        self,
+        progress: SchemaProgress | None = None,
+        complete: bool = False,
+        transform: Transforms | None = None,
     ) -> None:
         """Bring the store to the declared collections, while other programs read and write.
 
@@ -430,17 +434,29 @@ class StorageStrategy(RepositoryInterface):
 
         Args:
             progress: called for each change as it proceeds.
+            transform: functions by collection, plain or async, that take an entity and return the
+                fields to change, as for `update_entity`, or None. Each entity that they change is
+                written only if no other program has changed it meanwhile; else they are called with
+                the current one. For an entity that it has transformed, a function must return nothing
+                new: so an interrupted run is completed by another one. They run first, and can
+                provide required values.
             complete: all programs with an older declaration have ended. Where queries use a new
                 index only then, they begin to.
 
         Raises:
             SchemaMismatchError: the stored data breaks the declaration, for example because a
-                required field is missing; the first entities are named, and nothing was changed.
+                required field is missing; the first entities are named, and nothing was changed,
+                except by `transform`.
+            InvalidInputError: a function of `transform` would change an entity each time it is run.
         """
+        transforms = {} if transform is None else transform
+        check_transforms(transforms, self._schema)
         check_boolean(complete, "complete")
         if progress is not None:
             check_callable(progress, "progress")
-        await schema_changes.apply(self._usable(), self._schema, progress, complete=complete)
+        await schema_changes.apply(
+            self._usable(), self._schema, progress, transforms, complete=complete
+        )
 
     # -- health ------------------------------------------------------------------------------
 

@@ -456,6 +456,11 @@ _SCHEMA: Final = (
         "action", "ACTION", "plan, apply or check; see below", choices=("plan", "apply", "check")
     ),
     _flag("--complete", "apply: all programs with an older declaration have ended"),
+    _argument(
+        "--transform",
+        "MODULE:NAME",
+        "apply: a dict of functions by collection, which change the stored entities; see below",
+    ),
     _repeatable("--allow", "KIND", "check: differences of this kind, such as values, are accepted"),
 )
 _VERIFY: Final = (
@@ -593,10 +598,15 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "  check  as plan; if anything differs, the exit code is 3\n\n"
         "Queries are right without `apply`, and may be slower. It may be interrupted and run again. If\n"
         "required values are missing, nothing is changed, and the first entities are named. Values that\n"
-        "do not fit their type stay as they are. With --complete you state that all programs with an\n"
+        "do not fit their type stay as they are.\n\n"
+        "With --transform, each function is called with each entity of its collection, and returns the\n"
+        "fields to change or None. It runs before the rest, so that it can provide required values. For\n"
+        "an entity that it has transformed it must return nothing new.\n\n"
+        "With --complete you state that all programs with an\n"
         "older declaration have ended: DynamoDB queries use new indexes only then. Name the collections\n"
         "by --collections, HF_ASYNC_STORE_COLLECTIONS, or storage.collections of the configuration.\n\n"
         f"  {PROGRAM} schema plan --collections shop.collections:ALL\n"
+        f"  {PROGRAM} schema apply --collections shop.collections:ALL --transform shop.changes:ALL\n"
         f"  {PROGRAM} schema check --collections shop.collections:ALL --allow values\n",
     ),
     "checkpoint": Command(

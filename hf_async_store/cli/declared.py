@@ -39,10 +39,7 @@ def named_collections(
 
 
 def _imported(named: str, source: str) -> Iterable[Collection]:
-    module, colon, name = named.partition(":")
-    if not (module and colon and name):
-        raise ConfigurationError(f"{source}: expected MODULE:NAME")
-    value = _import_attribute(module, name, source)
+    name, value = imported(named, source)
     if isinstance(value, Collection):
         return (value,)
     items = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
@@ -52,6 +49,21 @@ def _imported(named: str, source: str) -> Iterable[Collection]:
             f"Collection, got {type(value).__name__}"
         )
     return items
+
+
+def imported(named: str, source: str) -> tuple[str, object]:
+    """The name and the value of what the text MODULE:NAME names.
+
+    Args:
+        source: where the text is from, for errors.
+
+    Raises:
+        ConfigurationError: it cannot be imported.
+    """
+    module, colon, name = named.partition(":")
+    if not (module and colon and name):
+        raise ConfigurationError(f"{source}: expected MODULE:NAME")
+    return name, _import_attribute(module, name, source)
 
 
 def _import_attribute(module: str, name: str, source: str) -> object:

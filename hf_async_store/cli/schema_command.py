@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from hf_async_store.cli import output
 from hf_async_store.cli.context import Context
-from hf_async_store.cli.declared import VARIABLE, named_collections
+from hf_async_store.cli.declared import VARIABLE, imported, named_collections
 from hf_async_store.cli.exit_codes import CONFLICT
 from hf_async_store.cli.progress import Bars
 from hf_async_store.errors import ConfigurationError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from hf_async_store.driver import SchemaChange
     from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.transforms import Transforms
 
 
 def schema(arguments: Namespace) -> int:
@@ -30,9 +32,13 @@ def schema(arguments: Namespace) -> int:
             "set storage.collections in the configuration file"
         )
 
+    if arguments.transform and arguments.action != "apply":
+        raise ConfigurationError("--transform: only for schema apply")
+    transforms = _transforms(arguments.transform) if arguments.transform else None
+
     async def work(store: StorageStrategy) -> int:
         if arguments.action == "apply":
-            await context.with_timeout(_apply(store, complete=arguments.complete))
+            await context.with_timeout(_apply(store, transforms, complete=arguments.complete))
         changes = await store.schema_changes()
         _show(arguments, changes)
         if arguments.action == "check" and any(
@@ -44,7 +50,18 @@ def schema(arguments: Namespace) -> int:
     return context.run(work, writes=arguments.action == "apply")
 
 
-async def _apply(store: StorageStrategy, *, complete: bool) -> None:
+def _transforms(named: str) -> Transforms:
+    source = f"--transform {named}"
+    name, value = imported(named, source)
+    if not isinstance(value, Mapping) or not all(map(callable, value.values())):
+        raise ConfigurationError(
+            f"{source}: expected {name} to be a dict of functions by collection, got "
+            f"{type(value).__name__}"
+        )
+    return value
+
+
+async def _apply(store: StorageStrategy, transforms: Transforms | None, *, complete: bool) -> None:
     done: dict[str, int] = {}
     with Bars({}) as bars:
 
@@ -54,7 +71,7 @@ async def _apply(store: StorageStrategy, *, complete: bool) -> None:
             bars.advance(what, count - done.get(what, 0))
             done[what] = count
 
-        await store.apply_schema(progress, complete)
+        await store.apply_schema(progress, complete, transforms)
 
 
 def _title(change: SchemaChange) -> str:

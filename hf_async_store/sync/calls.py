@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from copy import deepcopy
 from functools import partial, wraps
@@ -237,12 +237,19 @@ def _passed(caller: Caller | None, argument: Any) -> Any:
     """An argument as it is passed on: code of the caller runs in the calling thread.
 
     An iterator becomes the list of its items, copied, because it may change an item that it has
-    returned. A function becomes one that is called by `caller`, if that is given.
+    returned. A function, or each of a dict of functions, becomes one that is called by `caller`, if that
+    is given.
     """
     if hasattr(type(argument), "__next__"):
         return [_copied(each) for each in argument]
     if caller is not None and callable(argument):
         return lambda *args: caller.call_back(partial(argument, *args))
+    if (
+        caller is not None
+        and isinstance(argument, Mapping)
+        and any(map(callable, argument.values()))
+    ):
+        return {name: _passed(caller, each) for name, each in argument.items()}
     return argument
 
 

@@ -252,7 +252,7 @@ class Store(Repository):
 
     recorded_collections = blocking(strategy.StorageStrategy.recorded_collections)
     schema_changes = blocking(strategy.StorageStrategy.schema_changes)
-    apply_schema = blocking(strategy.StorageStrategy.apply_schema)
+    apply_schema = calling_back(strategy.StorageStrategy.apply_schema)
     exists = blocking(strategy.StorageStrategy.exists)
     undeclared = blocking(strategy.StorageStrategy.undeclared)
     explain_query = blocking(strategy.StorageStrategy.explain_query)

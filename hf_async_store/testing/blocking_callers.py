@@ -556,9 +556,19 @@ class BlockingContract:
                 store.get_entity("items", "a")
             return tx.modify_entity("items", "a", lambda entity: {**entity, "count": 2})
 
+        def transform(entity: Entity) -> dict[str, object]:
+            threads.append(threading.current_thread())
+            assert store.get_entity("items", str(entity["item_id"])) is not None
+            return {"label": "new"} if "label" not in entity else {}
+
         store.save_entities("items", items())
         assert store.modify_entity("items", "a", change) == 2
         assert store.run_transaction(work) == 3
+        store.apply_schema(
+            lambda change, done, total: threads.append(threading.current_thread()),
+            transform={"items": transform},
+        )
+        assert store.count_entities("items", {"label": "new"}) == 4
         assert set(threads) == {threading.current_thread()}
         found = store.get_entities("items", ["0", "1", "2"])
         assert [each and each["data"] for each in found] == [[0], [0, 1], [0, 1, 2]]
@@ -580,6 +590,8 @@ class BlockingContract:
             store.run_transaction(is_async)
         with pytest.raises(InvalidInputError, match="async"):
             store.modify_entity("items", "a", is_async)
+        with pytest.raises(InvalidInputError, match="async"):
+            store.apply_schema(transform={"items": is_async})
         assert store.delete_entity("items", "a", expected_version=1)
 
     def test_125_a_function_is_called_again_after_a_conflict(self, store: Store) -> None:

@@ -115,6 +115,29 @@ class RefusesLabels(Protocol):
         ...
 
 
+@runtime_checkable
+class SharesDatabase(Protocol):
+    """A harness whose engine can keep several stores in one database, next to tables of other programs."""
+
+    def neighbour(self, name: str, collections: Iterable[Collection]) -> StorageStrategy:
+        """A store in the same database whose tables have names that begin with another prefix; not
+        opened yet.
+
+        Raises:
+            ConfigurationError: the engine does not accept this prefix.
+        """
+        ...
+
+    async def occupy(self, collection: str) -> str:
+        """Let something of another program have the name of the table of a collection, before the first
+        write. Returns the name."""
+        ...
+
+    async def occupant(self) -> object:
+        """The form and contents of what `occupy` has created, to compare."""
+        ...
+
+
 def skip_engine(engine: str, reason: str) -> NoReturn:
     """Skip the test because its engine is not available; the summary of the run names the engine.
 

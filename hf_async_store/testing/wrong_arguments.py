@@ -90,6 +90,7 @@ ACCEPTED: Final[Mapping[str, tuple[str, ...]]] = {
     "if_absent": ("boolean",),
     "progress": ("none", "function"),
     "complete": ("boolean",),
+    "transform": ("none", "empty dict"),
     "work": (),
     "other": (),
     "data": ("empty dict",),

@@ -16,6 +16,20 @@ NEW = (
     "Collection('jobs', key='job_id', fields=['owner', Field('due_at', 'timestamp'), "
     "Field('size', 'integer')], indexes=['owner'])"
 )
+CHANGES = """
+def renamed(entity):
+    if "size" not in entity:
+        return None
+    return {"bytes": entity["size"], "size": REMOVE, "owner": entity.get("owner", "nobody")}
+
+async def broken(entity):
+    return {"n": entity.get("n", 0) + 1}
+
+ALL = {"jobs": renamed}
+BROKEN = {"jobs": broken}
+UNKNOWN = {"nope": renamed}
+WRONG = {"jobs": 1}
+"""
 STRICT = "Collection('jobs', key='job_id', fields=[Field('owner', required=True)])"
 
 
@@ -25,6 +39,7 @@ def modules(workplace: Path) -> None:
     (workplace / "jobs_of_a_test.py").write_text(
         f"{text}OLD = [{OLD}]\nNEW = [{NEW}]\nSTRICT = [{STRICT}]\n"
     )
+    (workplace / "changes_of_a_test.py").write_text(f"from hf_async_store import REMOVE\n{CHANGES}")
 
 
 def named(name: str) -> list[str]:
@@ -63,6 +78,65 @@ def test_apply_refuses_missing_values(cli: Cli) -> None:
     assert ran.code == 4
     assert "jobs.owner" in ran.message
     assert "'b'" in ran.message
+
+
+def test_apply_with_a_transform(cli: Cli) -> None:
+    filled(cli)
+    for _ in range(2):
+        ran = cli("schema", "apply", *named("STRICT"), "--transform", "changes_of_a_test:ALL")
+        assert (ran.code, ran.rows) == (0, []), ran.message
+        found = {each["job_id"]: each for each in cli("query", "jobs", "--json").rows}
+        assert found["b"]["bytes"] == "large"
+        assert (found["b"]["owner"], found["a"]["owner"]) == ("nobody", "o")
+        assert {each["version"] for each in found.values()} == {2}
+        assert "size" not in found["a"]
+
+
+@pytest.mark.parametrize(
+    ("action", "name", "code", "told"),
+    [
+        ("apply", "changes_of_a_test:BROKEN", 2, "each time it is run"),
+        ("apply", "changes_of_a_test:UNKNOWN", 2, "no collection 'nope'"),
+        ("apply", "changes_of_a_test:WRONG", 2, "a dict of functions by collection"),
+        ("apply", "changes_of_a_test:renamed", 2, "a dict of functions by collection"),
+        ("apply", "changes_of_a_test", 2, "expected MODULE:NAME"),
+        ("apply", "nope:ALL", 2, "cannot be imported"),
+        ("plan", "changes_of_a_test:ALL", 2, "only for schema apply"),
+        ("check", "changes_of_a_test:ALL", 2, "only for schema apply"),
+    ],
+)
+def test_transforms_that_are_refused(
+    cli: Cli, action: str, name: str, code: int, told: str
+) -> None:
+    filled(cli)
+    ran = cli("schema", action, *named("OLD"), "--transform", name)
+    assert ran.code == code, ran.message
+    assert told in ran.message
+    assert {each["version"] for each in cli("query", "jobs", "--json").rows} == {1}
+
+
+@pytest.mark.parametrize("prefix", ["app_", "My%20%22odd%22%20%25"])
+def test_stores_with_a_prefix(cli: Cli, prefix: str) -> None:
+    """Every command finds the store of its prefix, and no other."""
+    other = ["--store", f"sqlite:shared.db?table_prefix={prefix}"]
+    assert cli("put", "jobs", '{"job_id": "a"}', *named("OLD"), *other).code == 0
+    plain = ["--store", "sqlite:shared.db"]
+    assert cli("put", "jobs", '{"job_id": "b"}', *named("OLD"), *plain).code == 0
+    for store, name in ((other, "a"), (plain, "b")):
+        assert [each["job_id"] for each in cli("query", "jobs", "--json", *store).rows] == [name]
+        assert cli("schema", "apply", *named("NEW"), *store).code == 0
+        assert cli("schema", "check", *named("NEW"), *store).code == 0
+        assert cli("backup", f"{name}.backup", *store).code == 0
+    again = ["--store", "sqlite:shared.db?table_prefix=again_"]
+    assert cli("restore", "a.backup", *again).code == 0
+    assert cli("get", "jobs", "a", *again).code == 0
+    ran = cli("migrate", "--from", plain[1], "--to", "sqlite:shared.db?table_prefix=moved_")
+    assert ran.code == 0, ran.message
+    moved = ["--store", "sqlite:shared.db?table_prefix=moved_"]
+    assert cli("get", "jobs", "b", *moved).code == 0
+    ran = cli("migrate", "--from", plain[1], "--to", "sqlite:./shared.db?table_prefix=")
+    assert ran.code == 4
+    assert "same" in ran.message
 
 
 def test_the_declarations_must_be_named(cli: Cli) -> None:

@@ -10,18 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import asyncpg
 
-from hf_async_store import open_store
+from hf_async_store import Collection, open_store
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from tests.dynamodb.proxy import WRITES, Cut, Fault, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
-    from hf_async_store import Capabilities, Collection, StorageStrategy
+    from hf_async_store import Capabilities, StorageStrategy
     from hf_async_store.testing.harness import Harness
     from hf_async_store_bench.servers import PostgresServer
 
@@ -113,6 +113,21 @@ class SQLiteHarness:
                     f'CREATE TRIGGER {name} BEFORE {verb} ON "items-entities" WHEN {refused}'
                 )
 
+    def neighbour(self, name: str, collections: Iterable[Collection]) -> StorageStrategy:
+        return _opened(self.url(), collections, {"table_prefix": name})
+
+    async def occupy(self, collection: str) -> str:
+        self._path.parent.mkdir()
+        with closing(sqlite3.connect(self._path)) as connection, connection:
+            connection.execute(f'CREATE TABLE "{collection}-entities" (x INT)')
+            connection.execute(f'INSERT INTO "{collection}-entities" VALUES (1)')
+        return f"{collection}-entities"
+
+    async def occupant(self) -> object:
+        with closing(sqlite3.connect(self._path)) as connection:
+            made = connection.execute("SELECT sql FROM sqlite_master WHERE sql LIKE '%(x INT)'")
+            return made.fetchall(), connection.execute('SELECT * FROM "things-entities"').fetchall()
+
     def touched(self) -> bool:
         return self._path.exists()
 
@@ -157,6 +172,18 @@ class PostgreSQLHarness:
     def refuse_label(self, label: str) -> None:
         rule = f"CHECK (doc ->> 'label' <> '{label}')"
         execute(self._url, f'ALTER TABLE "items-entities" ADD CONSTRAINT no_{label} {rule}')
+
+    def neighbour(self, name: str, collections: Iterable[Collection]) -> StorageStrategy:
+        return _opened(self.url(), collections, {"table_prefix": name})
+
+    async def occupy(self, collection: str) -> str:
+        execute(self._url, f"CREATE VIEW {collection} AS SELECT 1 AS x")
+        return collection
+
+    async def occupant(self) -> object:
+        return ask(
+            self._url, "SELECT row(oid, relowner, relacl) FROM pg_class WHERE relname = 'things'"
+        )
 
     def touched(self) -> bool:
         tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
@@ -255,6 +282,20 @@ class DynamoDBHarness:
     def url(self) -> str:
         return f"dynamodb://us-east-1/{self._prefix}?endpoint_url={self._proxy.url}"
 
+    def neighbour(self, name: str, collections: Iterable[Collection]) -> StorageStrategy:
+        prefix = quote(f"{self._prefix}{name}", safe="")
+        endpoint = f"endpoint_url={self._proxy.url}"
+        return open_store(f"dynamodb://us-east-1/{prefix}?{endpoint}", collections=collections)
+
+    async def occupy(self, collection: str) -> str:
+        async with self.store([Collection(collection, key="other_id")]) as store:
+            await store.save_entity(collection, {"other_id": "x", "n": 1})
+        return f"{self._prefix}_{collection}"
+
+    async def occupant(self) -> object:
+        async with self.store([Collection("things", key="other_id")]) as store:
+            return await store.query_entities("things")
+
     def touched(self) -> bool:
         return bool(self._proxy.requests or self._proxy.looks)
 
@@ -286,7 +327,7 @@ class DynamoDBHarness:
 def _opened(
     url: str, collections: Iterable[Collection], settings: Mapping[str, object]
 ) -> StorageStrategy:
-    query = "&".join(f"{name}={_text(value)}" for name, value in settings.items())
+    query = "&".join(f"{name}={quote(_text(value), safe='')}" for name, value in settings.items())
     return open_store(f"{url}{'&' if '?' in url else '?'}{query}", collections=collections)
 
 

@@ -224,3 +224,28 @@ async def test_a_missing_file_name_is_refused() -> None:
 async def test_a_folder_is_made(tmp_path: Path) -> None:
     async with open_store(f"sqlite:{tmp_path}/a/b/store.db") as store:
         assert await store.count_entities("templates") == 0
+
+
+async def test_a_field_that_refers_to_two_collections(url: str) -> None:
+    def declared(parent: str | None, *, enforced: bool = True) -> list[Collection]:
+        owner = Field("owner", references=parent, enforced=enforced)
+        return [
+            Collection("people", key="person_id"),
+            Collection("teams", key="team_id"),
+            Collection("jobs", key="job_id", fields=[owner]),
+        ]
+
+    async with open_store(url, collections=declared("people")) as store:
+        await store.save_entity("people", {"person_id": "p"})
+        await store.save_entity("jobs", {"job_id": "a", "owner": "p"})
+    async with open_store(url, collections=declared("teams")) as store:
+        assert (await store.query_entities("jobs", {"owner": "p"}))[0]["job_id"] == "a"
+        for _ in range(2):
+            with pytest.raises(SchemaMismatchError, match=r"jobs\.owner .*'people'.*'teams'"):
+                await store.save_entity("jobs", {"job_id": "b"})
+        kinds = [(each.kind, each.name) for each in await store.schema_changes()]
+        assert ("field", "owner") in kinds
+    async with open_store(url, collections=declared("teams", enforced=False)) as store:
+        await store.save_entity("jobs", {"job_id": "b", "owner": "p"})
+        with pytest.raises(ReferenceViolationError):
+            await store.save_entity("jobs", {"job_id": "b", "owner": "t"})

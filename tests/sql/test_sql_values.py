@@ -15,6 +15,7 @@ from hf_async_store.changes import Patch
 from hf_async_store.strategies.sql.catalogue import Catalogue, declared
 from hf_async_store.strategies.sql.decisions import Stored, new_row
 from hf_async_store.strategies.sql.grammar import decode_json, encode_json
+from hf_async_store.strategies.sql.names import Names
 from hf_async_store.strategies.sql.postgres_jsonb import array_text, json_text
 from hf_async_store.strategies.sql.rows import Table
 from hf_async_store.strategies.sql.sqlite_functions import at
@@ -37,7 +38,7 @@ ODD = ("", "null", "NULL", "{}", '"', "\\", "\\n", "a,b", "{a}", " ", "\n\t", "Ã
 )
 def test_patches_are_merged_exactly(map_: dict[str, Any], value: Any) -> None:
     jobs = Collection("jobs", key="job_id")
-    table = Table("jobs", declared(Catalogue(), [jobs])["jobs"], SQLiteGrammar())
+    table = Table("jobs", declared(Catalogue(), [jobs])["jobs"], SQLiteGrammar(), Names())
     key = Key("jobs", "j")
     before = {**map_, "job_id": "j"}
     stored = Stored(3, encode_json(before).decode())

@@ -53,7 +53,14 @@ class SchemaApplication:
         found: list[SchemaChange] = []
         for collection in self._tables.schema:
             table = await self._tables.described(collection)
-            if table is not None:
+            if table is None:
+                continue
+            try:
+                self._tables.check_key(collection, table)
+            except SchemaMismatchError as exc:
+                key = self._tables.schema[collection].key
+                found.append(SchemaChange("key", collection, key, str(exc)))
+            else:
                 incomplete = (await self._tables.state(collection)).incomplete
                 indexes = list(self._index_changes(collection, table, incomplete))
                 found += indexes

@@ -172,7 +172,7 @@ class Tables:
                 incomplete = (await self.state(collection)).incomplete
                 return frozenset(e.name for e in self.schema[collection].indexes) - incomplete
             return frozenset(each.name for each in self.schema[collection].indexes)
-        self._check_key(collection, table)
+        self.check_key(collection, table)
         return await self._adopt(collection, table)
 
     async def _adopt(self, collection: str, table: Mapping[str, Any]) -> frozenset[str]:
@@ -240,7 +240,12 @@ class Tables:
                 found |= _identities(table)
         return frozenset(found)
 
-    def _check_key(self, collection: str, table: Mapping[str, Any]) -> None:
+    def check_key(self, collection: str, table: Mapping[str, Any]) -> None:
+        """Check that a table has the key of its collection.
+
+        Raises:
+            SchemaMismatchError: it has another one.
+        """
         declared_key = f"{self.schema[collection].key} (S)"
         types = {each["AttributeName"]: each["AttributeType"] for each in _definitions(table)}
         keys = ", ".join(

@@ -1,6 +1,6 @@
 """The catalogue of a store: what is declared by all of its programs together, and what exists for it.
 
-It is the table `hf_catalogue (name, value)`, with the rows
+It is the table `hf_catalogue (name, value)`, whose name has the prefix of the store, with the rows
 
 - `layout`: the number of the layout of the tables;
 - `store_id`: a random identity;
@@ -23,14 +23,11 @@ from hf_async_store.errors import (
     SchemaMismatchError,
 )
 from hf_async_store.schema import Collection, Field, Index, Schema
-from hf_async_store.strategies.sql.names import CATALOGUE
+from hf_async_store.strategies.sql.names import Names, quoted
 from hf_async_store.values import FieldType
 
 LAYOUT: Final = 3
 """The number of the layout of the tables. Earlier layouts had no table of this name."""
-
-READ: Final = f"SELECT name, value FROM {CATALOGUE}"
-GENERATION_SQL: Final = f"SELECT value FROM {CATALOGUE} WHERE name = 'generation'"
 
 _PREFIX: Final = "collection:"
 
@@ -167,6 +164,27 @@ def declared(
     return {each.name: _merged(known.get(each.name), each, latest) for each in collections}
 
 
+def refuse_other_parents(catalogue: Catalogue, collections: Iterable[Collection]) -> None:
+    """Refuse a field that refers to another collection than another program has declared.
+
+    Every program enforces the references of all, so no value could fit both.
+
+    Raises:
+        SchemaMismatchError.
+    """
+    for collection in collections:
+        entry = catalogue.entries.get(collection.name)
+        known = {} if entry is None else entry.fields
+        for field in collection.references:
+            recorded = known[field.name].parent if field.name in known else None
+            if recorded not in (None, field.parent):
+                raise SchemaMismatchError(
+                    f"{collection.name}.{field.name} refers to {recorded!r} in this store, but to "
+                    f"{field.parent!r} in this declaration: declare another field, or the reference "
+                    "with enforced=False"
+                )
+
+
 def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
     fields = {
         name: DeclaredField(each.type, each.required, each.references, each.enforced)
@@ -224,7 +242,17 @@ def _collection(name: str, entry: Entry) -> Collection:
 # -- rows of the table ----------------------------------------------------------------------
 
 
-def from_rows(rows: Iterable[Sequence[object]]) -> Catalogue:
+def read_sql(names: Names) -> str:
+    """The SELECT that reads the rows of `from_rows`."""
+    return f"SELECT name, value FROM {quoted(names.catalogue)}"
+
+
+def generation_sql(names: Names) -> str:
+    """The SELECT that reads the generation."""
+    return f"SELECT value FROM {quoted(names.catalogue)} WHERE name = 'generation'"
+
+
+def from_rows(rows: Iterable[Sequence[object]], table: str) -> Catalogue:
     """The catalogue from the rows of its table.
 
     Raises:
@@ -242,7 +270,7 @@ def from_rows(rows: Iterable[Sequence[object]]) -> Catalogue:
         generation = int(str(values.get("generation", 0)))
     except (KeyError, ValueError, msgspec.DecodeError) as exc:
         raise CorruptionError(
-            f"the table {CATALOGUE} is damaged ({exc}): restore it from a backup"
+            f"the table {table} is damaged ({exc}): restore it from a backup"
         ) from exc
     if layout != LAYOUT:
         raise NewerFormatError(

@@ -9,36 +9,28 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
 from hf_async_store.errors import PermissionDeniedError, SchemaMismatchError
 from hf_async_store.schema import SYSTEM_COLLECTIONS, Schema
 from hf_async_store.strategies.sql.catalogue import (
-    READ,
     Catalogue,
     Entry,
     declared,
     from_rows,
+    read_sql,
+    refuse_other_parents,
     to_rows,
 )
-from hf_async_store.strategies.sql.names import (
-    CATALOGUE,
-    index_name,
-    key_column,
-    quoted,
-    sql_name,
-    table_name,
-)
+from hf_async_store.strategies.sql.names import key_column, quoted, sql_name
 from hf_async_store.strategies.sql.rows import Table
 from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
-    from hf_async_store.strategies.sql.dialect import Dialect
-
-_SYSTEM_TABLES: Final = (CATALOGUE, *(table_name(each.name) for each in SYSTEM_COLLECTIONS))
+    from hf_async_store.strategies.sql.dialect import Dialect, Relation
 
 
 class SchemaSync(ABC):
@@ -48,6 +40,7 @@ class SchemaSync(ABC):
         self.schema = schema
         self.dialect = dialect
         self.grammar = dialect.grammar
+        self.names = dialect.names
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -65,14 +58,16 @@ class SchemaSync(ABC):
         except self.dialect.driver_errors as exc:
             raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
 
-    async def _read(self, driver: Any) -> tuple[Catalogue | None, dict[str, str]]:
+    async def _read(self, driver: Any) -> tuple[Catalogue | None, dict[str, Relation]]:
         """The catalogue, and the existing relations: see `Dialect.relations`."""
         await self._refuse_untrusted_owners(driver)
         relations = await self.dialect.relations(driver)
-        if CATALOGUE in relations:
-            return from_rows(await self.dialect.rows(driver, READ, ())), relations
+        table = self.names.catalogue
+        if table in relations:
+            rows = await self.dialect.rows(driver, read_sql(self.names), ())
+            return from_rows(rows, table), relations
         for name in self.schema:
-            _refuse_foreign(name, relations)
+            self._refuse_foreign(name, relations)
         return None, relations
 
     async def _refuse_untrusted_owners(self, driver: Any) -> None:
@@ -81,16 +76,33 @@ class SchemaSync(ABC):
         Such a table may not exist yet, so any role that may create tables in the schema can create it
         first. Its policies, triggers and checks would run with the privileges of this role.
         """
-        others = [table_name(each) for each in self.schema]
-        trusted = [each for each in others if each not in _SYSTEM_TABLES]
-        for table, owner in (
-            await self.dialect.untrusted_owners(driver, _SYSTEM_TABLES, trusted)
-        ).items():
+        own = [self.names.catalogue, *(self.names.table(each.name) for each in SYSTEM_COLLECTIONS)]
+        trusted = [table for each in self.schema if (table := self.names.table(each)) not in own]
+        for table, owner in (await self.dialect.untrusted_owners(driver, own, trusted)).items():
             raise PermissionDeniedError(
                 f"the table {table} belongs to the role {owner!r}, which owns no other table of this "
                 "store, so it is not read: if your own live migration created it, change its owner to "
                 "that of the other tables (ALTER TABLE ... OWNER TO), else drop it"
             )
+
+    def _refuse_foreign(self, name: str, relations: Mapping[str, Relation]) -> None:
+        """Refuse a collection whose names something else has that this store did not create."""
+        for each in (self.names.view(name), self.names.table(name)):
+            if each in relations:
+                raise _foreign(relations[each].kind, each, name)
+
+    async def _refuse_foreign_view(
+        self, driver: Any, name: str, relations: Mapping[str, Relation]
+    ) -> None:
+        """Refuse to replace something that has the name of a view of this store."""
+        view = self.names.view(name)
+        found = relations.get(view)
+        if found is None or (
+            found.kind == "view"
+            and await self.dialect.view_reads(driver, view, self.names.table(name))
+        ):
+            return
+        raise _foreign(found.kind, view, name)
 
     # -- the first write ---------------------------------------------------------------------
 
@@ -101,8 +113,8 @@ class SchemaSync(ABC):
             latest: see `declared`.
 
         Raises:
-            SchemaMismatchError: a collection has another key, or another program has a table or view of
-                its name.
+            SchemaMismatchError: a collection has another key, a field another parent, or another program
+                has a table or view of a name that is needed.
             NewerFormatError, PermissionDeniedError: as `read`.
         """
         driver = lease.driver
@@ -123,11 +135,14 @@ class SchemaSync(ABC):
             raise self.dialect.translate(exc, doing="create the tables", writes=False) from exc
         return catalogue
 
-    def _missing(self, catalogue: Catalogue, relations: Mapping[str, str], latest: bool) -> bool:
+    def _missing(
+        self, catalogue: Catalogue, relations: Mapping[str, Relation], latest: bool
+    ) -> bool:
         """Whether a write must create or record something first."""
+        refuse_other_parents(catalogue, self.schema.values())
         for name, entry in declared(catalogue, self.schema.values(), latest=latest).items():
             if entry != catalogue.entries.get(name) or not (
-                table_name(name) in relations and sql_name(name) in relations
+                self.names.table(name) in relations and self.names.view(name) in relations
             ):
                 return True
             if self.extension(name, entry, relations)[1]:
@@ -141,20 +156,24 @@ class SchemaSync(ABC):
             text = self.grammar.text_type
             await self._run(
                 driver,
-                f"CREATE TABLE {CATALOGUE} (name {text} PRIMARY KEY NOT NULL, value {text} NOT NULL)",
+                f"CREATE TABLE {quoted(self.names.catalogue)} "
+                f"(name {text} PRIMARY KEY NOT NULL, value {text} NOT NULL)",
             )
+        refuse_other_parents(catalogue, self.schema.values())
         entries = declared(catalogue, self.schema.values(), latest=latest)
         for name, entry in entries.items():
             known = catalogue.entries.get(name)
             if known is None:
-                _refuse_foreign(name, relations)
-            if known is None or table_name(name) not in relations:
+                self._refuse_foreign(name, relations)
+            if known is None or self.names.table(name) not in relations:
                 entries[name] = await self.create(driver, name, entry)
             else:
                 entries[name], statements = self.extension(name, entry, relations)
                 for each in statements:
                     await self._run(driver, each)
-            if known is None or known.fields != entry.fields or sql_name(name) not in relations:
+            if self._lacks_view(name, known, entry, relations):
+                if known is not None:
+                    await self._refuse_foreign_view(driver, name, relations)
                 await self.replace_view(driver, name, entry)
         new = catalogue.with_entries(entries)
         if new is not catalogue:
@@ -164,7 +183,7 @@ class SchemaSync(ABC):
     async def create(self, driver: Any, name: str, entry: Entry) -> Entry:
         """Create a table with its indexes."""
         complete = entry.completed()
-        await self._run(driver, self.create_table(Table(name, complete, self.grammar)))
+        await self._run(driver, self.create_table(Table(name, complete, self.grammar, self.names)))
         for fields in complete.wanted_indexes():
             await self._run(driver, self.index_ddl(name, complete, fields))
         return complete
@@ -175,7 +194,7 @@ class SchemaSync(ABC):
 
     @abstractmethod
     def extension(
-        self, name: str, entry: Entry, relations: Mapping[str, str]
+        self, name: str, entry: Entry, relations: Mapping[str, Relation]
     ) -> tuple[Entry, list[str]]:
         """What a first write adds to an existing table: the entry to record, and the statements.
 
@@ -186,7 +205,7 @@ class SchemaSync(ABC):
 
     async def replace_view(self, driver: Any, name: str, entry: Entry) -> None:
         """Create the view of a collection anew, with all declared fields."""
-        await self._run(driver, f"DROP VIEW IF EXISTS {quoted(sql_name(name))}")
+        await self._run(driver, f"DROP VIEW IF EXISTS {quoted(self.names.view(name))}")
         await self._run(driver, f"CREATE VIEW {self.view_definition(name, entry)}")
 
     def view_definition(self, name: str, entry: Entry) -> str:
@@ -197,8 +216,8 @@ class SchemaSync(ABC):
             for field, each in entry.fields.items()
         ]
         return (
-            f"{quoted(sql_name(name))} AS SELECT {', '.join(columns)} "
-            f"FROM {quoted(table_name(name))}"
+            f"{quoted(self.names.view(name))} AS SELECT {', '.join(columns)} "
+            f"FROM {quoted(self.names.table(name))}"
         )
 
     async def record(self, driver: Any, catalogue: Catalogue, names: Mapping[str, object]) -> None:
@@ -207,7 +226,7 @@ class SchemaSync(ABC):
         for row in to_rows(catalogue, names):
             await self.dialect.rows(
                 driver,
-                f"INSERT INTO {CATALOGUE} (name, value) VALUES ({one}, {other}) "
+                f"INSERT INTO {quoted(self.names.catalogue)} (name, value) VALUES ({one}, {other}) "
                 "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
                 row,
             )
@@ -217,7 +236,7 @@ class SchemaSync(ABC):
         columns = [quoted(key_column(each)) for each in fields]
         columns.append(quoted(sql_name(entry.key)))
         return (
-            f"CREATE INDEX {quoted(index_name(name, fields))} ON {quoted(table_name(name))} "
+            f"CREATE INDEX {quoted(self.names.index(name, fields))} ON {quoted(self.names.table(name))} "
             f"({', '.join(columns)})"
         )
 
@@ -238,7 +257,7 @@ class SchemaSync(ABC):
         return self.changes_from(catalogue or Catalogue(), relations)
 
     def changes_from(
-        self, catalogue: Catalogue, relations: Mapping[str, str]
+        self, catalogue: Catalogue, relations: Mapping[str, Relation]
     ) -> list[SchemaChange]:
         """What a catalogue and the existing tables lack."""
         return [
@@ -248,7 +267,7 @@ class SchemaSync(ABC):
         ]
 
     def changes_of(
-        self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, str]
+        self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, Relation]
     ) -> list[SchemaChange]:
         """What is missing for one collection.
 
@@ -256,8 +275,8 @@ class SchemaSync(ABC):
             known: as recorded; None if the collection is new.
             entry: as it should be recorded.
         """
-        if known is None or table_name(name) not in relations:
-            detail = f"the first write creates the table {table_name(name)}"
+        if known is None or self.names.table(name) not in relations:
+            detail = f"the first write creates the table {self.names.table(name)}"
             return [SchemaChange("create table", name, "", detail)]
         found = [
             SchemaChange(
@@ -275,16 +294,31 @@ class SchemaSync(ABC):
                 "create index",
                 name,
                 "-".join([*fields, "index"]),
-                f"the index {index_name(name, fields)} does not exist yet",
+                f"the index {self.names.index(name, fields)} does not exist yet",
                 blocking=self.dialect.single_writer,
             )
             for fields in entry.wanted_indexes()
-            if index_name(name, fields) not in relations
+            if self.index_kind(name, fields, relations) is None
         ]
-        if known.fields != entry.fields or sql_name(name) not in relations:
-            detail = f"the view {sql_name(name)} lacks declared fields"
+        if self._lacks_view(name, known, entry, relations):
+            detail = f"the view {self.names.view(name)} lacks declared fields"
             found.append(SchemaChange("replace view", name, "", detail))
         return found
+
+    def _lacks_view(
+        self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, Relation]
+    ) -> bool:
+        """Whether the view of a collection is missing, or lacks declared fields."""
+        return (
+            known is None or known.fields != entry.fields or self.names.view(name) not in relations
+        )
+
+    def index_kind(
+        self, name: str, fields: Sequence[str], relations: Mapping[str, Relation]
+    ) -> str | None:
+        """The kind of an index of a collection; None if there is none, or only one of another table."""
+        found = relations.get(self.names.index(name, fields))
+        return found.kind if found is not None and found.table == self.names.table(name) else None
 
     @abstractmethod
     async def apply(
@@ -293,13 +327,10 @@ class SchemaSync(ABC):
         """See `Engine.apply_schema`; returns the catalogue afterwards."""
 
 
-def _refuse_foreign(name: str, relations: Mapping[str, str]) -> None:
-    """Refuse a collection whose names something else has that this store did not create."""
-    for relation in (sql_name(name), table_name(name)):
-        if relation in relations:
-            raise SchemaMismatchError(
-                f"there is a {relations[relation]} {relation} that this store did not create, so the "
-                f"collection {name!r} cannot be stored: rename or drop it. If an earlier version of "
-                "this package created it, back the store up with that version (hf-async-store "
-                "backup), drop its tables, and restore with this version (hf-async-store restore)"
-            )
+def _foreign(kind: str, relation: str, collection: str) -> SchemaMismatchError:
+    return SchemaMismatchError(
+        f"there is a {kind} {relation} that this store did not create, so the collection "
+        f"{collection!r} cannot be stored: rename or drop it, or set table_prefix. If an earlier "
+        "version of this package created it, back the store up with that version (hf-async-store "
+        "backup), drop its tables, and restore with this version (hf-async-store restore)"
+    )

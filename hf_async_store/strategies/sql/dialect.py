@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from hf_async_store.driver import Capabilities, Isolation, QueryPlan
 from hf_async_store.values import Value
@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from hf_async_store.errors import StorageError
     from hf_async_store.schema import Index
     from hf_async_store.strategies.sql.grammar import Grammar
+    from hf_async_store.strategies.sql.names import Names
 
 Result = TypeVar("Result")
+
+
+class Relation(NamedTuple):
+    """An existing table, view or index; `table`: of an index, its table."""
+
+    kind: str
+    table: str = ""
 
 
 class SessionEndedError(Exception):
@@ -47,6 +55,7 @@ class Dialect(ABC):
     """Whether even a single statement must run in an explicit transaction."""
 
     grammar: Grammar
+    names: Names
 
     # -- the driver --------------------------------------------------------------------------
 
@@ -157,7 +166,8 @@ class Dialect(ABC):
 
     @abstractmethod
     async def is_same_store(self, mine: Any, theirs: Any) -> bool:
-        """Whether the connections of two stores of this dialect access the same tables.
+        """Whether the connections of two stores of this dialect with the same `names` access the same
+        tables.
 
         Raises:
             StorageError, driver_errors: it cannot be determined.
@@ -177,8 +187,12 @@ class Dialect(ABC):
         return {}
 
     @abstractmethod
-    async def relations(self, driver: Any) -> dict[str, str]:
-        """By name, the kind of each existing table, view and index: "table", "view" or "index"."""
+    async def relations(self, driver: Any) -> dict[str, Relation]:
+        """By name, each existing "table", "view" and "index"."""
+
+    @abstractmethod
+    async def view_reads(self, driver: Any, view: str, table: str) -> bool:
+        """Whether a view reads a table."""
 
     @abstractmethod
     async def begin_ddl(self, driver: Any) -> Any:
@@ -212,7 +226,12 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    async def health(self, driver: Any, tables: Sequence[str]) -> dict[str, Value]: ...
+    async def health(self, driver: Any, tables: Mapping[str, str]) -> dict[str, Value]:
+        """The state of the database.
+
+        Args:
+            tables: by the name of a table, its collection.
+        """
 
     @abstractmethod
     def describe(self) -> dict[str, Value]:

@@ -50,13 +50,14 @@ from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.catalogue import (
     Catalogue,
     CatalogueChangedError,
+    Entry,
     declared,
 )
 from hf_async_store.strategies.sql.compiler import compile_query, paths_in
 from hf_async_store.strategies.sql.connections import Connections, LeasedConnection
 from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import SessionEndedError
-from hf_async_store.strategies.sql.names import CATALOGUE, DOC, index_name, table_name
+from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.parameters import bind, check_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.rows import Table, Tables
@@ -130,9 +131,15 @@ class SQLEngine(Engine):
                     self._use(await self._sync.ensure(lease, latest=not self._recorded))
                 self._ready = self._recorded = True
 
+    def _table(self, collection: str, entry: Entry) -> Table:
+        return Table(collection, entry, self._dialect.grammar, self._dialect.names)
+
+    def _tables_of(self, catalogue: Catalogue) -> Tables:
+        return Tables(catalogue, self._dialect.grammar, self._dialect.names)
+
     def _use(self, catalogue: Catalogue) -> Tables:
         """Replace the tables, and the writer."""
-        tables = Tables(catalogue, self._dialect.grammar)
+        tables = self._tables_of(catalogue)
         wanted = declared(catalogue, self.schema.values())
         is_complete = all(catalogue.entries.get(name) == each for name, each in wanted.items())
         self._state = _State(
@@ -152,7 +159,7 @@ class SQLEngine(Engine):
             return state.tables
         catalogue = await self._sync.read(lease)
         if catalogue is None:
-            return Tables(Catalogue(), self._dialect.grammar)
+            return self._tables_of(Catalogue())
         return self._use(catalogue)
 
     @property
@@ -292,7 +299,7 @@ class SQLEngine(Engine):
             entry = catalogue.entries.get(collection.name) if catalogue is not None else None
             if entry is None:
                 return None
-            table = Table(collection.name, entry, self._dialect.grammar)
+            table = self._table(collection.name, entry)
             for row in await lease.rows(table.fetch_one, [entity_id]):
                 return Record(Key(collection.name, entity_id), table.entity(row))
         return None
@@ -316,6 +323,8 @@ class SQLEngine(Engine):
             return False
         if other is self:
             return True
+        if other._dialect.names != self._dialect.names:
+            return False
         async with self._main.lease() as mine, other._main.lease() as theirs:
             try:
                 return await self._dialect.is_same_store(mine.driver, theirs.driver)
@@ -328,7 +337,7 @@ class SQLEngine(Engine):
         if not self._dialect.exists():
             return []
         async with self._main.lease() as lease:
-            tables = Tables(await self._sync.read(lease) or Catalogue(), self._dialect.grammar)
+            tables = self._tables_of(await self._sync.read(lease) or Catalogue())
             system = [each.name for each in SYSTEM_COLLECTIONS]
             return [
                 name
@@ -469,8 +478,9 @@ class SQLEngine(Engine):
 
     async def _explain(self, driver: Any, table: Table, query: Query) -> QueryPlan:
         compiled = compile_query(table, query)
+        names = self._dialect.names
         indexes = {
-            index_name(table.collection, table.entry.indexed(each.fields)): each
+            names.index(table.collection, table.entry.indexed(each.fields)): each
             for each in self.schema[query.collection].indexes
         }
         try:
@@ -494,9 +504,7 @@ class SQLEngine(Engine):
         try:
             async with self._dialect.scratch(driver) as scratch:
                 await self._sync.create(scratch, name, entry)
-                return await self._explain(
-                    scratch, Table(name, entry, self._dialect.grammar), query
-                )
+                return await self._explain(scratch, self._table(name, entry), query)
         except self._dialect.driver_errors as exc:
             error = self._dialect.translate(exc, doing="explain the query", writes=False)
             if isinstance(error, ReadOnlyStoreError | PermissionDeniedError):
@@ -509,15 +517,16 @@ class SQLEngine(Engine):
         await self._retried(lambda: self._probe(name, parameters))
 
     async def _probe(self, name: str, parameters: Sequence[str]) -> None:
+        catalogue = quoted(self._dialect.names.catalogue)
         async with self.writing() as lease:
             await lease.rows(
-                f"INSERT INTO {CATALOGUE} (name, value) VALUES ({parameters[0]}, {parameters[1]})",
+                f"INSERT INTO {catalogue} (name, value) VALUES ({parameters[0]}, {parameters[1]})",
                 (name, "probe"),
                 doing="write",
                 writes=True,
             )
             deleted = await lease.rows(
-                f"DELETE FROM {CATALOGUE} WHERE name = {parameters[0]} RETURNING value",
+                f"DELETE FROM {catalogue} WHERE name = {parameters[0]} RETURNING value",
                 (name,),
                 doing="delete",
                 writes=True,
@@ -534,9 +543,8 @@ class SQLEngine(Engine):
             if self._state is not None:
                 problems += await self._damaged_tables(lease, self._state.tables)
             try:
-                report = await self._dialect.health(
-                    lease.driver, list(map(table_name, self.schema))
-                )
+                names = {self._dialect.names.table(each): each for each in self.schema}
+                report = await self._dialect.health(lease.driver, names)
             except self._dialect.driver_errors as exc:
                 raise self._dialect.translate(exc, doing="check the health", writes=False) from exc
             if not problems:

@@ -68,6 +68,12 @@ _SQLITE_CALLERS: Final = frozenset(
 )
 # SQLite has one code for everything that is wrong in a statement, so its messages decide here.
 _SQLITE_MISSING: Final = re.compile(r"no such (table|column)|has no column named")
+_SQLITE_TAKEN: Final = re.compile(
+    r"already exists|already (a|another) (table|index)|duplicate column name|use DROP TABLE"
+)
+_NOT_OURS: Final = (
+    "this store did not create what has this name: rename or drop it, or set table_prefix"
+)
 
 
 def sqlite_error(
@@ -99,6 +105,8 @@ def sqlite_error(
         )
     if code & 0xFF == sqlite3.SQLITE_ERROR and _SQLITE_MISSING.search(str(exc)):
         return SchemaMismatchError(f"cannot {doing}: {exc}{_RESTORE_TABLES}")
+    if code & 0xFF == sqlite3.SQLITE_ERROR and _SQLITE_TAKEN.search(str(exc)):
+        return SchemaMismatchError(f"cannot {doing}: {exc}; {_NOT_OURS}")
     kind = _SQLITE.get(code & 0xFF, ProtocolError)
     more = f"; restore {path} from a backup" if kind is CorruptionError else ""
     # After an I/O error, it is unknown whether the commit was written.
@@ -148,6 +156,7 @@ _DATABASE_RULE: Final = _Meaning(
 _SCHEMA_CHANGED: Final = _Meaning(
     SchemaMismatchError, _RESTORE_TABLES.removeprefix("; "), callers=True
 )
+_FOREIGN: Final = _Meaning(SchemaMismatchError, _NOT_OURS, callers=True)
 _CONFLICT: Final = _Meaning(
     ConcurrencyConflictError, "a conflict with another transaction: try again", retryable=True
 )
@@ -238,12 +247,15 @@ _STATES: Final[dict[str, _Meaning]] = {
         unknown=True,
     ),
     "42501": _Meaning(PermissionDeniedError, "the role lacks a privilege: GRANT it"),
+    "42701": _FOREIGN,  # duplicate column
     "42703": _SCHEMA_CHANGED,  # undefined column
     "42704": _SCHEMA_CHANGED,  # undefined object
+    "42710": _FOREIGN,  # duplicate object: a type
     "42804": _SCHEMA_CHANGED,  # datatype mismatch
     "42809": _SCHEMA_CHANGED,  # wrong object type
     "42883": _SCHEMA_CHANGED,  # undefined function: the type of a column was changed
     "42P01": _SCHEMA_CHANGED,  # undefined table
+    "42P07": _FOREIGN,  # duplicate table, view or index
     "42P18": _SCHEMA_CHANGED,  # indeterminate datatype
     "53100": _Meaning(DiskFullError, "the server's disk is full"),
     "53300": _Meaning(UnavailableError, "the server accepts no more connections: try again later"),

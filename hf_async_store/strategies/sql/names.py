@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Final
 
+import msgspec
+
 DOC: Final = "doc"
 """The column that contains the entity."""
 
@@ -15,12 +17,42 @@ GENERATION: Final = "row-generation"
 GENERATION_PREFIX: Final = "generation-"
 """What the names of the constraints begin with that `generation_constraint` returns."""
 
-CATALOGUE: Final = "hf_catalogue"
-"""The table that describes the store: see `catalogue`."""
-
 # The system columns of every table in PostgreSQL.
 _TAKEN: Final = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
-_ENTITIES: Final = "-entities"
+_MAX_BYTES: Final = 63
+"""The maximum length of a name: PostgreSQL truncates longer ones."""
+
+
+class Names(msgspec.Struct, frozen=True):
+    """The names of the tables, views and indexes of one store.
+
+    No declared name contains a hyphen, so the names of different collections and fields differ.
+
+    Attributes:
+        prefix: what they begin with. Stores with different prefixes are separate.
+    """
+
+    prefix: str = ""
+
+    @property
+    def catalogue(self) -> str:
+        """The table that describes the store: see `catalogue`."""
+        return self._of("hf_catalogue")
+
+    def view(self, collection: str) -> str:
+        """The view of a collection."""
+        return self._of(collection)
+
+    def table(self, collection: str) -> str:
+        """The table of a collection."""
+        return self._of(collection, "-entities")
+
+    def index(self, collection: str, fields: Sequence[str]) -> str:
+        """An index of a collection on some fields."""
+        return self._of(collection, f"-{'-'.join(fields)}-index")
+
+    def _of(self, name: str, ending: str = "") -> str:
+        return limited(f"{sql_name(self.prefix + name)}{ending}")
 
 
 def sql_name(name: str) -> str:
@@ -28,31 +60,12 @@ def sql_name(name: str) -> str:
 
     Reserved names get the prefix `_`, with which no declared name begins.
     """
-    return f"_{name}" if name in _TAKEN or name.startswith("sqlite_") else name
-
-
-def table_name(collection: str) -> str:
-    """The name of the table of a collection. No declared name contains a hyphen."""
-    return f"{sql_name(collection)}{_ENTITIES}"
-
-
-def collection_name(table: str) -> str | None:
-    """The collection of a table; None if its name is not that of such a table."""
-    name = table.removesuffix(_ENTITIES)
-    if name == table:
-        return None
-    plain = name.removeprefix("_")
-    return plain if sql_name(plain) == name else name
+    return f"_{name}" if name in _TAKEN or name.lower().startswith("sqlite_") else name
 
 
 def key_column(field: str) -> str:
     """The name of the column that contains `sort_bytes` of a field."""
     return f"{sql_name(field)}-key"
-
-
-def index_name(collection: str, fields: Sequence[str]) -> str:
-    """The name of an index; it identifies the collection and the fields."""
-    return limited(f"{sql_name(collection)}-{'-'.join(fields)}-index")
 
 
 def generation_constraint(collection: str) -> str:
@@ -62,12 +75,15 @@ def generation_constraint(collection: str) -> str:
 
 
 def quoted(name: str) -> str:
-    """A name of this module as a quoted SQL identifier."""
-    return f'"{name}"'
+    """A name as a quoted SQL identifier."""
+    escaped = name.replace('"', '""')
+    return f'"{escaped}"'
 
 
 def limited(name: str) -> str:
-    """A name of at most 63 bytes, because PostgreSQL truncates longer ones."""
-    if len(name) <= 63:
+    """A name of at most 63 bytes. A longer one is cut, and keeps its identity by a hash."""
+    encoded = name.encode()
+    if len(encoded) <= _MAX_BYTES:
         return name
-    return f"{name[:50]}~{blake2b(name.encode(), digest_size=6).hexdigest()}"
+    start = encoded[:50].decode(errors="ignore")
+    return f"{start}~{blake2b(encoded, digest_size=6).hexdigest()}"

@@ -23,19 +23,17 @@ import msgspec
 
 from hf_async_store.backoff import Backoff
 from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
-from hf_async_store.errors import ConfigurationError, LockTimeoutError
+from hf_async_store.errors import ConfigurationError, LockTimeoutError, SchemaMismatchError
 from hf_async_store.schema import Schema
 from hf_async_store.strategies.sql.catalogue import Catalogue, DeclaredIndex, Entry
 from hf_async_store.strategies.sql.ddl import SchemaSync
-from hf_async_store.strategies.sql.dialect import Dialect
+from hf_async_store.strategies.sql.dialect import Dialect, Relation
 from hf_async_store.strategies.sql.names import (
     DOC,
     GENERATION,
     generation_constraint,
-    index_name,
     key_column,
     quoted,
-    table_name,
 )
 from hf_async_store.strategies.sql.postgres_jsonb import array_text, bytes_array_text
 from hf_async_store.strategies.sql.postgresql import INVALID, PostgreSQL
@@ -45,7 +43,6 @@ from hf_async_store.values import VERSION
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
 
-_APPLY_LOCK: Final = int.from_bytes(b"hfapply", "big")
 _LOCK_SECONDS: Final = 600.0
 """How long to try again for the lock of a table, and for that of another process that applies."""
 
@@ -77,44 +74,75 @@ class PostgresSchema(SchemaSync):
         return f"CREATE TABLE {table.name} ({', '.join(columns)})"
 
     def extension(
-        self, name: str, entry: Entry, relations: Mapping[str, str]
+        self, name: str, entry: Entry, relations: Mapping[str, Relation]
     ) -> tuple[Entry, list[str]]:
         """See `SchemaSync`: only the declaration is recorded."""
         del name, relations
         return entry, []
 
+    async def ensure(self, lease: LeasedConnection, *, latest: bool) -> Catalogue:
+        """See `SchemaSync`. Others may read a view for long; nothing waits behind this for longer than
+        an attempt."""
+        backoff = Backoff(self._server.timeout, first=0.02, longest=1.0)
+        while True:
+            try:
+                return await super().ensure(lease, latest=latest)
+            except LockTimeoutError:
+                if not await backoff.pause():
+                    raise
+
     async def replace_view(self, driver: Any, name: str, entry: Entry) -> None:
         """See `SchemaSync`. If only columns are added, the view keeps its privileges, and views of other
         programs may depend on it."""
+        await self._run(driver, f"SET LOCAL lock_timeout = {_TABLE_LOCK_MS}")
+        sql = f"CREATE OR REPLACE VIEW {self.view_definition(name, entry)}"
         handle = await self._server.begin(driver, None)  # a savepoint
         try:
-            sql = f"CREATE OR REPLACE VIEW {self.view_definition(name, entry)}"
             await self.dialect.rows(driver, sql, ())
         except BaseException as exc:
             await run_to_completion(self.dialect.roll_back(handle))
-            if not isinstance(exc, self._server.other_columns):
+            if isinstance(exc, self._server.other_columns):
+                await self._recreate_view(driver, name, entry)
+            elif isinstance(exc, self.dialect.driver_errors):
+                raise self.dialect.translate(exc, doing=f"run {sql}", writes=False) from exc
+            else:
                 raise
         else:
             await run_to_completion(self.dialect.commit(handle))
-            return
-        await super().replace_view(driver, name, entry)
+
+    async def _recreate_view(self, driver: Any, name: str, entry: Entry) -> None:
+        view = self.names.view(name)
+        sql = f"DROP VIEW {quoted(view)}"
+        try:
+            await self.dialect.rows(driver, sql, ())
+        except self._server.has_dependents as exc:
+            raise SchemaMismatchError(
+                f"the view {view} must be created again, because the type of a field of {name} was "
+                f"changed, but others depend on it ({exc.detail}): drop them, and create them again "
+                "after the next write. Nothing was changed"
+            ) from exc
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing=f"run {sql}", writes=False) from exc
+        await self._run(driver, f"CREATE VIEW {self.view_definition(name, entry)}")
 
     def changes_of(
-        self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, str]
+        self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, Relation]
     ) -> list[SchemaChange]:
         """See `SchemaSync`; also invalid indexes."""
         unrecorded = [
-            index_name(name, entry.indexed(each.fields)) for each in entry.indexes if not each.ready
+            self.names.index(name, entry.indexed(each.fields))
+            for each in entry.indexes
+            if not each.ready
         ]
         valid = {
-            index: kind
-            for index, kind in relations.items()
-            if kind != INVALID and index not in unrecorded
+            index: relation
+            for index, relation in relations.items()
+            if relation.kind != INVALID and index not in unrecorded
         }
         invalid = {
             "-".join([*fields, "index"])
             for fields in entry.wanted_indexes()
-            if relations.get(index_name(name, fields)) == INVALID
+            if self.index_kind(name, fields, relations) == INVALID
         }
         return [
             msgspec.structs.replace(
@@ -155,8 +183,9 @@ class PostgresSchema(SchemaSync):
                 "holds a lock of the session"
             )
         backoff = Backoff(_LOCK_SECONDS, first=0.05, longest=1.0)
+        key = await self._server.lock_key(driver, "apply")
         sql = "SELECT pg_catalog.pg_try_advisory_lock($1::bigint)"
-        while not (await self.dialect.rows(driver, sql, (_APPLY_LOCK,)))[0][0]:
+        while not (await self.dialect.rows(driver, sql, (key,)))[0][0]:
             if not await backoff.pause():
                 raise LockTimeoutError("another process is changing the tables (apply_schema)")
         await self._server.run_unlimited(driver, "SET statement_timeout = 0; SET lock_timeout = 0")
@@ -164,7 +193,7 @@ class PostgresSchema(SchemaSync):
         await self._server.run_unlimited(
             driver,
             "RESET statement_timeout; RESET lock_timeout; "
-            f"SELECT pg_catalog.pg_advisory_unlock({_APPLY_LOCK}::bigint)",
+            f"SELECT pg_catalog.pg_advisory_unlock({key}::bigint)",
         )
 
     async def _catalogue(self, driver: Any) -> Catalogue:
@@ -187,12 +216,14 @@ class PostgresSchema(SchemaSync):
         if columns:
             await self._add_columns(driver, name)
             entry = (await self._catalogue(driver)).entries[name]
-            await self._fill(driver, Table(name, entry, self.grammar), columns, progress)
+            await self._fill(
+                driver, Table(name, entry, self.grammar, self.names), columns, progress
+            )
             await self._change(driver, name, lambda old: (_filled(old, entry), []))
         for fields in entry.wanted_indexes():
             await self._build(driver, name, entry, fields)
         await self._change(driver, name, lambda old: (_ready(old, entry), []))
-        await self._server.run_unlimited(driver, f"ANALYZE {quoted(table_name(name))}")
+        await self._server.run_unlimited(driver, f"ANALYZE {quoted(self.names.table(name))}")
         for each in changes:
             progress(each, 1, 1)
 
@@ -209,13 +240,13 @@ class PostgresSchema(SchemaSync):
                 generation=entry.generation + 1,
             )
             constraint = quoted(generation_constraint(name))
-            actions = [f"ADD COLUMN IF NOT EXISTS {quoted(key_column(each))} bytea" for each in new]
+            actions = [f"ADD COLUMN {quoted(key_column(each))} bytea" for each in new]
             actions += [
                 f"DROP CONSTRAINT IF EXISTS {constraint}",
                 f"ADD CONSTRAINT {constraint} CHECK "
                 f"({quoted(GENERATION)} >= {changed.generation}) NOT VALID",
             ]
-            return changed, [f"ALTER TABLE {quoted(table_name(name))} {', '.join(actions)}"]
+            return changed, [f"ALTER TABLE {quoted(self.names.table(name))} {', '.join(actions)}"]
 
         backoff = Backoff(_LOCK_SECONDS, first=0.02, longest=1.0)
         while True:
@@ -308,8 +339,8 @@ class PostgresSchema(SchemaSync):
 
     async def _build(self, driver: Any, name: str, entry: Entry, fields: tuple[str, ...]) -> None:
         """Build an index without blocking writers, unless it exists and is valid."""
-        index = index_name(name, fields)
-        kind = (await self.dialect.relations(driver)).get(index)
+        index = self.names.index(name, fields)
+        kind = self.index_kind(name, fields, await self.dialect.relations(driver))
         if kind == INVALID:
             await self._server.run_unlimited(driver, f"DROP INDEX CONCURRENTLY {quoted(index)}")
         elif kind is not None:

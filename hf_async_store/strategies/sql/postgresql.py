@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast
@@ -31,9 +32,9 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
-from hf_async_store.strategies.sql.dialect import Dialect, SessionEndedError
+from hf_async_store.strategies.sql.dialect import Dialect, Relation, SessionEndedError
 from hf_async_store.strategies.sql.errors import connection_error, postgres_error
-from hf_async_store.strategies.sql.names import CATALOGUE, GENERATION_PREFIX, collection_name
+from hf_async_store.strategies.sql.names import GENERATION_PREFIX, Names, quoted
 from hf_async_store.strategies.sql.postgres_grammar import PostgresGrammar
 from hf_async_store.strategies.sql.write_sql import CHANGED
 from hf_async_store.values import Value
@@ -63,7 +64,6 @@ _UNLIMITED: Final = 7 * 24 * 3600.0
 INVALID: Final = "invalid index"
 """The kind, in `relations`, of an index whose build was interrupted, or is in progress."""
 
-_SCHEMA_LOCK: Final = int.from_bytes(b"hfstore", "big")
 _ROLE_SECONDS: Final = 0.25
 """For how many seconds after a connection was opened the role of its server is assumed to be unchanged. If
 no server accepts writes, connections are replaced at most this often."""
@@ -129,12 +129,16 @@ class PostgreSQL(Dialect):
     other_columns: ClassVar[type[Exception]] = asyncpg.InvalidTableDefinitionError
     """Raised by CREATE OR REPLACE VIEW if a column of the existing view is missing, or has another type."""
 
+    has_dependents: ClassVar[Any] = asyncpg.DependentObjectsStillExistError
+    """Raised by DROP VIEW if others depend on the view, which its `detail` names."""
+
     placeholder_prefix = "$"
     single_writer = False
     grammar = PostgresGrammar()
 
     def __init__(self, config: SQLConfig, password: PasswordProvider | None = None) -> None:
         self._config = config
+        self.names = Names(config.table_prefix)
         self._password = password or _provider(config.login_provider)
         self._outdated_at = float("-inf")
         self.needs_transactions = config.pgbouncer
@@ -352,8 +356,7 @@ class PostgreSQL(Dialect):
             "jit": "off",
         }
         if config.schema:
-            name = config.schema.replace('"', '""')
-            settings["search_path"] = f'"{name}"'
+            settings["search_path"] = quoted(config.schema)
         if config.options:
             settings["options"] = config.options
         return settings
@@ -630,8 +633,23 @@ class PostgreSQL(Dialect):
         rows = await self.rows(driver, _UNTRUSTED_OWNERS, (list(tables), list(declared)))
         return {str(table): str(owner) for table, owner in rows}
 
-    async def relations(self, driver: Any) -> dict[str, str]:
-        return dict(cast("Any", await self.rows(driver, _RELATIONS, ())))
+    async def relations(self, driver: Any) -> dict[str, Relation]:
+        rows = await self.rows(driver, _RELATIONS, ())
+        return {name: Relation(kind, table) for name, kind, table in rows}
+
+    async def view_reads(self, driver: Any, view: str, table: str) -> bool:
+        return bool(await self.rows(driver, _VIEW_READS, (view, table)))
+
+    async def lock_key(self, driver: Any, purpose: str) -> int:
+        """The key of an advisory lock: that of a purpose, for this store in its database."""
+        [schema] = await self._row(driver, "SELECT current_schema()::text")
+        place = f"{purpose}\0{schema}\0{self.names.prefix}".encode()
+        return int.from_bytes(blake2b(place, digest_size=8).digest(), "big", signed=True)
+
+    @property
+    def timeout(self) -> float:
+        """The setting `timeout`."""
+        return self._config.timeout
 
     async def run_unlimited(self, driver: Any, sql: str) -> None:
         """Run statements outside a transaction that may take very long."""
@@ -655,15 +673,18 @@ class PostgreSQL(Dialect):
         those that rely on the reference, one fails. It reads nothing before it has locked the catalogue,
         and so sees what the previous holder of the lock created.
         """
+        sql = f"LOCK TABLE {quoted(self.names.catalogue)} IN SHARE ROW EXCLUSIVE MODE"
         while True:
             handle = await self._begin(driver, isolation="serializable")
             try:
-                sql = f"LOCK TABLE {CATALOGUE} IN SHARE ROW EXCLUSIVE MODE"
                 await self.rows(driver, sql, ())
+            except asyncpg.UndefinedTableError:
+                await run_to_completion(self.roll_back(handle))
             except BaseException as exc:
                 await run_to_completion(self.roll_back(handle))
-                if not isinstance(exc, asyncpg.UndefinedTableError):
-                    raise
+                if isinstance(exc, asyncpg.PostgresError):
+                    raise self.translate(exc, doing=f"run {sql}", writes=False) from exc
+                raise
             else:
                 return handle
             creating = await self._begin_creating(driver)
@@ -675,8 +696,8 @@ class PostgreSQL(Dialect):
         handle = await self._begin(driver, isolation="read_committed")
         try:
             lock = "SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)"
-            await self.rows(driver, lock, (_SCHEMA_LOCK,))
-            if CATALOGUE not in await self.relations(driver):
+            await self.rows(driver, lock, (await self.lock_key(driver, "create"),))
+            if self.names.catalogue not in await self.relations(driver):
                 return handle
         except BaseException:
             await run_to_completion(self.roll_back(handle))
@@ -715,7 +736,7 @@ class PostgreSQL(Dialect):
             detail=" < ".join(_described(each) for each in nodes),
         )
 
-    async def health(self, driver: Any, tables: Sequence[str]) -> dict[str, Value]:
+    async def health(self, driver: Any, tables: Mapping[str, str]) -> dict[str, Value]:
         version, size, recovering, used, most = await self._row(driver, _HEALTH)
         sizes = await self.rows(driver, _SIZES, (list(tables),))
         problems: list[Value] = []
@@ -726,7 +747,7 @@ class PostgreSQL(Dialect):
         return {
             "server_version": version,
             "database_bytes": size,
-            "table_bytes": {collection_name(table) or table: number for table, number in sizes},
+            "table_bytes": {tables[table]: number for table, number in sizes},
             "server_connections": used,
             "server_max_connections": most,
             "problems": problems,
@@ -760,9 +781,20 @@ _SCHEMA: Final = "(SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = curre
 _RELATIONS: Final = f"""
 SELECT c.relname::text, CASE
     WHEN i.indisvalid = false THEN '{INVALID}' WHEN c.relkind = 'i'::"char" THEN 'index'
-    WHEN c.relkind = 'v'::"char" THEN 'view' ELSE 'table' END
+    WHEN c.relkind = 'v'::"char" THEN 'view' WHEN c.relkind = 'c'::"char" THEN 'type' ELSE 'table' END,
+    coalesce(o.relname::text, ''::text)
 FROM pg_catalog.pg_class AS c LEFT JOIN pg_catalog.pg_index AS i ON i.indexrelid = c.oid
-WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p', 'f', 'v', 'm', 'i', 'I', 'S')
+LEFT JOIN pg_catalog.pg_class AS o ON o.oid = i.indrelid
+WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p', 'f', 'v', 'm', 'i', 'I', 'S', 'c')
+"""
+
+_VIEW_READS: Final = f"""
+SELECT 1 FROM pg_catalog.pg_class AS v
+JOIN pg_catalog.pg_rewrite AS r ON r.ev_class = v.oid
+JOIN pg_catalog.pg_depend AS d ON d.objid = r.oid
+JOIN pg_catalog.pg_class AS t ON t.oid = d.refobjid
+WHERE v.relnamespace = {_SCHEMA} AND v.relname::text = $1::text
+    AND t.relnamespace = {_SCHEMA} AND t.relname::text = $2::text LIMIT 1
 """
 
 _UNTRUSTED_OWNERS: Final = f"""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from hf_async_store.errors import CorruptionError
 from hf_async_store.sort_bytes import sort_bytes_of
 from hf_async_store.strategies.sql.grammar import decode_json
-from hf_async_store.strategies.sql.names import DOC, key_column, quoted, sql_name, table_name
+from hf_async_store.strategies.sql.names import DOC, Names, key_column, quoted, sql_name
 from hf_async_store.values import VERSION, Entity
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ class Table:
         fetch_one, fetch_many: the SQL that reads rows by an id, and by a list of ids.
     """
 
-    def __init__(self, collection: str, entry: Entry, grammar: Grammar) -> None:
+    def __init__(self, collection: str, entry: Entry, grammar: Grammar, names: Names) -> None:
         self.collection = collection
         self.entry = entry
         self.grammar = grammar
         self.key_field = entry.key
-        self.name = quoted(table_name(collection))
+        self.name = quoted(names.table(collection))
         self.key = quoted(sql_name(entry.key))
         self.key_fields = tuple(entry.columns)
         self.key_columns = tuple(quoted(key_column(each)) for each in entry.columns)
@@ -95,13 +95,15 @@ class Tables(Mapping[str, Table]):
 
     Attributes:
         schema: the declarations of all programs together.
+        names: of the tables of this store.
     """
 
-    def __init__(self, catalogue: Catalogue, grammar: Grammar) -> None:
+    def __init__(self, catalogue: Catalogue, grammar: Grammar, names: Names) -> None:
         self.catalogue = catalogue
+        self.names = names
         self.schema = catalogue.schema()
         self._by_name = {
-            name: Table(name, each, grammar) for name, each in catalogue.entries.items()
+            name: Table(name, each, grammar, names) for name, each in catalogue.entries.items()
         }
 
     def __getitem__(self, name: str) -> Table:

@@ -33,8 +33,9 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.strategies.sql.dialect import Dialect, Result
+from hf_async_store.strategies.sql.dialect import Dialect, Relation, Result
 from hf_async_store.strategies.sql.errors import sqlite_error
+from hf_async_store.strategies.sql.names import Names, quoted
 from hf_async_store.strategies.sql.sqlite_functions import FUNCTIONS
 from hf_async_store.strategies.sql.sqlite_grammar import SQLiteGrammar
 from hf_async_store.values import Value
@@ -290,6 +291,8 @@ class SQLite(Dialect):
                 f"SQLite {sqlite3.sqlite_version}"
             )
         self._config = config
+        # SQLite does not distinguish the case of ASCII letters, and only of these, in names.
+        self.names = Names(config.table_prefix.encode().lower().decode())
         # Symbolic links are not resolved here: SQLite follows them itself, and creates its other files next
         # to the target.
         self._path = Path(config.name).absolute()
@@ -672,11 +675,15 @@ class SQLite(Dialect):
 
     # -- the schema --------------------------------------------------------------------------
 
-    async def relations(self, driver: aiosqlite.Connection) -> dict[str, str]:
+    async def relations(self, driver: aiosqlite.Connection) -> dict[str, Relation]:
         rows = await self.rows(
-            driver, "SELECT name, type FROM sqlite_master WHERE type <> 'trigger'", ()
+            driver, "SELECT name, type, tbl_name FROM sqlite_master WHERE type <> 'trigger'", ()
         )
-        return dict(cast("Any", rows))
+        return {name: Relation(kind, table) for name, kind, table in rows}
+
+    async def view_reads(self, driver: aiosqlite.Connection, view: str, table: str) -> bool:
+        rows = await self.rows(driver, "SELECT sql FROM sqlite_master WHERE name = ?", (view,))
+        return any(quoted(table) in sql for [sql] in rows)
 
     async def begin_ddl(self, driver: aiosqlite.Connection) -> Any:
         return await self.begin(driver, None)
@@ -694,7 +701,8 @@ class SQLite(Dialect):
         details = [row[3] for row in await self.rows(driver, f"EXPLAIN QUERY PLAN {sql}", args)]
         # The table has the alias "t"; all other sources are lists of arguments.
         access = next(each for each in details if re.match(r"(SEARCH|SCAN) t\b", each))
-        used = re.search(r"USING (?:COVERING )?INDEX (\S+)(?: \((.*)\))?", access)
+        known = "|".join(map(re.escape, indexes))  # a name may contain spaces
+        used = re.search(rf"USING (?:COVERING )?INDEX ({known}|\S+)(?: \((.*)\)|\Z)", access)
         index = indexes.get(used[1]) if used is not None else None
         searches = access.startswith("SEARCH")
         terms = used[2] or "" if used is not None else ""
@@ -720,7 +728,9 @@ class SQLite(Dialect):
         finally:
             await run_to_completion(scratch.close())
 
-    async def health(self, driver: aiosqlite.Connection, tables: Sequence[str]) -> dict[str, Value]:
+    async def health(
+        self, driver: aiosqlite.Connection, tables: Mapping[str, str]
+    ) -> dict[str, Value]:
         problems: list[Value] = []
         for [line] in await self.rows(driver, "PRAGMA quick_check(5)", ()):
             if line != "ok":

@@ -8,7 +8,8 @@ from hf_async_store.driver import SchemaProgress
 from hf_async_store.strategies.sql.catalogue import Catalogue, Entry
 from hf_async_store.strategies.sql.connections import LeasedConnection
 from hf_async_store.strategies.sql.ddl import SchemaSync
-from hf_async_store.strategies.sql.names import DOC, index_name, key_column, quoted, table_name
+from hf_async_store.strategies.sql.dialect import Relation
+from hf_async_store.strategies.sql.names import DOC, key_column, quoted
 from hf_async_store.strategies.sql.rows import Table
 from hf_async_store.values import VERSION
 
@@ -26,10 +27,10 @@ class SQLiteSchema(SchemaSync):
         return f"CREATE TABLE {table.name} ({', '.join(columns)})"
 
     def extension(
-        self, name: str, entry: Entry, relations: Mapping[str, str]
+        self, name: str, entry: Entry, relations: Mapping[str, Relation]
     ) -> tuple[Entry, list[str]]:
         """See `SchemaSync`: all missing key columns, filled, and indexes."""
-        table, complete = quoted(table_name(name)), entry.completed()
+        table, complete = quoted(self.names.table(name)), entry.completed()
         new = {
             quoted(key_column(each)): f"hf_fill({DOC}, '{each}')"
             for each in complete.columns
@@ -45,7 +46,7 @@ class SQLiteSchema(SchemaSync):
         statements += [
             self.index_ddl(name, complete, fields)
             for fields in complete.wanted_indexes()
-            if index_name(name, fields) not in relations
+            if self.index_kind(name, fields, relations) is None
         ]
         return complete, statements
 

@@ -23,7 +23,7 @@ from hf_async_store.errors import StorageError
 from hf_async_store.preconditions import check_children
 from hf_async_store.query import Comparison, Query
 from hf_async_store.schema import Collection, Field
-from hf_async_store.strategies.sql.catalogue import GENERATION_SQL, CatalogueChangedError
+from hf_async_store.strategies.sql.catalogue import CatalogueChangedError, generation_sql
 from hf_async_store.strategies.sql.compiler import compile_query
 from hf_async_store.strategies.sql.decisions import (
     Stored,
@@ -34,7 +34,7 @@ from hf_async_store.strategies.sql.decisions import (
     refuse_missing_parents,
 )
 from hf_async_store.strategies.sql.errors import REFUSALS
-from hf_async_store.strategies.sql.names import CATALOGUE, DOC
+from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.writer import Writer
 from hf_async_store.values import CREATED_AT, VERSION, Key
 
@@ -58,6 +58,7 @@ class SQLiteWriter(Writer):
 
     def __init__(self, tables: Tables, config: SQLConfig) -> None:
         super().__init__(tables, config)
+        self._generation_sql = generation_sql(tables.names)
         self._statements: dict[tuple[str, tuple[int, ...] | None, int], str] = {}
 
     async def write_each(
@@ -87,7 +88,7 @@ class SQLiteWriter(Writer):
 
     def _check_catalogue(self, connection: sqlite3.Connection) -> None:
         """Check under the write lock that the tables are as they were read."""
-        generation = connection.execute(GENERATION_SQL).fetchone()
+        generation = connection.execute(self._generation_sql).fetchone()
         if generation != (str(self.tables.catalogue.generation),):
             raise CatalogueChangedError
 
@@ -168,7 +169,8 @@ class _Batch:
                 self._set(marker.key, new_row(self._tables[marker.key.collection], marker, None))
         if not self._written and not self._before:
             # It fails if the database cannot be written, which is not noticed otherwise.
-            self._connection.execute(f"DELETE FROM {CATALOGUE} WHERE FALSE")
+            catalogue = quoted(self._tables.names.catalogue)
+            self._connection.execute(f"DELETE FROM {catalogue} WHERE FALSE")
         self._flush()
         return outcomes
 

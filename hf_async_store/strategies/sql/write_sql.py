@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 from hf_async_store.schema import Collection, Field
-from hf_async_store.strategies.sql.names import CATALOGUE, DOC, GENERATION, key_column, quoted
+from hf_async_store.strategies.sql.names import DOC, GENERATION, key_column, quoted
 from hf_async_store.values import CREATED_AT, INT_MAX, LIGHT_BYTES, VERSION
 
 if TYPE_CHECKING:
@@ -152,10 +152,11 @@ class WriteStatements:
         Otherwise other programs may have declared references.
         """
         generation = f"'{self._tables.catalogue.generation}'::text"
+        catalogue = quoted(self._tables.names.catalogue)
         return (
             f" AND (SELECT CASE WHEN c.value = {generation} THEN 1 "
             f"ELSE pg_catalog.concat('{CHANGED}'::text, c.value)::int END "
-            f"FROM {CATALOGUE} AS c WHERE c.name = 'generation'::text) IS DISTINCT FROM 0"
+            f"FROM {catalogue} AS c WHERE c.name = 'generation'::text) IS DISTINCT FROM 0"
         )
 
     # -- references --------------------------------------------------------------------------

@@ -1,0 +1,113 @@
+"""Cases 98 and 133: several stores in one database, next to what belongs to other programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from hf_async_store.errors import ConfigurationError, SchemaMismatchError
+from hf_async_store.schema import Collection, Field, Index
+from hf_async_store.testing.assertions import get_existing
+from hf_async_store.testing.harness import SharesDatabase
+
+if TYPE_CHECKING:
+    from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.testing.harness import Harness
+
+COLLECTIONS: Final = [
+    Collection(
+        "things",
+        key="thing_id",
+        fields=["group", Field("size", "integer")],
+        indexes=["group", Index("group", "size")],
+    ),
+    Collection("parts", key="part_id", fields=[Field("thing_id", references="things")]),
+]
+PLAIN: Final = ("plain_", "Other-1.")
+ODD: Final = (
+    'My "quoted" 100% name; -- ',
+    "Größe.' ? :x $1 (y) ",
+    "long" * 15 + "_one",
+    "long" * 15 + "_two",
+    "\U0001f980" * 12,
+)
+"""Names that an engine accepts and keeps apart, or refuses before any I/O."""
+
+
+class SharedDatabaseContract:
+    """Cases 98 and 133."""
+
+    @pytest.fixture
+    def shared(self, harness: Harness) -> SharesDatabase:
+        """The harness; skipped if a database of the engine is one store."""
+        if not isinstance(harness, SharesDatabase):
+            pytest.skip("each database of this engine is one store")
+        return harness
+
+    async def test_133_stores_with_unusual_names_in_one_database(
+        self, harness: Harness, shared: SharesDatabase
+    ) -> None:
+        accepted = [each for each in ODD if self._is_accepted(shared, each)]
+        names = [None, *PLAIN, *accepted]
+
+        def store_of(name: str | None) -> StorageStrategy:
+            if name is None:
+                return harness.store(COLLECTIONS)
+            return shared.neighbour(name, COLLECTIONS)
+
+        for number, name in enumerate(names):
+            async with store_of(name) as store:
+                assert await store.count_entities("things") == 0
+                await self._fill(store, number)
+        for number, name in enumerate(names):
+            async with store_of(name) as store:
+                await self._check(store, number)
+                for other in (name, names[number - 1]):
+                    async with store_of(other) as second:
+                        assert await store.is_same_store(second) is (other == name)
+
+    def _is_accepted(self, shared: SharesDatabase, name: str) -> bool:
+        try:
+            shared.neighbour(name, COLLECTIONS)
+        except ConfigurationError:
+            return False
+        return True
+
+    async def _fill(self, store: StorageStrategy, number: int) -> None:
+        things = [{"thing_id": f"t{n}", "group": f"g{n % 2}", "size": n} for n in range(number + 2)]
+        await store.save_entities("things", things)
+        await store.save_entity("parts", {"part_id": "p", "thing_id": "t1"})
+        async with store.begin_transaction() as tx:
+            await tx.update_entity("things", "t1", {"n": number})
+            await tx.delete_entity("things", "t0")
+        await store.apply_schema(complete=True)
+        assert await store.schema_changes() == []
+
+    async def _check(self, store: StorageStrategy, number: int) -> None:
+        assert await store.count_entities("things") == number + 1
+        assert (await get_existing(store, "things", "t1"))["n"] == number
+        found = await store.query_entities("things", {"group": "g1"}, order_by="-size")
+        assert [each["size"] for each in found] == list(range(1, number + 2, 2))[::-1]
+        report = await store.health()
+        assert report["ok"], report["problems"]
+        assert await store.undeclared() == []
+        recorded = {each.name for each in await store.recorded_collections()}
+        assert recorded == {"things", "parts"}
+
+    async def test_98_what_has_the_name_of_a_table_is_refused_and_left_alone(
+        self, harness: Harness, shared: SharesDatabase
+    ) -> None:
+        name = await shared.occupy("things")
+        before = await shared.occupant()
+        async with harness.store(COLLECTIONS) as store:
+            for _ in range(2):
+                with pytest.raises(SchemaMismatchError) as caught:
+                    await store.save_entity("things", {"thing_id": "t"})
+                assert name in str(caught.value)
+                assert "table_prefix" in str(caught.value)
+            with pytest.raises(SchemaMismatchError):
+                await store.apply_schema()
+        async with shared.neighbour("own_", COLLECTIONS) as store:
+            await self._fill(store, 0)
+        assert await shared.occupant() == before
