@@ -43,7 +43,7 @@ from hf_async_store.errors import (
 from hf_async_store.index_advice import advice
 from hf_async_store.models import Model
 from hf_async_store.query import Filters, OrderBy, Query
-from hf_async_store.read_only import ReadOnlySession
+from hf_async_store.read_only import read_only_session
 from hf_async_store.redaction import redact_texts
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
@@ -331,7 +331,7 @@ class StorageStrategy(RepositoryInterface):
                 raise InvalidInputError("a read-only transaction is a snapshot: omit isolation")
             return self.transaction_type(
                 self._schema,
-                lambda: ReadOnlySession(self._engine),
+                lambda: read_only_session(self._engine),
                 enter=self._enter_read_only,
                 read_only=True,
                 ticket=ticket,
