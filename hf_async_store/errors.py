@@ -185,6 +185,9 @@ class ReferenceViolationError(StorageError):
 class BatchError(StorageError):
     """Some changes of a batch failed; the others were applied.
 
+    It is `retryable` if all of them failed, and each error is: otherwise the same call would also repeat
+    what was applied, such as an `increment`. The failed changes of `outcomes` can be repeated alone.
+
     Attributes:
         outcomes: one per change, in input order: what the method for a single entity returns, or
             the error of that change. `create_entities(if_absent=True)`: whether it was created.
@@ -194,7 +197,7 @@ class BatchError(StorageError):
         errors = [each for each in outcomes if isinstance(each, StorageError)]
         super().__init__(
             message,
-            retryable=all(each.retryable for each in errors),
+            retryable=len(errors) == len(outcomes) and all(each.retryable for each in errors),
             outcome_unknown=any(each.outcome_unknown for each in errors),
         )
         self.outcomes: list[Any] = list(outcomes)  # their type depends on the method
@@ -203,7 +206,8 @@ class BatchError(StorageError):
 class PartialChangeError(StorageError):
     """`update_where` or `delete_where` stopped because a change failed; the cause is chained.
 
-    A second call also changes again those that were changed and still match.
+    A second call also changes again those that were changed and still match; so it is `retryable` only
+    if none was changed.
 
     Attributes:
         done: how many entities were changed before; they stay changed.
@@ -214,7 +218,7 @@ class PartialChangeError(StorageError):
     def __init__(self, done: int, cause: StorageError, entities: Sequence[Entity] = ()) -> None:
         super().__init__(
             f"stopped after {done:,} entities were changed: {cause}",
-            retryable=cause.retryable,
+            retryable=cause.retryable and done == 0,
             outcome_unknown=cause.outcome_unknown,
         )
         self.done = done
