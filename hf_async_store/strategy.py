@@ -35,6 +35,7 @@ from hf_async_store.driver import (
     run_to_completion,
 )
 from hf_async_store.errors import (
+    ConfigurationError,
     EventLoopMismatchError,
     InvalidInputError,
     StorageError,
@@ -48,6 +49,7 @@ from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
+from hf_async_store.unique import unique_of
 from hf_async_store.values import Entity, Key, Value
 
 Result = TypeVar("Result")
@@ -89,6 +91,8 @@ class StorageStrategy(RepositoryInterface):
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
         super().__init__(Schema(schema.values()))
+        if not engine.capabilities.unique_indexes:
+            _refuse_unique(schema, engine.capabilities.engine)
         self._engine = engine
         self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
         self._transactions = TransactionManager()
@@ -539,6 +543,14 @@ class StorageStrategy(RepositoryInterface):
             "collections": {name: _description(each) for name, each in self._schema.items()},
             **redact_texts(self._engine.describe()),
         }
+
+
+def _refuse_unique(schema: Schema, engine: str) -> None:
+    for name in unique_of(schema):
+        raise ConfigurationError(
+            f"{name} declares a unique index, but the engine {engine!r} does not enforce any "
+            "(see its capability unique_indexes)"
+        )
 
 
 def _key_of(change: Change) -> Key:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
 from hf_async_store.errors import PermissionDeniedError, SchemaMismatchError
-from hf_async_store.schema import SYSTEM_COLLECTIONS, Schema
+from hf_async_store.schema import SYSTEM_COLLECTIONS, Index, Schema
 from hf_async_store.strategies.sql.catalogue import (
     READ,
     Catalogue,
@@ -30,6 +30,8 @@ from hf_async_store.strategies.sql.names import (
     quoted,
     sql_name,
     table_name,
+    unique_column,
+    unique_index_name,
 )
 from hf_async_store.strategies.sql.rows import Table
 from hf_async_store.values import VERSION
@@ -130,7 +132,7 @@ class SchemaSync(ABC):
                 table_name(name) in relations and sql_name(name) in relations
             ):
                 return True
-            if self.extension(name, entry, relations)[1]:
+            if self.extension(name, entry, relations)[1] or entry.unenforced:
                 return True
         return False
 
@@ -154,6 +156,8 @@ class SchemaSync(ABC):
                 entries[name], statements = self.extension(name, entry, relations)
                 for each in statements:
                     await self._run(driver, each)
+                if entries[name].unenforced and await self._is_empty(driver, name):
+                    entries[name] = await self.enforce(driver, name, entries[name])
             if known is None or known.fields != entry.fields or sql_name(name) not in relations:
                 await self.replace_view(driver, name, entry)
         new = catalogue.with_entries(entries)
@@ -163,11 +167,21 @@ class SchemaSync(ABC):
 
     async def create(self, driver: Any, name: str, entry: Entry) -> Entry:
         """Create a table with its indexes."""
-        complete = entry.completed()
+        complete = entry.completed().enforcing()
         await self._run(driver, self.create_table(Table(name, complete, self.grammar)))
         for fields in complete.wanted_indexes():
             await self._run(driver, self.index_ddl(name, complete, fields))
+        for fields in complete.unique_columns:
+            await self._run(driver, self.unique_index_ddl(name, fields))
         return complete
+
+    async def _is_empty(self, driver: Any, name: str) -> bool:
+        sql = f"SELECT 1 FROM {quoted(table_name(name))} LIMIT 1"
+        return not await self.dialect.rows(driver, sql, ())
+
+    @abstractmethod
+    async def enforce(self, driver: Any, name: str, entry: Entry) -> Entry:
+        """Let all programs enforce the unique indexes of a table without rows; returns its entry."""
 
     @abstractmethod
     def create_table(self, table: Table) -> str:
@@ -221,11 +235,37 @@ class SchemaSync(ABC):
             f"({', '.join(columns)})"
         )
 
+    def unique_index_ddl(self, name: str, fields: tuple[str, ...]) -> str:
+        """The statement that creates the index of a unique column."""
+        return (
+            f"CREATE UNIQUE INDEX {quoted(unique_index_name(name, fields))} "
+            f"ON {quoted(table_name(name))} ({quoted(unique_column(fields))})"
+        )
+
     async def _run(self, driver: Any, statement: str) -> None:
         try:
             await self.dialect.rows(driver, statement, ())
         except self.dialect.driver_errors as exc:
             raise self.dialect.translate(exc, doing=f"run {statement}", writes=False) from exc
+
+    # -- unique indexes ----------------------------------------------------------------------
+
+    async def unenforced(self, lease: LeasedConnection) -> list[tuple[str, Index]]:
+        """See `Engine.unenforced`."""
+        try:
+            catalogue, relations = await self._read(lease.driver)
+            entries = declared(catalogue or Catalogue(), self.schema.values())
+            return [
+                (name, index)
+                for name, entry in entries.items()
+                if entry.unenforced
+                and table_name(name) in relations
+                and not await self._is_empty(lease.driver, name)
+                for index in self.schema[name].indexes
+                if index.unique and index.fields in entry.unenforced
+            ]
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
 
     # -- changes of the schema ---------------------------------------------------------------
 

@@ -55,6 +55,16 @@ def index_name(collection: str, fields: Sequence[str]) -> str:
     return limited(f"{sql_name(collection)}-{'-'.join(fields)}-index")
 
 
+def unique_column(fields: Sequence[str]) -> str:
+    """The name of the column that contains `unique.digest` of the fields of a unique index."""
+    return limited(f"{'-'.join(fields)}-unique")
+
+
+def unique_index_name(collection: str, fields: Sequence[str]) -> str:
+    """The name of the index of that column."""
+    return limited(f"{sql_name(collection)}-{'-'.join(fields)}-unique")
+
+
 def generation_constraint(collection: str) -> str:
     """The name of the constraint, on PostgreSQL, that refuses rows of programs that do not know all key
     columns."""

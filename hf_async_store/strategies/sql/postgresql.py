@@ -32,8 +32,17 @@ from hf_async_store.errors import (
 )
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.dialect import Dialect, SessionEndedError
-from hf_async_store.strategies.sql.errors import connection_error, postgres_error
-from hf_async_store.strategies.sql.names import CATALOGUE, GENERATION_PREFIX, collection_name
+from hf_async_store.strategies.sql.errors import (
+    DuplicateValueError,
+    connection_error,
+    postgres_error,
+)
+from hf_async_store.strategies.sql.names import (
+    CATALOGUE,
+    GENERATION_PREFIX,
+    collection_name,
+    sql_name,
+)
 from hf_async_store.strategies.sql.postgres_grammar import PostgresGrammar
 from hf_async_store.strategies.sql.write_sql import CHANGED
 from hf_async_store.values import Value
@@ -129,6 +138,9 @@ class PostgreSQL(Dialect):
     other_columns: ClassVar[type[Exception]] = asyncpg.InvalidTableDefinitionError
     """Raised by CREATE OR REPLACE VIEW if a column of the existing view is missing, or has another type."""
 
+    duplicates: ClassVar[type[Exception]] = asyncpg.UniqueViolationError
+    """Raised by CREATE UNIQUE INDEX if two rows have the same value."""
+
     placeholder_prefix = "$"
     single_writer = False
     grammar = PostgresGrammar()
@@ -146,6 +158,7 @@ class PostgreSQL(Dialect):
             durable=True,
             multi_process=True,
             change_markers=True,
+            unique_indexes=True,
             isolations=(first, *(each for each in others if each != first)),
             read_conflict_policy="ordered",
             read_batch=512,
@@ -609,6 +622,8 @@ class PostgreSQL(Dialect):
             if callers:
                 return InvalidInputError(f"execute_with_lock: {_rejection(exc)}")
             return ProtocolError(f"cannot {doing}: {_rejection(exc)}")
+        if isinstance(exc, asyncpg.UniqueViolationError) and not callers and _is_own_index(exc):
+            return DuplicateValueError(f"cannot {doing}: a value is not unique")
         if isinstance(exc, _SERVER_ERRORS) and exc.sqlstate is not None:
             # Only `message`, because the details contain stored data.
             return postgres_error(
@@ -854,6 +869,13 @@ def _changed_tables(
     else:
         stale = isinstance(exc, asyncpg.InvalidTextRepresentationError) and CHANGED in str(exc)
     return CatalogueChangedError() if stale and not callers else None
+
+
+def _is_own_index(exc: Any) -> bool:
+    """Whether a unique index of this store was violated, and not a constraint of another program."""
+    collection = collection_name(str(exc.table_name))
+    prefix = f"{sql_name(collection or '')}-"
+    return collection is not None and str(exc.constraint_name).startswith(prefix)
 
 
 def _is_closed(exc: Exception) -> bool:
