@@ -597,14 +597,17 @@ engine itself has no unique indexes."""
 
 
 class EngineSchema(Schema):
-    """The schema that an engine gets: looking up a name also finds the collection of the declarations.
+    """The schema that an engine gets: looking up a name also finds the collections of the declarations and
+    of the owners of unique values.
 
-    It is not listed, so it has no entities for a store, a backup or a migration.
+    They are not listed, so they have no entities for a store, a backup or a migration.
     """
 
     __slots__ = ()
 
     def __getitem__(self, name: str) -> Collection:
-        if name == CATALOGUE_COLLECTION.name and name not in self:
-            return CATALOGUE_COLLECTION
+        if name not in self:
+            for each in (CATALOGUE_COLLECTION, UNIQUE_COLLECTION):
+                if each.name == name:
+                    return each
         return super().__getitem__(name)

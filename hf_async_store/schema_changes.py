@@ -117,7 +117,10 @@ async def apply(
 
 
 def _unenforced(collection: str, index: Index) -> SchemaChange:
-    detail = "the values are not checked yet; `schema apply` compares them all, and checks new ones"
+    detail = (
+        "the values are not checked yet; `schema apply` (on DynamoDB with --complete) compares them all, "
+        "and from then on new ones are checked"
+    )
     return SchemaChange("unique index", collection, index.name, detail)
 
 

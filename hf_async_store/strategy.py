@@ -500,6 +500,7 @@ class StorageStrategy(RepositoryInterface):
         except StorageError as exc:
             problems.append(str(exc))
         problems += [each for each in contradictions if each not in problems]
+        problems += await self._unenforced(engine)
         try:
             details = dict(await engine.health())
         except StorageError as exc:
@@ -526,6 +527,17 @@ class StorageStrategy(RepositoryInterface):
         return [
             f"the declaration of {each.collection}.{each.name} contradicts the store: {each.detail}"
             for each in schema_changes.contradictions(recorded, self._schema)
+        ]
+
+    async def _unenforced(self, engine: Engine) -> list[Value]:
+        """The declared unique indexes that are not enforced yet."""
+        try:
+            unenforced = await engine.unenforced() if unique_of(self._schema) else []
+        except StorageError:
+            return []  # it is reported anyway
+        return [
+            f"the unique index {index.name} of {name} is not enforced yet: run `schema apply`"
+            for name, index in unenforced
         ]
 
     def describe(self) -> dict[str, Value]:

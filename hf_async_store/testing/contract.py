@@ -35,6 +35,7 @@ from hf_async_store.testing.read_only_transactions import ReadOnlyTransactionCon
 from hf_async_store.testing.references import ReferenceContract
 from hf_async_store.testing.streams import StreamContract
 from hf_async_store.testing.transactions import TransactionContract
+from hf_async_store.testing.unique_indexes import UniqueIndexContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
 from hf_async_store.testing.wrong_arguments import ArgumentContract
@@ -69,6 +70,7 @@ class StrategyContract(
     FieldOperationContract,
     FilteredChangeContract,
     GroupContract,
+    UniqueIndexContract,
 ):
     """All cases of the contract."""
 

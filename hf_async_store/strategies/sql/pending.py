@@ -25,7 +25,7 @@ from hf_async_store.strategies.sql.postgres_jsonb import (
     optional_bytes_array_text,
 )
 from hf_async_store.strategies.sql.write_sql import StatementKey, Verb, WriteStatements
-from hf_async_store.unique import digest
+from hf_async_store.unique import Fields, digest
 from hf_async_store.values import CREATED_AT, Entity, Removed, Value
 
 if TYPE_CHECKING:
@@ -102,11 +102,7 @@ class Encoder:
     def _patch(self, place: int, change: Patch, expected: int | None) -> PendingChange:
         fields, collection = plain_fields(change.fields), change.key.collection
         table = self.tables[collection]
-        unique = (
-            tuple([each for each in table.unique if not fields.keys().isdisjoint(each)])
-            if fields and table.unique
-            else ()
-        )
+        unique = _touched(table.unique, change)
         if fields is None or not all(fields.keys() >= {*each} for each in unique):
             return PendingChange(place, change, None)  # a value is computed from the stored entity
         named = tuple([each for each in table.key_fields if each in fields])
@@ -131,7 +127,7 @@ class Encoder:
         return self._with_digests(pending) if shape.unique else pending
 
     def _with_digests(self, pending: PendingChange) -> PendingChange:
-        """With the values of the unique columns. A change with an invalid one is decided, and so refused."""
+        """With the values of the unique columns; a change with an invalid one is decided, and refused."""
         assert pending.shape is not None, "it has unique columns"
         collection = pending.shape.collection
         try:
@@ -173,8 +169,10 @@ class Encoder:
             if name == CREATED_AT and shape.verb != "patch":
                 values = [_created(each) for each in group]
             args.append(hex_array_text(_encoded(values)))
-        for number in range(len(shape.unique)):
-            args.append(optional_bytes_array_text([each.digests[number] for each in group]))
+        args += [
+            optional_bytes_array_text([each.digests[number] for each in group])
+            for number in range(len(shape.unique))
+        ]
         parents = [
             [_parent(each, field.name) for each in group]
             for field in self.statements.parents_of(shape.collection)
@@ -182,6 +180,11 @@ class Encoder:
         documents = f"[{','.join([each.doc for each in group])}]"
         distinct = [encode_json(list(filter(None, set(each)))).decode() for each in parents]
         return [*args, *map(array_text, parents), documents, *distinct]
+
+
+def _touched(unique: tuple[Fields, ...], patch: Patch) -> tuple[Fields, ...]:
+    """The unique columns whose values a patch may change."""
+    return tuple([each for each in unique if not patch.fields.keys().isdisjoint(each)])
 
 
 def _created(pending: PendingChange) -> Value | Missing:

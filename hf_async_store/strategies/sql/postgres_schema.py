@@ -330,8 +330,8 @@ class PostgresSchema(SchemaSync):
         """Build the index of a unique column.
 
         Raises:
-            SchemaMismatchError: other programs have written the same values meanwhile. The index is dropped,
-                because the server would enforce it even though it is invalid.
+            SchemaMismatchError: other programs have written the same values meanwhile. The index is
+                dropped, because the server would enforce it even though it is invalid.
         """
         index = unique_index_name(name, fields)
         try:

@@ -608,8 +608,8 @@ class PostgreSQL(Dialect):
                 "idle for longer than idle_in_transaction_session_timeout or idle_session_timeout "
                 "allow, or an administrator or a restart ended it"
             )
-        if (changed := _changed_tables(exc, doing, callers=callers)) is not None:
-            return changed
+        if (known := _of_own_tables(exc, doing, callers=callers)) is not None:
+            return known
         if isinstance(exc, asyncpg.ConnectionDoesNotExistError) and isinstance(
             exc.__cause__, asyncpg.PostgresError
         ):
@@ -622,8 +622,6 @@ class PostgreSQL(Dialect):
             if callers:
                 return InvalidInputError(f"execute_with_lock: {_rejection(exc)}")
             return ProtocolError(f"cannot {doing}: {_rejection(exc)}")
-        if isinstance(exc, asyncpg.UniqueViolationError) and not callers and _is_own_index(exc):
-            return DuplicateValueError(f"cannot {doing}: a value is not unique")
         if isinstance(exc, _SERVER_ERRORS) and exc.sqlstate is not None:
             # Only `message`, because the details contain stored data.
             return postgres_error(
@@ -855,10 +853,11 @@ def _setting(driver: Any, name: str) -> str | None:
     return cast("str | None", getattr(driver.get_settings(), name, None))
 
 
-def _changed_tables(
-    exc: Exception, doing: str, *, callers: bool
-) -> ConcurrencyConflictError | None:
-    """The error for a statement that was made for tables, or a catalogue, that have changed since."""
+def _of_own_tables(exc: Exception, doing: str, *, callers: bool) -> StorageError | None:
+    """The error for a statement that was made for tables, or a catalogue, that have changed since, or that
+    violated a unique index of this store."""
+    if isinstance(exc, asyncpg.UniqueViolationError) and not callers and _is_own_index(exc):
+        return DuplicateValueError(f"cannot {doing}: a value is not unique")
     if isinstance(exc, asyncpg.InvalidCachedStatementError):
         return ConcurrencyConflictError(
             f"cannot {doing}: the tables were changed since the statement was prepared: try again",

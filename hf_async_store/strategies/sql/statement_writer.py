@@ -85,8 +85,8 @@ class StatementWriter(Writer):
         numbers = wave_numbers(self.schema, changes, references=self.references)
         segments = self._segments(pending) if in_order else repeat(0)
         waves: dict[tuple[int, int], list[PendingChange]] = {}
-        for each, wave in zip(pending, zip(segments, numbers), strict=False):
-            waves.setdefault(wave, []).append(each)
+        for each, segment, wave in zip(pending, segments, numbers, strict=False):
+            waves.setdefault((segment, wave), []).append(each)
         return list(chain.from_iterable(by_statement(waves[each]) for each in sorted(waves)))
 
     def _segments(self, pending: Sequence[PendingChange]) -> Iterator[int]:
