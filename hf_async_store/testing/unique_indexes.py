@@ -383,7 +383,7 @@ class UniqueIndexContract:
 
     async def test_99_one_creator_of_eight_processes_wins(self, lasting: Harness) -> None:
         """The other processes do not declare the index."""
-        rounds = repetitions(100)
+        rounds = repetitions(100, short=5)
         async with lasting.store(ITEMS) as store:
             await store.create_entity("items", {"item_id": "first", "label": "first"})
             url = lasting.url()

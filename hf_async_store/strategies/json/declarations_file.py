@@ -17,7 +17,12 @@ import msgspec
 
 from hf_async_store.declarations import are_equal, decoded, encoded, merged
 from hf_async_store.driver import run_to_completion
-from hf_async_store.errors import CorruptionError, SchemaMismatchError, StorageError
+from hf_async_store.errors import (
+    CorruptionError,
+    NewerFormatError,
+    SchemaMismatchError,
+    StorageError,
+)
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import Ownership, share
 from hf_async_store.schema import Collection, Schema
@@ -44,11 +49,14 @@ class DeclarationsFile:
         self.enforced: Mapping[str, tuple[Fields, ...]] = {}
         self._signature: tuple[int, ...] | None = None
 
-    async def refresh(self) -> None:
-        """Read `enforced` again, if the file was replaced. The caller holds the write lock.
+    async def refresh(self, own: Mapping[str, tuple[Fields, ...]]) -> None:
+        """Read `enforced` again, if the file was replaced.
 
-        Raises:
-            CorruptionError, NewerFormatError: values could be written that must be unique.
+        If it is damaged, which `health` reports, what was read before is enforced, and what this program
+        itself declares.
+
+        Args:
+            own: by collection, the unique indexes that this program declares.
         """
         try:
             status = self.path.stat()
@@ -59,7 +67,10 @@ class DeclarationsFile:
             raise translate_os_error(exc, f"read {self.path}") from exc
         signature = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
         if signature != self._signature:
-            self.enforced = (await self._read())[1]
+            try:
+                self.enforced = (await self._read())[1]
+            except (CorruptionError, NewerFormatError):
+                self.enforced = {**self.enforced, **own}
             self._signature = signature
 
     async def read(self) -> list[Collection]:

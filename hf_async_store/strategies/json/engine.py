@@ -220,13 +220,13 @@ class JSONEngine(Engine):
         for name, index in indexes:
             enforced[name] = (*enforced.get(name, ()), index.fields)
         await self._declarations.add(self.schema.values(), enforced)
-        await self._declarations.refresh()
+        await self._declarations.refresh(self._unique)
 
     async def unenforced(self) -> list[tuple[str, Index]]:
         if not self._unique:
             return []
         state = await self.follower.current()
-        await self._declarations.refresh()
+        await self._declarations.refresh(self._unique)
         return [each for each in self._unenforced() if state.sections[each[0]].entities]
 
     async def apply_schema(
@@ -318,7 +318,7 @@ class JSONEngine(Engine):
         if state is None or not follower.is_unchanged(state):
             state = await follower.refresh_locked()
         follower.write_locked = True
-        await self._declarations.refresh()
+        await self._declarations.refresh(self._unique)
         if self._unique:
             await self._enforce_new(state)
         if state.superseded:
