@@ -153,7 +153,9 @@ async def test_an_invalid_index_is_built_again(database: str) -> None:
                 f'CREATE UNIQUE INDEX CONCURRENTLY {INDEX} ON "hosts-entities" ("name-unique")',
             )
         await store.update_entity("hosts", "h0001", {"name": "web-1"})
-        assert {each.kind for each in await store.schema_changes()} == {"unique index"}
+        kinds = {each.kind for each in await store.schema_changes()}
+        assert "unique index" in kinds
+        assert "unique" not in kinds
         await store.apply_schema()
         assert await store.schema_changes() == []
         with pytest.raises(UniqueViolationError):

@@ -112,11 +112,12 @@ class SchemaSync(ABC):
             self.dialect.check_file(driver)
             catalogue, relations = await self._read(driver)
             await self.dialect.prepare_writing(driver)
-            if catalogue is not None and not self._missing(catalogue, relations, latest):
+            empty = await self._empty_tables(driver, catalogue, relations)
+            if catalogue is not None and not (empty or self._missing(catalogue, relations, latest)):
                 return catalogue
             handle = await self.dialect.begin_ddl(driver)
             try:
-                catalogue = await self._create_missing(driver, latest)
+                catalogue = await self._create_missing(driver, latest, empty)
             except BaseException:
                 await run_to_completion(self.dialect.roll_back(handle))
                 raise
@@ -132,11 +133,30 @@ class SchemaSync(ABC):
                 table_name(name) in relations and sql_name(name) in relations
             ):
                 return True
-            if self.extension(name, entry, relations)[1] or entry.unenforced:
+            if self.extension(name, entry, relations)[1]:
                 return True
         return False
 
-    async def _create_missing(self, driver: Any, latest: bool) -> Catalogue:
+    async def _empty_tables(
+        self, driver: Any, catalogue: Catalogue | None, relations: Mapping[str, str]
+    ) -> frozenset[str]:
+        """The collections without rows that declare a unique index which is not enforced yet.
+
+        Found before the transaction for DDL, which would conflict with every writer of a table that it
+        has read.
+        """
+        entries = declared(catalogue or Catalogue(), self.schema.values())
+        return frozenset(
+            [
+                name
+                for name, each in entries.items()
+                if each.unenforced
+                and table_name(name) in relations
+                and await self._is_empty(driver, name)
+            ]
+        )
+
+    async def _create_missing(self, driver: Any, latest: bool, empty: frozenset[str]) -> Catalogue:
         catalogue, relations = await self._read(driver)
         if catalogue is None:
             catalogue = Catalogue(store_id=secrets.token_hex(16))
@@ -156,7 +176,11 @@ class SchemaSync(ABC):
                 entries[name], statements = self.extension(name, entry, relations)
                 for each in statements:
                     await self._run(driver, each)
-                if entries[name].unenforced and await self._is_empty(driver, name):
+                if (
+                    name in empty
+                    and entries[name].unenforced
+                    and await self._is_still_empty(driver, name)
+                ):
                     entries[name] = await self.enforce(driver, name, entries[name])
             if known is None or known.fields != entry.fields or sql_name(name) not in relations:
                 await self.replace_view(driver, name, entry)
@@ -179,9 +203,14 @@ class SchemaSync(ABC):
         sql = f"SELECT 1 FROM {quoted(table_name(name))} LIMIT 1"
         return not await self.dialect.rows(driver, sql, ())
 
+    async def _is_still_empty(self, driver: Any, name: str) -> bool:
+        """Whether a table that had no rows has none under the lock; where there are several writers,
+        `enforce` finds out."""
+        return not self.dialect.single_writer or await self._is_empty(driver, name)
+
     @abstractmethod
     async def enforce(self, driver: Any, name: str, entry: Entry) -> Entry:
-        """Let all programs enforce the unique indexes of a table without rows; returns its entry."""
+        """Let all programs enforce the unique indexes of a table that had no rows; returns its entry."""
 
     @abstractmethod
     def create_table(self, table: Table) -> str:

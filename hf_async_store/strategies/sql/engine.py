@@ -380,6 +380,7 @@ class SQLEngine(Engine):
     ) -> None:
         report = progress or (lambda change, done, total: None)
         planned = await self.schema_changes()
+        await self._retried(self._prepare)
         async with self.writing() as lease:
             remaining = await self._sync.changes(lease)
             for each in planned:
