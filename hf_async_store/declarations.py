@@ -15,7 +15,8 @@ from hf_async_store.errors import ConfigurationError, CorruptionError, NewerForm
 from hf_async_store.schema import Collection, Field, Index, Schema
 from hf_async_store.values import Entity
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+"""Format 2 contains unique indexes. Declarations without any are written in format 1."""
 
 
 class _Recorded(msgspec.Struct, frozen=True):
@@ -41,7 +42,8 @@ class _Header(msgspec.Struct, frozen=True):
 def encoded(collections: Iterable[Collection]) -> Entity:
     """The JSON form of declarations."""
     recorded = [_recorded(each) for each in collections]
-    return {"format": FORMAT, **cast("Entity", msgspec.to_builtins(_Document(recorded)))}
+    number = FORMAT if any(i.unique for each in recorded for i in each.indexes) else 1
+    return {"format": number, **cast("Entity", msgspec.to_builtins(_Document(recorded)))}
 
 
 def _recorded(collection: Collection) -> _Recorded:
@@ -77,7 +79,8 @@ def merged(recorded: Iterable[Collection], declared: Iterable[Collection]) -> li
     """The recorded declarations, with those of a program added.
 
     Collections, fields and indexes that only other programs declare stay. If a field is declared
-    differently, the program is followed. A collection that it declares with another key stays as it was.
+    differently, the program is followed; but an index stays unique. A collection that it declares with
+    another key stays as it was.
     """
     result = {each.name: each for each in recorded}
     for each in declared:
@@ -92,7 +95,10 @@ def merged(recorded: Iterable[Collection], declared: Iterable[Collection]) -> li
 def _merged(recorded: Collection, declared: Collection) -> Collection:
     fields = {**recorded.fields, **declared.fields}
     del fields[recorded.key]
-    indexes = {each.name: each for each in (*recorded.indexes, *declared.indexes)}
+    indexes = {each.name: each for each in recorded.indexes}
+    for each in declared.indexes:
+        if each.name not in indexes or each.unique:
+            indexes[each.name] = each
     usable = [
         each
         for each in indexes.values()

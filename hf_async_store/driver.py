@@ -57,7 +57,7 @@ from hf_async_store.preconditions import (
     patched,
 )
 from hf_async_store.query import Query, compile_filter, ordered
-from hf_async_store.schema import CATALOGUE_COLLECTION, Collection, Schema
+from hf_async_store.schema import CATALOGUE_COLLECTION, Collection, Index, Schema
 from hf_async_store.values import (
     CREATED_AT,
     UPDATED_AT,
@@ -139,6 +139,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         savepoints: nested transactions.
         indexes: declared indexes and keys narrow a query; else every query is a scan.
         references: declared references are enforced.
+        unique_indexes: unique indexes are enforced. A store of another engine refuses their declaration.
         change_markers: a change may carry a change marker, written in the same commit; they show a
             live migration which entities it still has to copy.
         detects_recreation: after an entity was deleted and created again, a writer that read it
@@ -164,6 +165,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     savepoints: bool = True
     indexes: bool = True
     references: bool = True
+    unique_indexes: bool = False
     change_markers: bool = False
     detects_recreation: bool = False
     default_order: Literal["id", "none"] = "id"
@@ -204,11 +206,13 @@ class SchemaChange(msgspec.Struct, frozen=True):
 
     Attributes:
         kind: what it is about: of every engine "collection", "key", "field", "index", "values", "form",
-            "reference" or "required" (see `schema_changes.py`); others are those of an engine.
+            "reference", "required", "unique" or "unique index" (see `schema_changes.py`); others are those
+            of an engine.
         collection: the name of the collection.
         name: the name of the field or index; "" if it is about the collection.
         detail: what is missing or differs, and what `apply_schema` does about it, for people.
-        blocking: whether writers wait while `apply_schema` does it.
+        blocking: whether writers wait while `apply_schema` does it; of "unique", that the data must be
+            corrected before.
     """
 
     kind: str
@@ -448,6 +452,16 @@ class Engine(Reader):
             complete: whether all programs with an older declaration have ended.
         """
         del progress, complete
+
+    async def unenforced(self) -> list[tuple[str, Index]]:
+        """The declared unique indexes that are not enforced, each with its collection.
+
+        Those are indexes that were declared when the collection had entities already. `apply_schema`
+        lets the store enforce them, or raises SchemaMismatchError if two entities have the same values.
+        The default is for an engine whose stores are empty when they are opened, or without the
+        capability `unique_indexes`.
+        """
+        return []
 
     async def explain(self, query: Query) -> QueryPlan:
         """How `select` would run."""

@@ -141,6 +141,34 @@ class InvalidEntityError(StorageError):
         self.field = field
 
 
+class UniqueViolationError(StorageError):
+    """Another entity has this value in the field of a unique index, or these values in its fields.
+
+    Attributes:
+        collection, entity_id: the entity that was to be written.
+        fields: the fields of the index.
+        owner_id: the id of the entity that has the values.
+    """
+
+    def __init__(
+        self, collection: str, entity_id: str, fields: Sequence[str], owner_id: str
+    ) -> None:
+        what = "value" if len(fields) == 1 else "values"
+        super().__init__(
+            f"{collection} {entity_id!r}: the {what} of {', '.join(fields)} must be unique, and "
+            f"{owner_id!r} already has the same"
+        )
+        self.collection = collection
+        self.entity_id = entity_id
+        self.fields = tuple(fields)
+        self.owner_id = owner_id
+
+    @property
+    def field(self) -> str:
+        """The fields of the index, joined by commas: usually one name."""
+        return ", ".join(self.fields)
+
+
 class ConcurrencyConflictError(StorageError):
     """A concurrent change conflicts with this write or transaction.
 

@@ -59,7 +59,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
-from hf_async_store.schema import MARKER_COLLECTION, MIGRATION_COLLECTION, Collection
+from hf_async_store.schema import MARKER_COLLECTION, MIGRATION_COLLECTION, Collection, Index
 from hf_async_store.values import VERSION, Entity, Key, Value, utc_now
 
 Item = TypeVar("Item")
@@ -472,6 +472,9 @@ class MigrationRouter(Engine):
 
     async def remember(self, collections: Iterable[Collection]) -> None:
         await (await self.in_use()).remember(collections)
+
+    async def unenforced(self) -> list[tuple[str, Index]]:
+        return await (await self.in_use()).unenforced()
 
     async def schema_changes(self) -> list[SchemaChange]:
         return await (await self.in_use()).schema_changes()

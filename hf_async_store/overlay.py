@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -10,6 +10,7 @@ from hf_async_store.changes import Change, Delete, Outcome
 from hf_async_store.errors import StorageError
 from hf_async_store.preconditions import changed, check_children, check_parents
 from hf_async_store.schema import Collection, Field, Schema
+from hf_async_store.unique import Claims, Fields, claimed, stored_digest, unique_of
 from hf_async_store.values import VERSION, Entity, Key
 
 
@@ -22,13 +23,24 @@ class Overlay:
         schema: of the store.
         stored: the committed entities.
         references: whether references are enforced.
+        owners: returns the ids of the stored entities that may have the values of a digest in the fields
+            of a unique index of a collection (see `unique`). Without it, all entities are read.
     """
 
-    def __init__(self, schema: Schema, stored: Mapping[Key, Entity], *, references: bool) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        stored: Mapping[Key, Entity],
+        *,
+        references: bool,
+        owners: Callable[[str, Fields, bytes], Iterable[str]] | None = None,
+    ) -> None:
         self._schema = schema
         self._stored = stored
         self._references = references
         self._layers: list[dict[Key, Entity | None]] = [{}]
+        self._unique = unique_of(schema)
+        self._claims = Claims(self.get, owners or self._owners)
 
     @property
     def changes(self) -> Mapping[Key, Entity | None]:
@@ -74,6 +86,10 @@ class Overlay:
             entity = changed(change, current)
             if self._references:
                 self._check_references(change, current)
+            if entity is not None and change.key.collection in self._unique:
+                unique = self._unique[change.key.collection]
+                values = claimed(change.key.collection, unique, current, entity)
+                self._claims.check(change.key, list(values))
         except StorageError as exc:
             return exc
         self._layers[-1][change.key] = entity
@@ -104,4 +120,9 @@ class Overlay:
     def _referrers(self, child: Collection, field: Field, parent: str) -> Iterator[str]:
         for entity_id, entity in self.entities(child.name):
             if entity.get(field.name) == parent:
+                yield entity_id
+
+    def _owners(self, collection: str, fields: Fields, digest: bytes) -> Iterator[str]:
+        for entity_id, entity in self.entities(collection):
+            if stored_digest(entity, fields) == digest:
                 yield entity_id

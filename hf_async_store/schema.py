@@ -43,6 +43,9 @@ from hf_async_store.values import (
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,47}\Z")
 _RESERVED: Final = frozenset({"doc", "version"})
 
+MAX_UNIQUE_BYTES: Final = 1024
+"""The UTF-8 of a text in a field of a unique index has at most this many bytes."""
+
 
 def _checked_name(name: str, what: str) -> str:
     if not isinstance(name, str) or not _NAME.match(name):
@@ -163,6 +166,11 @@ class Index(msgspec.Struct, frozen=True):
     that follow, in both directions. Its `name` follows the spec: `template_id-created_at-index`, or
     `name-index`. Only text, integer, number, boolean and timestamp fields can be indexed.
 
+    Args:
+        unique: no two entities may have the same values in all of its fields; entities in which one of
+            them is missing or null do not count. It neither contains the key, which is unique anyway,
+            nor `created_at` or `updated_at`.
+
     Example:
         `Index("template_id", "created_at")`
     """
@@ -171,8 +179,11 @@ class Index(msgspec.Struct, frozen=True):
     sort: str | None = None
     third: str | None = None
     fourth: str | None = None
+    unique: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.unique, bool):
+            raise ConfigurationError("an index: unique must be True or False")
         for each in (self.field, self.sort, self.third, self.fourth):
             if not isinstance(each, str) and (each is not None or self.field is None):
                 raise ConfigurationError(
@@ -189,6 +200,13 @@ class Index(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         return "-".join([*self.fields, "index"])
+
+    @classmethod
+    def of(cls, fields: Sequence[str], *, unique: bool = False) -> Index:
+        """The index of one to four fields."""
+        first, *others = fields
+        sort, third, fourth = [*others, None, None, None][:3]
+        return cls(first, sort, third, fourth, unique)
 
 
 class Collection:
@@ -262,6 +280,10 @@ class Collection:
             (each.name, _usual_types(each)) for each in typed if each not in optional_timestamps
         )
         self._check(declared)
+        unique = {name for each in self.indexes if each.unique for name in each.fields}
+        self._unique_texts = tuple(
+            name for name in unique if self.fields[name].type in ("text", "timestamp")
+        )
 
     @classmethod
     def from_model(
@@ -325,6 +347,11 @@ class Collection:
                     raise ConfigurationError(
                         f"index {index.name!r} of {self.name!r}: {name!r} is not a declared field "
                         "of a type that can be indexed"
+                    )
+                if index.unique and name in (self.key, CREATED_AT, UPDATED_AT):
+                    raise ConfigurationError(
+                        f"index {index.name!r} of {self.name!r}: a unique index does not contain "
+                        f"{name!r}"
                     )
 
     def __repr__(self) -> str:
@@ -456,6 +483,13 @@ class Collection:
             value = entity.get(name)
             if value is not None and (type(value) is not str or not is_canonical_timestamp(value)):
                 entity[name] = self.typed[name].check(value, self.name)
+        for name in self._unique_texts:
+            value = entity.get(name)
+            if value is not None and len(str(value).encode()) > MAX_UNIQUE_BYTES:
+                raise InvalidFieldError(
+                    f"{self.name}.{name} is in a unique index: its text has at most "
+                    f"{MAX_UNIQUE_BYTES:,} bytes"
+                )
         return entity
 
 
@@ -617,20 +651,25 @@ MIGRATION_COLLECTIONS: Final = (MIGRATION_COLLECTION, MARKER_COLLECTION)
 """The collections of a live migration: its record, and the change markers."""
 
 CATALOGUE_COLLECTION: Final = Collection("hf_catalogue", key="name")
-SYSTEM_COLLECTIONS: Final = (*MIGRATION_COLLECTIONS, CATALOGUE_COLLECTION)
+UNIQUE_COLLECTION: Final = Collection("hf_unique", key="value", fields=["owner"])
+SYSTEM_COLLECTIONS: Final = (*MIGRATION_COLLECTIONS, CATALOGUE_COLLECTION, UNIQUE_COLLECTION)
 """The collections that a store itself needs, in addition to the declared ones: those of a live migration,
-and the declarations that the store remembers (`Engine.remember`)."""
+the declarations that the store remembers (`Engine.remember`), and the owners of unique values, where the
+engine itself has no unique indexes."""
 
 
 class EngineSchema(Schema):
-    """The schema that an engine gets: looking up a name also finds the collection of the declarations.
+    """The schema that an engine gets: looking up a name also finds the collections of the declarations and
+    of the owners of unique values.
 
-    It is not listed, so it has no entities for a store, a backup or a migration.
+    They are not listed, so they have no entities for a store, a backup or a migration.
     """
 
     __slots__ = ()
 
     def __getitem__(self, name: str) -> Collection:
-        if name == CATALOGUE_COLLECTION.name and name not in self:
-            return CATALOGUE_COLLECTION
+        if name not in self:
+            for each in (CATALOGUE_COLLECTION, UNIQUE_COLLECTION):
+                if each.name == name:
+                    return each
         return super().__getitem__(name)

@@ -10,6 +10,10 @@ type, and is only counted here. The changes have these kinds:
 - "required": entities in which a required field is missing or null. It is refused.
 - "reference": entities that refer to a parent that does not exist, where references are enforced. They
   stay.
+- "unique": entities that have the same values in the fields of a unique index, or values that it cannot
+  contain. It is refused.
+- "unique index": a unique index that is not enforced yet, because the collection had entities before it
+  was declared.
 """
 
 from __future__ import annotations
@@ -25,11 +29,12 @@ from hf_async_store.driver import Engine, SchemaChange, SchemaProgress
 from hf_async_store.entity_rewriting import NewFields, pages, reporting, rewrite
 from hf_async_store.errors import InvalidFieldError, SchemaMismatchError
 from hf_async_store.generators import Owned
-from hf_async_store.schema import Collection, Field, Schema
+from hf_async_store.schema import Collection, Field, Index, Schema
 from hf_async_store.transforms import Transforms, transform
+from hf_async_store.unique import digest
 from hf_async_store.values import Entity, Key, Value, is_canonical_timestamp, parse_timestamp
 
-REFUSED: Final = frozenset({"key", "required"})
+REFUSED: Final = frozenset({"key", "required", "unique"})
 """The kinds of changes that `apply` refuses."""
 
 _MAX_SHOWN: Final = 5
@@ -43,6 +48,8 @@ _EFFECTS: Final = {
     "reference": "entities whose parent does not exist: {count:,}; they stay, and can be read and updated: "
     "save the parents, or change or delete these",
     "required": "entities without a value for this required field: {count:,}; give them one first",
+    "unique": "entities with the same values as another one, or with values that a unique index cannot "
+    "contain: {count:,}; change them first",
 }
 
 
@@ -53,12 +60,14 @@ async def compared(engine: Engine, schema: Schema) -> list[SchemaChange]:
         CorruptionError: the recorded declarations are invalid.
     """
     changes = [*unrecorded(await engine.declarations(), schema), *await engine.schema_changes()]
+    unenforced = await engine.unenforced()
+    changes += [_unenforced(name, index) for name, index in unenforced]
     # The ids of their entities are in another field.
     unreadable = {each.collection for each in changes if each.kind == "key"}
     for collection in schema.values():
         if collection.name in unreadable:
             continue
-        found = _Found(collection)
+        found = _Found(collection, [e for name, e in unenforced if name == collection.name])
         parents = _MissingParents(engine, collection)
         async with Owned(pages(engine, collection)) as read:
             async for page in read:
@@ -113,6 +122,14 @@ def _refuse(changes: Iterable[SchemaChange], state: str) -> None:
         )
 
 
+def _unenforced(collection: str, index: Index) -> SchemaChange:
+    detail = (
+        "the values are not checked yet; `schema apply` (on DynamoDB with --complete) compares them all, "
+        "and from then on new ones are checked"
+    )
+    return SchemaChange("unique index", collection, index.name, detail)
+
+
 def _ignore(change: SchemaChange, done: int, total: int | None) -> None:
     del change, done, total
 
@@ -160,10 +177,13 @@ def _differences(recorded: Collection, declared: Collection) -> Iterator[SchemaC
         elif known != field:
             detail = f"another program declared it as {_described(known)}, not {_described(field)}"
             yield SchemaChange("field", name, field.name, detail)
-    indexes = {each.name for each in recorded.indexes}
+    indexes = {each.name: each for each in recorded.indexes}
     for index in declared.indexes:
         if index.name not in indexes:
             detail = "the store does not know this index yet"
+            yield SchemaChange("index", name, index.name, detail)
+        elif index.unique and not indexes[index.name].unique:
+            detail = "the store does not know yet that this index is unique"
             yield SchemaChange("index", name, index.name, detail)
 
 
@@ -191,18 +211,40 @@ class _Offenders(msgspec.Struct):
 class _Found:
     """The stored values of a collection that disagree with its declaration."""
 
-    def __init__(self, collection: Collection) -> None:
+    def __init__(self, collection: Collection, unenforced: Iterable[Index]) -> None:
         self._collection = collection
+        self._unenforced = {each.name: each.fields for each in unenforced}
         self._offenders: dict[tuple[str, str], _Offenders] = {}
+        self._owners: dict[tuple[str, bytes], str] = {}
 
     def examine(self, entity: Entity) -> None:
+        entity_id = self._collection.id_of(entity)
         for name, kind in _disagreements(self._collection, entity):
             self.add(entity, name, kind)
+        for name, fields in self._unenforced.items():
+            self._compare(name, fields, entity, entity_id)
 
     def add(self, entity: Entity, name: str, kind: str) -> None:
-        """Add a disagreement with a field."""
-        offenders = self._offenders.setdefault((name, kind), _Offenders())
-        offenders.add(self._collection.id_of(entity))
+        """Add a disagreement with a field or an index."""
+        self._add(name, kind, self._collection.id_of(entity))
+
+    def _add(self, name: str, kind: str, entity_id: str) -> None:
+        self._offenders.setdefault((name, kind), _Offenders()).add(entity_id)
+
+    def _compare(self, name: str, fields: tuple[str, ...], entity: Entity, entity_id: str) -> None:
+        try:
+            value = digest(entity, fields, self._collection.name)
+        except InvalidFieldError:
+            self._add(name, "unique", entity_id)
+            return
+        if value is None:
+            return
+        owner = self._owners.setdefault((name, value), entity_id)
+        if owner != entity_id:
+            # The owner is listed once.
+            for each in (owner, entity_id) if owner else (entity_id,):
+                self._add(name, "unique", each)
+            self._owners[name, value] = ""
 
     def changes(self) -> list[SchemaChange]:
         collection = self._collection
@@ -211,11 +253,16 @@ class _Found:
                 kind,
                 collection.name,
                 name,
-                _EFFECTS[kind].format(count=each.count, type=collection.fields[name].type)
+                _effect(kind, each.count, collection.fields.get(name))
                 + f"; the first: {', '.join(map(repr, each.ids))}",
+                blocking=kind == "unique",
             )
             for (name, kind), each in sorted(self._offenders.items())
         ]
+
+
+def _effect(kind: str, count: int, field: Field | None) -> str:
+    return _EFFECTS[kind].format(count=count, type="" if field is None else field.type)
 
 
 def _disagreements(collection: Collection, entity: Entity) -> Iterator[tuple[str, str]]:

@@ -35,6 +35,7 @@ from hf_async_store.driver import (
     run_to_completion,
 )
 from hf_async_store.errors import (
+    ConfigurationError,
     EventLoopMismatchError,
     InvalidInputError,
     StorageError,
@@ -51,6 +52,7 @@ from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.typed import TypedCollection
+from hf_async_store.unique import unique_of
 from hf_async_store.values import Entity, Key, Value
 
 Result = TypeVar("Result")
@@ -92,6 +94,8 @@ class StorageStrategy(RepositoryInterface):
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
         super().__init__(Schema(schema.values()))
+        if not engine.capabilities.unique_indexes:
+            _refuse_unique(schema, engine.capabilities.engine)
         self._engine = engine
         self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
         self._transactions = TransactionManager()
@@ -522,6 +526,7 @@ class StorageStrategy(RepositoryInterface):
         except StorageError as exc:
             problems.append(str(exc))
         problems += [each for each in contradictions if each not in problems]
+        problems += await self._unenforced(engine)
         try:
             details = dict(await engine.health())
         except StorageError as exc:
@@ -550,6 +555,17 @@ class StorageStrategy(RepositoryInterface):
             for each in schema_changes.contradictions(recorded, self._schema)
         ]
 
+    async def _unenforced(self, engine: Engine) -> list[Value]:
+        """The declared unique indexes that are not enforced yet."""
+        try:
+            unenforced = await engine.unenforced() if unique_of(self._schema) else []
+        except StorageError:
+            return []  # it is reported anyway
+        return [
+            f"the unique index {index.name} of {name} is not enforced yet: run `schema apply`"
+            for name, index in unenforced
+        ]
+
     def describe(self) -> dict[str, Value]:
         """Capabilities and limits, the location of the data and the collections; without secrets."""
         capabilities = self.capabilities
@@ -565,6 +581,14 @@ class StorageStrategy(RepositoryInterface):
             "collections": {name: _description(each) for name, each in self._schema.items()},
             **redact_texts(self._engine.describe()),
         }
+
+
+def _refuse_unique(schema: Schema, engine: str) -> None:
+    for name in unique_of(schema):
+        raise ConfigurationError(
+            f"{name} declares a unique index, but the engine {engine!r} does not enforce any "
+            "(see its capability unique_indexes)"
+        )
 
 
 def _key_of(change: Change) -> Key:

@@ -15,7 +15,8 @@ from typing import Final, Generic, TypeVar
 from hf_async_store.ordered_index import Garbage, Indexes, reclaim, record_before
 from hf_async_store.query import Missing
 from hf_async_store.schema import Collection
-from hf_async_store.values import Entity, Value
+from hf_async_store.unique import Fields, Owners
+from hf_async_store.values import Entity, Key, Value
 
 Stored = TypeVar("Stored")
 
@@ -58,6 +59,7 @@ class Table(ABC, Generic[Stored]):
         self.entities: dict[str, Stored] = {}
         self.collection = collection
         self.indexes = Indexes(collection, self.entities, self.values)
+        self._owners: dict[Fields, Owners] = {}
         self._moments: list[PastMoment[Stored]] = []
         self.garbage: list[Garbage] = []
 
@@ -72,6 +74,55 @@ class Table(ABC, Generic[Stored]):
     def peek(self, entity_id: str, stored: Stored) -> Entity:
         """The entity for reading only; it must not reach a caller."""
         return self.entity(entity_id, stored)
+
+    # -- unique values -----------------------------------------------------------------------
+
+    def unchecked(self, entity_id: str, stored: Stored) -> Entity | None:
+        """The entity for reading its values; None if it is damaged."""
+        return self.peek(entity_id, stored)
+
+    async def owners(self, fields: Fields) -> Owners:
+        """The owners of the values of a unique index; the entities must not change meanwhile.
+
+        From now on, they follow the changes, until there are very many at once.
+        """
+        found = self._owners.get(fields)
+        if found is None:
+            found = Owners(fields)
+            for number, (entity_id, stored) in enumerate(self.entities.items(), 1):
+                found.replace(entity_id, None, self.unchecked(entity_id, stored))
+                if not number % _MERGE_CHUNK:
+                    await asyncio.sleep(0)
+            self._owners[fields] = found
+        return found
+
+    def known_owners(self, fields: Fields) -> Owners:
+        """As `owners`, which was called before."""
+        return self._owners[fields]
+
+    async def refuse_duplicates(self, fields: Fields) -> None:
+        """Refuse to enforce a unique index; the entities must not change meanwhile.
+
+        Raises:
+            SchemaMismatchError: two entities have the same values, or one has values that a unique index
+                cannot contain.
+        """
+        assert self.collection is not None, "it is declared"
+        name, found = self.collection.name, Owners(fields)
+        for number, (entity_id, stored) in enumerate(self.entities.items(), 1):
+            entity = self.unchecked(entity_id, stored)
+            if entity is not None:
+                found.add(Key(name, entity_id), entity)
+            if not number % _MERGE_CHUNK:
+                await asyncio.sleep(0)
+
+    def _follow(self, images: Mapping[str, Stored | None]) -> None:
+        for entity_id, stored in images.items():
+            old = self.entities.get(entity_id)
+            before = None if old is None else self.unchecked(entity_id, old)
+            after = None if stored is None else self.unchecked(entity_id, stored)
+            for each in self._owners.values():
+                each.replace(entity_id, before, after)
 
     # -- changes -----------------------------------------------------------------------------
 
@@ -101,6 +152,11 @@ class Table(ABC, Generic[Stored]):
         Args:
             merged: the copy of the dict that `merged` returned for these images, if any.
         """
+        if self._owners and merged is None:
+            self._follow(images)
+        elif self._owners:
+            self.garbage += [each.ids for each in self._owners.values()]
+            self._owners = {}
         current = [each for each in self._moments if each.indexes is self.indexes]
         if merged is not None and current:
             # The views keep the old dict, and its indexes.

@@ -34,6 +34,7 @@ _CODES: Final[Mapping[int, tuple[type[StorageError], ...]]] = {
     CONFLICT: (
         errors.ConcurrencyConflictError,
         errors.AlreadyExistsError,
+        errors.UniqueViolationError,
         # Like the others, it depends on the stored data, not on how the command was written.
         errors.ReferenceViolationError,
         errors.TargetNotEmptyError,
@@ -45,6 +46,7 @@ _CODES: Final[Mapping[int, tuple[type[StorageError], ...]]] = {
 _HINTS: Final[tuple[tuple[type[StorageError], str | None], ...]] = (
     (errors.UnknownCollectionError, "--collections MODULE:NAME declares other collections"),
     (errors.AlreadyExistsError, "`update` changes it; `put` without --create replaces it"),
+    (errors.UniqueViolationError, "give it another value, or change the other entity first"),
     (errors.RetriesExhaustedError, None),
     (
         errors.ConcurrencyConflictError,

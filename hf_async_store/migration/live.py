@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, Self
@@ -29,6 +29,7 @@ from hf_async_store.errors import (
     ReferenceViolationError,
     StorageError,
     TargetNotEmptyError,
+    UniqueViolationError,
     VerificationError,
 )
 from hf_async_store.migration.dry_run import enforces_references
@@ -458,20 +459,38 @@ class LiveMigration:
         for start in range(0, len(keys), size):
             chunk = keys[start : start + size]
             self._touched.update(chunk)
-            await retry_conflicts(partial(self._copy_chunk, origin, copy, chunk), _CONFLICT_SECONDS)
+            attempt = partial(self._copy_chunk, origin, copy, chunk, {})
+            await retry_conflicts(attempt, _CONFLICT_SECONDS)
 
-    async def _copy_chunk(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
+    async def _copy_chunk(
+        self,
+        origin: Engine,
+        copy: Engine,
+        keys: Sequence[Key],
+        owners: dict[Key, tuple[str, ...]],
+    ) -> None:
+        """Copy some entities in one transaction.
+
+        Args:
+            owners: the entities of the copy that have values of a unique index which another entity has
+                in the origin by now, each with the fields. They are freed first, and copied, too. If
+                there is a further one, it is added, and the transaction is retried.
+        """
         async with copy.session(None) as session:
             record = migration_state_in((await session.fetch([MIGRATION_KEY]))[0])
             if record is None or record.epoch != self._current().epoch:
                 raise MigrationError("another coordinator has taken this live migration over")
-            keys = await self._with_relatives(origin, copy, session, keys)
+            wanted = [*keys, *(each for each in owners if each not in keys)]
+            keys = await self._with_relatives(origin, copy, session, wanted)
             in_origin = dict(zip(keys, await origin.fetch(keys), strict=True))
             in_copy = dict(zip(keys, await session.fetch(keys), strict=True))
-            changes = self._changes(keys, in_origin, in_copy)
+            changes = [*_freeing(owners, in_copy), *self._changes(keys, in_origin, in_copy)]
             for outcome in await session.write(changes) if changes else []:
                 if isinstance(outcome, ReferenceViolationError):
                     # Relatives changed between the two reads: the transaction is retried.
+                    raise ConcurrencyConflictError(str(outcome), retryable=True) from outcome
+                if isinstance(outcome, UniqueViolationError):
+                    owners[Key(outcome.collection, outcome.owner_id)] = outcome.fields
                     raise ConcurrencyConflictError(str(outcome), retryable=True) from outcome
                 if isinstance(outcome, StorageError):
                     raise outcome
@@ -652,3 +671,16 @@ async def _key_chunks(
         if len(keys) < size:
             return
         query = replace(query, after=CursorPosition((), keys[-1].id))
+
+
+def _freeing(
+    owners: dict[Key, tuple[str, ...]], in_copy: dict[Key, Record | None]
+) -> Iterator[Change]:
+    """The changes that take their unique values from entities of the copy; `in_copy` follows."""
+    for key, fields in owners.items():
+        record = in_copy[key]
+        if record is not None:
+            freed = Record(key, {**record.entity, **dict.fromkeys(fields)})
+            entity = {name: value for name, value in freed.entity.items() if name != VERSION}
+            yield Put(key, entity, utc_now(), import_version=record.version)
+            in_copy[key] = freed

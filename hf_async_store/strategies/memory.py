@@ -25,6 +25,7 @@ from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.table import PastMoment, Table
 from hf_async_store.table_reading import TableReader
+from hf_async_store.unique import Fields, unique_of
 from hf_async_store.values import Entity, Key, Value, copy_entity
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ class _Stored(Mapping[Key, Entity]):
         if collection not in self.tables:
             self.tables[collection] = _MemoryTable(self._schema[collection])
         return self.tables[collection]
+
+    def owners(self, collection: str, fields: Fields, digest: bytes) -> list[str]:
+        """The id of the entity that has the values of a digest, if any."""
+        owner = self.table(collection).known_owners(fields).ids.get(digest)
+        return [] if owner is None else [owner]
 
     def __getitem__(self, key: Key) -> Entity:
         return self.table(key.collection).entities[key.id]
@@ -160,12 +166,17 @@ class MemoryEngine(Engine):
     """Stores the entities in a table for each collection; sessions and single writes acquire one lock."""
 
     capabilities: Capabilities = Capabilities(
-        engine="memory", durable=False, multi_process=False, change_markers=True
+        engine="memory",
+        durable=False,
+        multi_process=False,
+        change_markers=True,
+        unique_indexes=True,
     )
 
     def __init__(self, schema: Schema, config: MemoryConfig) -> None:
         self._stored = _Stored(schema)
         self._schema = schema
+        self._unique = unique_of(schema)
         self._references = config.enforce_references
         self._lock = ReaderWriterLock()
         self._closed = False
@@ -187,6 +198,7 @@ class MemoryEngine(Engine):
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         async with self._lock.writing(_LOCK_TIMEOUT):
+            await self._find_owners()
             outcomes: list[Outcome] = []
             for change in changes:
                 overlay = self._overlay()
@@ -203,6 +215,7 @@ class MemoryEngine(Engine):
     async def _session(self, owner: asyncio.Task[object] | None) -> AsyncGenerator[Session, None]:
         async with self._lock.writing(_LOCK_TIMEOUT, owner=owner):
             self._refuse_closed()
+            await self._find_owners()
             overlay = self._overlay()
             yield _MemorySession(self._stored, overlay)
             self._commit(overlay)
@@ -220,7 +233,15 @@ class MemoryEngine(Engine):
         return _OverlayReader(self._stored, self._overlay())
 
     def _overlay(self) -> Overlay:
-        return Overlay(self._schema, self._stored, references=self._references)
+        return Overlay(
+            self._schema, self._stored, references=self._references, owners=self._stored.owners
+        )
+
+    async def _find_owners(self) -> None:
+        """Prepare the look-up of unique values, while the lock is held."""
+        for name, unique in self._unique.items():
+            for fields in unique:
+                await self._stored.table(name).owners(fields)
 
     def _commit(self, overlay: Overlay) -> None:
         self._refuse_closed()

@@ -37,6 +37,7 @@ from hf_async_store.testing.shared_databases import SharedDatabaseContract
 from hf_async_store.testing.streams import StreamContract
 from hf_async_store.testing.transactions import TransactionContract
 from hf_async_store.testing.transformed_entities import TransformContract
+from hf_async_store.testing.unique_indexes import UniqueIndexContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
 from hf_async_store.testing.wrong_arguments import ArgumentContract
@@ -73,6 +74,7 @@ class StrategyContract(
     FieldOperationContract,
     FilteredChangeContract,
     GroupContract,
+    UniqueIndexContract,
 ):
     """All cases of the contract."""
 

@@ -28,6 +28,7 @@ from hf_async_store.errors import (
     AlreadyExistsError,
     ConcurrencyConflictError,
     EventLoopMismatchError,
+    UniqueViolationError,
 )
 from hf_async_store.field_operations import increment
 from hf_async_store.strategies import open_store
@@ -66,6 +67,29 @@ async def create_race(store: StorageStrategy, *, name: str, ids: Sequence[str]) 
         except AlreadyExistsError:
             continue
         won.append(each)
+    return won
+
+
+async def unique_race(
+    store: StorageStrategy, *, name: str, rounds: int, tasks: int
+) -> list[tuple[str, str]]:
+    """In each round, try to create an item with the label of the round, in several tasks at once.
+
+    Returns the labels and ids that this worker created.
+    """
+    won = []
+    for number in range(rounds):
+        label = f"v{number}"
+        ids = [f"{name}-{number}-{each}" for each in range(tasks)]
+        created = await asyncio.gather(
+            *(store.create_entity("items", {"item_id": each, "label": label}) for each in ids),
+            return_exceptions=True,
+        )
+        for entity_id, outcome in zip(ids, created, strict=True):
+            if not isinstance(outcome, BaseException):
+                won.append((label, entity_id))
+            elif not isinstance(outcome, UniqueViolationError):
+                raise outcome
     return won
 
 
@@ -185,6 +209,7 @@ async def _get(store: StorageStrategy, entity_id: str) -> None:
 ROLES: Final[Mapping[str, Role]] = {
     "cas-counter": cas_counter,
     "create-race": create_race,
+    "unique-race": unique_race,
     "first-use": first_use,
     "fork": fork,
     "increments": increments,

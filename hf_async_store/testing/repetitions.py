@@ -18,14 +18,15 @@ _STRIDE: Final = 3
 _RANDOM: Final = SystemRandom()
 
 
-def repetitions(full: int) -> int:
+def repetitions(full: int, short: int = 0) -> int:
     """The number of repetitions of a case in this run.
 
     Args:
         full: the number that the contract states; it applies if the environment variable
-            HF_ASYNC_STORE_TEST_FULL is set, as `pytest --hf-full` does; otherwise a fifth of it.
+            HF_ASYNC_STORE_TEST_FULL is set, as `pytest --hf-full` does.
+        short: the number in other runs; 0: a fifth of `full`.
     """
-    return full if os.environ.get(FULL_VARIABLE) else max(2, full // _FRACTION)
+    return full if os.environ.get(FULL_VARIABLE) else short or max(2, full // _FRACTION)
 
 
 def sampled(items: Iterable[Item]) -> Iterable[Item]:

@@ -28,6 +28,8 @@ from live_applications import (
 from support import KINDS, place_of
 
 from hf_async_store import (
+    Collection,
+    Index,
     MigrationError,
     StorageStrategy,
     StoreRelocatedError,
@@ -450,3 +452,26 @@ async def test_write_file_is_refused_during_a_migration(place: Place) -> None:
         await move.abort()
         async with JSONStorageStrategy(source, collections=COLLECTIONS) as store:
             await store.write_file(await store.read_file())
+
+
+async def test_unique_values_that_move_during_a_migration(place: Place) -> None:
+    fields, unique = ["name"], [Index("name", unique=True)]
+    hosts = [Collection("hosts", key="host_id", fields=fields, indexes=unique)]
+    source, target = place("json-single", "a"), place("sqlite", "b")
+    async with open_store(source, collections=hosts) as store:
+        new = [{"host_id": f"h-{n}", "name": f"web-{n}"} for n in range(6)]
+        await store.create_entities("hosts", new)
+    async with LiveMigration(source, target, collections=hosts) as move:
+        await move.start(cut_over=False)
+        async with open_store(source, collections=hosts) as store:
+            await store.delete_entity("hosts", "h-5")
+            await store.create_entity("hosts", {"host_id": "a", "name": "web-5"})
+            for entity_id, name in (("h-0", None), ("h-1", "web-0"), ("h-0", "web-1")):
+                await store.update_entity("hosts", entity_id, {"name": name})
+            for entity_id, name in (("h-4", "other"), ("h-3", "web-4"), ("h-2", "web-3")):
+                await store.update_entity("hosts", entity_id, {"name": name})
+            expected = await store.query_entities("hosts", order_by="host_id")
+        await move.start()
+        await move.finalize()
+    async with open_store(target, collections=hosts) as store:
+        assert await store.query_entities("hosts", order_by="host_id") == expected

@@ -73,7 +73,18 @@ def test_bad_content_is_corruption(name: str) -> None:
 
 def test_a_newer_format_is_named() -> None:
     with pytest.raises(NewerFormatError):
-        decoded({"format": 2, "collections": {"other": "form"}}, "here")
+        decoded({"format": 3, "collections": {"other": "form"}}, "here")
+
+
+def test_only_unique_indexes_need_the_newer_format() -> None:
+    plain = [Collection("jobs", key="job_id", fields=["owner"], indexes=["owner"])]
+    unique = [
+        Collection("jobs", key="job_id", fields=["owner"], indexes=[Index("owner", unique=True)])
+    ]
+    assert [encoded(plain)["format"], encoded(unique)["format"]] == [1, 2]
+    assert decoded(encoded(unique), "here")[0].indexes == (Index("owner", unique=True),)
+    for first, then in ((plain, unique), (unique, plain)):
+        assert merged(first, then)[0].indexes == (Index("owner", unique=True),)
 
 
 def test_merging_keeps_what_others_declare() -> None:

@@ -63,6 +63,7 @@ FUNCTIONS: dict[Any, tuple[dict[str, tuple[str, ...]], dict[str, object]]] = {
             "sort": ("none", "text"),
             "third": ("none", "text"),
             "fourth": ("none", "text"),
+            "unique": ("boolean",),
         },
         {"field": "size"},
     ),

@@ -22,7 +22,7 @@ from hf_async_store.driver import (
 from hf_async_store.errors import StorageError, StoreNotFoundError, UnavailableError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
-from hf_async_store.schema import CATALOGUE_COLLECTION, Collection, Schema
+from hf_async_store.schema import CATALOGUE_COLLECTION, Collection, Index, Schema
 from hf_async_store.strategies.dynamodb.client import Client
 from hf_async_store.strategies.dynamodb.dax import cache_of
 from hf_async_store.strategies.dynamodb.errors import (
@@ -55,6 +55,7 @@ class DynamoDBEngine(Engine):
         durable=True,
         multi_process=True,
         change_markers=True,
+        unique_indexes=True,
         query_isolation="eventual",
         queries_in_transaction="own_writes",
         references=False,
@@ -74,8 +75,8 @@ class DynamoDBEngine(Engine):
         self.tables = Tables(self.client, schema)
         self._cache = cache_of(config)
         self.reading = Reading(self.client, self.tables, self._cache)
-        self._schema = SchemaApplication(self.client, self.tables, self.reading)
         self._write_cache = WriteCache()
+        self._schema = SchemaApplication(self.client, self.tables, self.reading, self._write_cache)
         self.writes = Writes(self.client, self.tables, self.reading, self._write_cache)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
@@ -156,6 +157,10 @@ class DynamoDBEngine(Engine):
     async def schema_changes(self) -> list[SchemaChange]:
         with public_errors():
             return await self._schema.changes()
+
+    async def unenforced(self) -> list[tuple[str, Index]]:
+        with public_errors():
+            return await self._schema.unenforced()
 
     async def apply_schema(
         self, *, progress: SchemaProgress | None = None, complete: bool = False

@@ -31,6 +31,7 @@ from hf_async_store.changes import Change, Delete, Patch
 from hf_async_store.errors import (
     AuthenticationError,
     ConcurrencyConflictError,
+    InvalidQueryError,
     StorageError,
     ThrottledError,
     UnavailableError,
@@ -59,6 +60,12 @@ from hf_async_store.strategies.dynamodb.request_retry import (
     is_safe_to_retry,
     throttled,
 )
+from hf_async_store.strategies.dynamodb.transactions import DynamoDBSession
+from hf_async_store.strategies.dynamodb.unique_markers import (
+    each_in_order,
+    in_transactions,
+    may_touch,
+)
 from hf_async_store.strategies.dynamodb.write_op import WriteOp, chunks, deleted_meanwhile
 from hf_async_store.strategies.dynamodb.write_requests import (
     StatementSupport,
@@ -84,6 +91,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.reading import Reading
     from hf_async_store.strategies.dynamodb.tables import Tables
     from hf_async_store.strategies.dynamodb.write_cache import WriteCache
+    from hf_async_store.unique import Fields
 
 MAX_STATEMENTS: Final = 25
 _MAX_DELETES_WITHOUT_PROBE: Final = 4
@@ -108,8 +116,45 @@ class Writes:
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         """As `Engine.write_each`."""
-        for collection in {each.key.collection for each in changes}:
+        collections = {each.key.collection for each in changes}
+        for collection in collections:
             await self._tables.ensure(collection)
+        unique = {name: self._tables.unique(name) for name in collections}
+        if any(unique.values()):
+            return await self._write_unique(changes, unique)
+        return await self._write_plain(changes)
+
+    async def _write_unique(
+        self, changes: Sequence[Change], unique: Mapping[str, Sequence[Fields]]
+    ) -> list[Outcome]:
+        """Apply changes of which some may touch unique values: those in transactions of their own."""
+        outcomes: list[Outcome] = [None] * len(changes)
+        places = in_transactions(changes, unique)
+        others = [n for n, each in enumerate(changes) if each.key not in places]
+        plain = await self._write_plain([changes[each] for each in others])
+        for place, outcome in zip(others, plain, strict=True):
+            outcomes[place] = outcome
+        await each_in_order(changes, places, self._write_alone, outcomes)
+        return outcomes
+
+    async def _write_alone(self, change: Change) -> Outcome:
+        """Apply a change in a transaction, again after each conflict with another one."""
+        retries = self._client.retries()
+        while True:
+            session = DynamoDBSession(self._client, self._tables, self._reading, self._write_cache)
+            try:
+                [outcome] = await session.write([change])
+                if not isinstance(outcome, StorageError):
+                    await session.commit()
+            except ConcurrencyConflictError as exc:
+                if exc.outcome_unknown or not await retries.pause_after(exc):
+                    return exc
+            except StorageError as exc:
+                return exc
+            else:
+                return outcome
+
+    async def _write_plain(self, changes: Sequence[Change]) -> list[Outcome]:
         ops = [self._op(each) for each in changes]
         for batch in _split_repeated_keys(ops):
             await self._run(batch)
@@ -136,7 +181,13 @@ class Writes:
             ConcurrencyConflictError: the condition or the expected version does not hold.
             InvalidQueryError: DynamoDB rejected the condition.
         """
-        await self._tables.ensure(change.key.collection)
+        collection = change.key.collection
+        await self._tables.ensure(collection)
+        if may_touch(change, self._tables.unique(collection)):
+            raise InvalidQueryError(
+                f"a condition_expression cannot be combined with a change of a field of {collection} "
+                "that is in a unique index; use a transaction"
+            )
         op = self._conditional(change, condition_of)
         await self._run([op])
         if await self._repeatable([op]):

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from hf_async_store.strategies.dynamodb.errors import unreadable
+from hf_async_store.unique import Fields
 from hf_async_store.values import MAX_KEY_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from collections.abc import Set as AbstractSet
 
     from hf_async_store.strategies.dynamodb.codec import Attributes
@@ -46,18 +48,52 @@ class Pass(msgspec.Struct, frozen=True):
 
 
 class IndexState(msgspec.Struct, frozen=True):
-    """The names of the incomplete indexes, and the interrupted pass, if any."""
+    """What a table remembers.
+
+    Attributes:
+        incomplete: the names of the incomplete indexes.
+        interrupted: the interrupted pass, if any.
+        unique: the fields of the unique indexes: every program maintains their markers.
+        unmarked: those of them whose values may lack a marker, because entities were there before.
+    """
 
     incomplete: frozenset[str] = frozenset()
     interrupted: Pass | None = None
+    unique: tuple[Fields, ...] = ()
+    unmarked: frozenset[Fields] = frozenset()
+
+    def is_enforced(self, fields: Fields) -> bool:
+        return fields in self.unique and fields not in self.unmarked
+
+    def with_unique(self, new: Iterable[Fields], *, marked: bool) -> IndexState:
+        """The state when programs begin to maintain markers.
+
+        Args:
+            marked: the table has no entities without them.
+        """
+        wanted = dict.fromkeys(new)
+        return msgspec.structs.replace(
+            self,
+            unique=tuple(dict.fromkeys([*self.unique, *wanted])),
+            unmarked=self.unmarked - wanted.keys() if marked else self.unmarked | wanted.keys(),
+        )
+
+    def without_unique(self, fields: Iterable[Fields]) -> IndexState:
+        """The state after the entities were found to have the same values."""
+        gone = {*fields}
+        return msgspec.structs.replace(
+            self,
+            unique=tuple(each for each in self.unique if each not in gone),
+            unmarked=self.unmarked - gone,
+        )
 
     def with_incomplete(self, name: str) -> IndexState:
         """The state before an index is made; a pass that began before cannot complete it."""
-        return IndexState(self.incomplete | {name})
+        return msgspec.structs.replace(self, incomplete=self.incomplete | {name}, interrupted=None)
 
     def with_complete(self, names: AbstractSet[str]) -> IndexState:
         """The state after a pass that these indexes preceded."""
-        return IndexState(self.incomplete - names)
+        return msgspec.structs.replace(self, incomplete=self.incomplete - names, interrupted=None)
 
     def with_pass(self, interrupted: Pass | None) -> IndexState:
         return msgspec.structs.replace(self, interrupted=interrupted)

@@ -8,8 +8,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.driver import SchemaChange, SchemaProgress
-from hf_async_store.errors import SchemaMismatchError
+from hf_async_store.errors import (
+    ConcurrencyConflictError,
+    InvalidFieldError,
+    SchemaMismatchError,
+)
 from hf_async_store.generators import Owned
+from hf_async_store.schema import UNIQUE_COLLECTION
 from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.index_keys import keys_of_table
@@ -21,9 +26,11 @@ from hf_async_store.strategies.dynamodb.tables import (
     incomplete_message,
     mismatch_message,
 )
+from hf_async_store.strategies.dynamodb.transactions import DynamoDBSession
 from hf_async_store.strategies.dynamodb.write_op import chunks
 from hf_async_store.strategies.dynamodb.write_requests import rewriting
-from hf_async_store.values import MAX_KEY_BYTES
+from hf_async_store.unique import cannot_be_unique, unique_of
+from hf_async_store.values import MAX_KEY_BYTES, Key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -33,6 +40,8 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
     from hf_async_store.strategies.dynamodb.reading import Reading
     from hf_async_store.strategies.dynamodb.tables import Tables
+    from hf_async_store.strategies.dynamodb.write_cache import WriteCache
+    from hf_async_store.unique import Fields
 
 _PAGE_SIZE: Final = 250
 _REWRITES_PER_SECOND: Final = 250.0
@@ -41,8 +50,11 @@ _REWRITES_PER_SECOND: Final = 250.0
 class SchemaApplication:
     """Compares the tables with the declaration, and brings them to it."""
 
-    def __init__(self, client: Client, tables: Tables, reading: Reading) -> None:
+    def __init__(
+        self, client: Client, tables: Tables, reading: Reading, write_cache: WriteCache
+    ) -> None:
         self._client = client
+        self._write_cache = write_cache
         self._tables = tables
         self._reading = reading
 
@@ -125,6 +137,8 @@ class SchemaApplication:
             await self._make_indexes(collection, progress)
             await self._tables.refresh(collection)
             await self._rewrite(collection, progress, complete=complete)
+            if complete:
+                await self._enforce(collection, progress)
             await self._tables.refresh(collection)
 
     def _check_indexes(self, collection: str, table: Mapping[str, Any]) -> None:
@@ -178,6 +192,79 @@ class SchemaApplication:
                     await self._remember(collection, begun.up_to(mapping.id_of(last)))
         names = active_indexes(table) if complete else frozenset[str]()
         await tables.change_state(collection, lambda old: old.with_pass(None).with_complete(names))
+
+    # -- unique indexes ----------------------------------------------------------------------
+
+    async def unenforced(self) -> list[tuple[str, Index]]:
+        """As `Engine.unenforced`."""
+        found: list[tuple[str, Index]] = []
+        for collection in unique_of(self._tables.schema):
+            if await self._tables.described(collection) is not None:
+                indexes = await self._unenforced(collection)
+                if indexes and not await self._tables.is_empty(collection):
+                    found += [(collection, each) for each in indexes]
+        return found
+
+    async def _unenforced(self, collection: str) -> list[Index]:
+        state = await self._tables.state(collection)
+        declared = self._tables.schema[collection].indexes
+        return [each for each in declared if each.unique and not state.is_enforced(each.fields)]
+
+    async def _enforce(self, collection: str, progress: SchemaProgress) -> None:
+        """Write the markers of all values. From the beginning, this process and new ones maintain them.
+
+        Raises:
+            SchemaMismatchError: two entities have the same values.
+        """
+        tables, indexes = self._tables, await self._unenforced(collection)
+        if not indexes:
+            return
+        unique = [each.fields for each in indexes]
+        await tables.change_state(collection, lambda old: old.with_unique(unique, marked=False))
+        await tables.refresh(collection)
+        for each in (collection, UNIQUE_COLLECTION.name):
+            await tables.ensure(each)
+        try:
+            await self._mark(collection, unique)
+        except SchemaMismatchError:
+            await tables.change_state(collection, lambda old: old.without_unique(unique))
+            raise
+        await tables.change_state(collection, lambda old: old.with_unique(unique, marked=True))
+        for index in indexes:
+            progress(SchemaChange("unique index", collection, index.name, "enforced"), 1, 1)
+
+    async def _mark(self, collection: str, unique: list[Fields]) -> None:
+        mapping = self._tables.mappings[collection]
+        names = Names()
+        longest = names.value({"N": str(MAX_KEY_BYTES)})
+        params = {
+            "TableName": self._tables.name(collection),
+            "ConsistentRead": True,
+            **names.request(FilterExpression=f"size({names.name(mapping.key)}) <= {longest}"),
+        }
+        async with Owned(self._reading.pages("Scan", params, _PAGE_SIZE, grows=False)) as pages:
+            async for page in pages:
+                keys = [Key(collection, mapping.id_of(each)) for each in page["Items"]]
+                for part in chunks(keys, PARALLEL):
+                    await gather([self._mark_values(each, unique) for each in part])
+
+    async def _mark_values(self, key: Key, unique: list[Fields]) -> None:
+        retries = self._client.retries()
+        while True:
+            session = DynamoDBSession(self._client, self._tables, self._reading, self._write_cache)
+            try:
+                refused = await session.mark(key, unique)
+                if refused is None:
+                    await session.commit()
+            except ConcurrencyConflictError as exc:
+                if exc.outcome_unknown or not await retries.pause_after(exc):
+                    raise
+            except InvalidFieldError as exc:
+                raise cannot_be_unique(unique[0], exc) from exc
+            else:
+                if refused is not None:
+                    raise cannot_be_unique(refused.fields, refused)
+                return
 
     async def _remember(self, collection: str, done: Pass) -> None:
         await self._tables.change_state(collection, lambda old: old.with_pass(done))

@@ -16,7 +16,7 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
-from hf_async_store.schema import SYSTEM_COLLECTIONS, Index, Schema
+from hf_async_store.schema import SYSTEM_COLLECTIONS, UNIQUE_COLLECTION, Index, Schema
 from hf_async_store.strategies.dynamodb.errors import (
     ActionDenied,
     ConditionFailed,
@@ -24,6 +24,7 @@ from hf_async_store.strategies.dynamodb.errors import (
     TableMissing,
     scaling_error,
 )
+from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.index_keys import (
     MAX_INDEXES,
     IndexShape,
@@ -37,6 +38,8 @@ from hf_async_store.strategies.dynamodb.index_state import (
     state_of,
 )
 from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
+from hf_async_store.unique import Fields, unique_fields, unique_of
+from hf_async_store.values import MAX_KEY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -54,6 +57,8 @@ _MAX_TARGETS: Final = 50
 
 # Source: DynamoDB Developer Guide, "Naming rules", of tables and indexes.
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{3,255}\Z")
+
+_SYSTEM: Final = frozenset(each.name for each in SYSTEM_COLLECTIONS)
 
 _SCALING_ENDPOINT: Final = "AWS_ENDPOINT_URL_APPLICATION_AUTO_SCALING"
 
@@ -75,10 +80,12 @@ class Tables:
         self.mappings: dict[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
         }
+        self.mappings[UNIQUE_COLLECTION.name] = ItemMapping(UNIQUE_COLLECTION)
         self._declared = dict(self.mappings)
-        self._names = {name: f"{client.config.table_prefix}_{name}" for name in schema}
+        self._names = {name: f"{client.config.table_prefix}_{name}" for name in self.mappings}
         self._collections = {table: name for name, table in self._names.items()}
-        for collection, table in self._names.items():
+        for collection in schema:
+            table = self._names[collection]
             _check_name(table, "dynamodb_strategy.table_prefix", "table")
             if len(schema[collection].indexes) > MAX_INDEXES:
                 raise ConfigurationError(
@@ -88,6 +95,7 @@ class Tables:
             for index in schema[collection].indexes:
                 _check_name(index.name, f"collection {collection}", "index")
         self._ready: dict[str, frozenset[str]] = {}
+        self._unique: dict[str, tuple[Fields, ...]] = {}
         self._opening: dict[tuple[str, bool], asyncio.Task[frozenset[str] | None]] = {}
         self._creating: set[asyncio.Task[object]] = set()
 
@@ -117,7 +125,56 @@ class Tables:
         """
         ready = await self._open_once(collection, create=True)
         assert ready is not None, "the table exists or was created"
+        if collection not in self._unique:
+            await self._begin_writing(collection)
         return ready
+
+    # -- unique indexes ----------------------------------------------------------------------
+
+    def unique(self, collection: str) -> tuple[Fields, ...]:
+        """The fields of the unique indexes whose markers must be maintained: those of the table, after
+        `ensure`; else the declared ones, as this process will create the table."""
+        return self._unique.get(collection, unique_fields(self.schema[collection]))
+
+    async def ensure_existing(self, collection: str) -> None:
+        """As `ensure`, if the table exists."""
+        if collection not in self._unique and await self.find(collection) is not None:
+            await self.ensure(collection)
+
+    async def _begin_writing(self, collection: str) -> None:
+        """Find out, before the first write of this process, which unique indexes it must maintain.
+
+        Those that it declares are added if the table has no entities.
+        """
+        if collection in _SYSTEM:
+            self._unique[collection] = ()
+            return
+        state = await self.state(collection)
+        declared = unique_fields(self.schema[collection])
+        new = [each for each in declared if each not in state.unique]
+        if new and await self.is_empty(collection):
+            await self.change_state(collection, lambda old: old.with_unique(new, marked=True))
+            state = await self.state(collection)
+        self._unique[collection] = state.unique
+
+    async def is_empty(self, collection: str) -> bool:
+        """Whether the table has no entities; what else it contains has longer keys."""
+        names = Names()
+        longest = names.value({"N": str(MAX_KEY_BYTES)})
+        condition = f"size({names.name(self.schema[collection].key)}) <= {longest}"
+        params: dict[str, Any] = {
+            "TableName": self.name(collection),
+            "ConsistentRead": True,
+            "Select": "COUNT",
+            **names.request(FilterExpression=condition),
+        }
+        while True:
+            page = await self._client.read("Scan", params)
+            if page["Count"]:
+                return False
+            if not page.get("LastEvaluatedKey"):
+                return True
+            params["ExclusiveStartKey"] = page["LastEvaluatedKey"]
 
     async def find(self, collection: str) -> frozenset[str] | None:
         """As `ensure`, but does not create the table: returns None if it is missing."""
@@ -271,14 +328,17 @@ class Tables:
 
     # -- indexes made later ------------------------------------------------------------------
 
-    async def state(self, collection: str) -> IndexState:
-        """What the table remembers of indexes that were made after it."""
+    async def _state_item(self, collection: str) -> Attributes | None:
         params = {
             "TableName": self.name(collection),
             "Key": self._state_key(collection),
             "ConsistentRead": True,
         }
-        return state_of((await self._client.read("GetItem", params)).get("Item"))
+        return (await self._client.read("GetItem", params)).get("Item")
+
+    async def state(self, collection: str) -> IndexState:
+        """What the table remembers of its indexes."""
+        return state_of(await self._state_item(collection))
 
     async def change_state(
         self, collection: str, change: Callable[[IndexState], IndexState]
@@ -290,17 +350,20 @@ class Tables:
         """
         retries = self._client.retries()
         while True:
-            old = await self.state(collection)
+            item = await self._state_item(collection)
+            old = state_of(item)
             new = change(old)
             if new == old:
                 return
             request: dict[str, Any] = {
                 "TableName": self.name(collection),
                 "Item": {**self._state_key(collection), **attributes_of(new)},
-                "ConditionExpression": "attribute_not_exists(#c) OR #c = :old",
+                "ConditionExpression": "attribute_not_exists(#c)",
                 "ExpressionAttributeNames": {"#c": CONTENT},
-                "ExpressionAttributeValues": {":old": attributes_of(old)[CONTENT]},
             }
+            if item is not None:
+                request["ConditionExpression"] = "#c = :old"
+                request["ExpressionAttributeValues"] = {":old": item[CONTENT]}
             with suppress(ConditionFailed):
                 await self._client.read("PutItem", request)
                 return
@@ -360,7 +423,8 @@ class Tables:
         changed, except that auto scaling and point-in-time recovery are set as configured.
         """
         messages: list[str] = []
-        for collection in self.schema:
+        system = [UNIQUE_COLLECTION.name] if unique_of(self.schema) else []
+        for collection in (*self.schema, *system):
             messages += await self._create_missing(collection)
         return messages
 
@@ -376,6 +440,8 @@ class Tables:
         await self.wait_until_active(collection)
         await self._configure(collection)
         self._ready.pop(collection, None)
+        self._unique.pop(collection, None)
+        await self.ensure(collection)
         return messages
 
     # -- inspecting --------------------------------------------------------------------------
@@ -583,6 +649,7 @@ class Tables:
     async def refresh(self, collection: str) -> None:
         """Look at the table again, for indexes that were made or completed since."""
         self._ready.pop(collection, None)
+        self._unique.pop(collection, None)
         await self.find(collection)
 
     async def add_index(self, collection: str, index: Index, seen: SeeTable = _ignore) -> None:

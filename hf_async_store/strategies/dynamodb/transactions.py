@@ -22,6 +22,7 @@ from hf_async_store.errors import (
     StorageError,
     TransactionTooLargeError,
     UnavailableError,
+    UniqueViolationError,
 )
 from hf_async_store.generators import Owned
 from hf_async_store.preconditions import changed
@@ -43,8 +44,10 @@ from hf_async_store.strategies.dynamodb.items import (
     token_of,
     version_of,
 )
+from hf_async_store.strategies.dynamodb.unique_markers import UniqueChange, marker_entity
 from hf_async_store.strategies.dynamodb.write_cache import WriteReceipt
 from hf_async_store.strategies.dynamodb.write_requests import unchanged
+from hf_async_store.unique import stored_digest, violation
 from hf_async_store.values import VERSION, Entity, Key, copy_entity
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.reading import Reading
     from hf_async_store.strategies.dynamodb.tables import Tables
     from hf_async_store.strategies.dynamodb.write_cache import WriteCache
+    from hf_async_store.unique import Fields
 
 MAX_ACTIONS: Final = 100
 MAX_BYTES: Final = 4 * 1024 * 1024
@@ -217,21 +221,30 @@ class DynamoDBSession(Session):
         keys = [each.key for each in changes]
         keys += [each.mark.key for each in changes if each.mark is not None]
         with public_errors():
+            for collection in {each.collection for each in keys}:
+                await self._tables.ensure_existing(collection)
             await self._load(keys, snapshot=False)
         outcomes: list[Outcome] = []
         for change in changes:
-            outcomes.append(self._apply(change))
+            with public_errors():
+                outcomes.append(await self._apply(change))
             if isinstance(outcomes[-1], StorageError):
                 break
         return outcomes
 
-    def _apply(self, change: Change) -> Outcome:
+    async def _apply(self, change: Change) -> Outcome:
+        key = change.key
         try:
-            current = self._entity(change.key)
+            current = self._entity(key)
             self._check_item(change)
             entity = changed(change, current)
+            values = UniqueChange(key, self._unique(key.collection), current, entity)
         except StorageError as exc:
             return exc
+        if values.markers:
+            refused = await self._change_markers(values)
+            if refused is not None:
+                return refused
         self._layers[-1][change.key] = entity
         if change.mark is not None:
             self._layers[-1][change.mark.key] = change.mark.entity
@@ -240,6 +253,48 @@ class DynamoDBSession(Session):
             return None
         version = stored[VERSION]
         return version if type(version) is int else 0  # deleted; another program set the version
+
+    # -- unique values -----------------------------------------------------------------------
+
+    def _unique(self, collection: str) -> tuple[Fields, ...]:
+        return self._tables.unique(collection)
+
+    async def mark(self, key: Key, fields: Sequence[Fields]) -> UniqueViolationError | None:
+        """Write the markers of the values that an entity has already; returns the error if one of them
+        belongs to another entity."""
+        await self._load([key], snapshot=False)
+        entity = self._entity(key)
+        values = UniqueChange(key, fields, None, entity)
+        return await self._change_markers(values) if values.markers else None
+
+    async def _change_markers(self, change: UniqueChange) -> UniqueViolationError | None:
+        """Write the markers of the values that an entity gets, and delete those of the ones that it had.
+
+        A marker whose owner does not have the value any more, because another program deleted it, is
+        taken over.
+        """
+        await self._load(change.markers, snapshot=False)
+        for marker, (fields, digest) in change.claimed.items():
+            owner = self._owner(marker)
+            if owner is not None and owner != change.key.id:
+                owner_key = Key(change.key.collection, owner)
+                await self._load([owner_key], snapshot=False)
+                entity = self._entity(owner_key)
+                if entity is not None and stored_digest(entity, fields) == digest:
+                    return violation(change.key, fields, owner)
+        layer = self._layers[-1]
+        for marker in change.freed:
+            if self._owner(marker) == change.key.id:
+                layer[marker] = None
+        for marker in change.claimed:
+            if self._owner(marker) != change.key.id:
+                layer[marker] = marker_entity(marker, change.key.id)
+        return None
+
+    def _owner(self, marker: Key) -> str | None:
+        entity = self._entity(marker)
+        owner = None if entity is None else entity.get("owner")
+        return owner if isinstance(owner, str) else None
 
     def _check_item(self, change: Change) -> None:
         """Check that the stored item can be changed.

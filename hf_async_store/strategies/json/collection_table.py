@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import msgspec
 
+from hf_async_store.errors import CorruptionError
 from hf_async_store.query import MISSING, Missing
 from hf_async_store.schema import Collection
 from hf_async_store.strategies.json.serializer import (
@@ -105,6 +106,14 @@ class CollectionTable(Table[StoredEntity]):
         if cached is not None or len(self._cache) < self._cache_size:
             self._cache[entity_id] = (raw, entity)
         return entity
+
+    def unchecked(self, entity_id: str, stored: StoredEntity) -> Entity | None:
+        if self.collection is None:
+            return None
+        try:
+            return self._serializer.decode(self.normalized(entity_id, stored))
+        except (CorruptionError, *UNREADABLE):
+            return None
 
     def values(self, entity_id: str, stored: StoredEntity) -> Sequence[Value | Missing]:
         assert self.collection is not None, "an undeclared collection has no fields"

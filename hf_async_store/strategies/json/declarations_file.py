@@ -1,14 +1,15 @@
 """The file beside the journal in which a JSON store remembers its declarations.
 
 It is replaced atomically, under the write lock, and it is not part of the data: without it, every
-entity is still there, and each program records its own declarations again.
+entity is still there, and each program records its own declarations again. It also contains the unique
+indexes that every program enforces, so a writer looks whether it was replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,19 +17,61 @@ import msgspec
 
 from hf_async_store.declarations import are_equal, decoded, encoded, merged
 from hf_async_store.driver import run_to_completion
-from hf_async_store.errors import CorruptionError, SchemaMismatchError, StorageError
+from hf_async_store.errors import (
+    CorruptionError,
+    NewerFormatError,
+    SchemaMismatchError,
+    StorageError,
+)
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import Ownership, share
 from hf_async_store.schema import Collection, Schema
 from hf_async_store.strategies.json.files import FileManager, sync_data, sync_folder, write_all
+from hf_async_store.unique import Fields
+
+
+class _Enforced(msgspec.Struct, frozen=True):
+    """The part of the file about unique indexes: by collection, the fields of each that is enforced."""
+
+    enforced: dict[str, tuple[Fields, ...]] = {}
 
 
 class DeclarationsFile:
-    """The declarations of one store."""
+    """The declarations of one store.
+
+    Attributes:
+        enforced: by collection, the unique indexes that every program enforces, as they were read last.
+    """
 
     def __init__(self, files: FileManager) -> None:
         self._files = files
         self.path = files.declarations()
+        self.enforced: Mapping[str, tuple[Fields, ...]] = {}
+        self._signature: tuple[int, ...] | None = None
+
+    async def refresh(self, own: Mapping[str, tuple[Fields, ...]]) -> None:
+        """Read `enforced` again, if the file was replaced.
+
+        If it is damaged, which `health` reports, what was read before is enforced, and what this program
+        itself declares.
+
+        Args:
+            own: by collection, the unique indexes that this program declares.
+        """
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            self._signature, self.enforced = None, {}
+            return
+        except OSError as exc:
+            raise translate_os_error(exc, f"read {self.path}") from exc
+        signature = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        if signature != self._signature:
+            try:
+                self.enforced = (await self._read())[1]
+            except (CorruptionError, NewerFormatError):
+                self.enforced = {**self.enforced, **own}
+            self._signature = signature
 
     async def read(self) -> list[Collection]:
         """The recorded declarations; none if the file does not exist.
@@ -36,18 +79,26 @@ class DeclarationsFile:
         Raises:
             CorruptionError, NewerFormatError.
         """
+        return (await self._read())[0]
+
+    async def _read(self) -> tuple[list[Collection], dict[str, tuple[Fields, ...]]]:
+        """The recorded declarations, and the unique indexes that are enforced."""
         try:
             content = await asyncio.to_thread(_content, self.path)
         except OSError as exc:
             raise translate_os_error(exc, f"read {self.path}") from exc
         if content is None:
-            return []
+            return [], {}
         where = f"{self.path} (if it is deleted, each program records its own again)"
         try:
             document = msgspec.json.decode(content)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise CorruptionError(f"the declarations in {where} are not JSON: {exc}") from exc
-        return decoded(document, where)
+        collections = decoded(document, where)
+        try:
+            return collections, msgspec.convert(document, _Enforced).enforced
+        except msgspec.ValidationError as exc:
+            raise CorruptionError(f"the declarations in {where} are invalid: {exc}") from exc
 
     async def refuse_other_keys(self, schema: Schema) -> None:
         """Refuse a declaration by which entities would be written that other programs cannot read.
@@ -67,13 +118,26 @@ class DeclarationsFile:
                     "records its own declarations again)"
                 )
 
-    async def add(self, collections: Iterable[Collection]) -> None:
-        """Record further declarations. The caller holds the write lock of the store."""
-        recorded = await self.read()
+    async def add(
+        self,
+        collections: Iterable[Collection],
+        enforced: Mapping[str, tuple[Fields, ...]] | None = None,
+    ) -> None:
+        """Record further declarations. The caller holds the write lock of the store.
+
+        Args:
+            enforced: the unique indexes that every program enforces from now on; None: as recorded.
+        """
+        recorded, already = await self._read()
         wanted = merged(recorded, collections)
-        if are_equal(recorded, wanted):
-            return
-        content = msgspec.json.format(msgspec.json.encode(encoded(wanted)), indent=1) + b"\n"
+        if enforced is None or enforced == already:
+            enforced = already
+            if are_equal(recorded, wanted):
+                return
+        document = encoded(wanted)
+        if enforced:
+            document["enforced"] = msgspec.to_builtins(enforced)
+        content = msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n"
         # Not interrupted by a cancellation: the lock is held until the file is complete.
         writing = asyncio.to_thread(_replace, self.path, content, self._files.ownership())
         try:

@@ -22,7 +22,16 @@ from typing import Final
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import JSONConfig, redacted
 from hf_async_store.declarations import are_equal, merged
-from hf_async_store.driver import Capabilities, Engine, Isolation, QueryPlan, Reader, Session
+from hf_async_store.driver import (
+    Capabilities,
+    Engine,
+    Isolation,
+    QueryPlan,
+    Reader,
+    SchemaChange,
+    SchemaProgress,
+    Session,
+)
 from hf_async_store.errors import (
     CorruptionError,
     LockTimeoutError,
@@ -34,7 +43,7 @@ from hf_async_store.generators import Owned
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.query import Query
-from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Schema
+from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Index, Schema
 from hf_async_store.strategies.json.compaction import Compactor
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile
 from hf_async_store.strategies.json.files import FileManager, sync_data, write_all
@@ -46,6 +55,7 @@ from hf_async_store.strategies.json.serializer import JSONSerializer, holds_enti
 from hf_async_store.strategies.json.session_view import SessionView
 from hf_async_store.strategies.json.snapshot_reader import SnapshotReader
 from hf_async_store.strategies.json.store_state import StoreState
+from hf_async_store.unique import Fields, unique_of
 from hf_async_store.values import Entity, Key, Value
 
 log: Final = logging.getLogger("hf_async_store.json")
@@ -63,7 +73,11 @@ class JSONEngine(Engine):
     """Entities in JSON files."""
 
     capabilities: Capabilities = Capabilities(
-        engine="json", durable=True, multi_process=True, change_markers=True
+        engine="json",
+        durable=True,
+        multi_process=True,
+        change_markers=True,
+        unique_indexes=True,
     )
 
     def __init__(self, config: JSONConfig, schema: Schema) -> None:
@@ -79,6 +93,7 @@ class JSONEngine(Engine):
         self.journal = JournalWriter(self.files, sync_commits=config.sync_writes)
         self.compactor = Compactor(config, self.files, self.follower, self.journal, self.writing)
         self._declarations = DeclarationsFile(self.files)
+        self._unique = unique_of(schema)
         self._keys_checked = False
         self._reads = 0
 
@@ -177,12 +192,68 @@ class JSONEngine(Engine):
         async with self.locks.exclusive():
             await self._declarations.add(declared)
 
+    # -- unique indexes ----------------------------------------------------------------------
+
+    @property
+    def enforced(self) -> Mapping[str, tuple[Fields, ...]]:
+        """By collection, the fields of the unique indexes that every program enforces."""
+        return self._declarations.enforced
+
+    def _unenforced(self) -> list[tuple[str, Index]]:
+        enforced = self._declarations.enforced
+        return [
+            (name, index)
+            for name in self._unique
+            for index in self.schema[name].indexes
+            if index.unique and index.fields not in enforced.get(name, ())
+        ]
+
+    async def _enforce_new(self, state: StoreState) -> None:
+        """From now on, enforce the declared unique indexes of collections without entities."""
+        new = [each for each in self._unenforced() if not state.sections[each[0]].entities]
+        if new:
+            await self._enforce(new)
+
+    async def _enforce(self, indexes: Iterable[tuple[str, Index]]) -> None:
+        """Record unique indexes that every program enforces from now on."""
+        enforced = dict(self._declarations.enforced)
+        for name, index in indexes:
+            enforced[name] = (*enforced.get(name, ()), index.fields)
+        await self._declarations.add(self.schema.values(), enforced)
+        await self._declarations.refresh(self._unique)
+
+    async def unenforced(self) -> list[tuple[str, Index]]:
+        if not self._unique:
+            return []
+        state = await self.follower.current()
+        await self._declarations.refresh(self._unique)
+        return [each for each in self._unenforced() if state.sections[each[0]].entities]
+
+    async def apply_schema(
+        self, *, progress: SchemaProgress | None = None, complete: bool = False
+    ) -> None:
+        del complete
+        if not self._unique:
+            return
+        async with self.writing() as state:
+            indexes = self._unenforced()
+            for name, index in indexes:
+                await state.sections[name].refuse_duplicates(index.fields)
+            await self._enforce(indexes)
+        if progress is not None:
+            for name, index in indexes:
+                progress(SchemaChange("unique index", name, index.name, "enforced"), 1, 1)
+
     async def explain(self, query: Query) -> QueryPlan:
         return await self.view(await self.follower.current()).explain(query)
 
     def view(self, state: StoreState) -> SessionView:
         return SessionView(
-            state, self.schema, self.serializer, references=self.config.enforce_references
+            state,
+            self.schema,
+            self.serializer,
+            references=self.config.enforce_references,
+            unique=self._declarations.enforced,
         )
 
     # -- writing -----------------------------------------------------------------------------
@@ -247,6 +318,9 @@ class JSONEngine(Engine):
         if state is None or not follower.is_unchanged(state):
             state = await follower.refresh_locked()
         follower.write_locked = True
+        await self._declarations.refresh(self._unique)
+        if self._unique:
+            await self._enforce_new(state)
         if state.superseded:
             # Old journals of an interrupted recovery; another process may still have them open.
             await self.journal.drop_journals(state.first)

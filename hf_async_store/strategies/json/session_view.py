@@ -8,7 +8,7 @@ in a commit.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, TypeAlias, cast
 
 import msgspec
@@ -28,6 +28,7 @@ from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.serializer import JSONSerializer, StoredEntity
 from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.table_reading import TableReader
+from hf_async_store.unique import Claims, Fields, claimed
 from hf_async_store.values import CREATED_AT, MAX_ENTITY_BYTES, VERSION, Entity, Key, check_size
 
 Overlay: TypeAlias = dict[str, dict[str, bytes | None]]
@@ -52,6 +53,7 @@ class SessionView(TableReader[StoredEntity]):
 
     Args:
         references: whether declared references are enforced.
+        unique: by collection, the fields of the unique indexes that are enforced.
 
     Attributes:
         state: the current state. The caller keeps it current while changes are applied.
@@ -59,12 +61,20 @@ class SessionView(TableReader[StoredEntity]):
     """
 
     def __init__(
-        self, state: StoreState, schema: Schema, serializer: JSONSerializer, *, references: bool
+        self,
+        state: StoreState,
+        schema: Schema,
+        serializer: JSONSerializer,
+        *,
+        references: bool,
+        unique: Mapping[str, tuple[Fields, ...]],
     ) -> None:
         self.state = state
         self._schema = schema
         self._serializer = serializer
         self._references = references
+        self._unique = unique
+        self._claims = Claims(self._current_entity, self._owners)
         self.layers: list[Overlay] = []
 
     # -- reading -----------------------------------------------------------------------------
@@ -132,6 +142,8 @@ class SessionView(TableReader[StoredEntity]):
         try:
             if isinstance(change, Delete):
                 return await self._delete(change)
+            for fields in self._unique.get(change.key.collection, ()):
+                await self.state.sections[change.key.collection].owners(fields)
             return self._put(change) if isinstance(change, Put) else self._patch(change)
         except StorageError as exc:
             return exc
@@ -146,6 +158,7 @@ class SessionView(TableReader[StoredEntity]):
             if CREATED_AT not in entity:
                 entity = self._with_created_at(change, raw)
         self._check_parents(change, raw)
+        self._check_unique(key, raw, entity)
         self._stage(change, self._serializer.encode(entity, version))
         return version
 
@@ -167,6 +180,7 @@ class SessionView(TableReader[StoredEntity]):
         if len(encoded) > _SIZE_CHECK_BYTES:
             check_size(entity)
         self._check_parents(change, raw)
+        self._check_unique(key, raw, entity)
         self._stage(change, encoded)
         return version
 
@@ -215,6 +229,22 @@ class SessionView(TableReader[StoredEntity]):
         for entity_id, raw in own.items():
             if raw is not None and self._serializer.decode(bytes(raw)).get(field.name) == parent:
                 yield entity_id
+
+    # -- unique values -----------------------------------------------------------------------
+
+    def _check_unique(self, key: Key, raw: bytes | None, entity: Entity) -> None:
+        unique = self._unique.get(key.collection)
+        if unique:
+            before = None if raw is None else self._serializer.decode(raw)
+            self._claims.check(key, list(claimed(key.collection, unique, before, entity)))
+
+    def _current_entity(self, key: Key) -> Entity | None:
+        raw = self.stored_bytes(key.collection, key.id)
+        return None if raw is None else self._serializer.decode(raw)
+
+    def _owners(self, collection: str, fields: Fields, digest: bytes) -> list[str]:
+        owner = self.state.sections[collection].known_owners(fields).ids.get(digest)
+        return [] if owner is None else [owner]
 
     def _stage(self, change: Change, encoded: bytes | None) -> None:
         layer = self.layers[-1]

@@ -26,7 +26,8 @@ from hf_async_store.strategies.json.engine import JSONEngine
 from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.strategies.routing import routed
 from hf_async_store.strategy import StorageStrategy, schema_of
-from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, utc_now
+from hf_async_store.unique import Owners
+from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, Key, utc_now
 
 _CHUNK_SIZE: Final = 256
 _CHECK_CHUNK: Final = 8192
@@ -125,11 +126,13 @@ class JSONStorageStrategy(StorageStrategy):
             UnknownCollectionError, InvalidKeyError, InvalidFieldError, UnsupportedValueError,
             InvalidVersionError: `data` is invalid; nothing was written.
             ReferenceViolationError: an entity in `data` refers to one that `data` does not contain.
+            UniqueViolationError: two entities in `data` have the same values of a unique index.
         """
         wanted = await self._encoded(data)
         async with self._with_lock(exclusive=True), self._json.write_locked_state() as state:
             if self._json.config.enforce_references:
                 await self._check_references(wanted)
+            await self._check_unique(wanted)
             images = {
                 name: await self._changed_images(state, name, wanted[name]) for name in wanted
             }
@@ -274,6 +277,17 @@ class JSONStorageStrategy(StorageStrategy):
                     parents = wanted[cast("str", field.references)]
                     if isinstance(parent, str) and parent not in parents:
                         raise missing_parent(name, entity_id, field, parent)
+
+    async def _check_unique(self, wanted: Mapping[str, Mapping[str, bytes]]) -> None:
+        decode = self._json.serializer.decode
+        for name, unique in self._json.enforced.items():
+            owners = [Owners(each) for each in unique]
+            for number, (entity_id, encoded) in enumerate(wanted.get(name, {}).items(), 1):
+                if not number % _CHUNK_SIZE:
+                    await asyncio.sleep(0)
+                entity = decode(encoded)
+                for each in owners:
+                    each.claim(Key(name, entity_id), entity)
 
 
 def _equal_content(entity: Entity, current: Entity) -> bool:

@@ -68,6 +68,19 @@ class DeclaredIndex(msgspec.Struct, frozen=True, omit_defaults=True):
     ready: bool = True
 
 
+class DeclaredUnique(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A unique index that some program declared, in addition to the index that queries use.
+
+    Attributes:
+        column: every program writes its column.
+        enforced: each row contains the column, and its index exists.
+    """
+
+    fields: tuple[str, ...]
+    column: bool = False
+    enforced: bool = False
+
+
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     """A collection whose table exists.
 
@@ -75,6 +88,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
         fields: by name, without the key.
         columns: by field that has a key column, in order: whether each row contains its value.
         generation: the least generation of a row that contains all key columns.
+        unique: the unique indexes.
     """
 
     key: str
@@ -82,6 +96,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     indexes: tuple[DeclaredIndex, ...] = ()
     columns: dict[str, bool] = {}
     generation: int = 1
+    unique: tuple[DeclaredUnique, ...] = ()
 
     def indexed(self, fields: Sequence[str]) -> tuple[str, ...]:
         """The fields of an index that precede the id, which ends every index."""
@@ -104,6 +119,24 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
             if each.parent is not None and name not in first
         ]
         return list(dict.fromkeys([*declared, *references]))
+
+    @property
+    def unique_columns(self) -> tuple[tuple[str, ...], ...]:
+        """The fields of the unique indexes whose columns every program writes."""
+        return tuple(each.fields for each in self.unique if each.column)
+
+    @property
+    def unenforced(self) -> tuple[tuple[str, ...], ...]:
+        """The fields of the unique indexes that are only declared."""
+        return tuple(each.fields for each in self.unique if not each.enforced)
+
+    def enforcing(self) -> Entry:
+        """With all unique indexes enforced; of the next generation if one is new."""
+        if not self.unenforced:
+            return self
+        unique = tuple(DeclaredUnique(e.fields, column=True, enforced=True) for e in self.unique)
+        new = len(unique) > len(self.unique_columns)
+        return msgspec.structs.replace(self, unique=unique, generation=self.generation + new)
 
     def completed(self) -> Entry:
         """With all wanted key columns and indexes; of the next generation if a column is new."""
@@ -192,11 +225,15 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
         if name != collection.key
     }
     indexes = [each.fields for each in collection.indexes]
+    unique = [each.fields for each in collection.indexes if each.unique]
     if known is None:
-        new = Entry(collection.key, fields, tuple(map(DeclaredIndex, indexes)), generation=0)
-        return (
-            new.completed() if new.wanted_columns() else msgspec.structs.replace(new, generation=1)
+        new = Entry(
+            collection.key,
+            fields,
+            tuple(map(DeclaredIndex, indexes)),
+            unique=tuple(map(DeclaredUnique, unique)),
         )
+        return msgspec.structs.replace(new.completed().enforcing(), generation=1)
     if known.key != collection.key:
         raise SchemaMismatchError(
             f"the key of the collection {collection.name!r} is {known.key!r} in this store, but "
@@ -211,15 +248,19 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
         fields[name] = given
     ready = [each.fields for each in known.indexes]
     more = [DeclaredIndex(each, ready=False) for each in indexes if each not in ready]
+    others = [each.fields for each in known.unique]
+    more_unique = [DeclaredUnique(each) for each in unique if each not in others]
     order = {**dict.fromkeys(known.fields), **fields}
     return msgspec.structs.replace(
         known,
         fields={name: fields[name] for name in order},
         indexes=(*known.indexes, *more),
+        unique=(*known.unique, *more_unique),
     )
 
 
 def _collection(name: str, entry: Entry) -> Collection:
+    unique = [each.fields for each in entry.unique]
     indexed = {field for index in entry.indexes for field in index.fields}
     return Collection(
         name,
@@ -235,7 +276,7 @@ def _collection(name: str, entry: Entry) -> Collection:
             )
             for field, each in entry.fields.items()
         ],
-        indexes=[Index(*each.fields) for each in entry.indexes],
+        indexes=[Index.of(each.fields, unique=each.fields in unique) for each in entry.indexes],
     )
 
 

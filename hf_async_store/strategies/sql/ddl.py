@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
 from hf_async_store.errors import PermissionDeniedError, SchemaMismatchError
-from hf_async_store.schema import SYSTEM_COLLECTIONS, Schema
+from hf_async_store.schema import SYSTEM_COLLECTIONS, Index, Schema
 from hf_async_store.strategies.sql.catalogue import (
     Catalogue,
     Entry,
@@ -24,7 +24,7 @@ from hf_async_store.strategies.sql.catalogue import (
     refuse_other_parents,
     to_rows,
 )
-from hf_async_store.strategies.sql.names import key_column, quoted, sql_name
+from hf_async_store.strategies.sql.names import key_column, quoted, sql_name, unique_column
 from hf_async_store.strategies.sql.rows import Table
 from hf_async_store.values import VERSION
 
@@ -122,11 +122,12 @@ class SchemaSync(ABC):
             self.dialect.check_file(driver)
             catalogue, relations = await self._read(driver)
             await self.dialect.prepare_writing(driver)
-            if catalogue is not None and not self._missing(catalogue, relations, latest):
+            empty = await self._empty_tables(driver, catalogue, relations)
+            if catalogue is not None and not (empty or self._missing(catalogue, relations, latest)):
                 return catalogue
             handle = await self.dialect.begin_ddl(driver)
             try:
-                catalogue = await self._create_missing(driver, latest)
+                catalogue = await self._create_missing(driver, latest, empty)
             except BaseException:
                 await run_to_completion(self.dialect.roll_back(handle))
                 raise
@@ -149,7 +150,26 @@ class SchemaSync(ABC):
                 return True
         return False
 
-    async def _create_missing(self, driver: Any, latest: bool) -> Catalogue:
+    async def _empty_tables(
+        self, driver: Any, catalogue: Catalogue | None, relations: Mapping[str, Relation]
+    ) -> frozenset[str]:
+        """The collections without rows that declare a unique index which is not enforced yet.
+
+        Found before the transaction for DDL, which would conflict with every writer of a table that it
+        has read.
+        """
+        entries = declared(catalogue or Catalogue(), self.schema.values())
+        return frozenset(
+            [
+                name
+                for name, each in entries.items()
+                if each.unenforced
+                and self.names.table(name) in relations
+                and await self._is_empty(driver, name)
+            ]
+        )
+
+    async def _create_missing(self, driver: Any, latest: bool, empty: frozenset[str]) -> Catalogue:
         catalogue, relations = await self._read(driver)
         if catalogue is None:
             catalogue = Catalogue(store_id=secrets.token_hex(16))
@@ -171,6 +191,12 @@ class SchemaSync(ABC):
                 entries[name], statements = self.extension(name, entry, relations)
                 for each in statements:
                     await self._run(driver, each)
+                if (
+                    name in empty
+                    and entries[name].unenforced
+                    and await self._is_still_empty(driver, name)
+                ):
+                    entries[name] = await self.enforce(driver, name, entries[name])
             if self._lacks_view(name, known, entry, relations):
                 if known is not None:
                     await self._refuse_foreign_view(driver, name, relations)
@@ -182,11 +208,26 @@ class SchemaSync(ABC):
 
     async def create(self, driver: Any, name: str, entry: Entry) -> Entry:
         """Create a table with its indexes."""
-        complete = entry.completed()
+        complete = entry.completed().enforcing()
         await self._run(driver, self.create_table(Table(name, complete, self.grammar, self.names)))
         for fields in complete.wanted_indexes():
             await self._run(driver, self.index_ddl(name, complete, fields))
+        for fields in complete.unique_columns:
+            await self._run(driver, self.unique_index_ddl(name, fields))
         return complete
+
+    async def _is_empty(self, driver: Any, name: str) -> bool:
+        sql = f"SELECT 1 FROM {quoted(self.names.table(name))} LIMIT 1"
+        return not await self.dialect.rows(driver, sql, ())
+
+    async def _is_still_empty(self, driver: Any, name: str) -> bool:
+        """Whether a table that had no rows has none under the lock; where there are several writers,
+        `enforce` finds out."""
+        return not self.dialect.single_writer or await self._is_empty(driver, name)
+
+    @abstractmethod
+    async def enforce(self, driver: Any, name: str, entry: Entry) -> Entry:
+        """Let all programs enforce the unique indexes of a table that had no rows; returns its entry."""
 
     @abstractmethod
     def create_table(self, table: Table) -> str:
@@ -240,11 +281,37 @@ class SchemaSync(ABC):
             f"({', '.join(columns)})"
         )
 
+    def unique_index_ddl(self, name: str, fields: tuple[str, ...]) -> str:
+        """The statement that creates the index of a unique column."""
+        return (
+            f"CREATE UNIQUE INDEX {quoted(self.names.unique_index(name, fields))} "
+            f"ON {quoted(self.names.table(name))} ({quoted(unique_column(fields))})"
+        )
+
     async def _run(self, driver: Any, statement: str) -> None:
         try:
             await self.dialect.rows(driver, statement, ())
         except self.dialect.driver_errors as exc:
             raise self.dialect.translate(exc, doing=f"run {statement}", writes=False) from exc
+
+    # -- unique indexes ----------------------------------------------------------------------
+
+    async def unenforced(self, lease: LeasedConnection) -> list[tuple[str, Index]]:
+        """See `Engine.unenforced`."""
+        try:
+            catalogue, relations = await self._read(lease.driver)
+            entries = declared(catalogue or Catalogue(), self.schema.values())
+            return [
+                (name, index)
+                for name, entry in entries.items()
+                if entry.unenforced
+                and self.names.table(name) in relations
+                and not await self._is_empty(lease.driver, name)
+                for index in self.schema[name].indexes
+                if index.unique and index.fields in entry.unenforced
+            ]
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
 
     # -- changes of the schema ---------------------------------------------------------------
 

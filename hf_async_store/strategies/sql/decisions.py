@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple, cast
 
 import msgspec
@@ -21,6 +21,7 @@ from hf_async_store.schema import Schema
 from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.grammar import decode_json
 from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.unique import digest
 from hf_async_store.values import (
     CREATED_AT,
     LIGHT_BYTES,
@@ -37,7 +38,8 @@ class Stored(NamedTuple):
     """A row: its version, its document, and its key columns.
 
     Attributes:
-        keys: empty if they were not read; of a stored row also None for a column that no change sets.
+        keys: those of `Table.columns`; empty if they were not read; of a stored row also None for a key
+            column that no change sets.
     """
 
     version: int
@@ -123,13 +125,25 @@ def _patched(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[by
     doc = table.grammar.encode(cast("Value", members))
     if len(doc) > LIGHT_BYTES:
         check_size(decode_json(doc))
-    if len(stored.keys) < len(table.key_fields):
+    if len(stored.keys) < len(table.columns):
         return doc, table.keys(decode_json(doc))
     keys = list(stored.keys)
     for number, name in enumerate(table.key_fields):
         if name in change.fields:
             keys[number] = sort_bytes(cast("Value", members.get(name, MISSING)))
+    for number, fields in enumerate(table.unique, len(table.key_fields)):
+        if not change.fields.keys().isdisjoint(fields):
+            keys[number] = digest(_decoded(members, fields), fields, table.collection)
     return doc, tuple(keys)
+
+
+def _decoded(members: Mapping[str, object], names: Iterable[str]) -> dict[str, Value]:
+    """Some members of a document of which the unchanged ones are not decoded."""
+    found = {name: members[name] for name in names if name in members}
+    return {
+        name: decode_json(each) if type(each) is msgspec.Raw else cast("Value", each)
+        for name, each in found.items()
+    }
 
 
 def _computed(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[bytes | None, ...]]:

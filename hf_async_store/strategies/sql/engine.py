@@ -44,6 +44,7 @@ from hf_async_store.query import Query
 from hf_async_store.schema import (
     SYSTEM_COLLECTIONS,
     Collection,
+    Index,
     Schema,
 )
 from hf_async_store.strategies.sql import reading
@@ -62,6 +63,7 @@ from hf_async_store.strategies.sql.parameters import bind, check_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.rows import Table, Tables
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
+from hf_async_store.unique import unique_of
 from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
@@ -363,11 +365,18 @@ class SQLEngine(Engine):
         async with self._main.lease() as lease:
             return await self._sync.changes(lease)
 
+    async def unenforced(self) -> list[tuple[str, Index]]:
+        if not unique_of(self.schema) or not self._dialect.exists():
+            return []
+        async with self._main.lease() as lease:
+            return await self._sync.unenforced(lease)
+
     async def apply_schema(
         self, *, progress: SchemaProgress | None = None, complete: bool = False
     ) -> None:
         report = progress or (lambda change, done, total: None)
         planned = await self.schema_changes()
+        await self._retried(self._prepare)
         async with self.writing() as lease:
             remaining = await self._sync.changes(lease)
             for each in planned:
@@ -567,9 +576,7 @@ class SQLEngine(Engine):
         """The tables that another program dropped or changed while this store was open."""
         problems = []
         for table in tables.values():
-            columns = ", ".join(
-                f"t.{each}" for each in (table.key, VERSION, DOC, *table.key_columns)
-            )
+            columns = ", ".join(f"t.{each}" for each in (table.key, VERSION, DOC, *table.columns))
             try:
                 await lease.rows(f"SELECT {columns} FROM {table.name} AS t WHERE FALSE")
             except SchemaMismatchError as exc:

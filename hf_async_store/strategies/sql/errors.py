@@ -38,6 +38,11 @@ _REFERENCE: Final = (
     "with enforced=False, or set enforce_references to false)"
 )
 
+
+class DuplicateValueError(InvalidInputError):
+    """A unique index of this store rejected a row; the writer finds out whose values it has."""
+
+
 # -- SQLite, by primary result code (source: sqlite.org/rescode.html) -----------------------
 
 _SQLITE: Final[dict[int, type[StorageError]]] = {

@@ -51,6 +51,10 @@ class Names(msgspec.Struct, frozen=True):
         """An index of a collection on some fields."""
         return self._of(collection, f"-{'-'.join(fields)}-index")
 
+    def unique_index(self, collection: str, fields: Sequence[str]) -> str:
+        """The index of the unique column of some fields."""
+        return self._of(collection, f"-{'-'.join(fields)}-unique")
+
     def _of(self, name: str, ending: str = "") -> str:
         return limited(f"{sql_name(self.prefix + name)}{ending}")
 
@@ -66,6 +70,11 @@ def sql_name(name: str) -> str:
 def key_column(field: str) -> str:
     """The name of the column that contains `sort_bytes` of a field."""
     return f"{sql_name(field)}-key"
+
+
+def unique_column(fields: Sequence[str]) -> str:
+    """The name of the column that contains `unique.digest` of the fields of a unique index."""
+    return limited(f"{'-'.join(fields)}-unique")
 
 
 def generation_constraint(collection: str) -> str:

@@ -12,13 +12,20 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from hf_async_store.changes import ABSENT, ANY, Change, Patch, Put
+from hf_async_store.errors import InvalidFieldError
 from hf_async_store.field_operations import plain_fields
 from hf_async_store.query import MISSING, Missing
 from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.decisions import Stored
 from hf_async_store.strategies.sql.grammar import decode_json, encode_json
-from hf_async_store.strategies.sql.postgres_jsonb import array_text, hex_array_text, json_text
+from hf_async_store.strategies.sql.postgres_jsonb import (
+    array_text,
+    hex_array_text,
+    json_text,
+    optional_bytes_array_text,
+)
 from hf_async_store.strategies.sql.write_sql import StatementKey, Verb, WriteStatements
+from hf_async_store.unique import Fields, digest
 from hf_async_store.values import CREATED_AT, Entity, Removed, Value
 
 if TYPE_CHECKING:
@@ -38,6 +45,7 @@ class PendingChange(msgspec.Struct, frozen=True, gc=False):
         expected: the precondition, if it is a version.
         version: the version to write, if it is known.
         kept: the stored values: a reference may stay as it is even if its parent is missing.
+        digests: the values of the unique columns that it writes.
     """
 
     place: int
@@ -48,6 +56,7 @@ class PendingChange(msgspec.Struct, frozen=True, gc=False):
     expected: int | None = None
     version: int | None = None
     kept: Mapping[str, Value] = {}
+    digests: Sequence[bytes | None] = ()
 
 
 class Encoder:
@@ -74,6 +83,7 @@ class Encoder:
         """The same change, as the replacement of exactly this stored version by a decided row."""
         place, change = pending.place, pending.change
         collection = change.key.collection
+        table = self.tables[collection]
         if row is None:
             shape = StatementKey(collection, "delete")
             return PendingChange(place, change, shape, expected=stored.version)
@@ -86,16 +96,20 @@ class Encoder:
             stored.version,
             row.version,
             decode_json(stored.doc),
+            row.keys[len(table.key_fields) :],
         )
 
     def _patch(self, place: int, change: Patch, expected: int | None) -> PendingChange:
         fields, collection = plain_fields(change.fields), change.key.collection
-        if fields is None:  # some value is computed from the stored one
-            return PendingChange(place, change, None)
-        named = tuple([each for each in self.tables[collection].key_fields if each in fields])
+        table = self.tables[collection]
+        unique = _touched(table.unique, change)
+        if fields is None or not all(fields.keys() >= {*each} for each in unique):
+            return PendingChange(place, change, None)  # a value is computed from the stored entity
+        named = tuple([each for each in table.key_fields if each in fields])
         sets: Entity = {n: each for n, each in fields.items() if not isinstance(each, Removed)}
-        shape = StatementKey(collection, "patch", named)
-        return PendingChange(place, change, shape, sets, json_text(sets), expected)
+        shape = StatementKey(collection, "patch", named, unique=unique)
+        pending = PendingChange(place, change, shape, sets, json_text(sets), expected)
+        return self._with_digests(pending) if unique else pending
 
     def _put(self, place: int, change: Put, expected: int | None) -> PendingChange:
         entity, version = change.entity, change.import_version
@@ -109,15 +123,28 @@ class Encoder:
         elif change.expect is ABSENT:
             verb, created = "create", True
         shape = self._shape((change.key.collection, verb, created, version is not None))
-        return PendingChange(place, change, shape, entity, doc, expected, version)
+        pending = PendingChange(place, change, shape, entity, doc, expected, version)
+        return self._with_digests(pending) if shape.unique else pending
+
+    def _with_digests(self, pending: PendingChange) -> PendingChange:
+        """With the values of the unique columns; a change with an invalid one is decided, and refused."""
+        assert pending.shape is not None, "it has unique columns"
+        collection = pending.shape.collection
+        try:
+            digests = [digest(pending.fields, each, collection) for each in pending.shape.unique]
+        except InvalidFieldError:
+            return msgspec.structs.replace(pending, shape=None)
+        return msgspec.structs.replace(pending, digests=digests)
 
     def _shape(self, kind: tuple[str, Verb, bool, bool]) -> StatementKey:
         """The statement of a whole entity: its collection, verb, `created` and `imported`."""
         shape = self._shapes.get(kind)
         if shape is None:
             collection, verb, created, imported = kind
-            keys = self.tables[collection].key_fields
-            shape = self._shapes[kind] = StatementKey(collection, verb, keys, created, imported)
+            table = self.tables[collection]
+            shape = self._shapes[kind] = StatementKey(
+                collection, verb, table.key_fields, created, imported, table.unique
+            )
         return shape
 
     # -- arguments ---------------------------------------------------------------------------
@@ -142,6 +169,10 @@ class Encoder:
             if name == CREATED_AT and shape.verb != "patch":
                 values = [_created(each) for each in group]
             args.append(hex_array_text(_encoded(values)))
+        args += [
+            optional_bytes_array_text([each.digests[number] for each in group])
+            for number in range(len(shape.unique))
+        ]
         parents = [
             [_parent(each, field.name) for each in group]
             for field in self.statements.parents_of(shape.collection)
@@ -149,6 +180,11 @@ class Encoder:
         documents = f"[{','.join([each.doc for each in group])}]"
         distinct = [encode_json(list(filter(None, set(each)))).decode() for each in parents]
         return [*args, *map(array_text, parents), documents, *distinct]
+
+
+def _touched(unique: tuple[Fields, ...], patch: Patch) -> tuple[Fields, ...]:
+    """The unique columns whose values a patch may change."""
+    return tuple([each for each in unique if not patch.fields.keys().isdisjoint(each)])
 
 
 def _created(pending: PendingChange) -> Value | Missing:

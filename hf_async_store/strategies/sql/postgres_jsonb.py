@@ -61,6 +61,12 @@ def hex_array_text(values: Sequence[str]) -> str:
     return f'{{"\\\\x{listed}"}}'
 
 
+def optional_bytes_array_text(values: Sequence[bytes | None]) -> str:
+    """As `bytes_array_text`, with nulls."""
+    elements = ["NULL" if each is None else f'"\\\\x{each.hex()}"' for each in values]
+    return f"{{{','.join(elements)}}}"
+
+
 def _element(value: object) -> str:
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')

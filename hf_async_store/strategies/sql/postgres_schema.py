@@ -34,10 +34,12 @@ from hf_async_store.strategies.sql.names import (
     generation_constraint,
     key_column,
     quoted,
+    unique_column,
 )
-from hf_async_store.strategies.sql.postgres_jsonb import array_text, bytes_array_text
+from hf_async_store.strategies.sql.postgres_jsonb import array_text, optional_bytes_array_text
 from hf_async_store.strategies.sql.postgresql import INVALID, PostgreSQL
 from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.unique import cannot_be_unique
 from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class PostgresSchema(SchemaSync):
             f"{DOC} jsonb NOT NULL",
             f"{generation} int NOT NULL",
             *(f"{each} bytea NOT NULL" for each in table.key_columns),
+            *(f"{each} bytea" for each in table.columns[len(table.key_columns) :]),
             f"CONSTRAINT {quoted(generation_constraint(table.collection))} "
             f"CHECK ({generation} >= {table.generation})",
         ]
@@ -90,6 +93,15 @@ class PostgresSchema(SchemaSync):
             except LockTimeoutError:
                 if not await backoff.pause():
                     raise
+
+    async def enforce(self, driver: Any, name: str, entry: Entry) -> Entry:
+        """See `SchemaSync`. Another program may have inserted a row meanwhile: then the constraint is
+        violated, and the catalogue is read again."""
+        changed = entry.enforcing()
+        await self._run(driver, self._extended(name, entry, changed, is_empty=True))
+        for fields in entry.unenforced:
+            await self._run(driver, self.unique_index_ddl(name, fields))
+        return changed
 
     async def replace_view(self, driver: Any, name: str, entry: Entry) -> None:
         """See `SchemaSync`. If only columns are added, the view keeps its privileges, and views of other
@@ -161,7 +173,7 @@ class PostgresSchema(SchemaSync):
         """See `SchemaSync`."""
         del complete  # a program with an older declaration reads the catalogue again when it writes
         driver = lease.driver
-        changes = await self.changes(lease)
+        changes = [*await self.changes(lease), *await self.unenforced(lease)]
         try:
             if changes:
                 async with self._exclusively(driver):
@@ -208,11 +220,12 @@ class PostgresSchema(SchemaSync):
         relations = await self.dialect.relations(driver)
         entry = catalogue.entries[name]
         changes = self.changes_of(name, entry, entry, relations)
+        changes += [_unique_change(name, fields) for fields in entry.unenforced]
         if not changes:
             return
         for each in changes:
             progress(each, 0, None)
-        columns = [each for each in changes if each.kind == "add key column"]
+        columns = [each for each in changes if each.kind in ("add key column", "unique index")]
         if columns:
             await self._add_columns(driver, name)
             entry = (await self._catalogue(driver)).entries[name]
@@ -221,32 +234,30 @@ class PostgresSchema(SchemaSync):
             )
             await self._change(driver, name, lambda old: (_filled(old, entry), []))
         for fields in entry.wanted_indexes():
-            await self._build(driver, name, entry, fields)
+            await self._build(
+                driver, self.names.index(name, fields), self.index_ddl(name, entry, fields)
+            )
+        for fields in entry.unenforced:
+            await self._build_unique(driver, name, fields)
         await self._change(driver, name, lambda old: (_ready(old, entry), []))
         await self._server.run_unlimited(driver, f"ANALYZE {quoted(self.names.table(name))}")
         for each in changes:
             progress(each, 1, 1)
 
     async def _add_columns(self, driver: Any, name: str) -> None:
-        """Add the missing key columns, and refuse rows of programs that do not know them."""
+        """Add the missing columns, and refuse rows of programs that do not know them."""
 
         def change(entry: Entry) -> tuple[Entry, list[str]]:
             new = [each for each in entry.wanted_columns() if each not in entry.columns]
-            if not new:
+            if not new and all(each.column for each in entry.unique):
                 return entry, []
             changed = msgspec.structs.replace(
                 entry,
                 columns={**entry.columns, **dict.fromkeys(new, False)},
+                unique=tuple(msgspec.structs.replace(e, column=True) for e in entry.unique),
                 generation=entry.generation + 1,
             )
-            constraint = quoted(generation_constraint(name))
-            actions = [f"ADD COLUMN {quoted(key_column(each))} bytea" for each in new]
-            actions += [
-                f"DROP CONSTRAINT IF EXISTS {constraint}",
-                f"ADD CONSTRAINT {constraint} CHECK "
-                f"({quoted(GENERATION)} >= {changed.generation}) NOT VALID",
-            ]
-            return changed, [f"ALTER TABLE {quoted(self.names.table(name))} {', '.join(actions)}"]
+            return changed, [self._extended(name, entry, changed, is_empty=False)]
 
         backoff = Backoff(_LOCK_SECONDS, first=0.02, longest=1.0)
         while True:
@@ -306,11 +317,11 @@ class PostgresSchema(SchemaSync):
     async def _fill_batch(self, driver: Any, table: Table, source: str, last: str) -> list[str]:
         """Fill the next rows after an id; returns their ids."""
         columns = ", ".join(
-            f"{column} = i.c{number}" for number, column in enumerate(table.key_columns, 1)
+            f"{column} = i.c{number}" for number, column in enumerate(table.columns, 1)
         )
-        names = ", ".join(f"c{number}" for number in range(len(table.key_columns) + 1))
+        names = ", ".join(f"c{number}" for number in range(len(table.columns) + 1))
         arrays = ", ".join(
-            f"${number}::text::bytea[]" for number in range(2, len(table.key_columns) + 2)
+            f"${number}::text::bytea[]" for number in range(2, len(table.columns) + 2)
         )
         handle = await self._server.begin(driver, "read_committed")
         try:
@@ -321,8 +332,8 @@ class PostgresSchema(SchemaSync):
                 (last,),
             )
             if rows:
-                keys = [table.keys(table.entity(row)) for row in rows]
-                args = map(bytes_array_text, zip(*keys, strict=True))
+                keys = [table.stored_keys(table.entity(row)) for row in rows]
+                args = map(optional_bytes_array_text, zip(*keys, strict=True))
                 await self.dialect.rows(
                     driver,
                     f"UPDATE {table.name} AS t SET {columns}, "
@@ -337,17 +348,57 @@ class PostgresSchema(SchemaSync):
         await run_to_completion(self.dialect.commit(handle))
         return [row[0] for row in rows]
 
-    async def _build(self, driver: Any, name: str, entry: Entry, fields: tuple[str, ...]) -> None:
+    async def _build(self, driver: Any, index: str, statement: str) -> None:
         """Build an index without blocking writers, unless it exists and is valid."""
-        index = self.names.index(name, fields)
-        kind = self.index_kind(name, fields, await self.dialect.relations(driver))
+        found = (await self.dialect.relations(driver)).get(index)
+        kind = None if found is None else found.kind
         if kind == INVALID:
             await self._server.run_unlimited(driver, f"DROP INDEX CONCURRENTLY {quoted(index)}")
         elif kind is not None:
             return
-        statement = self.index_ddl(name, entry, fields)
-        concurrently = statement.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
+        concurrently = statement.replace("INDEX", "INDEX CONCURRENTLY", 1)
         await self._server.run_unlimited(driver, concurrently)
+
+    def _extended(self, name: str, entry: Entry, changed: Entry, *, is_empty: bool) -> str:
+        """The statement that adds columns to a table, and refuses rows of programs that do not know them.
+
+        Args:
+            changed: the entry with the new columns.
+            is_empty: the table has no rows, which the statement verifies.
+        """
+        new = [key_column(each) for each in changed.columns if each not in entry.columns]
+        new += [
+            unique_column(each)
+            for each in changed.unique_columns
+            if each not in entry.unique_columns
+        ]
+        constraint = quoted(generation_constraint(name))
+        actions = [f"ADD COLUMN IF NOT EXISTS {quoted(each)} bytea" for each in new]
+        actions += [
+            f"DROP CONSTRAINT IF EXISTS {constraint}",
+            f"ADD CONSTRAINT {constraint} CHECK ({quoted(GENERATION)} >= {changed.generation})"
+            + ("" if is_empty else " NOT VALID"),
+        ]
+        return f"ALTER TABLE {quoted(self.names.table(name))} {', '.join(actions)}"
+
+    async def _build_unique(self, driver: Any, name: str, fields: tuple[str, ...]) -> None:
+        """Build the index of a unique column.
+
+        Raises:
+            SchemaMismatchError: other programs have written the same values meanwhile. The index is
+                dropped, because the server would enforce it even though it is invalid.
+        """
+        index = self.names.unique_index(name, fields)
+        try:
+            await self._build(driver, index, self.unique_index_ddl(name, fields))
+        except self._server.duplicates as exc:
+            await self._server.run_unlimited(driver, f"DROP INDEX CONCURRENTLY {quoted(index)}")
+            raise cannot_be_unique(fields, "two entities have the same values") from exc
+
+
+def _unique_change(collection: str, fields: tuple[str, ...]) -> SchemaChange:
+    index = "-".join([*fields, "index"])
+    return SchemaChange("unique index", collection, index, "the values are compared, and enforced")
 
 
 def _filled(entry: Entry, known: Entry) -> Entry:
@@ -357,9 +408,14 @@ def _filled(entry: Entry, known: Entry) -> Entry:
 
 
 def _ready(entry: Entry, known: Entry) -> Entry:
-    """With the indexes ready that were built."""
+    """With the indexes ready that were built, and the unique indexes enforced."""
     built = [each.fields for each in known.indexes]
+    enforced = [each.fields for each in known.unique]
     indexes = tuple(
         DeclaredIndex(each.fields, each.ready or each.fields in built) for each in entry.indexes
     )
-    return msgspec.structs.replace(entry, indexes=indexes)
+    unique = tuple(
+        msgspec.structs.replace(each, enforced=each.enforced or each.fields in enforced)
+        for each in entry.unique
+    )
+    return msgspec.structs.replace(entry, indexes=indexes, unique=unique)

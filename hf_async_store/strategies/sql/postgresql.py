@@ -33,7 +33,11 @@ from hf_async_store.errors import (
 )
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.dialect import Dialect, Relation, SessionEndedError
-from hf_async_store.strategies.sql.errors import connection_error, postgres_error
+from hf_async_store.strategies.sql.errors import (
+    DuplicateValueError,
+    connection_error,
+    postgres_error,
+)
 from hf_async_store.strategies.sql.names import GENERATION_PREFIX, Names, quoted
 from hf_async_store.strategies.sql.postgres_grammar import PostgresGrammar
 from hf_async_store.strategies.sql.write_sql import CHANGED
@@ -132,6 +136,9 @@ class PostgreSQL(Dialect):
     has_dependents: ClassVar[Any] = asyncpg.DependentObjectsStillExistError
     """Raised by DROP VIEW if others depend on the view, which its `detail` names."""
 
+    duplicates: ClassVar[type[Exception]] = asyncpg.UniqueViolationError
+    """Raised by CREATE UNIQUE INDEX if two rows have the same value."""
+
     placeholder_prefix = "$"
     single_writer = False
     grammar = PostgresGrammar()
@@ -150,6 +157,7 @@ class PostgreSQL(Dialect):
             durable=True,
             multi_process=True,
             change_markers=True,
+            unique_indexes=True,
             isolations=(first, *(each for each in others if each != first)),
             read_conflict_policy="ordered",
             read_batch=512,
@@ -597,8 +605,8 @@ class PostgreSQL(Dialect):
                 "idle for longer than idle_in_transaction_session_timeout or idle_session_timeout "
                 "allow, or an administrator or a restart ended it"
             )
-        if (changed := _changed_tables(exc, doing, callers=callers)) is not None:
-            return changed
+        if (known := _of_own_tables(exc, doing, callers=callers)) is not None:
+            return known
         if isinstance(exc, asyncpg.ConnectionDoesNotExistError) and isinstance(
             exc.__cause__, asyncpg.PostgresError
         ):
@@ -871,10 +879,11 @@ def _setting(driver: Any, name: str) -> str | None:
     return cast("str | None", getattr(driver.get_settings(), name, None))
 
 
-def _changed_tables(
-    exc: Exception, doing: str, *, callers: bool
-) -> ConcurrencyConflictError | None:
-    """The error for a statement that was made for tables, or a catalogue, that have changed since."""
+def _of_own_tables(exc: Exception, doing: str, *, callers: bool) -> StorageError | None:
+    """The error for a statement that was made for tables, or a catalogue, that have changed since, or that
+    violated a unique index of this store."""
+    if isinstance(exc, asyncpg.UniqueViolationError) and not callers and _is_own_index(exc):
+        return DuplicateValueError(f"cannot {doing}: a value is not unique")
     if isinstance(exc, asyncpg.InvalidCachedStatementError):
         return ConcurrencyConflictError(
             f"cannot {doing}: the tables were changed since the statement was prepared: try again",
@@ -885,6 +894,16 @@ def _changed_tables(
     else:
         stale = isinstance(exc, asyncpg.InvalidTextRepresentationError) and CHANGED in str(exc)
     return CatalogueChangedError() if stale and not callers else None
+
+
+def _is_own_index(exc: Any) -> bool:
+    """Whether a unique index of this store was violated, and not a constraint of another program.
+
+    The names of a table and its indexes have the same beginning, up to a character that no declared name
+    contains (see `Names`).
+    """
+    table, index = (re.split("[-~]", str(name)) for name in (exc.table_name, exc.constraint_name))
+    return len(table) > 1 and len(index) > 1 and table[0] == index[0]
 
 
 def _is_closed(exc: Exception) -> bool:

@@ -1,8 +1,8 @@
 """The tables of a store, and their format: a row is the id, the version, the whole entity as one JSON
-document, and the key columns.
+document, the key columns, and the unique columns.
 
 The document contains the id, but not the version. A key column contains `sort_bytes` of a field of an
-index, or of a reference.
+index, or of a reference; a unique column contains `unique.digest` of the fields of a unique index.
 """
 
 from __future__ import annotations
@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Final
 from hf_async_store.errors import CorruptionError
 from hf_async_store.sort_bytes import sort_bytes_of
 from hf_async_store.strategies.sql.grammar import decode_json
-from hf_async_store.strategies.sql.names import DOC, Names, key_column, quoted, sql_name
-from hf_async_store.values import VERSION, Entity
+from hf_async_store.strategies.sql.names import (
+    DOC,
+    Names,
+    key_column,
+    quoted,
+    sql_name,
+    unique_column,
+)
+from hf_async_store.unique import digest, stored_digest
+from hf_async_store.values import VERSION, Entity, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.catalogue import Catalogue, Entry
@@ -34,6 +42,8 @@ class Table:
         key: the name of the key's column, quoted.
         key_fields: all fields that have a key column, in the order of `keys`.
         key_columns: the names of the key columns, quoted, in the same order.
+        unique: the fields of the unique columns.
+        columns: the names of the key columns and the unique columns, quoted: those of `Stored.keys`.
         ready: the fields whose key columns queries may use.
         generation: see `Entry`.
         selected: the expressions that a SELECT must read for `entity`.
@@ -49,6 +59,9 @@ class Table:
         self.key = quoted(sql_name(entry.key))
         self.key_fields = tuple(entry.columns)
         self.key_columns = tuple(quoted(key_column(each)) for each in entry.columns)
+        self.unique = entry.unique_columns
+        unique_columns = tuple(quoted(unique_column(each)) for each in self.unique)
+        self.columns = (*self.key_columns, *unique_columns)
         self.ready = frozenset(name for name, filled in entry.columns.items() if filled)
         self.generation = entry.generation
         self.selected = f"t.{self.key}, {grammar.read(f't.{DOC}')}, t.{VERSION}"
@@ -56,9 +69,23 @@ class Table:
         self.fetch_one = f"{source} = {grammar.parameter(1, 'text')}"
         self.fetch_many = f"{source} {grammar.in_list(grammar.parameter(1, 'list'))}"
 
-    def keys(self, entity: Entity) -> tuple[bytes, ...]:
-        """The values of the key columns of an entity."""
-        return sort_bytes_of(entity, self.key_fields)
+    def keys(self, entity: Entity) -> tuple[bytes | None, ...]:
+        """The values of `columns` of an entity.
+
+        Raises:
+            InvalidFieldError: a unique index cannot contain its values.
+        """
+        keys = sort_bytes_of(entity, self.key_fields)
+        return (*keys, *self.digests(entity)) if self.unique else keys
+
+    def digests(self, entity: Mapping[str, Value]) -> list[bytes | None]:
+        """The values of the unique columns; raises as `keys`."""
+        return [digest(entity, fields, self.collection) for fields in self.unique]
+
+    def stored_keys(self, entity: Entity) -> tuple[bytes | None, ...]:
+        """As `keys`, of an entity that was stored before the unique indexes."""
+        keys = sort_bytes_of(entity, self.key_fields)
+        return (*keys, *(stored_digest(entity, fields) for fields in self.unique))
 
     def entity(self, row: Sequence[object]) -> Entity:
         """The entity of a row of `selected`.

@@ -29,7 +29,7 @@ from hf_async_store.strategies.sql.decisions import (
     parents_of,
     refuse_missing_parents,
 )
-from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.errors import REFUSALS, DuplicateValueError
 from hf_async_store.strategies.sql.pending import (
     Encoder,
     PendingChange,
@@ -37,11 +37,13 @@ from hf_async_store.strategies.sql.pending import (
 )
 from hf_async_store.strategies.sql.postgres_jsonb import array_text
 from hf_async_store.strategies.sql.retries import conflict_backoff
+from hf_async_store.strategies.sql.unique_values import owners_of, refusal, separated
 from hf_async_store.strategies.sql.write_sql import StatementKey, refers_to
 from hf_async_store.values import Key
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
+    from hf_async_store.strategies.sql.rows import Table
 
 _Item = TypeVar("_Item")
 
@@ -129,6 +131,14 @@ class _Batch(ABC):
             else:
                 self.outcomes[each.place] = version
         return by_statement(await self._decided(rejected)) if rejected else []
+
+    def writes_unique(self, piece: Sequence[PendingChange]) -> bool:
+        """Whether the statement of some changes writes unique columns."""
+        shape = piece[0].shape
+        return shape is not None and bool(shape.unique)
+
+    def table_of(self, piece: Sequence[PendingChange]) -> Table:
+        return self._tables[piece[0].change.key.collection]
 
     @abstractmethod
     async def execute(self, shape: StatementKey, piece: list[PendingChange]) -> Any:
@@ -259,6 +269,25 @@ class TransactionBatch(_Batch):
         super().__init__(encoder, lease, count, locks=locks)
         self._patience = patience
 
+    async def attempt(self, piece: list[PendingChange]) -> list[list[PendingChange]]:
+        """See `_Batch`. The owners of unique values are looked up before, because an error of the database
+        would end the transaction."""
+        if self.writes_unique(piece):
+            owners = await owners_of(self.lease, self.table_of(piece), piece)
+            if len(piece) > 1 and len(parts := separated(piece, owners)) > 1:
+                return parts
+            refused = refusal(piece[0], owners) if len(piece) == 1 else None
+            if refused is not None:
+                self.outcomes[piece[0].place] = refused
+                return []
+        try:
+            return await super().attempt(piece)
+        except DuplicateValueError as exc:
+            raise ConcurrencyConflictError(
+                "another transaction wrote the same value of a unique index: try again",
+                retryable=True,
+            ) from exc
+
     async def run(
         self, groups: Sequence[list[PendingChange]], *, all_or_none: bool
     ) -> list[Outcome]:
@@ -337,6 +366,8 @@ class IndependentBatch(_Batch):
     async def attempt(self, piece: list[PendingChange]) -> list[list[PendingChange]]:
         try:
             return await super().attempt(piece)
+        except DuplicateValueError:
+            return await self._apart(piece)
         except REFUSALS as exc:
             # The database has constraints that this store did not create.
             if len(piece) > 1:
@@ -354,6 +385,20 @@ class IndependentBatch(_Batch):
                 for each in piece:
                     self.outcomes[each.place] = exc.copy()
             raise
+
+    async def _apart(self, piece: list[PendingChange]) -> list[list[PendingChange]]:
+        """Divide changes of which one wrote a value of another entity; store its outcome."""
+        # Not serializable, so that it is no reason for another transaction to fail.
+        async with self.lease.transaction("read_committed"):
+            owners = await owners_of(self.lease, self.table_of(piece), piece)
+        if len(piece) > 1:
+            parts = separated(piece, owners)
+            return parts if len(parts) > 1 else halves(piece)
+        refused = refusal(piece[0], owners)
+        if refused is None:
+            return [piece]  # its owner was changed meanwhile
+        self.outcomes[piece[0].place] = refused
+        return []
 
     async def execute(self, shape: StatementKey, piece: list[PendingChange]) -> Any:
         while True:

@@ -303,6 +303,7 @@ class SQLite(Dialect):
             durable=True,
             multi_process=True,
             change_markers=True,
+            unique_indexes=True,
             references=True,
             read_batch=1024,
             read_concurrency=2,

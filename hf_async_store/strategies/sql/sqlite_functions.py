@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from hf_async_store.query import MISSING, Comparison, OpName, compile_filter
 from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.grammar import decode_json, encode_json
+from hf_async_store.unique import stored_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,11 +56,20 @@ def fill(doc: object, name: str) -> bytes:
         return sort_bytes(MISSING)
 
 
+def digest(doc: object, names: str) -> bytes | None:
+    """The unique column of the fields with these names, separated by commas, as `fill`."""
+    try:
+        return stored_digest(decode_json(cast("str", doc)), tuple(names.split(",")))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
     "hf_test": (3, test),
     "hf_at": (2, at),
     "hf_key": (1, key),
     "hf_fill": (2, fill),
+    "hf_digest": (2, digest),
     "hf_bytes": (1, bytes.fromhex),
 }
 """By name: the number of arguments, and the function."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from hf_async_store.driver import SchemaProgress
+from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
+from hf_async_store.errors import InvalidInputError
 from hf_async_store.strategies.sql.catalogue import Catalogue, Entry
 from hf_async_store.strategies.sql.connections import LeasedConnection
 from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import Relation
-from hf_async_store.strategies.sql.names import DOC, key_column, quoted
+from hf_async_store.strategies.sql.names import DOC, key_column, quoted, unique_column
 from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.unique import cannot_be_unique
 from hf_async_store.values import VERSION
 
 
@@ -23,6 +26,7 @@ class SQLiteSchema(SchemaSync):
             f"{VERSION} BIGINT NOT NULL",
             f"{DOC} TEXT NOT NULL",
             *(f"{each} BLOB NOT NULL" for each in table.key_columns),
+            *(f"{each} BLOB" for each in table.columns[len(table.key_columns) :]),
         ]
         return f"CREATE TABLE {table.name} ({', '.join(columns)})"
 
@@ -50,10 +54,48 @@ class SQLiteSchema(SchemaSync):
         ]
         return complete, statements
 
+    async def enforce(self, driver: Any, name: str, entry: Entry) -> Entry:
+        """See `SchemaSync`; also of a table with rows.
+
+        Raises:
+            SchemaMismatchError: two rows have the same values.
+        """
+        table = quoted(self.names.table(name))
+        for fields in entry.unenforced:
+            column = quoted(unique_column(fields))
+            await self._run(driver, f"ALTER TABLE {table} ADD COLUMN {column} BLOB")
+            value = f"hf_digest({DOC}, '{','.join(fields)}')"
+            await self._run(driver, f"UPDATE {table} SET {column} = {value}")
+            try:
+                await self._run(driver, self.unique_index_ddl(name, fields))
+            except InvalidInputError as exc:
+                raise cannot_be_unique(fields, exc) from exc
+        return entry.enforcing()
+
     async def apply(
         self, lease: LeasedConnection, progress: SchemaProgress, *, complete: bool
     ) -> Catalogue:
-        """See `SchemaSync`: the changes themselves are those of a first write, and so have been made."""
-        del progress, complete
+        """See `SchemaSync`: the other changes are those of a first write, and so have been made."""
+        del complete
+        driver = lease.driver
+        handle = await self.dialect.begin_ddl(driver)
+        try:
+            catalogue, _ = await self._read(driver)
+            assert catalogue is not None, "this store has recorded its declaration"
+            entries = {}
+            for name in self.schema:
+                entry = catalogue.entries[name]
+                if entry.unenforced:
+                    entries[name] = await self.enforce(driver, name, entry)
+            if entries:
+                await self.record(driver, catalogue.with_entries(entries), entries)
+        except BaseException:
+            await run_to_completion(self.dialect.roll_back(handle))
+            raise
+        await run_to_completion(self.dialect.commit(handle))
+        for name, entry in entries.items():
+            for each in entry.unique:
+                index = "-".join([*each.fields, "index"])
+                progress(SchemaChange("unique index", name, index, "enforced"), 1, 1)
         await lease.rows("ANALYZE", doing="analyze the tables")
         return await self.read(lease) or Catalogue()

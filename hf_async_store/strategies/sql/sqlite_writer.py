@@ -36,6 +36,7 @@ from hf_async_store.strategies.sql.decisions import (
 from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.writer import Writer
+from hf_async_store.unique import violation
 from hf_async_store.values import CREATED_AT, VERSION, Key
 
 if TYPE_CHECKING:
@@ -94,13 +95,13 @@ class SQLiteWriter(Writer):
 
     def insert_sql(self, table: Table, rows: int) -> str:
         """The statement that inserts this number of rows: id, version, document, key columns."""
-        columns = [table.key, VERSION, DOC, *table.key_columns]
+        columns = [table.key, VERSION, DOC, *table.columns]
         values = _values(len(columns), rows)
         return f"INSERT OR FAIL INTO {table.name} ({', '.join(columns)}) VALUES {values}"
 
     def update_sql(self, table: Table, changed: tuple[int, ...], rows: int) -> str:
         """The statement that updates this number of rows: id, version, document, and some key columns."""
-        names = [VERSION, DOC, *(table.key_columns[each] for each in changed)]
+        names = [VERSION, DOC, *(table.columns[each] for each in changed)]
         sets = ", ".join(f"{name} = v.column{number}" for number, name in enumerate(names, 2))
         values = _values(len(names) + 1, rows)
         return (
@@ -151,6 +152,8 @@ class _Batch:
         self._rows: dict[Key, Stored | None] = {}  # as they are with the changes so far
         self._parents: dict[Key, bool] = {}  # whether an entity that is not in `_rows` exists
         self._before: dict[Key, Stored | None] = {}  # the stored rows of those that changed
+        # By unique column and value: the entities that got it by one of the changes.
+        self._claims: dict[tuple[str, int, bytes], list[str]] = {}
         self._written = False
 
     def run(self, changes: Sequence[Change], *, all_or_none: bool) -> list[Outcome]:
@@ -190,6 +193,7 @@ class _Batch:
                 f"t.{column}" if named is None or field in named else "NULL"
                 for field, column in zip(table.key_fields, table.key_columns, strict=True)
             ]
+            keys += [f"t.{column}" for column in table.columns[len(keys) :]]
             for row in self._select(table, ", ".join([VERSION, doc, *keys]), ids):
                 self._rows[Key(collection, row[0])] = Stored(row[1], row[2], row[3:])
 
@@ -242,6 +246,8 @@ class _Batch:
             row = new_row(table, change, stored)
             if must_check:
                 self._check_references(table, change, stored)
+            if table.unique and row is not None:
+                self._check_unique(table, key, stored, row)
         except StorageError as exc:
             return exc
         if row is not None:
@@ -255,6 +261,32 @@ class _Batch:
     def _set(self, key: Key, row: Stored | None) -> None:
         self._before.setdefault(key, self._rows[key])
         self._rows[key] = row
+
+    def _check_unique(self, table: Table, key: Key, stored: Stored | None, row: Stored) -> None:
+        """Refuse unique values that belong to another entity, and record those that do not."""
+        first = len(table.key_fields)
+        for place, fields in enumerate(table.unique, first):
+            value = row.keys[place]
+            if value is not None and (stored is None or stored.keys[place] != value):
+                owner = self._owner(table, place, value, key)
+                if owner is not None:
+                    raise violation(key, fields, owner)
+                self._claims.setdefault((table.collection, place, value), []).append(key.id)
+
+    def _owner(self, table: Table, place: int, value: bytes, key: Key) -> str | None:
+        """The id of the entity, other than this one, that has a value in a unique column."""
+        sql = f"SELECT {table.key} FROM {table.name} WHERE {table.columns[place]} = ?"
+        stored = [row[0] for row in self._connection.execute(sql, (value,)).fetchall()]
+        for each in (*self._claims.get((table.collection, place, value), ()), *stored):
+            if each == key.id:
+                continue
+            other = Key(key.collection, each)
+            if other not in self._rows:
+                return str(each)
+            row = self._rows[other]
+            if row is not None and row.keys[place] == value:
+                return str(each)
+        return None
 
     def _check_references(self, table: Table, change: Change, stored: Stored | None) -> None:
         if not isinstance(change, Delete):
@@ -279,6 +311,7 @@ class _Batch:
         """Write the changed rows, those together that need the same statement."""
         deletes: dict[str, list[str]] = {}
         writes: dict[tuple[str, tuple[int, ...] | None], list[tuple[object, ...]]] = {}
+        freed: dict[str, list[str]] = {}  # by table with unique columns: the rows that change one
         for key, before in self._before.items():
             row = self._rows[key]
             if row is not None:
@@ -286,6 +319,11 @@ class _Batch:
                 changed: tuple[int, ...] | None = None
                 if before is not None:
                     changed = _different(before.keys, keys)
+                    table = self._tables[key.collection]
+                    if changed and table.unique and changed[-1] >= len(table.key_fields):
+                        # Another row may get the value in an earlier statement.
+                        freed.setdefault(key.collection, []).append(key.id)
+                        changed = tuple(sorted({*changed, *_unique_places(table)}))
                     keys = tuple([keys[each] for each in changed])
                 args = writes.setdefault((key.collection, changed), [])
                 args.append((key.id, version, doc, *keys))
@@ -297,6 +335,11 @@ class _Batch:
             table = self._tables[collection]
             sql = f"DELETE FROM {table.name} WHERE {table.key} {table.grammar.in_list('?')}"
             self._connection.execute(sql, (table.grammar.strings(gone),))
+        for collection, ids in freed.items():
+            table = self._tables[collection]
+            sets = ", ".join(f"{each} = NULL" for each in table.columns[len(table.key_fields) :])
+            sql = f"UPDATE {table.name} SET {sets} WHERE {table.key} {table.grammar.in_list('?')}"
+            self._connection.execute(sql, (table.grammar.strings(ids),))
         for (collection, changed), rows in writes.items():
             for part in _pieces(rows):
                 sql = self._statement(self._tables[collection], changed, len(part))
@@ -331,6 +374,10 @@ def _different(before: Sequence[bytes | None], after: Sequence[bytes | None]) ->
         return ()
     pairs = enumerate(zip(before, after, strict=True))
     return tuple(number for number, (old, new) in pairs if old != new)
+
+
+def _unique_places(table: Table) -> range:
+    return range(len(table.key_fields), len(table.columns))
 
 
 def _pieces(rows: list[tuple[object, ...]]) -> Iterator[list[tuple[object, ...]]]:

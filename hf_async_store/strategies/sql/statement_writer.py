@@ -6,8 +6,8 @@ can share a statement.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from hf_async_store.changes import Change, Outcome
@@ -25,7 +25,7 @@ from hf_async_store.strategies.sql.sending import (
     halves,
 )
 from hf_async_store.strategies.sql.waves import wave_numbers
-from hf_async_store.strategies.sql.write_sql import WriteStatements
+from hf_async_store.strategies.sql.write_sql import StatementKey, WriteStatements
 from hf_async_store.strategies.sql.writer import Writer
 from hf_async_store.values import Key
 
@@ -65,20 +65,39 @@ class StatementWriter(Writer):
         isolation = lease.isolation or self.config.isolation
         locks = self.references and isolation != "serializable"
         batch = TransactionBatch(self._encoder, lease, len(changes), locks=locks)
-        outcomes = await batch.run(self._groups(changes), all_or_none=True)
+        outcomes = await batch.run(self._groups(changes, in_order=True), all_or_none=True)
         for index, each in enumerate(outcomes):
             if isinstance(each, StorageError):
                 return outcomes[: index + 1]
         await self._write_markers(lease, changes, outcomes)
         return outcomes
 
-    def _groups(self, changes: Sequence[Change]) -> list[list[PendingChange]]:
-        """The changes in groups to be executed in order, one statement each."""
+    def _groups(
+        self, changes: Sequence[Change], *, in_order: bool = False
+    ) -> list[list[PendingChange]]:
+        """The changes in groups to be executed in order, one statement each.
+
+        Args:
+            in_order: of changes that may free unique values and write them, those of different statements
+                are executed in their order.
+        """
+        pending = [self._encoder.pending(place, each) for place, each in enumerate(changes)]
         numbers = wave_numbers(self.schema, changes, references=self.references)
-        waves: dict[int, list[PendingChange]] = {}
-        for place, (change, wave) in enumerate(zip(changes, numbers, strict=True)):
-            waves.setdefault(wave, []).append(self._encoder.pending(place, change))
+        segments = self._segments(pending) if in_order else repeat(0)
+        waves: dict[tuple[int, int], list[PendingChange]] = {}
+        for each, segment, wave in zip(pending, segments, numbers, strict=False):
+            waves.setdefault((segment, wave), []).append(each)
         return list(chain.from_iterable(by_statement(waves[each]) for each in sorted(waves)))
+
+    def _segments(self, pending: Sequence[PendingChange]) -> Iterator[int]:
+        """For each change, the number of its segment, which ends before another statement for the same
+        unique columns."""
+        segment, shapes = 0, dict[str, StatementKey | None]()
+        for each in pending:
+            name = each.change.key.collection
+            if self.tables[name].unique and shapes.setdefault(name, each.shape) != each.shape:
+                segment, shapes = segment + 1, {name: each.shape}
+            yield segment
 
     # -- change markers ----------------------------------------------------------------------
 

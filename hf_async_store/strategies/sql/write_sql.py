@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 from hf_async_store.schema import Collection, Field
-from hf_async_store.strategies.sql.names import DOC, GENERATION, key_column, quoted
+from hf_async_store.strategies.sql.names import DOC, GENERATION, key_column, quoted, unique_column
+from hf_async_store.unique import Fields
 from hf_async_store.values import CREATED_AT, INT_MAX, LIGHT_BYTES, VERSION
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class StatementKey(NamedTuple):
 
     Attributes:
         keys: the fields whose key columns it writes; of a delete, none.
+        unique: the fields of the unique columns that it writes, in the same way.
         created: for a whole entity: its document contains `created_at`, or is stored without it.
         imported: a column of arguments contains the version to store.
     """
@@ -44,6 +46,7 @@ class StatementKey(NamedTuple):
     keys: tuple[str, ...] = ()
     created: bool = False
     imported: bool = False
+    unique: tuple[Fields, ...] = ()
 
 
 class WriteStatements:
@@ -111,7 +114,7 @@ class WriteStatements:
 
     def _insert(self, table: Table, shape: StatementKey, columns: _Columns, *, locks: bool) -> str:
         version = columns.add("bigint") if shape.imported else "1::bigint"
-        keys = {key_column(each): columns.add("bytea") for each in shape.keys}
+        keys = _key_columns(shape, columns)
         parents = "".join(self._parents(table, columns, locks=locks))
         names = [table.key, VERSION, DOC, quoted(GENERATION), *map(quoted, keys)]
         values = ["i.c0", version, "i.d", f"{table.generation}::int", *keys.values()]
@@ -137,7 +140,7 @@ class WriteStatements:
             removed, size = columns.add("text"), columns.add("bigint")
             doc = f"(t.{DOC} - coalesce({removed}::text[], '{{}}'::text[])) || i.d"
             patched = f" AND {_is_light(size)}"
-        keys = {key_column(each): columns.add("bytea") for each in shape.keys}
+        keys = _key_columns(shape, columns)
         parents = "".join(self._parents(table, columns, locks=locks))
         written, condition = _row(table, shape, doc, version, keys)
         return (
@@ -191,6 +194,12 @@ class WriteStatements:
             yield f" AND NOT EXISTS (SELECT 1 FROM {others.name} AS c WHERE {refers}{itself})"
 
 
+def _key_columns(shape: StatementKey, columns: _Columns) -> dict[str, str]:
+    """The key columns and unique columns that a statement writes, each with its column of arguments."""
+    names = [*map(key_column, shape.keys), *map(unique_column, shape.unique)]
+    return {each: columns.add("bytea") for each in names}
+
+
 def refers_to(table: Table, field: str, encoded: str, entity_id: str) -> str:
     """The condition that the row `c` refers to an entity.
 
@@ -221,7 +230,7 @@ def _row(
     sets = {VERSION: version, DOC: doc, quoted(GENERATION): f"{table.generation}::int"}
     sets.update({quoted(name): each for name, each in keys.items()})
     conditions = [] if shape.imported else [f"t.{VERSION} < {INT_MAX}::bigint"]
-    if len(keys) < len(table.key_fields):
+    if len(keys) < len(table.columns):
         # The key columns that are kept have their values.
         conditions.append(f"t.{quoted(GENERATION)} >= {table.generation}::int")
     written = ", ".join(f"{name} = {each}" for name, each in sets.items())

@@ -1,0 +1,86 @@
+"""Unique values on PostgreSQL: which changes of a statement want the same, and whose they are.
+
+The server rejects a whole statement because of one of its rows. Then the owners of the values are looked
+up, and only the changes that may depend on one another are sent one by one, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from hf_async_store.errors import UniqueViolationError
+from hf_async_store.strategies.sql.names import quoted, unique_column
+from hf_async_store.strategies.sql.pending import PendingChange
+from hf_async_store.strategies.sql.postgres_jsonb import optional_bytes_array_text
+from hf_async_store.unique import Fields, violation
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.connections import LeasedConnection
+    from hf_async_store.strategies.sql.rows import Table
+
+Owners: TypeAlias = "dict[tuple[Fields, bytes], str]"
+"""By unique index and value: the id of the entity that has the value."""
+
+_place_of: Final = attrgetter("place")
+
+
+async def owners_of(
+    lease: LeasedConnection, table: Table, piece: Sequence[PendingChange]
+) -> Owners:
+    """The owners of the values that changes of one statement write."""
+    shape = piece[0].shape
+    assert shape is not None, "it writes unique columns"
+    columns = [f"t.{quoted(unique_column(each))}" for each in shape.unique]
+    args = [
+        optional_bytes_array_text([each.digests[number] for each in piece])
+        for number in range(len(columns))
+    ]
+    found = " OR ".join(
+        f"{column} = ANY(${number}::text::bytea[])" for number, column in enumerate(columns, 1)
+    )
+    rows = await lease.rows(
+        f"SELECT t.{table.key}, {', '.join(columns)} FROM {table.name} AS t WHERE {found}", args
+    )
+    return {
+        (fields, value): entity_id
+        for entity_id, *values in rows
+        for fields, value in zip(shape.unique, values, strict=True)
+        if value is not None
+    }
+
+
+def values_of(pending: PendingChange) -> list[tuple[Fields, bytes]]:
+    """The unique values that a change writes."""
+    assert pending.shape is not None, "it writes unique columns"
+    pairs = zip(pending.shape.unique, pending.digests, strict=True)
+    return [(fields, value) for fields, value in pairs if value is not None]
+
+
+def refusal(pending: PendingChange, owners: Owners) -> UniqueViolationError | None:
+    """The error of a change that writes a value of another entity."""
+    for value in values_of(pending):
+        owner = owners.get(value)
+        if owner is not None and owner != pending.change.key.id:
+            return violation(pending.change.key, value[0], owner)
+    return None
+
+
+def separated(piece: Sequence[PendingChange], owners: Owners) -> list[list[PendingChange]]:
+    """The changes that cannot depend on one another, and each of the others, in order.
+
+    Returns a single list if no change writes a value of another entity, or the same as another change.
+    """
+    writers: dict[tuple[Fields, bytes], list[str]] = {}
+    for pending in piece:
+        for value in values_of(pending):
+            writers.setdefault(value, []).append(pending.change.key.id)
+    contested: set[str] = set()
+    for value, ids in writers.items():
+        owner = owners.get(value, ids[0])
+        if any(each != owner for each in ids):
+            contested |= {owner, *ids}
+    others = [each for each in piece if each.change.key.id not in contested]
+    alone = [each for each in piece if each.change.key.id in contested]
+    return [*([others] if others else []), *([each] for each in sorted(alone, key=_place_of))]
