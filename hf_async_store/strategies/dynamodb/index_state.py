@@ -1,7 +1,7 @@
 """What a table remembers of its indexes, in an item that is not an entity.
 
-An index that is made after its table lacks entities: those that were written before it was declared, and
-those of programs that do not know it. Queries use it once it is complete.
+An index that is made after entities were written lacks those, and the ones of programs that do not know
+it, whoever made it. Queries use it once the table remembers that it is complete.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ class Pass(msgspec.Struct, frozen=True):
 
 
 class IndexState(msgspec.Struct, frozen=True):
-    """The names of the incomplete indexes, and the interrupted pass, if any."""
+    """The names of the complete indexes, and the interrupted pass, if any."""
 
-    incomplete: frozenset[str] = frozenset()
+    complete: frozenset[str] = frozenset()
     interrupted: Pass | None = None
 
-    def with_incomplete(self, name: str) -> IndexState:
-        """The state before an index is made; a pass that began before cannot complete it."""
-        return IndexState(self.incomplete | {name})
+    def without(self, names: AbstractSet[str]) -> IndexState:
+        """The state before these indexes are made; a pass that began before cannot complete them."""
+        return IndexState(self.complete - names)
 
     def with_complete(self, names: AbstractSet[str]) -> IndexState:
         """The state after a pass that these indexes preceded."""
-        return IndexState(self.incomplete - names)
+        return IndexState(self.complete | names)
 
     def with_pass(self, interrupted: Pass | None) -> IndexState:
         return msgspec.structs.replace(self, interrupted=interrupted)
@@ -67,14 +67,12 @@ def attributes_of(state: IndexState) -> Attributes:
     return {CONTENT: {"S": msgspec.json.encode(state, order="deterministic").decode()}}
 
 
-def state_of(item: Attributes | None) -> IndexState:
-    """The state in an item; that of a table whose indexes were made with it, if there is none.
+def state_of(item: Attributes) -> IndexState:
+    """The state in an item.
 
     Raises:
         CorruptionError: the item was not written by this package.
     """
-    if item is None:
-        return IndexState()
     try:
         return msgspec.json.decode(item[CONTENT]["S"], type=IndexState)
     except (KeyError, msgspec.MsgspecError) as exc:

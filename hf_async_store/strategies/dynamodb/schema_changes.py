@@ -54,15 +54,15 @@ class SchemaApplication:
         for collection in self._tables.schema:
             table = await self._tables.described(collection)
             if table is not None:
-                incomplete = (await self._tables.state(collection)).incomplete
-                indexes = list(self._index_changes(collection, table, incomplete))
+                complete = (await self._tables.index_state(collection, table)).complete
+                indexes = list(self._index_changes(collection, table, complete))
                 found += indexes
                 # Otherwise nothing depends on it which declaration an item was written with.
                 found += await self._item_changes(collection, table) if indexes else ()
         return found
 
     def _index_changes(
-        self, collection: str, table: Mapping[str, Any], incomplete: frozenset[str]
+        self, collection: str, table: Mapping[str, Any], complete: frozenset[str]
     ) -> Iterator[SchemaChange]:
         tables, name = self._tables, self._tables.name(collection)
         missing = tables.missing(collection, table)
@@ -75,7 +75,7 @@ class SchemaApplication:
                 detail = mismatch_message(name, index, tables.mismatch(collection, index, table))
             elif index.name not in active_indexes(table):
                 detail = f"{name}: the index {index.name} is being created"
-            elif index.name in incomplete:
+            elif index.name not in complete:
                 detail = incomplete_message(name, index)
             else:
                 continue
@@ -154,7 +154,7 @@ class SchemaApplication:
         table = await tables.wait_until_active(collection)
         state = await tables.state(collection)
         begun = Pass(mapping.digest["S"], complete, "")
-        if state.interrupted is not None and state.interrupted.covers(begun):
+        if state is not None and state.interrupted is not None and state.interrupted.covers(begun):
             begun = state.interrupted
         change = _item_change(collection, "entities that were")
         params = self._outdated(collection, mapping)
