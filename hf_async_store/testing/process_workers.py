@@ -34,6 +34,7 @@ from hf_async_store.strategies import open_store
 from hf_async_store.testing.concurrent_workloads import TOTAL, count_up, total, transfer
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from hf_async_store.testing.history_recorder import ActRecorder, TxnRecorder
+from hf_async_store.testing.rollout_programs import apply, program
 
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
@@ -183,12 +184,14 @@ async def _get(store: StorageStrategy, entity_id: str) -> None:
 
 
 ROLES: Final[Mapping[str, Role]] = {
+    "apply": apply,
     "cas-counter": cas_counter,
     "create-race": create_race,
     "first-use": first_use,
     "fork": fork,
     "increments": increments,
     "operations": operations,
+    "program": program,
     "save-many": save_many,
     "single-keys": single_keys,
     "transactions": transactions,
