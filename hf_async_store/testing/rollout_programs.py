@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.field_operations import increment
@@ -83,9 +84,13 @@ async def _check(store: StorageStrategy, name: str, mine: dict[str, int]) -> Non
         entities = await store.query_entities("jobs", filters, order, limit)
         return [str(each["job_id"]) for each in entities]
 
-    for order, wanted in (("job_id", sorted(larger)), (desc(size), larger[:4])):
+    orders: tuple[tuple[OrderBy, list[str]], ...] = (
+        ("job_id", sorted(larger)),
+        (desc(size), larger[:4]),
+    )
+    for order, wanted in orders:
         limit = None if order == "job_id" else len(wanted)
-        answer = await answer_of(can, lambda order=order, limit=limit: found(order, limit), wanted)
+        answer = await answer_of(can, partial(found, order, limit), wanted)
         assert answer == wanted, f"{name} by {order}"
     number = len(mine)
     counted = await answer_of(can, lambda: store.count_entities("jobs", {"owner": name}), number)

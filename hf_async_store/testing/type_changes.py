@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from itertools import permutations
 from typing import TYPE_CHECKING, Any, Final
 
@@ -186,13 +187,11 @@ class _Program:
         if capabilities.query_isolation == "snapshot":
             calls += _changes_by_filter(*self._kinds)
         for call in calls:
-            await self._same(call, lambda store, call=call: result_of(store, call))
+            await self._same(call, partial(_result_of, call))
         for script in _transactions(*self._kinds, capabilities):
-            await self._same(
-                script, lambda store, script=script: run_script(store.begin_transaction, script)
-            )
+            await self._same(script, partial(_run, script))
         read = _call("get_entities", [*_IDS, "tx", *(f"{tag}{n}" for n in range(10))])
-        await self._same(read, lambda store: result_of(store, read))
+        await self._same(read, partial(_result_of, read))
 
     async def apply_schema(self, *, complete: bool = False) -> None:
         """Apply the declaration to both, unless the engine demands that an index is deleted before."""
@@ -206,7 +205,7 @@ class _Program:
 
     async def plant(self, entities: Sequence[dict[str, object]]) -> None:
         save = _call("save_entities", entities)
-        await self._same(save, lambda store: result_of(store, save))
+        await self._same(save, partial(_result_of, save))
 
     async def _same(
         self, what: object, ask: Callable[[StorageStrategy], Coroutine[Any, Any, object]]
@@ -215,6 +214,14 @@ class _Program:
             expected = comparable(await ask(reference))
         found = comparable(await ask(self._store))
         assert found == expected, f"{what} by a program that declares {self._kinds[0]}"
+
+
+async def _result_of(call: Call, store: StorageStrategy) -> object:
+    return await result_of(store, call)
+
+
+async def _run(script: Script, store: StorageStrategy) -> object:
+    return await run_script(store.begin_transaction, script)
 
 
 class TypeChangeContract:
