@@ -940,7 +940,7 @@ class _CursorPayload(msgspec.Struct, array_like=True, frozen=True, forbid_unknow
 
     values: list[list[Any]]
     id: str
-    by_id: bool = False
+    any_order: bool = False
 
 
 _decode_payload: Final = msgspec.json.Decoder(_CursorPayload).decode
@@ -960,13 +960,14 @@ def encode_cursor(query: Query, entity_id: str, entity: Entity) -> str:
     """
     position = position_of(query, entity_id, entity)
     values = [[] if each is MISSING else [each] for each in position.values]
-    payload = _CursorPayload(values, entity_id, query.by_id)
+    any_order = query.paged and not query.order and not query.by_id
+    payload = _CursorPayload(values, entity_id, any_order)
     body = msgspec.json.encode(payload)
     return urlsafe_b64encode(_digest(query, body) + body).decode().rstrip("=")
 
 
 def _decode_cursor(query: Query, cursor: object) -> tuple[CursorPosition, bool]:
-    """The position, and whether the pages are in the order by id without an order of the query."""
+    """The position, and whether the pages without an order of the query are in the order by id."""
     if not isinstance(cursor, str):
         raise InvalidCursorError(f"a cursor must be a string, not {type(cursor).__name__}")
     try:
@@ -984,9 +985,10 @@ def _decode_cursor(query: Query, cursor: object) -> tuple[CursorPosition, bool]:
         normalise(payload.id)
     except (ValueError, msgspec.MsgspecError, UnsupportedValueError, RecursionError) as exc:
         raise InvalidCursorError("invalid cursor") from exc
-    if len(values) != len(query.order) or query.by_id > payload.by_id:
+    if len(values) != len(query.order) or (query.by_id and payload.any_order):
         raise InvalidCursorError("the cursor belongs to a query with another order")
-    return CursorPosition(tuple(values), payload.id), payload.by_id
+    by_id = not query.order and not payload.any_order
+    return CursorPosition(tuple(values), payload.id), by_id
 
 
 def _digest(query: Query, body: bytes) -> bytes:
