@@ -71,7 +71,7 @@ class ChangesByFilter:
         """
         # In the order by id, no id comes twice; in another one, a change may move an entity.
         seen: set[str] | None = set() if self._query.order else None
-        query = msgspec.structs.replace(self._query, paged=True)
+        query = await self._store._first_page(msgspec.structs.replace(self._query, paged=True))
         while True:
             size = _BATCH_SIZE if query.limit is None else min(_BATCH_SIZE, query.limit - self.done)
             page = await self._read(query.with_limit(size)) if size else []

@@ -245,6 +245,14 @@ class Reader(ABC):
         engine to read less; the records may contain more fields.
         """
 
+    async def first_page(self, query: Query) -> Query:
+        """A query without a cursor as it is read page by page; without an order, `by_id` if by id.
+
+        Cursors remember it, so that later pages are in the same order even if the access path of the
+        query changes meanwhile. The default is for an engine whose `default_order` is "id".
+        """
+        return query if query.order else msgspec.structs.replace(query, by_id=True)
+
     async def count(self, query: Query) -> int:
         """How many records `select` would return."""
         number = 0

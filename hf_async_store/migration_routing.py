@@ -420,6 +420,9 @@ class MigrationRouter(Engine):
     async def count(self, query: Query) -> int:
         return await (await self.in_use()).count(query)
 
+    async def first_page(self, query: Query) -> Query:
+        return await (await self.in_use()).first_page(query)
+
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         return await self._write(changes, lambda engine, marked: engine.write_each(marked))
 
@@ -685,6 +688,9 @@ class _RoutedSession(Session):
 
     async def count(self, query: Query) -> int:
         return await (await self._checked_session()).count(query)
+
+    async def first_page(self, query: Query) -> Query:
+        return await (await self._checked_session()).first_page(query)
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         session = await self._checked_session()

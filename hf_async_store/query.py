@@ -311,9 +311,10 @@ class Query(msgspec.Struct, frozen=True):
         order: the sort keys. Ties are broken by id, in the direction of the last sort key, so that an
             index can be read in both directions; without sort keys the rows are sorted by ascending
             id. No path occurs twice, and none follows the key field.
-        by_id: the caller asked explicitly for the order by id. It matters only to an engine whose
-            `default_order` is "none": without it, an empty order there means any order.
-        paged: the query reads one page, so its order must be one that a cursor can continue.
+        by_id: the order by id was asked for explicitly, or by a cursor. It matters only to an engine
+            whose `default_order` is "none": without it, an empty order there means any order.
+        paged: the query reads one page, so its order must be one that a cursor can continue (see
+            `Reader.first_page`).
         fields: the top-level fields to return, including the key field and `version`; None is the
             whole entity. The filter and the order may use other fields.
     """
@@ -420,7 +421,8 @@ def build_query(
     )
     if cursor is None:
         return query
-    return msgspec.structs.replace(query, after=_decode_cursor(query, cursor))
+    after, by_id = _decode_cursor(query, cursor)
+    return msgspec.structs.replace(query, after=after, by_id=by_id)
 
 
 _FOLDED_OPS: Final = ("contains_ignore_case", "begins_with_ignore_case")
@@ -938,6 +940,7 @@ class _CursorPayload(msgspec.Struct, array_like=True, frozen=True, forbid_unknow
 
     values: list[list[Any]]
     id: str
+    any_order: bool = False
 
 
 _decode_payload: Final = msgspec.json.Decoder(_CursorPayload).decode
@@ -957,12 +960,14 @@ def encode_cursor(query: Query, entity_id: str, entity: Entity) -> str:
     """
     position = position_of(query, entity_id, entity)
     values = [[] if each is MISSING else [each] for each in position.values]
-    payload = _CursorPayload(values, entity_id)
+    any_order = query.paged and not query.order and not query.by_id
+    payload = _CursorPayload(values, entity_id, any_order)
     body = msgspec.json.encode(payload)
     return urlsafe_b64encode(_digest(query, body) + body).decode().rstrip("=")
 
 
-def _decode_cursor(query: Query, cursor: object) -> CursorPosition:
+def _decode_cursor(query: Query, cursor: object) -> tuple[CursorPosition, bool]:
+    """The position, and whether the pages without an order of the query are in the order by id."""
     if not isinstance(cursor, str):
         raise InvalidCursorError(f"a cursor must be a string, not {type(cursor).__name__}")
     try:
@@ -980,9 +985,10 @@ def _decode_cursor(query: Query, cursor: object) -> CursorPosition:
         normalise(payload.id)
     except (ValueError, msgspec.MsgspecError, UnsupportedValueError, RecursionError) as exc:
         raise InvalidCursorError("invalid cursor") from exc
-    if len(values) != len(query.order):
+    if len(values) != len(query.order) or (query.by_id and payload.any_order):
         raise InvalidCursorError("the cursor belongs to a query with another order")
-    return CursorPosition(tuple(values), payload.id)
+    by_id = not query.order and not payload.any_order
+    return CursorPosition(tuple(values), payload.id), by_id
 
 
 def _digest(query: Query, body: bytes) -> bytes:

@@ -141,6 +141,9 @@ class RepositoryInterface(ABC):
     @abstractmethod
     async def _count(self, query: Query) -> int: ...
 
+    @abstractmethod
+    async def _first_page(self, query: Query) -> Query: ...
+
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return batched(self._select(query))
 
@@ -804,6 +807,8 @@ class RepositoryInterface(ABC):
             cursor=cursor,
             paged=True,
         )
+        if cursor is None:
+            query = await self._first_page(query)
         # One entity more than requested is read, to determine whether there is a next page.
         entities = await self._entities(query.with_limit(limit + 1), None, timeout)
         page = [project(each, query.fields) for each in entities[:limit]]

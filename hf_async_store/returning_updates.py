@@ -33,6 +33,8 @@ class Primitives(Protocol):
 
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]: ...
 
+    async def _first_page(self, query: Query) -> Query: ...
+
 
 class ReturningUpdates:
     """Independent updates of different entities.

@@ -289,6 +289,9 @@ class StorageStrategy(RepositoryInterface):
     async def _count(self, query: Query) -> int:
         return await self._usable().count(query)
 
+    async def _first_page(self, query: Query) -> Query:
+        return await self._usable().first_page(query)
+
     async def _retried(
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:

@@ -382,3 +382,7 @@ class Transaction(RepositoryInterface):
     async def _count(self, query: Query) -> int:
         async with self._step() as session:
             return await session.count(query)
+
+    async def _first_page(self, query: Query) -> Query:
+        async with self._step() as session:
+            return await session.first_page(query)

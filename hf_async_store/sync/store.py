@@ -97,6 +97,7 @@ class Snapshot(Blocking):
     """As `driver.Reader`."""
 
     fetch = blocking(driver.Reader.fetch)
+    first_page = blocking(driver.Reader.first_page)
     count = blocking(driver.Reader.count)
     select = streaming(driver.Reader.select)
     select_batches = streaming(driver.Reader.select_batches, read_ahead=1)

@@ -33,10 +33,12 @@ from hf_async_store.testing.planted_records import PlantedRecordContract
 from hf_async_store.testing.queries import QueryContract
 from hf_async_store.testing.read_only_transactions import ReadOnlyTransactionContract
 from hf_async_store.testing.references import ReferenceContract
+from hf_async_store.testing.rollout import RolloutContract
 from hf_async_store.testing.shared_databases import SharedDatabaseContract
 from hf_async_store.testing.streams import StreamContract
 from hf_async_store.testing.transactions import TransactionContract
 from hf_async_store.testing.transformed_entities import TransformContract
+from hf_async_store.testing.type_changes import TypeChangeContract
 from hf_async_store.testing.unique_indexes import UniqueIndexContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
@@ -66,6 +68,8 @@ class StrategyContract(
     StreamContract,
     ReferenceContract,
     ChangedDeclarationContract,
+    TypeChangeContract,
+    RolloutContract,
     PlantedRecordContract,
     DeclarationContract,
     TransformContract,

@@ -35,6 +35,7 @@ from hf_async_store.strategies import open_store
 from hf_async_store.testing.concurrent_workloads import TOTAL, count_up, total, transfer
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from hf_async_store.testing.history_recorder import ActRecorder, TxnRecorder
+from hf_async_store.testing.rollout_programs import apply, program
 
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
@@ -207,6 +208,7 @@ async def _get(store: StorageStrategy, entity_id: str) -> None:
 
 
 ROLES: Final[Mapping[str, Role]] = {
+    "apply": apply,
     "cas-counter": cas_counter,
     "create-race": create_race,
     "unique-race": unique_race,
@@ -214,6 +216,7 @@ ROLES: Final[Mapping[str, Role]] = {
     "fork": fork,
     "increments": increments,
     "operations": operations,
+    "program": program,
     "save-many": save_many,
     "single-keys": single_keys,
     "transactions": transactions,

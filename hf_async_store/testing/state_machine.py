@@ -2,9 +2,9 @@
 
     def test_my_engine_beside_memory(tmp_path_factory):
         @contextmanager
-        def make() -> Iterator[Callable[[], StorageStrategy]]:
+        def make() -> Iterator[Stores]:
             folder = tmp_path_factory.mktemp("data")
-            yield lambda: MyStrategy(folder, collections=HOST_FACTORY)
+            yield lambda collections: MyStrategy(folder, collections=collections)
 
         run_machine(make)
 
@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing
 from datetime import UTC, datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeAlias, TypeVar
 
 from hypothesis import HealthCheck, settings
@@ -54,8 +55,10 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-Stores: TypeAlias = Callable[[], "StorageStrategy"]
-"""Returns a new store of `HOST_FACTORY` on the data of one run, not opened yet, at each call."""
+Collections: TypeAlias = "tuple[Collection, ...]"
+
+Stores: TypeAlias = Callable[[Collections], "StorageStrategy"]
+"""Returns a new store of these collections on the data of one run, not opened yet, at each call."""
 
 MakeStores: TypeAlias = "Callable[[], AbstractContextManager[Stores]]"
 """Creates empty data for one run, and deletes it at the end."""
@@ -154,7 +157,7 @@ _MORE_VERBS: Final[Mapping[str, Callable[..., Coroutine[Any, Any, object]]]] = {
 }
 
 
-async def _result_of(repository: RepositoryInterface, call: Call) -> object:
+async def result_of(repository: RepositoryInterface, call: Call) -> object:
     """The result of a call, or the class of its error; for a failed batch, those of its changes."""
     try:
         if call.verb in _MORE_VERBS:
@@ -166,16 +169,16 @@ async def _result_of(repository: RepositoryInterface, call: Call) -> object:
         return type(exc)
 
 
-async def _run_script(begin: Callable[[], Transaction], script: Script) -> list[object]:
+async def run_script(begin: Callable[[], Transaction], script: Script) -> list[object]:
     """The results of the steps of a transaction, including those of its savepoints, and its end."""
     answers: list[object] = []
     try:
         async with begin() as tx:
             for step in script.steps:
                 if isinstance(step, Script):
-                    answers.append(await _run_script(tx.begin_transaction, step))
+                    answers.append(await run_script(tx.begin_transaction, step))
                 else:
-                    answers.append(await _result_of(tx, step))
+                    answers.append(await result_of(tx, step))
             if script.rolled_back:
                 raise _RolledBackError
     except _RolledBackError:
@@ -295,9 +298,9 @@ def _draw_expected_by_id(draw: st.DrawFn, ids: Iterable[str], *, absent: bool) -
 
 
 @st.composite
-def _writes(draw: st.DrawFn) -> Call:
+def _writes(draw: st.DrawFn, collections: Collections) -> Call:
     """One change of one entity."""
-    collection = pick(draw, HOST_FACTORY)
+    collection = pick(draw, collections)
     name = collection.name
     verb = pick(draw, ("create", "save", "update", "delete", "save", "update"))
     if verb == "create":
@@ -313,9 +316,9 @@ def _writes(draw: st.DrawFn) -> Call:
 
 
 @st.composite
-def _batches(draw: st.DrawFn) -> Call:
+def _batches(draw: st.DrawFn, collections: Collections) -> Call:
     """A batch; ids may repeat."""
-    collection = pick(draw, HOST_FACTORY)
+    collection = pick(draw, collections)
     name = collection.name
     verb = pick(draw, ("create", "save", "update", "delete", "import"))
     if verb in ("update", "delete"):
@@ -340,9 +343,9 @@ def _batches(draw: st.DrawFn) -> Call:
 
 
 @st.composite
-def _modifications(draw: st.DrawFn) -> Call:
+def _modifications(draw: st.DrawFn, collections: Collections) -> Call:
     """`modify_entity` with a change that sets some fields."""
-    collection = pick(draw, HOST_FACTORY)
+    collection = pick(draw, collections)
     fields = _draw_fields(draw, collection, whole=False)
     more = _draw_flag(draw, "returning")
     if chance(draw, 2):
@@ -351,24 +354,24 @@ def _modifications(draw: st.DrawFn) -> Call:
 
 
 @st.composite
-def _conditional_updates(draw: st.DrawFn) -> Call:
-    collection = pick(draw, HOST_FACTORY)
+def _conditional_updates(draw: st.DrawFn, collections: Collections) -> Call:
+    collection = pick(draw, collections)
     fields = _draw_update(draw, collection)
     return Call("conditional_update", (collection.name, _draw_id(draw, collection), fields), {})
 
 
 @st.composite
-def _reads(draw: st.DrawFn) -> Call:
-    collection = pick(draw, HOST_FACTORY)
+def _reads(draw: st.DrawFn, collections: Collections) -> Call:
+    collection = pick(draw, collections)
     if chance(draw, 2):
         return Call("get_entity", (collection.name, _draw_id(draw, collection)), {})
     return Call("get_entities", (collection.name, _draw_ids(draw, collection)), {})
 
 
 @st.composite
-def _queries(draw: st.DrawFn) -> Call:
+def _queries(draw: st.DrawFn, collections: Collections) -> Call:
     """A query; always with an order, because without one the order may differ between engines."""
-    collection = pick(draw, HOST_FACTORY)
+    collection = pick(draw, collections)
     name = collection.name
     places: Places = (*collection.fields, *hypothesis_strategies.UNDECLARED[:3], *_PATHS_IN_EXTRA)
     filters = (
@@ -391,8 +394,8 @@ def _queries(draw: st.DrawFn) -> Call:
 
 
 @st.composite
-def _changes_by_filter(draw: st.DrawFn) -> Call:
-    collection = pick(draw, HOST_FACTORY)
+def _changes_by_filter(draw: st.DrawFn, collections: Collections) -> Call:
+    collection = pick(draw, collections)
     places: Places = (*collection.fields, *_PATHS_IN_EXTRA)
     filters = hypothesis_strategies.draw_filters(draw, places, _operands_at)
     more = {"order_by": collection.key, "limit": draw(_up_to_4)}
@@ -417,41 +420,59 @@ def _operands_at(place: str | Path) -> st.SearchStrategy[Any]:
     return _id_operands if place.endswith("_id") else _operands
 
 
-_WRITES: Final = _writes()
-_BATCHES: Final = _batches()
-_READS: Final = _reads()
-_QUERIES: Final = _queries()
-_MODIFICATIONS: Final = _modifications()
-_CHANGES_BY_FILTER: Final = _changes_by_filter()
-_IN_TRANSACTION: Final[Sequence[st.SearchStrategy[Call]]] = (
-    *(_WRITES, _WRITES, _WRITES, _BATCHES),
-    *(_READS, _QUERIES, _MODIFICATIONS, _conditional_updates(), _CHANGES_BY_FILTER),
-)
-
-
 @st.composite
-def _scripts(draw: st.DrawFn) -> Script:
+def _scripts(draw: st.DrawFn, collections: Collections) -> Script:
     """A transaction with nested savepoints."""
-    return _draw_script(draw, 0)
+    return _draw_script(draw, calls_on(collections).in_transaction, 0)
 
 
-def _draw_script(draw: st.DrawFn, depth: int) -> Script:
+def _draw_script(draw: st.DrawFn, calls: Sequence[st.SearchStrategy[Call]], depth: int) -> Script:
     steps: list[Call | Script] = []
     for _ in range(draw(_up_to_4)):
         if depth < 2 and chance(draw, 4):
-            steps.append(_draw_script(draw, depth + 1))
+            steps.append(_draw_script(draw, calls, depth + 1))
         else:
-            steps.append(draw(pick(draw, _IN_TRANSACTION)))
+            steps.append(draw(pick(draw, calls)))
     return Script(steps, chance(draw, 4))
 
 
-def _supported_steps(script: Script, capabilities: Capabilities) -> Script:
+class Calls(NamedTuple):
+    """Hypothesis strategies of the calls on some collections."""
+
+    writes: st.SearchStrategy[Call]
+    batches: st.SearchStrategy[Call]
+    reads: st.SearchStrategy[Call]
+    queries: st.SearchStrategy[Call]
+    modifications: st.SearchStrategy[Call]
+    changes_by_filter: st.SearchStrategy[Call]
+    conditional_updates: st.SearchStrategy[Call]
+    scripts: st.SearchStrategy[Script]
+
+    @property
+    def in_transaction(self) -> Sequence[st.SearchStrategy[Call]]:
+        return (
+            *(self.writes, self.writes, self.writes, self.batches, self.reads, self.queries),
+            *(self.modifications, self.conditional_updates, self.changes_by_filter),
+        )
+
+
+@cache
+def calls_on(collections: Collections) -> Calls:
+    """The strategies of the calls on at most 20 collections."""
+    return Calls(
+        *(_writes(collections), _batches(collections), _reads(collections)),
+        *(_queries(collections), _modifications(collections), _changes_by_filter(collections)),
+        *(_conditional_updates(collections), _scripts(collections)),
+    )
+
+
+def supported_steps(script: Script, capabilities: Capabilities) -> Script:
     """The steps of a script for which the engine declares the same behaviour as the memory engine."""
     steps: list[Call | Script] = []
     for step in script.steps:
         if isinstance(step, Script):
             if capabilities.savepoints:
-                steps.append(_supported_steps(step, capabilities))
+                steps.append(supported_steps(step, capabilities))
         elif step.changes_what_a_query_finds:
             if capabilities.queries_in_transaction == "serializable":
                 steps.append(step)
@@ -459,6 +480,8 @@ def _supported_steps(script: Script, capabilities: Capabilities) -> Script:
             steps.append(step)
     return Script(steps, script.rolled_back)
 
+
+_CALLS: Final = calls_on(HOST_FACTORY)
 
 # -- the machine ----------------------------------------------------------------------------
 
@@ -480,7 +503,7 @@ class EngineMachine(RuleBasedStateMachine):
         with self._stack as stack:
             self._runner = stack.enter_context(asyncio.Runner(loop_factory=asyncio.new_event_loop))
             self._stores = stack.enter_context(type(self).make_stores())
-            self._engine = self._stores()
+            self._engine = self._stores(HOST_FACTORY)
             self._capabilities = self._engine.capabilities
             self._memory = MemoryStorageStrategy(
                 {
@@ -515,33 +538,33 @@ class EngineMachine(RuleBasedStateMachine):
             entities = [{collection.key: each, **parents} for each in IDS[collection.name][:2]]
             self._compare_call(Call("create_entities", (collection.name, entities), {}))
 
-    @rule(call=_WRITES)
+    @rule(call=_CALLS.writes)
     def write(self, call: Call) -> None:
         self._compare_call(call)
 
-    @rule(call=_BATCHES)
+    @rule(call=_CALLS.batches)
     def write_many(self, call: Call) -> None:
         self._compare_call(call)
 
-    @rule(call=_READS)
+    @rule(call=_CALLS.reads)
     def read(self, call: Call) -> None:
         self._compare_call(call)
 
-    @rule(call=_QUERIES)
+    @rule(call=_CALLS.queries)
     def query(self, call: Call) -> None:
         self._compare_call(call)
 
-    @rule(script=_scripts())
+    @rule(script=_CALLS.scripts)
     def transaction(self, script: Script) -> None:
-        fitting = _supported_steps(script, self._capabilities)
-        self._compare(fitting, lambda store: _run_script(store.begin_transaction, fitting))
+        fitting = supported_steps(script, self._capabilities)
+        self._compare(fitting, lambda store: run_script(store.begin_transaction, fitting))
 
-    @rule(call=_MODIFICATIONS)
+    @rule(call=_CALLS.modifications)
     def modify(self, call: Call) -> None:
         self._compare_call(call)
 
     @precondition(lambda self: self._capabilities.query_isolation == "snapshot")
-    @rule(call=_CHANGES_BY_FILTER)
+    @rule(call=_CALLS.changes_by_filter)
     def change_by_filter(self, call: Call) -> None:
         self._compare_call(call)
 
@@ -550,7 +573,7 @@ class EngineMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         """Acknowledged changes are found by the next store that is opened on the data."""
         self._runner.run(self._engine.close())
-        self._engine = self._stores()
+        self._engine = self._stores(HOST_FACTORY)
         self._runner.run(self._engine.open())
         self._compare_contents()
 
@@ -563,7 +586,7 @@ class EngineMachine(RuleBasedStateMachine):
     # -- comparing ---------------------------------------------------------------------------
 
     def _compare_call(self, call: Call) -> None:
-        self._compare(call, lambda store: _result_of(store, call), may_be_stale=call.is_query)
+        self._compare(call, lambda store: result_of(store, call), may_be_stale=call.is_query)
 
     def _compare(
         self,

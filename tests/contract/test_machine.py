@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hf_async_store import HOST_FACTORY, open_store
+from hf_async_store import open_store
+from hf_async_store.testing.declaration_machine import run_declaration_machine
 from hf_async_store.testing.state_machine import Stores, run_machine
 from tests.contract.harnesses import execute
 
@@ -26,7 +27,7 @@ def json_at(name: str) -> Callable[[], AbstractContextManager[Stores]]:
     def make() -> Iterator[Stores]:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "data" / name
-            yield lambda: open_store(f"json:{path}", collections=HOST_FACTORY)
+            yield lambda collections: open_store(f"json:{path}", collections=collections)
 
     return make
 
@@ -34,7 +35,7 @@ def json_at(name: str) -> Callable[[], AbstractContextManager[Stores]]:
 @contextmanager
 def memory() -> Iterator[Stores]:
     """The memory engine compared with itself: the state machine must find no difference."""
-    yield lambda: open_store("memory:", collections=HOST_FACTORY)
+    yield lambda collections: open_store("memory:", collections=collections)
 
 
 def postgresql(server: PostgresServer, collation: str) -> Callable[[], Any]:
@@ -44,7 +45,7 @@ def postgresql(server: PostgresServer, collation: str) -> Callable[[], Any]:
     @contextmanager
     def make() -> Iterator[Stores]:
         execute(url, "DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-        yield lambda: open_store(url, collections=HOST_FACTORY)
+        yield lambda collections: open_store(url, collections=collections)
 
     return make
 
@@ -52,7 +53,7 @@ def postgresql(server: PostgresServer, collation: str) -> Callable[[], Any]:
 @contextmanager
 def sqlite() -> Iterator[Stores]:
     with TemporaryDirectory() as folder:
-        yield lambda: open_store(f"sqlite:{folder}/store.db", collections=HOST_FACTORY)
+        yield lambda collections: open_store(f"sqlite:{folder}/store.db", collections=collections)
 
 
 ENGINES = {
@@ -70,7 +71,7 @@ def dynamodb_at(server: DynamoDBServer) -> Callable[[], AbstractContextManager[S
     @contextmanager
     def make() -> Iterator[Stores]:
         url = f"dynamodb://us-east-1/m{secrets.token_hex(6)}?endpoint_url={server.endpoint_url}"
-        yield lambda: open_store(url, collections=HOST_FACTORY)
+        yield lambda collections: open_store(url, collections=collections)
 
     return make
 
@@ -107,3 +108,39 @@ def test_machine_on_postgresql_long(postgres_server: PostgresServer, collation: 
 @pytest.mark.timeout(3600)
 def test_machine_on_dynamodb_long(dynamodb_server: DynamoDBServer) -> None:
     run_machine(dynamodb_at(dynamodb_server), long=True)
+
+
+# -- declarations that change ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", [each for each in ENGINES if each != "memory"])
+def test_declaration_machine(engine: str) -> None:
+    run_declaration_machine(ENGINES[engine], shared_references=engine == "sqlite")
+
+
+def test_declaration_machine_on_postgresql(postgres_server: PostgresServer) -> None:
+    run_declaration_machine(postgresql(postgres_server, "C"), shared_references=True)
+
+
+def test_declaration_machine_on_dynamodb(dynamodb_server: DynamoDBServer) -> None:
+    run_declaration_machine(dynamodb_at(dynamodb_server))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("engine", [each for each in ENGINES if each != "memory"])
+def test_declaration_machine_long(engine: str) -> None:
+    run_declaration_machine(ENGINES[engine], long=True, shared_references=engine == "sqlite")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_declaration_machine_on_postgresql_long(postgres_server: PostgresServer) -> None:
+    make = postgresql(postgres_server, "C")
+    run_declaration_machine(make, long=True, shared_references=True)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_declaration_machine_on_dynamodb_long(dynamodb_server: DynamoDBServer) -> None:
+    run_declaration_machine(dynamodb_at(dynamodb_server), long=True)

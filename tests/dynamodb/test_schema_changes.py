@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from hf_async_store import Collection, Field, Index, SchemaMismatchError, gt, path
+from hf_async_store import (
+    Collection,
+    Field,
+    Index,
+    InvalidCursorError,
+    SchemaMismatchError,
+    UnavailableError,
+    gt,
+    path,
+)
 from hf_async_store.driver import SchemaChange
-from hf_async_store.strategies.dynamodb import schema_changes
+from hf_async_store.strategies.dynamodb import schema_changes, tables
 from tests.dynamodb.proxy import Answer, Changed
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -345,3 +354,134 @@ async def _write_without_size(store: DynamoDBStorageStrategy, verb: str) -> None
         await store.import_entities("jobs", [entity])
     else:
         await store.modify_entity("jobs", "j001", lambda each: {**each, "size": None})
+
+
+# -- indexes made by others -----------------------------------------------------------------
+
+
+async def _make_by_hand(store: DynamoDBStorageStrategy) -> None:
+    """Make the declared index of a store as an administrator does."""
+    made = store._dynamodb.tables
+    [index] = [each for each in made.schema["jobs"].indexes if each.name == "size-index"]
+    update = {
+        "TableName": made.name("jobs"),
+        "AttributeDefinitions": made._attributes("jobs", (index,)),
+        "GlobalSecondaryIndexUpdates": [{"Create": made._index("jobs", index)}],
+    }
+    await store._dynamodb.client.call("UpdateTable", update)
+    await made.wait_until_active("jobs")
+
+
+SIZES: Final = [Collection("jobs", key="job_id", fields=FIELDS, indexes=["owner", "size"])]
+
+
+@pytest.mark.parametrize("count", [0, 12])
+async def test_an_index_that_somebody_made_is_used_when_it_was_completed(
+    proxy: Proxy, count: int
+) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix, BEFORE) as old:
+        await old.save_entities("jobs", [job(each) for each in range(count)])
+        await old.count_entities("jobs")
+        if not count:
+            await old.create_tables()
+            await old.count_entities("jobs")
+        async with store_at(proxy.url, prefix, SIZES) as new:
+            await _make_by_hand(new)
+        async with store_at(proxy.url, prefix, SIZES) as new:
+            await old.save_entity("jobs", job(100))
+            for _ in range(2):
+                found = await new.query_entities("jobs", {"size": gt(3)}, "-size", 1)
+                assert [each["size"] for each in found] == [100]
+                assert (await new.explain_query("jobs", {"size": gt(3)})).access == "scan"
+                assert [each.name for each in await _changes(new)][:1] == ["size-index"]
+                assert "do not use the index size-index" in str((await new.health())["problems"])
+                await new.apply_schema()
+    async with store_at(proxy.url, prefix, SIZES) as new:
+        await new.apply_schema(complete=True)
+        assert (await new.explain_query("jobs", {"size": gt(3)})).index == "size-index"
+        assert await new.count_entities("jobs", {"size": gt(3)}) == max(count - 4, 0) + 1
+        assert await _changes(new) == []
+
+
+async def test_a_table_made_by_others_with_its_indexes_is_complete(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix, AFTER) as store:
+        await store._dynamodb.client.call("CreateTable", store._dynamodb.tables.request("jobs"))
+        await store.save_entities("jobs", [job(each) for each in range(5)])
+    async with store_at(proxy.url, prefix, AFTER) as store:
+        assert await _used(store) == NEW
+        assert await _changes(store) == []
+
+
+async def test_an_index_that_somebody_deleted_and_made_again(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix, SIZES) as store:
+        await store.save_entities("jobs", [job(each) for each in range(5)])
+        drop = [{"Delete": {"IndexName": "size-index"}}]
+        params = {"TableName": f"{prefix}_jobs", "GlobalSecondaryIndexUpdates": drop}
+        await store._dynamodb.client.call("UpdateTable", params)
+    async with store_at(proxy.url, prefix, BEFORE) as old:
+        await old.save_entity("jobs", job(100))
+    async with store_at(proxy.url, prefix, SIZES) as store:
+        await _make_by_hand(store)
+    async with store_at(proxy.url, prefix, SIZES) as store:
+        found = await store.query_entities("jobs", {"size": gt(3)}, "-size", 1)
+        assert [each["size"] for each in found] == [100]
+        await store.apply_schema(complete=True)
+        assert (await store.explain_query("jobs", {"size": gt(3)})).index == "size-index"
+
+
+async def test_an_index_that_is_not_active_in_time(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_INDEX_SECONDS", 0.2)
+    prefix = new_prefix()
+    await _filled(proxy, prefix, 3)
+
+    def described(response: dict[str, Any]) -> dict[str, Any]:
+        for each in response["Table"].get("GlobalSecondaryIndexes", ()):
+            if each["IndexName"] == "size-index":
+                each["IndexStatus"] = "CREATING"
+        return response
+
+    proxy.rule = lambda request: (
+        Changed(described) if request.operation == "DescribeTable" else None
+    )
+    async with store_at(proxy.url, prefix, SIZES) as store:
+        with pytest.raises(UnavailableError, match=r"not active after 0\.2 s"):
+            await store.apply_schema()
+
+
+# -- pages without an order -----------------------------------------------------------------
+
+
+async def _rest(store: DynamoDBStorageStrategy, filters: Any, cursor: str | None) -> list[str]:
+    found: list[str] = []
+    while cursor is not None:
+        page = await store.query_page("jobs", filters, limit=3, cursor=cursor)
+        found += [str(each["job_id"]) for each in page.items]
+        cursor = page.cursor
+    return found
+
+
+async def test_pages_without_an_order_go_on_when_their_index_can_be_used(proxy: Proxy) -> None:
+    prefix, filters = new_prefix(), {"size": gt(3)}
+    await _filled(proxy, prefix, 30)
+    wanted = [f"j{each:03}" for each in range(4, 30)]
+    async with store_at(proxy.url, prefix, AFTER) as store:
+        first = await store.query_page("jobs", filters, limit=3)
+        with pytest.raises(InvalidCursorError):
+            async with store.begin_transaction() as tx:
+                await tx.query_page("jobs", filters, limit=3, cursor=first.cursor)
+        with pytest.raises(InvalidCursorError):
+            await store.query_page("jobs", filters, "job_id", limit=3, cursor=first.cursor)
+        await store.apply_schema(complete=True)
+        rest = await _rest(store, filters, first.cursor)
+        assert sorted([*(str(each["job_id"]) for each in first.items), *rest]) == wanted
+        second = await store.query_page("jobs", filters, limit=3)
+        assert [each["job_id"] for each in second.items] == wanted[:3]
+    async with store_at(proxy.url, prefix, BEFORE) as store:
+        rest = await _rest(store, {path("size"): gt(3)}, second.cursor)
+        assert rest == wanted[3:], "the index is not declared here"
+        assert await store.delete_where("jobs", {path("size"): gt(3)}) == 26

@@ -47,6 +47,7 @@ NEW: Final = [
     )
 ]
 COUNT: Final = 600  # more than two batches
+_PAUSE: Final = 0.002  # of a writer, whose writes are to be many and not the load of the machine
 
 
 def job(number: int, **more: object) -> dict[str, object]:
@@ -69,8 +70,10 @@ async def assert_complete(
     connection = await asyncpg.connect(url)
     try:
         columns = ", ".join(f'"{each}-key"' for each in fields)
+        # Of a very large table, a part is enough.
+        part = 'WHERE random() < 100000.0 / (SELECT 1 + count(*) FROM "jobs-entities")'
         for doc, *keys in await connection.fetch(
-            f'SELECT doc::text, {columns} FROM "jobs-entities"'
+            f'SELECT doc::text, {columns} FROM "jobs-entities" {part}'
         ):
             entity = json.loads(doc)
             assert [sort_bytes(entity.get(each, MISSING)) for each in fields] == keys, doc
@@ -331,9 +334,19 @@ async def test_several_processes_apply_at_once(database: str) -> None:
     await assert_complete(database)
 
 
-async def test_an_index_is_built_while_writers_go_on(database: str) -> None:
-    count = 10_000
-    await filled(database, count)
+@pytest.mark.parametrize(
+    "count",
+    [
+        10_000,
+        pytest.param(1_000_000, marks=[pytest.mark.long, pytest.mark.timeout(1800)]),
+    ],
+)
+async def test_an_index_is_built_while_writers_go_on(database: str, count: int) -> None:
+    """The longest wait of a write is printed; on a machine that does nothing else it is below 0.2 s."""
+    async with open_store(database, collections=OLD) as store:
+        for start in range(0, count, 5_000):
+            jobs = [job(each, version=1) for each in range(start, start + 5_000)]
+            await store.import_entities("jobs", jobs)
     waits: list[float] = []
     written: dict[str, object] = {}
     ended = asyncio.Event()
@@ -341,17 +354,17 @@ async def test_an_index_is_built_while_writers_go_on(database: str) -> None:
     async def write(store: Any, lane: int) -> None:
         number = lane
         while not ended.is_set():
-            number = (number + 7) % count
+            number = (number + 4 * secrets.randbelow(1000)) % count
             entity = job(number, size=secrets.randbelow(1000))
             begun = time.monotonic()
-            if number % 2:
+            if number % 3:
                 await store.save_entity("jobs", entity)
             else:
                 change = {"size": entity["size"]}
                 await store.update_entity("jobs", entity["job_id"], change)
             waits.append(time.monotonic() - begun)
             written[str(entity["job_id"])] = entity["size"]
-            number += 0 if number % 7 == lane else (lane - number % 7)
+            await asyncio.sleep(_PAUSE)
 
     async with (
         open_store(database, collections=OLD) as old,
@@ -360,13 +373,21 @@ async def test_an_index_is_built_while_writers_go_on(database: str) -> None:
     ):
         tasks = [asyncio.create_task(write(old if n % 2 else new, n)) for n in range(4)]
         await asyncio.sleep(0.2)
+        begun = time.monotonic()
         await applier.engine.apply_schema()
+        seconds = time.monotonic() - begun
         await asyncio.sleep(0.2)
         ended.set()
         await asyncio.gather(*tasks)
-        assert max(waits) < 3, max(waits)  # alone, it is below 0.2
+        longest = max(waits)
+        print(  # the figure is the purpose of the long run
+            f"{count:,} rows: applied in {seconds:.1f} s beside {len(waits):,} writes, of which the "
+            f"longest took {longest * 1000:.0f} ms"
+        )
+        assert longest < 3, longest
         stored = await new.get_entities("jobs", list(written))
         assert {each["job_id"]: each["size"] for each in stored if each} == written
+        assert len(stored) == len(written)
     await assert_complete(database)
 
 

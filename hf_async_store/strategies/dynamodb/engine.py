@@ -89,6 +89,10 @@ class DynamoDBEngine(Engine):
                 async for record in records:
                     yield record
 
+    async def first_page(self, query: Query) -> Query:
+        with public_errors():
+            return await self.reading.first_page(query)
+
     async def count(self, query: Query) -> int:
         with public_errors():
             return await self.reading.count(query)

@@ -1,7 +1,7 @@
 """What a table remembers of its indexes, in an item that is not an entity.
 
-An index that is made after its table lacks entities: those that were written before it was declared, and
-those of programs that do not know it. Queries use it once it is complete.
+An index that is made after entities were written lacks those, and the ones of programs that do not know
+it, whoever made it. Queries use it once the table remembers that it is complete.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class IndexState(msgspec.Struct, frozen=True):
     """What a table remembers.
 
     Attributes:
-        incomplete: the names of the incomplete indexes.
+        complete: the names of the complete indexes.
         interrupted: the interrupted pass, if any.
         unique: the fields of the unique indexes: every program maintains their markers.
         unmarked: those of them whose values may lack a marker, because entities were there before.
     """
 
-    incomplete: frozenset[str] = frozenset()
+    complete: frozenset[str] = frozenset()
     interrupted: Pass | None = None
     unique: tuple[Fields, ...] = ()
     unmarked: frozenset[Fields] = frozenset()
@@ -87,13 +87,13 @@ class IndexState(msgspec.Struct, frozen=True):
             unmarked=self.unmarked - gone,
         )
 
-    def with_incomplete(self, name: str) -> IndexState:
-        """The state before an index is made; a pass that began before cannot complete it."""
-        return msgspec.structs.replace(self, incomplete=self.incomplete | {name}, interrupted=None)
+    def without(self, names: AbstractSet[str]) -> IndexState:
+        """The state before these indexes are made; a pass that began before cannot complete them."""
+        return msgspec.structs.replace(self, complete=self.complete - names, interrupted=None)
 
     def with_complete(self, names: AbstractSet[str]) -> IndexState:
         """The state after a pass that these indexes preceded."""
-        return msgspec.structs.replace(self, incomplete=self.incomplete - names, interrupted=None)
+        return msgspec.structs.replace(self, complete=self.complete | names, interrupted=None)
 
     def with_pass(self, interrupted: Pass | None) -> IndexState:
         return msgspec.structs.replace(self, interrupted=interrupted)
@@ -103,14 +103,12 @@ def attributes_of(state: IndexState) -> Attributes:
     return {CONTENT: {"S": msgspec.json.encode(state, order="deterministic").decode()}}
 
 
-def state_of(item: Attributes | None) -> IndexState:
-    """The state in an item; that of a table whose indexes were made with it, if there is none.
+def state_of(item: Attributes) -> IndexState:
+    """The state in an item.
 
     Raises:
         CorruptionError: the item was not written by this package.
     """
-    if item is None:
-        return IndexState()
     try:
         return msgspec.json.decode(item[CONTENT]["S"], type=IndexState)
     except (KeyError, msgspec.MsgspecError) as exc:

@@ -248,7 +248,7 @@ class _IndexPlanner:
             for each, value in zip(query.order, values, strict=True)
             if each.path not in self._equal
         ]
-        if (query.order or query.by_id or query.paged) and key not in [e.path for e in query.order]:
+        if (query.order or query.by_id) and key not in [e.path for e in query.order]:
             descending = bool(query.order) and query.order[-1].descending
             last_id = None if query.after is None else query.after.id
             pairs.append((Order(key, descending), last_id))

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
+import msgspec
+
 from hf_async_store.changes import Record
 from hf_async_store.driver import QueryPlan
 from hf_async_store.errors import InvalidQueryError, UnavailableError
@@ -204,6 +206,8 @@ class Reading:
         active = await self._tables.find(query.collection)
         if active is None:
             return None
+        if query.paged and not query.order and not query.by_id:
+            active = frozenset()  # the first page was in the order of the table
         access = plan_access(query, self._tables.mappings[query.collection], active)
         if access.is_scan and not self._client.config.allow_scan:
             raise InvalidQueryError(
@@ -211,6 +215,14 @@ class Reading:
                 "off; declare an index for a field that the query compares"
             )
         return access
+
+    async def first_page(self, query: Query) -> Query:
+        """As `Engine.first_page`: without an order, the pages of a scan are in the order of the table."""
+        if query.order:
+            return query
+        by_id = msgspec.structs.replace(query, by_id=True)
+        access = await self.access(by_id)
+        return by_id if query.by_id or access is None or not access.is_scan else query
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         """As `Engine.select`."""
@@ -396,7 +408,7 @@ class _Rows:
         query = self._query
         if self._access.is_ordered:
             source = self._by_index_order()
-        elif query.order or query.by_id or (query.paged and not self._access.is_scan):
+        elif query.order or query.by_id:
             source = self._sorted()
         else:
             source = self._unsorted()

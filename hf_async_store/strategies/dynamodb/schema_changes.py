@@ -18,7 +18,7 @@ from hf_async_store.schema import UNIQUE_COLLECTION
 from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.index_keys import keys_of_table
-from hf_async_store.strategies.dynamodb.index_state import Pass
+from hf_async_store.strategies.dynamodb.index_state import IndexState, Pass
 from hf_async_store.strategies.dynamodb.items import DECLARATION_DIGEST, ItemMapping
 from hf_async_store.strategies.dynamodb.partitions import PARALLEL, counted, gather
 from hf_async_store.strategies.dynamodb.tables import (
@@ -73,15 +73,15 @@ class SchemaApplication:
                 key = self._tables.schema[collection].key
                 found.append(SchemaChange("key", collection, key, str(exc)))
             else:
-                incomplete = (await self._tables.state(collection)).incomplete
-                indexes = list(self._index_changes(collection, table, incomplete))
+                complete = (await self._tables.index_state(collection, table)).complete
+                indexes = list(self._index_changes(collection, table, complete))
                 found += indexes
                 # Otherwise nothing depends on it which declaration an item was written with.
                 found += await self._item_changes(collection, table) if indexes else ()
         return found
 
     def _index_changes(
-        self, collection: str, table: Mapping[str, Any], incomplete: frozenset[str]
+        self, collection: str, table: Mapping[str, Any], complete: frozenset[str]
     ) -> Iterator[SchemaChange]:
         tables, name = self._tables, self._tables.name(collection)
         missing = tables.missing(collection, table)
@@ -94,7 +94,7 @@ class SchemaApplication:
                 detail = mismatch_message(name, index, tables.mismatch(collection, index, table))
             elif index.name not in active_indexes(table):
                 detail = f"{name}: the index {index.name} is being created"
-            elif index.name in incomplete:
+            elif index.name not in complete:
                 detail = incomplete_message(name, index)
             else:
                 continue
@@ -175,7 +175,7 @@ class SchemaApplication:
         table = await tables.wait_until_active(collection)
         state = await tables.state(collection)
         begun = Pass(mapping.digest["S"], complete, "")
-        if state.interrupted is not None and state.interrupted.covers(begun):
+        if state is not None and state.interrupted is not None and state.interrupted.covers(begun):
             begun = state.interrupted
         change = _item_change(collection, "entities that were")
         params = self._outdated(collection, mapping)
@@ -206,7 +206,7 @@ class SchemaApplication:
         return found
 
     async def _unenforced(self, collection: str) -> list[Index]:
-        state = await self._tables.state(collection)
+        state = await self._tables.state(collection) or IndexState()
         declared = self._tables.schema[collection].indexes
         return [each for each in declared if each.unique and not state.is_enforced(each.fields)]
 

@@ -149,12 +149,12 @@ class Tables:
         if collection in _SYSTEM:
             self._unique[collection] = ()
             return
-        state = await self.state(collection)
+        state = await self.state(collection) or IndexState()
         declared = unique_fields(self.schema[collection])
         new = [each for each in declared if each not in state.unique]
         if new and await self.is_empty(collection):
             await self.change_state(collection, lambda old: old.with_unique(new, marked=True))
-            state = await self.state(collection)
+            state = await self.state(collection) or IndexState()
         self._unique[collection] = state.unique
 
     async def is_empty(self, collection: str) -> bool:
@@ -225,16 +225,16 @@ class Tables:
             # A minimal policy does not allow DescribeTable: assume that the table is as declared.
             if not create and not await self._table_exists(collection):
                 return None
+            names = frozenset(each.name for each in self.schema[collection].indexes)
             with suppress(TableMissing):
-                incomplete = (await self.state(collection)).incomplete
-                return frozenset(e.name for e in self.schema[collection].indexes) - incomplete
-            return frozenset(each.name for each in self.schema[collection].indexes)
+                names &= (await self._first_state(collection, names)).complete
+            return names
         self.check_key(collection, table)
         return await self._adopt(collection, table)
 
     async def _adopt(self, collection: str, table: Mapping[str, Any]) -> frozenset[str]:
         """From now on maintain the indexes of the table; return those that queries can use."""
-        state = await self.state(collection) if _indexes(table) else IndexState()
+        state = await self.index_state(collection, table)
         mapping = ItemMapping(self.schema[collection], keys_of_table(table))
         if mapping.digest != self.mappings[collection].digest:
             self.mappings[collection] = mapping
@@ -319,14 +319,54 @@ class Tables:
         self, collection: str, table: Mapping[str, Any], state: IndexState
     ) -> frozenset[str]:
         """The declared indexes that are active and complete, and match their declaration."""
-        active = active_indexes(table) - state.incomplete
+        usable = active_indexes(table) & state.complete
         return frozenset(
             each.name
             for each in self.schema[collection].indexes
-            if each.name in active and not self.mismatch(collection, each, table)
+            if each.name in usable and not self.mismatch(collection, each, table)
         )
 
     # -- indexes made later ------------------------------------------------------------------
+
+    async def index_state(self, collection: str, table: Mapping[str, Any]) -> IndexState:
+        """What the table remembers of its indexes; one that was deleted meanwhile, it no longer does.
+
+        Args:
+            table: its description, which was read before.
+        """
+        names = frozenset(each["IndexName"] for each in _indexes(table))
+        state = await self._first_state(collection, names)
+        deleted = state.complete - names
+        if deleted:
+            with suppress(ActionDenied):
+                await self.change_state(collection, lambda old: old.without(deleted))
+        return state
+
+    async def _first_state(self, collection: str, names: frozenset[str]) -> IndexState:
+        """What the table remembers. If that is nothing, its indexes are complete if it is empty.
+
+        Every program looks before it writes. So an index that is made later, also by hand, is known to
+        be incomplete.
+        """
+        state = await self.state(collection)
+        if state is None and await self._seems_empty(collection):
+            with suppress(ActionDenied, ConditionFailed):
+                await self._put_state(collection, None, IndexState(names))
+                return IndexState(names)
+            state = await self.state(collection) or IndexState(names)
+        return state or IndexState()
+
+    async def _seems_empty(self, collection: str) -> bool:
+        """As `is_empty`; assumed if the policy does not allow a scan."""
+        try:
+            return await self.is_empty(collection)
+        except ActionDenied:
+            return True
+
+    async def state(self, collection: str) -> IndexState | None:
+        """What the table remembers of its indexes; None if no program has looked at it before."""
+        item = await self._state_item(collection)
+        return None if item is None else state_of(item)
 
     async def _state_item(self, collection: str) -> Attributes | None:
         params = {
@@ -335,10 +375,6 @@ class Tables:
             "ConsistentRead": True,
         }
         return (await self._client.read("GetItem", params)).get("Item")
-
-    async def state(self, collection: str) -> IndexState:
-        """What the table remembers of its indexes."""
-        return state_of(await self._state_item(collection))
 
     async def change_state(
         self, collection: str, change: Callable[[IndexState], IndexState]
@@ -351,26 +387,37 @@ class Tables:
         retries = self._client.retries()
         while True:
             item = await self._state_item(collection)
-            old = state_of(item)
+            old = IndexState() if item is None else state_of(item)
             new = change(old)
             if new == old:
                 return
-            request: dict[str, Any] = {
-                "TableName": self.name(collection),
-                "Item": {**self._state_key(collection), **attributes_of(new)},
-                "ConditionExpression": "attribute_not_exists(#c)",
-                "ExpressionAttributeNames": {"#c": CONTENT},
-            }
-            if item is not None:
-                request["ConditionExpression"] = "#c = :old"
-                request["ExpressionAttributeValues"] = {":old": item[CONTENT]}
             with suppress(ConditionFailed):
-                await self._client.read("PutItem", request)
+                await self._put_state(collection, item, new)
                 return
             if not await retries.pause():
                 raise UnavailableError(
                     f"other programs change the indexes of {self.name(collection)} at the same time"
                 )
+
+    async def _put_state(self, collection: str, old: Attributes | None, new: IndexState) -> None:
+        """Replace what the table remembers.
+
+        Args:
+            old: the item that contains it.
+
+        Raises:
+            ConditionFailed: it has changed.
+        """
+        request: dict[str, Any] = {
+            "TableName": self.name(collection),
+            "Item": {**self._state_key(collection), **attributes_of(new)},
+            "ConditionExpression": "attribute_not_exists(#c)",
+            "ExpressionAttributeNames": {"#c": CONTENT},
+        }
+        if old is not None:
+            request["ConditionExpression"] = "#c = :old"
+            request["ExpressionAttributeValues"] = {":old": old[CONTENT]}
+        await self._client.read("PutItem", request)
 
     def _state_key(self, collection: str) -> Attributes:
         return {self.schema[collection].key: {"S": STATE_ID}}
@@ -463,7 +510,8 @@ class Tables:
         Args:
             seen: called with each description of the table.
         """
-        retries = self._client.retries(_WAIT_SECONDS if seen is _ignore else _INDEX_SECONDS)
+        seconds = _WAIT_SECONDS if seen is _ignore else _INDEX_SECONDS
+        retries = self._client.retries(seconds)
         while True:
             table = await self.described(collection)
             if table is not None:
@@ -472,7 +520,7 @@ class Tables:
                 return table
             if not await retries.pause():
                 raise UnavailableError(
-                    f"the table {self.name(collection)} was not active after {_WAIT_SECONDS:g} s. Check "
+                    f"the table {self.name(collection)} was not active after {seconds:g} s. Check "
                     "its status (`aws dynamodb describe-table`), and try again when it is ACTIVE"
                 )
 
@@ -535,11 +583,11 @@ class Tables:
             )
             if mismatch:
                 problems.append(mismatch_message(name, each, mismatch))
-        incomplete = (await self.state(collection)).incomplete if _indexes(table) else frozenset()
+        complete = (await self.index_state(collection, table)).complete
         problems += [
             incomplete_message(name, each)
             for each in self.schema[collection].indexes
-            if each.name in incomplete
+            if each.name in active_indexes(table) - complete
         ]
         if table["TableStatus"] != "ACTIVE":
             problems.append(f"{name} is {table['TableStatus']}")
@@ -659,7 +707,7 @@ class Tables:
         incomplete: it lacks entities of programs that do not know it, and those written before it
         was declared.
         """
-        await self.change_state(collection, lambda state: state.with_incomplete(index.name))
+        await self.change_state(collection, lambda state: state.without({index.name}))
         retries = self._client.retries()
         params = {
             "TableName": self.name(collection),

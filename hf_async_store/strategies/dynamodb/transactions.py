@@ -19,6 +19,7 @@ from hf_async_store.driver import Session, run_to_completion
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     CorruptionError,
+    InvalidCursorError,
     StorageError,
     TransactionTooLargeError,
     UnavailableError,
@@ -92,10 +93,9 @@ class DynamoDBSession(Session):
         """As `Reader.select`: the rows of the store, merged with the writes of this transaction."""
         if query.limit == 0:
             return
-        # Pages without an order are sorted by id, so that the rows written here can be merged.
-        query = msgspec.structs.replace(
-            query, by_id=query.by_id or (query.paged and not query.order)
-        )
+        if query.paged and not query.order and not query.by_id:
+            # Only pages by id, as those of `first_page`, can be merged with the rows written here.
+            raise InvalidCursorError("the cursor of a query without an order, outside transactions")
         own_records = self._own_matches(query)
         written = {each.key for each in own_records} | self._written(query.collection)
         limit = None if query.limit is None else query.limit + len(written)
