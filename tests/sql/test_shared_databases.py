@@ -202,6 +202,8 @@ OCCUPANTS: Final = [
     ("jobs", "CREATE TABLE jobs (x int)"),
     ("jobs", "CREATE VIEW jobs AS SELECT 1 AS x"),
     ("jobs-entities", 'CREATE TABLE "jobs-entities" (x int)'),
+    ("hf_catalogue", "CREATE TABLE hf_catalogue (x int)"),
+    ("hf_catalogue", "CREATE VIEW hf_catalogue AS SELECT 1 AS x"),
     ("jobs-owner-index", 'CREATE TABLE o (x int); CREATE INDEX "jobs-owner-index" ON o (x)'),
 ]
 POSTGRES_OCCUPANTS: Final = [
@@ -209,6 +211,8 @@ POSTGRES_OCCUPANTS: Final = [
     ("jobs", "CREATE TYPE jobs AS (x int)"),
     ("jobs", "CREATE DOMAIN jobs AS int"),
     ("jobs", "CREATE SEQUENCE jobs"),
+    ("hf_catalogue", "CREATE SEQUENCE hf_catalogue"),
+    ("hf_catalogue", "CREATE TABLE o (x int); CREATE INDEX hf_catalogue ON o (x)"),
     ("jobs", "CREATE MATERIALIZED VIEW jobs AS SELECT 1 AS x"),
     ("jobs-entities", "CREATE TYPE \"jobs-entities\" AS ENUM ('x')"),
     ("hf_catalogue", "CREATE TYPE hf_catalogue AS ENUM ('x')"),
