@@ -14,15 +14,24 @@ from hf_async_store.arguments import check_callable
 from hf_async_store.conflict_retry import RETRY_SECONDS
 from hf_async_store.errors import StoreClosedError
 from hf_async_store.models import Model
-from hf_async_store.sync.calls import Blocking, Context, Entering, blocking, calling_back, streaming
+from hf_async_store.sync.calls import (
+    Blocking,
+    Context,
+    Entering,
+    blocking,
+    calling_back,
+    passed_functions,
+    streaming,
+)
 from hf_async_store.sync.event_loop_thread import EventLoopThread, refuse_running_loop
 from hf_async_store.sync.typed import TypedCollection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hf_async_store.driver import Capabilities, Isolation
+    from hf_async_store.driver import Capabilities, Isolation, SchemaProgress
     from hf_async_store.schema import Collection
+    from hf_async_store.transforms import Transforms
     from hf_async_store.values import Value
 
 Result = TypeVar("Result")
@@ -253,12 +262,23 @@ class Store(Repository):
 
     recorded_collections = blocking(strategy.StorageStrategy.recorded_collections)
     schema_changes = blocking(strategy.StorageStrategy.schema_changes)
-    apply_schema = calling_back(strategy.StorageStrategy.apply_schema)
     exists = blocking(strategy.StorageStrategy.exists)
     undeclared = blocking(strategy.StorageStrategy.undeclared)
     explain_query = blocking(strategy.StorageStrategy.explain_query)
     test_connection = blocking(strategy.StorageStrategy.test_connection)
     health = blocking(strategy.StorageStrategy.health)
+
+    def apply_schema(
+        self,
+        progress: SchemaProgress | None = None,
+        complete: bool = False,
+        transform: Transforms | None = None,
+    ) -> None:
+        """As `StorageStrategy.apply_schema`. The functions of `transform` are called in the calling thread;
+        `progress` is called in another one, and must not use the store."""
+        caller = self._caller()
+        functions = passed_functions(caller, transform)
+        caller.run(partial(self._target.apply_schema, progress, complete, functions))
 
     def is_same_store(self, other: Store) -> bool:
         """As `StorageStrategy.is_same_store`."""

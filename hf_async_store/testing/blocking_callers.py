@@ -564,10 +564,11 @@ class BlockingContract:
         store.save_entities("items", items())
         assert store.modify_entity("items", "a", change) == 2
         assert store.run_transaction(work) == 3
+        reported: list[int] = []
         store.apply_schema(
-            lambda change, done, total: threads.append(threading.current_thread()),
-            transform={"items": transform},
+            lambda change, done, total: reported.append(done), transform={"items": transform}
         )
+        assert 4 in reported
         assert store.count_entities("items", {"label": "new"}) == 4
         assert set(threads) == {threading.current_thread()}
         found = store.get_entities("items", ["0", "1", "2"])

@@ -64,11 +64,23 @@ class SchemaSync(ABC):
         relations = await self.dialect.relations(driver)
         table = self.names.catalogue
         if table in relations:
-            rows = await self.dialect.rows(driver, read_sql(self.names), ())
-            return from_rows(rows, table), relations
+            return from_rows(await self._catalogue_rows(driver), table), relations
         for name in self.schema:
             self._refuse_foreign(name, relations)
         return None, relations
+
+    async def _catalogue_rows(self, driver: Any) -> Sequence[Sequence[Any]]:
+        table = self.names.catalogue
+        try:
+            return await self.dialect.rows(driver, read_sql(self.names), ())
+        except self.dialect.driver_errors as exc:
+            error = self.dialect.translate(exc, doing=f"read the table {table}", writes=False)
+            if isinstance(error, SchemaMismatchError):
+                raise SchemaMismatchError(
+                    f"{table} is not the catalogue of a store ({exc}): rename or drop it, or set "
+                    "table_prefix; if it was one, restore it from a backup"
+                ) from exc
+            raise error from exc
 
     async def _refuse_untrusted_owners(self, driver: Any) -> None:
         """Refuse tables of the store itself if they belong to an untrusted role.

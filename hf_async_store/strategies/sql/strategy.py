@@ -85,9 +85,9 @@ class SQLStorageStrategy(StorageStrategy):
         For each collection there is a view with its name: the id, `version`, and the declared fields, NULL
         where the stored value has another type. A statement that changes entities uses the table
         `"NAME-entities"`, and must set `doc` (the whole entity as JSON), `version` and the key columns
-        together; it is not validated. On SQLite, a trailing FOR UPDATE is removed, because the
-        transaction acquires the write lock when it begins. All locks are released when the call
-        returns.
+        together; it is not validated. Both names begin with `table_prefix`. On SQLite, a trailing FOR
+        UPDATE is removed, because the transaction acquires the write lock when it begins. All locks are
+        released when the call returns.
 
         Args:
             params: a list of arguments for `?`, or a dict of arguments for `:name`.
