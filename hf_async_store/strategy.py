@@ -49,7 +49,6 @@ from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
-from hf_async_store.unique import unique_of
 from hf_async_store.values import Entity, Key, Value
 
 Result = TypeVar("Result")
@@ -532,7 +531,7 @@ class StorageStrategy(RepositoryInterface):
     async def _unenforced(self, engine: Engine) -> list[Value]:
         """The declared unique indexes that are not enforced yet."""
         try:
-            unenforced = await engine.unenforced() if unique_of(self._schema) else []
+            unenforced = await engine.unenforced() if self._schema.unique else []
         except StorageError:
             return []  # it is reported anyway
         return [
@@ -558,7 +557,7 @@ class StorageStrategy(RepositoryInterface):
 
 
 def _refuse_unique(schema: Schema, engine: str) -> None:
-    for name in unique_of(schema):
+    for name in schema.unique:
         raise ConfigurationError(
             f"{name} declares a unique index, but the engine {engine!r} does not enforce any "
             "(see its capability unique_indexes)"

@@ -38,7 +38,8 @@ from hf_async_store.strategies.dynamodb.index_state import (
     state_of,
 )
 from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
-from hf_async_store.unique import Fields, unique_fields, unique_of
+from hf_async_store.strategy import schema_of
+from hf_async_store.unique import Fields
 from hf_async_store.values import MAX_KEY_BYTES
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Tables:
     def __init__(self, client: Client, schema: Schema) -> None:
         self._client = client
         self._config = client.config
-        self.schema = schema
+        self.schema = schema = schema_of(schema)
         self.mappings: dict[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
         }
@@ -134,7 +135,7 @@ class Tables:
     def unique(self, collection: str) -> tuple[Fields, ...]:
         """The fields of the unique indexes whose markers must be maintained: those of the table, after
         `ensure`; else the declared ones, as this process will create the table."""
-        return self._unique.get(collection, unique_fields(self.schema[collection]))
+        return self._unique.get(collection, self.schema[collection].unique)
 
     async def ensure_existing(self, collection: str) -> None:
         """As `ensure`, if the table exists."""
@@ -150,8 +151,7 @@ class Tables:
             self._unique[collection] = ()
             return
         state = await self.state(collection)
-        declared = unique_fields(self.schema[collection])
-        new = [each for each in declared if each not in state.unique]
+        new = [each for each in self.schema[collection].unique if each not in state.unique]
         if new and await self.is_empty(collection):
             await self.change_state(collection, lambda old: old.with_unique(new, marked=True))
             state = await self.state(collection)
@@ -418,7 +418,7 @@ class Tables:
         changed, except that auto scaling and point-in-time recovery are set as configured.
         """
         messages: list[str] = []
-        system = [UNIQUE_COLLECTION.name] if unique_of(self.schema) else []
+        system = [UNIQUE_COLLECTION.name] if self.schema.unique else []
         for collection in (*self.schema, *system):
             messages += await self._create_missing(collection)
         return messages
