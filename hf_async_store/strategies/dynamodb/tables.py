@@ -435,7 +435,6 @@ class Tables:
         await self.wait_until_active(collection)
         await self._configure(collection)
         self._ready.pop(collection, None)
-        self._unique.pop(collection, None)
         await self.ensure(collection)
         return messages
 
@@ -644,8 +643,9 @@ class Tables:
     async def refresh(self, collection: str) -> None:
         """Look at the table again, for indexes that were made or completed since."""
         self._ready.pop(collection, None)
-        self._unique.pop(collection, None)
         await self.find(collection)
+        if collection in self._unique:
+            await self._begin_writing(collection)
 
     async def add_index(self, collection: str, index: Index, seen: SeeTable = _ignore) -> None:
         """Add an index to a table, and wait until it is active.
