@@ -10,7 +10,7 @@ from hf_async_store.changes import Change, Delete, Outcome
 from hf_async_store.errors import StorageError
 from hf_async_store.preconditions import changed, check_children, check_parents
 from hf_async_store.schema import Collection, Field, Schema
-from hf_async_store.unique import Claims, Fields, claimed, stored_digest, unique_of
+from hf_async_store.unique import Claims, Fields, claimed, stored_digest
 from hf_async_store.values import VERSION, Entity, Key
 
 
@@ -39,8 +39,7 @@ class Overlay:
         self._stored = stored
         self._references = references
         self._layers: list[dict[Key, Entity | None]] = [{}]
-        self._unique = unique_of(schema)
-        self._claims = Claims(self.get, owners or self._owners)
+        self._claims = Claims(self.get, owners or self._owners) if schema.unique else None
 
     @property
     def changes(self) -> Mapping[Key, Entity | None]:
@@ -86,9 +85,9 @@ class Overlay:
             entity = changed(change, current)
             if self._references:
                 self._check_references(change, current)
-            if entity is not None and change.key.collection in self._unique:
-                unique = self._unique[change.key.collection]
-                values = claimed(change.key.collection, unique, current, entity)
+            if entity is not None and self._claims is not None:
+                name = change.key.collection
+                values = claimed(name, self._schema.unique.get(name, ()), current, entity)
                 self._claims.check(change.key, list(values))
         except StorageError as exc:
             return exc

@@ -238,6 +238,8 @@ class Collection:
     required: tuple[str, ...]
     typed: Mapping[str, Field]
     """The fields whose values must be checked: all except optional ones of type json."""
+    unique: tuple[tuple[str, ...], ...]
+    """The fields of each unique index."""
     open: bool
     """Whether queries may name undeclared fields without `path`."""
     model: type | None
@@ -280,9 +282,10 @@ class Collection:
             (each.name, _usual_types(each)) for each in typed if each not in optional_timestamps
         )
         self._check(declared)
-        unique = {name for each in self.indexes if each.unique for name in each.fields}
+        self.unique = tuple(each.fields for each in self.indexes if each.unique)
+        names = dict.fromkeys(name for fields in self.unique for name in fields)
         self._unique_texts = tuple(
-            name for name in unique if self.fields[name].type in ("text", "timestamp")
+            name for name in names if self.fields[name].type in ("text", "timestamp")
         )
 
     @classmethod
@@ -512,10 +515,12 @@ class Schema(Mapping[str, Collection]):
             references other than from a collection to itself.
     """
 
-    __slots__ = ("_by_name", "children")
+    __slots__ = ("_by_name", "children", "unique")
 
     children: Mapping[str, tuple[tuple[Collection, Field], ...]]
     """By parent: every (collection, field) that refers to it."""
+    unique: Mapping[str, tuple[tuple[str, ...], ...]]
+    """By collection with unique indexes: the fields of each."""
 
     def __init__(self, collections: Iterable[Collection]) -> None:
         declared = check_declared(collections, Collection, "collections")
@@ -532,6 +537,7 @@ class Schema(Mapping[str, Collection]):
                         "which is not declared"
                     )
         self._by_name = {each.name: each for each in _parents_first(declared)}
+        self.unique = MappingProxyType({e.name: e.unique for e in declared if e.unique})
         self.children = MappingProxyType(
             {
                 parent.name: tuple(

@@ -52,7 +52,6 @@ from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.typed import TypedCollection
-from hf_async_store.unique import unique_of
 from hf_async_store.values import Entity, Key, Value
 
 Result = TypeVar("Result")
@@ -561,7 +560,7 @@ class StorageStrategy(RepositoryInterface):
     async def _unenforced(self, engine: Engine) -> list[Value]:
         """The declared unique indexes that are not enforced yet."""
         try:
-            unenforced = await engine.unenforced() if unique_of(self._schema) else []
+            unenforced = await engine.unenforced() if self._schema.unique else []
         except StorageError:
             return []  # it is reported anyway
         return [
@@ -587,7 +586,7 @@ class StorageStrategy(RepositoryInterface):
 
 
 def _refuse_unique(schema: Schema, engine: str) -> None:
-    for name in unique_of(schema):
+    for name in schema.unique:
         raise ConfigurationError(
             f"{name} declares a unique index, but the engine {engine!r} does not enforce any "
             "(see its capability unique_indexes)"

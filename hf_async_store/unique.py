@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import Final, TypeAlias
 
 from hf_async_store.errors import InvalidFieldError, SchemaMismatchError, UniqueViolationError
-from hf_async_store.schema import MAX_UNIQUE_BYTES, Collection, Schema
+from hf_async_store.schema import MAX_UNIQUE_BYTES
 from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.values import Entity, Key, Value
 
@@ -58,17 +58,6 @@ def stored_digest(entity: Mapping[str, Value], fields: Fields) -> bytes | None:
         return digest(entity, fields, "")
     except InvalidFieldError:
         return None
-
-
-def unique_fields(collection: Collection) -> tuple[Fields, ...]:
-    """The fields of the unique indexes of a collection."""
-    return tuple(each.fields for each in collection.indexes if each.unique)
-
-
-def unique_of(schema: Schema) -> dict[str, tuple[Fields, ...]]:
-    """By collection, the fields of its unique indexes; only collections that have some."""
-    found = {name: unique_fields(each) for name, each in schema.items()}
-    return {name: each for name, each in found.items() if each}
 
 
 def violation(key: Key, fields: Fields, owner: str) -> UniqueViolationError:

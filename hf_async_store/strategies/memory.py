@@ -25,7 +25,7 @@ from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.table import PastMoment, Table
 from hf_async_store.table_reading import TableReader
-from hf_async_store.unique import Fields, unique_of
+from hf_async_store.unique import Fields
 from hf_async_store.values import Entity, Key, Value, copy_entity
 
 if TYPE_CHECKING:
@@ -176,7 +176,6 @@ class MemoryEngine(Engine):
     def __init__(self, schema: Schema, config: MemoryConfig) -> None:
         self._stored = _Stored(schema)
         self._schema = schema
-        self._unique = unique_of(schema)
         self._references = config.enforce_references
         self._lock = ReaderWriterLock()
         self._closed = False
@@ -239,7 +238,7 @@ class MemoryEngine(Engine):
 
     async def _find_owners(self) -> None:
         """Prepare the look-up of unique values, while the lock is held."""
-        for name, unique in self._unique.items():
+        for name, unique in self._schema.unique.items():
             for fields in unique:
                 await self._stored.table(name).owners(fields)
 

@@ -72,14 +72,14 @@ async def create_race(store: StorageStrategy, *, name: str, ids: Sequence[str]) 
 
 
 async def unique_race(
-    store: StorageStrategy, *, name: str, rounds: int, tasks: int
+    store: StorageStrategy, *, name: str, rounds: Sequence[int], tasks: int
 ) -> list[tuple[str, str]]:
     """In each round, try to create an item with the label of the round, in several tasks at once.
 
     Returns the labels and ids that this worker created.
     """
     won = []
-    for number in range(rounds):
+    for number in rounds:
         label = f"v{number}"
         ids = [f"{name}-{number}-{each}" for each in range(tasks)]
         created = await asyncio.gather(

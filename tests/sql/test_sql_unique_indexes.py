@@ -111,6 +111,19 @@ async def test_few_of_many_rows_are_refused(url: str) -> None:
         assert await store.count_entities("hosts") == 300
 
 
+async def test_the_same_values_that_are_written_meanwhile_are_found(url: str) -> None:
+    async with open_store(url, collections=PLAIN) as store:
+        await store.save_entities("hosts", [host(1), host(2, name="web-1")])
+    async with open_store(url, collections=UNIQUE) as store:
+        engine: Any = store.engine
+        with pytest.raises(SchemaMismatchError, match="name cannot be unique"):
+            await engine.apply_schema()
+        await store.update_entity("hosts", "h0002", {"name": "web-2"})
+        await store.apply_schema()
+        with pytest.raises(UniqueViolationError):
+            await store.update_entity("hosts", "h0002", {"name": "web-1"})
+
+
 async def test_two_programs_apply_it_beside_writers(database: str) -> None:
     async with open_store(database, collections=PLAIN) as old:
         await old.save_entities("hosts", [host(each) for each in range(600)])

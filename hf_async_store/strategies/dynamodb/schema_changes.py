@@ -29,7 +29,7 @@ from hf_async_store.strategies.dynamodb.tables import (
 from hf_async_store.strategies.dynamodb.transactions import DynamoDBSession
 from hf_async_store.strategies.dynamodb.write_op import chunks
 from hf_async_store.strategies.dynamodb.write_requests import rewriting
-from hf_async_store.unique import cannot_be_unique, unique_of
+from hf_async_store.unique import cannot_be_unique
 from hf_async_store.values import MAX_KEY_BYTES, Key
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class SchemaApplication:
     async def unenforced(self) -> list[tuple[str, Index]]:
         """As `Engine.unenforced`."""
         found: list[tuple[str, Index]] = []
-        for collection in unique_of(self._tables.schema):
+        for collection in self._tables.schema.unique:
             if await self._tables.described(collection) is not None:
                 indexes = await self._unenforced(collection)
                 if indexes and not await self._tables.is_empty(collection):

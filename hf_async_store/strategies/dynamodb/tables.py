@@ -38,7 +38,8 @@ from hf_async_store.strategies.dynamodb.index_state import (
     state_of,
 )
 from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
-from hf_async_store.unique import Fields, unique_fields, unique_of
+from hf_async_store.strategy import schema_of
+from hf_async_store.unique import Fields
 from hf_async_store.values import MAX_KEY_BYTES
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Tables:
     def __init__(self, client: Client, schema: Schema) -> None:
         self._client = client
         self._config = client.config
-        self.schema = schema
+        self.schema = schema = schema_of(schema)
         self.mappings: dict[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
         }
@@ -134,7 +135,7 @@ class Tables:
     def unique(self, collection: str) -> tuple[Fields, ...]:
         """The fields of the unique indexes whose markers must be maintained: those of the table, after
         `ensure`; else the declared ones, as this process will create the table."""
-        return self._unique.get(collection, unique_fields(self.schema[collection]))
+        return self._unique.get(collection, self.schema[collection].unique)
 
     async def ensure_existing(self, collection: str) -> None:
         """As `ensure`, if the table exists."""
@@ -150,12 +151,18 @@ class Tables:
             self._unique[collection] = ()
             return
         state = await self.state(collection) or IndexState()
-        declared = unique_fields(self.schema[collection])
-        new = [each for each in declared if each not in state.unique]
-        if new and await self.is_empty(collection):
+        new = [each for each in self.schema[collection].unique if each not in state.unique]
+        if new and await self._is_empty(collection, unknown=False):
             await self.change_state(collection, lambda old: old.with_unique(new, marked=True))
             state = await self.state(collection) or IndexState()
         self._unique[collection] = state.unique
+
+    async def _is_empty(self, collection: str, *, unknown: bool) -> bool:
+        """As `is_empty`; `unknown` if the policy does not allow scans."""
+        try:
+            return await self.is_empty(collection)
+        except ActionDenied:
+            return unknown
 
     async def is_empty(self, collection: str) -> bool:
         """Whether the table has no entities; what else it contains has longer keys."""
@@ -349,19 +356,12 @@ class Tables:
         be incomplete.
         """
         state = await self.state(collection)
-        if state is None and await self._seems_empty(collection):
+        if state is None and await self._is_empty(collection, unknown=True):
             with suppress(ActionDenied, ConditionFailed):
                 await self._put_state(collection, None, IndexState(names))
                 return IndexState(names)
             state = await self.state(collection) or IndexState(names)
         return state or IndexState()
-
-    async def _seems_empty(self, collection: str) -> bool:
-        """As `is_empty`; assumed if the policy does not allow a scan."""
-        try:
-            return await self.is_empty(collection)
-        except ActionDenied:
-            return True
 
     async def state(self, collection: str) -> IndexState | None:
         """What the table remembers of its indexes; None if no program has looked at it before."""
@@ -470,7 +470,7 @@ class Tables:
         changed, except that auto scaling and point-in-time recovery are set as configured.
         """
         messages: list[str] = []
-        system = [UNIQUE_COLLECTION.name] if unique_of(self.schema) else []
+        system = [UNIQUE_COLLECTION.name] if self.schema.unique else []
         for collection in (*self.schema, *system):
             messages += await self._create_missing(collection)
         return messages
@@ -487,7 +487,6 @@ class Tables:
         await self.wait_until_active(collection)
         await self._configure(collection)
         self._ready.pop(collection, None)
-        self._unique.pop(collection, None)
         await self.ensure(collection)
         return messages
 
@@ -697,8 +696,9 @@ class Tables:
     async def refresh(self, collection: str) -> None:
         """Look at the table again, for indexes that were made or completed since."""
         self._ready.pop(collection, None)
-        self._unique.pop(collection, None)
         await self.find(collection)
+        if collection in self._unique:
+            await self._begin_writing(collection)
 
     async def add_index(self, collection: str, index: Index, seen: SeeTable = _ignore) -> None:
         """Add an index to a table, and wait until it is active.

@@ -55,7 +55,7 @@ from hf_async_store.strategies.json.serializer import JSONSerializer, holds_enti
 from hf_async_store.strategies.json.session_view import SessionView
 from hf_async_store.strategies.json.snapshot_reader import SnapshotReader
 from hf_async_store.strategies.json.store_state import StoreState
-from hf_async_store.unique import Fields, unique_of
+from hf_async_store.unique import Fields
 from hf_async_store.values import Entity, Key, Value
 
 log: Final = logging.getLogger("hf_async_store.json")
@@ -93,7 +93,7 @@ class JSONEngine(Engine):
         self.journal = JournalWriter(self.files, sync_commits=config.sync_writes)
         self.compactor = Compactor(config, self.files, self.follower, self.journal, self.writing)
         self._declarations = DeclarationsFile(self.files)
-        self._unique = unique_of(schema)
+        self._unique = schema.unique
         self._keys_checked = False
         self._reads = 0
 

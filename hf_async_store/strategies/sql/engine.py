@@ -63,7 +63,6 @@ from hf_async_store.strategies.sql.parameters import bind, check_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.rows import Table, Tables
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
-from hf_async_store.unique import unique_of
 from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
@@ -366,7 +365,7 @@ class SQLEngine(Engine):
             return await self._sync.changes(lease)
 
     async def unenforced(self) -> list[tuple[str, Index]]:
-        if not unique_of(self.schema) or not self._dialect.exists():
+        if not self.schema.unique or not self._dialect.exists():
             return []
         async with self._main.lease() as lease:
             return await self._sync.unenforced(lease)

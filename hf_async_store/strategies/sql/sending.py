@@ -366,9 +366,9 @@ class IndependentBatch(_Batch):
     async def attempt(self, piece: list[PendingChange]) -> list[list[PendingChange]]:
         try:
             return await super().attempt(piece)
-        except DuplicateValueError:
-            return await self._apart(piece)
         except REFUSALS as exc:
+            if isinstance(exc, DuplicateValueError) and self.writes_unique(piece):
+                return await self._apart(piece)
             # The database has constraints that this store did not create.
             if len(piece) > 1:
                 return halves(piece)

@@ -89,8 +89,10 @@ class SQLiteSchema(SchemaSync):
                     entries[name] = await self.enforce(driver, name, entry)
             if entries:
                 await self.record(driver, catalogue.with_entries(entries), entries)
-        except BaseException:
+        except BaseException as exc:
             await run_to_completion(self.dialect.roll_back(handle))
+            if isinstance(exc, self.dialect.driver_errors):
+                raise self.dialect.translate(exc, doing="change the tables", writes=False) from exc
             raise
         await run_to_completion(self.dialect.commit(handle))
         for name, entry in entries.items():
