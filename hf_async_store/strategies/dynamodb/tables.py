@@ -53,6 +53,8 @@ _WAIT_SECONDS: Final = 600.0
 _INDEX_SECONDS: Final = 7 * 24 * 3600.0
 """How long is waited for an index of an existing table, while its progress is reported."""
 
+_WITHOUT_INDEXES: Final = frozenset(each.name for each in SYSTEM_COLLECTIONS)
+
 _MAX_TARGETS: Final = 50
 """Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
 
@@ -355,6 +357,8 @@ class Tables:
         Every program looks before it writes. So an index that is made later, also by hand, is known to
         be incomplete.
         """
+        if collection in _WITHOUT_INDEXES:
+            return IndexState()
         state = await self.state(collection)
         if state is None and await self._is_empty(collection, unknown=True):
             with suppress(ActionDenied, ConditionFailed):
