@@ -68,6 +68,7 @@ from hf_async_store.query import (
     Page,
     Path,
     Query,
+    build_large_query,
     build_query,
     encode_cursor,
     project,
@@ -657,7 +658,7 @@ class RepositoryInterface(ABC):
             InvalidQueryError, InvalidFieldError, UnsupportedValueError: before any I/O.
         """
         declared = self._schema[collection]
-        query = self._query(collection, filters, order_by, limit, None)
+        query = await self._built_query(collection, filters, order_by, limit, None)
         fields = read_update(declared, "", changes)
         if declared.key in fields:
             raise InvalidFieldError(f"{collection}.{declared.key} is the key and cannot be changed")
@@ -710,7 +711,7 @@ class RepositoryInterface(ABC):
             PartialChangeError, InvalidQueryError: as in `update_where`.
         """
         check_boolean(returning, "returning")
-        query = self._query(collection, filters, order_by, limit, None)
+        query = await self._built_query(collection, filters, order_by, limit, None)
         matching = ChangesByFilter(self, self._schema[collection], query, Delete, keep=returning)
         await self._change_by_filter(matching)
         return matching.entities if returning else matching.done
@@ -752,7 +753,7 @@ class RepositoryInterface(ABC):
             raise InvalidQueryError("offset must be a non-negative integer")
         if offset and order_by is None:
             order_by = self._schema[collection].key
-        query = self._query(collection, filters, order_by, limit, fields)
+        query = await self._built_query(collection, filters, order_by, limit, fields)
         if query.limit == 0:
             return []
         end = None if query.limit is None else query.limit + offset
@@ -768,7 +769,7 @@ class RepositoryInterface(ABC):
         fields: Sequence[str | Path] | None = None,
     ) -> AsyncGenerator[Entity, None]:
         """Like `query_entities`, one entity at a time, without keeping all of them in memory."""
-        query = self._query(collection, filters, order_by, limit, fields)
+        query = await self._built_query(collection, filters, order_by, limit, fields)
         async with Owned(self._rows(query)) as rows:
             async for each in rows:
                 yield each
@@ -795,7 +796,7 @@ class RepositoryInterface(ABC):
         if limit is None or limit == 0:
             raise InvalidQueryError("limit of a page must be at least 1")
         declared = self._schema[collection]
-        query = build_query(
+        query = await build_large_query(
             declared,
             filters=filters,
             order_by=order_by,
@@ -816,7 +817,7 @@ class RepositoryInterface(ABC):
         self, collection: str, filters: Filters = None, *, timeout: float | None = None
     ) -> int:
         """The number of matching entities."""
-        query = self._query(collection, filters, None, None, None)
+        query = await self._built_query(collection, filters, None, None, None)
         async with operation_timeout(timeout):
             return await self._count(query)
 
@@ -876,7 +877,7 @@ class RepositoryInterface(ABC):
     ) -> None:
         numeric = isinstance(result, Sum)
         steps = aggregated_path(self._schema[collection], field, numeric=numeric)
-        query = self._query(collection, filters, None, None, [Path((steps[0],))])
+        query = await self._built_query(collection, filters, None, None, [Path((steps[0],))])
         read = value_reader(steps)
         async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
             async for batch in batches:
@@ -918,7 +919,7 @@ class RepositoryInterface(ABC):
         greatest: bool,
     ) -> Value:
         steps = aggregated_path(self._schema[collection], field)
-        query = self._query(collection, filters, None, None, [Path((steps[0],))])
+        query = await self._built_query(collection, filters, None, None, [Path((steps[0],))])
         query = extreme_query(query, steps, greatest=greatest)
         entities = await self._entities(query, None, timeout)
         values = [value for each in entities if (value := value_reader(steps)(each)) is not MISSING]
@@ -935,6 +936,23 @@ class RepositoryInterface(ABC):
         fields: Sequence[str | Path] | None,
     ) -> Query:
         return build_query(
+            self._schema[collection],
+            filters=filters,
+            order_by=order_by,
+            limit=limit,
+            fields=fields,
+        )
+
+    async def _built_query(
+        self,
+        collection: str,
+        filters: Filters,
+        order_by: OrderBy,
+        limit: int | None,
+        fields: Sequence[str | Path] | None,
+    ) -> Query:
+        """`_query`, whose filter may have many values."""
+        return await build_large_query(
             self._schema[collection],
             filters=filters,
             order_by=order_by,

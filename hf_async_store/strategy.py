@@ -463,7 +463,7 @@ class StorageStrategy(RepositoryInterface):
 
         If it scans or sorts, the `advice` of the plan is the index that would serve it.
         """
-        query = self._query(collection, filters, order_by, limit, None)
+        query = await self._built_query(collection, filters, order_by, limit, None)
         plan = await self._usable().explain(query)
         if not self.capabilities.indexes:
             return plan

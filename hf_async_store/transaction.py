@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Self, TypeVar
+from typing import Final, Self, TypeVar
 
 from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.changes_by_filter import ChangesByFilter
@@ -27,6 +27,7 @@ from hf_async_store.errors import (
     TransactionClosedError,
     TransactionReentryError,
 )
+from hf_async_store.event_loop import Chunks
 from hf_async_store.field_operations import UpdateMap
 from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, operation_timeout
@@ -34,6 +35,9 @@ from hf_async_store.schema import Schema
 from hf_async_store.values import Entity, Key, utc_now
 
 Result = TypeVar("Result")
+
+_CHUNK_SIZE: Final = 4096
+"""How many versions are noted between two iterations of the event loop."""
 
 
 class TransactionManager:
@@ -339,8 +343,9 @@ class Transaction(RepositoryInterface):
     async def _fetch(self, keys: Sequence[Key], timeout: float | None) -> list[Record | None]:
         async with self._step(timeout, keys) as session:
             records = await session.fetch(keys)
-        for key, record in zip(keys, records, strict=True):
-            self._known_versions[key] = None if record is None else record.version
+        async for chunk in Chunks(zip(keys, records, strict=True), _CHUNK_SIZE):
+            for key, record in chunk:
+                self._known_versions[key] = None if record is None else record.version
         return records
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
@@ -352,10 +357,11 @@ class Transaction(RepositoryInterface):
             outcomes = await session.write(changes)
             if outcomes and isinstance(outcomes[-1], StorageError):
                 raise outcomes[-1]
-        for change, outcome in zip(changes, outcomes, strict=True):
-            # None of them is an error; the outcome of a delete is the version that it deleted.
-            if not isinstance(outcome, StorageError):
-                self._known_versions[change.key] = None if type(change) is Delete else outcome
+        async for chunk in Chunks(zip(changes, outcomes, strict=True), _CHUNK_SIZE):
+            for change, outcome in chunk:
+                # None of them is an error; the outcome of a delete is the version that it deleted.
+                if not isinstance(outcome, StorageError):
+                    self._known_versions[change.key] = None if type(change) is Delete else outcome
         return outcomes
 
     async def _select(self, query: Query) -> AsyncGenerator[Record, None]:

@@ -52,7 +52,7 @@ from hf_async_store.strategies.sql.catalogue import (
     CatalogueChangedError,
     declared,
 )
-from hf_async_store.strategies.sql.compiler import compile_query, paths_in
+from hf_async_store.strategies.sql.compiler import paths_in
 from hf_async_store.strategies.sql.connections import Connections, LeasedConnection
 from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import SessionEndedError
@@ -481,7 +481,7 @@ class SQLEngine(Engine):
             return await self._explain(lease.driver, table, query)
 
     async def _explain(self, driver: Any, table: Table, query: Query) -> QueryPlan:
-        compiled = compile_query(table, query)
+        compiled = await reading.compiled_query(table, query)
         indexes = {
             index_name(table.collection, table.entry.indexed(each.fields)): each
             for each in self.schema[query.collection].indexes
