@@ -20,6 +20,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager
+from time import perf_counter
 from typing import Final, Literal, TypeAlias, TypeVar, overload
 
 from hf_async_store import batch_validation
@@ -76,6 +77,7 @@ from hf_async_store.query import (
 )
 from hf_async_store.returning_updates import ReturningUpdates
 from hf_async_store.schema import Collection, Schema
+from hf_async_store.slow_queries import SlowQueries
 from hf_async_store.values import (
     CREATED_AT,
     MAX_KEY_BYTES,
@@ -120,8 +122,9 @@ class RepositoryInterface(ABC):
     raise `TransactionAbortedError`.
     """
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, slow_queries: SlowQueries) -> None:
         self._schema = schema
+        self._slow_queries = slow_queries
 
     @property
     def collections(self) -> Mapping[str, Collection]:
@@ -818,8 +821,11 @@ class RepositoryInterface(ABC):
     ) -> int:
         """The number of matching entities."""
         query = await self._built_query(collection, filters, None, None, None)
+        started = perf_counter()
         async with operation_timeout(timeout):
-            return await self._count(query)
+            number = await self._count(query)
+        self._slow_queries.note(query, started, number)
+        return number
 
     async def count_by(
         self,
@@ -879,9 +885,12 @@ class RepositoryInterface(ABC):
         steps = aggregated_path(self._schema[collection], field, numeric=numeric)
         query = await self._built_query(collection, filters, None, None, [Path((steps[0],))])
         read = value_reader(steps)
+        started, rows = perf_counter(), 0
         async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
             async for batch in batches:
                 result.add(map(read, batch))
+                rows += len(batch)
+        self._slow_queries.note(query, started, rows)
 
     async def min_of(
         self,
@@ -969,10 +978,12 @@ class RepositoryInterface(ABC):
         skipped: int = 0,
     ) -> list[Entity]:
         entities: list[Entity] = []
+        started = perf_counter()
         async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
             async for batch in batches:
                 entities += [project(each, fields) for each in batch[skipped:]]
                 skipped = max(0, skipped - len(batch))
+        self._slow_queries.note(query, started, len(entities))
         return entities
 
     async def _rows(self, query: Query) -> AsyncGenerator[Entity, None]:

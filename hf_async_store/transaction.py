@@ -32,6 +32,7 @@ from hf_async_store.field_operations import UpdateMap
 from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import Schema
+from hf_async_store.slow_queries import SlowQueries
 from hf_async_store.values import Entity, Key, utc_now
 
 Result = TypeVar("Result")
@@ -100,8 +101,9 @@ class Transaction(RepositoryInterface):
         read_only: bool = False,
         ticket: TransactionTicket | None = None,
         after_commit: Callable[[], Awaitable[None]] | None = None,
+        slow_queries: SlowQueries | None = None,
     ) -> None:
-        super().__init__(schema)
+        super().__init__(schema, SlowQueries() if slow_queries is None else slow_queries)
         self._read_only = read_only
         self._ticket = ticket
         self._new_session = session
@@ -133,7 +135,13 @@ class Transaction(RepositoryInterface):
             raise InvalidInputError(
                 "a read-only transaction has nothing to roll back, so it has no nested transactions"
             )
-        return type(self)(self._schema, self._savepoint, enter=lambda: lambda: None, parent=self)
+        return type(self)(
+            self._schema,
+            self._savepoint,
+            enter=lambda: lambda: None,
+            parent=self,
+            slow_queries=self._slow_queries,
+        )
 
     @asynccontextmanager
     async def _savepoint(self) -> AsyncGenerator[Session, None]:
