@@ -157,7 +157,7 @@ class FilteredChangeContract:
         url = harness.url() if harness.capabilities.multi_process else None
         if url is None:
             return
-        number = repetitions(40)
+        number = repetitions(16)
         await _create(store, number)
         names = [f"w{each}" for each in range(8)]
         counts = await run_workers(

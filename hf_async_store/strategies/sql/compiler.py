@@ -269,8 +269,13 @@ class _Compiler:
         if op == "exists":
             return TRUE if value else FALSE
         if op == "in":
-            tests = [self._version("eq", each) for each in cast("list[Value]", value)]
-            return f"({_joined(' OR ', tests)})" if tests else FALSE
+            versions = [
+                str(int(each))
+                for each in cast("list[Value]", value)
+                if type(each) in (int, float) and each == int(cast("float", each))
+            ]
+            as_text = f"CAST(t.{VERSION} AS text)"
+            return self._grammar.in_strings(as_text, versions, self.args) if versions else FALSE
         if op == "between":
             low, high = cast("list[Value]", value)
             return f"({self._version('gte', low)} AND {self._version('lte', high)})"
