@@ -14,7 +14,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as AbstractCollection
 from itertools import chain, zip_longest
-from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
+
+import msgspec
 
 from hf_async_store.errors import StorageError
 from hf_async_store.query import Missing
@@ -81,7 +83,7 @@ _BLOCK: Final = 128
 """The number of entries in a new block; a block with twice as many is divided."""
 
 
-class Span(NamedTuple):
+class Span(msgspec.Struct, frozen=True, gc=False):
     """The entries from `low` on, and below `high`."""
 
     low: Entry

@@ -20,6 +20,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager
+from time import perf_counter
 from typing import Final, Literal, TypeAlias, TypeVar, overload
 
 from hf_async_store import batch_validation
@@ -68,6 +69,7 @@ from hf_async_store.query import (
     Page,
     Path,
     Query,
+    build_large_query,
     build_query,
     encode_cursor,
     project,
@@ -75,6 +77,7 @@ from hf_async_store.query import (
 )
 from hf_async_store.returning_updates import ReturningUpdates
 from hf_async_store.schema import Collection, Schema
+from hf_async_store.slow_queries import SlowQueries
 from hf_async_store.values import (
     CREATED_AT,
     MAX_KEY_BYTES,
@@ -119,8 +122,9 @@ class RepositoryInterface(ABC):
     raise `TransactionAbortedError`.
     """
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, slow_queries: SlowQueries) -> None:
         self._schema = schema
+        self._slow_queries = slow_queries
 
     @property
     def collections(self) -> Mapping[str, Collection]:
@@ -660,7 +664,7 @@ class RepositoryInterface(ABC):
             InvalidQueryError, InvalidFieldError, UnsupportedValueError: before any I/O.
         """
         declared = self._schema[collection]
-        query = self._query(collection, filters, order_by, limit, None)
+        query = await self._built_query(collection, filters, order_by, limit, None)
         fields = read_update(declared, "", changes)
         if declared.key in fields:
             raise InvalidFieldError(f"{collection}.{declared.key} is the key and cannot be changed")
@@ -713,7 +717,7 @@ class RepositoryInterface(ABC):
             PartialChangeError, InvalidQueryError: as in `update_where`.
         """
         check_boolean(returning, "returning")
-        query = self._query(collection, filters, order_by, limit, None)
+        query = await self._built_query(collection, filters, order_by, limit, None)
         matching = ChangesByFilter(self, self._schema[collection], query, Delete, keep=returning)
         await self._change_by_filter(matching)
         return matching.entities if returning else matching.done
@@ -755,7 +759,7 @@ class RepositoryInterface(ABC):
             raise InvalidQueryError("offset must be a non-negative integer")
         if offset and order_by is None:
             order_by = self._schema[collection].key
-        query = self._query(collection, filters, order_by, limit, fields)
+        query = await self._built_query(collection, filters, order_by, limit, fields)
         if query.limit == 0:
             return []
         end = None if query.limit is None else query.limit + offset
@@ -771,7 +775,7 @@ class RepositoryInterface(ABC):
         fields: Sequence[str | Path] | None = None,
     ) -> AsyncGenerator[Entity, None]:
         """Like `query_entities`, one entity at a time, without keeping all of them in memory."""
-        query = self._query(collection, filters, order_by, limit, fields)
+        query = await self._built_query(collection, filters, order_by, limit, fields)
         async with Owned(self._rows(query)) as rows:
             async for each in rows:
                 yield each
@@ -798,7 +802,7 @@ class RepositoryInterface(ABC):
         if limit is None or limit == 0:
             raise InvalidQueryError("limit of a page must be at least 1")
         declared = self._schema[collection]
-        query = build_query(
+        query = await build_large_query(
             declared,
             filters=filters,
             order_by=order_by,
@@ -821,9 +825,12 @@ class RepositoryInterface(ABC):
         self, collection: str, filters: Filters = None, *, timeout: float | None = None
     ) -> int:
         """The number of matching entities."""
-        query = self._query(collection, filters, None, None, None)
+        query = await self._built_query(collection, filters, None, None, None)
+        started = perf_counter()
         async with operation_timeout(timeout):
-            return await self._count(query)
+            number = await self._count(query)
+        self._slow_queries.note(query, started, number)
+        return number
 
     async def count_by(
         self,
@@ -881,11 +888,14 @@ class RepositoryInterface(ABC):
     ) -> None:
         numeric = isinstance(result, Sum)
         steps = aggregated_path(self._schema[collection], field, numeric=numeric)
-        query = self._query(collection, filters, None, None, [Path((steps[0],))])
+        query = await self._built_query(collection, filters, None, None, [Path((steps[0],))])
         read = value_reader(steps)
+        started, rows = perf_counter(), 0
         async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
             async for batch in batches:
                 result.add(map(read, batch))
+                rows += len(batch)
+        self._slow_queries.note(query, started, rows)
 
     async def min_of(
         self,
@@ -923,7 +933,7 @@ class RepositoryInterface(ABC):
         greatest: bool,
     ) -> Value:
         steps = aggregated_path(self._schema[collection], field)
-        query = self._query(collection, filters, None, None, [Path((steps[0],))])
+        query = await self._built_query(collection, filters, None, None, [Path((steps[0],))])
         query = extreme_query(query, steps, greatest=greatest)
         entities = await self._entities(query, None, timeout)
         values = [value for each in entities if (value := value_reader(steps)(each)) is not MISSING]
@@ -947,6 +957,23 @@ class RepositoryInterface(ABC):
             fields=fields,
         )
 
+    async def _built_query(
+        self,
+        collection: str,
+        filters: Filters,
+        order_by: OrderBy,
+        limit: int | None,
+        fields: Sequence[str | Path] | None,
+    ) -> Query:
+        """`_query`, whose filter may have many values."""
+        return await build_large_query(
+            self._schema[collection],
+            filters=filters,
+            order_by=order_by,
+            limit=limit,
+            fields=fields,
+        )
+
     async def _entities(
         self,
         query: Query,
@@ -956,10 +983,12 @@ class RepositoryInterface(ABC):
         skipped: int = 0,
     ) -> list[Entity]:
         entities: list[Entity] = []
+        started = perf_counter()
         async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
             async for batch in batches:
                 entities += [project(each, fields) for each in batch[skipped:]]
                 skipped = max(0, skipped - len(batch))
+        self._slow_queries.note(query, started, len(entities))
         return entities
 
     async def _rows(self, query: Query) -> AsyncGenerator[Entity, None]:

@@ -159,7 +159,13 @@ def described(value: Value) -> str:
     )
 
 
-class Index(msgspec.Struct, frozen=True):
+class _Uniqueness(msgspec.Struct, frozen=True, kw_only=True):
+    """The argument of `Index` that can only be given by name."""
+
+    unique: bool = False
+
+
+class Index(_Uniqueness, frozen=True):
     """A declared index of one to four fields, compared in this order.
 
     It serves a query with equality on its first fields, a range on the next one, and the order by those
@@ -179,7 +185,6 @@ class Index(msgspec.Struct, frozen=True):
     sort: str | None = None
     third: str | None = None
     fourth: str | None = None
-    unique: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.unique, bool):

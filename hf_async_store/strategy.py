@@ -41,13 +41,14 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
 )
-from hf_async_store.index_advice import advice
+from hf_async_store.index_advice import advice, advice_by_declaration
 from hf_async_store.models import Model
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import read_only_session
 from hf_async_store.redaction import redact_texts
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
+from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
@@ -59,6 +60,7 @@ Result = TypeVar("Result")
 log: Final = logging.getLogger("hf_async_store")
 
 _RECORD_ATTEMPTS: Final = 3
+_MAX_SLOW_SHOWN: Final = 10
 
 _ABANDONED: Final[list[StorageStrategy]] = []
 """Abandoned stores, referenced until the process ends, so that no finalizer of an engine warns."""
@@ -92,7 +94,7 @@ class StorageStrategy(RepositoryInterface):
     transaction_type: ClassVar[type[Transaction]] = Transaction
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
-        super().__init__(Schema(schema.values()))
+        super().__init__(Schema(schema.values()), SlowQueries())
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
         self._engine = engine
@@ -341,6 +343,7 @@ class StorageStrategy(RepositoryInterface):
                 enter=self._enter_read_only,
                 read_only=True,
                 ticket=ticket,
+                slow_queries=self._slow_queries,
             )
         known = self.capabilities.isolations
         if isolation is not None and isolation not in known:
@@ -353,6 +356,7 @@ class StorageStrategy(RepositoryInterface):
             enter=self._enter_transaction,
             ticket=ticket,
             after_commit=self._record_declarations if self._record_attempts else None,
+            slow_queries=self._slow_queries,
         )
 
     def _enter_transaction(self) -> Callable[[], None]:
@@ -495,7 +499,7 @@ class StorageStrategy(RepositoryInterface):
 
         If it scans or sorts, the `advice` of the plan is the index that would serve it.
         """
-        query = self._query(collection, filters, order_by, limit, None)
+        query = await self._built_query(collection, filters, order_by, limit, None)
         plan = await self._usable().explain(query)
         if not self.capabilities.indexes:
             return plan
@@ -516,7 +520,9 @@ class StorageStrategy(RepositoryInterface):
         """The state of the store for an operator: reachability, latency, disk space, problems.
 
         `ok` is true if `problems` is empty. An engine that cannot be reached is reported as a
-        problem, not raised.
+        problem, not raised. `slow_queries` are the shapes of the queries of this store object that took
+        at least 20 ms, without their values and without streams: those that took most time in all first,
+        each with the index that would serve it, if none does.
         """
         engine = self._usable()
         report: dict[str, Value] = {"engine": self.capabilities.engine}
@@ -543,7 +549,24 @@ class StorageStrategy(RepositoryInterface):
             "ok": not problems,
             **report,
             **redact_texts(details),
+            "slow_queries": [
+                self._described(each) for each in self._slow_queries.slowest()[:_MAX_SLOW_SHOWN]
+            ],
             "problems": redact_texts(problems),
+        }
+
+    def _described(self, shape: SlowShape) -> Value:
+        query = shape.query
+        advised = advice_by_declaration(self._schema[query.collection], query)
+        return {
+            "collection": query.collection,
+            "filter": shape.filter_text,
+            "order_by": list(shape.order_by),
+            "count": shape.count,
+            "seconds": round(shape.seconds, 3),
+            "worst_seconds": round(shape.worst_seconds, 3),
+            "rows": shape.rows,
+            "advice": advised if self.capabilities.indexes else None,
         }
 
     async def _contradictions(self, engine: Engine) -> list[Value]:

@@ -281,8 +281,8 @@ def _flag(name: str, text: str) -> Add:
     return lambda parser: parser.add_argument(name, action="store_true", help=text)
 
 
-def _repeatable(name: str, metavar: str, text: str) -> Add:
-    return _argument(name, metavar, text, action="append", default=[])
+def _repeatable(name: str, metavar: str, text: str, **settings: Any) -> Add:
+    return _argument(name, metavar, text, action="append", default=[], **settings)
 
 
 def _mode(parser: argparse.ArgumentParser) -> None:
@@ -513,9 +513,10 @@ COMMANDS: Final[Mapping[str, Command]] = {
         _UPDATE,
         "A value is read as the declared type of its field. If the field is of type json, or not\n"
         "declared, the value is read as JSON if it is valid JSON, otherwise as a string.\n"
-        "FIELD:=JSON sets any JSON value.\n\n"
+        "FIELD:=JSON sets any JSON value, and FIELD/NAME=VALUE a value inside a field.\n\n"
         f"  {PROGRAM} update requests req-1 status=COMPLETED completed_at=2025-06-30T12:00:00Z\n"
         f'  {PROGRAM} update requests req-1 \'tags:={{"owner": "ops"}}\' --remove note\n'
+        f"  {PROGRAM} update requests req-1 tags/owner=ops --remove tags/temporary\n"
         f'  {PROGRAM} update requests req-1 \'{{"status": "FAILED"}}\' --expected-version 3\n',
     ),
     "delete": Command(
@@ -548,6 +549,28 @@ COMMANDS: Final[Mapping[str, Command]] = {
         ),
         f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n"
         f"  {PROGRAM} count machines --by status\n",
+    ),
+    "update-where": Command(
+        "update-where COLLECTION FILTER... --set FIELD=VALUE [OPTIONS]",
+        "change fields of the entities that match all filters",
+        f"{_CLI}.entity_commands:update_where",
+        (
+            _COLLECTION,
+            _argument("filters", "FILTER", "a condition, see below; all must match", nargs="+"),
+            _repeatable(
+                "--set",
+                "FIELD=VALUE",
+                "set a field, as in `update`; may be repeated",
+                dest="changes",
+            ),
+            _repeatable("--remove", "FIELD", "remove a field; may be repeated"),
+            _ORDER,
+            _argument("--limit", "N", "change at most this number, in this order", type=_integer),
+        ),
+        "An entity that is changed meanwhile is changed only if it still matches. The number of\n"
+        f"changed entities is shown.\n\n{_FILTER_HELP}\n"
+        f"  {PROGRAM} update-where machines request_id=req-1 --set status=TERMINATED\n"
+        f"  {PROGRAM} update-where machines status=PENDING --set tags/owner=ops --limit 100\n",
     ),
     "delete-where": Command(
         "delete-where COLLECTION FILTER... [OPTIONS]",

@@ -123,6 +123,7 @@ AT_THE_LIMIT: Final[Mapping[str, Callable[[], Filters]]] = {
         "extra": in_([*range(20, 10_000), *(f"x{each}" for each in range(10_000)), None, [1], {}])
     },
     "not in": lambda: {"text": not_in(f"t{each}" for each in range(20, 20_020))},
+    "in of versions": lambda: or_({"extra": 5}, {"version": in_([*range(2, 40_000), 2.0])}),
     "as many values as there may be": lambda: {"extra": in_(range(20, 20 + MAX_FILTER_VALUES))},
     "a path of lists": lambda: {path("data", *([0] * _LIST_DEPTH)): in_([2, 6, 10])},
     "a range at one": lambda: {path("data", *([0] * _LIST_DEPTH)): lt(20)},

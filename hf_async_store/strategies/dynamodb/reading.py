@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 from hf_async_store.changes import Record
 from hf_async_store.driver import QueryPlan
 from hf_async_store.errors import InvalidQueryError, UnavailableError
+from hf_async_store.event_loop import Chunks, computed
 from hf_async_store.generators import Owned
 from hf_async_store.query import (
     EVERYTHING,
@@ -51,6 +53,7 @@ from hf_async_store.values import CREATED_AT, MAX_KEY_BYTES, VERSION, Entity, Ke
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Set as AbstractSet
 
     from hf_async_store.schema import Index
     from hf_async_store.strategies.dynamodb.client import Client
@@ -88,9 +91,11 @@ class Reading:
     ) -> list[Record | None]:
         """As `Engine.fetch`."""
         items = await self.items(keys, consistent=consistent)
+        mappings = self._tables.mappings
         return [
-            None if item is None else self._tables.mappings[key.collection].record(item)
-            for key, item in zip(keys, items, strict=True)
+            None if item is None else mappings[key.collection].record(item)
+            async for chunk in Chunks(zip(keys, items, strict=True), _DECODE_BATCH)
+            for key, item in chunk
         ]
 
     async def items(
@@ -208,7 +213,7 @@ class Reading:
             return None
         if query.paged and not query.order and not query.by_id:
             active = frozenset()  # the first page was in the order of the table
-        access = plan_access(query, self._tables.mappings[query.collection], active)
+        access = await self._planned(query, active)
         if access.is_scan and not self._client.config.allow_scan:
             raise InvalidQueryError(
                 f"no key or index of {query.collection} can serve this query, and allow_scan is "
@@ -224,6 +229,15 @@ class Reading:
         access = await self.access(by_id)
         return by_id if query.by_id or access is None or not access.is_scan else query
 
+    async def _planned(self, query: Query, active: AbstractSet[str]) -> Access:
+        plan = partial(plan_access, query, self._tables.mappings[query.collection], active)
+        return await computed(plan, long=query.has_many_values)
+
+    async def _rows(self, query: Query, access: Access) -> _Rows:
+        mapping = self._tables.mappings[query.collection]
+        make = partial(_Rows, self, query, access, mapping)
+        return await computed(make, long=query.has_many_values)
+
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         """As `Engine.select`."""
         if query.limit == 0:
@@ -232,7 +246,7 @@ class Reading:
         if access is None:
             return
         mapping = self._tables.mappings[query.collection]
-        rows = _Rows(self, query, access, mapping)
+        rows = await self._rows(query, access)
         async with Owned(rows.in_order()) as found:
             async for entity in found:
                 yield Record(Key(query.collection, cast("str", entity[mapping.key])), entity)
@@ -242,7 +256,7 @@ class Reading:
         access = await self.access(query)
         if access is None:
             return 0
-        rows = _Rows(self, query, access, self._tables.mappings[query.collection])
+        rows = await self._rows(query, access)
         if access.ids is None and rows.is_exact:
             return await rows.count_matches()
         number = 0
@@ -310,8 +324,8 @@ class Reading:
         active = await self._tables.find(query.collection)
         if active is None:  # the first write creates the table with all indexes
             active = frozenset(each.name for each in mapping.collection.indexes)
-        access = plan_access(query, mapping, active)
-        rows = _Rows(self, query, access, mapping)
+        access = await self._planned(query, active)
+        rows = await self._rows(query, access)
         table = self._tables.name(query.collection)
         filtered = ", filtered by DynamoDB" if rows.filter_expression else ""
         residual, consistent = not rows.is_exact, self._consistent

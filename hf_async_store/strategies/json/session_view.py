@@ -15,6 +15,7 @@ import msgspec
 
 from hf_async_store.changes import ANY, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.errors import CorruptionError, StorageError
+from hf_async_store.event_loop import Chunks
 from hf_async_store.preconditions import (
     check,
     check_children,
@@ -26,6 +27,7 @@ from hf_async_store.preconditions import (
 from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.serializer import JSONSerializer, StoredEntity
+from hf_async_store.strategies.json.snapshot_reader import SnapshotReader
 from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.table_reading import TableReader
 from hf_async_store.unique import Claims, Fields, claimed
@@ -97,14 +99,18 @@ class SessionView(TableReader[StoredEntity]):
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         if len(keys) <= _READ_CHUNK:
             return [self.record(key, self.stored_bytes(key.collection, key.id)) for key in keys]
-        # All bytes first, without an await: they are those of one moment.
-        raws = [self.stored_bytes(key.collection, key.id) for key in keys]
-        records: list[Record | None] = []
-        for start in range(0, len(keys), _READ_CHUNK):
-            chunk = slice(start, start + _READ_CHUNK)
-            records += map(self.record, keys[chunk], raws[chunk])
-            await asyncio.sleep(0)
-        return records
+        if not self.layers:
+            reader = SnapshotReader(self.state, {key.collection for key in keys})
+            try:
+                return await reader.fetch(keys)
+            finally:
+                await reader.close()
+        # A session has the write lock: nothing changes between the chunks.
+        return [
+            self.record(key, self.stored_bytes(key.collection, key.id))
+            async for chunk in Chunks(keys, _READ_CHUNK)
+            for key in chunk
+        ]
 
     def record(self, key: Key, raw: bytes | None) -> Record | None:
         return None if raw is None else Record(key, self._entity(key, raw))

@@ -24,6 +24,7 @@ from hf_async_store.query import (
     Order,
     Query,
     compile_filter,
+    rows_per_step,
 )
 from hf_async_store.sort_bytes import is_exact, ranges, sort_bytes
 from hf_async_store.strategies.sql.grammar import FALSE, OPERATORS, TRUE, Arguments, Condition
@@ -43,6 +44,9 @@ _SHORT: Final = 63
 """A string of at most this many characters is always exact."""
 
 
+_ROWS_PER_STEP: Final = 256
+
+
 class Compiled(NamedTuple):
     """A query as SQL.
 
@@ -50,12 +54,14 @@ class Compiled(NamedTuple):
         args: the arguments of the statement.
         residual: the condition by which the rows must still be filtered; None if all rows match.
         limited: the statement applies the limit.
+        step: how many rows are decoded, and filtered, in one step of the event loop.
     """
 
     sql: str
     args: list[object]
     residual: Callable[[Entity], bool] | None = None
     limited: bool = False
+    step: int = _ROWS_PER_STEP
 
 
 def compile_query(
@@ -89,6 +95,7 @@ def compile_query(
         compiler.args.values,
         None if exact else compile_filter(query.where),
         limited,
+        _ROWS_PER_STEP if exact else rows_per_step(query.where, _ROWS_PER_STEP),
     )
 
 
@@ -262,8 +269,13 @@ class _Compiler:
         if op == "exists":
             return TRUE if value else FALSE
         if op == "in":
-            tests = [self._version("eq", each) for each in cast("list[Value]", value)]
-            return f"({_joined(' OR ', tests)})" if tests else FALSE
+            versions = [
+                str(int(each))
+                for each in cast("list[Value]", value)
+                if type(each) in (int, float) and each == int(cast("float", each))
+            ]
+            as_text = f"CAST(t.{VERSION} AS text)"
+            return self._grammar.in_strings(as_text, versions, self.args) if versions else FALSE
         if op == "between":
             low, high = cast("list[Value]", value)
             return f"({self._version('gte', low)} AND {self._version('lte', high)})"

@@ -54,7 +54,7 @@ from hf_async_store.strategies.sql.catalogue import (
     Entry,
     declared,
 )
-from hf_async_store.strategies.sql.compiler import compile_query, paths_in
+from hf_async_store.strategies.sql.compiler import paths_in
 from hf_async_store.strategies.sql.connections import Connections, LeasedConnection
 from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import SessionEndedError
@@ -485,7 +485,7 @@ class SQLEngine(Engine):
             return await self._explain(lease.driver, table, query)
 
     async def _explain(self, driver: Any, table: Table, query: Query) -> QueryPlan:
-        compiled = compile_query(table, query)
+        compiled = await reading.compiled_query(table, query)
         names = self._dialect.names
         indexes = {
             names.index(table.collection, table.entry.indexed(each.fields)): each

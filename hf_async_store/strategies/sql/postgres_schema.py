@@ -100,7 +100,7 @@ class PostgresSchema(SchemaSync):
         changed = entry.enforcing()
         await self._run(driver, self._extended(name, entry, changed, is_empty=True))
         for fields in entry.unenforced:
-            index = quoted(unique_index_name(name, fields))
+            index = quoted(self.names.unique_index(name, fields))
             await self._run(driver, f"DROP INDEX IF EXISTS {index}")  # of an interrupted apply
             await self._run(driver, self.unique_index_ddl(name, fields))
         return changed

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
 import msgspec
 
 from hf_async_store.changes import Record
 from hf_async_store.errors import CorruptionError, ProtocolError, StorageError
+from hf_async_store.event_loop import computed
 from hf_async_store.generators import Owned
 from hf_async_store.query import MISSING, Missing, Query, ordered
 from hf_async_store.sort_bytes import sort_bytes
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.rows import Table
 
 _CHUNK_SIZE: Final = 256
-"""How many rows are decoded per iteration of the event loop."""
 
 _SMALL_LIMIT: Final = 512
 """Queries with at most this limit read all rows at once, without a cursor."""
@@ -45,6 +46,15 @@ async def fetch(
     lease: LeasedConnection, tables: Mapping[str, Table], keys: Sequence[Key]
 ) -> list[Record | None]:
     """The records of `keys`, in their order. A key whose collection has no table is absent."""
+    records: list[Record | None] = []
+    for start in range(0, len(keys), _MAX_IDS):
+        records += await _fetch_some(lease, tables, keys[start : start + _MAX_IDS])
+    return records
+
+
+async def _fetch_some(
+    lease: LeasedConnection, tables: Mapping[str, Table], keys: Sequence[Key]
+) -> list[Record | None]:
     found: dict[Key, Sequence[object]] = {}
     for collection, ids in _by_collection(keys).items():
         if collection in tables:
@@ -65,14 +75,10 @@ def _by_collection(keys: Sequence[Key]) -> dict[str, list[str]]:
 
 async def _rows_of(
     lease: LeasedConnection, table: Table, ids: Sequence[str]
-) -> list[Sequence[Any]]:
+) -> Sequence[Sequence[Any]]:
     if len(ids) == 1:
-        return list(await lease.rows(table.fetch_one, ids))
-    rows: list[Sequence[Any]] = []
-    for start in range(0, len(ids), _MAX_IDS):
-        listed = table.grammar.strings(ids[start : start + _MAX_IDS])
-        rows += await lease.rows(table.fetch_many, (listed,))
-    return rows
+        return await lease.rows(table.fetch_one, ids)
+    return await lease.rows(table.fetch_many, (table.grammar.strings(ids),))
 
 
 async def records(
@@ -112,6 +118,14 @@ def statements(query: Query) -> Literal["one", "many"]:
     return "many" if query.order and (query.limit or query.after) else "one"
 
 
+async def compiled_query(
+    table: Table, query: Query, *, group: Sequence[Value | Missing] | None = None
+) -> Compiled:
+    """`compile_query`, of a query whose filter may have many values."""
+    work = partial(compile_query, table, query, group=group)
+    return await computed(work, long=query.has_many_values)
+
+
 async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Record] | None:
     """The records of a query with a small limit, read at once.
 
@@ -120,7 +134,7 @@ async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Rec
     """
     if not may_be_small(query):
         return None
-    compiled = compile_query(table, query)
+    compiled = await compiled_query(table, query)
     after = query.after
     if not compiled.limited or (after and group_of(table, query.order, after.values)):
         return None
@@ -133,7 +147,7 @@ async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Rec
 
 async def count(lease: LeasedConnection, table: Table, query: Query) -> int:
     """The number of records that match a query."""
-    compiled = compile_count(table, query)
+    compiled = await computed(partial(compile_count, table, query), long=query.has_many_values)
     if compiled is not None:
         rows = await _all_rows(lease, table, compiled)
         if len(rows) != 1:
@@ -177,7 +191,7 @@ async def _after_position(
         if before is not None:
             placed = msgspec.structs.replace(query, limit=None)
             yield await _sorted(_whole_group(lease, table, query, before), placed)
-    compiled = compile_query(table, query)
+    compiled = await compiled_query(table, query)
     members: list[_Row] = []  # the last rows read, if they are in a group
     group: list[Value | Missing] = []
     read = 0
@@ -205,10 +219,13 @@ async def _after_position(
         yield await _sorted(source, unplaced)
 
 
-def _whole_group(
+async def _whole_group(
     lease: LeasedConnection, table: Table, query: Query, group: Sequence[Value | Missing]
 ) -> AsyncGenerator[list[_Row], None]:
-    return _batches(lease, table, compile_query(table, query, group=group))
+    compiled = await compiled_query(table, query, group=group)
+    async with Owned(_batches(lease, table, compiled)) as batches:
+        async for each in batches:
+            yield each
 
 
 async def _sorted(source: AsyncGenerator[list[_Row], None], query: Query) -> list[_Row]:
@@ -248,10 +265,10 @@ async def _batches(
     """In batches, the entities of a SELECT that pass the conditions that SQL could not test, with ids."""
     async with Owned(_raw_batches(lease, table, compiled)) as batches:
         async for rows in batches:
-            for start in range(0, len(rows), _CHUNK_SIZE):
+            for start in range(0, len(rows), compiled.step):
                 found = [
                     (cast("str", row[0]), table.entity(row))
-                    for row in rows[start : start + _CHUNK_SIZE]
+                    for row in rows[start : start + compiled.step]
                 ]
                 if compiled.residual is not None:
                     found = [each for each in found if compiled.residual(each[1])]

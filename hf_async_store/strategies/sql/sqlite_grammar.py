@@ -23,6 +23,9 @@ from hf_async_store.strategies.sql.grammar import (
 from hf_async_store.strategies.sql.names import DOC
 from hf_async_store.values import FieldType, Value
 
+_REAL_ERROR: Final = 1e-9
+"""Far above the relative error with which SQLite reads a float: about 1e-16."""
+
 _SORT_STRING: Final = sort_bytes("")[0]
 _SIMPLE_NAME: Final = re.compile(r'[^"\\\x00-\x1f]+\Z')
 _PLAIN_NAME: Final = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -78,7 +81,8 @@ class SQLiteGrammar(Grammar):
         test = f"hf_test({target}, '{op}', {args.add(self.encode(value))})"
         if type(value) in (int, float) and sign is not None:
             integers = f"WHEN 'integer' THEN {text} {sign} {args.add(value)}"
-            test = f"CASE {_type_of(target)} {integers} WHEN 'real' THEN {test} ELSE FALSE END"
+            reals = f"WHEN 'real' THEN {_real_test(text, sign, float(cast('float', value)), test, args)}"
+            test = f"CASE {_type_of(target)} {integers} {reals} ELSE FALSE END"
         return Condition(test)
 
     def in_strings(self, expression: str, values: Sequence[str], args: Arguments) -> str:
@@ -115,6 +119,17 @@ class SQLiteGrammar(Grammar):
         if kind == "json":
             return f"{DOC} -> '$.{field}'"
         return f"CASE json_type({DOC}, '$.{field}') {_VIEW_CASES[kind].format(value=value)} END"
+
+
+def _real_test(text: str, sign: str, value: float, exact: str, args: Arguments) -> str:
+    """The condition for a float: the exact one, which takes long, only for those that are near `value`."""
+    margin = abs(value) * _REAL_ERROR
+    below, above = args.add(value - margin), args.add(value + margin)
+    is_below, is_above = sign.startswith("<"), sign.startswith(">")
+    return (
+        f"CASE WHEN {text} < {below} THEN {is_below} WHEN {text} > {above} THEN {is_above} "
+        f"ELSE {exact} END"
+    )
 
 
 _MEMBER: Final = f"(t.{DOC} -> "
