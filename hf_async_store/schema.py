@@ -211,7 +211,7 @@ class Index(_Uniqueness, frozen=True):
         """The index of one to four fields."""
         first, *others = fields
         sort, third, fourth = [*others, None, None, None][:3]
-        return cls(first, sort, third, fourth, unique)
+        return cls(first, sort, third, fourth, unique=unique)
 
 
 class Collection:

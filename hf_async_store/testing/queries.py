@@ -134,7 +134,7 @@ def index_lists(draw: st.DrawFn) -> list[Index]:
     """One to four indexes, each of one to four fields."""
     names = ("label", "count", "ratio", "active", "due_at", "created_at")
     shapes = st.lists(st.sampled_from(names), min_size=1, max_size=4, unique=True).map(tuple)
-    return [Index(*each) for each in draw(st.lists(shapes, min_size=1, max_size=4, unique=True))]
+    return [Index.of(each) for each in draw(st.lists(shapes, min_size=1, max_size=4, unique=True))]
 
 
 async def ids_of(

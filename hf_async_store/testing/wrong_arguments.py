@@ -92,6 +92,7 @@ ACCEPTED: Final[Mapping[str, tuple[str, ...]]] = {
     "complete": ("boolean",),
     "transform": ("none", "empty dict"),
     "work": (),
+    "model": (),
     "other": (),
     "data": ("empty dict",),
     "recover_from": ("none",),
