@@ -124,6 +124,7 @@ _VALID: Final[Mapping[str, object]] = {
     "filters": {"label": "x"},
     "update_entity.fields": {"label": "x"},
     "conditional_update.fields": {"label": "x"},
+    "model": dict,
     "sql": "SELECT 1",
     "data": {},
     "index_name": "label-index",
