@@ -159,13 +159,16 @@ class RoundStats(msgspec.Struct, kw_only=True):
 
 
 class Measurement(msgspec.Struct, frozen=True):
-    """One figure of a scenario: a value of each round, and the bound that was promised, if any."""
+    """One figure of a scenario: a value of each round, and the bound that was promised, if any; or the
+    seconds that something takes on a system with so many entities, a point of a curve."""
 
     what: str
     samples: list[float]
     unit: str
     at_least: float | None = None
     at_most: float | None = None
+    system: str = ""
+    entities: int = 0
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,14 @@ import msgspec
 
 from hf_async_store import ConfigurationError
 from hf_async_store_bench.histogram import Histogram
-from hf_async_store_bench.messages import Load, Role, RoundStats, SystemUnderTest, decode
+from hf_async_store_bench.messages import (
+    Load,
+    Measurement,
+    Role,
+    RoundStats,
+    SystemUnderTest,
+    decode,
+)
 from hf_async_store_bench.settings import Parameter
 from hf_async_store_bench.statistics import Interval, exponent, ratio_of_pairs
 
@@ -91,6 +98,14 @@ class Sweep(msgspec.Struct, kw_only=True):
     unit: str
     curves: list[Curve] = []
 
+    def add(self, system: str, engine: str, point: Point) -> None:
+        """Note a point of the curve of a system."""
+        curve = next((each for each in self.curves if each.system == system), None)
+        if curve is None:
+            curve = Curve(system=system, engine=engine)
+            self.curves.append(curve)
+        curve.points = sorted([*curve.points, point], key=lambda each: each.size)
+
 
 class Figure(msgspec.Struct, kw_only=True, frozen=True):
     """One figure of merit, with its target in words, if any, and the range of its rounds or the
@@ -135,6 +150,17 @@ class Results(msgspec.Struct, kw_only=True):
         """Everything for which the run fails: lost writes, wrong answers, workers that broke."""
         lost = [(f"{cell.system}: {cell.load.name}", cell.failures) for cell in self.cells]
         return [*self.broken, *(f"{where}: {each}" for where, found in lost for each in found)]
+
+    def add_point(self, measured: Measurement) -> None:
+        """Note a point of a curve: what something costs on a system with so many entities."""
+        what, samples = measured.what, measured.samples
+        rates = [1 / each for each in samples]
+        point = Point(size=measured.entities, cost=statistics.median(samples), rates=rates)
+        sweep = next((each for each in self.sweeps if each.workload == what), None)
+        if sweep is None:
+            sweep = Sweep(parameter="entities", workload=what, unit="queries")
+            self.sweeps.append(sweep)
+        sweep.add(measured.system, measured.system, point)
 
     def cell(self, system: str, load: str) -> Cell | None:
         """By the names of both."""

@@ -12,7 +12,7 @@ import msgspec
 
 from hf_async_store_bench.executor import AT_ONCE, Executor
 from hf_async_store_bench.messages import Load, SystemUnderTest
-from hf_async_store_bench.results import Cell, Curve, Point, Sweep, cell_of
+from hf_async_store_bench.results import Cell, Point, Sweep, cell_of
 from hf_async_store_bench.settings import Series
 from hf_async_store_bench.worker_group import WorkerGroup
 from hf_async_store_bench.workloads import WORKLOADS
@@ -100,11 +100,7 @@ class Scaling:
         if not cell.rate:
             return
         point = Point(size=value, cost=1 / cell.rate, rates=cell.rates, checked=cell.checked)
-        for curve in sweep.curves:
-            if curve.system == cell.system:
-                curve.points = sorted([*curve.points, point], key=lambda each: each.size)
-                return
-        sweep.curves.append(Curve(system=cell.system, engine=cell.engine, points=[point]))
+        sweep.add(cell.system, cell.engine, point)
 
     def _spent(self) -> float:
         return time.monotonic() - self._began

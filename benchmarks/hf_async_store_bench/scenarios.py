@@ -19,12 +19,13 @@ import msgspec
 import hf_async_store as hfas
 from hf_async_store import JSONStorageStrategy, StorageStrategy, open_store
 from hf_async_store.migration import backup_store
-from hf_async_store_bench import data, systems
+from hf_async_store_bench import data, queries, systems
 from hf_async_store_bench.adapters import StoreAdapter
 from hf_async_store_bench.demo.data import chosen, json_url
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
 from hf_async_store_bench.resource_usage import forget_peak, peak_bytes, resident_bytes
+from hf_async_store_bench.statistics import ratios
 
 
 class Scenario(NamedTuple):
@@ -62,11 +63,6 @@ async def alternate(rounds: int, *sides: Callable[[], Awaitable[float]]) -> list
             if number:
                 samples.append(value)
     return found
-
-
-def ratios(of: list[float], to: list[float]) -> list[float]:
-    """Round by round."""
-    return [one / other for one, other in zip(of, to, strict=True)]
 
 
 @asynccontextmanager
@@ -300,19 +296,16 @@ async def migrating(plan: Plan) -> list[Measurement]:
             return count / took
 
         what, unit = f"{count:,} machines", "machines a second"
-        if name not in _BULK_LOADS:
+        if name not in queries.BULK_LOADS:
             (rates,) = await alternate(2, ours)
             return [Measurement(what, rates, unit)]
-        baseline = systems.named(_BULK_LOADS[name])
+        baseline = systems.named(queries.BULK_LOADS[name])
         rates, bare = await alternate(2, ours, bulk)
     against = f"{what}, against a bulk load: {baseline.name}"
     return [
         Measurement(what, rates, unit),
         Measurement(against, ratios(rates, bare), "x", at_least=0.3),
     ]
-
-
-_BULK_LOADS: Final = {"sqlite": "sqlite3 batched by hand", "postgresql": "asyncpg batched by hand"}
 
 
 async def migrate(
@@ -357,7 +350,15 @@ def _data_file(plan: Plan) -> Path:
     return Path(plan.environment.folder) / "request_database.json"
 
 
+_SWEPT: Final = "queries on stores of several sizes"
 SCENARIOS: Final[dict[str, Scenario]] = {
+    **{
+        f"queries of {each}": Scenario(each, _SWEPT, (size,), queries.measure, 40, writes=True)
+        for each, size in (
+            *dict.fromkeys(("json", "sqlite", "postgresql"), 100_000).items(),
+            ("dynamodb", 10_000),
+        )
+    },
     "event loop": Scenario(
         "json",
         "the longest hold of the event loop",

@@ -10,7 +10,8 @@ from typing import Final, NamedTuple, TypeAlias
 
 from hf_async_store_bench.messages import Load, Measurement
 from hf_async_store_bench.results import Figure, Results, ratio
-from hf_async_store_bench.scenarios import SCENARIOS, ratios
+from hf_async_store_bench.scenarios import SCENARIOS
+from hf_async_store_bench.statistics import ratios
 
 _NOT_RUN: Final = "not in this run"
 
