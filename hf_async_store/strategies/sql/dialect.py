@@ -51,7 +51,7 @@ class Dialect(ABC):
     # -- the driver --------------------------------------------------------------------------
 
     @abstractmethod
-    def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
+    def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
         """An engine with a pool of connections, none of them open yet."""
 
     def exists(self) -> bool:

@@ -131,14 +131,22 @@ async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Rec
     return [Record(Key(query.collection, entity_id), entity) for entity_id, entity in found]
 
 
+async def count_at_once(lease: LeasedConnection, table: Table, query: Query) -> int | None:
+    """The number of records that match a query; None if SQL cannot count them."""
+    compiled = compile_count(table, query)
+    if compiled is None:
+        return None
+    rows = await _all_rows(lease, table, compiled)
+    if len(rows) != 1:
+        raise ProtocolError(f"cannot count: the server returned {len(rows)} rows instead of 1")
+    return cast("int", rows[0][0])
+
+
 async def count(lease: LeasedConnection, table: Table, query: Query) -> int:
     """The number of records that match a query."""
-    compiled = compile_count(table, query)
-    if compiled is not None:
-        rows = await _all_rows(lease, table, compiled)
-        if len(rows) != 1:
-            raise ProtocolError(f"cannot count: the server returned {len(rows)} rows instead of 1")
-        return cast("int", rows[0][0])
+    counted = await count_at_once(lease, table, query)
+    if counted is not None:
+        return counted
     number = 0
     async with Owned(records(lease, table, query)) as found:
         async for _ in found:

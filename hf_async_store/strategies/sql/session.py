@@ -75,6 +75,11 @@ class SQLReader(Reader):
                 async for each in items:
                     yield each
 
+    async def count_at_once(self, query: Query) -> int | None:
+        """See `reading.count_at_once`."""
+        source = await self._source(query)
+        return 0 if source is None else await reading.count_at_once(*source, query)
+
     async def count(self, query: Query) -> int:
         source = await self._source(query)
         return 0 if source is None else await reading.count(*source, query)

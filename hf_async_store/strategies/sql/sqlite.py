@@ -307,7 +307,7 @@ class SQLite(Dialect):
 
     # -- the driver --------------------------------------------------------------------------
 
-    def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
+    def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
         return create_async_engine(
             "sqlite+aiosqlite://",
             async_creator=self._connect,
