@@ -256,10 +256,10 @@ class SQLEngine(Engine):
                 reconnected = True
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        records = await self._small(query)
-        if records is not None:
-            for record in records:
-                yield record
+        rows = None if query.limit is None else await self._small(query)
+        if rows is not None:
+            for entity_id, entity in rows:
+                yield Record(Key(query.collection, entity_id), entity)
             return
         # The caller may take long for each record, and need another connection for it, so the
         # stream uses a pool of its own.
@@ -272,10 +272,10 @@ class SQLEngine(Engine):
 
     async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         # On a connection of the main pool: the caller must not use the store meanwhile.
-        records = await self._small(query)
-        if records is not None:
-            if records:
-                yield [each.entity for each in records]
+        rows = await self._small(query)
+        if rows is not None:
+            if rows:
+                yield [entity for _, entity in rows]
             return
         async with (
             self._reading(self._main, reading.statements(query)) as reader,
@@ -284,7 +284,7 @@ class SQLEngine(Engine):
             async for batch in batches:
                 yield batch
 
-    async def _small(self, query: Query) -> list[Record] | None:
+    async def _small(self, query: Query) -> list[reading.Row] | None:
         if not reading.may_be_small(query):
             return None
         return await self._at_once(lambda reader: reader.small(query))

@@ -50,7 +50,7 @@ class SQLReader(Reader):
             return [None] * len(keys)
         return await reading.fetch(lease, self._tables, keys)
 
-    async def small(self, query: Query) -> list[Record] | None:
+    async def small(self, query: Query) -> list[reading.Row] | None:
         """See `reading.small`."""
         source = await self._source(query)
         return [] if source is None else await reading.small(*source, query)
