@@ -299,10 +299,12 @@ class SQLEngine(Engine):
     async def _at_once(self, read: Callable[[SQLReader], Awaitable[Result]]) -> Result:
         """What one statement without a cursor reads.
 
-        It needs no transaction on a connection for queries, so that it takes one round trip instead of
-        three.
+        Where such a statement needs no transaction, it takes one round trip instead of three.
         """
-        if self._queries is self._main or not self._queries.is_free:
+        if self._state is None and not self._dialect.exists():
+            return await read(SQLReader(None, {}))
+        is_main = self._queries is self._main
+        if not (self._dialect.reads_alone if is_main else self._queries.is_free):
             async with self._reading(self._main) as reader:
                 return await read(reader)
 

@@ -139,6 +139,7 @@ class PostgreSQL(Dialect):
         self._outdated_at = float("-inf")
         self.needs_transactions = config.pgbouncer
         self.separate_read_pool = not config.pgbouncer
+        self.reads_alone = False
         first = config.isolation
         others: tuple[Isolation, ...] = ("serializable", "repeatable_read", "read_committed")
         self.capabilities = Capabilities(

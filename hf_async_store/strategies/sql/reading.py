@@ -128,8 +128,8 @@ async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Row
     if query.limit is None:
         if not _has_indexed_value(table, query.where):
             return None
-        rows = await small(lease, table, query.with_limit(_SMALL_LIMIT))
-        return rows if rows is not None and len(rows) < _SMALL_LIMIT else None
+        few = await small(lease, table, query.with_limit(_SMALL_LIMIT))
+        return few if few is not None and len(few) < _SMALL_LIMIT else None
     compiled = compile_query(table, query)
     after = query.after
     if not compiled.limited or (after and group_of(table, query.order, after.values)):

@@ -276,6 +276,7 @@ class SQLite(Dialect):
     placeholder_prefix = "?"
     single_writer = True
     separate_read_pool = False
+    reads_alone = True
     needs_transactions = False
     grammar = SQLiteGrammar()
 
