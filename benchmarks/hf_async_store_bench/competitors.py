@@ -239,22 +239,3 @@ class AioDynamo(Competitor):
             lambda machines: side_by_side(put, batches(machines, 25), 8),
             stack.aclose,
         )
-
-
-class Pydynox(Competitor):
-    """pydynox: an async DynamoDB client whose core is written in Rust."""
-
-    @classmethod
-    async def open(cls, environment: Environment) -> Self:
-        from pydynox import DynamoDBClient
-
-        keys = {"access_key": "bench", "secret_key": "bench"}
-        client = DynamoDBClient(region="eu-west-1", endpoint_url=environment.server, **keys)
-        name = f"{environment.prefix}-pydynox"
-        if not await client.table_exists(name):
-            await client.create_table(name, (_KEY, "S"), wait=True)
-        return cls(
-            lambda machine: client.put_item(name, machine),
-            lambda machine: client.get_item(name, {_KEY: machine}, consistent_read=True),
-            lambda machines: client.batch_write(name, put_items=list(machines)),
-        )

@@ -30,7 +30,6 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
         blocking: each call blocks the whole process, so one task can do all that it is able to.
         url: of a strategy, its store, with `{folder}`, `{postgres}` and `{dynamodb}` to be filled in.
         nondurable_query: added to the URL when acknowledged writes need not be durable.
-        max_entities: more than this number its server cannot hold, for the reason behind it.
         source: a checkout whose product is measured instead of the installed one.
     """
 
@@ -44,7 +43,6 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
     url: str = ""
     nondurable_query: str = ""
     copied: bool = True
-    max_entities: tuple[int, str] | None = None
     source: str = ""
 
     def url_of(self, **values: str) -> str:

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from hf_async_store_bench.executor import AT_ONCE, Executor
+from hf_async_store_bench.executor import Executor
 from hf_async_store_bench.messages import Load, SystemUnderTest
 from hf_async_store_bench.results import Cell, Point, Sweep, cell_of
 from hf_async_store_bench.settings import Series
@@ -18,7 +18,7 @@ from hf_async_store_bench.worker_group import WorkerGroup
 from hf_async_store_bench.workloads import WORKLOADS
 
 _ROUNDS: Final = 2
-_SECONDS: Final = 4.0  # what a point takes beside filling, before any has told
+_SECONDS: Final = 4.0  # what a point takes, before any has told
 
 
 @dataclass
@@ -50,26 +50,24 @@ class Scaling:
             if not chosen:
                 continue
             tell(f"growth with {parameter} at {value:,}: {len(chosen)} systems")
+            began = time.monotonic()
             async with self.executor.filled(chosen, load, workloads) as groups:
                 for group in groups:
-                    began = time.monotonic()
                     await self._points(group, value)
-                    self._took[group.system.name] = time.monotonic() - began
+                    now = time.monotonic()
+                    self._took[group.system.name], began = now - began, now
         self._tell_rest()
         return list(self._sweeps.values())
 
     def _chosen(self, load: Load, value: int, *, first: bool) -> list[SystemUnderTest]:
-        """As many as there is time for at this value, and what their servers can hold."""
+        """As many as there is time for at this value."""
         chosen: list[SystemUnderTest] = []
         left = self.budget - self._spent()
         for system in self.strategies:
-            filling = self.executor.datasets.expected(system, load) / AT_ONCE
-            seconds = filling + self._took.get(system.name, _SECONDS)
+            seconds = self._took.get(system.name, _SECONDS)
             why = ""
             if load.processes > 1 and system.needs == "nothing":
                 why = "it lives in one process"
-            elif system.max_entities is not None and load.entities > system.max_entities[0]:
-                why = system.max_entities[1]
             elif not first and seconds > left:
                 why = f"the sweep's {self.budget:.0f} s were over"
             else:
