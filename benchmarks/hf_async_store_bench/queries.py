@@ -66,7 +66,7 @@ def _queries() -> Iterator[Query]:
 QUERIES: Final = tuple(_queries())
 
 
-async def measure(plan: Plan) -> list[Measurement]:
+async def querying(plan: Plan) -> list[Measurement]:
     """All queries on stores of several sizes, which take turns: the largest is there, others are made."""
     largest = plan.load.entities
     sizes = [*(each for each in _SIZES if each < largest), largest]

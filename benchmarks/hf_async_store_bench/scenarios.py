@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import gc
 import gzip
 import itertools
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -19,11 +20,12 @@ import msgspec
 import hf_async_store as hfas
 from hf_async_store import JSONStorageStrategy, StorageStrategy, open_store
 from hf_async_store.migration import backup_store
-from hf_async_store_bench import data, queries, systems
+from hf_async_store_bench import data, systems
 from hf_async_store_bench.adapters import StoreAdapter
 from hf_async_store_bench.demo.data import chosen, json_url
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
+from hf_async_store_bench.queries import BULK_LOADS
 from hf_async_store_bench.resource_usage import forget_peak, peak_bytes, resident_bytes
 from hf_async_store_bench.statistics import ratios
 
@@ -296,10 +298,10 @@ async def migrating(plan: Plan) -> list[Measurement]:
             return count / took
 
         what, unit = f"{count:,} machines", "machines a second"
-        if name not in queries.BULK_LOADS:
+        if name not in BULK_LOADS:
             (rates,) = await alternate(2, ours)
             return [Measurement(what, rates, unit)]
-        baseline = systems.named(queries.BULK_LOADS[name])
+        baseline = systems.named(BULK_LOADS[name])
         rates, bare = await alternate(2, ours, bulk)
     against = f"{what}, against a bulk load: {baseline.name}"
     return [
@@ -350,38 +352,13 @@ def _data_file(plan: Plan) -> Path:
     return Path(plan.environment.folder) / "request_database.json"
 
 
-_SWEPT: Final = "queries on stores of several sizes"
-SCENARIOS: Final[dict[str, Scenario]] = {
-    **{
-        f"queries of {each}": Scenario(each, _SWEPT, (size,), queries.measure, 40, writes=True)
-        for each, size in (
-            *dict.fromkeys(("json", "sqlite", "postgresql"), 100_000).items(),
-            ("dynamodb", 10_000),
-        )
-    },
-    "event loop": Scenario(
-        "json",
-        "the longest hold of the event loop",
-        (100_000,),
-        event_loop,
-        60,
-        writes=True,
-        runs=3,
-    ),
-    "opening": Scenario("json", "opening 10,000 machines", (100,), opening, 20, writes=True),
-    "memory": Scenario("json", "memory of an open store", (100_000,), memory, 10),
-    **{
-        f"migrate to {each}": Scenario(each, "migrating from JSON", (100,), migrating, 40)
-        for each in ("json", "sqlite", "postgresql", "dynamodb")
-    },
-    "backup": Scenario("json", "a backup", (1_000_000,), backing_up, 60, writes=True),
-    "backup of sqlite": Scenario("sqlite", "a backup", (1_000_000,), backing_up, 90, writes=True),
-    "migration memory": Scenario(
-        "json",
-        "memory of migrating and backing up",
-        (10_000, 1_000_000),
-        migration_memory,
-        120,
-        writes=True,
-    ),
-}
+def _scenarios() -> Iterator[tuple[str, Scenario]]:
+    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            sizes = tuple(map(int, row["sizes"].split()))
+            work, seconds = globals()[row["measure"]], float(row["seconds"])
+            how = (row["writes"] == "yes", int(row["runs"]))
+            yield row["name"], Scenario(row["system"], row["summary"], sizes, work, seconds, *how)
+
+
+SCENARIOS: Final = dict(_scenarios())
