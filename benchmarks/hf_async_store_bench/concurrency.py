@@ -1,4 +1,4 @@
-"""The same work for many items at once."""
+"""The same work for many items at once, and work that takes turns."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ async def side_by_side(
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [each.result() for each in tasks]
+
+
+async def alternate(rounds: int, *sides: Callable[[], Awaitable[float]]) -> list[list[float]]:
+    """What each side gives in each round, A B A B; a round before the first is not counted."""
+    found: list[list[float]] = [[] for _ in sides]
+    for number in range(rounds + 1):
+        for side, samples in zip(sides, found, strict=True):
+            value = await side()
+            if number:
+                samples.append(value)
+    return found

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from hf_async_store import StorageStrategy, begins_with, gte
 from hf_async_store_bench import adapters, data, systems
 from hf_async_store_bench.baselines import tables
+from hf_async_store_bench.concurrency import alternate
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
 from hf_async_store_bench.statistics import ratios
@@ -77,7 +78,8 @@ async def querying(plan: Plan) -> list[Measurement]:
             for entities in sizes:
                 sides += await _sides(plan, entities, more, stack)
             for place, query in enumerate(QUERIES):
-                found += _figures(query, sides, await _rounds(query, place, sides))
+                calls = [partial(_seconds, query, side, side.calls[place]) for side in sides]
+                found += _figures(query, sides, await alternate(_ROUNDS, *calls))
     return found
 
 
@@ -158,17 +160,6 @@ def _by_hand(baseline: Any, last: data.Entity) -> list[Call]:
         return run
 
     return [*map(call, QUERIES[:-1]), partial(_save, baseline.save)]
-
-
-async def _rounds(query: Query, place: int, sides: Sequence[Side]) -> list[list[float]]:
-    """The seconds of a call on each side, round by round."""
-    taken: list[list[float]] = [[] for _ in sides]
-    for number in range(_ROUNDS + 1):
-        for side, samples in zip(sides, taken, strict=True):
-            seconds = await _seconds(query, side, side.calls[place])
-            if number:  # what is slower the first time does not count
-                samples.append(seconds)
-    return taken
 
 
 async def _seconds(query: Query, side: Side, call: Call) -> float:

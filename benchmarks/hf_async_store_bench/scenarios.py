@@ -22,10 +22,11 @@ from hf_async_store import JSONStorageStrategy, StorageStrategy, open_store
 from hf_async_store.migration import backup_store
 from hf_async_store_bench import data, systems
 from hf_async_store_bench.adapters import StoreAdapter
+from hf_async_store_bench.concurrency import alternate
 from hf_async_store_bench.demo.data import chosen, json_url
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
-from hf_async_store_bench.queries import BULK_LOADS
+from hf_async_store_bench.queries import BULK_LOADS, querying
 from hf_async_store_bench.resource_usage import forget_peak, peak_bytes, resident_bytes
 from hf_async_store_bench.statistics import ratios
 
@@ -54,17 +55,6 @@ async def seconds(work: Awaitable[object]) -> float:
     started = time.perf_counter()
     await work
     return time.perf_counter() - started
-
-
-async def alternate(rounds: int, *sides: Callable[[], Awaitable[float]]) -> list[list[float]]:
-    """What each side gives in each round, A B A B; a round before the first is not counted."""
-    found: list[list[float]] = [[] for _ in sides]
-    for number in range(rounds + 1):
-        for side, samples in zip(sides, found, strict=True):
-            value = await side()
-            if number:
-                samples.append(value)
-    return found
 
 
 @asynccontextmanager
@@ -352,11 +342,15 @@ def _data_file(plan: Plan) -> Path:
     return Path(plan.environment.folder) / "request_database.json"
 
 
+_MEASURED: Final = (querying, event_loop, opening, memory, migrating, backing_up, migration_memory)
+_WORK: Final = {each.__name__: each for each in _MEASURED}
+
+
 def _scenarios() -> Iterator[tuple[str, Scenario]]:
     with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             sizes = tuple(map(int, row["sizes"].split()))
-            work, seconds = globals()[row["measure"]], float(row["seconds"])
+            work, seconds = _WORK[row["measure"]], float(row["seconds"])
             how = (row["writes"] == "yes", int(row["runs"]))
             yield row["name"], Scenario(row["system"], row["summary"], sizes, work, seconds, *how)
 
