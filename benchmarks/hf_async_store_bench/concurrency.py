@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import nullcontext
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -14,11 +15,9 @@ async def side_by_side(
     work: Callable[[Item], Awaitable[Result]], items: Iterable[Item], at_once: int | None = None
 ) -> list[Result]:
     """What the work gives for each item, in order. The first error cancels the others."""
-    gate = asyncio.Semaphore(at_once) if at_once else None
+    gate = asyncio.Semaphore(at_once) if at_once else nullcontext()
 
     async def one(item: Item) -> Result:
-        if gate is None:
-            return await work(item)
         async with gate:
             return await work(item)
 

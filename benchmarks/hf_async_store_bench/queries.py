@@ -112,9 +112,7 @@ async def _sides(
 
 async def _position(store: StorageStrategy) -> tuple[str | None, data.Entity]:
     """The cursor after 99 pages, and the last machine before it."""
-    page = await store.query_page("machines", None, "created_at", _PAGE)
-    for _ in range(98):
-        page = await store.query_page("machines", None, "created_at", _PAGE, cursor=page.cursor)
+    page = await store.query_page("machines", None, "created_at", 99 * _PAGE)
     return page.cursor, page.items[-1]
 
 

@@ -18,7 +18,6 @@ from hf_async_store_bench.worker_group import WorkerGroup
 from hf_async_store_bench.workloads import WORKLOADS
 
 _ROUNDS: Final = 2
-_SECONDS: Final = 4.0  # what a point takes, before any has told
 
 
 @dataclass
@@ -33,7 +32,6 @@ class Scaling:
 
     def __post_init__(self) -> None:
         self._began = time.monotonic()
-        self._took: dict[str, float] = {}
         self._skipped: dict[str, dict[str, list[str]]] = {}
         self._sweeps = {
             each: Sweep(parameter=self.series.parameter, workload=each, unit=WORKLOADS[each].unit)
@@ -50,28 +48,22 @@ class Scaling:
             if not chosen:
                 continue
             tell(f"growth with {parameter} at {value:,}: {len(chosen)} systems")
-            began = time.monotonic()
             async with self.executor.filled(chosen, load, workloads) as groups:
                 for group in groups:
                     await self._points(group, value)
-                    now = time.monotonic()
-                    self._took[group.system.name], began = now - began, now
         self._tell_rest()
         return list(self._sweeps.values())
 
     def _chosen(self, load: Load, value: int, *, first: bool) -> list[SystemUnderTest]:
         """As many as there is time for at this value."""
         chosen: list[SystemUnderTest] = []
-        left = self.budget - self._spent()
         for system in self.strategies:
-            seconds = self._took.get(system.name, _SECONDS)
             why = ""
             if load.processes > 1 and system.needs == "nothing":
                 why = "it lives in one process"
-            elif not first and seconds > left:
+            elif not first and self._spent() > self.budget:
                 why = f"the sweep's {self.budget:.0f} s were over"
             else:
-                left -= seconds
                 chosen.append(system)
             if why:
                 self._skipped.setdefault(why, {}).setdefault(system.name, []).append(f"{value:,}")

@@ -6,7 +6,6 @@ import asyncio
 import csv
 import gc
 import gzip
-import itertools
 import json
 import os
 import time
@@ -23,7 +22,7 @@ from hf_async_store.migration import backup_store
 from hf_async_store_bench import data, systems
 from hf_async_store_bench.adapters import StoreAdapter
 from hf_async_store_bench.concurrency import alternate
-from hf_async_store_bench.demo.data import chosen, json_url
+from hf_async_store_bench.demo.data import json_url
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
 from hf_async_store_bench.queries import BULK_LOADS, querying
@@ -126,10 +125,8 @@ async def migration_memory(plan: Plan) -> list[Measurement]:
 async def opening(plan: Plan) -> list[Measurement]:
     """Opening a file and its first get, against decoding the same file."""
     path = Path(plan.environment.folder) / "found.json"
-    found, origin = _found_machines()
-    ids = map(data.machine_id, range(10_000))
-    many = zip(ids, itertools.cycle(found), strict=False)
-    machines = {name: {**each, "machine_id": name} for name, each in many}
+    origin = "generated machines of 1,000 bytes"
+    machines = {data.machine_id(each): data.machine(each, size=1000) for each in range(10_000)}
     path.write_text(json.dumps({"templates": {}, "requests": {}, "machines": machines}, indent=2))
     figures = await _opening(path, f"{origin}, a foreign file")
     async with JSONStorageStrategy(json_url(path)) as store:
@@ -158,17 +155,6 @@ async def _opening(path: Path, what: str) -> list[Measurement]:
         Measurement(what, [each * 1000 for each in took], "ms"),
         Measurement(against, ratios(took, bare), "x", at_most=1.0),
     ]
-
-
-def _found_machines() -> tuple[list[data.Entity], str]:
-    """Machines found in the field, or of that size; and where they come from."""
-    source = chosen(None)
-    plain = source.plain({"machines": None}) if source else None
-    if plain:
-        return list(plain["machines"].values()), "machines from the field"
-    return [
-        data.machine(each, size=1000) for each in range(1000)
-    ], "generated machines of 1,000 bytes"
 
 
 Work: TypeAlias = Callable[[JSONStorageStrategy], Awaitable[object]]

@@ -11,24 +11,13 @@ from hf_async_store_bench.cli.types import at_least_one, percent, positive
 OUTPUT: Final = "hf-async-store-bench"  # the folder of the report, unless --output is given
 USAGE: Final = "bench [compare OLD.json NEW.json] [OPTIONS]"
 SUMMARY: Final = "measure every engine on this machine, together with baselines and competitors"
-MANUAL: Final = """\
-All stores are temporary, and servers that are needed are started. --store URL also measures a store
-of your own. Its URL must contain {folder} as the path of the data: a temporary folder is inserted.
-Baselines are hand-written programs without this package; competitors are other libraries.
-The report is a web page, Markdown, JSON and PNG. Exit code 4: a write was lost or a result wrong.
-
-  hf-async-store bench
-  hf-async-store bench --full --output report
-  hf-async-store bench --only json --workload save --tasks 1 --processes 4
-  hf-async-store bench compare old/report.json new/report.json
-"""
+_HELP, MANUAL = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split("\n\n", 1)
 _COMPARE: Final = "show which differences between two runs are larger than the noise"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command."""
-    lines = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-    helped = dict(each.split(": ", 1) for each in lines)
+    helped = dict(each.split(": ", 1) for each in _HELP.splitlines())
 
     def add(name: str, to: Any = parser, **how: Any) -> None:
         to.add_argument(f"--{name}", help=helped[name].replace("%", "%%"), **how)
