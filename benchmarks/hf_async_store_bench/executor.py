@@ -93,7 +93,7 @@ class Executor:
                     return
                 for each in once:
                     if each.system:
-                        self.results.add_point(each)
+                        self.results.add_point(each.what, each.system, each.entities, each.samples)
                     elif figures.setdefault(each.what, each) is not each:
                         figures[each.what].samples.extend(each.samples)
         self.results.figures += scenario_figures(name, found)

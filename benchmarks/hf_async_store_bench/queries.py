@@ -44,10 +44,6 @@ class Query(NamedTuple):
     statement: str
     arguments: str
 
-    @property
-    def is_update(self) -> bool:
-        return self.statement.startswith("UPDATE")
-
 
 class Side(NamedTuple):
     """A filled store or its baseline: a call for each query, and what undoes the update."""
@@ -99,21 +95,15 @@ async def _sides(
     system, is_there = plan.system, entities == plan.load.entities
     place = plan.environment if is_there else more.make(system)
     store = (await filled(system, place, fill=not is_there)).store
-    cursor, last = await _position(store)
+    walked = await store.query_page("machines", None, "created_at", 99 * _PAGE)
     undo = partial(store.update_where, "machines", _CLAIMED, _PENDING)
-    sides = [Side(system.name, entities, _of_store(store, cursor), undo)]
+    sides = [Side(system.name, entities, _of_store(store, walked.cursor), undo)]
     if system.name in BULK_LOADS:
         baseline = systems.named(BULK_LOADS[system.name])
         hand = await filled(baseline, more.make(baseline))
         undo = partial(hand.rows, _UNDO, ["PENDING", "CLAIMED"])
-        sides.append(Side(baseline.name, entities, _by_hand(hand, last), undo))
+        sides.append(Side(baseline.name, entities, _by_hand(hand, walked.items[-1]), undo))
     return sides
-
-
-async def _position(store: StorageStrategy) -> tuple[str | None, data.Entity]:
-    """The cursor after 99 pages, and the last machine before it."""
-    page = await store.query_page("machines", None, "created_at", 99 * _PAGE)
-    return page.cursor, page.items[-1]
 
 
 def _of_store(store: StorageStrategy, cursor: str | None) -> list[Call]:
@@ -153,7 +143,7 @@ def _by_hand(baseline: Any, last: data.Entity) -> list[Call]:
             rows = await baseline.rows(query.statement, arguments)
             if query.statement.startswith(_SELECT):
                 return list(map(tables.entity_of, rows))
-            return len(rows) if query.is_update else rows[0][0]
+            return rows[0][0] if len(rows) == 1 else len(rows)
 
         return run
 
@@ -170,7 +160,7 @@ async def _seconds(query: Query, side: Side, call: Call) -> float:
         machines = found if isinstance(found, int) else len(found)
         if machines != query.machines:
             raise WrongAnswerError(f"{query.name}: {machines} machines of {side.entities:,}")
-        if query.is_update:
+        if query.statement.startswith("UPDATE"):
             await side.undo()
     return statistics.median(taken)
 

@@ -10,14 +10,7 @@ import msgspec
 
 from hf_async_store import ConfigurationError
 from hf_async_store_bench.histogram import Histogram
-from hf_async_store_bench.messages import (
-    Load,
-    Measurement,
-    Role,
-    RoundStats,
-    SystemUnderTest,
-    decode,
-)
+from hf_async_store_bench.messages import Load, Role, RoundStats, SystemUnderTest, decode
 from hf_async_store_bench.settings import Parameter
 from hf_async_store_bench.statistics import Interval, exponent, ratio_of_pairs
 
@@ -151,16 +144,15 @@ class Results(msgspec.Struct, kw_only=True):
         lost = [(f"{cell.system}: {cell.load.name}", cell.failures) for cell in self.cells]
         return [*self.broken, *(f"{where}: {each}" for where, found in lost for each in found)]
 
-    def add_point(self, measured: Measurement) -> None:
-        """Note a point of a curve: what something costs on a system with so many entities."""
-        what, samples = measured.what, measured.samples
+    def add_point(self, what: str, system: str, entities: int, samples: list[float]) -> None:
+        """Note the seconds that something takes on a system with so many entities."""
         rates = [1 / each for each in samples]
-        point = Point(size=measured.entities, cost=statistics.median(samples), rates=rates)
+        point = Point(size=entities, cost=statistics.median(samples), rates=rates)
         sweep = next((each for each in self.sweeps if each.workload == what), None)
         if sweep is None:
             sweep = Sweep(parameter="entities", workload=what, unit="queries")
             self.sweeps.append(sweep)
-        sweep.add(measured.system, measured.system, point)
+        sweep.add(system, system, point)
 
     def cell(self, system: str, load: str) -> Cell | None:
         """By the names of both."""

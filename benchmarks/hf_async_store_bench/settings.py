@@ -34,7 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         budget: seconds of the whole run; None: as long as it takes.
         first_share: of the budget, for the first visit to all loads.
         again: go on with further visits until the budget is spent.
-        scenario_sizes: of their stores, instead of their own.
+        scenario_sizes: machines in the stores of the scenarios, if not those that they name.
         compared: the workloads under which baselines and competitors run, too; None: wherever they can.
     """
 
