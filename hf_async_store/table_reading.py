@@ -35,6 +35,7 @@ _MIN_BATCH: Final = 16
 _RUN: Final = 4096
 _SPANS_PER_BATCH: Final = 64
 _COUNTED_SPANS: Final = 512
+_IN_VAIN: Final = 4
 _RANK: Final = {"none": 0, "groups": 1, "complete": 2}
 
 
@@ -74,6 +75,11 @@ class TableReader(Reader, Generic[Stored]):
         moment = self._pin(query.collection)
         try:
             reading = await self._reading(query, moment)
+            first = await self._first_in_order(query, moment, reading.path)
+            if first is not None:
+                if first:
+                    yield first
+                return
             left = query.limit
             async with Owned(reading.rows()) as chunks:
                 async for chunk in chunks:
@@ -85,6 +91,38 @@ class TableReader(Reader, Generic[Stored]):
                             return
         finally:
             await self._unpin(query.collection, moment)
+
+    async def _first_in_order(
+        self, query: Query, moment: PastMoment[Stored], planned: AccessPath
+    ) -> list[Row[Stored]] | None:
+        """The rows of a query with a limit, if an index in its order leads to them within few entries.
+
+        None: read as planned. That is, all entries that an index on the filter has, which are then sorted;
+        at most a quarter as many are read here in vain.
+        """
+        table, limit = self._table(query.collection), query.limit
+        if limit is None or planned.ordered != "none" or not planned.constrained:
+            return None
+        assert table.collection is not None, "no caller can name an undeclared collection"
+        conditions = Conditions(query, table.collection.key)
+        paths = map(conditions.path, moment.indexes.declared)
+        path = next((each for each in paths if each.ordered == "complete"), None)
+        if path is None:
+            return None
+        own = self._own_changes(query.collection)
+        most = await _Reading(table, query, planned, moment, own).count_entries() // _IN_VAIN
+        if most < limit:
+            return None
+        other = _Reading(table, query, path, moment, own)
+        rows: list[Row[Stored]] = []
+        async with Owned(other.rows()) as chunks:
+            async for chunk in chunks:
+                rows += chunk
+                if len(rows) >= limit:
+                    return rows[:limit]
+                if other.entries_read > most:
+                    return None
+        return rows
 
     async def count(self, query: Query) -> int:
         if query.limit is not None or query.after is not None:
@@ -179,6 +217,7 @@ class _Reading(Generic[Stored]):
         self._changed: dict[str, Stored | None] = {}
         self._entries: list[Entry] = []
         self._index = OrderedIndex()
+        self.entries_read = 0
 
     async def _prepare(self) -> None:
         """Take a view of the index; the caller releases it."""
@@ -280,6 +319,7 @@ class _Reading(Generic[Stored]):
         pending: list[str] = []
         common: bytes | None = None
         for batch in self._batches():
+            self.entries_read += len(batch)
             for group, entries in groupby(batch, key=lambda entry: group_of(entry[0])):
                 if pending and group != common:
                     yield pending, False
