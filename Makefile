@@ -13,7 +13,7 @@ DATA ?=
 BASE ?=
 OPTIONS ?=
 
-.PHONY: demo test test-long check format bench bench-full bench-compare dist clean
+.PHONY: demo test test-long check format bench bench-full bench-queries bench-compare dist clean
 
 demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes, one killed
 	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
@@ -43,6 +43,9 @@ bench: $(BENCH_STAMP)  ## measures this machine within 2 minutes; the report is 
 
 bench-full: $(BENCH_STAMP)  ## everything within 20 minutes; writes the results into docs/benchmarks.md
 	$(BIN)/hf-async-store bench --full --output benchmarks/results --page docs/benchmarks.md
+
+bench-queries: $(STAMP)  ## what queries cost on stores of 1,000 to 1,000,000 machines; takes 10 minutes
+	$(BIN)/hf-async-store bench --output benchmarks/results --entities 1000000 $(foreach engine,json sqlite postgresql,--workload "queries of $(engine)")
 
 bench-compare: $(STAMP)  ## BASE=commit: is this checkout slower or faster than that commit?
 	$(BIN)/python -m hf_async_store_bench.two_commits $(BASE) $(OPTIONS)

@@ -418,10 +418,19 @@ class RepositoryInterface(ABC):
         check_boolean(returning, "returning")
         _check_mapping(updates, "updates", "changes")
         at = utc_now()
-        changes = await _in_chunks(
-            updates.items(),
-            lambda each: self._patch(declared, each[0], each[1], expected.pop(each[0]), at),
-        )
+        latest: tuple[UpdateMap, Patch] | None = None
+
+        def patch(item: tuple[str, UpdateMap]) -> Patch:
+            nonlocal latest
+            entity_id, data = item
+            expect = expected.pop(entity_id)
+            if latest is not None and latest[0] is data and declared.key not in data:
+                # The same change of many entities is validated once.
+                return Patch(declared.key_of(entity_id), latest[1].fields, at, _existing(expect))
+            latest = data, self._patch(declared, entity_id, data, expect, at)
+            return latest[1]
+
+        changes = await _in_chunks(updates.items(), patch)
         expected.assert_exhausted()
         if returning:
             return all_succeeded(await self._update_returning(changes, timeout))
@@ -1016,7 +1025,7 @@ class RepositoryInterface(ABC):
         key = collection.key_of(entity_id)
         fields = read_update(collection, key.id, data)
         fields[UPDATED_AT] = at
-        return Patch(key, fields, at, PRESENT if expect is ANY else expect)
+        return Patch(key, fields, at, _existing(expect))
 
     async def _write_one(self, change: Put | Patch, timeout: float | None) -> int:
         """The new version."""
@@ -1027,6 +1036,11 @@ class RepositoryInterface(ABC):
     async def _write_many(self, changes: Sequence[Put | Patch], timeout: float | None) -> list[int]:
         """The new version of each entity."""
         return _versions(await self._write(changes, timeout)) if changes else []
+
+
+def _existing(expect: Precondition) -> Precondition:
+    """The precondition of an update, which never creates an entity."""
+    return PRESENT if expect is ANY else expect
 
 
 def _succeeded(outcome: Outcome) -> int | None:

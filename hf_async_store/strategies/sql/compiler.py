@@ -40,7 +40,7 @@ _KNOWN: Final = frozenset(
     {*_OPPOSITE, *OPERATORS, "eq", "in", "between", "exists", "contains", "begins_with"}
 )
 """The operators that SQL can express; the rows are filtered in Python by all others."""
-_SHORT: Final = 63
+SHORT: Final = 63
 """A string of at most this many characters is always exact."""
 
 
@@ -123,7 +123,7 @@ def group_of(
     for number, (key, value) in enumerate(zip(order, values, strict=True), 1):
         kind = type(value)
         if kind is str:
-            inexact = len(cast("str", value)) > _SHORT and not is_exact(sort_bytes(value))
+            inexact = len(cast("str", value)) > SHORT and not is_exact(sort_bytes(value))
             if inexact and key.path != (table.key_field,):
                 return list(values[:number])
         elif kind is list or kind is dict:

@@ -150,6 +150,7 @@ class PostgreSQL(Dialect):
         self._outdated_at = float("-inf")
         self.needs_transactions = config.pgbouncer
         self.separate_read_pool = not config.pgbouncer
+        self.reads_alone = False
         first = config.isolation
         others: tuple[Isolation, ...] = ("serializable", "repeatable_read", "read_committed")
         self.capabilities = Capabilities(
@@ -167,10 +168,10 @@ class PostgreSQL(Dialect):
 
     # -- the driver --------------------------------------------------------------------------
 
-    def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
+    def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
         return create_async_engine(
             "postgresql+asyncpg://",
-            async_creator=lambda: self._connect(read_only=read_only),
+            async_creator=lambda: self._connect(isolation),
             poolclass=AsyncAdaptedQueuePool,
             pool_size=size,
             max_overflow=overflow,
@@ -179,13 +180,13 @@ class PostgreSQL(Dialect):
             pool_use_lifo=True,
         )
 
-    async def _connect(self, *, read_only: bool) -> Any:
+    async def _connect(self, isolation: Isolation | None) -> Any:
         """A new connection; a cancellation waits for it.
 
         If a task is cancelled while it opens a TCP connection, the driver keeps an exception that is
         never retrieved.
         """
-        opening = asyncio.ensure_future(self._connect_to_any(read_only=read_only))
+        opening = asyncio.ensure_future(self._connect_to_any(isolation))
         try:
             return await run_to_completion(opening)
         except asyncio.CancelledError:
@@ -193,7 +194,7 @@ class PostgreSQL(Dialect):
                 opening.result().terminate()
             raise
 
-    async def _connect_to_any(self, *, read_only: bool) -> Any:
+    async def _connect_to_any(self, isolation: Isolation | None) -> Any:
         """A connection to the first server that responds and matches `target_session_attrs`."""
         self._check_files()
         servers = self._config.servers()
@@ -211,7 +212,7 @@ class PostgreSQL(Dialect):
             listed = "; ".join(map(str, failures))
             raise UnavailableError(f"none of the servers can be used: {listed}") from failures[-1]
         try:
-            await self._apply_settings(driver, read_only=read_only)
+            await self._apply_settings(driver, isolation)
         except BaseException as exc:
             driver.terminate()
             if not isinstance(exc, Exception):
@@ -274,19 +275,23 @@ class PostgreSQL(Dialect):
         except Exception as exc:  # an invalid response can make the driver raise anything
             raise self._connection_failure(exc, host, port) from exc
 
-    async def _apply_settings(self, driver: Any, *, read_only: bool) -> None:
-        """Set the session parameters that depend on the connection; see also `_session_settings`."""
+    async def _apply_settings(self, driver: Any, isolation: Isolation | None) -> None:
+        """Set the session parameters that depend on the connection; see also `_session_settings`.
+
+        Args:
+            isolation: see `Connections`.
+        """
         if self._config.pgbouncer:
             return  # the settings would remain in a server session that other clients use, too
-        settings = []
         if _SESSIONS[driver].on_standby:
             # A standby has no serializable transactions. If it is promoted, this session must not
             # write at a lower isolation level than the configured one.
-            settings.append("SET default_transaction_isolation = 'repeatable read'")
-        if read_only or _SESSIONS[driver].on_standby:
-            settings.append("SET default_transaction_read_only = on")
-        if settings:
-            await driver.execute("; ".join(settings))
+            isolation = "repeatable_read"
+        if isolation is not None:
+            level = isolation.replace("_", " ")
+            await driver.execute(
+                f"SET default_transaction_isolation = '{level}'; SET default_transaction_read_only = on"
+            )
 
     def _check_files(self) -> None:
         """Check the files for TLS, so that an error names the configuration key and the file.
@@ -552,7 +557,7 @@ class PostgreSQL(Dialect):
             return False  # outside a transaction, statements may run in another server session
         await driver.execute(_RESET)
         # Callers' statements never run on read-only connections.
-        await self._apply_settings(driver, read_only=False)
+        await self._apply_settings(driver, None)
         return True
 
     async def discard(self, driver: Any) -> None:

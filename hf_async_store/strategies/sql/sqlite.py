@@ -277,6 +277,7 @@ class SQLite(Dialect):
     placeholder_prefix = "?"
     single_writer = True
     separate_read_pool = False
+    reads_alone = True
     needs_transactions = False
     grammar = SQLiteGrammar()
 
@@ -311,7 +312,7 @@ class SQLite(Dialect):
 
     # -- the driver --------------------------------------------------------------------------
 
-    def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
+    def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
         return create_async_engine(
             "sqlite+aiosqlite://",
             async_creator=self._connect,
