@@ -278,7 +278,8 @@ class TransactionBatch(_Batch):
                 return parts
             refused = refusal(piece[0], owners) if len(piece) == 1 else None
             if refused is not None:
-                self.outcomes[piece[0].place] = refused
+                if await self._decided(piece):  # its precondition is met
+                    self.outcomes[piece[0].place] = refused
                 return []
         try:
             return await super().attempt(piece)
