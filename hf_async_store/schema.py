@@ -555,20 +555,28 @@ MIGRATION_COLLECTIONS: Final = (MIGRATION_COLLECTION, MARKER_COLLECTION)
 """The collections of a live migration: its record, and the change markers."""
 
 CATALOGUE_COLLECTION: Final = Collection("hf_catalogue", key="name")
-SYSTEM_COLLECTIONS: Final = (*MIGRATION_COLLECTIONS, CATALOGUE_COLLECTION)
+CLAIM_COLLECTION: Final = Collection("hf_claims", key="claim_id")
+SYSTEM_COLLECTIONS: Final = (*MIGRATION_COLLECTIONS, CATALOGUE_COLLECTION, CLAIM_COLLECTION)
 """The collections that a store itself needs, in addition to the declared ones: those of a live migration,
-and the declarations that the store remembers (`Engine.remember`)."""
+the declarations that the store remembers (`Engine.remember`), and claims (`claim_records`)."""
+
+_UNLISTED: Final = {each.name: each for each in (CATALOGUE_COLLECTION, CLAIM_COLLECTION)}
 
 
 class EngineSchema(Schema):
-    """The schema that an engine gets: looking up a name also finds the collection of the declarations.
+    """The schema that an engine gets: looking up a name also finds the collections of the declarations and
+    of the claims.
 
-    It is not listed, so it has no entities for a store, a backup or a migration.
+    They are not listed, so they have no entities for a store, a backup or a migration.
     """
 
     __slots__ = ()
 
+    def __init__(self, collections: Iterable[Collection]) -> None:
+        super().__init__(collections)
+        self.children = MappingProxyType({**dict.fromkeys(_UNLISTED, ()), **self.children})
+
     def __getitem__(self, name: str) -> Collection:
-        if name == CATALOGUE_COLLECTION.name and name not in self:
-            return CATALOGUE_COLLECTION
+        if name in _UNLISTED and name not in self:
+            return _UNLISTED[name]
         return super().__getitem__(name)

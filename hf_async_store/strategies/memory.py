@@ -160,7 +160,7 @@ class MemoryEngine(Engine):
     """Stores the entities in a table for each collection; sessions and single writes acquire one lock."""
 
     capabilities: Capabilities = Capabilities(
-        engine="memory", durable=False, multi_process=False, change_markers=True
+        engine="memory", durable=False, multi_process=False, claims=True, change_markers=True
     )
 
     def __init__(self, schema: Schema, config: MemoryConfig) -> None:

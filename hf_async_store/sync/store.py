@@ -238,6 +238,62 @@ class Store(Repository):
         with Context(self._opened(), self._target.snapshot()) as reader:
             yield Snapshot(reader, self._loop_thread)
 
+    # -- claims and locks --------------------------------------------------------------------
+
+    def claim_entities(
+        self,
+        collection: str,
+        filters: Filters = None,
+        *,
+        order_by: OrderBy = None,
+        limit: int = 1,
+        lease: float = LEASE_SECONDS,
+        owner: str | None = None,
+        wait: float | None = None,
+        max_attempts: int | None = None,
+    ) -> list[Claim]:
+        """As `StorageStrategy.claim_entities`."""
+        loop_thread = self._opened()
+        claim = partial(
+            self._target.claim_entities,
+            collection,
+            filters,
+            order_by=order_by,
+            limit=limit,
+            lease=lease,
+            owner=owner,
+            wait=wait,
+            max_attempts=max_attempts,
+        )
+        return [self._claim(each, loop_thread) for each in self._run(claim)]
+
+    def _claim(self, claim: claims.Claim, loop_thread: EventLoopThread | None) -> Claim:
+        return Claim(claim, loop_thread, self.transaction_type)
+
+    @contextmanager
+    def lock(
+        self, name: str, *, lease: float = LEASE_SECONDS, timeout: float | None = None
+    ) -> Iterator[Claim]:
+        """As `StorageStrategy.lock`, for use with `with`. See `Claim` about its loss."""
+        with self._held(self._target.lock(name, lease=lease, timeout=timeout)) as claim:
+            yield claim
+
+    @contextmanager
+    def permits(
+        self,
+        name: str,
+        limit: int,
+        *,
+        lease: float = LEASE_SECONDS,
+        timeout: float | None = None,
+    ) -> Iterator[Claim]:
+        """As `StorageStrategy.permits`, for use with `with`. See `Claim` about its loss."""
+        with self._held(self._target.permits(name, limit, lease=lease, timeout=timeout)) as claim:
+            yield claim
+
+    claims = blocking(strategy.StorageStrategy.claims)
+    break_claim = blocking(strategy.StorageStrategy.break_claim)
+
     # -- declarations and health -------------------------------------------------------------
 
     recorded_collections = blocking(strategy.StorageStrategy.recorded_collections)

@@ -21,6 +21,7 @@ CATALOGUE: Final = "hf_catalogue"
 # The system columns of every table in PostgreSQL.
 _TAKEN: Final = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
 _ENTITIES: Final = "-entities"
+_CLAIMS: Final = "-claims"
 
 
 def sql_name(name: str) -> str:
@@ -34,6 +35,11 @@ def sql_name(name: str) -> str:
 def table_name(collection: str) -> str:
     """The name of the table of a collection. No declared name contains a hyphen."""
     return f"{sql_name(collection)}{_ENTITIES}"
+
+
+def claim_table_name(collection: str) -> str:
+    """The name of the table of the claims of a collection."""
+    return f"{sql_name(collection)}{_CLAIMS}"
 
 
 def collection_name(table: str) -> str | None:

@@ -145,6 +145,7 @@ class PostgreSQL(Dialect):
             engine="postgresql",
             durable=True,
             multi_process=True,
+            claims=True,
             change_markers=True,
             isolations=(first, *(each for each in others if each != first)),
             read_conflict_policy="ordered",

@@ -299,6 +299,7 @@ class SQLite(Dialect):
             engine="sqlite",
             durable=True,
             multi_process=True,
+            claims=True,
             change_markers=True,
             references=True,
             read_batch=1024,
