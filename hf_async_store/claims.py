@@ -212,10 +212,20 @@ class Claim:
     # -- renewed in the background -----------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None, "a claim is entered by a task"
+        self._enter(task)
+        return self
+
+    def _enter(self, task: asyncio.Task[object] | None) -> None:
+        """Begin to renew the claim.
+
+        Args:
+            task: is cancelled if the claim is lost.
+        """
         if self._block is not None:
             raise InvalidInputError("a claim can be entered only once")
-        self._block = _RenewedBlock(self)
-        return self
+        self._block = _RenewedBlock(self, task)
 
     async def __aexit__(
         self,
@@ -240,12 +250,10 @@ class Claim:
 class _RenewedBlock:
     """The block of an `async with`, and the task that renews its claim."""
 
-    def __init__(self, claim: Claim) -> None:
-        task = asyncio.current_task()
-        assert task is not None, "a claim is entered by a task"
+    def __init__(self, claim: Claim, task: asyncio.Task[object] | None) -> None:
         self._claim = claim
         self._task = task
-        self._cancellations = task.cancelling()
+        self._cancellations = 0 if task is None else task.cancelling()
         self._lost: ClaimLostError | None = None
         self._renewing = asyncio.get_running_loop().create_task(self._renew())
 
@@ -267,7 +275,7 @@ class _RenewedBlock:
                 raise
         if self._lost is None:
             return
-        others = self._task.uncancel() > self._cancellations
+        others = self._task is not None and self._task.uncancel() > self._cancellations
         if exc is None or (isinstance(exc, asyncio.CancelledError) and not others):
             raise self._lost from exc
 
@@ -280,7 +288,8 @@ class _RenewedBlock:
         except ClaimLostError as exc:
             if not claim._ended:
                 self._lost = exc
-                self._task.cancel()
+                if self._task is not None:
+                    self._task.cancel()
 
     async def _renewed(self) -> None:
         """Renew the claim, again after errors until its lease has ended."""
@@ -353,11 +362,10 @@ def waiting_seconds(wait: float | None, what: str) -> float:
     return float(wait)
 
 
-@asynccontextmanager
-async def held_name(
+async def acquired_name(
     store: ClaimingStore, names: Sequence[str], lease: float, timeout: float | None
-) -> AsyncGenerator[Claim, None]:
-    """Hold one of some names while the context is open.
+) -> Claim:
+    """A claim of one of some names.
 
     Raises:
         LockTimeoutError: none became free within `timeout` seconds.
@@ -379,7 +387,13 @@ async def held_name(
     found = await until_claimed(attempt, seconds, _LONGEST_LOCK_PAUSE)
     if not found:
         raise LockTimeoutError(f"{names[0]!r} was not free within {timeout:g} s")
-    async with found[0] as claim:
+    return found[0]
+
+
+@asynccontextmanager
+async def held(acquire: Callable[[], Awaitable[Claim]]) -> AsyncGenerator[Claim, None]:
+    """Hold a claim while the context is open."""
+    async with await acquire() as claim:
         yield claim
 
 

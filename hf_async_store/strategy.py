@@ -27,9 +27,10 @@ from hf_async_store.claims import (
     LEASE_SECONDS,
     LOCK_COLLECTION,
     Claim,
+    acquired_name,
     check_name,
     check_terms,
-    held_name,
+    held,
     permit_names,
     until_claimed,
     waiting_seconds,
@@ -480,7 +481,8 @@ class StorageStrategy(RepositoryInterface):
             LockTimeoutError: it was not free in time.
         """
         self._refuse_without_claims()
-        return held_name(self, [check_name(name, "name")], lease, timeout)
+        names = [check_name(name, "name")]
+        return held(lambda: acquired_name(self, names, lease, timeout))
 
     def permits(
         self,
@@ -495,7 +497,8 @@ class StorageStrategy(RepositoryInterface):
         All programs must give the same limit.
         """
         self._refuse_without_claims()
-        return held_name(self, permit_names(name, limit), lease, timeout)
+        names = permit_names(name, limit)
+        return held(lambda: acquired_name(self, names, lease, timeout))
 
     def _refuse_without_claims(self) -> None:
         if not self.capabilities.claims:

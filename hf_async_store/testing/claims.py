@@ -67,10 +67,15 @@ async def _claim(store: StorageStrategy, number: int = 1, lease: float = 10.0) -
     """Claims of this number of new items, as soon as an index shows them."""
 
     async def found() -> list[str]:
-        return [each["item_id"] for each in await store.query_entities("items", {"label": "new"})]
+        new = await store.query_entities("items", {"label": "new"}, "item_id")
+        return [str(each["item_id"]) for each in new]
 
-    ids = [each["item_id"] for each in await store.query_entities("items", {path("label"): "new"})]
-    await answer_of(store.capabilities, found, ids)
+    stored = await store.query_entities("items", order_by="item_id")
+    await answer_of(
+        store.capabilities,
+        found,
+        [str(each["item_id"]) for each in stored if each.get("label") == "new"],
+    )
     return await store.claim_entities(
         "items", {"label": "new"}, order_by="item_id", limit=number, lease=lease
     )
