@@ -30,6 +30,7 @@ from hf_async_store.errors import (
     StorageError,
 )
 from hf_async_store.field_operations import UpdateMap
+from hf_async_store.schema import LOCK_COLLECTION
 from hf_async_store.transaction import Transaction
 from hf_async_store.values import NOT_UTF8, Entity, Key
 
@@ -47,9 +48,9 @@ _LONGEST_LOCK_PAUSE: Final = 0.1
 
 _MAX_PERMITS: Final = 1000
 _MAX_NAME_BYTES: Final = 1000
+_MAX_OWNER_BYTES: Final = 200
 
-LOCK_COLLECTION: Final = "hf_locks"
-"""Instead of a collection, in the keys of locks."""
+LOCKS: Final = LOCK_COLLECTION.name
 
 
 class ClaimingStore(Protocol):
@@ -193,7 +194,7 @@ class Claim:
         check_seconds(after, "after")
         if not 0 <= after <= _MAX_LEASE_SECONDS:
             raise InvalidInputError(f"after must be 0 to {_MAX_LEASE_SECONDS:g} seconds")
-        kept = None if self.collection == LOCK_COLLECTION else float(after)
+        kept = None if self.collection == LOCKS else float(after)
         async with self._ending():
             await self._store._usable().release_claim(self.key, self.token, kept)
 
@@ -326,8 +327,8 @@ def check_lease(lease: float) -> float:
 def check_terms(lease: float, owner: str | None, max_attempts: int | None) -> ClaimTerms:
     """The terms for the arguments of a caller."""
     lease = check_lease(lease)
-    if owner is not None:
-        check_name(owner, "owner")
+    if owner is not None and len(check_name(owner, "owner").encode()) > _MAX_OWNER_BYTES:
+        raise InvalidInputError(f"owner may have at most {_MAX_OWNER_BYTES} bytes")
     if max_attempts is not None and (type(max_attempts) is not int or max_attempts < 1):
         raise InvalidInputError("max_attempts must be at least 1, or None")
     return ClaimTerms(lease, owner or _process(), max_attempts)
@@ -371,7 +372,7 @@ async def acquired_name(
         LockTimeoutError: none became free within `timeout` seconds.
     """
     terms = check_terms(lease, None, None)
-    keys = [Key(LOCK_COLLECTION, each) for each in names]
+    keys = [Key(LOCKS, each) for each in names]
     if timeout is not None:
         check_seconds(timeout, "timeout")
 

@@ -556,16 +556,25 @@ MIGRATION_COLLECTIONS: Final = (MIGRATION_COLLECTION, MARKER_COLLECTION)
 
 CATALOGUE_COLLECTION: Final = Collection("hf_catalogue", key="name")
 CLAIM_COLLECTION: Final = Collection("hf_claims", key="claim_id")
-SYSTEM_COLLECTIONS: Final = (*MIGRATION_COLLECTIONS, CATALOGUE_COLLECTION, CLAIM_COLLECTION)
+LOCK_COLLECTION: Final = Collection("hf_locks", key="name")
+SYSTEM_COLLECTIONS: Final = (
+    *MIGRATION_COLLECTIONS,
+    CATALOGUE_COLLECTION,
+    CLAIM_COLLECTION,
+    LOCK_COLLECTION,
+)
 """The collections that a store itself needs, in addition to the declared ones: those of a live migration,
-the declarations that the store remembers (`Engine.remember`), and claims (`claim_records`)."""
+the declarations that the store remembers (`Engine.remember`), claims (`claim_records`), and named locks,
+which are claims without entities."""
 
-_UNLISTED: Final = {each.name: each for each in (CATALOGUE_COLLECTION, CLAIM_COLLECTION)}
+_UNLISTED: Final = {
+    each.name: each for each in (CATALOGUE_COLLECTION, CLAIM_COLLECTION, LOCK_COLLECTION)
+}
 
 
 class EngineSchema(Schema):
-    """The schema that an engine gets: looking up a name also finds the collections of the declarations and
-    of the claims.
+    """The schema that an engine gets: looking up a name also finds the collections of the declarations,
+    of the claims and of the locks.
 
     They are not listed, so they have no entities for a store, a backup or a migration.
     """

@@ -25,7 +25,7 @@ from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.claim_clock import boot_seconds
 from hf_async_store.claims import (
     LEASE_SECONDS,
-    LOCK_COLLECTION,
+    LOCKS,
     Claim,
     acquired_name,
     check_name,
@@ -448,7 +448,7 @@ class StorageStrategy(RepositoryInterface):
         """The claims of a collection, by id: those that are held, and those that are kept because the
         attempts are counted. Of `hf_locks`, the named locks and permits."""
         self._refuse_without_claims()
-        if collection != LOCK_COLLECTION:
+        if collection != LOCKS:
             self._schema[collection]  # raises if it is not declared
         return await self._usable().claims(collection)
 
@@ -459,7 +459,7 @@ class StorageStrategy(RepositoryInterface):
         count of attempts.
         """
         self._refuse_without_claims()
-        if collection == LOCK_COLLECTION:
+        if collection == LOCKS:
             key = Key(collection, check_name(entity_id, "entity_id"))
         else:
             key = self._schema[collection].key_of(entity_id)

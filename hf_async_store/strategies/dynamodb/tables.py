@@ -16,7 +16,7 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
-from hf_async_store.schema import SYSTEM_COLLECTIONS, Index, Schema
+from hf_async_store.schema import LOCK_COLLECTION, SYSTEM_COLLECTIONS, Index, Schema
 from hf_async_store.strategies.dynamodb.errors import (
     ActionDenied,
     ConditionFailed,
@@ -75,10 +75,13 @@ class Tables:
         self.mappings: dict[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
         }
+        self.mappings.setdefault(LOCK_COLLECTION.name, ItemMapping(LOCK_COLLECTION))
         self._declared = dict(self.mappings)
-        self._names = {name: f"{client.config.table_prefix}_{name}" for name in schema}
+        prefix = client.config.table_prefix
+        self._names = {name: f"{prefix}_{name}" for name in self.mappings}
         self._collections = {table: name for name, table in self._names.items()}
-        for collection, table in self._names.items():
+        for collection in schema:
+            table = self._names[collection]
             _check_name(table, "dynamodb_strategy.table_prefix", "table")
             if len(schema[collection].indexes) > MAX_INDEXES:
                 raise ConfigurationError(
