@@ -34,6 +34,7 @@ _CODES: Final[Mapping[int, tuple[type[StorageError], ...]]] = {
     CONFLICT: (
         errors.ConcurrencyConflictError,
         errors.AlreadyExistsError,
+        errors.ClaimLostError,
         # Like the others, it depends on the stored data, not on how the command was written.
         errors.ReferenceViolationError,
         errors.TargetNotEmptyError,
