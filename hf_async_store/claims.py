@@ -284,7 +284,9 @@ class _RenewedBlock:
         claim = self._claim
         try:
             while True:
-                await asyncio.sleep(claim.lease / _RENEWALS_PER_LEASE)
+                # A part of the lease may have passed before the block began.
+                passed = claim.lease - (claim.deadline - boot_seconds())
+                await asyncio.sleep(claim.lease / _RENEWALS_PER_LEASE - passed)
                 await self._renewed()
         except ClaimLostError as exc:
             if not claim._ended:

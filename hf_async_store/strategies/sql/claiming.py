@@ -11,7 +11,7 @@ the same transaction, whatever its isolation.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -188,25 +188,26 @@ class ClaimingSQLEngine(SQLEngine):
     # -- what a holder does ------------------------------------------------------------------
 
     async def renew_claim(self, key: Key, token: int, lease: float) -> None:
-        statement = self._statement(key.collection)
-        await self._change(key, statement, statement.update(key, token, lease, held=True))
+        await self._change(key, lambda each: each.update(key, token, lease, held=True))
 
     async def release_claim(self, key: Key, token: int, after: float | None) -> None:
-        statement = self._statement(key.collection)
         if after is None:
-            sql = statement.delete(key, token)
+            await self._change(key, lambda each: each.delete(key, token))
         else:
-            sql = statement.update(key, token, after, held=False)
-        await self._change(key, statement, sql)
+            await self._change(key, lambda each: each.update(key, token, after, held=False))
 
-    async def _change(self, key: Key, statement: ClaimSQL, sql: str) -> None:
+    async def _change(self, key: Key, sql_of: Callable[[ClaimSQL], str]) -> None:
         """Run a statement that changes a claim if it is held."""
-        if not await self._retried(lambda: self._changed(statement, sql)):
+        if not await self._retried(lambda: self._changed(key, sql_of)):
             raise lost(key)
 
-    async def _changed(self, statement: ClaimSQL, sql: str) -> Sequence[Sequence[Any]]:
+    async def _changed(self, key: Key, sql_of: Callable[[ClaimSQL], str]) -> bool:
         async with self.writing() as lease, lease.transaction("read_committed"):
-            return await lease.rows(sql, statement.values, doing="change a claim", writes=True)
+            statement = self._statement(key.collection)  # with the time after waiting for a lock
+            sql = sql_of(statement)
+            return bool(
+                await lease.rows(sql, statement.values, doing="change a claim", writes=True)
+            )
 
     def claimed_session(
         self, key: Key, token: int, *, ends: bool = False
@@ -233,9 +234,7 @@ class ClaimingSQLEngine(SQLEngine):
     async def break_claim(self, key: Key) -> bool:
         if not await self._exists(key.collection):
             return False
-        statement = self._statement(key.collection)
-        sql = statement.delete(key, None)
-        return bool(await self._retried(lambda: self._changed(statement, sql)))
+        return await self._retried(lambda: self._changed(key, lambda each: each.delete(key, None)))
 
     async def claims(self, collection: str) -> list[ClaimInfo]:
         if not await self._exists(collection):
