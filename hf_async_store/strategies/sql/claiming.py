@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Final
 from hf_async_store.changes import Record
 from hf_async_store.claim_clock import BootClock, Moment, ServerClock
 from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimState, ClaimTerms, lost
+from hf_async_store.config import SQLConfig
 from hf_async_store.driver import Session, run_to_completion
 from hf_async_store.errors import PermissionDeniedError
 from hf_async_store.query import Query, compile_order
 from hf_async_store.strategies.sql.compiler import Compiled, compile_query
+from hf_async_store.strategies.sql.connections import Connections
 from hf_async_store.strategies.sql.engine import SQLEngine
 from hf_async_store.strategies.sql.names import claim_table_name, table_name
 from hf_async_store.strategies.sql.session import SQLSession
@@ -31,9 +33,12 @@ from hf_async_store.values import VERSION, Key
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.claim_sql import ClaimSQL
     from hf_async_store.strategies.sql.connections import LeasedConnection
+    from hf_async_store.strategies.sql.dialect import Dialect
     from hf_async_store.strategies.sql.rows import Table
 
 _FIRST_PAGE: Final = 16
+_CLAIMERS: Final = 4
+"""The maximum number of connections for claims."""
 
 
 class ClaimingSQLEngine(SQLEngine):
@@ -41,14 +46,46 @@ class ClaimingSQLEngine(SQLEngine):
 
     Args:
         statement: the class of the statements about claims.
+        claimers: on PostgreSQL, a dialect whose connections are READ COMMITTED: there, a statement about
+            claims is one round trip. None if such connections cannot be kept (pgbouncer), and on SQLite.
         others: those of `SQLEngine`.
     """
 
-    def __init__(self, statement: type[ClaimSQL], *others: Any) -> None:
+    def __init__(self, statement: type[ClaimSQL], claimers: Dialect | None, *others: Any) -> None:
         super().__init__(*others)
+        self._claimers = None if claimers is None else _claimers(claimers, self._config)
         self.claim_clock = BootClock() if self._dialect.single_writer else ServerClock()
         self._claim_sql = statement
         self._claim_tables: set[str] = set()  # the collections whose table of claims exists
+
+    @asynccontextmanager
+    async def _claiming(self, *, alone: bool) -> AsyncGenerator[LeasedConnection, None]:
+        """A connection for READ COMMITTED statements.
+
+        Args:
+            alone: for a single statement, which then commits by itself; else for one transaction.
+        """
+        await self._prepare()
+        pool = self.writing() if self._claimers is None else self._claimers.lease()
+        commits = alone and (self._claimers is not None or self._dialect.single_writer)
+        async with pool as lease:
+            if commits:
+                yield lease
+            else:
+                async with lease.transaction("read_committed"):
+                    yield lease
+
+    async def close(self) -> None:
+        try:
+            if self._claimers is not None:
+                await self._claimers.close()
+        finally:
+            await super().close()
+
+    def abandon(self) -> None:
+        if self._claimers is not None:
+            self._claimers.abandon()
+        super().abandon()
 
     def _statement(self, collection: str) -> ClaimSQL:
         return self._claim_sql(self._dialect.grammar, collection, self.claim_clock.now())
@@ -119,19 +156,29 @@ class ClaimingSQLEngine(SQLEngine):
 
     async def _claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
         table = self.known_tables[query.collection]
-        async with self.writing() as lease, lease.transaction("read_committed"):
-            statement, candidates = self._candidates(table, query, terms)
-            if self._dialect.single_writer or candidates.residual is not None:
+        is_exact = self._candidates(table, query, terms)[1].residual is None
+        if self._dialect.single_writer or not is_exact:
+            async with self._claiming(alone=False) as lease:
                 return await self._take_in_steps(lease, table, query, terms)
+        async with self._claiming(alone=True) as lease:
+            return await self._take_at_once(lease, table, query, terms)
+
+    async def _take_at_once(
+        self, lease: LeasedConnection, table: Table, query: Query, terms: ClaimTerms
+    ) -> list[Claimed]:
+        while True:
+            statement, candidates = self._candidates(table, query, terms)
             sql = (
                 f"WITH i (id, doc, version) AS MATERIALIZED ({candidates.sql}), "
                 f"n AS ({statement.insert('i', terms)}) "
-                "SELECT i.id, i.doc, i.version, n.token, n.attempts FROM i JOIN n ON n.id = i.id"
+                "SELECT i.id, i.doc, i.version, n.token, n.attempts "
+                "FROM i LEFT JOIN n ON n.id = i.id"
             )
             rows = await lease.rows(sql, statement.values, doing="claim entities", writes=True)
-        claimed = [_claimed(table, row[:3], *row[3:]) for row in rows]
-        sort_key = compile_order(query)
-        return sorted(claimed, key=lambda each: sort_key(each.record.key.id, each.record.entity))
+            claimed = [_claimed(table, row[:3], *row[3:]) for row in rows if row[3] is not None]
+            if claimed or not rows:
+                return _in_order(query, claimed)
+            # Others have claimed all candidates since the statement began: the next one sees that.
 
     async def _take_in_steps(
         self, lease: LeasedConnection, table: Table, query: Query, terms: ClaimTerms
@@ -158,10 +205,16 @@ class ClaimingSQLEngine(SQLEngine):
     ) -> tuple[ClaimSQL, Compiled]:
         """The SELECT of the first entities that can be claimed."""
         statement = self._statement(table.collection)
+        assert query.limit is not None, "claims are limited"
         found = compile_query(
-            table, query, args=statement, also=lambda: statement.no_claim(table, terms)
+            table,
+            query.with_limit(None),
+            args=statement,
+            also=lambda: statement.no_claim(table, terms),
         )
-        limit = "" if found.limited else f" LIMIT {query.limit}"
+        # As a parameter: for an unknown limit PostgreSQL expects so many rows that it plans each execution,
+        # with the present size of the table of claims, instead of keeping a plan for an empty one.
+        limit = f" LIMIT {statement.integer(query.limit)}"
         return statement, found._replace(sql=f"{found.sql}{limit}{statement.skip_locked}")
 
     async def _insert(
@@ -182,7 +235,7 @@ class ClaimingSQLEngine(SQLEngine):
         return None
 
     async def _claim_id(self, key: Key, terms: ClaimTerms) -> tuple[int, int] | None:
-        async with self.writing() as lease, lease.transaction("read_committed"):
+        async with self._claiming(alone=True) as lease:
             return (await self._insert(lease, key.collection, [key.id], terms)).get(key.id)
 
     # -- what a holder does ------------------------------------------------------------------
@@ -202,7 +255,7 @@ class ClaimingSQLEngine(SQLEngine):
             raise lost(key)
 
     async def _changed(self, key: Key, sql_of: Callable[[ClaimSQL], str]) -> bool:
-        async with self.writing() as lease, lease.transaction("read_committed"):
+        async with self._claiming(alone=True) as lease:
             statement = self._statement(key.collection)  # with the time after waiting for a lock
             sql = sql_of(statement)
             return bool(
@@ -247,6 +300,16 @@ class ClaimingSQLEngine(SQLEngine):
             state = ClaimState(collection, entity_id, owner, token, era, ends, bool(held), attempts)
             found.append(state.info(Moment(now.era, seconds)))
         return found
+
+
+def _claimers(dialect: Dialect, config: SQLConfig) -> Connections:
+    exhausted = f"all {_CLAIMERS} connections for claims were in use for {config.pool_timeout:g} s"
+    return Connections(dialect, config, kept=1, most=_CLAIMERS, exhausted=exhausted)
+
+
+def _in_order(query: Query, claimed: list[Claimed]) -> list[Claimed]:
+    sort_key = compile_order(query)
+    return sorted(claimed, key=lambda each: sort_key(each.record.key.id, each.record.entity))
 
 
 def _claimed(table: Table, row: Sequence[Any], token: int, attempts: int) -> Claimed:

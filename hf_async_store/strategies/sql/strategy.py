@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
+import msgspec
+
 from hf_async_store.arguments import check_callable
 from hf_async_store.config import (
     SQLConfig,
@@ -108,13 +110,15 @@ def _engine(
         from hf_async_store.strategies.sql.sqlite_writer import SQLiteWriter
 
         return ClaimingSQLEngine(
-            SQLiteClaimSQL, config, schema, SQLite(config), SQLiteSchema, SQLiteWriter
+            SQLiteClaimSQL, None, config, schema, SQLite(config), SQLiteSchema, SQLiteWriter
         )
     from hf_async_store.strategies.sql.postgres_schema import PostgresSchema
     from hf_async_store.strategies.sql.postgresql import PostgreSQL
     from hf_async_store.strategies.sql.statement_writer import StatementWriter
 
-    dialect = PostgreSQL(config, password)
+    dialect, claimers = PostgreSQL(config, password), None
+    if not config.pgbouncer:
+        claimers = PostgreSQL(msgspec.structs.replace(config, isolation="read_committed"), password)
     return ClaimingSQLEngine(
-        PostgresClaimSQL, config, schema, dialect, PostgresSchema, StatementWriter
+        PostgresClaimSQL, claimers, config, schema, dialect, PostgresSchema, StatementWriter
     )
