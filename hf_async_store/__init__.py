@@ -15,12 +15,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.changes import ABSENT
+from hf_async_store.claims import Claim
 from hf_async_store.config import StorageConfig, load_config
-from hf_async_store.driver import Capabilities, QueryPlan, SchemaChange
+from hf_async_store.driver import Capabilities, ClaimInfo, QueryPlan, SchemaChange
 from hf_async_store.errors import (
     AlreadyExistsError,
     AuthenticationError,
     BatchError,
+    ClaimLostError,
     ConcurrencyConflictError,
     ConfigurationError,
     CorruptionError,
@@ -129,6 +131,9 @@ __all__ = [
     "AuthenticationError",
     "BatchError",
     "Capabilities",
+    "Claim",
+    "ClaimInfo",
+    "ClaimLostError",
     "Collection",
     "ConcurrencyConflictError",
     "ConfigurationError",

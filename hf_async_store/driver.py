@@ -19,11 +19,12 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from hf_async_store import claim_records
 from hf_async_store.changes import (
     ABSENT,
     ANY,
@@ -36,6 +37,8 @@ from hf_async_store.changes import (
     Put,
     Record,
 )
+from hf_async_store.claim_clock import BootClock, ClaimClock
+from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimTerms, claim_key
 from hf_async_store.config import Secret, StrategyOptions, options_of
 from hf_async_store.declarations import are_equal, decoded, encoded, merged
 from hf_async_store.errors import (
@@ -76,6 +79,10 @@ __all__ = [
     "Capabilities",
     "Change",
     "ChangeMarker",
+    "ClaimClock",
+    "ClaimInfo",
+    "ClaimTerms",
+    "Claimed",
     "Collection",
     "Delete",
     "Engine",
@@ -105,6 +112,7 @@ __all__ = [
     "check",
     "check_children",
     "check_parents",
+    "claim_key",
     "compile_filter",
     "copy_entity",
     "next_version",
@@ -140,6 +148,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         indexes: declared indexes and keys narrow a query; else every query is a scan.
         references: declared references are enforced.
         unique_indexes: unique indexes are enforced. A store of another engine refuses their declaration.
+        claims: entities can be claimed (`Engine.claim`): a deletion ends the claim of its entity.
         change_markers: a change may carry a change marker, written in the same commit; they show a
             live migration which entities it still has to copy.
         detects_recreation: after an entity was deleted and created again, a writer that read it
@@ -166,6 +175,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     indexes: bool = True
     references: bool = True
     unique_indexes: bool = False
+    claims: bool = False
     change_markers: bool = False
     detects_recreation: bool = False
     default_order: Literal["id", "none"] = "id"
@@ -316,9 +326,11 @@ class Engine(Reader):
 
     Attributes:
         capabilities: required.
+        claim_clock: by which the leases of claims end; tests replace it.
     """
 
     capabilities: Capabilities
+    claim_clock: ClaimClock = BootClock()
 
     # -- required ----------------------------------------------------------------------------
 
@@ -439,6 +451,85 @@ class Engine(Reader):
 
     async def _catalogue_record(self) -> Record | None:
         return await self.fetch_undeclared(CATALOGUE_COLLECTION, _CATALOGUE_KEY.id)
+
+    # -- claims ------------------------------------------------------------------------------
+    #
+    # The defaults keep a claim as an entity of the collection `hf_claims`, and decide in a session. They
+    # are for an engine whose sessions are serializable for reads by key, that can store entities of any
+    # collection that its schema (`schema_of`) can look up, and that deletes `claim_key` of an entity
+    # together with the entity (`Overlay` does). All its processes must read the same `claim_clock`.
+
+    async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
+        """Claim the first entities that match and that nobody holds, up to the limit of the query, in
+        its order. In one atomic step, which changes neither the entities nor their versions."""
+        async with self.session(None) as session:
+            return await claim_records.take(session, query, terms, self.claim_clock.now())
+
+    async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
+        """Claim the first of some keys that nobody holds; None if all are held. There is no entity with
+        these keys, and their collection is not declared."""
+        async with self.session(None) as session:
+            return await claim_records.take_name(session, keys, terms, self.claim_clock.now())
+
+    async def renew_claim(self, key: Key, token: int, lease: float) -> None:
+        """Let a claim end `lease` seconds from now.
+
+        Raises:
+            ClaimLostError: it is not held with this token any more.
+        """
+        async with self.session(None) as session:
+            await claim_records.renew(session, key, token, lease, self.claim_clock.now())
+
+    async def release_claim(self, key: Key, token: int, after: float | None) -> None:
+        """End a claim.
+
+        Args:
+            after: when the entity can be claimed again, in seconds from now. None: at once, and how often
+                it was claimed is forgotten.
+
+        Raises:
+            ClaimLostError: it is not held with this token any more.
+        """
+        async with self.session(None) as session:
+            await claim_records.release(session, key, token, after, self.claim_clock.now())
+
+    def claimed_session(
+        self, key: Key, token: int, *, ends: bool = False
+    ) -> AbstractAsyncContextManager[Session]:
+        """A session that commits only if a claim is held with this token, atomically with the commit.
+
+        It may do I/O, and raise, when the context is entered.
+
+        Args:
+            ends: the commit ends the claim, and forgets how often the entity was claimed.
+
+        Raises:
+            ClaimLostError: it is not held with this token any more.
+        """
+        return self._claimed_session(key, token, ends=ends)
+
+    @asynccontextmanager
+    async def _claimed_session(
+        self, key: Key, token: int, *, ends: bool
+    ) -> AsyncGenerator[Session, None]:
+        async with self.session(None) as session:
+            await claim_records.check(session, key, token, self.claim_clock.now())
+            yield session
+            if ends:
+                await claim_records.end(session, key)
+
+    async def break_claim(self, key: Key) -> bool:
+        """End a claim whoever holds it, and forget how often the entity was claimed; returns whether
+        there was anything to forget."""
+        async with self.session(None) as session:
+            return await claim_records.end(session, key)
+
+    async def claims(self, collection: str) -> list[ClaimInfo]:
+        """The claims of a collection, by id. Nothing is created."""
+        async with self.session(None) as session:
+            return await claim_records.listed(session, collection, self.claim_clock.now())
+
+    # -- schema and health -------------------------------------------------------------------
 
     async def schema_changes(self) -> list[SchemaChange]:
         """What the store lacks for its declaration, in terms of this engine: tables, columns, indexes.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import cast
 
 from hf_async_store.changes import Change, Delete, Outcome
+from hf_async_store.claim_records import claim_key
 from hf_async_store.errors import StorageError
 from hf_async_store.preconditions import changed, check_children, check_parents
 from hf_async_store.schema import Collection, Field, Schema
@@ -76,7 +77,7 @@ class Overlay:
         }
 
     def apply(self, change: Change) -> Outcome:
-        """Apply one change, with its change marker, to the top layer.
+        """Apply one change, with its change marker, to the top layer; a deletion also ends a claim.
 
         Returns the new version, for a deletion the version that it deleted or None; or its error.
         """
@@ -92,6 +93,8 @@ class Overlay:
         except StorageError as exc:
             return exc
         self._layers[-1][change.key] = entity
+        if entity is None and self.get(claim := claim_key(change.key)) is not None:
+            self._layers[-1][claim] = None
         if change.mark is not None:
             self._layers[-1][change.mark.key] = change.mark.entity
         affected = current if isinstance(change, Delete) else entity

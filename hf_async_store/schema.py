@@ -663,24 +663,40 @@ MIGRATION_COLLECTIONS: Final = (MIGRATION_COLLECTION, MARKER_COLLECTION)
 
 CATALOGUE_COLLECTION: Final = Collection("hf_catalogue", key="name")
 UNIQUE_COLLECTION: Final = Collection("hf_unique", key="value", fields=["owner"])
-SYSTEM_COLLECTIONS: Final = (*MIGRATION_COLLECTIONS, CATALOGUE_COLLECTION, UNIQUE_COLLECTION)
+CLAIM_COLLECTION: Final = Collection("hf_claims", key="claim_id")
+LOCK_COLLECTION: Final = Collection("hf_locks", key="name")
+SYSTEM_COLLECTIONS: Final = (
+    *MIGRATION_COLLECTIONS,
+    CATALOGUE_COLLECTION,
+    UNIQUE_COLLECTION,
+    CLAIM_COLLECTION,
+    LOCK_COLLECTION,
+)
 """The collections that a store itself needs, in addition to the declared ones: those of a live migration,
-the declarations that the store remembers (`Engine.remember`), and the owners of unique values, where the
-engine itself has no unique indexes."""
+the declarations that the store remembers (`Engine.remember`), the owners of unique values, where the
+engine itself has no unique indexes, claims (`claim_records`), and named locks, which are claims without
+entities."""
+
+_UNLISTED: Final = {
+    each.name: each
+    for each in (CATALOGUE_COLLECTION, UNIQUE_COLLECTION, CLAIM_COLLECTION, LOCK_COLLECTION)
+}
 
 
 class EngineSchema(Schema):
-    """The schema that an engine gets: looking up a name also finds the collections of the declarations and
-    of the owners of unique values.
+    """The schema that an engine gets: looking up a name also finds the collections of the declarations,
+    of the owners of unique values, of the claims and of the locks.
 
     They are not listed, so they have no entities for a store, a backup or a migration.
     """
 
     __slots__ = ()
 
+    def __init__(self, collections: Iterable[Collection]) -> None:
+        super().__init__(collections)
+        self.children = MappingProxyType({**dict.fromkeys(_UNLISTED, ()), **self.children})
+
     def __getitem__(self, name: str) -> Collection:
-        if name not in self:
-            for each in (CATALOGUE_COLLECTION, UNIQUE_COLLECTION):
-                if each.name == name:
-                    return each
+        if name in _UNLISTED and name not in self:
+            return _UNLISTED[name]
         return super().__getitem__(name)

@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
@@ -22,10 +22,24 @@ from msgspec.structs import replace
 from hf_async_store import schema_changes
 from hf_async_store.arguments import check_boolean, check_callable, check_seconds
 from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.claim_clock import boot_seconds
+from hf_async_store.claims import (
+    LEASE_SECONDS,
+    LOCKS,
+    Claim,
+    acquired_name,
+    check_name,
+    check_terms,
+    held,
+    permit_names,
+    until_claimed,
+    waiting_seconds,
+)
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
 from hf_async_store.driver import (
     Capabilities,
+    ClaimInfo,
     Engine,
     Isolation,
     QueryPlan,
@@ -38,6 +52,7 @@ from hf_async_store.errors import (
     ConfigurationError,
     EventLoopMismatchError,
     InvalidInputError,
+    InvalidQueryError,
     StorageError,
     StoreClosedError,
 )
@@ -401,6 +416,133 @@ class StorageStrategy(RepositoryInterface):
                 return await result
 
         return await self._retry_queue.retry_transaction(attempt, retry_seconds)
+
+    # -- claims and locks --------------------------------------------------------------------
+
+    async def claim_entities(
+        self,
+        collection: str,
+        filters: Filters = None,
+        *,
+        order_by: OrderBy = None,
+        limit: int = 1,
+        lease: float = LEASE_SECONDS,
+        owner: str | None = None,
+        wait: float | None = None,
+        max_attempts: int | None = None,
+    ) -> list[Claim]:
+        """Claim the first matching entities that nobody holds, in one atomic step.
+
+        Claiming changes neither an entity nor its version and `updated_at`. A claimed entity can be read
+        and changed by every other method as ever; only other claims skip it. A deletion ends the claim,
+        and an entity that is created again is unclaimed.
+
+        Args:
+            filters, order_by: as in `query_entities`.
+            limit: the maximum number of entities.
+            lease: after how many seconds a claim ends, unless it is renewed.
+            owner: who claims, for `claims`; by default host and process.
+            wait: if nothing can be claimed, try again for this many seconds.
+            max_attempts: leave entities alone that were claimed this often, by anybody, without a claim
+                being finished: they may be what kills its workers.
+
+        Raises:
+            InvalidQueryError, InvalidInputError: before any I/O.
+        """
+        self._refuse_without_claims()
+        if type(limit) is not int or limit < 1:
+            raise InvalidQueryError("limit of claims must be at least 1")
+        query = self._query(collection, filters, order_by, limit, None)
+        terms = check_terms(lease, owner, max_attempts)
+        seconds = waiting_seconds(wait, "wait")
+
+        async def attempt() -> list[Claim]:
+            since = boot_seconds()
+            claimed = await self._usable().claim(query, terms)
+            if claimed and self._record_attempts:
+                await self._record_declarations()
+            return [Claim(self, each.record.key, each, terms.lease, since) for each in claimed]
+
+        return await until_claimed(attempt, seconds)
+
+    async def claims(self, collection: str) -> list[ClaimInfo]:
+        """The claims of a collection, by id: those that are held, and those that are kept because the
+        attempts are counted. Of `hf_locks`, the named locks and permits."""
+        self._refuse_without_claims()
+        if collection != LOCKS:
+            self._schema[collection]  # raises if it is not declared
+        return await self._usable().claims(collection)
+
+    async def break_claim(self, collection: str, entity_id: str) -> bool:
+        """End the claim of an entity whoever holds it, and forget how often it was claimed.
+
+        What its holder then does through the claim is refused. Returns whether there was a claim or a
+        count of attempts.
+        """
+        self._refuse_without_claims()
+        if collection == LOCKS:
+            key = Key(collection, check_name(entity_id, "entity_id"))
+        else:
+            key = self._schema[collection].key_of(entity_id)
+        return await self._usable().break_claim(key)
+
+    def lock(
+        self, name: str, *, lease: float = LEASE_SECONDS, timeout: float | None = None
+    ) -> AbstractAsyncContextManager[Claim]:
+        """A lock that one task of all programs holds at a time, for use with `async with`.
+
+        It is renewed in the background. If it is lost, the block is cancelled with ClaimLostError: see
+        `Claim`, of which the block gets one, for its token and its transactions.
+
+        Args:
+            lease: after how many seconds the lock of a holder that is killed or stopped ends.
+            timeout: how long to wait for the lock; None: without limit.
+
+        Raises:
+            LockTimeoutError: it was not free in time.
+        """
+        self._refuse_without_claims()
+        names = [check_name(name, "name")]
+        return held(lambda: acquired_name(self, names, lease, timeout))
+
+    def permits(
+        self,
+        name: str,
+        limit: int,
+        *,
+        lease: float = LEASE_SECONDS,
+        timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[Claim]:
+        """As `lock`, but up to `limit` tasks of all programs hold one of the permits at a time.
+
+        All programs must give the same limit.
+        """
+        self._refuse_without_claims()
+        names = permit_names(name, limit)
+        return held(lambda: acquired_name(self, names, lease, timeout))
+
+    def _refuse_without_claims(self) -> None:
+        if not self.capabilities.claims:
+            raise InvalidInputError(f"the engine {self.capabilities.engine} has no claims")
+
+    def _claimed_transaction(self, claim: Claim, *, ends: bool) -> Transaction:
+        return self.transaction_type(
+            self._schema,
+            lambda: self._engine.claimed_session(claim.key, claim.token, ends=ends),
+            enter=self._enter_transaction,
+            after_commit=self._record_declarations if self._record_attempts else None,
+        )
+
+    async def _claimed_work(
+        self, claim: Claim, work: Callable[[Transaction], Awaitable[Result]], *, ends: bool
+    ) -> Result:
+        """`await work(tx)` in a transaction under a claim, again after each conflict."""
+
+        async def attempt() -> Result:
+            async with self._claimed_transaction(claim, ends=ends) as tx:
+                return await work(tx)
+
+        return await self._retried(claim.key, attempt, RETRY_SECONDS)
 
     # -- for backups and migrations ----------------------------------------------------------
 

@@ -463,6 +463,13 @@ _SCHEMA: Final = (
     ),
     _repeatable("--allow", "KIND", "check: differences of this kind, such as values, are accepted"),
 )
+_CLAIMS: Final = (
+    _argument("action", "ACTION", "list or break; see below", choices=("list", "break")),
+    _argument(
+        "collection", "COLLECTION", "the collection of the entities, or hf_locks: the named locks"
+    ),
+    _argument("ids", "ID", "break: the ids of the entities", nargs="*"),
+)
 _VERIFY: Final = (
     _argument("backup", "BACKUP", "a portable backup file, made by `backup`", nargs="?"),
     *_pair(required=False),
@@ -631,6 +638,17 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"  {PROGRAM} schema plan --collections shop.collections:ALL\n"
         f"  {PROGRAM} schema apply --collections shop.collections:ALL --transform shop.changes:ALL\n"
         f"  {PROGRAM} schema check --collections shop.collections:ALL --allow values\n",
+    ),
+    "claims": Command(
+        "claims ACTION COLLECTION [ID...]",
+        "show which entities are claimed, and end claims",
+        f"{_CLI}.claims_command:claims",
+        _CLAIMS,
+        "  list   show the claims, and the entities that were claimed before without being finished\n"
+        "  break  end the claims of these entities, whoever holds them; their holders are refused\n"
+        "         from then on. If an entity has no claim, the exit code is 1\n\n"
+        f"  {PROGRAM} claims list requests\n"
+        f"  {PROGRAM} claims break requests req-1\n",
     ),
     "checkpoint": Command(
         "checkpoint [OPTIONS]",

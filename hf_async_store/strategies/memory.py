@@ -175,6 +175,7 @@ class MemoryEngine(Engine):
         engine="memory",
         durable=False,
         multi_process=False,
+        claims=True,
         change_markers=True,
         unique_indexes=True,
     )

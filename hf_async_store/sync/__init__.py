@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, cast
 from hf_async_store import strategies
 from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.sync.calls import Stream
-from hf_async_store.sync.store import Repository, Snapshot, Store, Transaction
+from hf_async_store.sync.store import Claim, Repository, Snapshot, Store, Transaction
 from hf_async_store.sync.typed import TypedCollection
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "Claim",
     "DynamoDBStore",
     "JSONStore",
     "MigrationTool",

@@ -20,6 +20,7 @@ from hf_async_store.testing.assertions import no_complaints, nothing_is_left
 from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
 from hf_async_store.testing.changed_declarations import ChangedDeclarationContract
+from hf_async_store.testing.claims import ClaimContract
 from hf_async_store.testing.declarations import DeclarationContract
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.field_operations import FieldOperationContract
@@ -79,6 +80,7 @@ class StrategyContract(
     FilteredChangeContract,
     GroupContract,
     UniqueIndexContract,
+    ClaimContract,
 ):
     """All cases of the contract."""
 

@@ -7,6 +7,7 @@ attributes are:
 * the write token `_w`, unique to each write, which identifies the write that produced the item, also
   after the entity was deleted and created again;
 * `_s`, an upper bound of the size of the entity, so that a condition of an update can check the limit;
+* `_l`, the claim of the entity, see `claim_items`;
 * `_f`, a digest of the declaration that the item was written with. If the current declaration is
   different, the item is once written as a whole. Otherwise, the attribute of a field that is no longer
   declared would remain and hide the saved value.
@@ -85,10 +86,17 @@ TOKEN: Final = "_w"  # noqa: S105 - the name of an attribute
 SIZE: Final = "_s"
 CREATED_SUBSTITUTE: Final = "_c"
 DECLARATION_DIGEST: Final = "_f"
+CLAIM: Final = "_l"
 _INTERNAL_ATTRIBUTES: Final = frozenset(
-    {TOKEN, SIZE, CREATED_SUBSTITUTE, DECLARATION_DIGEST, PARTITION}
+    {TOKEN, SIZE, CREATED_SUBSTITUTE, DECLARATION_DIGEST, CLAIM, PARTITION}
 )
-_INTERNAL_TYPES: Final = {TOKEN: "S", SIZE: "N", DECLARATION_DIGEST: "S", PARTITION: "S"}
+_INTERNAL_TYPES: Final = {
+    TOKEN: "S",
+    SIZE: "N",
+    DECLARATION_DIGEST: "S",
+    CLAIM: "M",
+    PARTITION: "S",
+}
 _BOOLEAN_KEYS: Final = ({"S": "0"}, {"S": "1"}, {"S": "2"}, {"S": "3"})
 MISSING_SENTINEL: Final[Attribute] = {"SS": ["missing"]}
 

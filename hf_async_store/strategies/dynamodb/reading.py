@@ -233,20 +233,28 @@ class Reading:
         plan = partial(plan_access, query, self._tables.mappings[query.collection], active)
         return await computed(plan, long=query.has_many_values)
 
-    async def _rows(self, query: Query, access: Access) -> _Rows:
+    async def _rows(
+        self, query: Query, access: Access, items: dict[str, Attributes] | None = None
+    ) -> _Rows:
         mapping = self._tables.mappings[query.collection]
-        make = partial(_Rows, self, query, access, mapping)
+        make = partial(_Rows, self, query, access, mapping, items)
         return await computed(make, long=query.has_many_values)
 
-    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        """As `Engine.select`."""
+    async def select(
+        self, query: Query, items: dict[str, Attributes] | None = None
+    ) -> AsyncGenerator[Record, None]:
+        """As `Engine.select`.
+
+        Args:
+            items: gets the items of the matching entities, by id.
+        """
         if query.limit == 0:
             return
         access = await self.access(query)
         if access is None:
             return
         mapping = self._tables.mappings[query.collection]
-        rows = await self._rows(query, access)
+        rows = await self._rows(query, access, items)
         async with Owned(rows.in_order()) as found:
             async for entity in found:
                 yield Record(Key(query.collection, cast("str", entity[mapping.key])), entity)
@@ -389,10 +397,16 @@ class _Rows:
     """The rows of one query."""
 
     def __init__(
-        self, reading: Reading, query: Query, access: Access, mapping: ItemMapping
+        self,
+        reading: Reading,
+        query: Query,
+        access: Access,
+        mapping: ItemMapping,
+        items: dict[str, Attributes] | None = None,
     ) -> None:
         self._reading = reading
         self._query = query
+        self._items = items
         self._access = access
         self._mapping = mapping
         self._names = Names()
@@ -474,8 +488,8 @@ class _Rows:
                 for number, item in enumerate(items):
                     if number % _DECODE_BATCH == _DECODE_BATCH - 1:
                         await asyncio.sleep(0)
-                    entity = self._mapping.entity(item)
-                    if self._matches(entity):
+                    entity = self._match(item)
+                    if entity is not None:
                         sort_key = sort_key_of(cast("str", entity[key]), entity)
                         if after is None or sort_key > after:
                             found.append((sort_key, entity))
@@ -483,6 +497,15 @@ class _Rows:
                     yield entity
 
     # -- matching rows -----------------------------------------------------------------------
+
+    def _match(self, item: Attributes) -> Entity | None:
+        """The entity of an item, if it matches."""
+        entity = self._mapping.entity(item)
+        if not self._matches(entity):
+            return None
+        if self._items is not None:
+            self._items[self._mapping.id_of(item)] = item
+        return entity
 
     async def matching(self, *, limited: bool = False) -> AsyncGenerator[list[Entity], None]:
         """The matching entities in batches, in no defined order.
@@ -493,11 +516,11 @@ class _Rows:
         if self._access.ids is not None:
             keys = [Key(self._query.collection, each) for each in self._access.ids]
             for start in range(0, len(keys), MAX_KEYS * _SEGMENTS):
-                records = await self._reading.fetch(keys[start : start + MAX_KEYS * _SEGMENTS])
+                found = await self._reading.items(keys[start : start + MAX_KEYS * _SEGMENTS])
                 yield [
-                    each.entity
-                    for each in records
-                    if each is not None and self._matches(each.entity)
+                    entity
+                    for each in found
+                    if each is not None and (entity := self._match(each)) is not None
                 ]
             return
         async with Owned(items_in(self._pages(limited=limited))) as pages:
@@ -507,7 +530,7 @@ class _Rows:
                         entity
                         for item in items[start : start + _DECODE_BATCH]
                         if self._mapping.is_entity(item)
-                        and self._matches(entity := self._mapping.entity(item))
+                        and (entity := self._match(item)) is not None
                     ]
                     yield batch
                     await asyncio.sleep(0)

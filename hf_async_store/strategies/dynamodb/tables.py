@@ -16,7 +16,13 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
-from hf_async_store.schema import SYSTEM_COLLECTIONS, UNIQUE_COLLECTION, Index, Schema
+from hf_async_store.schema import (
+    LOCK_COLLECTION,
+    SYSTEM_COLLECTIONS,
+    UNIQUE_COLLECTION,
+    Index,
+    Schema,
+)
 from hf_async_store.strategies.dynamodb.errors import (
     ActionDenied,
     ConditionFailed,
@@ -83,9 +89,11 @@ class Tables:
         self.mappings: dict[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
         }
-        self.mappings[UNIQUE_COLLECTION.name] = ItemMapping(UNIQUE_COLLECTION)
+        for each in (UNIQUE_COLLECTION, LOCK_COLLECTION):
+            self.mappings.setdefault(each.name, ItemMapping(each))
         self._declared = dict(self.mappings)
-        self._names = {name: f"{client.config.table_prefix}_{name}" for name in self.mappings}
+        prefix = client.config.table_prefix
+        self._names = {name: f"{prefix}_{name}" for name in self.mappings}
         self._collections = {table: name for name, table in self._names.items()}
         for collection in schema:
             table = self._names[collection]

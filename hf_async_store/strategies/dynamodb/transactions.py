@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import msgspec
 
 from hf_async_store.changes import Change, Delete, Outcome, Patch, Record
+from hf_async_store.claim_clock import ClaimClock
+from hf_async_store.claim_records import check_held
 from hf_async_store.driver import Session, run_to_completion
 from hf_async_store.errors import (
     ConcurrencyConflictError,
@@ -28,6 +30,12 @@ from hf_async_store.errors import (
 from hf_async_store.generators import Owned
 from hf_async_store.preconditions import changed
 from hf_async_store.query import Query, compile_filter, compile_order, position_key
+from hf_async_store.strategies.dynamodb.claim_items import (
+    also_if,
+    claim_in,
+    held_claim,
+    keep_claim,
+)
 from hf_async_store.strategies.dynamodb.errors import (
     TABLE_REMEDY,
     Cancelled,
@@ -67,12 +75,38 @@ _CONFLICT_SECONDS: Final = 2.0
 _ENCODE: Final = msgspec.json.Encoder().encode
 
 
+class HeldClaim(NamedTuple):
+    """A claim that a transaction requires to be held.
+
+    Attributes:
+        ends: the commit ends it.
+        skew: by how many seconds clocks may differ.
+    """
+
+    key: Key
+    token: int
+    clock: ClaimClock
+    ends: bool
+    skew: float
+
+
 class DynamoDBSession(Session):
-    """One transaction."""
+    """One transaction.
+
+    Args:
+        claim: is held when it commits.
+    """
 
     def __init__(
-        self, client: Client, tables: Tables, reading: Reading, write_cache: WriteCache
+        self,
+        client: Client,
+        tables: Tables,
+        reading: Reading,
+        write_cache: WriteCache,
+        claim: HeldClaim | None = None,
     ) -> None:
+        self._claim = claim
+        self._deleted: set[Key] = set()  # those whose claims have ended by a deletion
         self._client = client
         self._tables = tables
         self._reading = reading
@@ -246,6 +280,8 @@ class DynamoDBSession(Session):
             if refused is not None:
                 return refused
         self._layers[-1][change.key] = entity
+        if entity is None:
+            self._deleted.add(change.key)
         if change.mark is not None:
             self._layers[-1][change.mark.key] = change.mark.entity
         stored = current if isinstance(change, Delete) else entity
@@ -313,12 +349,13 @@ class DynamoDBSession(Session):
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[Session, None]:
         """As `Session.savepoint`; reads in it remain conditions of the commit after a rollback."""
-        depth = len(self._layers)
+        depth, deleted = len(self._layers), set(self._deleted)
         self._layers.append({})
         try:
             yield self
         except BaseException:
             del self._layers[depth:]
+            self._deleted = deleted
             raise
         top = self._layers.pop()
         self._layers[-1].update(top)
@@ -393,9 +430,43 @@ class DynamoDBSession(Session):
             item = mapping.item(key.id, entity, version, token)
             if observed is not None:
                 mapping.keep_encodings(item, observed)
+            self._settle_claim(action, item, key, observed)
             return {"Put": {**action, "Item": item}}
+        self._require_claim(action, key)
         action["Key"] = {mapping.key: {"S": key.id}}
         return {"Delete" if key in written and observed is not None else "ConditionCheck": action}
+
+    async def check_claim(self) -> None:
+        """Read the claim that must be held.
+
+        Raises:
+            ClaimLostError: it is not held.
+        """
+        claim = self._claim
+        assert claim is not None, "a session under a claim"
+        with public_errors():
+            await self._load([claim.key], snapshot=False)
+        state, now = claim_in(self._items_read[claim.key], claim.key), claim.clock.now()
+        check_held(state, claim.key, claim.token, now)
+
+    def _settle_claim(
+        self, action: dict[str, Any], item: Attributes, key: Key, observed: Attributes | None
+    ) -> None:
+        """The claim of an item that is written."""
+        self._require_claim(action, key)
+        ends = key in self._deleted or (
+            self._claim is not None and self._claim.key == key and self._claim.ends
+        )
+        if not ends:
+            keep_claim(action, item, observed)
+
+    def _require_claim(self, action: dict[str, Any], key: Key) -> None:
+        """Let the action of the claimed entity require that the claim is held."""
+        claim = self._claim
+        if claim is None or claim.key != key:
+            return
+        now = claim.clock.now()
+        also_if(action, lambda names: held_claim(names, claim.token, now, claim.skew))
 
     async def _transact(
         self,

@@ -8,8 +8,10 @@ from hf_async_store.changes import Delete, Patch, Put
 from hf_async_store.errors import CorruptionError
 from hf_async_store.field_operations import plain_fields
 from hf_async_store.preconditions import changed, next_version
+from hf_async_store.strategies.dynamodb.claim_items import keep_claim
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import (
+    CLAIM,
     CREATED_SUBSTITUTE,
     DECLARATION_DIGEST,
     NEAR_MAX_VERSION,
@@ -192,7 +194,7 @@ def _difference(
     Args:
         attributes: the attributes of the whole entity.
     """
-    kept = {mapping.key, VERSION, TOKEN}
+    kept = {mapping.key, VERSION, TOKEN, CLAIM}
     if CREATED_AT not in attributes:
         kept |= {CREATED_AT, CREATED_SUBSTITUTE}
     changed = {name: each for name, each in attributes.items() if observed.get(name) != each}
@@ -227,6 +229,7 @@ def whole_item_request(op: WriteOp) -> tuple[str, dict[str, Any]]:
     if isinstance(change, Patch) and observed is not None:
         op.mapping.check_attributes(observed)
         op.mapping.keep_encodings(item, observed)
+    keep_claim(request, item, observed)
     return "Put", {**request, "Item": item}
 
 
@@ -336,7 +339,9 @@ def rewriting(mapping: ItemMapping, table: str, item: Attributes) -> dict[str, A
     version = version_of(item, table, entity_id)
     new = mapping.item(entity_id, mapping.entity(item), version, token_of(item) or new_token())
     mapping.keep_encodings(new, item)
-    return {"TableName": table, "Item": new, **unchanged(mapping, item)}
+    request = {"TableName": table, "Item": new, **unchanged(mapping, item)}
+    keep_claim(request, new, item)
+    return request
 
 
 def unchanged(mapping: ItemMapping, observed: Attributes | None) -> dict[str, Any]:

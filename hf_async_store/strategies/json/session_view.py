@@ -14,6 +14,7 @@ from typing import Final, TypeAlias, cast
 import msgspec
 
 from hf_async_store.changes import ANY, Change, Delete, Outcome, Patch, Put, Record
+from hf_async_store.claim_records import claim_key
 from hf_async_store.errors import CorruptionError, StorageError
 from hf_async_store.event_loop import Chunks
 from hf_async_store.preconditions import (
@@ -199,6 +200,9 @@ class SessionView(TableReader[StoredEntity]):
                     await self.state.sections[child.name].indexes.ready_for(field.name)
                 check_children(self._schema, key, self._referrers)
             self._stage(change, None)
+            claim = claim_key(key)
+            if self.exists(claim):
+                self.layers[-1].setdefault(claim.collection, {})[claim.id] = None
         return actual
 
     def _version_to_delete(self, change: Delete) -> int | None:

@@ -65,7 +65,12 @@ class Compiled(NamedTuple):
 
 
 def compile_query(
-    table: Table, query: Query, *, group: Sequence[Value | Missing] | None = None
+    table: Table,
+    query: Query,
+    *,
+    group: Sequence[Value | Missing] | None = None,
+    args: Arguments | None = None,
+    also: Callable[[], str] | None = None,
 ) -> Compiled:
     """The SELECT of a query.
 
@@ -73,8 +78,10 @@ def compile_query(
 
     Args:
         group: only the rows of a group, whose sort keys begin with these values: see `group_of`.
+        args: those of the statement so far.
+        also: adds a further condition to them.
     """
-    compiler = _Compiler(table)
+    compiler = _Compiler(table, args)
     keys = [compiler.key(each) for each in query.order]
     conditions, exact = compiler.conditions(query.where)
     if group is not None:
@@ -83,6 +90,8 @@ def compile_query(
     elif query.after is not None:
         values = group_of(table, query.order, query.after.values)
         conditions += compiler.after(keys, values or [*query.after.values, query.after.id])
+    if also is not None:
+        conditions.append(also())
     limited = exact and group is None and query.limit is not None
     order = ", ".join(
         f"{term} DESC" if key.descending else term
@@ -90,8 +99,8 @@ def compile_query(
         for term in key.terms
     )
     return Compiled(
-        f"SELECT {table.selected} FROM {table.name} AS t WHERE {_all(conditions)} ORDER BY {order}"
-        + (f" LIMIT {query.limit}" if limited else ""),
+        f"SELECT {table.selected} FROM {table.name} AS t WHERE {_all(conditions)} "
+        f"ORDER BY {order}" + (f" LIMIT {query.limit}" if limited else ""),
         compiler.args.values,
         None if exact else compile_filter(query.where),
         limited,
@@ -157,10 +166,10 @@ class _Key(NamedTuple):
 
 
 class _Compiler:
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, args: Arguments | None = None) -> None:
         self._table = table
         self._grammar = table.grammar
-        self.args = Arguments(table.grammar)
+        self.args = args or Arguments(table.grammar)
 
     # -- filters -----------------------------------------------------------------------------
 

@@ -55,6 +55,10 @@ class Names(msgspec.Struct, frozen=True):
         """The index of the unique column of some fields."""
         return self._of(collection, f"-{'-'.join(fields)}-unique")
 
+    def claims(self, collection: str) -> str:
+        """The table of the claims of a collection."""
+        return self._of(collection, "-claims")
+
     def _of(self, name: str, ending: str = "") -> str:
         return limited(f"{sql_name(self.prefix + name)}{ending}")
 

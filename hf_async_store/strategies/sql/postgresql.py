@@ -157,6 +157,7 @@ class PostgreSQL(Dialect):
             engine="postgresql",
             durable=True,
             multi_process=True,
+            claims=True,
             change_markers=True,
             unique_indexes=True,
             isolations=(first, *(each for each in others if each != first)),

@@ -160,6 +160,10 @@ class SQLSession(SQLReader, Session):
                 return False
         return True
 
+    async def begin(self) -> LeasedConnection:
+        """Begin the transaction now; returns its connection."""
+        return await self._write_lease()
+
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         lease = await self._write_lease()
         return await self._engine.apply(lease, changes)

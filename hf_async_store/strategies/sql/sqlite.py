@@ -303,6 +303,7 @@ class SQLite(Dialect):
             engine="sqlite",
             durable=True,
             multi_process=True,
+            claims=True,
             change_markers=True,
             unique_indexes=True,
             references=True,
