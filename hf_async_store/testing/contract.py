@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.asyncio
+@pytest.mark.hf_sampled
 class StrategyContract(
     EntityContract,
     ValueContract,
