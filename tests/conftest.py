@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from hf_async_store.testing.assertions import no_complaints
 from hf_async_store.testing.harness import skip_engine
+from hf_async_store.testing.plugin import SEED_VARIABLE
 from hf_async_store_bench.servers import (
     DynamoDBServer,
     PostgresServer,
@@ -66,6 +67,10 @@ settings.register_profile(
     "suite", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("suite")
+
+
+def pytest_report_header() -> str:
+    return f"--hf-seed {os.environ[SEED_VARIABLE]} repeats the random choices of this run"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Final
@@ -31,7 +32,8 @@ FULL_VARIABLE: Final = "HF_ASYNC_STORE_TEST_FULL"
 
 _MARKER: Final = (
     "hf_sampled(by='test'): in a run of whole files without --hf-full, a random third of the variants of "
-    "each test is run, at least one; by='case': of all tests with the same number in the same class"
+    "each test is run, at least one; by='case': of all tests with the same number in the same class; "
+    "by='url': of the variants with the same value of this parameter or fixture"
 )
 _STRIDE: Final = 3
 
@@ -73,9 +75,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     groups: dict[str, list[pytest.Item]] = {}
     for each in items:
-        markers = [marker.kwargs for marker in each.iter_markers("hf_sampled")]
+        markers = list(each.iter_markers("hf_sampled"))
         if markers:
-            groups.setdefault(_group(each, by_case={"by": "case"} in markers), []).append(each)
+            groups.setdefault(_group(each, markers), []).append(each)
     dropped: set[pytest.Item] = set()
     for name, variants in groups.items():
         start = random_of(name).randrange(min(_STRIDE, len(variants)))
@@ -86,10 +88,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [each for each in items if each not in dropped]
 
 
-def _group(item: pytest.Item, *, by_case: bool) -> str:
+def _group(item: pytest.Item, markers: Iterable[pytest.Mark]) -> str:
     """The name of the tests from which variants are drawn together."""
-    test = item.nodeid.partition("[")[0]
-    return re.sub(r"(::test_\d+)_.*", r"\1", test) if by_case else test
+    name = item.nodeid.partition("[")[0]
+    for by in (marker.kwargs.get("by", "test") for marker in markers):
+        if by == "case":
+            name = re.sub(r"(::test_\d+)_.*", r"\1", name)
+        elif by != "test":
+            name += f" {item.callspec.params.get(by)}" if hasattr(item, "callspec") else ""
+    return name
 
 
 def random_of(name: str) -> Random:

@@ -37,6 +37,8 @@ from hf_async_store.migration.backup_format import _stored_member
 if TYPE_CHECKING:
     from conftest import Place
 
+pytestmark = pytest.mark.hf_sampled(by="kind")
+
 URLS = ("memory:", "json:{}/one.json", "json:{}/split")
 
 
