@@ -27,11 +27,15 @@ def repetitions(full: int) -> int:
     return full if os.environ.get(FULL_VARIABLE) else max(2, full // _FRACTION)
 
 
-def sampled(items: Iterable[Item]) -> Iterable[Item]:
-    """All items in a full run (see `repetitions`), otherwise every third one, from a random one on."""
+def sampled(items: Iterable[Item], one_in: int = _STRIDE) -> Iterable[Item]:
+    """All items in a full run (see `repetitions`), otherwise every third one, from a random one on.
+
+    Args:
+        one_in: the distance of the items instead of 3.
+    """
     if os.environ.get(FULL_VARIABLE):
         return items
-    return islice(items, random_of_test().randrange(_STRIDE), None, _STRIDE)
+    return islice(items, random_of_test().randrange(one_in), None, one_in)
 
 
 def random_of_test() -> Random:
