@@ -32,7 +32,8 @@ FULL_VARIABLE: Final = "HF_ASYNC_STORE_TEST_FULL"
 
 _MARKER: Final = (
     "hf_sampled(by='test'): in a run of whole files without --hf-full, a random third of the variants of "
-    "each test is run, at least one; by='case': of all tests with the same number in the same class; "
+    "each test is run, at least one; by='case': of all tests with the same number in the same class, "
+    "and always the first of them; "
     "by='url': of the variants with the same value of this parameter or fixture"
 )
 _STRIDE: Final = 3
@@ -83,6 +84,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         start = random_of(name).randrange(min(_STRIDE, len(variants)))
         dropped.update(variants)
         dropped.difference_update(variants[start::_STRIDE])
+        if "::case " in name:
+            dropped.discard(variants[0])
     if dropped:
         config.hook.pytest_deselected(items=[each for each in items if each in dropped])
         items[:] = [each for each in items if each not in dropped]
@@ -93,7 +96,7 @@ def _group(item: pytest.Item, markers: Iterable[pytest.Mark]) -> str:
     name = item.nodeid.partition("[")[0]
     for by in (marker.kwargs.get("by", "test") for marker in markers):
         if by == "case":
-            name = re.sub(r"(::test_\d+)_.*", r"\1", name)
+            name = re.sub(r"::test_(\d+)_.*", r"::case \1", name)
         elif by != "test":
             name += f" {item.callspec.params.get(by)}" if hasattr(item, "callspec") else ""
     return name
