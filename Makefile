@@ -18,10 +18,10 @@ OPTIONS ?=
 demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes, one killed
 	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
 
-test: $(STAMP)  ## every test but the long sweeps
+test: $(STAMP)  ## every test but the long sweeps, with a third of its variants
 	$(PYTEST) -n 4
 
-test-long: $(STAMP)  ## the long sweeps, too
+test-long: $(STAMP)  ## all variants, and the long sweeps, too
 	$(PYTEST) --hf-full -m "long or not long"
 
 check: $(STAMP)  ## style, types by three checkers, and which layer may import which

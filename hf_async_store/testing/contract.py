@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.asyncio
+@pytest.mark.hf_sampled
 class StrategyContract(
     EntityContract,
     ValueContract,

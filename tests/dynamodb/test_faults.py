@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from hf_async_store_bench.servers import DynamoDBServer
     from tests.dynamodb.proxy import Proxy
 
+pytestmark = pytest.mark.hf_sampled
+
 TASKS: Final = 12
 STEPS: Final = 12
 _STALL_SECONDS: Final = 20.0

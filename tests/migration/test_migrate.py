@@ -35,6 +35,8 @@ from hf_async_store.migration.diff import differing
 if TYPE_CHECKING:
     from conftest import Place
 
+pytestmark = pytest.mark.hf_sampled(by="kind")
+
 PAIRS = list(itertools.permutations(KINDS, 2))
 _SHORT = {("dynamodb", "json-split"), ("postgresql", "sqlite"), ("sqlite", "dynamodb")}
 SOME_PAIRS = [
