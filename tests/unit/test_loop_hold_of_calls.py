@@ -175,6 +175,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         yield opened
 
 
+@pytest.mark.long  # it measures
 async def test_no_call_holds_the_loop(
     store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
