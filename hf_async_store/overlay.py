@@ -8,7 +8,13 @@ from typing import cast
 
 from hf_async_store.changes import Change, Delete, Outcome
 from hf_async_store.errors import StorageError
-from hf_async_store.preconditions import changed, check_children, check_parents
+from hf_async_store.preconditions import (
+    changed,
+    check_children,
+    check_parents,
+    is_there,
+    present,
+)
 from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.values import VERSION, Entity, Key
 
@@ -69,14 +75,15 @@ class Overlay:
 
         Returns the new version, for a deletion the version that it deleted or None; or its error.
         """
-        current = self.get(change.key)
         try:
+            current = present(change, self.get(change.key))
             entity = changed(change, current)
             if self._references:
                 self._check_references(change, current)
         except StorageError as exc:
             return exc
-        self._layers[-1][change.key] = entity
+        if entity is not None or current is not None:
+            self._layers[-1][change.key] = entity
         if change.mark is not None:
             self._layers[-1][change.mark.key] = change.mark.entity
         affected = current if isinstance(change, Delete) else entity
@@ -97,7 +104,12 @@ class Overlay:
 
     def _check_references(self, change: Change, current: Entity | None) -> None:
         if not isinstance(change, Delete):
-            check_parents(self._schema, change, current, lambda key: self.get(key) is not None)
+
+            def exists(key: Key) -> bool:
+                parent = self.get(key)
+                return parent is not None and is_there(change, key, parent)
+
+            check_parents(self._schema, change, current, exists)
         elif current is not None:
             check_children(self._schema, change.key, self._referrers)
 

@@ -22,6 +22,8 @@ from collections.abc import (
 from contextlib import asynccontextmanager
 from typing import Final, Literal, TypeAlias, TypeVar, overload
 
+from msgspec.structs import replace
+
 from hf_async_store import batch_validation
 from hf_async_store.aggregates import Counts, Sum, aggregated_path, extreme_query
 from hf_async_store.arguments import check_boolean, check_callable, check_listed, check_seconds
@@ -59,9 +61,11 @@ from hf_async_store.errors import (
 from hf_async_store.event_loop import Chunks
 from hf_async_store.field_operations import UpdateMap, read_update
 from hf_async_store.generators import Owned
+from hf_async_store.lifetimes import Clock, Lifetimes
 from hf_async_store.preconditions import changed
 from hf_async_store.query import (
     MISSING,
+    Comparison,
     Filters,
     Missing,
     OrderBy,
@@ -84,7 +88,6 @@ from hf_async_store.values import (
     Key,
     Value,
     copy_entity,
-    utc_now,
     version_of,
     with_canonical,
 )
@@ -121,6 +124,8 @@ class RepositoryInterface(ABC):
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
+        self._clock = Clock()
+        self._lifetimes: Lifetimes | None = None  # None: nothing expires
 
     @property
     def collections(self) -> Mapping[str, Collection]:
@@ -144,6 +149,47 @@ class RepositoryInterface(ABC):
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return batched(self._select(query))
 
+    # -- expiry ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _select_stored(self, query: Query) -> AsyncGenerator[Record, None]:
+        """As `_select`, with the entities that have expired and were not removed."""
+
+    def _living_query(self, query: Query) -> Query:
+        return query if self._lifetimes is None else self._lifetimes.living(query)
+
+    def _living(self, records: list[Record | None]) -> list[Record | None]:
+        """The records that were read by key, without those that have expired."""
+        return records if self._lifetimes is None else living(self._lifetimes, records)
+
+    async def _for_writing(
+        self, changes: Sequence[Change], timeout: float | None
+    ) -> Sequence[Change]:
+        """The changes with the lifetimes that decide them."""
+        lifetimes = self._lifetimes
+        if lifetimes is None:
+            return changes
+        await self._remove_expired_children(changes, lifetimes, timeout)
+        return [
+            replace(each, lifetimes=lifetimes)
+            if each.key.collection in lifetimes.deciding
+            else each
+            for each in changes
+        ]
+
+    async def _remove_expired_children(
+        self, changes: Sequence[Change], lifetimes: Lifetimes, timeout: float | None
+    ) -> None:
+        """Remove the expired entities that refer to those that are to be deleted."""
+        deleted = [each.key for each in changes if isinstance(each, Delete)]
+        for key in deleted:
+            for child, field in lifetimes.children.get(key.collection, ()):
+                query = lifetimes.expired(Query(child, Comparison((field,), "eq", key.id)))
+                async with Owned(self._select_stored(query)) as records:
+                    expired = [purging(each) async for each in records if each.key != key]
+                if expired:
+                    await self._write(expired, timeout)
+
     # -- one entity --------------------------------------------------------------------------
 
     async def create_entity(
@@ -156,7 +202,7 @@ class RepositoryInterface(ABC):
             InvalidKeyError, UnsupportedValueError, InvalidFieldError: before any I/O.
             ReferenceViolationError: a declared reference names an entity that does not exist.
         """
-        change = self._put(self._schema[collection], entity, ABSENT, utc_now())
+        change = self._put(self._schema[collection], entity, ABSENT, self._clock.now())
         return await self._write_one(change, timeout)
 
     async def save_entity(
@@ -184,7 +230,7 @@ class RepositoryInterface(ABC):
             ReferenceViolationError: a declared reference names an entity that does not exist.
         """
         expect = check_version(expected_version, absent=True)
-        change = self._put(self._schema[collection], entity, expect, utc_now())
+        change = self._put(self._schema[collection], entity, expect, self._clock.now())
         return await self._write_one(change, timeout)
 
     @overload
@@ -241,7 +287,7 @@ class RepositoryInterface(ABC):
         """
         check_boolean(returning, "returning")
         expect = check_version(expected_version, absent=False)
-        change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
+        change = self._patch(self._schema[collection], entity_id, fields, expect, self._clock.now())
         if returning:
             return _all_succeeded(await self._update_returning([change], timeout), alone=True)[0]
         return await self._write_one(change, timeout)
@@ -321,7 +367,7 @@ class RepositoryInterface(ABC):
         """
         check_boolean(if_absent, "if_absent")
         declared = self._schema[collection]
-        at = utc_now()
+        at = self._clock.now()
         changes = await _in_chunks(
             check_listed(entities, "entities"),
             lambda each: self._put(declared, each, ABSENT, at),
@@ -358,7 +404,7 @@ class RepositoryInterface(ABC):
         """
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
-        at = utc_now()
+        at = self._clock.now()
 
         def change(each: Mapping[str, object]) -> Put:
             put = self._put(declared, each, ANY, at)
@@ -410,7 +456,7 @@ class RepositoryInterface(ABC):
         expected = _Expected(expected_versions, absent=False)
         check_boolean(returning, "returning")
         _check_mapping(updates, "updates", "changes")
-        at = utc_now()
+        at = self._clock.now()
         changes = await _in_chunks(
             updates.items(),
             lambda each: self._patch(declared, each[0], each[1], expected.pop(each[0]), at),
@@ -487,7 +533,7 @@ class RepositoryInterface(ABC):
         """
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
-        at = utc_now()
+        at = self._clock.now()
         changes = await _in_chunks(
             check_listed(entities, "entities"),
             lambda each: _imported(declared, each, expected, at),
@@ -513,7 +559,7 @@ class RepositoryInterface(ABC):
         """
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
-        at = utc_now()
+        at = self._clock.now()
 
         def change(item: tuple[Entity, int]) -> Put:
             stored, size = item
@@ -609,7 +655,7 @@ class RepositoryInterface(ABC):
                     f"{collection}.{declared.key} is the key and cannot be changed"
                 )
             expect: Precondition = ABSENT if stored is None else version_of(stored)
-            put = self._put(declared, new, expect, utc_now())
+            put = self._put(declared, new, expect, self._clock.now())
             try:
                 version = await self._write_one(put, None)
             except AlreadyExistsError as exc:
@@ -663,7 +709,7 @@ class RepositoryInterface(ABC):
             raise InvalidFieldError(f"{collection}.{declared.key} is the key and cannot be changed")
 
         def change(key: Key, version: int) -> Patch:
-            at = utc_now()
+            at = self._clock.now()
             return Patch(key, {**fields, UPDATED_AT: at}, at, version)
 
         matching = ChangesByFilter(self, declared, query, change)
@@ -1051,6 +1097,19 @@ class _Expected:
             raise InvalidVersionError(
                 f"expected_versions has ids that are not in the batch: {names}"
             )
+
+
+def living(lifetimes: Lifetimes, records: Sequence[Record | None]) -> list[Record | None]:
+    """Records that were read by key; None for each that has expired."""
+    return [
+        None if each is None or lifetimes.is_over(each.key.collection, each.entity) else each
+        for each in records
+    ]
+
+
+def purging(record: Record) -> Delete:
+    """The change that removes an entity, if it has expired then."""
+    return Delete(record.key, record.version, purge=True)
 
 
 def _delete(key: Key, expected: _Expected) -> Delete:

@@ -17,6 +17,7 @@ from hf_async_store.errors import (
     UnknownCollectionError,
     UnsupportedValueError,
 )
+from hf_async_store.expiry import Expire
 from hf_async_store.values import (
     CREATED_AT,
     LIGHT_BYTES,
@@ -191,6 +192,7 @@ class Collection:
         indexes: `Index`es, or names of single fields to index.
         open: queries may name undeclared fields without `path`. By default such a name is an error,
             because it may be misspelt.
+        expires: when its entities expire; None: never.
 
     Example:
         `Collection("accounts", key="account_id", fields=["owner"], indexes=["owner"])`
@@ -211,6 +213,8 @@ class Collection:
     """The fields whose values must be checked: all except optional ones of type json."""
     open: bool
     """Whether queries may name undeclared fields without `path`."""
+    expires: Expire | None
+    """When its entities expire."""
 
     def __init__(
         self,
@@ -220,17 +224,24 @@ class Collection:
         fields: Iterable[Field | str] = (),
         indexes: Iterable[Index | str] = (),
         open: bool = False,  # noqa: A002  # as an argument it reads best
+        expires: Expire | None = None,
     ) -> None:
         self.name = _checked_name(name, "collection name")
         if not isinstance(open, bool):
             raise ConfigurationError(f"collection {name!r}: open must be True or False")
         self.open = open
         self.key = key
+        if not isinstance(expires, Expire | None):
+            raise ConfigurationError(
+                f"collection {name!r}: expires must be an Expire, not {type(expires).__name__}"
+            )
+        self.expires = expires
         declared = _with_timestamps(
             [
                 Field(key, required=True),
                 *check_declared(fields, Field, f"the fields of {name!r}", Field),
-            ]
+            ],
+            [] if expires is None else [expires.field],
         )
         self.fields = MappingProxyType({each.name: each for each in declared})
         self.indexes = check_declared(indexes, Index, f"the indexes of {name!r}", Index)
@@ -257,6 +268,10 @@ class Collection:
         for each in (CREATED_AT, UPDATED_AT):
             if self.fields[each].type != "timestamp":
                 raise ConfigurationError(f"{self.name}.{each} must be of type timestamp")
+        if self.expires is not None and self.fields[self.expires.field].type != "timestamp":
+            raise ConfigurationError(
+                f"{self.name}.{self.expires.field}, by which entities expire, must be of type timestamp"
+            )
         for index in self.indexes:
             for name in index.fields:
                 if name not in self.fields or self.fields[name].type == "json":
@@ -397,9 +412,10 @@ class Collection:
         return entity
 
 
-def _with_timestamps(declared: list[Field]) -> list[Field]:
+def _with_timestamps(declared: list[Field], others: Iterable[str] = ()) -> list[Field]:
     names = {each.name for each in declared}
-    timestamps = (Field(each, "timestamp") for each in (CREATED_AT, UPDATED_AT))
+    wanted = dict.fromkeys([*others, CREATED_AT, UPDATED_AT])
+    timestamps = (Field(each, "timestamp") for each in wanted)
     return declared + [each for each in timestamps if each.name not in names]
 
 

@@ -41,6 +41,8 @@ from hf_async_store.errors import (
     StoreClosedError,
 )
 from hf_async_store.index_advice import advice
+from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
+from hf_async_store.purging import LivingReader, Purging
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import ReadOnlySession
 from hf_async_store.redaction import redact_texts
@@ -90,6 +92,8 @@ class StorageStrategy(RepositoryInterface):
     def __init__(self, engine: Engine, schema: Schema) -> None:
         super().__init__(Schema(schema.values()))
         self._engine = engine
+        self._purging = Purging(self)
+        self._set_clock(None, self._purging.seconds)
         self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
         self._transactions = TransactionManager()
         self._retry_queue = FairRetryQueue()
@@ -127,6 +131,14 @@ class StorageStrategy(RepositoryInterface):
         """The capabilities of the engine."""
         return self._engine.capabilities
 
+    def _set_clock(self, source: TimeSource | None, purge_seconds: float | None) -> None:
+        """See `open_store`; before the store is opened."""
+        clock = Clock(source)
+        references = self._engine.capabilities.references
+        lifetimes = Lifetimes(self._schema.values(), clock, references=references)
+        self._clock, self._lifetimes = clock, lifetimes or None
+        self._purging.seconds = purge_seconds
+
     # -- lifecycle ---------------------------------------------------------------------------
 
     async def open(self) -> Self:
@@ -136,6 +148,7 @@ class StorageStrategy(RepositoryInterface):
         if self._loop is not None:
             raise StoreClosedError("this store is already open")
         self._loop = asyncio.get_running_loop()
+        self._purging.start()
         return self
 
     async def close(self) -> None:
@@ -159,7 +172,8 @@ class StorageStrategy(RepositoryInterface):
             if self._reads is not None:
                 stack.push_async_callback(self._reads.drain)
             stack.push_async_callback(self._writes.drain)
-            await self._streams.close()
+            stack.push_async_callback(self._streams.close)
+            await self._purging.stop()
 
     def abandon(self) -> None:
         """Stop using the store without closing it: for a process that is about to end.
@@ -171,6 +185,7 @@ class StorageStrategy(RepositoryInterface):
         raise StoreClosedError.
         """
         self._closed = True
+        self._purging.cancel()
         self._engine.abandon()
         _ABANDONED.append(self)
 
@@ -221,18 +236,19 @@ class StorageStrategy(RepositoryInterface):
         engine = self._usable()
         if self._reads is None:
             if timeout is None:
-                return await engine.fetch(keys)
+                return self._living(await engine.fetch(keys))
             async with operation_timeout(timeout):
-                return await engine.fetch(keys)
+                return self._living(await engine.fetch(keys))
         records: list[Record | None] = []
         for each in await self._reads.submit(keys, timeout):
             if isinstance(each, StorageError):
                 raise each
             records.append(each)
-        return records
+        return self._living(records)
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         self._usable()
+        changes = await self._for_writing(changes, timeout)
         outcomes = await self._writes.submit(changes, timeout)
         if self._record_attempts:
             await self._record_declarations(outcomes, timeout)
@@ -274,13 +290,16 @@ class StorageStrategy(RepositoryInterface):
             raise
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
+        return self._select_stored(self._living_query(query))
+
+    def _select_stored(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._streams.read(self._usable().select(query))
 
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        return self._streams.read(self._usable().select_batches(query))
+        return self._streams.read(self._usable().select_batches(self._living_query(query)))
 
     async def _count(self, query: Query) -> int:
-        return await self._usable().count(query)
+        return await self._usable().count(self._living_query(query))
 
     async def _retried(
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
@@ -321,6 +340,8 @@ class StorageStrategy(RepositoryInterface):
             return self.transaction_type(
                 self._schema,
                 lambda: ReadOnlySession(self._engine),
+                lifetimes=self._lifetimes,
+                clock=self._clock,
                 enter=self._enter_read_only,
                 read_only=True,
                 ticket=ticket,
@@ -333,6 +354,8 @@ class StorageStrategy(RepositoryInterface):
         return self.transaction_type(
             self._schema,
             lambda: self._engine.session(isolation),
+            lifetimes=self._lifetimes,
+            clock=self._clock,
             enter=self._enter_transaction,
             ticket=ticket,
             after_commit=self._record_declarations if self._record_attempts else None,
@@ -384,15 +407,41 @@ class StorageStrategy(RepositoryInterface):
     # -- for backups and migrations ----------------------------------------------------------
 
     @asynccontextmanager
-    async def snapshot(self) -> AsyncGenerator[Reader, None]:
+    async def snapshot(self, *, expired: bool = False) -> AsyncGenerator[Reader, None]:
         """A consistent snapshot of the whole store, for queries and reads by key.
 
         For reading everything, as a backup does: it does not block writers, and its memory use does
         not grow with the data read. Where `capabilities.query_isolation` is "eventual", it is no
         more consistent than queries are.
+
+        Args:
+            expired: read also the entities that have expired and were not removed yet.
         """
+        check_boolean(expired, "expired")
+        lifetimes = None if expired else self._lifetimes
         async with self._usable().snapshot() as reader:
-            yield reader
+            yield reader if lifetimes is None else LivingReader(reader, lifetimes)
+
+    # -- expiry ------------------------------------------------------------------------------
+
+    async def purge_expired(
+        self, collection: str | None = None, *, limit: int | None = None
+    ) -> int:
+        """Remove entities that have expired; returns how many.
+
+        They are absent anyway; this frees their space. It works in small batches between other writes, and
+        each entity is removed only if it has expired at that moment. One that others refer to is left
+        until the last of them is removed.
+
+        Args:
+            collection: only this one; None: all collections that expire, children before parents.
+            limit: at most this number.
+
+        Raises:
+            InvalidInputError: the collection does not expire.
+        """
+        self._usable()
+        return await self._purging.run(collection, limit)
 
     # -- declarations ------------------------------------------------------------------------
 
@@ -464,7 +513,7 @@ class StorageStrategy(RepositoryInterface):
         If it scans or sorts, the `advice` of the plan is the index that would serve it.
         """
         query = self._query(collection, filters, order_by, limit, None)
-        plan = await self._usable().explain(query)
+        plan = await self._usable().explain(self._living_query(query))
         if not self.capabilities.indexes:
             return plan
         return replace(plan, advice=advice(self._schema[collection], query, plan))
@@ -506,6 +555,7 @@ class StorageStrategy(RepositoryInterface):
             if isinstance(reported, list)
             else []
         )
+        problems += self._purging.problems()
         return {
             "ok": not problems,
             **report,
@@ -553,6 +603,7 @@ def _description(collection: Collection) -> dict[str, Value]:
             for name, field in collection.fields.items()
         },
         "indexes": [each.name for each in collection.indexes],
+        **({} if collection.expires is None else {"expires": str(collection.expires)}),
     }
 
 

@@ -19,9 +19,11 @@ from hf_async_store.preconditions import (
     check,
     check_children,
     check_parents,
+    is_there,
     missing_parents,
     next_version,
     patched,
+    present,
 )
 from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable
@@ -195,6 +197,8 @@ class SessionView(TableReader[StoredEntity]):
         """The bytes and the version of the entity, which meet the precondition of the change."""
         key, expect = change.key, change.expect
         raw = self.stored_bytes(key.collection, key.id)
+        if raw is not None and change.lifetimes is not None and key.collection in change.lifetimes:
+            raw = None if present(change, self._entity(key, raw)) is None else raw
         collection = self._schema[key.collection]
         actual = None if raw is None else self._serializer.version(collection, key.id, raw)
         if expect is not ANY and expect != actual:
@@ -203,9 +207,19 @@ class SessionView(TableReader[StoredEntity]):
         return raw, actual
 
     def _check_parents(self, change: Change, raw: bytes | None) -> None:
-        if self._references and missing_parents(self._schema, change, self.exists):
+        def exists(key: Key) -> bool:
+            return self._exists_for(change, key)
+
+        if self._references and missing_parents(self._schema, change, exists):
             current = None if raw is None else self._entity(change.key, raw)
-            check_parents(self._schema, change, current, self.exists)
+            check_parents(self._schema, change, current, exists)
+
+    def _exists_for(self, change: Change, key: Key) -> bool:
+        """Whether a parent exists for a change."""
+        if change.lifetimes is None or key.collection not in change.lifetimes:
+            return self.exists(key)
+        raw = self.stored_bytes(key.collection, key.id)
+        return raw is not None and is_there(change, key, self._entity(key, raw))
 
     def _referrers(self, child: Collection, field: Field, parent: str) -> Iterator[str]:
         own = self._own_changes(child.name)

@@ -22,6 +22,8 @@ from hf_async_store.errors import (
     NewerFormatError,
     SchemaMismatchError,
 )
+from hf_async_store.expiry import Expire
+from hf_async_store.recorded_expiry import RecordedExpire, recorded_expire
 from hf_async_store.schema import Collection, Field, Index, Schema
 from hf_async_store.strategies.sql.names import CATALOGUE
 from hf_async_store.values import FieldType
@@ -78,6 +80,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
         fields: by name, without the key.
         columns: by field that has a key column, in order: whether each row contains its value.
         generation: the least generation of a row that contains all key columns.
+        expires: when its entities expire for the programs that declare it. No other program is affected.
     """
 
     key: str
@@ -85,6 +88,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     indexes: tuple[DeclaredIndex, ...] = ()
     columns: dict[str, bool] = {}
     generation: int = 1
+    expires: RecordedExpire | None = None
 
     def indexed(self, fields: Sequence[str]) -> tuple[str, ...]:
         """The fields of an index that precede the id, which ends every index."""
@@ -175,7 +179,13 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
     }
     indexes = [each.fields for each in collection.indexes]
     if known is None:
-        new = Entry(collection.key, fields, tuple(map(DeclaredIndex, indexes)), generation=0)
+        new = Entry(
+            collection.key,
+            fields,
+            tuple(map(DeclaredIndex, indexes)),
+            generation=0,
+            expires=recorded_expire(collection),
+        )
         return (
             new.completed() if new.wanted_columns() else msgspec.structs.replace(new, generation=1)
         )
@@ -198,7 +208,13 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
         known,
         fields={name: fields[name] for name in order},
         indexes=(*known.indexes, *more),
+        expires=_expires(known, collection, latest),
     )
+
+
+def _expires(known: Entry, collection: Collection, latest: bool) -> RecordedExpire | None:
+    here = recorded_expire(collection)
+    return (here or known.expires) if latest else (known.expires or here)
 
 
 def _collection(name: str, entry: Entry) -> Collection:
@@ -218,7 +234,16 @@ def _collection(name: str, entry: Entry) -> Collection:
             for field, each in entry.fields.items()
         ],
         indexes=[Index(*each.fields) for each in entry.indexes],
+        expires=_usable_expire(entry),
     )
+
+
+def _usable_expire(entry: Entry) -> Expire | None:
+    """The recorded expiry, unless other programs declare its field with another type."""
+    expires = entry.expires
+    if expires is None or entry.fields[expires.field].type != "timestamp":
+        return None
+    return expires.declared()
 
 
 # -- rows of the table ----------------------------------------------------------------------

@@ -36,7 +36,17 @@ if TYPE_CHECKING:
 
 _OPPOSITE: Final = {"ne": "eq", "not_in": "in"}
 _KNOWN: Final = frozenset(
-    {*_OPPOSITE, *OPERATORS, "eq", "in", "between", "exists", "contains", "begins_with"}
+    {
+        *_OPPOSITE,
+        *OPERATORS,
+        "eq",
+        "in",
+        "between",
+        "exists",
+        "contains",
+        "begins_with",
+        "timestamp_lte",
+    }
 )
 """The operators that SQL can express; the rows are filtered in Python by all others."""
 _SHORT: Final = 63

@@ -27,11 +27,14 @@ from hf_async_store.strategies.sql.catalogue import GENERATION_SQL, CatalogueCha
 from hf_async_store.strategies.sql.compiler import compile_query
 from hf_async_store.strategies.sql.decisions import (
     Stored,
+    expires,
     keys_by_collection,
     marker_put,
     new_row,
     parents_of,
+    present_row,
     refuse_missing_parents,
+    row_is_there,
 )
 from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.names import CATALOGUE, DOC
@@ -207,9 +210,16 @@ class _Batch:
             for [entity_id, _] in self._select(self._tables[collection], VERSION, unread):
                 self._parents[Key(collection, entity_id)] = True
         changed = {each.key.collection for each in changes}
+        may_expire = any(
+            expires(each, field.parent)
+            for each in changes
+            if each.lifetimes is not None
+            for field in self._schema[each.key.collection].references
+        )
         deleted = {each.key.collection for each in changes if isinstance(each, Delete)}
         return (
-            not all(self._parents.values())
+            may_expire
+            or not all(self._parents.values())
             or not changed.isdisjoint(wanted)
             or any(self._schema.children[each] for each in deleted)
         )
@@ -235,6 +245,8 @@ class _Batch:
         table = self._tables[key.collection]
         stored = self._rows[key]
         try:
+            if stored is not None and expires(change, key.collection):
+                stored = present_row(table, change, self._loaded(key, stored))
             if stored is not None and change.expect is not ANY and change.expect != stored.version:
                 stored = self._loaded(key, stored)
             row = new_row(table, change, stored)
@@ -256,15 +268,31 @@ class _Batch:
 
     def _check_references(self, table: Table, change: Change, stored: Stored | None) -> None:
         if not isinstance(change, Delete):
-            if not all(map(self._exists, parents_of(self._schema, change))):
+
+            def exists(key: Key) -> bool:
+                return self._exists(key) and self._is_there(change, key)
+
+            if not all(map(exists, parents_of(self._schema, change))):
                 loaded = None if stored is None else self._loaded(change.key, stored)
-                refuse_missing_parents(self._schema, table, change, loaded, self._exists)
+                refuse_missing_parents(self._schema, table, change, loaded, exists)
         elif stored is not None and self._schema.children[change.key.collection]:
             self._flush()
             check_children(self._schema, change.key, self._children)
 
     def _exists(self, key: Key) -> bool:
         return self._rows[key] is not None if key in self._rows else self._parents[key]
+
+    def _is_there(self, change: Change, key: Key) -> bool:
+        """Whether an existing parent has not expired."""
+        if not expires(change, key.collection):
+            return True
+        table = self._tables[key.collection]
+        row = self._rows.get(key)
+        if row is None:
+            [[_, doc]] = self._select(table, table.grammar.read(f"t.{DOC}"), [key.id])
+        else:
+            doc = self._loaded(key, row).doc
+        return row_is_there(table, change, key, doc)
 
     def _children(self, child: Collection, field: Field, parent: str) -> list[str]:
         query = Query(child.name, Comparison((field.name,), "eq", parent), limit=2)
@@ -356,6 +384,8 @@ def _named_fields(changes: Iterable[Change]) -> set[str] | None:
 
 def _needs_document(change: Change) -> bool:
     """Whether the new row depends on the stored document."""
+    if expires(change, change.key.collection):
+        return True
     if not isinstance(change, Put):
         return not isinstance(change, Delete)
     whole = change.import_version is not None or CREATED_AT in change.entity
