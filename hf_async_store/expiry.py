@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import msgspec
 
@@ -12,7 +12,7 @@ from hf_async_store.errors import ConfigurationError
 PURGE_SECONDS: Final = 60.0
 """How long a store pauses between two removals of expired entities in the background."""
 
-ExpiryFilter: TypeAlias = object
+ExpiryFilter: TypeAlias = Any
 """What `query.Filters` describes: this module is below it, and only keeps the value."""
 
 

@@ -77,6 +77,9 @@ class Lifetime:
         self._where = filter_of(collection)
         self._may_expire = compile_filter(self._where)
 
+    def __str__(self) -> str:
+        return f"{self.field} {self._after} {self._where}"
+
     def over(self) -> Filter:
         """The filter that matches the entities that have expired now."""
         expired = Comparison((self.field,), "timestamp_lte", self._latest())
@@ -121,7 +124,7 @@ def filter_of(collection: Collection) -> Filter:
     assert collection.expires is not None
     where = collection.expires.where
     try:
-        return EVERYTHING if where is None else build_query(collection, filters=where).where  # type: ignore[arg-type]
+        return EVERYTHING if where is None else build_query(collection, filters=where).where
     except StorageError as exc:
         raise ConfigurationError(
             f"collection {collection.name!r}, the filter of its Expire: {exc}"

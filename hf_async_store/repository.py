@@ -531,6 +531,25 @@ class RepositoryInterface(ABC):
         Returns:
             The versions, in input order.
         """
+        changes = await self._imports(collection, entities, expected_versions)
+        return await self._write_many(changes, timeout)
+
+    async def _import_restored(
+        self,
+        collection: str,
+        entities: Iterable[Mapping[str, object]],
+        expected_versions: Mapping[str, int | Expect] | None = None,
+    ) -> list[int]:
+        """`import_entities`, for which entities and parents exist even if they have expired."""
+        changes = await self._imports(collection, entities, expected_versions)
+        return _versions(await self._import(changes)) if changes else []
+
+    async def _imports(
+        self,
+        collection: str,
+        entities: Iterable[Mapping[str, object]],
+        expected_versions: Mapping[str, int | Expect] | None,
+    ) -> list[Put]:
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
         at = self._clock.now()
@@ -540,7 +559,7 @@ class RepositoryInterface(ABC):
             collection=declared,
         )
         expected.assert_exhausted()
-        return await self._write_many(changes, timeout)
+        return changes
 
     async def _import_stored(
         self,
@@ -550,7 +569,7 @@ class RepositoryInterface(ABC):
         *,
         sizes: Iterable[int] | None = None,
     ) -> list[int]:
-        """`import_entities` for entities that were read from a store: they are validated against
+        """`_import_restored` for entities that were read from a store: they are validated against
         the declarations here, but neither copied nor measured again.
 
         Args:
@@ -573,7 +592,7 @@ class RepositoryInterface(ABC):
         return _versions(await self._import(changes))
 
     async def _import(self, changes: Sequence[Change]) -> list[Outcome]:
-        """Write whole entities as given, in batches that need not be combined with other writes."""
+        """Write in batches that need not be combined with other writes, also entities that have expired."""
         return await self._write(changes, None)
 
     @overload

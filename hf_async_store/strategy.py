@@ -406,6 +406,12 @@ class StorageStrategy(RepositoryInterface):
 
     # -- for backups and migrations ----------------------------------------------------------
 
+    async def _get_stored(self, collection: str, ids: Iterable[str]) -> list[Entity | None]:
+        """As `get_entities`, with the entities that have expired and were not removed."""
+        keys = [Key(collection, each) for each in ids]
+        records = await self._usable().fetch(keys) if keys else []
+        return [None if each is None else each.entity for each in records]
+
     @asynccontextmanager
     async def snapshot(self, *, expired: bool = False) -> AsyncGenerator[Reader, None]:
         """A consistent snapshot of the whole store, for queries and reads by key.

@@ -22,6 +22,7 @@ from hf_async_store.testing.cancellation import CancellationContract
 from hf_async_store.testing.changed_declarations import ChangedDeclarationContract
 from hf_async_store.testing.declarations import DeclarationContract
 from hf_async_store.testing.entities import EntityContract
+from hf_async_store.testing.expiry import ExpiryContract
 from hf_async_store.testing.field_operations import FieldOperationContract
 from hf_async_store.testing.filtered_changes import FilteredChangeContract
 from hf_async_store.testing.groups import GroupContract
@@ -69,6 +70,7 @@ class StrategyContract(
     FieldOperationContract,
     FilteredChangeContract,
     GroupContract,
+    ExpiryContract,
 ):
     """All cases of the contract."""
 

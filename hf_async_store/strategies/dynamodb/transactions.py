@@ -24,7 +24,7 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.generators import Owned
-from hf_async_store.preconditions import changed
+from hf_async_store.preconditions import changed, present
 from hf_async_store.query import Query, compile_filter, compile_order, position_key
 from hf_async_store.strategies.dynamodb.errors import (
     TABLE_REMEDY,
@@ -227,12 +227,13 @@ class DynamoDBSession(Session):
 
     def _apply(self, change: Change) -> Outcome:
         try:
-            current = self._entity(change.key)
+            current = present(change, self._entity(change.key))
             self._check_item(change)
             entity = changed(change, current)
         except StorageError as exc:
             return exc
-        self._layers[-1][change.key] = entity
+        if entity is not None or current is not None:
+            self._layers[-1][change.key] = entity
         if change.mark is not None:
             self._layers[-1][change.mark.key] = change.mark.entity
         stored = current if isinstance(change, Delete) else entity

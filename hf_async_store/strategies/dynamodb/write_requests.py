@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 from hf_async_store.changes import Delete, Patch, Put
 from hf_async_store.errors import CorruptionError
 from hf_async_store.field_operations import plain_fields
-from hf_async_store.preconditions import changed, next_version
+from hf_async_store.preconditions import changed, next_version, patched
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SUBSTITUTE,
     DECLARATION_DIGEST,
     NEAR_MAX_VERSION,
     SIZE,
+    TIME_TO_LIVE,
     TOKEN,
     ItemMapping,
     new_token,
@@ -277,6 +278,12 @@ def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     fields = {name: each for name, each in _plain_fields(change).items() if name != op.mapping.key}
     stored_entity = None if op.observed is None else op.mapping.entity(op.observed)
     sets, removed = op.mapping.changes(fields, stored_entity)
+    if op.expires and stored_entity is not None:
+        time_to_live = op.mapping.time_to_live(patched(stored_entity, change.fields, 0))
+        if time_to_live is None:
+            removed.append((TIME_TO_LIVE,))
+        else:
+            sets[TIME_TO_LIVE,] = time_to_live
     added_size = size_of(cast("Entity", fields))
     version, stored = names.name(VERSION), names.name(SIZE)
     assignments = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]

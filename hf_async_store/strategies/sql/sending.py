@@ -24,12 +24,16 @@ from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.decisions import (
     Stored,
+    expires,
     keys_by_collection,
     new_row,
     parents_of,
+    present_row,
     refuse_missing_parents,
+    row_is_there,
 )
 from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.names import DOC
 from hf_async_store.strategies.sql.pending import (
     Encoder,
     PendingChange,
@@ -147,9 +151,8 @@ class _Batch(ABC):
             ids = array_text([each.change.key.id for each in piece])
             await self.lease.rows(self._statements.of_parents(shape.collection), (limit, ids))
         sql = self._statements.of(shape, locks=self.locks)
-        return await self.lease.rows(
-            sql, (limit, *self._encoder.arguments(shape, piece)), doing="write", writes=True
-        )
+        args = (limit, *self._statements.times(shape), *self._encoder.arguments(shape, piece))
+        return await self.lease.rows(sql, args, doing="write", writes=True)
 
     def _locks_parents(self, shape: StatementKey) -> bool:
         """Whether rows must be locked in a statement before the one that deletes them."""
@@ -168,24 +171,32 @@ class _Batch(ABC):
             key = each.change.key
             table, found = self._tables[key.collection], stored.get(key)
             try:
-                row = new_row(table, each.change, found)
+                present = present_row(table, each.change, found)
+                row = new_row(table, each.change, present)
                 if isinstance(each.change, Delete):
-                    if found is not None:
+                    if present is not None:
                         await self._check_children(key)
                 elif self._statements.references:
                     refuse_missing_parents(
-                        self._schema, table, each.change, found, parents.__contains__
+                        self._schema, table, each.change, present, parents.__contains__
                     )
             except StorageError as exc:
                 self.outcomes[each.place] = exc
                 continue
-            if found is not None:
-                again.append(self._encoder.exactly(each, found, row))
+            if found is not None and (present is not None or row is not None):
+                again.append(self._exactly(each, found, row, expired=present is None))
             elif row is None:
                 self.outcomes[each.place] = None
             else:
                 again.append(self._encoder.pending(each.place, each.change))
         return again
+
+    def _exactly(
+        self, pending: PendingChange, stored: Stored, row: Stored | None, *, expired: bool
+    ) -> PendingChange:
+        change = pending.change
+        purges = isinstance(change, Delete) and change.purge
+        return self._encoder.exactly(pending, stored, row, expired=expired or purges)
 
     def _tells_absence(self, pending: PendingChange) -> bool:
         """Whether a change can be rejected only because the entity does not exist."""
@@ -211,13 +222,20 @@ class _Batch(ABC):
 
     async def _existing_parents(self, rejected: Iterable[PendingChange]) -> set[Key]:
         """The existing parents to which changes refer."""
-        wanted = chain.from_iterable(parents_of(self._schema, each.change) for each in rejected)
+        changes = [each.change for each in rejected]
+        wanted = chain.from_iterable(parents_of(self._schema, each) for each in changes)
         found: set[Key] = set()
         for collection, ids in keys_by_collection(wanted).items():
             table = self._tables[collection]
-            sql = f"SELECT t.{table.key} FROM {table.name} AS t WHERE t.{table.key}"
-            rows = await self.lease.rows(f"{sql} = ANY($1::text::text[])", (array_text(ids),))
-            found.update(Key(collection, row[0]) for row in rows)
+            judge = next((each for each in changes if expires(each, collection)), None)
+            doc = "''::text" if judge is None else table.grammar.read(f"t.{DOC}")
+            sql = f"SELECT t.{table.key}, {doc} FROM {table.name} AS t WHERE t.{table.key}"
+            for entity_id, text in await self.lease.rows(
+                f"{sql} = ANY($1::text::text[])", (array_text(ids),)
+            ):
+                key = Key(collection, entity_id)
+                if judge is None or row_is_there(table, judge, key, text):
+                    found.add(key)
         return found
 
     async def _check_children(self, key: Key) -> None:
