@@ -86,6 +86,10 @@ class Encoder:
         shape = StatementKey(change.key.collection, "delete", lifetimes=change.lifetimes)
         return PendingChange(place, change, shape, expected=expected)
 
+    def creating(self, place: int, change: Put) -> PendingChange:
+        """The change of an entity that does not exist."""
+        return self._put(place, change, None, "create")
+
     def _decides(self, change: Change) -> bool:
         """Whether a statement can decide which entities have expired."""
         assert change.lifetimes is not None
@@ -129,17 +133,16 @@ class Encoder:
         shape = StatementKey(collection, "patch", named, lifetimes=change.lifetimes)
         return PendingChange(place, change, shape, sets, json_text(sets), expected)
 
-    def _put(self, place: int, change: Put, expected: int | None) -> PendingChange:
+    def _put(
+        self, place: int, change: Put, expected: int | None, verb: Verb | None = None
+    ) -> PendingChange:
         entity, version = change.entity, change.import_version
         created = version is not None or CREATED_AT in entity
         doc = json_text(entity)
         if not created:
             doc = f'{{"{CREATED_AT}":"{change.written_at}",{doc[1:]}'
-        verb: Verb = "replace"
-        if change.expect is ANY:
-            verb = "save"
-        elif change.expect is ABSENT:
-            verb, created = "create", True
+        verb = verb or _verb(change)
+        created = created or verb == "create"
         kind = _Kind(change.key.collection, verb, created, version is not None, change.lifetimes)
         shape = self._shape(kind)
         return PendingChange(place, change, shape, entity, doc, expected, version)
@@ -183,6 +186,12 @@ class Encoder:
         documents = f"[{','.join([each.doc for each in group])}]"
         distinct = [encode_json(list(filter(None, set(each)))).decode() for each in parents]
         return [*args, *map(array_text, parents), documents, *distinct]
+
+
+def _verb(change: Put) -> Verb:
+    if change.expect is ANY:
+        return "save"
+    return "create" if change.expect is ABSENT else "replace"
 
 
 def _created(pending: PendingChange) -> Value | Missing:

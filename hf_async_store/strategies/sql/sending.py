@@ -15,7 +15,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hf_async_store.backoff import Backoff
-from hf_async_store.changes import ANY, Delete, Outcome
+from hf_async_store.changes import ANY, Delete, Outcome, Put
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
 from hf_async_store.preconditions import check_children
@@ -188,7 +188,8 @@ class _Batch(ABC):
             elif row is None:
                 self.outcomes[each.place] = None
             else:
-                again.append(self._encoder.pending(each.place, each.change))
+                assert isinstance(each.change, Put), "only a whole entity can be new"
+                again.append(self._encoder.creating(each.place, each.change))
         return again
 
     def _exactly(
