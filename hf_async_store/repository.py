@@ -163,12 +163,9 @@ class RepositoryInterface(ABC):
         return records if self._lifetimes is None else living(self._lifetimes, records)
 
     async def _for_writing(
-        self, changes: Sequence[Change], timeout: float | None
+        self, changes: Sequence[Change], lifetimes: Lifetimes, timeout: float | None
     ) -> Sequence[Change]:
         """The changes with the lifetimes that decide them."""
-        lifetimes = self._lifetimes
-        if lifetimes is None:
-            return changes
         await self._remove_expired_children(changes, lifetimes, timeout)
         return [
             replace(each, lifetimes=lifetimes)

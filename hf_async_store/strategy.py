@@ -248,7 +248,8 @@ class StorageStrategy(RepositoryInterface):
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         self._usable()
-        changes = await self._for_writing(changes, timeout)
+        if self._lifetimes is not None:
+            changes = await self._for_writing(changes, self._lifetimes, timeout)
         outcomes = await self._writes.submit(changes, timeout)
         if self._record_attempts:
             await self._record_declarations(outcomes, timeout)

@@ -358,7 +358,8 @@ class Transaction(RepositoryInterface):
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         if self._read_only:
             raise InvalidInputError("this transaction is read-only, so it cannot write")
-        changes = await self._for_writing(changes, timeout)
+        if self._lifetimes is not None:
+            changes = await self._for_writing(changes, self._lifetimes, timeout)
         keys = [each.key for each in changes]
         async with self._step(timeout, keys, writes=True) as session:
             self._has_written = True

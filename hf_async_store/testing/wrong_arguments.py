@@ -106,6 +106,8 @@ ACCEPTED: Final[Mapping[str, tuple[str, ...]]] = {
     "conditional_update.fields": _DICTS,
     "fields": ("none", *_LISTS),
     "query_page.limit": ("integer",),
+    "purge_expired.collection": ("none",),
+    "expired": ("boolean",),
 }
 """The kinds that a parameter accepts, by its name or `METHOD.NAME`. All others must be refused."""
 

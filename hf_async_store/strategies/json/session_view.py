@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Final, TypeAlias, cast
 
 import msgspec
@@ -207,9 +208,9 @@ class SessionView(TableReader[StoredEntity]):
         return raw, actual
 
     def _check_parents(self, change: Change, raw: bytes | None) -> None:
-        def exists(key: Key) -> bool:
-            return self._exists_for(change, key)
-
+        exists = self.exists
+        if change.lifetimes is not None:
+            exists = partial(self._exists_for, change)
         if self._references and missing_parents(self._schema, change, exists):
             current = None if raw is None else self._entity(change.key, raw)
             check_parents(self._schema, change, current, exists)

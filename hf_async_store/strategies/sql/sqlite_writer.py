@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
@@ -268,10 +269,7 @@ class _Batch:
 
     def _check_references(self, table: Table, change: Change, stored: Stored | None) -> None:
         if not isinstance(change, Delete):
-
-            def exists(key: Key) -> bool:
-                return self._exists(key) and self._is_there(change, key)
-
+            exists = partial(self._exists_for, change)
             if not all(map(exists, parents_of(self._schema, change))):
                 loaded = None if stored is None else self._loaded(change.key, stored)
                 refuse_missing_parents(self._schema, table, change, loaded, exists)
@@ -282,10 +280,10 @@ class _Batch:
     def _exists(self, key: Key) -> bool:
         return self._rows[key] is not None if key in self._rows else self._parents[key]
 
-    def _is_there(self, change: Change, key: Key) -> bool:
-        """Whether an existing parent has not expired."""
-        if not expires(change, key.collection):
-            return True
+    def _exists_for(self, change: Change, key: Key) -> bool:
+        """Whether a parent exists, and has not expired."""
+        if not self._exists(key) or not expires(change, key.collection):
+            return self._exists(key)
         table = self._tables[key.collection]
         row = self._rows.get(key)
         if row is None:

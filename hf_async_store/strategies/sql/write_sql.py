@@ -103,7 +103,7 @@ class WriteStatements:
 
     def times(self, shape: StatementKey) -> list[object]:
         """The arguments of a statement that tell what has expired now."""
-        return self._living(shape).arguments
+        return [] if shape.lifetimes is None else self._living(shape).arguments
 
     def decides(self, lifetimes: Lifetimes, collection: str) -> bool:
         """Whether the statements can tell which entities of a collection, and parents, have expired."""
