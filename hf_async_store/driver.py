@@ -143,6 +143,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
             live migration which entities it still has to copy.
         detects_recreation: after an entity was deleted and created again, a writer that read it
             before the deletion is refused even if the versions are equal.
+        removes_expired: it removes the entities of a declaration with `expires` itself, some time after
+            they have expired.
         default_order: "id" where a query without order_by returns entities sorted by id, else "none".
         conflict_entity: a version conflict carries the stored entity.
         max_transaction_changes, max_transaction_bytes: limits of one transaction; None: limited only
@@ -166,6 +168,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     references: bool = True
     change_markers: bool = False
     detects_recreation: bool = False
+    removes_expired: bool = False
     default_order: Literal["id", "none"] = "id"
     conflict_entity: bool = True
     max_transaction_changes: int | None = None

@@ -25,6 +25,7 @@ from hf_async_store.errors import (
     InvalidInputError,
     ReferenceViolationError,
     StorageError,
+    StoreClosedError,
 )
 from hf_async_store.expiry import PURGE_SECONDS
 from hf_async_store.generators import Owned
@@ -36,6 +37,9 @@ from hf_async_store.values import VERSION, Entity, Key, Value, parse_timestamp
 
 log: Final = logging.getLogger("hf_async_store.purge")
 
+_PAUSE_FACTOR: Final = 20
+"""How many times as long as a run in the background the pause after it is."""
+
 _BATCH_SIZE: Final = 200
 _LEFT: Final = (ReferenceViolationError, ConcurrencyConflictError, EntityNotFoundError)
 """The outcomes for an entity that stays: others refer to it, or it was written or removed meanwhile."""
@@ -44,13 +48,19 @@ _LEFT: Final = (ReferenceViolationError, ConcurrencyConflictError, EntityNotFoun
 class Purging:
     """Removes the expired entities of a store.
 
+    Args:
+        alone: the engine does not remove them itself. If it does, what is done in the background is only
+            what an index makes cheap.
+
     Attributes:
-        seconds: between two runs in the background; None: there are none.
+        seconds: between two runs in the background, at least; None: there are none.
     """
 
-    def __init__(self, store: RepositoryInterface) -> None:
+    def __init__(self, store: RepositoryInterface, *, alone: bool) -> None:
         self._store = ref(store)
+        self._alone = alone
         self.seconds: float | None = PURGE_SECONDS
+        self._last = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._failure: StorageError | None = None
@@ -80,7 +90,9 @@ class Purging:
                     f"{name} is declared without expires: its entities never expire"
                 )
             left = None if limit is None else limit - done
-            done += await _Removal(store, lifetimes, store._schema[name]).run(left, gently=gently)
+            removal = _Removal(store, lifetimes, store._schema[name])
+            if removal.is_indexed or self._alone or not gently:
+                done += await removal.run(left, gently=gently)
         return done
 
     # -- in the background -------------------------------------------------------------------
@@ -89,16 +101,20 @@ class Purging:
         """Begin to remove expired entities in the background, if there may be any."""
         store = self._store()
         if self.seconds is not None and store is not None and store._lifetimes is not None:
-            pause = self.seconds * random.uniform(0.9, 1.1)  # not all processes at once
+            # Not all processes at once; and without an index, a run reads everything.
+            pause = max(self.seconds * random.uniform(0.9, 1.1), self._last * _PAUSE_FACTOR)
             self._timer = asyncio.get_running_loop().call_later(pause, self._begin)
 
     def _begin(self) -> None:
-        if self._store() is not None:
+        if self.seconds is not None and self._store() is not None:
             self._task = asyncio.get_running_loop().create_task(self._run_once())
 
     async def _run_once(self) -> None:
+        began = time.monotonic()
         try:
             removed = await self._remove(None, None, gently=True)
+        except StoreClosedError:
+            return
         except StorageError as exc:
             self._failure = exc
             log.warning("expired entities were not removed: %s", exc)
@@ -106,6 +122,7 @@ class Purging:
             self._failure = None
             if removed:
                 log.debug("removed %d expired entities", removed)
+        self._last = time.monotonic() - began
         self.start()
 
     def problems(self) -> list[Value]:
@@ -114,18 +131,13 @@ class Purging:
             return []
         return [f"expired entities were not removed in the background: {self._failure}"]
 
-    def cancel(self) -> None:
-        """End the runs in the background, without waiting."""
+    async def stop(self) -> None:
+        """End the runs in the background."""
         self.seconds = None
         if self._timer is not None:
             self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
-
-    async def stop(self) -> None:
-        """End the runs in the background."""
-        self.cancel()
-        if self._task is not None:
             with suppress(asyncio.CancelledError):
                 await self._task
 
@@ -142,11 +154,11 @@ class _Removal:
         self._lifetimes = lifetimes
         self._collection = collection
         self._field = field = lifetime.field
-        indexed = any(each.fields[0] == field for each in collection.indexes)
+        self.is_indexed = any(each.fields[0] == field for each in collection.indexes)
         self._query = Query(
             collection.name,
             # By an index, only what has expired is read; by id, each entity is read once.
-            order=(Order((field,)),) if indexed else (),
+            order=(Order((field,)),) if self.is_indexed else (),
             fields=tuple(dict.fromkeys([collection.key, field, VERSION])),
             paged=True,
         )

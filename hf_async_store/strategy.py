@@ -92,7 +92,7 @@ class StorageStrategy(RepositoryInterface):
     def __init__(self, engine: Engine, schema: Schema) -> None:
         super().__init__(Schema(schema.values()))
         self._engine = engine
-        self._purging = Purging(self)
+        self._purging = Purging(self, alone=not engine.capabilities.removes_expired)
         self._set_clock(None, self._purging.seconds)
         self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
         self._transactions = TransactionManager()
@@ -185,7 +185,7 @@ class StorageStrategy(RepositoryInterface):
         raise StoreClosedError.
         """
         self._closed = True
-        self._purging.cancel()
+        self._purging.seconds = None
         self._engine.abandon()
         _ABANDONED.append(self)
 
