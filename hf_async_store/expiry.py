@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Final, TypeAlias
 
@@ -44,6 +45,11 @@ class Expire(msgspec.Struct, frozen=True):
         if not isinstance(self.after, timedelta) or self.after < timedelta():
             raise ConfigurationError(
                 f"Expire({self.field!r}): after must be a timedelta of at least 0, not {self.after!r}"
+            )
+
+        if self.where is not None and not isinstance(self.where, Mapping | msgspec.Struct):
+            raise ConfigurationError(
+                f"Expire({self.field!r}): where must be a filter, not {type(self.where).__name__}"
             )
 
     def __str__(self) -> str:
