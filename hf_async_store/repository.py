@@ -868,11 +868,28 @@ class RepositoryInterface(ABC):
         )
         # One entity more than requested is read, to determine whether there is a next page.
         entities = await self._entities(query.with_limit(limit + 1), None, timeout)
+        return self._page(query, limit, entities)
+
+    async def _stored_page(self, collection: str, limit: int, cursor: str | None) -> Page:
+        """A page of all entities, with those that have expired and were not removed."""
+        query = build_query(self._schema[collection], limit=limit, cursor=cursor, paged=True)
+        more = query.with_limit(limit + 1)
+        if self._lifetimes is None:  # in batches, which is faster
+            return self._page(query, limit, await self._entities(more, None, None))
+        async with Owned(self._select_stored(more)) as records:
+            return self._page(query, limit, [each.entity async for each in records])
+
+    def _page(self, query: Query, limit: int, entities: list[Entity]) -> Page:
+        """The page of a query.
+
+        Args:
+            entities: one more than the limit, if there is a next page.
+        """
         page = [project(each, query.fields) for each in entities[:limit]]
         if len(entities) <= limit:
             return Page(page, None)
         last = entities[limit - 1]
-        return Page(page, encode_cursor(query, declared.id_of(last), last))
+        return Page(page, encode_cursor(query, self._schema[query.collection].id_of(last), last))
 
     async def count_entities(
         self, collection: str, filters: Filters = None, *, timeout: float | None = None

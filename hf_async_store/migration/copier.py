@@ -53,7 +53,7 @@ async def batches_of(
     cursor = progress.cursor
     number = 0
     while True:
-        page = await source.query_page(collection, limit=size, cursor=cursor)
+        page = await source._stored_page(collection, size, cursor)
         forms = list(map(with_canonical, page.items))
         encoded = [each for _, each in forms]
         digest.add_all(encoded)
