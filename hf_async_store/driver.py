@@ -7,7 +7,9 @@ the package is shared by the engines.
 An engine that has the current entity in memory decides with `changed`, `check_parents` and
 `check_children`, and keeps the changes of a session in an `Overlay`; `strategies/memory.py` shows
 how. An engine that checks conditions elsewhere uses `check`, `patched` and `next_version`; an update for
-which `plain_fields` is None contains field operations, and needs the stored entity. A strategy
+which `plain_fields` is None contains field operations, and needs the stored entity. If a change has
+`lifetimes`, the stored entity and the parents may have expired: `changed` and `Overlay` take that into
+account, other engines decide with `present` and `is_there`. A strategy
 that other packages can install is a subclass of `StorageStrategy`, registered in the entry-point
 group `hf_async_store.strategies`.
 
@@ -53,8 +55,10 @@ from hf_async_store.preconditions import (
     check,
     check_children,
     check_parents,
+    is_there,
     next_version,
     patched,
+    present,
 )
 from hf_async_store.query import Query, compile_filter, ordered
 from hf_async_store.schema import CATALOGUE_COLLECTION, Collection, Schema
@@ -107,11 +111,13 @@ __all__ = [
     "check_parents",
     "compile_filter",
     "copy_entity",
+    "is_there",
     "next_version",
     "options_of",
     "ordered",
     "patched",
     "plain_fields",
+    "present",
     "remember_in",
     "run_to_completion",
 ]
