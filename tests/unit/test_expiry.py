@@ -28,11 +28,12 @@ from hf_async_store import (
     open_store,
     or_,
     path,
+    sync,
 )
 from hf_async_store.changes import Outcome
 from hf_async_store.declarations import are_equal, decoded, encoded, merged
 from hf_async_store.lifetimes import Clock, Lifetime, Lifetimes
-from hf_async_store.query import matches
+from hf_async_store.query import Query, matches
 
 SESSIONS = Collection("sessions", key="id", expires=Expire("expires_at"))
 JOBS = Collection(
@@ -249,3 +250,19 @@ async def test_114_a_store_that_nobody_uses_is_freed() -> None:
         await store.count_entities("sessions")
     await asyncio.sleep(0.05)
     assert purging._task is None or purging._task.done()
+
+
+def test_125_blocking_callers() -> None:
+    now = _NOW
+    with sync.open_store(
+        "memory:", collections=[SESSIONS], clock=lambda: now, purge_seconds=None
+    ) as store:
+        store.create_entity("sessions", {"id": "a", "expires_at": _NOW + timedelta(seconds=1)})
+        assert store.count_entities("sessions") == 1
+        now += timedelta(seconds=1)
+        assert store.count_entities("sessions") == 0
+        with store.snapshot(expired=True) as snapshot:
+            assert snapshot.count(Query("sessions")) == 1
+        assert store.purge_expired("sessions", limit=5) == 1
+        with store.snapshot(expired=True) as snapshot:
+            assert snapshot.count(Query("sessions")) == 0

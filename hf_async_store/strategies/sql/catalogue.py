@@ -241,9 +241,8 @@ def _collection(name: str, entry: Entry) -> Collection:
 def _usable_expire(entry: Entry) -> Expire | None:
     """The recorded expiry, unless other programs declare its field with another type."""
     expires = entry.expires
-    if expires is None or entry.fields[expires.field].type != "timestamp":
-        return None
-    return expires.declared()
+    field = None if expires is None else entry.fields.get(expires.field)
+    return expires.declared() if expires and field and field.type == "timestamp" else None
 
 
 # -- rows of the table ----------------------------------------------------------------------

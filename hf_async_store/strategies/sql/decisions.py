@@ -8,6 +8,7 @@ from typing import Final, NamedTuple, cast
 import msgspec
 
 from hf_async_store.changes import ABSENT, ANY, PRESENT, Change, ChangeMarker, Delete, Patch, Put
+from hf_async_store.errors import CorruptionError
 from hf_async_store.field_operations import FieldChange
 from hf_async_store.preconditions import (
     check,
@@ -101,7 +102,13 @@ def present_row(table: Table, change: Change, stored: Stored | None) -> Stored |
     """
     if stored is None or not expires(change, change.key.collection):
         return stored
-    return None if present(change, entity_of(table, change.key, stored)) is None else stored
+    try:
+        entity = entity_of(table, change.key, stored)
+    except CorruptionError:
+        if isinstance(change, Delete) and change.expect is ANY:
+            return stored  # a damaged entity can still be deleted
+        raise
+    return None if present(change, entity) is None else stored
 
 
 def row_is_there(table: Table, change: Change, key: Key, doc: str) -> bool:
