@@ -25,7 +25,7 @@ from hf_async_store.query import path
 from hf_async_store.testing.assertions import get_existing
 from hf_async_store.testing.concurrency import answer_of, failure_of, second_store
 from hf_async_store.testing.repetitions import repetitions
-from hf_async_store.values import REMOVE
+from hf_async_store.values import REMOVE, Key
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -282,6 +282,29 @@ class ClaimContract:
         assert (await _only(store)).state == "free"
         await _all_lost(store, claim)
         assert len(await _claim(store)) == 1
+
+    @pytest.mark.parametrize("collection", ["items", "hf_locks"])
+    async def test_105_a_store_in_which_nothing_was_claimed_refuses_a_holder(
+        self, harness: Harness, store: StorageStrategy, collection: str
+    ) -> None:
+        # As after a live migration: the claim was made in the source.
+        _claims(harness)
+        await _create(store, ["a"])
+        key = Key(collection, "a")
+
+        async def transact() -> None:
+            async with store.engine.claimed_session(key, 1):
+                pytest.fail("the claim is not held")
+
+        for use in (
+            lambda: store.engine.renew_claim(key, 1, 10.0),
+            lambda: store.engine.release_claim(key, 1, None),
+            lambda: store.engine.release_claim(key, 1, 1.0),
+            transact,
+        ):
+            with pytest.raises(ClaimLostError):
+                await use()
+        assert await store.claims(collection) == []
 
     async def test_105_everybody_can_read_and_change_a_claimed_entity(
         self, harness: Harness, store: StorageStrategy

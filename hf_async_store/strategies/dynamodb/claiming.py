@@ -191,6 +191,8 @@ class Claiming:
         await self._change(key, token, now, names, update)
 
     async def _change(self, key: Key, token: int, now: Moment, names: Names, update: str) -> None:
+        if await self._tables.find(key.collection) is None:
+            raise lost(key)
         condition = held_claim(names, token, now, self._client.config.max_clock_skew)
         expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
         try:

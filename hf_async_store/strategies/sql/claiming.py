@@ -148,7 +148,10 @@ class ClaimingSQLEngine(SQLEngine):
         if not self._dialect.exists():
             return False
         async with self._main.lease() as lease:
-            return await self._has_claims(lease, collection)
+            if not await self._has_claims(lease, collection):
+                return False
+        self._claim_tables.add(collection)
+        return True
 
     # -- claiming ----------------------------------------------------------------------------
 
@@ -253,6 +256,8 @@ class ClaimingSQLEngine(SQLEngine):
 
     async def _change(self, key: Key, sql_of: Callable[[ClaimSQL], str]) -> None:
         """Run a statement that changes a claim if it is held."""
+        if not await self._exists(key.collection):  # it was made in another store: see `migration_routing`
+            raise lost(key)
         if not await self._retried(lambda: self._changed(key, sql_of)):
             raise lost(key)
 
@@ -273,6 +278,8 @@ class ClaimingSQLEngine(SQLEngine):
     async def _under_claim(
         self, key: Key, token: int, *, ends: bool
     ) -> AsyncGenerator[Session, None]:
+        if not await self._exists(key.collection):
+            raise lost(key)
         async with SQLSession(self, None) as session:
             lease = await session.begin()
             statement = self._statement(key.collection)
