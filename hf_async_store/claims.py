@@ -22,7 +22,7 @@ from typing import Final, Protocol, Self, TypeVar
 from hf_async_store.arguments import check_seconds
 from hf_async_store.backoff import Backoff
 from hf_async_store.claim_clock import boot_seconds
-from hf_async_store.driver import Claimed, ClaimTerms, Engine
+from hf_async_store.driver import Claimed, ClaimTerms, Engine, run_to_completion
 from hf_async_store.errors import (
     ClaimLostError,
     InvalidInputError,
@@ -235,15 +235,23 @@ class Claim:
         traceback: TracebackType | None,
     ) -> None:
         assert self._block is not None, "entered"
-        await self._block.leave(exc)
+        try:
+            await self._block.leave(exc)
+        except asyncio.CancelledError:
+            await self._release_after_error()
+            raise
+        if exc is not None:
+            await self._release_after_error()
+        elif not self._ended:
+            # To the end: otherwise a cancellation would leave it claimed until its lease ends.
+            await run_to_completion(self.release())
+
+    async def _release_after_error(self) -> None:
+        """Release the claim. The error is what the caller must see; at the latest, the lease ends."""
         if self._ended:
             return
-        if exc is None:
-            await self.release()
-            return
-        # The exception of the block is what the caller must see; the claim ends with its lease.
         try:
-            await self.release()
+            await run_to_completion(self.release())
         except StorageError as failure:
             log.info("%r could not be released: %s", self, failure)
 

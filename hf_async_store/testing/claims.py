@@ -221,6 +221,38 @@ class ClaimContract:
                 token = claim.token
                 await claim.release()
 
+    async def test_104_a_claimer_that_is_cancelled_holds_nothing(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        _claims(harness)
+        await _create(store, "abc")
+        async with store.lock("x"):  # creates the tables
+            for each in await _claim(store, 3):
+                await each.finish()
+
+        async def lock() -> None:
+            async with store.lock("x"):
+                pass
+
+        async def claim() -> None:
+            claimed.extend(await store.claim_entities("items", limit=3))
+
+        for step in range(40):
+            for work in (lock, claim):
+                claimed: list[Claim] = []
+                task = asyncio.create_task(work())
+                for _ in range(step % 20):
+                    await asyncio.sleep(0)
+                if step >= 20:
+                    await asyncio.sleep(0.0003 * (step - 20))
+                task.cancel()
+                await asyncio.wait([task])
+                assert await store.claims("hf_locks") == [], step
+                held = [each.id for each in await store.claims("items") if each.state == "held"]
+                assert held == [each.id for each in claimed], step
+                for each in claimed:
+                    await each.finish()
+
     async def test_104_arguments_are_checked_before_any_request(
         self, harness: Harness, store: StorageStrategy
     ) -> None:

@@ -72,10 +72,11 @@ class Claiming:
 
     # -- claiming ----------------------------------------------------------------------------
 
-    async def claim(self, query: Query, terms: ClaimTerms, now: Moment) -> list[Claimed]:
-        """As `Engine.claim`."""
+    async def claim(
+        self, query: Query, terms: ClaimTerms, now: Moment, claimed: list[Claimed]
+    ) -> None:
+        """As `Engine.claim`; adds each entity to a list as soon as it is claimed."""
         assert query.limit is not None, "claims are limited"
-        claimed: list[Claimed] = []
         size = query.limit + _FIRST_PAGE
         page_query = msgspec.structs.replace(query, limit=size, paged=True)
         while True:
@@ -87,7 +88,7 @@ class Claiming:
                 for each in page
                 if is_free(claim_in(items[each.key.id], each.key), terms, now)
             ]
-            claimed += await self._take_some(free, query.limit - len(claimed), terms, now)
+            await self._take_some(free, query.limit, terms, now, claimed)
             if len(claimed) == query.limit or len(page) < size:
                 break
             last = page[-1]
@@ -95,7 +96,7 @@ class Claiming:
             position = position_of(query, last.key.id, last.entity)
             page_query = msgspec.structs.replace(page_query, limit=size, after=position)
         sort_key = compile_order(query)
-        return sorted(claimed, key=lambda each: sort_key(each.record.key.id, each.record.entity))
+        claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
 
     async def _take_some(
         self,
@@ -103,9 +104,9 @@ class Claiming:
         limit: int,
         terms: ClaimTerms,
         now: Moment,
-    ) -> list[Claimed]:
-        """Claim up to this number of candidates, the first of them if no other claimer is faster."""
-        claimed: list[Claimed] = []
+        claimed: list[Claimed],
+    ) -> None:
+        """Claim candidates up to the limit, the first of them if no other claimer is faster."""
         candidates = [each for each in free if each[0].key not in self._in_progress]
         while candidates and len(claimed) < limit:
             number = min(limit - len(claimed), _PARALLEL)
@@ -113,32 +114,39 @@ class Claiming:
             keys = {record.key for record, _ in tried}
             self._in_progress |= keys
             try:
-                found = await gather([self._take(*each, terms, now) for each in tried])
+                found = await gather([self._take(*each, terms, now, claimed) for each in tried])
             finally:
                 self._in_progress -= keys
-            claimed += [each for each in found if each is not None]
-            if None in found:
+            if not all(found):
                 random.shuffle(candidates)
-        return claimed
 
     async def _take(
-        self, record: Record, item: Attributes, terms: ClaimTerms, now: Moment
-    ) -> Claimed | None:
-        """Claim an item that is as it was read; None if it is not."""
+        self,
+        record: Record,
+        item: Attributes,
+        terms: ClaimTerms,
+        now: Moment,
+        claimed: list[Claimed],
+    ) -> bool:
+        """Claim an item that is as it was read; returns whether it was."""
         key = record.key
         mapping = self._tables.mappings[key.collection]
         new = taken(claim_in(item, key), key, terms, now)
         request = {**self._at(key), **unchanged(mapping, item)}
         also_if(request, lambda names: same_claim(item, names))
         add_expression(request, "UpdateExpression", lambda names: _set(names, new))
+        # Listed before the request, because its answer may be lost.
+        own = Claimed(record, new.token, new.attempts)
+        claimed.append(own)
         if await self._update(request, new):
-            return Claimed(record, new.token, new.attempts)
-        return None
+            return True
+        claimed.remove(own)
+        return False
 
     async def claim_name(
-        self, keys: Sequence[Key], terms: ClaimTerms, now: Moment
-    ) -> Claimed | None:
-        """As `Engine.claim_name`."""
+        self, keys: Sequence[Key], terms: ClaimTerms, now: Moment, claimed: list[Claimed]
+    ) -> None:
+        """As `Engine.claim_name`; adds the name to a list."""
         await self._tables.ensure(keys[0].collection)
         for key in keys:
             item = await self._reading.item(key)
@@ -150,9 +158,11 @@ class Claiming:
             update, condition = _set(names, new), same_claim(item or {}, names)
             expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
             request = {**self._at(key), **expressions}
+            own = Claimed(Record(key, {VERSION: 0}), new.token, new.attempts)
+            claimed.append(own)
             if await self._update(request, new):
-                return Claimed(Record(key, {VERSION: 0}), new.token, new.attempts)
-        return None
+                return
+            claimed.remove(own)
 
     async def _update(self, request: dict[str, Any], new: ClaimState) -> bool:
         """Write a claim; returns whether its condition held."""
