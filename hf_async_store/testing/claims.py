@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from hf_async_store import claim_records
 from hf_async_store.claim_clock import Moment
 from hf_async_store.errors import (
     ClaimLostError,
@@ -219,6 +220,23 @@ class ClaimContract:
                 [claim] = [each for claims in found for each in claims]
                 assert claim.token > token
                 token = claim.token
+                await claim.release()
+
+    async def test_104_claimers_of_one_name_with_a_clock_that_is_behind(
+        self, harness: Harness, store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _claims(harness)
+        monkeypatch.setattr(claim_records.time, "time_ns", lambda: 1)  # all choose the same token
+        await _create(store, ["a"])
+        async with second_store(harness, store) as other:
+            for _ in range(repetitions(_ROUNDS)):
+                found = await asyncio.gather(
+                    *(
+                        each.claim_entities("items", {"item_id": "a"}, owner="workers")
+                        for each in (store, other)
+                    )
+                )
+                [claim] = [each for claims in found for each in claims]
                 await claim.release()
 
     async def test_104_a_claimer_that_is_cancelled_holds_nothing(

@@ -25,6 +25,7 @@ from hf_async_store.claim_records import (
     lost,
     taken,
 )
+from hf_async_store.errors import StorageError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query, compile_order, position_of
 from hf_async_store.strategies.dynamodb.claim_items import (
@@ -33,13 +34,15 @@ from hf_async_store.strategies.dynamodb.claim_items import (
     claim_attribute,
     claim_in,
     held_claim,
+    is_made_by,
     same_claim,
     set_end,
 )
 from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.expressions import Names
-from hf_async_store.strategies.dynamodb.items import CLAIM
+from hf_async_store.strategies.dynamodb.items import CLAIM, new_token
 from hf_async_store.strategies.dynamodb.partitions import gather
+from hf_async_store.strategies.dynamodb.request_retry import retry
 from hf_async_store.strategies.dynamodb.write_requests import unchanged
 from hf_async_store.values import VERSION, Key
 
@@ -134,11 +137,12 @@ class Claiming:
         new = taken(claim_in(item, key), key, terms, now)
         request = {**self._at(key), **unchanged(mapping, item)}
         also_if(request, lambda names: same_claim(item, names))
-        add_expression(request, "UpdateExpression", lambda names: _set(names, new))
+        made = new_token()
+        add_expression(request, "UpdateExpression", lambda names: _set(names, new, made))
         # Listed before the request, because its answer may be lost.
         own = Claimed(record, new.token, new.attempts)
         claimed.append(own)
-        if await self._update(request, new):
+        if await self._update(request, made):
             return True
         claimed.remove(own)
         return False
@@ -155,24 +159,47 @@ class Claiming:
                 continue
             names = Names()
             new = taken(state, key, terms, now)
-            update, condition = _set(names, new), same_claim(item or {}, names)
+            made = new_token()
+            update, condition = _set(names, new, made), same_claim(item or {}, names)
             expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
             request = {**self._at(key), **expressions}
             own = Claimed(Record(key, {VERSION: 0}), new.token, new.attempts)
             claimed.append(own)
-            if await self._update(request, new):
+            if await self._update(request, made):
                 return
             claimed.remove(own)
 
-    async def _update(self, request: dict[str, Any], new: ClaimState) -> bool:
+    async def _update(self, request: dict[str, Any], made: str) -> bool:
         """Write a claim; returns whether its condition held."""
         try:
-            await self._client.read("UpdateItem", request)
+            await self._send(request)
         except ConditionFailed as exc:
-            # An earlier attempt, whose response was lost, may have written it.
-            written = claim_in(exc.item, Key(new.collection, new.id))
-            return written is not None and (written.token, written.owner) == (new.token, new.owner)
+            # An earlier attempt, whose response was lost, may have written it. Token and owner do not
+            # tell: two claimers of one name can choose the same token.
+            return is_made_by(exc.item, made)
         return True
+
+    async def _send(self, request: dict[str, Any]) -> None:
+        """Send an update of a claim, again after failures.
+
+        Raises:
+            ConditionFailed: with `outcome_unknown` if an earlier attempt may have been the reason.
+        """
+        unknown = False
+
+        async def attempt() -> None:
+            nonlocal unknown
+            try:
+                await self._client.call("UpdateItem", request)
+            except StorageError as exc:
+                unknown = unknown or exc.outcome_unknown
+                raise
+
+        try:
+            await retry(attempt, self._client.retries())
+        except StorageError as exc:
+            exc.outcome_unknown = unknown
+            raise
 
     def _at(self, key: Key) -> dict[str, Any]:
         return {
@@ -188,7 +215,7 @@ class Claiming:
         names = Names()
         assert now.seconds is not None, "by the wall clock"
         update = set_end(names, now.seconds + lease, held=True)
-        await self._change(key, token, now, names, update)
+        await self._change(key, token, now, names, update, ends=False)
 
     async def release(self, key: Key, token: int, after: float | None, now: Moment) -> None:
         """As `Engine.release_claim`."""
@@ -198,17 +225,23 @@ class Claiming:
             update = f"REMOVE {names.name(CLAIM)}"
         else:
             update = set_end(names, now.seconds + after, held=False)
-        await self._change(key, token, now, names, update)
+        await self._change(key, token, now, names, update, ends=True)
 
-    async def _change(self, key: Key, token: int, now: Moment, names: Names, update: str) -> None:
+    async def _change(
+        self, key: Key, token: int, now: Moment, names: Names, update: str, *, ends: bool
+    ) -> None:
         if await self._tables.find(key.collection) is None:
             raise lost(key)
         condition = held_claim(names, token, now, self._client.config.max_clock_skew)
         expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
         try:
-            await self._client.read("UpdateItem", {**self._at(key), **expressions})
+            await self._send({**self._at(key), **expressions})
         except ConditionFailed as exc:
-            check_held(claim_in(exc.item, key), key, token, now)  # raises, and says why
+            state = claim_in(exc.item, key)
+            released = state is None or (state.token == token and not state.held)
+            if ends and exc.outcome_unknown and released:
+                return  # by an attempt whose response was lost
+            check_held(state, key, token, now)  # raises, and says why
             raise lost(key, "its lease is about to end") from exc
 
     # -- for operators -----------------------------------------------------------------------
@@ -248,6 +281,6 @@ class Claiming:
         return sorted(found, key=lambda each: each.id)
 
 
-def _set(names: Names, state: ClaimState) -> str:
-    """The UpdateExpression that writes a claim."""
-    return f"SET {names.name(CLAIM)} = {names.value(claim_attribute(state))}"
+def _set(names: Names, state: ClaimState, made: str) -> str:
+    """The UpdateExpression that writes a claim, which `made` identifies."""
+    return f"SET {names.name(CLAIM)} = {names.value(claim_attribute(state, made))}"
