@@ -182,6 +182,8 @@ class Claim:
         await self._store._usable().renew_claim(self.key, self.token, seconds)
         self.lease = seconds
         self._renewed_at(since)
+        if self._block is not None:
+            self._block.lease_changed.set()
 
     async def release(self, *, after: float = 0.0) -> None:
         """End the claim: the entity can be claimed again, at once or `after` seconds from now.
@@ -264,6 +266,7 @@ class _RenewedBlock:
         self._task = task
         self._cancellations = 0 if task is None else task.cancelling()
         self._lost: ClaimLostError | None = None
+        self.lease_changed = asyncio.Event()
         self._renewing = asyncio.get_running_loop().create_task(self._renew())
 
     def stop(self) -> None:
@@ -294,8 +297,12 @@ class _RenewedBlock:
             while True:
                 # A part of the lease may have passed before the block began.
                 passed = claim.lease - (claim.deadline - boot_seconds())
-                await asyncio.sleep(claim.lease / _RENEWALS_PER_LEASE - passed)
-                await self._renewed()
+                self.lease_changed.clear()
+                try:
+                    async with asyncio.timeout(claim.lease / _RENEWALS_PER_LEASE - passed):
+                        await self.lease_changed.wait()
+                except TimeoutError:
+                    await self._renewed()
         except ClaimLostError as exc:
             if not claim._ended:
                 self._lost = exc

@@ -194,6 +194,16 @@ async def test_105_a_block_ends_when_the_store_cannot_be_reached() -> None:
         assert isinstance(lost.value.__cause__, asyncio.CancelledError)
 
 
+async def test_105_a_block_is_renewed_in_time_after_its_lease_was_shortened() -> None:
+    async with open_store("memory:", collections=JOBS) as store:
+        claim = await _claimed(store, 30.0)
+        async with claim:
+            await asyncio.sleep(0.01)  # the background task waits for ten seconds
+            await claim.renew(0.3)
+            await asyncio.sleep(0.5)
+            await claim.update({"status": "running"})
+
+
 async def test_105_another_cancellation_is_not_swallowed() -> None:
     async with open_store("memory:", collections=JOBS) as store:
         claim = await _claimed(store, 0.3)
