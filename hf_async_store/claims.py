@@ -304,10 +304,14 @@ class _RenewedBlock:
                 except TimeoutError:
                     await self._renewed()
         except ClaimLostError as exc:
-            if not claim._ended:
-                self._lost = exc
-                if self._task is not None:
-                    self._task.cancel()
+            self._lose(exc)
+
+    def _lose(self, exc: ClaimLostError) -> None:
+        """Cancel the block."""
+        if not self._claim._ended and self._lost is None:
+            self._lost = exc
+            if self._task is not None:
+                self._task.cancel()
 
     async def _renewed(self) -> None:
         """Renew the claim, again after errors until its lease has ended."""
@@ -315,15 +319,30 @@ class _RenewedBlock:
         pauses = claim.lease / (4 * _RENEWALS_PER_LEASE)
         while True:
             try:
-                async with asyncio.timeout(claim.deadline - boot_seconds()):
-                    return await claim.renew()
+                return await self._renewed_once()
             except ClaimLostError:
                 raise
-            except (StorageError, TimeoutError) as exc:
+            except StorageError as exc:
                 if boot_seconds() + pauses >= claim.deadline:
-                    why = "it could not be renewed before its lease ended"
-                    raise ClaimLostError(f"{claim!r}: {why}", claim.collection, claim.id) from exc
+                    raise self._not_renewed() from exc
                 await asyncio.sleep(pauses)
+
+    async def _renewed_once(self) -> None:
+        renewal = asyncio.ensure_future(self._claim.renew())
+        try:
+            await asyncio.wait([renewal], timeout=self._claim.deadline - boot_seconds())
+            if renewal.done():
+                return renewal.result()
+            # The block must end now, even if the request cannot be cancelled.
+            self._lose(self._not_renewed())
+        finally:
+            renewal.cancel()
+            await asyncio.gather(renewal, return_exceptions=True)
+        raise self._not_renewed()
+
+    def _not_renewed(self) -> ClaimLostError:
+        why = "it could not be renewed before its lease ended"
+        return ClaimLostError(f"{self._claim!r}: {why}", self._claim.collection, self._claim.id)
 
 
 # -- claiming -------------------------------------------------------------------------------
