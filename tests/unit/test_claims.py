@@ -24,6 +24,7 @@ from hf_async_store import claims as claims_module
 from hf_async_store.backoff import Backoff
 from hf_async_store.claim_clock import BootClock, Moment, boot_seconds
 from hf_async_store.claim_records import claim_key
+from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import InvalidInputError, UnavailableError
 from hf_async_store.values import Key
 
@@ -192,6 +193,40 @@ async def test_105_a_block_ends_when_the_store_cannot_be_reached() -> None:
                 await asyncio.sleep(30)
         assert boot_seconds() - began < 5
         assert isinstance(lost.value.__cause__, asyncio.CancelledError)
+
+
+async def test_105_a_block_is_cancelled_in_time_when_the_store_does_not_respond() -> None:
+    async with open_store("memory:", collections=JOBS) as store:
+        claim = await _claimed(store, 0.3)
+
+        async def hangs(*args: object) -> None:
+            await run_to_completion(asyncio.sleep(2))  # a statement cannot be taken back
+
+        store.engine.renew_claim = hangs  # type: ignore[method-assign]
+        began = boot_seconds()
+        worked = 0.0
+
+        async def work() -> None:
+            nonlocal worked
+            try:
+                await asyncio.sleep(30)
+            finally:
+                worked = boot_seconds() - began
+
+        with pytest.raises(ClaimLostError, match="could not be renewed"):
+            async with claim:
+                await work()
+        assert worked < 1.5
+
+
+async def test_105_a_block_is_renewed_in_time_after_its_lease_was_shortened() -> None:
+    async with open_store("memory:", collections=JOBS) as store:
+        claim = await _claimed(store, 30.0)
+        async with claim:
+            await asyncio.sleep(0.01)  # the background task waits for ten seconds
+            await claim.renew(0.3)
+            await asyncio.sleep(0.5)
+            await claim.update({"status": "running"})
 
 
 async def test_105_another_cancellation_is_not_swallowed() -> None:
