@@ -475,3 +475,21 @@ async def test_unique_values_that_move_during_a_migration(place: Place) -> None:
         await move.finalize()
     async with open_store(target, collections=hosts) as store:
         assert await store.query_entities("hosts", order_by="host_id") == expected
+
+
+async def test_several_unique_values_of_one_entity_move_during_a_migration(place: Place) -> None:
+    unique = [Index("name", unique=True), Index("address", unique=True)]
+    hosts = [Collection("hosts", key="host_id", fields=["name", "address"], indexes=unique)]
+    source, target = place("json-single", "a"), place("sqlite", "b")
+    async with open_store(source, collections=hosts) as store:
+        await store.create_entity("hosts", {"host_id": "h-1", "name": "web", "address": "::1"})
+    async with LiveMigration(source, target, collections=hosts) as move:
+        await move.start(cut_over=False)
+        async with open_store(source, collections=hosts) as store:
+            await store.delete_entity("hosts", "h-1")
+            await store.create_entity("hosts", {"host_id": "a", "name": "web", "address": "::1"})
+            expected = await store.query_entities("hosts")
+        await move.start()
+        await move.finalize()
+    async with open_store(target, collections=hosts) as store:
+        assert await store.query_entities("hosts") == expected
