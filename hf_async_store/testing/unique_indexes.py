@@ -531,6 +531,26 @@ class UniqueIndexContract:
             await refusal_of(store.update_entity("things", "t3", {"name": "y"}))
         ).owner_id == "t2"
 
+    async def test_96_a_program_that_does_not_declare_it_may_apply(self, lasting: Harness) -> None:
+        async with lasting.store(PLAIN) as store:
+            for entity_id in ("t0", "t1"):
+                await store.save_entity("things", thing(entity_id, "x", zone="z"))
+        async with lasting.store(things(BY_NAME)) as store:
+            await store.create_entity("things", thing("t2", "y"))
+            with pytest.raises(SchemaMismatchError, match=r"things\.name-index"):
+                await store.apply_schema(complete=True)
+        async with lasting.store(things(plain=[Index("zone")])) as other:
+            await other.apply_schema(complete=True)
+            assert await other.schema_changes() == []
+            assert await other.count_entities("things", {"zone": "z"}) == 2
+            await other.create_entity("things", thing("t3", "x"))
+            await other.delete_entities("things", ["t1", "t3"])
+            await other.apply_schema(complete=True)
+        async with lasting.store(things(BY_NAME)) as store:
+            assert "unique index" in [each.kind for each in await store.schema_changes()]
+            await store.apply_schema(complete=True)
+            await refusal_of(store.create_entity("things", thing("new", "x")))
+
     async def test_96_unique_declared_on_an_empty_collection(self, lasting: Harness) -> None:
         async with lasting.store(PLAIN) as store:
             await store.save_entity("things", thing("t0", "x"))
