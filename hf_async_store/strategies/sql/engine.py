@@ -34,6 +34,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
     PermissionDeniedError,
+    PoolTimeoutError,
     ReadOnlyStoreError,
     SchemaMismatchError,
     StorageError,
@@ -310,6 +311,8 @@ class SQLEngine(Engine):
 
         try:
             return await once()
+        except PoolTimeoutError:
+            raise
         except UnavailableError:
             return await once()  # the server may have closed the connection
 
