@@ -476,8 +476,9 @@ def _has_many_values(filters: object) -> bool:
 
 
 def _number_of_values(value: object) -> int:
-    is_list = isinstance(value, Op) and value.name in _LIST_OPS and isinstance(value.operand, tuple)
-    return len(value.operand) if is_list else 0
+    if isinstance(value, Op) and value.name in _LIST_OPS and isinstance(value.operand, tuple):
+        return len(value.operand)
+    return 0
 
 
 def _copied(filters: Any, depth: int = 0) -> Any:
