@@ -323,8 +323,13 @@ class PostgresSchema(SchemaSync):
 
     async def _fill_batch(self, driver: Any, table: Table, source: str, last: str) -> list[str]:
         """Fill the next rows after an id; returns their ids."""
+        # Of an enforced index, each row has what its last writer gave it: nothing, if its entity expired.
+        enforced = {unique_column(each.fields) for each in table.entry.unique if each.enforced}
+        kept = set(map(quoted, enforced))
         columns = ", ".join(
-            f"{column} = i.c{number}" for number, column in enumerate(table.columns, 1)
+            f"{column} = i.c{number}"
+            for number, column in enumerate(table.columns, 1)
+            if column not in kept
         )
         names = ", ".join(f"c{number}" for number in range(len(table.columns) + 1))
         arrays = ", ".join(
