@@ -53,11 +53,13 @@ class Claimed(msgspec.Struct, frozen=True):
     Attributes:
         record: the entity; of a lock, one without fields.
         attempts: how often it was claimed, this time included.
+        skew: by how many seconds the holder must stop before its lease ends, because clocks differ.
     """
 
     record: Record
     token: int
     attempts: int
+    skew: float = 0.0
 
 
 class ClaimInfo(msgspec.Struct, frozen=True):

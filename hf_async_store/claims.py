@@ -96,6 +96,7 @@ class Claim:
         self.token = claimed.token
         self.attempts = claimed.attempts
         self.lease = lease
+        self._skew: Final = claimed.skew
         self._ended = False
         self._block: _RenewedBlock | None = None
         self._renewed_at(since)
@@ -112,7 +113,7 @@ class Claim:
         return self.key.id
 
     def _renewed_at(self, since: float) -> None:
-        self.deadline = since + self.lease
+        self.deadline = since + self.lease - self._skew
         left = timedelta(seconds=self.deadline - boot_seconds())
         self.expires_at = datetime.now(UTC) + left
 
