@@ -102,9 +102,9 @@ class ClaimSQL(Arguments, ABC):
 
     def insert(self, source: str, terms: ClaimTerms) -> str:
         """Claims the ids `i.id` of a source, if their claims allow it."""
+        token = self.server_nanoseconds or self.integer(next_token(0))
         return (
-            f"INSERT INTO {self.table} AS c ({COLUMNS}) "
-            f"SELECT i.id, {self.server_nanoseconds or self.integer(next_token(0))}, {self.add(terms.owner)}, "
+            f"INSERT INTO {self.table} AS c ({COLUMNS}) SELECT i.id, {token}, {self.add(terms.owner)}, "
             f"{self.add(self._now.era)}, {self.seconds} + {self.number(terms.lease)}, TRUE, 1 "
             f"FROM {source} WHERE TRUE ON CONFLICT (id) DO UPDATE SET "
             f"token = {self.greatest}(c.token + 1, excluded.token), owner = excluded.owner, "
