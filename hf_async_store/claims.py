@@ -78,7 +78,8 @@ class Claim:
         entity: as it was claimed.
         version: the version that was claimed, or written last through the claim.
         token: greater than that of every earlier claim of the entity: a service that remembers the
-            greatest token it has seen can refuse late requests of earlier holders.
+            greatest token it has seen can refuse late requests of earlier holders. After a claim was
+            finished, that depends on the clock: see `docs/claims.md`.
         attempts: how often the entity was claimed since a claim of it was last finished, this time
             included.
         expires_at: when the claim ends unless it is renewed, by the wall clock of this machine; for
@@ -166,8 +167,8 @@ class Claim:
     def transaction(self) -> Transaction:
         """A transaction that commits only if the claim is still held then.
 
-        Its first call raises ClaimLostError if it is not; without a call, nothing is checked. On engines
-        with one write lock it also delays the renewal of the claim, so it should be much shorter than
+        Its first call raises ClaimLostError if it is not; without a call, nothing is checked. On all
+        engines but DynamoDB it also delays the renewal of the claim, so it should be much shorter than
         the lease.
         """
         return self._store._claimed_transaction(self, ends=False)
