@@ -80,7 +80,8 @@ class Claim:
         entity: as it was claimed.
         version: the version that was claimed, or written last through the claim.
         token: greater than that of every earlier claim of the entity: a service that remembers the
-            greatest token it has seen can refuse late requests of earlier holders.
+            greatest token it has seen can refuse late requests of earlier holders. After a claim was
+            finished, that depends on the clock: see `docs/claims.md`.
         attempts: how often the entity was claimed since a claim of it was last finished, this time
             included.
         expires_at: when the claim ends unless it is renewed, by the wall clock of this machine; for
@@ -98,6 +99,7 @@ class Claim:
         self.token = claimed.token
         self.attempts = claimed.attempts
         self.lease = lease
+        self._skew: Final = claimed.skew
         self._ended = False
         self._block: _RenewedBlock | None = None
         self._renewed_at(since)
@@ -114,7 +116,7 @@ class Claim:
         return self.key.id
 
     def _renewed_at(self, since: float) -> None:
-        self.deadline = since + self.lease
+        self.deadline = since + self.lease - self._skew
         left = timedelta(seconds=self.deadline - boot_seconds())
         self.expires_at = datetime.now(UTC) + left
 
@@ -168,8 +170,8 @@ class Claim:
     def transaction(self) -> Transaction:
         """A transaction that commits only if the claim is still held then.
 
-        Its first call raises ClaimLostError if it is not; without a call, nothing is checked. On engines
-        with one write lock it also delays the renewal of the claim, so it should be much shorter than
+        Its first call raises ClaimLostError if it is not; without a call, nothing is checked. On all
+        engines but DynamoDB it also delays the renewal of the claim, so it should be much shorter than
         the lease.
         """
         return self._store._claimed_transaction(self, ends=False)

@@ -482,7 +482,7 @@ class Engine(Reader):
         If it fails or is cancelled, nothing stays claimed: see `giving_back`."""
         async with giving_back(self) as claimed:
             async with self.session(None) as session:
-                claimed += await claim_records.take(session, query, terms, self.claim_clock.now())
+                claimed += await claim_records.take(session, query, terms, self.claim_clock)
             return claimed
 
     async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
@@ -490,8 +490,7 @@ class Engine(Reader):
         these keys, and their collection is not declared."""
         async with giving_back(self) as claimed:
             async with self.session(None) as session:
-                now = self.claim_clock.now()
-                found = await claim_records.take_name(session, keys, terms, now)
+                found = await claim_records.take_name(session, keys, terms, self.claim_clock)
                 claimed += [] if found is None else [found]
             return claimed[0] if claimed else None
 
@@ -502,7 +501,7 @@ class Engine(Reader):
             ClaimLostError: it is not held with this token any more.
         """
         async with self.session(None) as session:
-            await claim_records.renew(session, key, token, lease, self.claim_clock.now())
+            await claim_records.renew(session, key, token, lease, self.claim_clock)
 
     async def release_claim(self, key: Key, token: int, after: float | None) -> None:
         """End a claim.
@@ -515,7 +514,7 @@ class Engine(Reader):
             ClaimLostError: it is not held with this token any more.
         """
         async with self.session(None) as session:
-            await claim_records.release(session, key, token, after, self.claim_clock.now())
+            await claim_records.release(session, key, token, after, self.claim_clock)
 
     def claimed_session(
         self, key: Key, token: int, *, ends: bool = False
@@ -537,7 +536,7 @@ class Engine(Reader):
         self, key: Key, token: int, *, ends: bool
     ) -> AsyncGenerator[Session, None]:
         async with self.session(None) as session:
-            await claim_records.check(session, key, token, self.claim_clock.now())
+            await claim_records.check(session, key, token, self.claim_clock)
             yield session
             if ends:
                 await claim_records.end(session, key)
@@ -551,7 +550,7 @@ class Engine(Reader):
     async def claims(self, collection: str) -> list[ClaimInfo]:
         """The claims of a collection, by id. Nothing is created."""
         async with self.session(None) as session:
-            return await claim_records.listed(session, collection, self.claim_clock.now())
+            return await claim_records.listed(session, collection, self.claim_clock)
 
     # -- schema and health -------------------------------------------------------------------
 

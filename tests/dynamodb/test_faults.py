@@ -22,6 +22,7 @@ from hf_async_store import (
     ThrottledError,
     UnavailableError,
 )
+from hf_async_store.claim_clock import boot_seconds
 from hf_async_store.testing.concurrency import seeded
 from hf_async_store_bench.acked_writes import AckedWrites, writing
 from tests.dynamodb.proxy import (
@@ -347,6 +348,14 @@ async def test_106_a_claim_whose_response_was_lost_is_recognised(proxy: Proxy) -
         async with store.lock("x", timeout=0.0):
             proxy.rule = rule
         assert await store.claims("hf_locks") == []
+
+
+async def test_105_a_holder_stops_before_a_clock_that_is_ahead_ends_its_lease(proxy: Proxy) -> None:
+    async with store_at(proxy.url, max_clock_skew=5.0) as store:
+        await store.create_entity("items", {"item_id": "a"})
+        [claim] = await store.claim_entities("items", lease=30.0)
+        await claim.renew()
+        assert claim.deadline <= boot_seconds() + 25.0
 
 
 async def test_a_write_whose_response_was_lost_is_recognised(proxy: Proxy) -> None:

@@ -29,7 +29,7 @@ from hf_async_store.errors import InvalidInputError, UnavailableError
 from hf_async_store.values import Key
 
 if TYPE_CHECKING:
-    pass
+    from pathlib import Path
 
 JOBS = [Collection("jobs", key="job_id", fields=["status"])]
 
@@ -175,7 +175,7 @@ def _run(seed: int) -> None:
 
 async def _claimed(store: StorageStrategy, lease: float) -> Claim:
     await store.create_entity("jobs", {"job_id": "a"})
-    [claim] = await store.claim_entities("jobs", lease=lease)
+    [claim] = await store.claim_entities("jobs", {"job_id": "a"}, lease=lease)
     return claim
 
 
@@ -259,6 +259,33 @@ async def test_106_an_error_of_finish_leaves_the_block_renewed() -> None:
             await asyncio.sleep(0.5)
             await claim.finish({"status": "done"})
         assert await store.claims("jobs") == []
+
+
+@pytest.mark.parametrize("url", ["memory:", "json:store.json", "sqlite:store.db"])
+async def test_105_a_lease_that_ends_while_its_holder_waits_for_the_lock(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with open_store(url, collections=JOBS) as store:
+        await store.create_entity("jobs", {"job_id": "b"})
+        claim = await _claimed(store, 0.2)
+
+        async def transact() -> None:
+            async with claim.transaction() as tx:
+                await tx.create_entity("jobs", {"job_id": "c"})
+
+        async with store.begin_transaction() as tx:
+            await tx.update_entity("jobs", "b", {"status": "new"})
+            await tx.query_entities("jobs")  # the transaction has the lock now
+            late = asyncio.gather(
+                transact(),
+                *(use() for use in (claim.renew, claim.release, claim.finish, claim.delete)),
+                claim.update({"status": "late"}),
+                return_exceptions=True,
+            )
+            await asyncio.sleep(0.3)
+        assert [type(each) for each in await late] == [ClaimLostError] * 6
+        assert await store.count_entities("jobs") == 2
 
 
 def test_the_error_can_be_pickled() -> None:

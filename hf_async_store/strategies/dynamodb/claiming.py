@@ -140,7 +140,7 @@ class Claiming:
         made = new_token()
         add_expression(request, "UpdateExpression", lambda names: _set(names, new, made))
         # Listed before the request, because its answer may be lost.
-        own = Claimed(record, new.token, new.attempts)
+        own = self._claimed(record, new)
         claimed.append(own)
         if await self._update(request, made):
             return True
@@ -163,11 +163,15 @@ class Claiming:
             update, condition = _set(names, new, made), same_claim(item or {}, names)
             expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
             request = {**self._at(key), **expressions}
-            own = Claimed(Record(key, {VERSION: 0}), new.token, new.attempts)
+            own = self._claimed(Record(key, {VERSION: 0}), new)
             claimed.append(own)
             if await self._update(request, made):
                 return
             claimed.remove(own)
+
+    def _claimed(self, record: Record, new: ClaimState) -> Claimed:
+        skew = self._client.config.max_clock_skew
+        return Claimed(record, new.token, new.attempts, skew)
 
     async def _update(self, request: dict[str, Any], made: str) -> bool:
         """Write a claim; returns whether its condition held."""
