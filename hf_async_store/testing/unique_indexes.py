@@ -531,6 +531,25 @@ class UniqueIndexContract:
             await refusal_of(store.update_entity("things", "t3", {"name": "y"}))
         ).owner_id == "t2"
 
+    async def test_96_new_programs_that_ran_before_it_was_applied_enforce_it(
+        self, lasting: Harness
+    ) -> None:
+        """As in a rollout: the new program is started, and then another one applies its declaration."""
+        async with lasting.store(PLAIN) as old:
+            await old.save_entity("things", thing("t0", "x"))
+            await old.save_entity("things", thing("long", "z" * 2000))
+        async with lasting.store(things(BY_NAME)) as new, lasting.store(things(BY_NAME)) as tool:
+            await new.create_entity("things", thing("t1", "y"))
+            async with new.begin_transaction() as tx:
+                await tx.update_entity("things", "long", {"zone": "z"})
+            await new.update_entity("things", "long", {"name": "short"})
+            await tool.apply_schema(complete=True)
+            await new.create_entity("things", thing("t2", "z"))
+            for name, owner in (("x", "t0"), ("y", "t1"), ("short", "long"), ("z", "t2")):
+                for store in (new, tool):
+                    error = await refusal_of(store.create_entity("things", thing("new", name)))
+                    assert error.owner_id == owner
+
     async def test_96_a_program_that_does_not_declare_it_may_apply(self, lasting: Harness) -> None:
         async with lasting.store(PLAIN) as store:
             for entity_id in ("t0", "t1"):

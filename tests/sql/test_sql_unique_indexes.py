@@ -189,6 +189,26 @@ async def test_constraints_of_others_are_told_apart(database: str) -> None:
             await store.update_entity("hosts", "h0001", {"name": "web-2"})
 
 
+async def test_transactions_do_not_conflict_while_an_index_is_not_complete(database: str) -> None:
+    async with open_store(database, collections=PLAIN) as store:
+        await store.save_entities("hosts", [host(each) for each in range(2000)])
+    async with open_store(database, collections=UNIQUE) as store:
+        engine: Any = store.engine
+        await store.update_entity("hosts", "h0001", {"name": "web-2"})
+        with pytest.raises(SchemaMismatchError, match="name cannot be unique"):
+            await engine.apply_schema()
+        await store.update_entity("hosts", "h0001", {"zone": "z"})
+
+        async def create(number: int) -> None:
+            async with store.begin_transaction() as tx:
+                await tx.create_entity("hosts", host(number))
+
+        async with store.begin_transaction() as tx:
+            await tx.create_entity("hosts", host(5000))
+            await asyncio.create_task(create(6000))
+        assert await store.count_entities("hosts") == 2002
+
+
 @pytest.mark.parametrize("length", range(49, 57))
 async def test_a_violation_is_told_where_names_are_cut(database: str, length: int) -> None:
     """The names of the table and of the index are cut at different lengths."""
