@@ -84,7 +84,7 @@ def print_work(screen: Screen, logs: Mapping[str, ProcessLog]) -> None:
     """Operations, by process."""
     columns = list(map(_counted, logs.values()))
     columns.append(sum(columns, Counter()))
-    kinds = (*_COUNTED.values(), "polls", "conflicts that were retried", "entity writes")
+    kinds = (*_COUNTED.values(), "claims", "polls", "conflicts that were retried", "entity writes")
     rows = [[kind, *(f"{each[kind]:,}" for each in columns)] for kind in dict.fromkeys(kinds)]
     screen.table("Operations", ["", *logs, "together"], rows)
 
@@ -96,6 +96,7 @@ def _counted(log: ProcessLog) -> Counter[str]:
             if isinstance(answer, int) or answer == "deleted":
                 counted["entity writes"] += 1
                 counted[_COUNTED.get((write.collection, operation.intent.work), "")] += 1
+    counted["claims"] = len(log.holds)
     counted["polls"] = len(log.reads)
     counted["conflicts that were retried"] = log.conflicts
     return counted

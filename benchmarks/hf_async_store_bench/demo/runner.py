@@ -191,7 +191,9 @@ class _Run:
                 swept = await orchestrator.sweep()
                 seconds = monotonic() - started
         if swept:
-            self._screen.stage(f"Finished {swept} requests of the killed process.")
+            self._screen.stage(
+                f"Finished {swept} requests that were left, also by the killed process."
+            )
         return seconds
 
     async def _follow(self, worker: Worker) -> None:

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, Final, TypeAlias, cast
 
 from hf_async_store import Collection, Entity, StorageStrategy, begins_with
@@ -14,7 +15,7 @@ from hf_async_store_bench.acked_writes import AckedWrites
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, settled_count
 from hf_async_store_bench.demo.data import Entities, streamed
-from hf_async_store_bench.demo.write_log import Answer, Operation, ProcessLog, Write
+from hf_async_store_bench.demo.write_log import Answer, Hold, Operation, ProcessLog, Write
 
 EntityKey: TypeAlias = tuple[str, str]  # a collection and an id
 _OF_THE_STORE: Final = frozenset({"version", "created_at", "updated_at"})
@@ -127,6 +128,7 @@ class Verifier:
             self._counts(),
             self._transactions(),
             self._orphans(),
+            self._holders(),
             self._noted("pollers", polls, reads),
             self._finished(),
             self._noted("errors", "no error but conflicts", writes),
@@ -300,6 +302,23 @@ class Verifier:
                         there = parent in self.stored[parents] or not known
                         wrong = f"{reference} names {parent!r}, which is not there"
                         invariant.check((collection, name), None if there else wrong)
+        return invariant
+
+    def _holders(self) -> Invariant:
+        """One claim after another, also after a kill, each with a greater token."""
+        invariant = Invariant("holders", "no request was worked on by two holders at once")
+        of_all = (each for log in self.logs for each in log.holds.values())
+        last: dict[str, Hold] = {}
+        for each in sorted(of_all, key=attrgetter("began")):
+            one = last.get(each.request)
+            wrong = None
+            if one is not None and (each.token <= one.token or each.began < one.until):
+                after = (
+                    f"{each.began - one.until:.3f} s after the end of that with token {one.token}"
+                )
+                wrong = f"the claim with token {each.token} began {after}"
+            invariant.check(("requests", each.request), wrong)
+            last[each.request] = each
         return invariant
 
     def _finished(self) -> Invariant:

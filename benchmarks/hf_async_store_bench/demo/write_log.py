@@ -37,7 +37,8 @@ class Intent(msgspec.Struct, frozen=True, tag="intent"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The store answered: for each write, an answer for each of its ids; None: nothing was written."""
+    """The store answered: for each write, an answer for each of its ids; None: nothing was written;
+    []: the loss of a claim cancelled it, and nobody knows."""
 
     number: int
     answers: list[list[Answer]] | None
@@ -52,6 +53,16 @@ class Read(msgspec.Struct, frozen=True, tag="read"):
     seconds: float
 
 
+class Hold(msgspec.Struct, frozen=True, tag="hold"):
+    """A claim, and when its holder worked on it, by the clock of the machine; noted at its beginning with
+    the end of its lease, and again at its end."""
+
+    request: str
+    token: int
+    began: float
+    until: float
+
+
 class Broken(msgspec.Struct, frozen=True, tag="broken"):
     """An invariant that this process saw broken while it worked."""
 
@@ -60,7 +71,7 @@ class Broken(msgspec.Struct, frozen=True, tag="broken"):
     what: str
 
 
-Line: TypeAlias = Intent | Done | Read | Broken
+Line: TypeAlias = Intent | Done | Read | Hold | Broken
 
 
 def answer(outcome: int | bool | StorageError) -> Answer:
@@ -132,6 +143,7 @@ class ProcessLog:
     operations: list[Operation] = field(default_factory=list)
     unanswered: list[Operation] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    holds: dict[tuple[str, int], Hold] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
     conflicts: int = 0
 
@@ -149,10 +161,12 @@ class ProcessLog:
                     operation = begun.pop(done.number)
                     log.conflicts += done.conflicts
                     if done.answers is not None:
-                        operation.answers, operation.seconds = done.answers, done.seconds
+                        operation.answers, operation.seconds = done.answers or None, done.seconds
                         log.operations.append(operation)
                 case Read() as read:
                     log.reads.append(read)
+                case Hold() as hold:
+                    log.holds[hold.request, hold.token] = hold
                 case Broken() as broken:
                     log.broken.append(broken)
         log.unanswered += begun.values()
