@@ -19,15 +19,7 @@ from typing import Any, Final, TypeAlias, cast
 import msgspec
 
 import hf_async_store as hfas
-from hf_async_store import (
-    Claim,
-    Entity,
-    StorageError,
-    StorageStrategy,
-    Transaction,
-    begins_with,
-    in_,
-)
+from hf_async_store import Claim, Entity, StorageError, StorageStrategy, Transaction
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, machine, transaction_limit
 from hf_async_store_bench.demo.data import OPEN
@@ -46,12 +38,7 @@ _RETURNED: Final = 0.6
 _DRAIN_SECONDS: Final = 30.0  # how long what was begun may take beyond the time of the run
 _STUCK_SECONDS: Final = 15.0  # how long after that a call counts as stuck
 _SETTLE_SECONDS: Final = 10.0
-_NORMAL: Final = (
-    hfas.ConcurrencyConflictError,
-    hfas.EntityNotFoundError,
-    hfas.AlreadyExistsError,
-    hfas.ClaimLostError,
-)
+_NORMAL: Final = (hfas.ConcurrencyConflictError, hfas.EntityNotFoundError, hfas.ClaimLostError)
 
 _Change: TypeAlias = tuple[Write, list[Answer]]
 
@@ -75,7 +62,7 @@ class Orchestrator:
         self._eventual = store.capabilities.query_isolation == "eventual"
         self._until = monotonic() + plan.settings.seconds
         self._patience = asyncio.timeout(None)
-        self._open = {"status": "PENDING", "request_id": begins_with(plan.prefix)}
+        self._open = {"status": "PENDING", "request_id": hfas.begins_with(plan.prefix)}
         self._returns = itertools.count()
         self._finished = False
         self._done = 0
@@ -111,6 +98,7 @@ class Orchestrator:
             names = [str(each["request_id"]) for each in left]
             swept.update(names)
             await side_by_side(self._work, map(_single, names), at_once=_FLOWS)
+            await asyncio.sleep(_WAIT)
         return len(swept)
 
     async def _serve_all(self, waiting: Iterator[tuple[int, int]]) -> None:
@@ -118,7 +106,7 @@ class Orchestrator:
             if monotonic() >= self._until:
                 return
             await self._ask(number, size)
-            while await self._work(self._open) and self._in_time():
+            while await self._work(self._open, wait=_WAIT) and self._in_time():
                 pass
 
     async def _ask(self, number: int, size: int) -> None:
@@ -134,12 +122,12 @@ class Orchestrator:
             else:
                 await self._acquire_piecemeal(request, template, machines)
 
-    async def _work(self, wanted: Mapping[str, object]) -> bool:
+    async def _work(self, wanted: Mapping[str, object], wait: float = 0.0) -> bool:
         """Claim a request, and work on it; False if none of these is free."""
         claims: list[Claim] = []
         async with self._noting_errors("requests"):
             since = monotonic()
-            claims = await self._store.claim_entities("requests", wanted, lease=_LEASE, wait=_WAIT)
+            claims = await self._store.claim_entities("requests", wanted, lease=_LEASE, wait=wait)
         for claim in claims:
             async with self._noting_errors(f"requests/{claim.id}"):
                 await self._work_on(claim, Hold(claim.id, claim.token, monotonic(), since + _LEASE))
@@ -155,7 +143,7 @@ class Orchestrator:
                     await self._terminate(claim)
                 completed = not is_return and await self._poll_to_the_end(claim)
                 # Noted before the release: after it, another may begin.
-                self._log.note(msgspec.structs.replace(hold, until=monotonic()))
+                self._log.note(msgspec.structs.replace(hold, until=monotonic(), ended=True))
         except hfas.ClaimLostError:
             self._log.note(hold)  # it was held for its first lease at least
             return
@@ -166,7 +154,9 @@ class Orchestrator:
 
     async def _acquire_whole(self, request: str, template: str, machines: list[str]) -> None:
         """The request and its machines in one transaction: all of them or nothing."""
-        entity = _acquire_request(request, template, len(machines), "PENDING")
+        tags = {"owner": "数据"}
+        metadata = {"whole": True, "ratio": 2.5}
+        entity = _request(request, template, len(machines), "acquire", tags=tags, metadata=metadata)
         shared = _machine_fields(request, template)
 
         async def work(tx: Transaction) -> list[_Change]:
@@ -180,7 +170,7 @@ class Orchestrator:
 
     async def _acquire_piecemeal(self, request: str, template: str, machines: list[str]) -> None:
         """The request, its machines in batches, and only then PENDING: pollers rely on that."""
-        entity = _acquire_request(request, template, len(machines), "creating")
+        entity = _request(request, template, len(machines), "acquire", status="creating")
         write = Write("requests", "create", [request], entity)
         creating = self._store.create_entity("requests", entity)
         (version,) = await self._write("create", write, creating)
@@ -412,8 +402,8 @@ async def _mark_returned(
 ) -> list[_Change]:
     """The return request, and its machines marked, if nobody changed them meanwhile."""
     metadata = {"of": request["request_id"], "machine_ids": list(machines)}
-    template = str(request["template_id"])
-    entity = _request(name, template, len(machines), "PENDING", "return") | {"metadata": metadata}
+    template = request.get("template_id")
+    entity = _request(name, template, len(machines), "return", metadata=metadata)
     fields = {"return_request_id": name, "status": "returning"}
     version = await tx.create_entity("requests", entity)
     versions = await tx.update_entities("machines", dict.fromkeys(machines, fields), machines)
@@ -424,22 +414,12 @@ async def _mark_returned(
 
 
 def _single(request: str) -> dict[str, Any]:
-    return {"request_id": request, "status": in_(OPEN)}
+    return {"request_id": request, "status": hfas.in_(OPEN)}
 
 
-def _acquire_request(name: str, template: str, count: int, status: str) -> dict[str, Any]:
-    more = {"tags": {"owner": "数据"}, "metadata": {"whole": status == "PENDING", "ratio": 2.5}}
-    return _request(name, template, count, status, "acquire") | more
-
-
-def _request(name: str, template: str, count: int, status: str, kind: str) -> dict[str, Any]:
-    return {
-        "request_id": name,
-        "template_id": template,
-        "machine_count": count,
-        "status": status,
-        "request_type": kind,
-    }
+def _request(name: str, template: object, count: int, kind: str, **more: object) -> dict[str, Any]:
+    entity = {"request_id": name, "template_id": template, "machine_count": count}
+    return {**entity, "status": "PENDING", "request_type": kind, **more}
 
 
 def _machine_fields(request: str, template: str) -> dict[str, Any]:

@@ -126,12 +126,15 @@ def print_speed(screen: Screen, logs: Collection[ProcessLog], seconds: float) ->
 
 
 def print_unanswered(screen: Screen, verifier: Verifier, logs: Mapping[str, ProcessLog]) -> None:
-    """The writes without an acknowledgement: how many of them were applied."""
+    """What a kill left: writes without an acknowledgement, some of them applied, and claims."""
     for name, log in logs.items():
         if lost := log.unanswered:
             kinds = ", ".join(sorted({operation.intent.work for operation in lost}))
             applied = f"{verifier.applied(lost)} of them were applied"
             screen.line(f"\n{name}: {len(lost)} unacknowledged writes ({kinds}); {applied}")
+        if log.killed:
+            held, taken = verifier.taken_over(log)
+            screen.line(f"{name}: held {held} claims; others took over {taken} after the lease")
 
 
 def print_verdict(screen: Screen, invariants: Sequence[Invariant], kept: str | None) -> None:

@@ -191,9 +191,7 @@ class _Run:
                 swept = await orchestrator.sweep()
                 seconds = monotonic() - started
         if swept:
-            self._screen.stage(
-                f"Finished {swept} requests that were left, also by the killed process."
-            )
+            self._screen.stage(f"Finished {swept} requests that were left by all processes.")
         return seconds
 
     async def _follow(self, worker: Worker) -> None:

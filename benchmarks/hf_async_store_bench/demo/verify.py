@@ -150,6 +150,12 @@ class Verifier:
                     break
         return applied
 
+    def taken_over(self, log: ProcessLog) -> tuple[int, int]:
+        """How many claims a process did not end, and how many of those requests others claimed then."""
+        held = {each.request: each.token for each in log.holds.values() if not each.ended}
+        later = {i.request for i in self._holds() if i.token > held.get(i.request, i.token)}
+        return len(held), len(later)
+
     def _entity_by_entity(self) -> Iterator[Invariant]:
         acked = self._noted("acknowledged", "every acknowledged write is stored, and no other")
         versions = Invariant("versions", "each version equals the number of acknowledged writes")
@@ -307,19 +313,17 @@ class Verifier:
     def _holders(self) -> Invariant:
         """One claim after another, also after a kill, each with a greater token."""
         invariant = Invariant("holders", "no request was worked on by two holders at once")
-        of_all = (each for log in self.logs for each in log.holds.values())
         last: dict[str, Hold] = {}
-        for each in sorted(of_all, key=attrgetter("began")):
-            one = last.get(each.request)
-            wrong = None
-            if one is not None and (each.token <= one.token or each.began < one.until):
-                after = (
-                    f"{each.began - one.until:.3f} s after the end of that with token {one.token}"
-                )
-                wrong = f"the claim with token {each.token} began {after}"
-            invariant.check(("requests", each.request), wrong)
+        for each in sorted(self._holds(), key=attrgetter("began")):
+            one = last.get(each.request, each)
+            wrong = one is not each and (each.token <= one.token or each.began < one.until)
+            late = f"token {each.token} came {each.began - one.until:.3f} s after token {one.token}"
+            invariant.check(("requests", each.request), late if wrong else None)
             last[each.request] = each
         return invariant
+
+    def _holds(self) -> Iterator[Hold]:
+        return (each for log in self.logs for each in log.holds.values())
 
     def _finished(self) -> Invariant:
         """Only what a killed process was still creating may be left as it was."""

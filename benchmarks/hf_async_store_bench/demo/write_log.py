@@ -55,12 +55,13 @@ class Read(msgspec.Struct, frozen=True, tag="read"):
 
 class Hold(msgspec.Struct, frozen=True, tag="hold"):
     """A claim, and when its holder worked on it, by the clock of the machine; noted at its beginning with
-    the end of its lease, and again at its end."""
+    the end of its first lease, and again when its holder has ended it."""
 
     request: str
     token: int
     began: float
     until: float
+    ended: bool = False
 
 
 class Broken(msgspec.Struct, frozen=True, tag="broken"):
