@@ -27,6 +27,7 @@ from hf_async_store.errors import InvalidCursorError, InvalidQueryError, Unsuppo
 from hf_async_store.event_loop import Chunks, computed
 from hf_async_store.field_checks import OPERATOR_CALLS, operand_problem, type_of, usual_operands
 from hf_async_store.values import (
+    FIXED_FORM,
     VERSION,
     Entity,
     Value,
@@ -61,6 +62,7 @@ OpName: TypeAlias = Literal[
     "begins_with",
     "contains_ignore_case",
     "begins_with_ignore_case",
+    "timestamp_lte",
 ]
 
 
@@ -264,7 +266,9 @@ class Comparison(msgspec.Struct, frozen=True):
     Attributes:
         value: portable. For `in` and `not_in` a list of distinct values in ascending order, for
             `between` the list of the two bounds, for `exists` a bool, for `begins_with` a string, for
-            the operators that ignore case a string after `str.casefold`.
+            the operators that ignore case a string after `str.casefold`. `timestamp_lte`, of which
+            expiry makes use, is no operator of callers: its value is a timestamp in the fixed form, and
+            it matches such timestamps alone.
     """
 
     path: Steps
@@ -624,6 +628,11 @@ def _joined(kind: type[And | Or], parts: Iterable[Filter]) -> Filter:
     return flat[0] if len(flat) == 1 else kind(tuple(flat))
 
 
+def conjunction(parts: Iterable[Filter]) -> Filter:
+    """The filter that every part matches."""
+    return _joined(And, parts)
+
+
 def named_steps(name: object, collection: Collection) -> Steps:
     """The steps of a path, or of a bare name, which must be declared."""
     if isinstance(name, Path):
@@ -917,6 +926,9 @@ def _test(op: OpName, value: Value) -> _Test:
         return lambda actual: isinstance(actual, str) and actual.startswith(prefix)
     if op in _FOLDED_OPS:
         return _folded(op, str(value))
+    if op == "timestamp_lte":
+        latest = str(value)
+        return lambda actual: is_timestamp_up_to(actual, latest)
     return _compared(_COMPARE[op], value)
 
 
@@ -926,6 +938,11 @@ def _one_of(values: Sequence[Value]) -> _Test:
         return lambda actual: type(actual) is str and actual in strings
     wanted = frozenset(map(order_key, values))
     return lambda actual: order_key(actual) in wanted
+
+
+def is_timestamp_up_to(value: object, latest: str) -> bool:
+    """Whether a value is a timestamp in the fixed form, not later than this one."""
+    return isinstance(value, str) and value <= latest and FIXED_FORM.match(value) is not None
 
 
 def _listed(value: Value) -> list[Value]:

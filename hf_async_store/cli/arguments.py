@@ -594,6 +594,20 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"  {PROGRAM} delete-where requests status=COMPLETED completed_at:lt=2025-01-01\n"
         f"  {PROGRAM} delete-where machines status=TERMINATED --order updated_at --limit 1000\n",
     ),
+    "purge": Command(
+        "purge [COLLECTION] [OPTIONS]",
+        "remove expired entities",
+        f"{_CLI}.admin_commands:purge",
+        (
+            _argument("collection", "COLLECTION", "only this collection", nargs="?"),
+            _argument("--limit", "N", "remove at most this number", type=_integer),
+        ),
+        "Expired entities are absent for every command and method; this frees their space. It works in\n"
+        "small batches, while other programs read and write. An entity to which others refer stays until\n"
+        "the last of them is removed. The number of removed entities is shown.\n\n"
+        f"  {PROGRAM} purge\n"
+        f"  {PROGRAM} purge requests --limit 10000\n",
+    ),
     "health": Command(
         "health",
         "check that the store works: writing, reading, free space, files",

@@ -43,7 +43,7 @@ from hf_async_store.strategies.dynamodb.index_state import (
     attributes_of,
     state_of,
 )
-from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
+from hf_async_store.strategies.dynamodb.items import TIME_TO_LIVE, ItemMapping, probe_id
 from hf_async_store.strategy import schema_of
 from hf_async_store.unique import Fields
 from hf_async_store.values import MAX_KEY_BYTES
@@ -479,7 +479,8 @@ class Tables:
         """Create the missing declared tables and indexes; return a message for each.
 
         Waits until tables and indexes are active. Existing tables and indexes are not deleted or
-        changed, except that auto scaling and point-in-time recovery are set as configured.
+        changed, except that auto scaling and point-in-time recovery are set as configured, and time to
+        live is enabled for collections that expire.
         """
         messages: list[str] = []
         system = [UNIQUE_COLLECTION.name] if self.schema.unique else []
@@ -751,7 +752,32 @@ class Tables:
                     "PointInTimeRecoverySpecification": {"PointInTimeRecoveryEnabled": True},
                 },
             )
+        if self.schema[collection].expires is not None:
+            await self.enable_time_to_live(collection)
         await self.scale(collection)
+
+    async def enable_time_to_live(self, collection: str) -> None:
+        """Let DynamoDB remove items at their `_t`, unless it removes them by another attribute, or the
+        policy does not allow it."""
+        if await self.time_to_live(collection) != "":
+            return
+        name = self.name(collection)
+        specification = {"Enabled": True, "AttributeName": TIME_TO_LIVE}
+        request = {"TableName": name, "TimeToLiveSpecification": specification}
+        with suppress(ActionDenied, StatementRefused):  # the latter if another process was first
+            await self._client.read("UpdateTimeToLive", request)
+
+    async def time_to_live(self, collection: str) -> str | None:
+        """The attribute by which DynamoDB removes items; "" if it removes none; None if that is unknown."""
+        try:
+            response = await self._client.read(
+                "DescribeTimeToLive", {"TableName": self.name(collection)}
+            )
+        except ActionDenied:
+            return None
+        description = response["TimeToLiveDescription"]
+        is_on = description.get("TimeToLiveStatus") in ("ENABLED", "ENABLING")
+        return (description.get("AttributeName") or "") if is_on else ""
 
     async def scale(self, collection: str) -> None:
         """Enable auto scaling of the table and its indexes, if it is configured."""

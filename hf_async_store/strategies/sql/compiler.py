@@ -32,12 +32,23 @@ from hf_async_store.strategies.sql.names import key_column, quoted
 from hf_async_store.values import VERSION, Entity, Value
 
 if TYPE_CHECKING:
+    from hf_async_store.lifetimes import Lifetime
     from hf_async_store.sort_bytes import ByteRange
     from hf_async_store.strategies.sql.rows import Table
 
 _OPPOSITE: Final = {"ne": "eq", "not_in": "in"}
 _KNOWN: Final = frozenset(
-    {*_OPPOSITE, *OPERATORS, "eq", "in", "between", "exists", "contains", "begins_with"}
+    {
+        *_OPPOSITE,
+        *OPERATORS,
+        "eq",
+        "in",
+        "between",
+        "exists",
+        "contains",
+        "begins_with",
+        "timestamp_lte",
+    }
 )
 """The operators that SQL can express; the rows are filtered in Python by all others."""
 SHORT: Final = 63
@@ -117,6 +128,34 @@ def compile_count(table: Table, query: Query) -> Compiled | None:
         return None
     sql = f"SELECT count(*) FROM {table.name} AS t WHERE {_all(conditions)}"
     return Compiled(sql, compiler.args.values)
+
+
+class LivingConditions:
+    """The conditions that rows have not expired, for statements that write.
+
+    Args:
+        first: the number of the parameter of the first argument.
+
+    Attributes:
+        arguments: of all conditions, in order. The conditions do not depend on the time; these do.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._before = first - 1
+        self.arguments: list[object] = []
+
+    @staticmethod
+    def are_exact(table: Table, lifetime: Lifetime) -> bool:
+        """Whether SQL can express them."""
+        return _Compiler(table).conditions(lifetime.over())[1]
+
+    def of(self, table: Table, lifetime: Lifetime) -> str:
+        """The condition that the entity of the row `t` has not expired."""
+        compiler = _Compiler(table)
+        compiler.args.values = [None] * self._before + self.arguments
+        conditions, _ = compiler.conditions(Not(lifetime.over()))
+        self.arguments = compiler.args.values[self._before :]
+        return f"({_all(conditions)})"
 
 
 def group_of(

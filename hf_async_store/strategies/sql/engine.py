@@ -72,6 +72,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _NO_TABLE: Final = QueryPlan(access="scan", detail="the table does not exist yet")
+_CLOCK_TOLERANCE: Final = 1.0
 _REREAD_SECONDS: Final = 10.0
 """While a declared index is missing, a program that only reads looks this often whether it exists."""
 
@@ -583,6 +584,12 @@ class SQLEngine(Engine):
                 changes += [f"{each.kind}: {each.detail}" for each in found]
         more = report.pop("problems", [])
         problems += more if isinstance(more, list) else []
+        ahead = report.get("server_clock_ahead_seconds", 0)
+        expiring = any(each.expires is not None for each in self.schema.values())
+        if expiring and isinstance(ahead, float) and abs(ahead) > _CLOCK_TOLERANCE:
+            problems.append(
+                f"the clock of the server is {ahead:+.1f} s ahead of the one here, by which entities expire"
+            )
         figures = self._main.figures()
         for pool in self._pools_for_reads():
             figures = {name: n + pool.figures()[name] for name, n in figures.items()}

@@ -751,7 +751,9 @@ class PostgreSQL(Dialect):
         )
 
     async def health(self, driver: Any, tables: Mapping[str, str]) -> dict[str, Value]:
-        version, size, recovering, used, most = await self._row(driver, _HEALTH)
+        began = time.time()
+        version, size, recovering, used, most, clock = await self._row(driver, _HEALTH)
+        difference = clock - (began + time.time()) / 2
         sizes = await self.rows(driver, _SIZES, (list(tables),))
         problems: list[Value] = []
         if recovering:
@@ -764,6 +766,7 @@ class PostgreSQL(Dialect):
             "table_bytes": {tables[table]: number for table, number in sizes},
             "server_connections": used,
             "server_max_connections": most,
+            "server_clock_ahead_seconds": round(difference, 3),
             "problems": problems,
         }
 
@@ -830,7 +833,8 @@ SELECT current_setting('server_version'), pg_database_size(current_database()),
     pg_is_in_recovery(), (
         SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'::text
     ),
-    current_setting('max_connections')::int
+    current_setting('max_connections')::int,
+    pg_catalog.date_part('epoch'::text, pg_catalog.clock_timestamp())
 """
 
 _SIZES: Final = f"""
