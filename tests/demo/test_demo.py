@@ -61,7 +61,7 @@ async def test_three_processes_on_data_from_the_field(
     assert re.search(r"Working on a copy of .*: \d+ templates, \d+ requests, [\d,]+ machines", out)
     assert re.search(r"Killed process 3 \(pid \d+\) with SIGKILL", out)
     assert re.search(r"initial entities that were not written are unchanged +[1-9]", out)
-    assert "PASSED: all 13 invariants hold" in out
+    assert "PASSED: all 14 invariants hold" in out
     assert digests(field_data) == before
     assert list((tmp_path / "tmp").iterdir()) == []
 

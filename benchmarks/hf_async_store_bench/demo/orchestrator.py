@@ -30,7 +30,6 @@ _FLOWS: Final = 24  # requests that one process has under way at once
 _LEASE: Final = 3.0  # seconds after which the claims of a killed process end
 _WAIT: Final = 0.05  # seconds for which a flow looks for something to claim
 _LEFT: Final = 0.2  # the share of the polls after which whoever claims the request next goes on
-_COUNTERS: Final = 3
 _PIECEMEAL_EVERY: Final = 4  # of so many requests one gets its machines in batches in any case
 _BATCH: Final = 100
 _READY: Final = 0.7  # the share of the waiting machines that a poll finds running
@@ -64,7 +63,6 @@ class Orchestrator:
         self._patience = asyncio.timeout(None)
         self._open = {"status": "PENDING", "request_id": hfas.begins_with(plan.prefix)}
         self._returns = itertools.count()
-        self._finished = False
         self._done = 0
 
     async def run(self) -> None:
@@ -74,14 +72,10 @@ class Orchestrator:
         waiting = enumerate(itertools.chain(self._plan.sizes, more))
         patience = self._plan.settings.seconds + _DRAIN_SECONDS + _STUCK_SECONDS
         with suppress(TimeoutError):
-            async with asyncio.timeout(patience) as self._patience, asyncio.TaskGroup() as helpers:
-                for number in range(_COUNTERS):
-                    helpers.create_task(self._count(number))
-                async with asyncio.TaskGroup() as flows:
-                    flows.create_task(self._adopt())
-                    for _ in range(_FLOWS):
-                        flows.create_task(self._serve_all(waiting))
-                self._finished = True
+            async with asyncio.timeout(patience) as self._patience, asyncio.TaskGroup() as flows:
+                flows.create_task(self._adopt())
+                for _ in range(_FLOWS):
+                    flows.create_task(self._serve_all(waiting))
 
     async def sweep(self) -> int:
         """Complete what is left when all processes have ended, also what a killed one had claimed, once
@@ -285,25 +279,11 @@ class Orchestrator:
         answers = await self._write("status write", write, updates)
         return sum(isinstance(each, int) for each in answers) == len(waiting)
 
-    async def _count(self, number: int) -> None:
-        """Everybody counts up the same few entities: each step must count."""
-        counter = self._plan.counters[number % len(self._plan.counters)]
-        while not self._finished:
-            async with self._noting_errors(f"templates/{counter}"):
-                await self._count_up(counter)
-            await asyncio.sleep(self._random.uniform(0, 0.02))
-
     async def _count_up(self, template: str) -> None:
-        tries = 0
-
-        def one_more(entity: Entity) -> Mapping[str, object]:
-            nonlocal tries
-            tries += 1
-            return {**entity, "uses": cast("int", entity.get("uses", 0)) + 1}
-
+        """All flows of all processes count up the same few entities: each step must count."""
         write = Write("templates", "add", [template], {"uses": 1})
-        counting = self._store.modify_entity("templates", template, one_more)
-        await self._write("count up", write, counting, conflicts=lambda: tries - 1)
+        counting = self._store.modify_entity("templates", template, _one_more)
+        await self._write("count up", write, counting)
 
     async def _adopt(self) -> None:
         """Go on with the open requests of the loaded data."""
@@ -312,11 +292,7 @@ class Orchestrator:
                 pass
 
     async def _write(
-        self,
-        work: str,
-        write: Write,
-        call: Awaitable[int | Sequence[int | bool]],
-        conflicts: Callable[[], int] = lambda: 0,
+        self, work: str, write: Write, call: Awaitable[int | Sequence[int | bool]]
     ) -> list[Answer]:
         """Independent writes, noted before and after; the call begins only when it is awaited."""
         number = self._log.intent(work, [write])
@@ -334,7 +310,7 @@ class Orchestrator:
             raise
         seconds = perf_counter() - started
         answers = [answer(each) for each in outcomes]
-        self._log.done(number, [answers], seconds, conflicts() + answers.count("refused"))
+        self._log.done(number, [answers], seconds, answers.count("refused"))
         for name, each in zip(write.ids, outcomes, strict=True):
             if isinstance(each, StorageError) and not isinstance(each, _NORMAL):
                 self._log.broken("errors", f"{write.collection}/{name}", _told(each))
@@ -411,6 +387,10 @@ async def _mark_returned(
         (Write("requests", "create", [name], entity), [version]),
         (Write("machines", "update", list(machines), fields), list(versions)),
     ]
+
+
+def _one_more(template: Entity) -> Mapping[str, object]:
+    return {**template, "uses": cast("int", template.get("uses", 0)) + 1}
 
 
 def _single(request: str) -> dict[str, Any]:

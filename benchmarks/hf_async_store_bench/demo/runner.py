@@ -21,8 +21,8 @@ from hf_async_store.config import DynamoDBConfig, load_config
 from hf_async_store_bench.data import transaction_limit
 from hf_async_store_bench.demo import data, report
 from hf_async_store_bench.demo.orchestrator import Orchestrator
-from hf_async_store_bench.demo.plan import Plan, Settings, draw_sizes, shares
-from hf_async_store_bench.demo.verify import Verifier, compare_indexes, read_back
+from hf_async_store_bench.demo.plan import KEPT_SECONDS, Plan, Settings, draw_sizes, shares
+from hf_async_store_bench.demo.verify import Verifier, compare_indexes, purge, read_back
 from hf_async_store_bench.demo.worker import GO, Worker
 from hf_async_store_bench.demo.write_log import ProcessLog, WriteLog
 from hf_async_store_bench.processes import run_to_completion
@@ -31,7 +31,6 @@ from hf_async_store_bench.servers import ServerUnavailable, any_credentials, dyn
 Opening: TypeAlias = Callable[[Plan], StorageStrategy]
 
 PASSED, FAILED = 0, 4
-_COUNTERS: Final = 3
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_DYNAMODB", "AWS_ENDPOINT_URL")
 _END_SECONDS: Final = 60.0  # how long a worker may take beyond its time before it counts as stuck
 
@@ -115,13 +114,9 @@ class _Run:
         if not templates:
             self._screen.stage("The run generates templates.")
             templates = await self._create_templates(store, data.made_up(self._prefix))
-        ids = [f"{self._prefix}counter-{number}" for number in range(_COUNTERS)]
-        made = [{"template_id": each, "name": "a counter", "uses": 0} for each in ids]
-        counters = await self._create_templates(store, made)
         requests = self._base["requests"].items()
         adopted = [name for name, each in requests if each.get("status") in data.OPEN]
-        names = {"templates": templates, "counters": counters, "adopted": adopted}
-        return msgspec.structs.replace(plan, **names)
+        return msgspec.structs.replace(plan, templates=templates, adopted=adopted)
 
     async def _load(self, store: StorageStrategy) -> None:
         source = data.chosen(self._settings.data)
@@ -221,11 +216,13 @@ class _Run:
             name = f"process {each.index + 1}" + " (killed)" * each.endless
             path = Path(each.write_log)
             logs[name] = await asyncio.to_thread(ProcessLog.of, path, killed=each.endless)
+        await asyncio.sleep(KEPT_SECONDS)  # then all that was completed has expired
         stored = await read_back(store, self._prefix, self._base)
         ends = list(logs.values())
         verifier = Verifier(ends, self._base, stored, store.collections, self._prefix)
         invariants = await asyncio.to_thread(verifier.invariants)
         invariants.append(await compare_indexes(store, stored, self._prefix))
+        invariants.append(await purge(store, verifier.expired))
         finished = next(each for each in invariants if each.name == "finished")
         finished.failures += self._ended_badly
         report.print_work(self._screen, logs)

@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Any, Final, TypeAlias, cast
 
 from hf_async_store import Collection, Entity, StorageStrategy, begins_with
+from hf_async_store.values import Key
 from hf_async_store_bench.acked_writes import AckedWrites
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, settled_count
@@ -62,6 +63,10 @@ class EntityHistory:
         """The writes of these kinds that may have been applied."""
         return [each for each in self.maybe if each.kind in kinds]
 
+    def created(self) -> list[Write]:
+        """The creation, if it was acknowledged or may have been applied."""
+        return [each for each in (*self.versions.values(), *self.maybe) if each.kind == "create"]
+
     def writes(self, *kinds: str) -> AckedWrites:
         """How many writes of these kinds were acknowledged, and of how many nobody knows."""
         acknowledged = sum(each.kind in kinds for each in self.versions.values())
@@ -97,6 +102,21 @@ async def compare_indexes(store: StorageStrategy, stored: Entities, prefix: str)
     return invariant
 
 
+async def purge(store: StorageStrategy, expired: Sequence[str]) -> Invariant:
+    """Remove what has expired, and look also with a reader to which nothing is absent before that."""
+    invariant = Invariant("expired", "what has expired is absent, and is removed by a purge")
+    if expired:
+        await store.purge_expired("requests")
+    async with store.snapshot(expired=True) as reader:
+        for batch in batches(expired, 500):
+            absent = await store.get_entities("requests", batch)
+            removed = await reader.fetch([Key("requests", each) for each in batch])
+            for name, *found in zip(batch, absent, removed, strict=True):
+                wrong = None if found == [None, None] else "has expired, and is there"
+                invariant.check(("requests", name), wrong)
+    return invariant
+
+
 @dataclass
 class Verifier:
     """The invariants of a run: of the logs of all processes, what was there before, and what is now."""
@@ -110,12 +130,22 @@ class Verifier:
     def __post_init__(self) -> None:
         self._histories: defaultdict[EntityKey, EntityHistory] = defaultdict(EntityHistory)
         self._of_the_killed: set[EntityKey] = set()
+        self.expired: list[str] = []  # requests that were acknowledged as completed, and expire
         for log in self.logs:
             for operation in log.operations:
                 for write, name, answer in operation.each():
                     self._histories[write.collection, name].take(write, answer)
+                    if operation.intent.work == "terminate" and write.collection == "requests":
+                        self._expire(name, answer)
                     if log.killed and write.kind == "create":
                         self._of_the_killed.add((write.collection, name))
+
+    def _expire(self, name: str, completed: Answer) -> None:
+        """The completion of a return deletes it, where it expires."""
+        if self.collections["requests"].expires is not None:
+            gone: Answer = "deleted" if isinstance(completed, int) else completed
+            self._histories["requests", name].take(Write("requests", "delete", [name]), gone)
+            self.expired += [name] if gone == "deleted" else []
 
     def invariants(self) -> list[Invariant]:
         """Every invariant, checked."""
@@ -247,10 +277,10 @@ class Verifier:
         invariant = Invariant("counts", "each request has its machines, except returned ones")
         there = Counter(each["request_id"] for each in self.stored["machines"].values())
         back: Counter[str] = Counter()
-        for each in self._mine("return"):
-            if each["status"] == "COMPLETED":
-                metadata = cast("dict[str, Any]", each["metadata"])
-                back[metadata["of"]] += cast("int", each["machine_count"])
+        for (collection, name), history in self._histories.items():
+            gone = history.deleted or history.may("delete")
+            if collection == "machines" and gone and self._at((collection, name)) is None:
+                back.update(each.fields["request_id"] for each in history.created())
         for each in self._mine("acquire"):
             name, asked = str(each["request_id"]), cast("int", each["machine_count"])
             left = asked - back[name]
