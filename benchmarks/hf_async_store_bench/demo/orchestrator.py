@@ -21,10 +21,10 @@ import msgspec
 import hf_async_store as hfas
 from hf_async_store import Claim, Entity, StorageError, StorageStrategy, Transaction
 from hf_async_store_bench.concurrency import side_by_side
-from hf_async_store_bench.data import batches, machine, transaction_limit
+from hf_async_store_bench.data import batches, machine, settled_count, transaction_limit
 from hf_async_store_bench.demo.data import OPEN
 from hf_async_store_bench.demo.plan import Plan
-from hf_async_store_bench.demo.write_log import Answer, Hold, Read, Write, WriteLog, answer
+from hf_async_store_bench.demo.write_log import Answer, Broken, Hold, Read, Write, WriteLog, answer
 
 _FLOWS: Final = 24  # requests that one process has under way at once
 _LEASE: Final = 3.0  # seconds after which the claims of a killed process end
@@ -36,7 +36,6 @@ _READY: Final = 0.7  # the share of the waiting machines that a poll finds runni
 _RETURNED: Final = 0.6
 _DRAIN_SECONDS: Final = 30.0  # how long what was begun may take beyond the time of the run
 _STUCK_SECONDS: Final = 15.0  # how long after that a call counts as stuck
-_SETTLE_SECONDS: Final = 10.0
 _NORMAL: Final = (hfas.ConcurrencyConflictError, hfas.EntityNotFoundError, hfas.ClaimLostError)
 
 _Change: TypeAlias = tuple[Write, list[Answer]]
@@ -148,9 +147,8 @@ class Orchestrator:
 
     async def _acquire_whole(self, request: str, template: str, machines: list[str]) -> None:
         """The request and its machines in one transaction: all of them or nothing."""
-        tags = {"owner": "数据"}
-        metadata = {"whole": True, "ratio": 2.5}
-        entity = _request(request, template, len(machines), "acquire", tags=tags, metadata=metadata)
+        more = {"tags": {"owner": "数据"}, "metadata": {"whole": True, "ratio": 2.5}}
+        entity = _request(request, template, len(machines), "acquire", **more)
         shared = _machine_fields(request, template)
 
         async def work(tx: Transaction) -> list[_Change]:
@@ -174,10 +172,7 @@ class Orchestrator:
         for batch in batches(machines, _BATCH):
             write = Write("machines", "create", list(batch), shared)
             creates = self._store.create_entities("machines", _machines(batch, shared))
-            answers = await self._write("create batch", write, creates)
-            for name, each in zip(batch, answers, strict=True):
-                if not isinstance(each, int):
-                    self._log.broken("errors", f"machines/{name}", f"could not be created: {each}")
+            await self._write("create batch", write, creates)
         fields = {"status": "PENDING"}
         update = self._store.update_entity("requests", request, fields, expected_version=version)
         await self._write("request write", Write("requests", "update", [request], fields), update)
@@ -186,7 +181,7 @@ class Orchestrator:
         """Poll until all machines run, and complete the request; False if that is left to others."""
         while not await self._poll(claim):
             if not self._in_time():
-                self._log.broken("finished", f"requests/{claim.id}", "was not done in time")
+                self._log.note(Broken("finished", f"requests/{claim.id}", "was not done in time"))
                 return False
             await asyncio.sleep(self._random.uniform(0.001, 0.02))
             if self._random.random() < _LEFT:
@@ -213,8 +208,10 @@ class Orchestrator:
 
         async def work(tx: Transaction) -> list[_Change]:
             found = [each for each in await tx.get_entities("machines", wanted) if each]
-            running = [each for each in found if each["status"] == "running"]
-            free = {_id(i): _version(i) for i in running if i.get("return_request_id") is None}
+            running = [
+                i for i in found if i["status"] == "running" and not i.get("return_request_id")
+            ]
+            free = {str(each["machine_id"]): _version(each) for each in running}
             return await _mark_returned(tx, name, claim.entity, free) if free else []
 
         async with self._noting_errors(f"requests/{name}"):
@@ -243,27 +240,23 @@ class Orchestrator:
         machines = await self._machines_of(claim.id)
         self._log.note(Read("poll", perf_counter() - started))
         if claim.id.startswith(self._plan.prefix):
-            machines = await self._expect_all(claim.entity, machines)
+            machines = await self._expect_all(claim, machines)
         waiting = [each for each in machines if str(each["status"]).lower() == "pending"]
         return await self._start_some(waiting)
 
     async def _machines_of(self, request: str) -> list[Entity]:
         return await self._store.query_entities("machines", {"request_id": request}, "created_at")
 
-    async def _expect_all(self, request: Entity, machines: list[Entity]) -> list[Entity]:
+    async def _expect_all(self, claim: Claim, machines: list[Entity]) -> list[Entity]:
         """A PENDING request has all of its machines; until it is COMPLETED, none of them leaves."""
-        name, count = str(request["request_id"]), cast("int", request["machine_count"])
-        patience = monotonic() + (_SETTLE_SECONDS if self._eventual else 0)
-        while len(machines) != count:
-            now = await self._store.get_entity("requests", name)
-            if now is None or now["version"] != request["version"]:
-                return machines  # it was completed meanwhile, and some went back
-            if monotonic() >= patience:
-                what = f"is PENDING, and a poll found {len(machines)} of {count} machines"
-                self._log.broken("pollers", f"requests/{name}", what)
-                return machines
-            await asyncio.sleep(0.1)
-            machines = await self._machines_of(name)
+        count = cast("int", claim.entity["machine_count"])
+        if self._eventual and len(machines) != count:
+            await settled_count(self._store, {"request_id": claim.id}, count)
+            machines = await self._machines_of(claim.id)
+        if len(machines) != count:
+            await claim.renew()  # if it was lost, another holder may have returned some
+            what = f"is PENDING, and a poll found {len(machines)} of {count} machines"
+            self._log.note(Broken("pollers", f"requests/{claim.id}", what))
         return machines
 
     async def _start_some(self, waiting: Sequence[Entity]) -> bool:
@@ -272,7 +265,7 @@ class Orchestrator:
         if not started:
             return not waiting
         fields = {"status": "running", "started_at": _now()}
-        versions = {_id(each): _version(each) for each in started}
+        versions = {str(each["machine_id"]): _version(each) for each in started}
         write = Write("machines", "update", list(versions), fields)
         changes = dict.fromkeys(versions, fields)
         updates = self._store.update_entities("machines", changes, versions)
@@ -310,10 +303,10 @@ class Orchestrator:
             raise
         seconds = perf_counter() - started
         answers = [answer(each) for each in outcomes]
-        self._log.done(number, [answers], seconds, answers.count("refused"))
+        self._log.done(number, [answers], seconds)
         for name, each in zip(write.ids, outcomes, strict=True):
             if isinstance(each, StorageError) and not isinstance(each, _NORMAL):
-                self._log.broken("errors", f"{write.collection}/{name}", _told(each))
+                self._log.note(Broken("errors", f"{write.collection}/{name}", repr(each)))
         return answers
 
     async def _transaction(
@@ -325,14 +318,12 @@ class Orchestrator:
         """Writes that land together, noted just before the commit; retried on conflicts, or only tried
         under a claim."""
         number = 0
-        tries = 0
 
         async def noted(tx: Transaction) -> list[_Change]:
-            nonlocal number, tries
+            nonlocal number
             if number:
-                self._log.done(number, None, 0, 0)
+                self._log.done(number, None)
                 number = 0
-            tries += 1
             changes = await attempt(tx)
             if changes:
                 number = self._log.intent(work, [write for write, _ in changes], whole=True)
@@ -347,14 +338,13 @@ class Orchestrator:
                     changes = await noted(tx)
         except StorageError as exc:
             if number and not exc.outcome_unknown:
-                self._log.done(number, None, 0, tries)
+                self._log.done(number, None)
             raise
         except asyncio.CancelledError:
             self._cancelled(number)
             raise
         if number:
-            answers = [each for _, each in changes]
-            self._log.done(number, answers, perf_counter() - started, tries - 1)
+            self._log.done(number, [each for _, each in changes], perf_counter() - started)
 
     @asynccontextmanager
     async def _noting_errors(self, entity: str) -> AsyncIterator[None]:
@@ -362,12 +352,12 @@ class Orchestrator:
         try:
             yield
         except StorageError as exc:
-            self._log.broken("errors", entity, _told(exc))
+            self._log.note(Broken("errors", entity, repr(exc)))
 
     def _cancelled(self, number: int) -> None:
         """A lost claim ends what is under way under it; at the end of all patience, it is stuck."""
         if number and not self._patience.expired():
-            self._log.done(number, [], 0, 0)
+            self._log.done(number, [])
 
     def _in_time(self) -> bool:
         return monotonic() < self._until + _DRAIN_SECONDS
@@ -417,17 +407,9 @@ def _machines(names: Sequence[str], shared: Mapping[str, Any]) -> list[dict[str,
     return [{**machine(number), **shared, "machine_id": name} for number, name in enumerate(names)]
 
 
-def _id(machine: Entity) -> str:
-    return str(machine["machine_id"])
-
-
 def _version(entity: Entity) -> int:
     return cast("int", entity["version"])
 
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-def _told(exc: StorageError) -> str:
-    return f"{type(exc).__name__}: {exc}"

@@ -78,7 +78,7 @@ def print_work(screen: Screen, logs: Mapping[str, ProcessLog]) -> None:
 
 def _counted(log: ProcessLog) -> Counter[str]:
     done = {"create": "created", "delete": "deleted"}
-    counted = Counter(claims=len(log.holds), polls=len(log.reads), conflicts=log.conflicts)
+    counted = Counter(claims=len(log.holds), polls=len(log.reads))
     for operation in log.operations:
         for write, _, answer in operation.each():
             if isinstance(answer, int) or answer == "deleted":
@@ -118,8 +118,8 @@ def print_unanswered(screen: Screen, verifier: Verifier, logs: Mapping[str, Proc
             applied = f"{verifier.applied(lost)} of them were applied"
             screen.line(f"\n{name}: {len(lost)} unacknowledged writes ({kinds}); {applied}")
         if log.killed:
-            held, taken = verifier.taken_over(log)
-            screen.line(f"{name}: held {held} claims; others took over {taken} after the lease")
+            taken = verifier.taken_over(log)
+            screen.line(f"{name}: {taken} of its claims were taken over after their leases")
 
 
 def print_verdict(screen: Screen, invariants: Sequence[Invariant], kept: str | None) -> None:

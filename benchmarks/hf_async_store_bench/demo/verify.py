@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from operator import attrgetter
 from typing import Any, Final, TypeAlias, cast
 
 from hf_async_store import Collection, Entity, StorageStrategy, begins_with
@@ -180,11 +179,10 @@ class Verifier:
                     break
         return applied
 
-    def taken_over(self, log: ProcessLog) -> tuple[int, int]:
-        """How many claims a process did not end, and how many of those requests others claimed then."""
+    def taken_over(self, log: ProcessLog) -> int:
+        """How many of the requests that a process held at its end were claimed by others then."""
         held = {each.request: each.token for each in log.holds.values() if not each.ended}
-        later = {i.request for i in self._holds() if i.token > held.get(i.request, i.token)}
-        return len(held), len(later)
+        return len({i.request for i in self._holds() if i.token > held.get(i.request, i.token)})
 
     def _entity_by_entity(self) -> Iterator[Invariant]:
         acked = self._noted("acknowledged", "every acknowledged write is stored, and no other")
@@ -344,10 +342,10 @@ class Verifier:
         """One claim after another, also after a kill, each with a greater token."""
         invariant = Invariant("holders", "no request was worked on by two holders at once")
         last: dict[str, Hold] = {}
-        for each in sorted(self._holds(), key=attrgetter("began")):
+        for each in sorted(self._holds(), key=lambda each: each.began):
             one = last.get(each.request, each)
             wrong = one is not each and (each.token <= one.token or each.began < one.until)
-            late = f"token {each.token} came {each.began - one.until:.3f} s after token {one.token}"
+            late = f"claim {each.token} began {each.began - one.until:.2f} s after claim {one.token} ended"
             invariant.check(("requests", each.request), late if wrong else None)
             last[each.request] = each
         return invariant

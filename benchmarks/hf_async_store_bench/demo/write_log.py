@@ -43,7 +43,6 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     number: int
     answers: list[list[Answer]] | None
     seconds: float
-    conflicts: int
 
 
 class Read(msgspec.Struct, frozen=True, tag="read"):
@@ -103,15 +102,9 @@ class WriteLog:
         self.note(Intent(self._number, work, list(writes), whole))
         return self._number
 
-    def done(
-        self, number: int, answers: list[list[Answer]] | None, seconds: float, conflicts: int
-    ) -> None:
+    def done(self, number: int, answers: list[list[Answer]] | None, seconds: float = 0.0) -> None:
         """Note what the store acknowledged; None: nothing was written."""
-        self.note(Done(number, answers, seconds, conflicts))
-
-    def broken(self, invariant: str, entity: str, what: str) -> None:
-        """Note what must not be."""
-        self.note(Broken(invariant, entity, what))
+        self.note(Done(number, answers, seconds))
 
     def note(self, line: Line) -> None:
         """Note anything."""
@@ -146,7 +139,6 @@ class ProcessLog:
     reads: list[Read] = field(default_factory=list)
     holds: dict[tuple[str, int], Hold] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
-    conflicts: int = 0
 
     @classmethod
     def of(cls, path: Path, *, killed: bool = False) -> ProcessLog:
@@ -160,7 +152,6 @@ class ProcessLog:
                     begun[intent.number] = Operation(intent)
                 case Done() as done:
                     operation = begun.pop(done.number)
-                    log.conflicts += done.conflicts
                     if done.answers is not None:
                         operation.answers, operation.seconds = done.answers or None, done.seconds
                         log.operations.append(operation)
