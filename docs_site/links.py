@@ -1,0 +1,39 @@
+"""Links between pages: written for the repository, rewritten for the site."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from typing import Final
+
+PROJECT_PAGES: Final = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+"""Pages at the top of the repository, which are in the folder project/ of the site."""
+
+_ELSEWHERE: Final = {
+    "README.md": "docs/index.md",
+    "docs/decisions": "docs/index.md#decisions",
+    **{each: f"docs/project/{each}" for each in PROJECT_PAGES},
+}
+"""Where the site has what a link in the repository leads to."""
+
+_LINK: Final = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+_COMMENT: Final = re.compile(r"^<!--.*?-->\n", re.MULTILINE)
+
+
+def for_site(markdown: str, source: str, target: str) -> str:
+    """A page as the site needs it.
+
+    Args:
+        markdown: the page.
+        source: its path in the repository, to which its links are relative.
+        target: its path as a page of the site, below `docs`.
+    """
+
+    def moved(link: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link[1]))
+        found = _ELSEWHERE.get(path, path)
+        relative = posixpath.relpath(found, posixpath.dirname(target))
+        return relative + (link[2] or "" if "#" not in found else "")
+
+    # Without the comments that say why a block is not run.
+    return _LINK.sub(moved, _COMMENT.sub("", markdown))
