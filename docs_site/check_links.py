@@ -55,12 +55,5 @@ def mistakes(site: Path) -> list[str]:
     return found
 
 
-def main() -> int:
-    site = Path(sys.argv[1]).resolve()
-    found = mistakes(site)
-    print("\n".join(found) or f"all links in {site.name} lead somewhere")
-    return 1 if found else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit("\n".join(mistakes(Path(sys.argv[1]).resolve())) or 0)

@@ -18,11 +18,10 @@ from docs_site import commands, links, reference  # noqa: E402
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Add the generated pages to the navigation, and the decisions in the order of their numbers."""
-    assert config.nav is not None
     sections = [f"reference/{name}.md" for name in reference.SECTIONS]
     names = [{name: f"commands/{name}.md"} for name, _ in commands.pages()]
     decisions = sorted(path.name for path in (ROOT / "docs/decisions").glob("*.md"))
-    *pages, project = config.nav
+    *pages, project = config.nav or []
     config.nav = [
         *pages,
         {"Reference": sections},
@@ -35,7 +34,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the generated pages, and those at the top of the repository."""
-    texts = {f"reference/{name}.md": reference.text_of(each) for name, each in reference.SECTIONS.items()}
+    texts = {
+        f"reference/{name}.md": reference.text_of(each) for name, each in reference.SECTIONS.items()
+    }
     texts |= {f"commands/{name}.md": text for name, text in commands.pages()}
     texts |= {"commands/index.md": commands.index()}
     texts |= {f"project/{each}": (ROOT / each).read_text("utf-8") for each in links.PROJECT_PAGES}

@@ -1,4 +1,4 @@
-"""Links between pages: written for the repository, rewritten for the site."""
+"""Pages are written for the repository: their links, and what differs, rewritten for the site."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _ELSEWHERE: Final = {
 """Where the site has what a link in the repository leads to."""
 
 _LINK: Final = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+_ROW: Final = re.compile(r"^\|.*$", re.MULTILINE)
+_CODE: Final = re.compile(r"`[^`\n]+`")
 _COMMENT: Final = re.compile(r"^<!--.*?-->\n", re.MULTILINE)
 
 
@@ -36,4 +38,9 @@ def for_site(markdown: str, source: str, target: str) -> str:
         return relative + (link[2] or "" if "#" not in found else "")
 
     # Without the comments that say why a block is not run.
-    return _LINK.sub(moved, _COMMENT.sub("", markdown))
+    return _LINK.sub(moved, _ROW.sub(_with_bars, _COMMENT.sub("", markdown)))
+
+
+def _with_bars(row: re.Match[str]) -> str:
+    """A row of a table in which bars in code are not escaped: here, they would keep the backslash."""
+    return _CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0])
