@@ -15,13 +15,11 @@ class Section(NamedTuple):
         title: its heading.
         text: the sentence below the heading.
         names: what it describes, as names of `hf_async_store` or of its modules.
-        inherited: whether methods of base classes are listed, too.
     """
 
     title: str
     text: str
     names: tuple[str, ...]
-    inherited: bool = False
 
 
 ERRORS: Final = tuple(
@@ -123,6 +121,5 @@ SECTIONS: Final[Mapping[str, Section]] = {
 
 def text_of(section: Section) -> str:
     """The page, in Markdown, with an instruction for mkdocstrings for each name."""
-    options = "    options:\n      inherited_members: true\n" if section.inherited else ""
-    names = "\n\n".join(f"::: hf_async_store.{each}\n{options}" for each in section.names)
+    names = "\n\n".join(f"::: hf_async_store.{each}" for each in section.names)
     return f"# {section.title}\n\n{section.text}\n\n{names}\n"

@@ -14,16 +14,8 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = (
-    "README.md",
-    *(
-        f"docs/{name}.md"
-        for name in (
-            *("guide", "getting-started", "typed-collections", "without-asyncio", "http-status"),
-            *("testing-applications", "guarantees", "agreement", "plans-and-capabilities"),
-            *("coming-from/orb-py", "coming-from/tinydb", "coming-from/sqlalchemy"),
-            *("coming-from/pynamodb", "coming-from/py-key-value"),
-        )
-    ),
+    ROOT / "README.md",
+    *(each for each in sorted((ROOT / "docs").rglob("*.md")) if "```python" in each.read_text()),
 )
 
 
@@ -46,9 +38,10 @@ def module_of(page: str) -> str:
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         files = {}
-        for name in PAGES:
+        for page in PAGES:
+            name = str(page.relative_to(ROOT))
             path = Path(folder, re.sub(r"\W", "_", name.removesuffix(".md")) + ".py")
-            path.write_text(module_of((ROOT / name).read_text("utf-8")), "utf-8")
+            path.write_text(module_of(page.read_text("utf-8")), "utf-8")
             files[str(path)] = name
         options = ["--strict", "--no-error-summary", "--no-pretty", "--config-file="]
         done = subprocess.run(
