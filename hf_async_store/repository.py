@@ -286,8 +286,8 @@ class RepositoryInterface(ABC):
         Raises:
             EntityNotFoundError: the entity does not exist; nothing is inserted.
             InvalidFieldError: also if a stored value has a type that the change does not apply to.
-            ConcurrencyConflictError, InvalidVersionError, UnsupportedValueError,
-            ReferenceViolationError: as in `save_entity`.
+            ConcurrencyConflictError, InvalidVersionError: as in `save_entity`.
+            UnsupportedValueError, ReferenceViolationError: as in `save_entity`.
         """
         check_boolean(returning, "returning")
         expect = check_version(expected_version, absent=False)
