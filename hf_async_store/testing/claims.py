@@ -6,12 +6,12 @@ Cases about time set the clock of the engine; only those about renewal in the ba
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from hf_async_store import claim_records
 from hf_async_store.claim_clock import Moment
 from hf_async_store.errors import (
     ClaimLostError,
@@ -226,7 +226,7 @@ class ClaimContract:
         self, harness: Harness, store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         _claims(harness)
-        monkeypatch.setattr(claim_records.time, "time_ns", lambda: 1)  # all choose the same token
+        monkeypatch.setattr(time, "time_ns", lambda: 1)  # all choose the same token
         await _create(store, ["a"])
         async with second_store(harness, store) as other:
             for _ in range(repetitions(_ROUNDS)):
@@ -346,12 +346,13 @@ class ClaimContract:
             async with store.engine.claimed_session(key, 1):
                 pytest.fail("the claim is not held")
 
-        for use in (
+        uses: list[Callable[[], Awaitable[None]]] = [
             lambda: store.engine.renew_claim(key, 1, 10.0),
             lambda: store.engine.release_claim(key, 1, None),
             lambda: store.engine.release_claim(key, 1, 1.0),
             transact,
-        ):
+        ]
+        for use in uses:
             with pytest.raises(ClaimLostError):
                 await use()
         assert await store.claims(collection) == []
