@@ -6,6 +6,7 @@ Cases about time set the clock of the engine; only those about renewal in the ba
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
@@ -226,7 +227,7 @@ class ClaimContract:
         self, harness: Harness, store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         _claims(harness)
-        monkeypatch.setattr("time.time_ns", lambda: 1)  # all choose the same token
+        monkeypatch.setattr(time, "time_ns", lambda: 1)  # all choose the same token
         await _create(store, ["a"])
         async with second_store(harness, store) as other:
             for _ in range(repetitions(_ROUNDS)):
@@ -346,7 +347,7 @@ class ClaimContract:
             async with store.engine.claimed_session(key, 1):
                 pytest.fail("the claim is not held")
 
-        uses: list[Callable[[], Awaitable[object]]] = [
+        uses: list[Callable[[], Awaitable[None]]] = [
             lambda: store.engine.renew_claim(key, 1, 10.0),
             lambda: store.engine.release_claim(key, 1, None),
             lambda: store.engine.release_claim(key, 1, 1.0),

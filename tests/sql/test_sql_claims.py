@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
-from hf_async_store import claim_records, open_store
+from hf_async_store import open_store
 
 if TYPE_CHECKING:
     import pytest
@@ -19,6 +20,6 @@ async def test_104_tokens_increase_by_the_clock_of_the_server(
         await store.create_entity("requests", REQUEST)
         [first] = await store.claim_entities("requests")
         await first.finish()
-        monkeypatch.setattr(claim_records.time, "time_ns", lambda: 1)
+        monkeypatch.setattr(time, "time_ns", lambda: 1)
         [second] = await store.claim_entities("requests")
         assert second.token > first.token
