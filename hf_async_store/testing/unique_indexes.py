@@ -363,6 +363,25 @@ class UniqueIndexContract:
             ).owner_id == owner
         await unique.create_entity("things", thing("e", "free"))
 
+    async def test_99_a_call_in_a_transaction_moves_values_in_its_order(
+        self, unique: StorageStrategy
+    ) -> None:
+        async with unique.begin_transaction() as tx:
+            await tx.create_entity("things", thing("c", "z"))
+            await tx.update_entities(
+                "things",
+                {
+                    "c": {"name": "free", "zone": "z"},
+                    "a": {"name": "z"},
+                    "b": {"name": "x", "zone": "z"},
+                },
+            )
+            created = {"created_at": "2026-01-01T00:00:00.000000Z"}
+            await tx.save_entities(
+                "things", [thing("d", "d", **created), thing("a"), thing("e", "z", **created)]
+            )
+        assert await names_of(unique) == {"a": None, "b": "x", "c": "free", "d": "d", "e": "z"}
+
     async def test_99_values_are_checked_change_by_change(self, unique: StorageStrategy) -> None:
         """Two values cannot be swapped directly, as in SQL, but by way of a third one."""
         with pytest.raises((UniqueViolationError, TransactionAbortedError)):
