@@ -921,10 +921,12 @@ class RepositoryInterface(ABC):
     ) -> int:
         """The number of matching entities."""
         query = await self._built_query(collection, filters, None, None, None)
-        started = perf_counter()
-        async with operation_timeout(timeout):
-            number = await self._count(query)
-        self._slow_queries.note(query, started, number)
+        started, number = perf_counter(), 0
+        try:
+            async with operation_timeout(timeout):
+                number = await self._count(query)
+        finally:
+            self._slow_queries.note(query, started, number)
         return number
 
     async def count_by(
@@ -986,11 +988,13 @@ class RepositoryInterface(ABC):
         query = await self._built_query(collection, filters, None, None, [Path((steps[0],))])
         read = value_reader(steps)
         started, rows = perf_counter(), 0
-        async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
-            async for batch in batches:
-                result.add(map(read, batch))
-                rows += len(batch)
-        self._slow_queries.note(query, started, rows)
+        try:
+            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
+                async for batch in batches:
+                    result.add(map(read, batch))
+                    rows += len(batch)
+        finally:
+            self._slow_queries.note(query, started, rows)
 
     async def min_of(
         self,
@@ -1079,11 +1083,13 @@ class RepositoryInterface(ABC):
     ) -> list[Entity]:
         entities: list[Entity] = []
         started = perf_counter()
-        async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
-            async for batch in batches:
-                entities += [project(each, fields) for each in batch[skipped:]]
-                skipped = max(0, skipped - len(batch))
-        self._slow_queries.note(query, started, len(entities))
+        try:
+            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
+                async for batch in batches:
+                    entities += [project(each, fields) for each in batch[skipped:]]
+                    skipped = max(0, skipped - len(batch))
+        finally:
+            self._slow_queries.note(query, started, len(entities))
         return entities
 
     async def _rows(self, query: Query) -> AsyncGenerator[Entity, None]:
