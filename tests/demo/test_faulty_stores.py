@@ -244,7 +244,7 @@ async def test_two_holders_of_a_request_are_detected(
 
 async def test_what_is_not_purged_is_detected(capsys: pytest.CaptureFixture[str]) -> None:
     def opening(plan: Plan) -> StorageStrategy:
-        return NotPurging(collections=plan.collections(), purge_seconds=None)
+        return NotPurging(collections=plan.collections())
 
     assert await run_demo(settings(), opening) == FAILED
     out = capsys.readouterr().out

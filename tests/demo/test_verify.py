@@ -292,7 +292,9 @@ def test_a_write_under_a_lost_claim_is_in_doubt(tmp_path: Path) -> None:
         write_log.done(write_log.intent("count", [STEP]), [])
 
     for uses in (2, 3, 4):
-        stored = {"templates": {"t": {"template_id": "t", "uses": uses, "version": uses - 1}}}
+        stored: dict[str, Any] = {
+            "templates": {"t": {"template_id": "t", "uses": uses, "version": uses - 1}}
+        }
         seen = broken(tmp_path, stored, sequence(), cancelled, templates=base)
         assert (seen == {}) is (uses < 4)
 

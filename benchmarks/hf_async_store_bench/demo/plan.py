@@ -73,12 +73,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     def collections(self) -> list[Collection]:
         """Those of the spec; completed returns of the run expire, and nothing else."""
-        where = {"status": "COMPLETED", "request_type": "return"}
-        where |= {"request_id": begins_with(self.prefix)}
+        where = {"status": "COMPLETED", "request_id": begins_with(f"{self.prefix}return-")}
         expires = Expire("completed_at", after=timedelta(seconds=KEPT_SECONDS), where=where)
         templates, old, machines = HOST_FACTORY
-        declared = {"fields": list(old.fields.values())[1:-2], "indexes": old.indexes}
-        return [templates, Collection(old.name, key=old.key, expires=expires, **declared), machines]
+        fields = list(old.fields.values())[
+            1:-2
+        ]  # a collection declares its key and its times itself
+        new = Collection(old.name, key=old.key, fields=fields, indexes=old.indexes, expires=expires)
+        return [templates, new, machines]
 
 
 def draw_sizes(seed: int, process: int, requests: int) -> list[int]:

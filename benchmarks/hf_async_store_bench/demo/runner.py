@@ -113,9 +113,8 @@ class _Run:
             self._screen.stage("The run generates templates.")
             made = data.made_up(self._prefix)
             await store.create_entities("templates", made)
-            templates = [str(each["template_id"]) for each in made]
-            stored = ({**each, "version": 1} for each in made)
-            self._base["templates"] = dict(zip(templates, stored, strict=True))
+            self._base["templates"] = {i["template_id"]: {**i, "version": 1} for i in made}
+            templates = list(self._base["templates"])
         requests = self._base["requests"].items()
         adopted = [name for name, each in requests if each.get("status") in data.OPEN]
         return msgspec.structs.replace(plan, templates=templates, adopted=adopted)

@@ -37,8 +37,7 @@ class Intent(msgspec.Struct, frozen=True, tag="intent"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The store answered: for each write, an answer for each of its ids; None: nothing was written;
-    []: the loss of a claim cancelled it, and nobody knows."""
+    """The store's answers, by write and id; None: nothing was written; []: cancelled, and nobody knows."""
 
     number: int
     answers: list[list[Answer]] | None
