@@ -14,15 +14,15 @@ DATA ?=
 BASE ?=
 OPTIONS ?=
 
-.PHONY: demo test test-long check format bench bench-full bench-compare dist docs clean
+.PHONY: demo test test-long check format bench bench-full bench-queries bench-compare dist docs clean
 
 demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes, one killed
 	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
 
-test: $(STAMP)  ## every test but the long sweeps
+test: $(STAMP)  ## every test but the long sweeps, with a third of its variants
 	$(PYTEST) -n 4
 
-test-long: $(STAMP)  ## the long sweeps, too
+test-long: $(STAMP)  ## all variants, and the long sweeps, too
 	$(PYTEST) --hf-full -m "long or not long"
 
 check: $(STAMP)  ## style, types by three checkers, and which layer may import which
@@ -49,6 +49,9 @@ bench: $(BENCH_STAMP)  ## measures this machine within 2 minutes; the report is 
 
 bench-full: $(BENCH_STAMP)  ## everything within 20 minutes; writes the results into docs/benchmarks.md
 	$(BIN)/hf-async-store bench --full --output benchmarks/results --page docs/benchmarks.md
+
+bench-queries: $(STAMP)  ## what queries cost on stores of 1,000 to 1,000,000 machines; takes 10 minutes
+	$(BIN)/hf-async-store bench --output benchmarks/results --entities 1000000 $(foreach engine,json sqlite postgresql,--workload "queries of $(engine)")
 
 bench-compare: $(STAMP)  ## BASE=commit: is this checkout slower or faster than that commit?
 	$(BIN)/python -m hf_async_store_bench.two_commits $(BASE) $(OPTIONS)

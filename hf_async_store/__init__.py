@@ -15,12 +15,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.changes import ABSENT
+from hf_async_store.claims import Claim
 from hf_async_store.config import StorageConfig, load_config
-from hf_async_store.driver import Capabilities, QueryPlan, SchemaChange
+from hf_async_store.driver import Capabilities, ClaimInfo, QueryPlan, SchemaChange
 from hf_async_store.errors import (
     AlreadyExistsError,
     AuthenticationError,
     BatchError,
+    ClaimLostError,
     ConcurrencyConflictError,
     ConfigurationError,
     CorruptionError,
@@ -64,6 +66,7 @@ from hf_async_store.errors import (
     UnsupportedValueError,
     VerificationError,
 )
+from hf_async_store.expiry import Expire
 from hf_async_store.field_operations import add_to_set, append, increment, remove_from_set
 from hf_async_store.models import References, StoreVersion
 from hf_async_store.query import (
@@ -129,6 +132,9 @@ __all__ = [
     "AuthenticationError",
     "BatchError",
     "Capabilities",
+    "Claim",
+    "ClaimInfo",
+    "ClaimLostError",
     "Collection",
     "ConcurrencyConflictError",
     "ConfigurationError",
@@ -139,6 +145,7 @@ __all__ = [
     "Entity",
     "EntityNotFoundError",
     "EventLoopMismatchError",
+    "Expire",
     "Field",
     "Index",
     "InvalidCursorError",

@@ -7,7 +7,7 @@ what is not in order is sorted group by group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
 from typing import Final, Literal, NamedTuple, TypeVar
@@ -70,6 +70,7 @@ class AccessPath(NamedTuple):
         ordered: "complete": the entries are in the order of the query; "groups": groups of entries
             that are equal in the first `parts` values after the head are in this order; "none".
         reverse: whether the index is read backwards.
+        ids: the only ids that can match, in order; None if they are not known without the index.
     """
 
     fields: Fields
@@ -80,22 +81,12 @@ class AccessPath(NamedTuple):
     ordered: Literal["complete", "groups", "none"]
     parts: int
     reverse: bool
+    ids: list[str] | None = None
 
     @property
     def constrained(self) -> bool:
         """Whether the filter excludes entries of the index."""
         return self.equalities > 0 or self.bounded
-
-    @property
-    def ids(self) -> list[str] | None:
-        """The only ids that can match, in order; None if they are not known without the index."""
-        if self.fields != BY_ID:
-            return None
-        spans = self.spans
-        if any(high != (b"", low + "\x00") for (_, low), high in spans):
-            return None
-        ids = [low for (_, low), _ in spans]
-        return ids[::-1] if self.reverse else ids
 
     @property
     def spans(self) -> list[Span]:
@@ -130,6 +121,7 @@ class Conditions:
                 self._add(str(each.path[0]), each)
         self._read_order(query)
         self._after = query.after
+        self.has_many_values = query.has_many_values
 
     def _add(self, name: str, comparison: Comparison) -> None:
         if comparison.op == "eq":
@@ -164,6 +156,10 @@ class Conditions:
         if fields == BY_ID or fields[0] in self._ranges:
             return True
         return bool(self._order) and self._order[0].path == fields[:1]
+
+    def paths(self, indexes: Iterable[Fields]) -> list[AccessPath]:
+        """How the query reads each index that concerns it."""
+        return [self.path(each) for each in indexes if self.concern(each)]
 
     def path(self, fields: Fields) -> AccessPath:
         """How the query reads the index with these fields."""
@@ -201,7 +197,9 @@ class Conditions:
             parts=0,
             reverse=self.descending_ids and not self._order,
         )
-        return path if self._after is None else self._continued(path, 0, self._after)
+        if self._after is not None:
+            path = self._continued(path, 0, self._after)
+        return path._replace(ids=_only_ids(path))
 
     def _start_of_order(self, fields: Fields) -> int:
         """The field of an index at which the order begins; after the last one, the ids."""
@@ -308,7 +306,7 @@ class _Spans:
         return True
 
     def streams(self) -> list[Stream]:
-        bounds = [(key_bound(low), key_bound(high)) for low, high, _ in self._bounds]
+        bounds = [(key_bound(each.low), key_bound(each.high)) for each in self._bounds]
         if not self.bounded:
             bounds = [(b"", AFTER)]
         streams = []
@@ -316,6 +314,15 @@ class _Spans:
             spans = [Span((k + low, ""), (k + high, "")) for _, k in keys for low, high in bounds]
             streams.append(Stream(head, spans))
         return streams
+
+
+def _only_ids(path: AccessPath) -> list[str] | None:
+    """The ids that a path by id reads; None if it has spans that may contain several."""
+    spans = path.spans
+    if any(each.high != (b"", each.low[1] + "\x00") for each in spans):
+        return None
+    ids = [each.low[1] for each in spans]
+    return ids[::-1] if path.reverse else ids
 
 
 def _id_spans(comparison: Comparison) -> list[Span] | None:

@@ -6,7 +6,8 @@ another one, it is read and judged again. So an entity that has stopped matching
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Final, cast
 
 import msgspec
@@ -74,7 +75,8 @@ class ChangesByFilter:
         query = await self._store._first_page(msgspec.structs.replace(self._query, paged=True))
         while True:
             size = _BATCH_SIZE if query.limit is None else min(_BATCH_SIZE, query.limit - self.done)
-            page = await self._read(query.with_limit(size)) if size else []
+            async with Owned(self._read(query.with_limit(size))) as batches:
+                page = [each async for batch in batches for each in batch]
             unseen = [each for each in page if seen is None or self._id(each) not in seen]
             await self._change_independently(unseen)
             if len(page) < max(size, 1):
@@ -89,20 +91,25 @@ class ChangesByFilter:
 
         All of them are read first, so that the changes do not affect what the query returns.
         """
-        ids = [self._id(each) for each in await self._read(self._query)]
+        ids: list[str] = []
+        async with Owned(self._read(self._query)) as batches:
+            async for batch in batches:
+                ids += map(self._id, batch)
         for start in range(0, len(ids), _BATCH_SIZE):
             # By key, so that what was judged is part of the transaction, on engines whose queries are not.
             entities = await self._matching(ids[start : start + _BATCH_SIZE])
             if entities:
                 await self._store._write(self._changes(entities), None)
                 self._changed(entities)
+            await asyncio.sleep(0)  # an engine in memory may not have awaited anything
 
-    async def _read(self, query: Query) -> list[Entity]:
+    async def _read(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         if query.limit == 0:
-            return []
+            return
         try:
             async with Owned(self._store._select_batches(query)) as batches:
-                return [each async for batch in batches for each in batch]
+                async for batch in batches:
+                    yield batch
         except StorageError as exc:
             if not self.done:
                 raise

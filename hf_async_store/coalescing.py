@@ -110,7 +110,8 @@ class Coalescer(Generic[Item, Result]):
         self._key = key
         self._lanes = lanes
         self._size = size
-        self._queue: deque[tuple[_Waiter[Item, Result], int]] = deque()
+        # The calls, each with a range of its items: one entry even for 100,000 of them.
+        self._queue: deque[tuple[_Waiter[Item, Result], int, int]] = deque()
         # The keys of running batches, without those of a single lane, which keeps the order itself.
         # Further items with them must wait.
         self._busy: set[Key] = set()
@@ -138,7 +139,7 @@ class Coalescer(Generic[Item, Result]):
         waiter: _Waiter[Item, Result] = _Waiter(
             items, loop.create_future(), [_NO_RESULT] * count, count
         )
-        self._queue.extend((waiter, index) for index in range(count))
+        self._queue.append((waiter, 0, count))
         self._schedule_start()
         timer = None
         if timeout is not None:
@@ -221,23 +222,24 @@ class Coalescer(Generic[Item, Result]):
         Items whose call has ended are dropped; items whose key is in a running batch stay queued.
         """
         batch: _Batch[Item, Result] = []
-        skipped: _Batch[Item, Result] = []
+        skipped: list[tuple[_Waiter[Item, Result], int, int]] = []
         queue = self._queue
         while queue and len(batch) < self._size:
-            entry = queue.popleft()
-            waiter, index = entry
+            waiter, index, stop = queue.popleft()
             if waiter.done.done():
                 continue
+            if index + 1 < stop:
+                queue.appendleft((waiter, index + 1, stop))
             if (
                 self._busy
                 and self._key is not None
                 and self._key(waiter.items[index]) in self._busy
             ):
-                skipped.append(entry)
+                skipped.append((waiter, index, index + 1))
                 continue
             waiter.started = True
             waiter.in_progress += 1
-            batch.append(entry)
+            batch.append((waiter, index))
         queue.extendleft(reversed(skipped))
         if self._lanes > 1:
             self._busy.update(self._keys(batch))

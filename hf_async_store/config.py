@@ -392,6 +392,8 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         connect_timeout, read_timeout: seconds for one request.
         retry_timeout: seconds for which throttled or failed requests are retried.
         max_pool_connections: the maximum number of requests in progress at once.
+        max_clock_skew: by how many seconds the clocks of the programs may differ: holders of claims stop
+            that much earlier.
     """
 
     _urls = ("dax_endpoint", "endpoint_url")
@@ -413,6 +415,7 @@ class DynamoDBConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     read_timeout: Seconds = 10.0
     retry_timeout: Seconds = 30.0
     max_pool_connections: AtLeastOne = 32
+    max_clock_skew: Annotated[float, msgspec.Meta(ge=0)] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()

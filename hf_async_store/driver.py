@@ -7,7 +7,9 @@ the package is shared by the engines.
 An engine that has the current entity in memory decides with `changed`, `check_parents` and
 `check_children`, and keeps the changes of a session in an `Overlay`; `strategies/memory.py` shows
 how. An engine that checks conditions elsewhere uses `check`, `patched` and `next_version`; an update for
-which `plain_fields` is None contains field operations, and needs the stored entity. A strategy
+which `plain_fields` is None contains field operations, and needs the stored entity. If a change has
+`lifetimes`, the stored entity and the parents may have expired: `changed` and `Overlay` take that into
+account, other engines decide with `present` and `is_there`. A strategy
 that other packages can install is a subclass of `StorageStrategy`, registered in the entry-point
 group `hf_async_store.strategies`.
 
@@ -19,11 +21,12 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from hf_async_store import claim_records
 from hf_async_store.changes import (
     ABSENT,
     ANY,
@@ -36,6 +39,8 @@ from hf_async_store.changes import (
     Put,
     Record,
 )
+from hf_async_store.claim_clock import BootClock, ClaimClock
+from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimTerms, claim_key
 from hf_async_store.config import Secret, StrategyOptions, options_of
 from hf_async_store.declarations import are_equal, decoded, encoded, merged
 from hf_async_store.errors import (
@@ -53,11 +58,19 @@ from hf_async_store.preconditions import (
     check,
     check_children,
     check_parents,
+    is_there,
     next_version,
     patched,
+    present,
 )
 from hf_async_store.query import Query, compile_filter, ordered
-from hf_async_store.schema import CATALOGUE_COLLECTION, Collection, Index, Schema
+from hf_async_store.schema import (
+    CATALOGUE_COLLECTION,
+    LOCK_COLLECTION,
+    Collection,
+    Index,
+    Schema,
+)
 from hf_async_store.values import (
     CREATED_AT,
     UPDATED_AT,
@@ -76,6 +89,10 @@ __all__ = [
     "Capabilities",
     "Change",
     "ChangeMarker",
+    "ClaimClock",
+    "ClaimInfo",
+    "ClaimTerms",
+    "Claimed",
     "Collection",
     "Delete",
     "Engine",
@@ -105,13 +122,17 @@ __all__ = [
     "check",
     "check_children",
     "check_parents",
+    "claim_key",
     "compile_filter",
     "copy_entity",
+    "giving_back",
+    "is_there",
     "next_version",
     "options_of",
     "ordered",
     "patched",
     "plain_fields",
+    "present",
     "remember_in",
     "run_to_completion",
 ]
@@ -140,10 +161,13 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         indexes: declared indexes and keys narrow a query; else every query is a scan.
         references: declared references are enforced.
         unique_indexes: unique indexes are enforced. A store of another engine refuses their declaration.
+        claims: entities can be claimed (`Engine.claim`): a deletion ends the claim of its entity.
         change_markers: a change may carry a change marker, written in the same commit; they show a
             live migration which entities it still has to copy.
         detects_recreation: after an entity was deleted and created again, a writer that read it
             before the deletion is refused even if the versions are equal.
+        removes_expired: it removes the entities of a declaration with `expires` itself, some time after
+            they have expired.
         default_order: "id" where a query without order_by returns entities sorted by id, else "none".
         conflict_entity: a version conflict carries the stored entity.
         max_transaction_changes, max_transaction_bytes: limits of one transaction; None: limited only
@@ -166,8 +190,10 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     indexes: bool = True
     references: bool = True
     unique_indexes: bool = False
+    claims: bool = False
     change_markers: bool = False
     detects_recreation: bool = False
+    removes_expired: bool = False
     default_order: Literal["id", "none"] = "id"
     conflict_entity: bool = True
     max_transaction_changes: int | None = None
@@ -316,9 +342,11 @@ class Engine(Reader):
 
     Attributes:
         capabilities: required.
+        claim_clock: by which the leases of claims end; tests replace it.
     """
 
     capabilities: Capabilities
+    claim_clock: ClaimClock = BootClock()
 
     # -- required ----------------------------------------------------------------------------
 
@@ -439,6 +467,93 @@ class Engine(Reader):
 
     async def _catalogue_record(self) -> Record | None:
         return await self.fetch_undeclared(CATALOGUE_COLLECTION, _CATALOGUE_KEY.id)
+
+    # -- claims ------------------------------------------------------------------------------
+    #
+    # The defaults keep a claim as an entity of the collection `hf_claims`, and decide in a session. They
+    # are for an engine whose sessions are serializable for reads by key, that can store entities of any
+    # collection that its schema (`schema_of`) can look up, and that deletes `claim_key` of an entity
+    # together with the entity (`Overlay` does). All its processes must read the same `claim_clock`.
+
+    async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
+        """Claim the first entities that match and that nobody holds, up to the limit of the query, in
+        its order. In one atomic step, which changes neither the entities nor their versions.
+
+        If it fails or is cancelled, nothing stays claimed: see `giving_back`."""
+        async with giving_back(self) as claimed:
+            async with self.session(None) as session:
+                claimed += await claim_records.take(session, query, terms, self.claim_clock.now())
+            return claimed
+
+    async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
+        """Claim the first of some keys that nobody holds; None if all are held. There is no entity with
+        these keys, and their collection is not declared."""
+        async with giving_back(self) as claimed:
+            async with self.session(None) as session:
+                now = self.claim_clock.now()
+                found = await claim_records.take_name(session, keys, terms, now)
+                claimed += [] if found is None else [found]
+            return claimed[0] if claimed else None
+
+    async def renew_claim(self, key: Key, token: int, lease: float) -> None:
+        """Let a claim end `lease` seconds from now.
+
+        Raises:
+            ClaimLostError: it is not held with this token any more.
+        """
+        async with self.session(None) as session:
+            await claim_records.renew(session, key, token, lease, self.claim_clock.now())
+
+    async def release_claim(self, key: Key, token: int, after: float | None) -> None:
+        """End a claim.
+
+        Args:
+            after: when the entity can be claimed again, in seconds from now. None: at once, and how often
+                it was claimed is forgotten.
+
+        Raises:
+            ClaimLostError: it is not held with this token any more.
+        """
+        async with self.session(None) as session:
+            await claim_records.release(session, key, token, after, self.claim_clock.now())
+
+    def claimed_session(
+        self, key: Key, token: int, *, ends: bool = False
+    ) -> AbstractAsyncContextManager[Session]:
+        """A session that commits only if a claim is held with this token, atomically with the commit.
+
+        It may do I/O, and raise, when the context is entered.
+
+        Args:
+            ends: the commit ends the claim, and forgets how often the entity was claimed.
+
+        Raises:
+            ClaimLostError: it is not held with this token any more.
+        """
+        return self._claimed_session(key, token, ends=ends)
+
+    @asynccontextmanager
+    async def _claimed_session(
+        self, key: Key, token: int, *, ends: bool
+    ) -> AsyncGenerator[Session, None]:
+        async with self.session(None) as session:
+            await claim_records.check(session, key, token, self.claim_clock.now())
+            yield session
+            if ends:
+                await claim_records.end(session, key)
+
+    async def break_claim(self, key: Key) -> bool:
+        """End a claim whoever holds it, and forget how often the entity was claimed; returns whether
+        there was anything to forget."""
+        async with self.session(None) as session:
+            return await claim_records.end(session, key)
+
+    async def claims(self, collection: str) -> list[ClaimInfo]:
+        """The claims of a collection, by id. Nothing is created."""
+        async with self.session(None) as session:
+            return await claim_records.listed(session, collection, self.claim_clock.now())
+
+    # -- schema and health -------------------------------------------------------------------
 
     async def schema_changes(self) -> list[SchemaChange]:
         """What the store lacks for its declaration, in terms of this engine: tables, columns, indexes.
@@ -566,6 +681,30 @@ async def batched(records: AsyncGenerator[Record, None]) -> AsyncGenerator[list[
                 batch = []
     if batch:
         yield batch
+
+
+@asynccontextmanager
+async def giving_back(engine: Engine) -> AsyncGenerator[list[Claimed], None]:
+    """A list for what a block claims, which is released again if the block fails or is cancelled.
+
+    Without it, a caller that is cancelled while its claim is committed would hold, until the lease ends,
+    what it has never heard of.
+    """
+    claimed: list[Claimed] = []
+    try:
+        yield claimed
+    except BaseException:
+        if claimed:
+            await run_to_completion(_give_back(engine, claimed))
+        raise
+
+
+async def _give_back(engine: Engine, claimed: Sequence[Claimed]) -> None:
+    for each in claimed:
+        key = each.record.key
+        after = None if key.collection == LOCK_COLLECTION.name else 0.0
+        with suppress(StorageError):  # if it was not committed, it is not held
+            await engine.release_claim(key, each.token, after)
 
 
 async def run_to_completion(work: Awaitable[Result]) -> Result:

@@ -276,6 +276,19 @@ class TransactionReentryError(TransactionError):
     """
 
 
+class ClaimLostError(StorageError):
+    """A claim or a lock is not held any more, so what was done under it was refused.
+
+    Its lease has ended, it was released or broken, or its entity was deleted. Another program may work on
+    the entity now.
+    """
+
+    def __init__(self, message: str, collection: str, entity_id: str) -> None:
+        super().__init__(message)
+        self.collection = collection
+        self.entity_id = entity_id
+
+
 class TransactionTooLargeError(TransactionError):
     """More changes or bytes than the engine allows in one transaction; nothing was written."""
 

@@ -1,13 +1,25 @@
-"""Long work in pieces, between which the event loop runs other tasks."""
+"""Long work, during which the event loop runs other tasks: in pieces, or in a thread."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Generic, Self, TypeVar
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+async def computed(work: Callable[[], Result], *, long: bool) -> Result:
+    """The result of a pure function; of one that takes long, from a thread.
+
+    A thread gives the interpreter back to the event loop every 5 ms. If the caller is cancelled, the
+    thread completes its work, which has no effect.
+    """
+    if not long:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 class Chunks(Generic[Item]):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
+from hf_async_store.driver import QueryPlan
 from hf_async_store.query import And, Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hf_async_store.driver import QueryPlan
     from hf_async_store.query import Query, Steps
     from hf_async_store.schema import Collection
 
@@ -31,6 +31,16 @@ def advice(collection: Collection, query: Query, plan: QueryPlan) -> str | None:
         return None
     quoted = ", ".join(f'"{each}"' for each in fields)
     return f"Index({quoted})"
+
+
+def advice_by_declaration(collection: Collection, query: Query) -> str | None:
+    """As `advice`, if the plan is not known: for a query that no declared index can serve."""
+    parts = query.where.parts if isinstance(query.where, And) else (query.where,)
+    by_key = any(
+        isinstance(each, Comparison) and each.path == (collection.key,) and each.op in _EQUALITIES
+        for each in parts
+    )
+    return advice(collection, query, QueryPlan(access="key" if by_key else "scan"))
 
 
 def _fields_to_index(collection: Collection, query: Query) -> tuple[str, ...]:

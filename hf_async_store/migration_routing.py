@@ -41,6 +41,9 @@ import msgspec
 
 from hf_async_store.changes import Change, ChangeMarker, Outcome, Put, Record
 from hf_async_store.driver import (
+    Claimed,
+    ClaimInfo,
+    ClaimTerms,
     Engine,
     Isolation,
     QueryPlan,
@@ -448,12 +451,55 @@ class MigrationRouter(Engine):
         return outcomes
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
-        return _RoutedSession(self, isolation)
+        def begin(engine: Engine) -> AbstractAsyncContextManager[Session]:
+            known = isolation in engine.capabilities.isolations
+            return engine.session(isolation if known else None)
+
+        return _RoutedSession(self, begin)
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
         async with (await self.in_use()).snapshot() as reader:
             yield reader
+
+    # Claims are not copied: each ends when another store becomes the active one, which does not know its
+    # token and so refuses its holder.
+
+    async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
+        route = await self.current_route()
+        claimed = await self.engine_of(route).claim(query, terms)
+        return claimed if await self._is_still_active(route) else []
+
+    async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
+        route = await self.current_route()
+        claimed = await self.engine_of(route).claim_name(keys, terms)
+        return claimed if await self._is_still_active(route) else None
+
+    async def _is_still_active(self, route: Route) -> bool:
+        """Whether the store of a route was the active one until now."""
+        while not self.is_valid(route):
+            current = await self.current_route()
+            if current.location != route.location or current.term != route.term:
+                return False
+            route = current
+        return True
+
+    async def renew_claim(self, key: Key, token: int, lease: float) -> None:
+        await (await self.in_use()).renew_claim(key, token, lease)
+
+    async def release_claim(self, key: Key, token: int, after: float | None) -> None:
+        await (await self.in_use()).release_claim(key, token, after)
+
+    def claimed_session(
+        self, key: Key, token: int, *, ends: bool = False
+    ) -> AbstractAsyncContextManager[Session]:
+        return _RoutedSession(self, lambda engine: engine.claimed_session(key, token, ends=ends))
+
+    async def break_claim(self, key: Key) -> bool:
+        return await (await self.in_use()).break_claim(key)
+
+    async def claims(self, collection: str) -> list[ClaimInfo]:
+        return await (await self.in_use()).claims(collection)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         return await self.original.fetch_undeclared(collection, entity_id)
@@ -578,9 +624,13 @@ class _RoutedSession(Session):
     transaction holds. It raises a retryable conflict instead.
     """
 
-    def __init__(self, router: MigrationRouter, isolation: Isolation | None) -> None:
+    def __init__(
+        self,
+        router: MigrationRouter,
+        begin: Callable[[Engine], AbstractAsyncContextManager[Session]],
+    ) -> None:
         self._router = router
-        self._isolation = isolation
+        self._begin = begin
         self._route: Route | None = None  # from the first call of a method on
         self._session: Session | None = None
         # By the task that begins the transaction; another one may enter it.
@@ -598,11 +648,7 @@ class _RoutedSession(Session):
         return self
 
     def _context_on(self, route: Route) -> AbstractAsyncContextManager[Session]:
-        engine = self._router.engine_of(route)
-        isolation = self._isolation
-        if isolation not in engine.capabilities.isolations:
-            isolation = None
-        return engine.session(isolation)
+        return self._begin(self._router.engine_of(route))
 
     async def _enter(self, route: Route) -> None:
         self._context = self._context_on(route)

@@ -13,8 +13,10 @@ import gc
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as AbstractCollection
-from itertools import chain, zip_longest
-from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
+from itertools import chain
+from typing import Any, Final, Generic, TypeAlias, TypeVar
+
+import msgspec
 
 from hf_async_store.errors import StorageError
 from hf_async_store.query import Missing
@@ -81,7 +83,7 @@ _BLOCK: Final = 128
 """The number of entries in a new block; a block with twice as many is divided."""
 
 
-class Span(NamedTuple):
+class Span(msgspec.Struct, frozen=True, gc=False):
     """The entries from `low` on, and below `high`."""
 
     low: Entry
@@ -271,6 +273,9 @@ BY_ID: Final[Fields] = ()
 """The index of the ids."""
 
 
+_Values: TypeAlias = "Sequence[Value | Missing]"
+
+
 class Indexes(Generic[Stored]):
     """The ordered indexes of a dict of entities.
 
@@ -354,16 +359,18 @@ class Indexes(Generic[Stored]):
         return next(each for each in self.declared if each[:1] == (name,))
 
     def entry(self, fields: Fields, entity_id: str, stored: Stored) -> Entry:
-        return self._keys([fields], entity_id, stored)[0], entity_id
+        values = self._values(entity_id, stored, read=fields != BY_ID)
+        assert values is not None, "the entity exists"
+        return self._key(fields, values), entity_id
 
-    def _keys(
-        self, wanted: AbstractCollection[Fields], entity_id: str, stored: Stored
-    ) -> list[bytes]:
-        if not any(wanted):
-            return [b"" for _ in wanted]  # the index of the ids, which needs no decoding
-        values = self._read(entity_id, stored)
-        places = self._places
-        return [index_key([values[place] for place in places[fields]]) for fields in wanted]
+    def _values(self, entity_id: str, stored: Stored | None, *, read: bool) -> _Values | None:
+        """The values of `fields` of an entity, if they are needed; None: it does not exist."""
+        if stored is None:
+            return None
+        return self._read(entity_id, stored) if read else ()
+
+    def _key(self, fields: Fields, values: _Values) -> bytes:
+        return index_key([values[place] for place in self._places[fields]])
 
     async def _build(self, fields: Fields) -> None:
         if fields != BY_ID and BY_ID not in self._built:
@@ -453,15 +460,32 @@ class Indexes(Generic[Stored]):
         before: Stored | None,
         after: Stored | None,
     ) -> None:
-        old = [] if before is None else self._keys(indexes, entity_id, before)
-        new = [] if after is None else self._keys(indexes, entity_id, after)
-        for index, old_key, new_key in zip_longest(indexes.values(), old, new):
+        with_values = any(indexes)  # that of the ids needs no decoding
+        old = self._values(entity_id, before, read=with_values)
+        new = self._values(entity_id, after, read=with_values)
+        affected = indexes if old is None or new is None else self._affected(indexes, old, new)
+        for fields in affected:
+            old_key = None if old is None else self._key(fields, old)
+            new_key = None if new is None else self._key(fields, new)
             if old_key == new_key:
                 continue
             if old_key is not None:
-                index.remove((old_key, entity_id))
+                indexes[fields].remove((old_key, entity_id))
             if new_key is not None:
-                index.insert((new_key, entity_id))
+                indexes[fields].insert((new_key, entity_id))
+
+    def _affected(
+        self, indexes: Iterable[Fields], old: _Values, new: _Values
+    ) -> AbstractCollection[Fields]:
+        """The indexes in which the keys of two values of an entity may differ: usually few."""
+        places = [
+            number
+            for number, (one, other) in enumerate(zip(old, new, strict=True))
+            if not (one is other or (type(one) is type(other) is str and one == other))
+        ]
+        if not places:
+            return ()
+        return [each for each in indexes if any(n in places for n in self._places[each])]
 
     def drop(self) -> None:
         """Drop all indexes: building them again is cheaper than applying many changes."""

@@ -17,6 +17,7 @@ from hf_async_store.errors import (
     UnknownCollectionError,
     UnsupportedValueError,
 )
+from hf_async_store.expiry import Expire
 from hf_async_store.models import ModelCodec, ModelField, codec_of, default_name
 from hf_async_store.values import (
     CREATED_AT,
@@ -159,7 +160,13 @@ def described(value: Value) -> str:
     )
 
 
-class Index(msgspec.Struct, frozen=True):
+class _Uniqueness(msgspec.Struct, frozen=True, kw_only=True):
+    """The argument of `Index` that can only be given by name."""
+
+    unique: bool = False
+
+
+class Index(_Uniqueness, frozen=True):
     """A declared index of one to four fields, compared in this order.
 
     It serves a query with equality on its first fields, a range on the next one, and the order by those
@@ -179,7 +186,6 @@ class Index(msgspec.Struct, frozen=True):
     sort: str | None = None
     third: str | None = None
     fourth: str | None = None
-    unique: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.unique, bool):
@@ -206,7 +212,7 @@ class Index(msgspec.Struct, frozen=True):
         """The index of one to four fields."""
         first, *others = fields
         sort, third, fourth = [*others, None, None, None][:3]
-        return cls(first, sort, third, fourth, unique)
+        return cls(first, sort, third, fourth, unique=unique)
 
 
 class Collection:
@@ -220,6 +226,7 @@ class Collection:
         indexes: `Index`es, or names of single fields to index.
         open: queries may name undeclared fields without `path`. By default such a name is an error,
             because it may be misspelt.
+        expires: when its entities expire; None: never.
 
     Example:
         `Collection("accounts", key="account_id", fields=["owner"], indexes=["owner"])`
@@ -238,10 +245,14 @@ class Collection:
     required: tuple[str, ...]
     typed: Mapping[str, Field]
     """The fields whose values must be checked: all except optional ones of type json."""
+    unique: tuple[tuple[str, ...], ...]
+    """The fields of each unique index."""
     open: bool
     """Whether queries may name undeclared fields without `path`."""
     model: type | None
     """The class of its entities, if it was declared by `from_model`."""
+    expires: Expire | None
+    """When its entities expire."""
 
     def __init__(
         self,
@@ -251,6 +262,7 @@ class Collection:
         fields: Iterable[Field | str] = (),
         indexes: Iterable[Index | str] = (),
         open: bool = False,  # noqa: A002  # as an argument it reads best
+        expires: Expire | None = None,
     ) -> None:
         self.name = _checked_name(name, "collection name")
         if not isinstance(open, bool):
@@ -258,11 +270,17 @@ class Collection:
         self.open = open
         self.model = None
         self.key = key
+        if not isinstance(expires, Expire | None):
+            raise ConfigurationError(
+                f"collection {name!r}: expires must be an Expire, not {type(expires).__name__}"
+            )
+        self.expires = expires
         declared = _with_timestamps(
             [
                 Field(key, required=True),
                 *check_declared(fields, Field, f"the fields of {name!r}", Field),
-            ]
+            ],
+            [] if expires is None else [expires.field],
         )
         self.fields = MappingProxyType({each.name: each for each in declared})
         self.indexes = check_declared(indexes, Index, f"the indexes of {name!r}", Index)
@@ -280,9 +298,10 @@ class Collection:
             (each.name, _usual_types(each)) for each in typed if each not in optional_timestamps
         )
         self._check(declared)
-        unique = {name for each in self.indexes if each.unique for name in each.fields}
+        self.unique = tuple(each.fields for each in self.indexes if each.unique)
+        names = dict.fromkeys(name for fields in self.unique for name in fields)
         self._unique_texts = tuple(
-            name for name in unique if self.fields[name].type in ("text", "timestamp")
+            name for name in names if self.fields[name].type in ("text", "timestamp")
         )
 
     @classmethod
@@ -295,6 +314,7 @@ class Collection:
         fields: Iterable[Field | str] = (),
         indexes: Iterable[Index | str] = (),
         open: bool = False,  # noqa: A002  # as in the constructor
+        expires: Expire | None = None,
     ) -> Self:
         """The declaration of a collection whose entities are instances of a class.
 
@@ -327,6 +347,7 @@ class Collection:
             fields=declared.values(),
             indexes=indexes,
             open=open,
+            expires=expires,
         )
         if key not in codec.names:
             raise ConfigurationError(f"{model.__name__} has no field {key!r}, which is the key")
@@ -341,6 +362,10 @@ class Collection:
         for each in (CREATED_AT, UPDATED_AT):
             if self.fields[each].type != "timestamp":
                 raise ConfigurationError(f"{self.name}.{each} must be of type timestamp")
+        if self.expires is not None and self.fields[self.expires.field].type != "timestamp":
+            raise ConfigurationError(
+                f"{self.name}.{self.expires.field}, by which entities expire, must be of type timestamp"
+            )
         for index in self.indexes:
             for name in index.fields:
                 if name not in self.fields or self.fields[name].type == "json":
@@ -493,9 +518,10 @@ class Collection:
         return entity
 
 
-def _with_timestamps(declared: list[Field]) -> list[Field]:
+def _with_timestamps(declared: list[Field], others: Iterable[str] = ()) -> list[Field]:
     names = {each.name for each in declared}
-    timestamps = (Field(each, "timestamp") for each in (CREATED_AT, UPDATED_AT))
+    wanted = dict.fromkeys([*others, CREATED_AT, UPDATED_AT])
+    timestamps = (Field(each, "timestamp") for each in wanted)
     return declared + [each for each in timestamps if each.name not in names]
 
 
@@ -512,10 +538,12 @@ class Schema(Mapping[str, Collection]):
             references other than from a collection to itself.
     """
 
-    __slots__ = ("_by_name", "children")
+    __slots__ = ("_by_name", "children", "unique")
 
     children: Mapping[str, tuple[tuple[Collection, Field], ...]]
     """By parent: every (collection, field) that refers to it."""
+    unique: Mapping[str, tuple[tuple[str, ...], ...]]
+    """By collection with unique indexes: the fields of each."""
 
     def __init__(self, collections: Iterable[Collection]) -> None:
         declared = check_declared(collections, Collection, "collections")
@@ -532,6 +560,7 @@ class Schema(Mapping[str, Collection]):
                         "which is not declared"
                     )
         self._by_name = {each.name: each for each in _parents_first(declared)}
+        self.unique = MappingProxyType({e.name: e.unique for e in declared if e.unique})
         self.children = MappingProxyType(
             {
                 parent.name: tuple(
@@ -652,24 +681,40 @@ MIGRATION_COLLECTIONS: Final = (MIGRATION_COLLECTION, MARKER_COLLECTION)
 
 CATALOGUE_COLLECTION: Final = Collection("hf_catalogue", key="name")
 UNIQUE_COLLECTION: Final = Collection("hf_unique", key="value", fields=["owner"])
-SYSTEM_COLLECTIONS: Final = (*MIGRATION_COLLECTIONS, CATALOGUE_COLLECTION, UNIQUE_COLLECTION)
+CLAIM_COLLECTION: Final = Collection("hf_claims", key="claim_id")
+LOCK_COLLECTION: Final = Collection("hf_locks", key="name")
+SYSTEM_COLLECTIONS: Final = (
+    *MIGRATION_COLLECTIONS,
+    CATALOGUE_COLLECTION,
+    UNIQUE_COLLECTION,
+    CLAIM_COLLECTION,
+    LOCK_COLLECTION,
+)
 """The collections that a store itself needs, in addition to the declared ones: those of a live migration,
-the declarations that the store remembers (`Engine.remember`), and the owners of unique values, where the
-engine itself has no unique indexes."""
+the declarations that the store remembers (`Engine.remember`), the owners of unique values, where the
+engine itself has no unique indexes, claims (`claim_records`), and named locks, which are claims without
+entities."""
+
+_UNLISTED: Final = {
+    each.name: each
+    for each in (CATALOGUE_COLLECTION, UNIQUE_COLLECTION, CLAIM_COLLECTION, LOCK_COLLECTION)
+}
 
 
 class EngineSchema(Schema):
-    """The schema that an engine gets: looking up a name also finds the collections of the declarations and
-    of the owners of unique values.
+    """The schema that an engine gets: looking up a name also finds the collections of the declarations,
+    of the owners of unique values, of the claims and of the locks.
 
     They are not listed, so they have no entities for a store, a backup or a migration.
     """
 
     __slots__ = ()
 
+    def __init__(self, collections: Iterable[Collection]) -> None:
+        super().__init__(collections)
+        self.children = MappingProxyType({**dict.fromkeys(_UNLISTED, ()), **self.children})
+
     def __getitem__(self, name: str) -> Collection:
-        if name not in self:
-            for each in (CATALOGUE_COLLECTION, UNIQUE_COLLECTION):
-                if each.name == name:
-                    return each
+        if name in _UNLISTED and name not in self:
+            return _UNLISTED[name]
         return super().__getitem__(name)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, cast
+
+import msgspec
 
 from hf_async_store.query import MISSING, Missing, OpName
 
@@ -83,8 +85,10 @@ def is_exact(encoded: bytes) -> bool:
     return len(encoded) < MAX_SORT_BYTES and encoded[0] < _INEXACT
 
 
-class ByteRange(NamedTuple):
+class ByteRange(msgspec.Struct, frozen=True, gc=False):
     """Encodings from `low` on, and below `high`.
+
+    A filter may have 50,000 of them, which the garbage collector does not traverse.
 
     Attributes:
         exact: every value in the range matches; otherwise each must be tested.
@@ -111,7 +115,9 @@ def ranges(op: OpName, value: Value) -> list[ByteRange] | None:
     if op == "eq":
         return [_equal(value)]
     if op == "in":
-        return sorted({_equal(each) for each in cast("Sequence[Value]", value)})
+        # The values are in order; those of different long strings may be the same.
+        distinct = dict.fromkeys(map(sort_bytes, cast("Sequence[Value]", value)))
+        return list(map(_exactly, distinct))
     if op == "exists":
         return [ByteRange(_NULL, _END, exact=True) if value else _equal(MISSING)]
     if op == "between":
@@ -119,13 +125,19 @@ def ranges(op: OpName, value: Value) -> list[ByteRange] | None:
         return _both(_bound("gte", low), _bound("lte", high))
     if op == "begins_with":
         return [_prefixed(cast("str", value))]
+    if op == "timestamp_lte":
+        found = _both(_bound("gte", "0"), _bound("lte", value))
+        return [ByteRange(each.low, each.high, exact=False) for each in found]
     if op in ("lt", "lte", "gt", "gte"):
         return _bound(op, value)
     return None
 
 
 def _equal(value: Value | Missing) -> ByteRange:
-    encoded = sort_bytes(value)
+    return _exactly(sort_bytes(value))
+
+
+def _exactly(encoded: bytes) -> ByteRange:
     return ByteRange(encoded, encoded + b"\x00", is_exact(encoded))
 
 

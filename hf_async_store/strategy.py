@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
@@ -22,37 +22,57 @@ from msgspec.structs import replace
 from hf_async_store import schema_changes
 from hf_async_store.arguments import check_boolean, check_callable, check_seconds
 from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.claim_clock import boot_seconds
+from hf_async_store.claim_records import lost
+from hf_async_store.claims import (
+    LEASE_SECONDS,
+    LOCKS,
+    Claim,
+    acquired_name,
+    check_name,
+    check_terms,
+    held,
+    permit_names,
+    until_claimed,
+    waiting_seconds,
+)
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
 from hf_async_store.driver import (
     Capabilities,
+    ClaimInfo,
     Engine,
     Isolation,
     QueryPlan,
     Reader,
     SchemaChange,
     SchemaProgress,
+    Session,
+    giving_back,
     run_to_completion,
 )
 from hf_async_store.errors import (
     ConfigurationError,
     EventLoopMismatchError,
     InvalidInputError,
+    InvalidQueryError,
     StorageError,
     StoreClosedError,
 )
-from hf_async_store.index_advice import advice
+from hf_async_store.index_advice import advice, advice_by_declaration
+from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
 from hf_async_store.models import Model
+from hf_async_store.purging import LivingReader, Purging
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import read_only_session
 from hf_async_store.redaction import redact_texts
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
+from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.typed import TypedCollection
-from hf_async_store.unique import unique_of
 from hf_async_store.values import Entity, Key, Value
 
 Result = TypeVar("Result")
@@ -60,6 +80,7 @@ Result = TypeVar("Result")
 log: Final = logging.getLogger("hf_async_store")
 
 _RECORD_ATTEMPTS: Final = 3
+_MAX_SLOW_SHOWN: Final = 10
 
 _ABANDONED: Final[list[StorageStrategy]] = []
 """Abandoned stores, referenced until the process ends, so that no finalizer of an engine warns."""
@@ -93,10 +114,12 @@ class StorageStrategy(RepositoryInterface):
     transaction_type: ClassVar[type[Transaction]] = Transaction
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
-        super().__init__(Schema(schema.values()))
+        super().__init__(Schema(schema.values()), SlowQueries())
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
         self._engine = engine
+        self._purging = Purging(self, alone=not engine.capabilities.removes_expired)
+        self._set_clock(None, self._purging.seconds)
         self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
         self._transactions = TransactionManager()
         self._retry_queue = FairRetryQueue()
@@ -134,6 +157,14 @@ class StorageStrategy(RepositoryInterface):
         """The capabilities of the engine."""
         return self._engine.capabilities
 
+    def _set_clock(self, source: TimeSource | None, purge_seconds: float | None) -> None:
+        """See `open_store`; before the store is opened."""
+        clock = Clock(source)
+        references = self._engine.capabilities.references
+        lifetimes = Lifetimes(self._schema.values(), clock, references=references)
+        self._clock, self._lifetimes = clock, lifetimes or None
+        self._purging.seconds = purge_seconds
+
     # -- lifecycle ---------------------------------------------------------------------------
 
     async def open(self) -> Self:
@@ -143,6 +174,7 @@ class StorageStrategy(RepositoryInterface):
         if self._loop is not None:
             raise StoreClosedError("this store is already open")
         self._loop = asyncio.get_running_loop()
+        self._purging.start()
         return self
 
     async def close(self) -> None:
@@ -166,7 +198,8 @@ class StorageStrategy(RepositoryInterface):
             if self._reads is not None:
                 stack.push_async_callback(self._reads.drain)
             stack.push_async_callback(self._writes.drain)
-            await self._streams.close()
+            stack.push_async_callback(self._streams.close)
+            await self._purging.stop()
 
     def abandon(self) -> None:
         """Stop using the store without closing it: for a process that is about to end.
@@ -178,6 +211,7 @@ class StorageStrategy(RepositoryInterface):
         raise StoreClosedError.
         """
         self._closed = True
+        self._purging.seconds = None
         self._engine.abandon()
         _ABANDONED.append(self)
 
@@ -228,18 +262,20 @@ class StorageStrategy(RepositoryInterface):
         engine = self._usable()
         if self._reads is None:
             if timeout is None:
-                return await engine.fetch(keys)
+                return self._living(await engine.fetch(keys))
             async with operation_timeout(timeout):
-                return await engine.fetch(keys)
+                return self._living(await engine.fetch(keys))
         records: list[Record | None] = []
         for each in await self._reads.submit(keys, timeout):
             if isinstance(each, StorageError):
                 raise each
             records.append(each)
-        return records
+        return self._living(records)
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         self._usable()
+        if self._lifetimes is not None:
+            changes = await self._for_writing(changes, self._lifetimes, timeout)
         outcomes = await self._writes.submit(changes, timeout)
         if self._record_attempts:
             await self._record_declarations(outcomes, timeout)
@@ -281,13 +317,16 @@ class StorageStrategy(RepositoryInterface):
             raise
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
+        return self._select_stored(self._living_query(query))
+
+    def _select_stored(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._streams.read(self._usable().select(query))
 
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        return self._streams.read(self._usable().select_batches(query))
+        return self._streams.read(self._usable().select_batches(self._living_query(query)))
 
     async def _count(self, query: Query) -> int:
-        return await self._usable().count(query)
+        return await self._usable().count(self._living_query(query))
 
     async def _first_page(self, query: Query) -> Query:
         return await self._usable().first_page(query)
@@ -339,9 +378,12 @@ class StorageStrategy(RepositoryInterface):
             return self.transaction_type(
                 self._schema,
                 lambda: read_only_session(self._engine),
+                lifetimes=self._lifetimes,
+                clock=self._clock,
                 enter=self._enter_read_only,
                 read_only=True,
                 ticket=ticket,
+                slow_queries=self._slow_queries,
             )
         known = self.capabilities.isolations
         if isolation is not None and isolation not in known:
@@ -351,9 +393,12 @@ class StorageStrategy(RepositoryInterface):
         return self.transaction_type(
             self._schema,
             lambda: self._engine.session(isolation),
+            lifetimes=self._lifetimes,
+            clock=self._clock,
             enter=self._enter_transaction,
             ticket=ticket,
             after_commit=self._record_declarations if self._record_attempts else None,
+            slow_queries=self._slow_queries,
         )
 
     def _enter_transaction(self) -> Callable[[], None]:
@@ -399,18 +444,206 @@ class StorageStrategy(RepositoryInterface):
 
         return await self._retry_queue.retry_transaction(attempt, retry_seconds)
 
-    # -- for backups and migrations ----------------------------------------------------------
+    # -- claims and locks --------------------------------------------------------------------
+
+    async def claim_entities(
+        self,
+        collection: str,
+        filters: Filters = None,
+        *,
+        order_by: OrderBy = None,
+        limit: int = 1,
+        lease: float = LEASE_SECONDS,
+        owner: str | None = None,
+        wait: float | None = None,
+        max_attempts: int | None = None,
+    ) -> list[Claim]:
+        """Claim the first matching entities that nobody holds, in one atomic step.
+
+        Claiming changes neither an entity nor its version and `updated_at`. A claimed entity can be read
+        and changed by every other method as ever; only other claims skip it. A deletion ends the claim,
+        and so does the expiry of the entity; one that is created again is unclaimed.
+
+        Args:
+            filters, order_by: as in `query_entities`.
+            limit: the maximum number of entities.
+            lease: after how many seconds a claim ends, unless it is renewed.
+            owner: who claims, for `claims`; by default host and process.
+            wait: if nothing can be claimed, try again for this many seconds.
+            max_attempts: leave entities alone that were claimed this often, by anybody, without a claim
+                being finished: they may be what kills its workers.
+
+        Raises:
+            InvalidQueryError, InvalidInputError: before any I/O.
+        """
+        self._refuse_without_claims()
+        if type(limit) is not int or limit < 1:
+            raise InvalidQueryError("limit of claims must be at least 1")
+        query = self._query(collection, filters, order_by, limit, None)
+        terms = check_terms(lease, owner, max_attempts)
+        seconds = waiting_seconds(wait, "wait")
+
+        async def attempt() -> list[Claim]:
+            since = boot_seconds()
+            engine = self._usable()
+            claimed = await engine.claim(self._living_query(query), terms)
+            if claimed and self._record_attempts:
+                async with giving_back(engine) as kept:
+                    kept += claimed
+                    await self._record_declarations()
+            return [Claim(self, each.record.key, each, terms.lease, since) for each in claimed]
+
+        return await until_claimed(attempt, seconds)
+
+    async def claims(self, collection: str) -> list[ClaimInfo]:
+        """The claims of a collection, by id: those that are held, and those that are kept because the
+        attempts are counted. Of `hf_locks`, the named locks and permits."""
+        self._refuse_without_claims()
+        if collection != LOCKS:
+            self._schema[collection]  # raises if it is not declared
+        found = await self._usable().claims(collection)
+        if self._lifetimes is None or collection not in self._lifetimes:
+            return found
+        records = await self._fetch([Key(collection, each.id) for each in found], None)
+        return [each for each, record in zip(found, records, strict=True) if record is not None]
+
+    async def break_claim(self, collection: str, entity_id: str) -> bool:
+        """End the claim of an entity whoever holds it, and forget how often it was claimed.
+
+        What its holder then does through the claim is refused. Returns whether there was a claim or a
+        count of attempts.
+        """
+        self._refuse_without_claims()
+        if collection == LOCKS:
+            key = Key(collection, check_name(entity_id, "entity_id"))
+        else:
+            key = self._schema[collection].key_of(entity_id)
+        return await self._usable().break_claim(key)
+
+    def lock(
+        self, name: str, *, lease: float = LEASE_SECONDS, timeout: float | None = None
+    ) -> AbstractAsyncContextManager[Claim]:
+        """A lock that one task of all programs holds at a time, for use with `async with`.
+
+        It is renewed in the background. If it is lost, the block is cancelled with ClaimLostError: see
+        `Claim`, of which the block gets one, for its token and its transactions.
+
+        Args:
+            lease: after how many seconds the lock of a holder that is killed or stopped ends.
+            timeout: how long to wait for the lock; None: without limit.
+
+        Raises:
+            LockTimeoutError: it was not free in time.
+        """
+        self._refuse_without_claims()
+        names = [check_name(name, "name")]
+        return held(lambda: acquired_name(self, names, lease, timeout))
+
+    def permits(
+        self,
+        name: str,
+        limit: int,
+        *,
+        lease: float = LEASE_SECONDS,
+        timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[Claim]:
+        """As `lock`, but up to `limit` tasks of all programs hold one of the permits at a time.
+
+        All programs must give the same limit.
+        """
+        self._refuse_without_claims()
+        names = permit_names(name, limit)
+        return held(lambda: acquired_name(self, names, lease, timeout))
+
+    def _refuse_without_claims(self) -> None:
+        if not self.capabilities.claims:
+            raise InvalidInputError(f"the engine {self.capabilities.engine} has no claims")
+
+    def _claimed_transaction(self, claim: Claim, *, ends: bool) -> Transaction:
+        return self.transaction_type(
+            self._schema,
+            lambda: self._claimed_session(claim, ends=ends),
+            lifetimes=self._lifetimes,
+            clock=self._clock,
+            enter=self._enter_transaction,
+            after_commit=self._record_declarations if self._record_attempts else None,
+        )
 
     @asynccontextmanager
-    async def snapshot(self) -> AsyncGenerator[Reader, None]:
+    async def _claimed_session(self, claim: Claim, *, ends: bool) -> AsyncGenerator[Session, None]:
+        async with self._engine.claimed_session(claim.key, claim.token, ends=ends) as session:
+            if self._may_expire(claim):
+                _refuse_expired(claim.key, self._living(await session.fetch([claim.key])))
+            yield session
+
+    async def _claiming_engine(self, claim: Claim) -> Engine:
+        """The engine, to change a claim of an entity that has not expired.
+
+        Raises:
+            ClaimLostError: it has.
+        """
+        if self._may_expire(claim):
+            _refuse_expired(claim.key, await self._fetch([claim.key], None))
+        return self._usable()
+
+    def _may_expire(self, claim: Claim) -> bool:
+        return self._lifetimes is not None and claim.collection in self._lifetimes
+
+    async def _claimed_work(
+        self, claim: Claim, work: Callable[[Transaction], Awaitable[Result]], *, ends: bool
+    ) -> Result:
+        """`await work(tx)` in a transaction under a claim, again after each conflict."""
+
+        async def attempt() -> Result:
+            async with self._claimed_transaction(claim, ends=ends) as tx:
+                return await work(tx)
+
+        return await self._retried(claim.key, attempt, RETRY_SECONDS)
+
+    # -- for backups and migrations ----------------------------------------------------------
+
+    async def _get_stored(self, collection: str, ids: Iterable[str]) -> list[Entity | None]:
+        """As `get_entities`, with the entities that have expired and were not removed."""
+        keys = [Key(collection, each) for each in ids]
+        records = await self._usable().fetch(keys) if keys else []
+        return [None if each is None else each.entity for each in records]
+
+    @asynccontextmanager
+    async def snapshot(self, *, expired: bool = False) -> AsyncGenerator[Reader, None]:
         """A consistent snapshot of the whole store, for queries and reads by key.
 
         For reading everything, as a backup does: it does not block writers, and its memory use does
         not grow with the data read. Where `capabilities.query_isolation` is "eventual", it is no
         more consistent than queries are.
+
+        Args:
+            expired: read also the entities that have expired and were not removed yet.
         """
+        check_boolean(expired, "expired")
+        lifetimes = None if expired else self._lifetimes
         async with self._usable().snapshot() as reader:
-            yield reader
+            yield reader if lifetimes is None else LivingReader(reader, lifetimes)
+
+    # -- expiry ------------------------------------------------------------------------------
+
+    async def purge_expired(
+        self, collection: str | None = None, *, limit: int | None = None
+    ) -> int:
+        """Remove entities that have expired; returns how many.
+
+        They are absent anyway; this frees their space. It works in small batches between other writes, and
+        each entity is removed only if it has expired at that moment. One that others refer to is left
+        until the last of them is removed.
+
+        Args:
+            collection: only this one; None: all collections that expire, children before parents.
+            limit: at most this number.
+
+        Raises:
+            InvalidInputError: the collection does not expire.
+        """
+        self._usable()
+        return await self._purging.run(collection, limit)
 
     # -- declarations ------------------------------------------------------------------------
 
@@ -496,8 +729,8 @@ class StorageStrategy(RepositoryInterface):
 
         If it scans or sorts, the `advice` of the plan is the index that would serve it.
         """
-        query = self._query(collection, filters, order_by, limit, None)
-        plan = await self._usable().explain(query)
+        query = await self._built_query(collection, filters, order_by, limit, None)
+        plan = await self._usable().explain(self._living_query(query))
         if not self.capabilities.indexes:
             return plan
         return replace(plan, advice=advice(self._schema[collection], query, plan))
@@ -517,7 +750,9 @@ class StorageStrategy(RepositoryInterface):
         """The state of the store for an operator: reachability, latency, disk space, problems.
 
         `ok` is true if `problems` is empty. An engine that cannot be reached is reported as a
-        problem, not raised.
+        problem, not raised. `slow_queries` are the shapes of the queries of this store object that took
+        at least 20 ms, without their values and without streams: those that took most time in all first,
+        each with the index that would serve it, if none does.
         """
         engine = self._usable()
         report: dict[str, Value] = {"engine": self.capabilities.engine}
@@ -540,11 +775,29 @@ class StorageStrategy(RepositoryInterface):
             if isinstance(reported, list)
             else []
         )
+        problems += self._purging.problems()
         return {
             "ok": not problems,
             **report,
             **redact_texts(details),
+            "slow_queries": [
+                self._described(each) for each in self._slow_queries.slowest()[:_MAX_SLOW_SHOWN]
+            ],
             "problems": redact_texts(problems),
+        }
+
+    def _described(self, shape: SlowShape) -> Value:
+        query = shape.query
+        advised = advice_by_declaration(self._schema[query.collection], query)
+        return {
+            "collection": query.collection,
+            "filter": shape.filter_text,
+            "order_by": list(shape.order_by),
+            "count": shape.count,
+            "seconds": round(shape.seconds, 3),
+            "worst_seconds": round(shape.worst_seconds, 3),
+            "rows": shape.rows,
+            "advice": advised if self.capabilities.indexes else None,
         }
 
     async def _contradictions(self, engine: Engine) -> list[Value]:
@@ -561,7 +814,7 @@ class StorageStrategy(RepositoryInterface):
     async def _unenforced(self, engine: Engine) -> list[Value]:
         """The declared unique indexes that are not enforced yet."""
         try:
-            unenforced = await engine.unenforced() if unique_of(self._schema) else []
+            unenforced = await engine.unenforced() if self._schema.unique else []
         except StorageError:
             return []  # it is reported anyway
         return [
@@ -587,7 +840,7 @@ class StorageStrategy(RepositoryInterface):
 
 
 def _refuse_unique(schema: Schema, engine: str) -> None:
-    for name in unique_of(schema):
+    for name in schema.unique:
         raise ConfigurationError(
             f"{name} declares a unique index, but the engine {engine!r} does not enforce any "
             "(see its capability unique_indexes)"
@@ -606,6 +859,7 @@ def _description(collection: Collection) -> dict[str, Value]:
             for name, field in collection.fields.items()
         },
         "indexes": [each.name for each in collection.indexes],
+        **({} if collection.expires is None else {"expires": str(collection.expires)}),
     }
 
 
@@ -617,3 +871,9 @@ def schema_of(collections: Iterable[Collection] | Schema) -> EngineSchema:
 
 
 __all__: Final = ["HOST_FACTORY", "StorageStrategy", "schema_of"]
+
+
+def _refuse_expired(key: Key, living: Sequence[Record | None]) -> None:
+    """Raise ClaimLostError if the claimed entity is not among the living ones."""
+    if living == [None]:
+        raise lost(key, "the entity has expired, or was deleted")

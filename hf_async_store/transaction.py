@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Self, TypeVar
+from typing import Final, Self, TypeVar
 
 from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.changes_by_filter import ChangesByFilter
@@ -27,15 +27,21 @@ from hf_async_store.errors import (
     TransactionClosedError,
     TransactionReentryError,
 )
+from hf_async_store.event_loop import Chunks
 from hf_async_store.field_operations import UpdateMap
+from hf_async_store.lifetimes import Clock, Lifetimes
 from hf_async_store.models import Model
 from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import Schema
+from hf_async_store.slow_queries import SlowQueries
 from hf_async_store.typed import TypedCollection
-from hf_async_store.values import Entity, Key, utc_now
+from hf_async_store.values import Entity, Key
 
 Result = TypeVar("Result")
+
+_CHUNK_SIZE: Final = 4096
+"""How many versions are noted between two iterations of the event loop."""
 
 
 class TransactionManager:
@@ -93,13 +99,17 @@ class Transaction(RepositoryInterface):
         schema: Schema,
         session: Callable[[], AbstractAsyncContextManager[Session]],
         *,
+        lifetimes: Lifetimes | None,
+        clock: Clock,
         enter: Callable[[], Callable[[], None]],
         parent: Transaction | None = None,
         read_only: bool = False,
         ticket: TransactionTicket | None = None,
         after_commit: Callable[[], Awaitable[None]] | None = None,
+        slow_queries: SlowQueries | None = None,
     ) -> None:
-        super().__init__(schema)
+        super().__init__(schema, SlowQueries() if slow_queries is None else slow_queries)
+        self._lifetimes, self._clock = lifetimes, clock
         self._read_only = read_only
         self._ticket = ticket
         self._new_session = session
@@ -135,7 +145,15 @@ class Transaction(RepositoryInterface):
             raise InvalidInputError(
                 "a read-only transaction has nothing to roll back, so it has no nested transactions"
             )
-        return type(self)(self._schema, self._savepoint, enter=lambda: lambda: None, parent=self)
+        return type(self)(
+            self._schema,
+            self._savepoint,
+            lifetimes=self._lifetimes,
+            clock=self._clock,
+            enter=lambda: lambda: None,
+            parent=self,
+            slow_queries=self._slow_queries,
+        )
 
     @asynccontextmanager
     async def _savepoint(self) -> AsyncGenerator[Session, None]:
@@ -161,7 +179,8 @@ class Transaction(RepositoryInterface):
         seen = self._known_versions.get(key, ANY)
         if seen is None:
             raise EntityNotFoundError(collection, key.id)
-        change = self._patch(declared, key.id, fields, PRESENT if seen is ANY else seen, utc_now())
+        expect = PRESENT if seen is ANY else seen
+        change = self._patch(declared, key.id, fields, expect, self._clock.now())
         try:
             return await self._write_one(change, timeout)
         except ConcurrencyConflictError as exc:
@@ -344,27 +363,34 @@ class Transaction(RepositoryInterface):
 
     async def _fetch(self, keys: Sequence[Key], timeout: float | None) -> list[Record | None]:
         async with self._step(timeout, keys) as session:
-            records = await session.fetch(keys)
-        for key, record in zip(keys, records, strict=True):
-            self._known_versions[key] = None if record is None else record.version
+            records = self._living(await session.fetch(keys))
+        async for chunk in Chunks(zip(keys, records, strict=True), _CHUNK_SIZE):
+            for key, record in chunk:
+                self._known_versions[key] = None if record is None else record.version
         return records
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         if self._read_only:
             raise InvalidInputError("this transaction is read-only, so it cannot write")
+        if self._lifetimes is not None:
+            changes = await self._for_writing(changes, self._lifetimes, timeout)
         keys = [each.key for each in changes]
         async with self._step(timeout, keys, writes=True) as session:
             self._has_written = True
             outcomes = await session.write(changes)
             if outcomes and isinstance(outcomes[-1], StorageError):
                 raise outcomes[-1]
-        for change, outcome in zip(changes, outcomes, strict=True):
-            # None of them is an error; the outcome of a delete is the version that it deleted.
-            if not isinstance(outcome, StorageError):
-                self._known_versions[change.key] = None if type(change) is Delete else outcome
+        async for chunk in Chunks(zip(changes, outcomes, strict=True), _CHUNK_SIZE):
+            for change, outcome in chunk:
+                # None of them is an error; the outcome of a delete is the version that it deleted.
+                if not isinstance(outcome, StorageError):
+                    self._known_versions[change.key] = None if type(change) is Delete else outcome
         return outcomes
 
-    async def _select(self, query: Query) -> AsyncGenerator[Record, None]:
+    def _select(self, query: Query) -> AsyncGenerator[Record, None]:
+        return self._select_stored(self._living_query(query))
+
+    async def _select_stored(self, query: Query) -> AsyncGenerator[Record, None]:
         # The lock is held for each item and not for the whole iteration, because the caller may write
         # in the body of its loop.
         async with self._step() as session:
@@ -381,7 +407,7 @@ class Transaction(RepositoryInterface):
 
     async def _count(self, query: Query) -> int:
         async with self._step() as session:
-            return await session.count(query)
+            return await session.count(self._living_query(query))
 
     async def _first_page(self, query: Query) -> Query:
         async with self._step() as session:

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import Final, TypeAlias
 
 from hf_async_store.errors import InvalidFieldError, SchemaMismatchError, UniqueViolationError
-from hf_async_store.schema import MAX_UNIQUE_BYTES, Collection, Schema
+from hf_async_store.schema import MAX_UNIQUE_BYTES
 from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.values import Entity, Key, Value
 
@@ -60,17 +60,6 @@ def stored_digest(entity: Mapping[str, Value], fields: Fields) -> bytes | None:
         return None
 
 
-def unique_fields(collection: Collection) -> tuple[Fields, ...]:
-    """The fields of the unique indexes of a collection."""
-    return tuple(each.fields for each in collection.indexes if each.unique)
-
-
-def unique_of(schema: Schema) -> dict[str, tuple[Fields, ...]]:
-    """By collection, the fields of its unique indexes; only collections that have some."""
-    found = {name: unique_fields(each) for name, each in schema.items()}
-    return {name: each for name, each in found.items() if each}
-
-
 def violation(key: Key, fields: Fields, owner: str) -> UniqueViolationError:
     """The error for an entity whose values belong to another one."""
     return UniqueViolationError(key.collection, key.id, fields, owner)
@@ -111,8 +100,16 @@ class Claims:
         self._owners = owners
         self._claimed: dict[tuple[str, Fields, bytes], list[str]] = {}
 
-    def check(self, key: Key, wanted: Sequence[tuple[Fields, bytes]]) -> None:
+    def check(
+        self,
+        key: Key,
+        wanted: Sequence[tuple[Fields, bytes]],
+        is_there: Callable[[Key, Entity], bool],
+    ) -> None:
         """Refuse values that belong to another entity, and record those that do not.
+
+        Args:
+            is_there: whether a stored entity exists for the change; one that has expired does not.
 
         Raises:
             UniqueViolationError.
@@ -120,22 +117,32 @@ class Claims:
         for fields, new in wanted:
             claims = self._claimed.get((key.collection, fields, new), ())
             for each in (*claims, *self._owners(key.collection, fields, new)):
-                if each != key.id and self._has(Key(key.collection, each), fields, new):
+                other = Key(key.collection, each)
+                entity = None if each == key.id else self._current(other)
+                if entity is None or stored_digest(entity, fields) != new:
+                    continue
+                if is_there(other, entity):
                     raise violation(key, fields, each)
         for fields, new in wanted:
             self._claimed.setdefault((key.collection, fields, new), []).append(key.id)
 
-    def _has(self, key: Key, fields: Fields, value: bytes) -> bool:
-        entity = self._current(key)
-        return entity is not None and stored_digest(entity, fields) == value
-
 
 class Owners:
-    """The owners of all values of one unique index, by digest."""
+    """The owners of all values of one unique index, by digest.
+
+    A value has several owners if those before the last one have expired for the programs that wrote the
+    others, until they are removed.
+    """
 
     def __init__(self, fields: Fields) -> None:
         self.fields = fields
         self.ids: dict[bytes, str] = {}
+        self._others: dict[bytes, list[str]] = {}
+
+    def of(self, value: bytes) -> list[str]:
+        """The ids of the entities that have a value."""
+        owner = self.ids.get(value)
+        return [] if owner is None else [owner, *self._others.get(value, ())]
 
     def replace(
         self, entity_id: str, before: Mapping[str, Value] | None, after: Mapping[str, Value] | None
@@ -143,10 +150,21 @@ class Owners:
         """Follow the change of an entity."""
         old = None if before is None else stored_digest(before, self.fields)
         new = None if after is None else stored_digest(after, self.fields)
-        if old is not None and old != new and self.ids.get(old) == entity_id:
-            del self.ids[old]
-        if new is not None:
-            self.ids[new] = entity_id
+        if old == new:
+            return
+        if old is not None:
+            self._remove(old, entity_id)
+        if new is not None and self.ids.setdefault(new, entity_id) != entity_id:
+            self._others.setdefault(new, []).append(entity_id)
+
+    def _remove(self, value: bytes, entity_id: str) -> None:
+        left = [each for each in self.of(value) if each != entity_id]
+        self.ids.pop(value, None)
+        self._others.pop(value, None)
+        if left:
+            self.ids[value] = left[0]
+        if len(left) > 1:
+            self._others[value] = left[1:]
 
     def claim(self, key: Key, entity: Entity) -> None:
         """Add an entity.

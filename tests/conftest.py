@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from hf_async_store.testing.assertions import no_complaints
 from hf_async_store.testing.harness import skip_engine
+from hf_async_store.testing.plugin import FULL_VARIABLE, SEED_VARIABLE
 from hf_async_store_bench.servers import (
     DynamoDBServer,
     PostgresServer,
@@ -63,9 +64,18 @@ signal.signal(signal.SIGTERM, _end_session)
 
 # Timings depend on the load of the machine.
 settings.register_profile(
-    "suite", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    "full", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
-settings.load_profile("suite")
+settings.register_profile("plain", settings.get_profile("full"), max_examples=40)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    is_full = config.getoption("--hf-full") or os.environ.get(FULL_VARIABLE)
+    settings.load_profile("full" if is_full else "plain")
+
+
+def pytest_report_header() -> str:
+    return f"--hf-seed {os.environ[SEED_VARIABLE]} repeats the random choices of this run"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

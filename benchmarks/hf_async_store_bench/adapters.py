@@ -15,13 +15,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from hf_async_store import StorageStrategy, open_store
-from hf_async_store_bench.data import TEMPLATE, Entity, batches, transaction_limit
+from hf_async_store_bench.data import TEMPLATE, Entity, batches, machine, transaction_limit
 from hf_async_store_bench.messages import Environment, WrongAnswerError
 
 _ASKED = {"template_id": "t-1", "status": "PENDING", "request_type": "acquire"}
 _BATCH = 10_000
 _IMPORTED = 1000
 _CALL = 100  # machines of one call where a transaction cannot hold a whole request
+
+
+async def fill(adapter: Any, entities: int, size: int) -> None:
+    """Store so many machines of a size, which are never all in memory."""
+    for start in range(0, entities, _BATCH):
+        numbers = range(start, min(entities, start + _BATCH))
+        await adapter.fill([machine(each, size) for each in numbers])
 
 
 class StoreAdapter:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from io import BytesIO, StringIO
 from itertools import cycle, pairwise
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import matplotlib
@@ -34,18 +35,7 @@ _NAMES: Final = {
     "size": "bytes of a machine",
     "processes": "processes",
 }
-_STYLE: Final = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "grid.color": "#e4e6ec",
-    "ytick.left": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
-    "axes.axisbelow": True,
-    "svg.fonttype": "none",  # words stay words: they can be searched, and read aloud
-}
+_STYLE: Final = Path(__file__).with_suffix(".mplstyle")
 _ROW: Final = 0.27
 _METADATA: Final = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
@@ -61,7 +51,7 @@ class Chart(NamedTuple):
 
 def as_svg(chart: Chart) -> str:
     """To be put into a page."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(fname=_STYLE):
         figure = Figure(figsize=(chart.width, chart.height), layout="constrained")
         chart.draw(figure)
         text = StringIO()
@@ -75,7 +65,7 @@ def as_png(title: str, charts: Sequence[Chart]) -> bytes:
     rows = [charts[start : start + 2] for start in range(0, len(charts), 2)]
     heights = [max(each.height for each in row) for row in rows]
     width = 2 * max(each.width for each in charts)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(fname=_STYLE):
         figure = Figure(figsize=(width, sum(heights) + 0.5), layout="constrained", dpi=120)
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         parts = figure.subfigures(len(rows), 2, height_ratios=heights, squeeze=False)

@@ -107,6 +107,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         # What is chosen by hand is run wherever it can be, and as long as it takes.
         changed |= {"series": (), "compared": None, "budget": None, "again": False}
         changed["scenarios"] = tuple(each for each in named if each in SCENARIOS)
+        if arguments.entities and all(len(SCENARIOS[i].sizes) == 1 for i in changed["scenarios"]):
+            changed["scenario_sizes"] = (arguments.entities,)
     if arguments.budget is not None:
         changed["budget"] = arguments.budget
     return msgspec.structs.replace(settings, **changed)

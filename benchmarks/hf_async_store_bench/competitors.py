@@ -116,12 +116,14 @@ class DiskCache(Competitor):
         )
 
 
-class _KeyValue(Competitor):
-    """py-key-value-aio, one async interface over many stores."""
+class KeyValuePostgreSQL(Competitor):
+    """py-key-value-aio, one async interface over many stores: its store on an asyncpg pool."""
 
     @classmethod
-    async def of(cls, store: Any) -> Self:
-        """On one of its stores."""
+    async def open(cls, environment: Environment) -> Self:
+        from key_value.aio.stores.postgresql import PostgreSQLStore
+
+        store = PostgreSQLStore(url=environment.server)
         await store.__aenter__()
         return cls(
             lambda machine: store.put(machine[_KEY], machine),
@@ -129,26 +131,6 @@ class _KeyValue(Competitor):
             lambda machines: store.put_many([i[_KEY] for i in machines], machines),
             lambda: store.__aexit__(None, None, None),
         )
-
-
-class KeyValueDisk(_KeyValue):
-    """Its store on diskcache."""
-
-    @classmethod
-    async def open(cls, environment: Environment) -> Self:
-        from key_value.aio.stores.disk import DiskStore
-
-        return await cls.of(DiskStore(directory=environment.folder))
-
-
-class KeyValuePostgreSQL(_KeyValue):
-    """Its store on an asyncpg pool of its own."""
-
-    @classmethod
-    async def open(cls, environment: Environment) -> Self:
-        from key_value.aio.stores.postgresql import PostgreSQLStore
-
-        return await cls.of(PostgreSQLStore(url=environment.server))
 
 
 class AdvancedAlchemy(Competitor):
@@ -238,23 +220,4 @@ class AioDynamo(Competitor):
             get,
             lambda machines: side_by_side(put, batches(machines, 25), 8),
             stack.aclose,
-        )
-
-
-class Pydynox(Competitor):
-    """pydynox: an async DynamoDB client whose core is written in Rust."""
-
-    @classmethod
-    async def open(cls, environment: Environment) -> Self:
-        from pydynox import DynamoDBClient
-
-        keys = {"access_key": "bench", "secret_key": "bench"}
-        client = DynamoDBClient(region="eu-west-1", endpoint_url=environment.server, **keys)
-        name = f"{environment.prefix}-pydynox"
-        if not await client.table_exists(name):
-            await client.create_table(name, (_KEY, "S"), wait=True)
-        return cls(
-            lambda machine: client.put_item(name, machine),
-            lambda machine: client.get_item(name, {_KEY: machine}, consistent_read=True),
-            lambda machines: client.batch_write(name, put_items=list(machines)),
         )

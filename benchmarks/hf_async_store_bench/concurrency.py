@@ -1,9 +1,10 @@
-"""The same work for many items at once."""
+"""The same work for many items at once, and work that takes turns."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import nullcontext
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -14,11 +15,9 @@ async def side_by_side(
     work: Callable[[Item], Awaitable[Result]], items: Iterable[Item], at_once: int | None = None
 ) -> list[Result]:
     """What the work gives for each item, in order. The first error cancels the others."""
-    gate = asyncio.Semaphore(at_once) if at_once else None
+    gate = asyncio.Semaphore(at_once) if at_once else nullcontext()
 
     async def one(item: Item) -> Result:
-        if gate is None:
-            return await work(item)
         async with gate:
             return await work(item)
 
@@ -28,3 +27,14 @@ async def side_by_side(
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [each.result() for each in tasks]
+
+
+async def alternate(rounds: int, *sides: Callable[[], Awaitable[float]]) -> list[list[float]]:
+    """What each side gives in each round, A B A B; a round before the first is not counted."""
+    found: list[list[float]] = [[] for _ in sides]
+    for number in range(rounds + 1):
+        for side, samples in zip(sides, found, strict=True):
+            value = await side()
+            if number:
+                samples.append(value)
+    return found

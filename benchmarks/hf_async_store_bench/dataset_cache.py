@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from typing import Final
 
 from hf_async_store_bench.environments import Environments
@@ -15,8 +14,6 @@ from hf_async_store_bench.messages import Environment, Load, SystemUnderTest
 from hf_async_store_bench.worker_group import WorkerGroup
 
 _KEPT_BYTES: Final = 20_000_000  # of machines; what is larger is used once, and not worth the disk
-_LARGER: Final = 1.5  # times as long a machine takes in a store that outgrows its caches
-_UNKNOWN: Final = 0.1  # the part of filling that grows with the machines, at least
 
 
 class DatasetCache:
@@ -26,16 +23,6 @@ class DatasetCache:
         self._environments = environments
         self._seed = seed
         self._kept: dict[tuple[SystemUnderTest, int, int], Environment] = {}
-        self._filled: dict[str, dict[int, float]] = {}
-
-    def expected(self, system: SystemUnderTest, load: Load) -> float:
-        """The seconds that filling it would take, as far as is known: to start, and for each byte."""
-        known = self._filled.get(system.name)
-        if known is None:
-            return 0.0
-        start, most = min(known.values()), max(known)
-        each = max(known[most] - start, _UNKNOWN * start) / most
-        return start + _LARGER * each * load.entities * load.size
 
     async def group(self, system: SystemUnderTest, load: Load, *, writes: bool) -> WorkerGroup:
         """A group whose environment is filled. Give it back when it has ended."""
@@ -60,15 +47,12 @@ class DatasetCache:
 
     async def _fill(self, system: SystemUnderTest, load: Load) -> WorkerGroup:
         group = WorkerGroup(system, self._environments.make(system), load, self._seed)
-        began = time.monotonic()
         try:
             await group.fill()
         except BaseException:
             await group.end()
             self._environments.remove(system, group.environment)
             raise
-        took = time.monotonic() - began
-        self._filled.setdefault(system.name, {})[load.entities * load.size] = took
         return group
 
 

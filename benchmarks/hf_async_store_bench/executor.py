@@ -84,7 +84,7 @@ class Executor:
     async def scenario(self, name: str, system: SystemUnderTest) -> None:
         """Measure it at each of its sizes, each run in a new process."""
         found: dict[int, dict[str, Measurement]] = {}
-        for entities in SCENARIOS[name].sizes:
+        for entities in self._settings.scenario_sizes or SCENARIOS[name].sizes:
             load = Load(workload=name, entities=entities)
             figures = found.setdefault(entities, {})
             for _ in range(SCENARIOS[name].runs):
@@ -92,7 +92,9 @@ class Executor:
                 if once is None:
                     return
                 for each in once:
-                    if figures.setdefault(each.what, each) is not each:
+                    if each.system:
+                        self.results.add_point(each.what, each.system, each.entities, each.samples)
+                    elif figures.setdefault(each.what, each) is not each:
                         figures[each.what].samples.extend(each.samples)
         self.results.figures += scenario_figures(name, found)
 

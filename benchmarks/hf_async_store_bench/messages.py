@@ -30,7 +30,6 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
         blocking: each call blocks the whole process, so one task can do all that it is able to.
         url: of a strategy, its store, with `{folder}`, `{postgres}` and `{dynamodb}` to be filled in.
         nondurable_query: added to the URL when acknowledged writes need not be durable.
-        max_entities: more than this number its server cannot hold, for the reason behind it.
         source: a checkout whose product is measured instead of the installed one.
     """
 
@@ -44,7 +43,6 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
     url: str = ""
     nondurable_query: str = ""
     copied: bool = True
-    max_entities: tuple[int, str] | None = None
     source: str = ""
 
     def url_of(self, **values: str) -> str:
@@ -159,13 +157,16 @@ class RoundStats(msgspec.Struct, kw_only=True):
 
 
 class Measurement(msgspec.Struct, frozen=True):
-    """One figure of a scenario: a value of each round, and the bound that was promised, if any."""
+    """One figure of a scenario: a value of each round, and the bound that was promised, if any; or the
+    seconds that something takes on a system with so many entities, a point of a curve."""
 
     what: str
     samples: list[float]
     unit: str
     at_least: float | None = None
     at_most: float | None = None
+    system: str = ""
+    entities: int = 0
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):

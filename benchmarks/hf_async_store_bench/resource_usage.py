@@ -23,7 +23,7 @@ _BYTES_ACKED: Final = slice(120, 128)  # of `struct tcp_info`, in the order of l
 _SYNCS: Final = 100
 _PACKAGES: Final = (
     *("hf_async_store", "msgspec", "aiosqlite", "sqlalchemy", "asyncpg", "aiobotocore", "tinydb"),
-    *("diskcache", "py-key-value-aio", "advanced-alchemy", "aiodynamo", "pydynox", "orb-py"),
+    *("diskcache", "py-key-value-aio", "advanced-alchemy", "aiodynamo", "orb-py"),
 )
 
 

@@ -91,6 +91,14 @@ class Sweep(msgspec.Struct, kw_only=True):
     unit: str
     curves: list[Curve] = []
 
+    def add(self, system: str, engine: str, point: Point) -> None:
+        """Note a point of the curve of a system."""
+        curve = next((each for each in self.curves if each.system == system), None)
+        if curve is None:
+            curve = Curve(system=system, engine=engine)
+            self.curves.append(curve)
+        curve.points = sorted([*curve.points, point], key=lambda each: each.size)
+
 
 class Figure(msgspec.Struct, kw_only=True, frozen=True):
     """One figure of merit, with its target in words, if any, and the range of its rounds or the
@@ -135,6 +143,16 @@ class Results(msgspec.Struct, kw_only=True):
         """Everything for which the run fails: lost writes, wrong answers, workers that broke."""
         lost = [(f"{cell.system}: {cell.load.name}", cell.failures) for cell in self.cells]
         return [*self.broken, *(f"{where}: {each}" for where, found in lost for each in found)]
+
+    def add_point(self, what: str, system: str, entities: int, samples: list[float]) -> None:
+        """Note the seconds that something takes on a system with so many entities."""
+        rates = [1 / each for each in samples]
+        point = Point(size=entities, cost=statistics.median(samples), rates=rates)
+        sweep = next((each for each in self.sweeps if each.workload == what), None)
+        if sweep is None:
+            sweep = Sweep(parameter="entities", workload=what, unit="queries")
+            self.sweeps.append(sweep)
+        sweep.add(system, system, point)
 
     def cell(self, system: str, load: str) -> Cell | None:
         """By the names of both."""

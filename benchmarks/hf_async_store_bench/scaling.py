@@ -10,15 +10,14 @@ from typing import Final
 
 import msgspec
 
-from hf_async_store_bench.executor import AT_ONCE, Executor
+from hf_async_store_bench.executor import Executor
 from hf_async_store_bench.messages import Load, SystemUnderTest
-from hf_async_store_bench.results import Cell, Curve, Point, Sweep, cell_of
+from hf_async_store_bench.results import Cell, Point, Sweep, cell_of
 from hf_async_store_bench.settings import Series
 from hf_async_store_bench.worker_group import WorkerGroup
 from hf_async_store_bench.workloads import WORKLOADS
 
 _ROUNDS: Final = 2
-_SECONDS: Final = 4.0  # what a point takes beside filling, before any has told
 
 
 @dataclass
@@ -33,7 +32,6 @@ class Scaling:
 
     def __post_init__(self) -> None:
         self._began = time.monotonic()
-        self._took: dict[str, float] = {}
         self._skipped: dict[str, dict[str, list[str]]] = {}
         self._sweeps = {
             each: Sweep(parameter=self.series.parameter, workload=each, unit=WORKLOADS[each].unit)
@@ -52,28 +50,20 @@ class Scaling:
             tell(f"growth with {parameter} at {value:,}: {len(chosen)} systems")
             async with self.executor.filled(chosen, load, workloads) as groups:
                 for group in groups:
-                    began = time.monotonic()
                     await self._points(group, value)
-                    self._took[group.system.name] = time.monotonic() - began
         self._tell_rest()
         return list(self._sweeps.values())
 
     def _chosen(self, load: Load, value: int, *, first: bool) -> list[SystemUnderTest]:
-        """As many as there is time for at this value, and what their servers can hold."""
+        """As many as there is time for at this value."""
         chosen: list[SystemUnderTest] = []
-        left = self.budget - self._spent()
         for system in self.strategies:
-            filling = self.executor.datasets.expected(system, load) / AT_ONCE
-            seconds = filling + self._took.get(system.name, _SECONDS)
             why = ""
             if load.processes > 1 and system.needs == "nothing":
                 why = "it lives in one process"
-            elif system.max_entities is not None and load.entities > system.max_entities[0]:
-                why = system.max_entities[1]
-            elif not first and seconds > left:
+            elif not first and self._spent() > self.budget:
                 why = f"the sweep's {self.budget:.0f} s were over"
             else:
-                left -= seconds
                 chosen.append(system)
             if why:
                 self._skipped.setdefault(why, {}).setdefault(system.name, []).append(f"{value:,}")
@@ -100,11 +90,7 @@ class Scaling:
         if not cell.rate:
             return
         point = Point(size=value, cost=1 / cell.rate, rates=cell.rates, checked=cell.checked)
-        for curve in sweep.curves:
-            if curve.system == cell.system:
-                curve.points = sorted([*curve.points, point], key=lambda each: each.size)
-                return
-        sweep.curves.append(Curve(system=cell.system, engine=cell.engine, points=[point]))
+        sweep.add(cell.system, cell.engine, point)
 
     def _spent(self) -> float:
         return time.monotonic() - self._began

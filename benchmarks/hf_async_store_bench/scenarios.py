@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import gc
 import gzip
-import itertools
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -21,10 +21,13 @@ from hf_async_store import JSONStorageStrategy, StorageStrategy, open_store
 from hf_async_store.migration import backup_store
 from hf_async_store_bench import data, systems
 from hf_async_store_bench.adapters import StoreAdapter
-from hf_async_store_bench.demo.data import chosen, json_url
+from hf_async_store_bench.concurrency import alternate
+from hf_async_store_bench.demo.data import json_url
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
+from hf_async_store_bench.queries import BULK_LOADS, querying
 from hf_async_store_bench.resource_usage import forget_peak, peak_bytes, resident_bytes
+from hf_async_store_bench.statistics import ratios
 
 
 class Scenario(NamedTuple):
@@ -51,22 +54,6 @@ async def seconds(work: Awaitable[object]) -> float:
     started = time.perf_counter()
     await work
     return time.perf_counter() - started
-
-
-async def alternate(rounds: int, *sides: Callable[[], Awaitable[float]]) -> list[list[float]]:
-    """What each side gives in each round, A B A B; a round before the first is not counted."""
-    found: list[list[float]] = [[] for _ in sides]
-    for number in range(rounds + 1):
-        for side, samples in zip(sides, found, strict=True):
-            value = await side()
-            if number:
-                samples.append(value)
-    return found
-
-
-def ratios(of: list[float], to: list[float]) -> list[float]:
-    """Round by round."""
-    return [one / other for one, other in zip(of, to, strict=True)]
 
 
 @asynccontextmanager
@@ -138,10 +125,8 @@ async def migration_memory(plan: Plan) -> list[Measurement]:
 async def opening(plan: Plan) -> list[Measurement]:
     """Opening a file and its first get, against decoding the same file."""
     path = Path(plan.environment.folder) / "found.json"
-    found, origin = _found_machines()
-    ids = map(data.machine_id, range(10_000))
-    many = zip(ids, itertools.cycle(found), strict=False)
-    machines = {name: {**each, "machine_id": name} for name, each in many}
+    origin = "generated machines of 1,000 bytes"
+    machines = {data.machine_id(each): data.machine(each, size=1000) for each in range(10_000)}
     path.write_text(json.dumps({"templates": {}, "requests": {}, "machines": machines}, indent=2))
     figures = await _opening(path, f"{origin}, a foreign file")
     async with JSONStorageStrategy(json_url(path)) as store:
@@ -170,17 +155,6 @@ async def _opening(path: Path, what: str) -> list[Measurement]:
         Measurement(what, [each * 1000 for each in took], "ms"),
         Measurement(against, ratios(took, bare), "x", at_most=1.0),
     ]
-
-
-def _found_machines() -> tuple[list[data.Entity], str]:
-    """Machines found in the field, or of that size; and where they come from."""
-    source = chosen(None)
-    plain = source.plain({"machines": None}) if source else None
-    if plain:
-        return list(plain["machines"].values()), "machines from the field"
-    return [
-        data.machine(each, size=1000) for each in range(1000)
-    ], "generated machines of 1,000 bytes"
 
 
 Work: TypeAlias = Callable[[JSONStorageStrategy], Awaitable[object]]
@@ -300,19 +274,16 @@ async def migrating(plan: Plan) -> list[Measurement]:
             return count / took
 
         what, unit = f"{count:,} machines", "machines a second"
-        if name not in _BULK_LOADS:
+        if name not in BULK_LOADS:
             (rates,) = await alternate(2, ours)
             return [Measurement(what, rates, unit)]
-        baseline = systems.named(_BULK_LOADS[name])
+        baseline = systems.named(BULK_LOADS[name])
         rates, bare = await alternate(2, ours, bulk)
     against = f"{what}, against a bulk load: {baseline.name}"
     return [
         Measurement(what, rates, unit),
         Measurement(against, ratios(rates, bare), "x", at_least=0.3),
     ]
-
-
-_BULK_LOADS: Final = {"sqlite": "sqlite3 batched by hand", "postgresql": "asyncpg batched by hand"}
 
 
 async def migrate(
@@ -357,30 +328,17 @@ def _data_file(plan: Plan) -> Path:
     return Path(plan.environment.folder) / "request_database.json"
 
 
-SCENARIOS: Final[dict[str, Scenario]] = {
-    "event loop": Scenario(
-        "json",
-        "the longest hold of the event loop",
-        (100_000,),
-        event_loop,
-        60,
-        writes=True,
-        runs=3,
-    ),
-    "opening": Scenario("json", "opening 10,000 machines", (100,), opening, 20, writes=True),
-    "memory": Scenario("json", "memory of an open store", (100_000,), memory, 10),
-    **{
-        f"migrate to {each}": Scenario(each, "migrating from JSON", (100,), migrating, 40)
-        for each in ("json", "sqlite", "postgresql", "dynamodb")
-    },
-    "backup": Scenario("json", "a backup", (1_000_000,), backing_up, 60, writes=True),
-    "backup of sqlite": Scenario("sqlite", "a backup", (1_000_000,), backing_up, 90, writes=True),
-    "migration memory": Scenario(
-        "json",
-        "memory of migrating and backing up",
-        (10_000, 1_000_000),
-        migration_memory,
-        120,
-        writes=True,
-    ),
-}
+_MEASURED: Final = (querying, event_loop, opening, memory, migrating, backing_up, migration_memory)
+_WORK: Final = {each.__name__: each for each in _MEASURED}
+
+
+def _scenarios() -> Iterator[tuple[str, Scenario]]:
+    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            sizes = tuple(map(int, row["sizes"].split()))
+            work, seconds = _WORK[row["measure"]], float(row["seconds"])
+            how = (row["writes"] == "yes", int(row["runs"]))
+            yield row["name"], Scenario(row["system"], row["summary"], sizes, work, seconds, *how)
+
+
+SCENARIOS: Final = dict(_scenarios())

@@ -242,33 +242,6 @@ def postgres(
             yield PostgresServer(f"postgresql://postgres@{_HOST}:{port}/postgres", process)
 
 
-@contextmanager
-def pgbouncer(server: PostgresServer) -> Iterator[str]:
-    """A pgbouncer in transaction pooling before a PostgreSQL, for as long as the context lasts; or
-    ServerUnavailable. Gives the address to put into the URL of a database: host and port."""
-    program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if program is None:
-        raise ServerUnavailable("no pgbouncer on this machine")
-    user = _unprivileged() if os.geteuid() == 0 else None  # it refuses to run as root, too
-    behind = urlsplit(server.url)
-    with _folder("pgbouncer", user) as folder:
-        port = _free_port()
-        settings = folder / "pgbouncer.ini"
-        settings.write_text(
-            "[databases]\n"
-            f"* = host={behind.hostname} port={behind.port} user={behind.username}\n"
-            "[pgbouncer]\n"
-            f"listen_addr = {_HOST}\nlisten_port = {port}\nunix_socket_dir =\n"
-            "auth_type = any\npool_mode = transaction\nmax_client_conn = 500\n"
-            # Few of them, so that each transaction does get another one.
-            "default_pool_size = 8\nserver_idle_timeout = 1\n"
-        )
-        command: list[str | Path] = [program, settings]
-        process = _Process(command, lambda _: _answers_at(port), folder, user=user)
-        with process.running(signal.SIGINT):
-            yield f"{_HOST}:{port}"
-
-
 def _postgres_programs() -> Path:
     """The folder of the server's programs: the newest of Debian's, on PATH, or of the wheel."""
 

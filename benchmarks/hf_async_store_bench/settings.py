@@ -34,6 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         budget: seconds of the whole run; None: as long as it takes.
         first_share: of the budget, for the first visit to all loads.
         again: go on with further visits until the budget is spent.
+        scenario_sizes: machines in the stores of the scenarios, if not those that they name.
         compared: the workloads under which baselines and competitors run, too; None: wherever they can.
     """
 
@@ -49,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compared: tuple[str, ...] | None = None
     series: tuple[Series, ...] = ()
     scenarios: tuple[str, ...] = ()
+    scenario_sizes: tuple[int, ...] = ()
     seed: int = 1
 
 
@@ -80,9 +82,7 @@ SHORT: Final = Settings(
     compared=("save", "get", "acquire", "one-shot"),
 )
 
-_ENTITIES: Final = (100, 1000, 10_000, 100_000, 1_000_000)
 _SIZES: Final = (100, 1000, 10_000, 100_000)
-_ONE_TASK: Final = Load(workload="get", tasks=1)
 
 FULL: Final = Settings(
     mode="full",
@@ -93,7 +93,6 @@ FULL: Final = Settings(
     first_share=0.4,
     again=True,
     series=(
-        Series("entities", _ENTITIES, ("get", "query", "save"), _ONE_TASK, 0.22),
         Series("tasks", (1, 8, 64, 512), ("get", "save"), Load(workload="get"), 0.05),
         Series("size", _SIZES, ("get", "save"), Load(workload="get", entities=1000), 0.05),
         Series("processes", (1, 2, 4, 8), ("save",), Load(workload="save", tasks=8), 0.04),

@@ -51,6 +51,11 @@ def ratio_of_runs(of: Sequence[float], to: Sequence[float]) -> Interval | None:
     return _around(statistics.fmean(ones) - statistics.fmean(others), half)
 
 
+def ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [one / other for one, other in zip(of, to, strict=True)]
+
+
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     """The k of `cost ~ size ** k`, by least squares on logarithms; None for one size."""
     logs = [(math.log(size), math.log(cost)) for size, cost in points if size > 0 < cost]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import csv
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from hf_async_store import ConfigurationError, InvalidInputError, load_config, open_store
-from hf_async_store_bench.messages import Needs, Role, SystemUnderTest
+from hf_async_store_bench.messages import Needs, SystemUnderTest
 
 _PACKAGE: Final = "hf_async_store_bench"
 _NEEDS: Final[dict[str, Needs]] = {
@@ -22,26 +23,16 @@ _DRIVERS: Final = {"sqlite": "aiosqlite", "postgresql": "asyncpg", "dynamodb": "
 _NONDURABLE: Final = {"json": "sync_writes=no", "sqlite": "synchronous=NORMAL"}
 
 
-def _system(
-    role: Role, name: str, engine: str, adapter: str, package: str | None = None, **more: Any
-) -> SystemUnderTest:
-    return SystemUnderTest(
-        name=name,
-        role=role,
-        engine=engine,
-        adapter=f"{_PACKAGE}.{adapter}",
-        package=package or _DRIVERS.get(engine),
-        **{"needs": _NEEDS.get(engine, "folder"), **more},
-    )
+def _system(engine: str, adapter: str, **more: Any) -> SystemUnderTest:
+    needs = {"needs": _NEEDS.get(engine, "folder")}
+    return SystemUnderTest(engine=engine, adapter=f"{_PACKAGE}.{adapter}", **{**needs, **more})
 
 
 def _strategy(name: str, engine: str, url: str, **more: Any) -> SystemUnderTest:
-    return _system("strategy", name, engine, "adapters:StoreAdapter", url=url, **more)
+    given = {"name": name, "role": "strategy", "package": _DRIVERS.get(engine), "url": url}
+    return _system(engine, "adapters:StoreAdapter", **given, **more)
 
 
-_baseline = partial(_system, "baseline")
-_competitor = partial(_system, "competitor")
-_HELD: Final = "the test server holds all of it in its memory, and takes minutes"
 _DYNAMODB: Final = "dynamodb://eu-west-1/{name}?endpoint_url={dynamodb}"
 
 STRATEGIES: Final = tuple(
@@ -52,49 +43,27 @@ STRATEGIES: Final = tuple(
         _strategy("json split", "json", "json:{folder}/split"),
         _strategy("sqlite", "sqlite", "sqlite:{folder}/store.sqlite"),
         _strategy("postgresql", "postgresql", "{postgres}"),
-        _strategy("dynamodb", "dynamodb", _DYNAMODB, max_entities=(100_000, _HELD)),
+        _strategy("dynamodb", "dynamodb", _DYNAMODB),
     )
 )
 
-BASELINES: Final = (
-    _baseline("append and sync each", "json", "baselines.journal:JournalEach"),
-    _baseline("group commit by hand", "json", "baselines.journal:JournalTogether"),
-    _baseline("start of Python", "json", "baselines.journal:StartOfPython"),
-    _baseline("aiosqlite each", "sqlite", "baselines.sqlite:Aiosqlite"),
-    _baseline("SQLAlchemy Core on aiosqlite each", "sqlite", "baselines.sqlite:Core"),
-    _baseline("sqlite3 batched by hand", "sqlite", "baselines.sqlite:Sqlite3Batched"),
-    _baseline("aiosqlite, a multi-row insert", "sqlite", "baselines.sqlite:MultiRow"),
-    _baseline("asyncpg pool each", "postgresql", "baselines.postgresql:Pool"),
-    _baseline("asyncpg held connections each", "postgresql", "baselines.postgresql:Held"),
-    _baseline("SQLAlchemy Core on asyncpg each", "postgresql", "baselines.postgresql:Core"),
-    _baseline("asyncpg batched by hand", "postgresql", "baselines.postgresql:Batched"),
-    _baseline("asyncpg, a multi-row insert", "postgresql", "baselines.postgresql:MultiRow"),
-    _baseline("aiobotocore each", "dynamodb", "baselines.dynamodb:Each"),
-    _baseline("aiobotocore batched by hand", "dynamodb", "baselines.dynamodb:Batched"),
-)
 
-COMPETITORS: Final = (
-    _competitor("tinydb", "json", "competitors:TinyDB", "tinydb", blocking=True),
-    _competitor("orb-py JSON", "json", "competitors:Orb", "orb", blocking=True),
-    _competitor("diskcache", "sqlite", "competitors:DiskCache", "diskcache", blocking=True),
-    _competitor("py-key-value disk", "sqlite", "competitors:KeyValueDisk", "key_value.aio"),
-    _competitor("advanced-alchemy", "sqlite", "competitors:AdvancedAlchemy", "advanced_alchemy"),
-    _competitor(
-        "py-key-value PostgreSQL", "postgresql", "competitors:KeyValuePostgreSQL", "key_value.aio"
-    ),
-    _competitor("aiodynamo", "dynamodb", "competitors:AioDynamo", "aiodynamo"),
-    _competitor("pydynox", "dynamodb", "competitors:Pydynox", "pydynox"),
-)
+def _others() -> Iterator[tuple[SystemUnderTest, bool]]:
+    """The baselines and competitors, and whether the short run has them."""
+    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            runs, package = row.pop("runs"), row.pop("package") or None
+            one = _system(**row, package=package, blocking=runs == "blocking")
+            yield one, runs == "short"
 
+
+_OTHERS: Final = tuple(_others())
+BASELINES: Final = tuple(each for each, _ in _OTHERS if each.role == "baseline")
+COMPETITORS: Final = tuple(each for each, _ in _OTHERS if each.role == "competitor")
 ALL: Final = (*STRATEGIES, *BASELINES, *COMPETITORS)
-_ONLY_FULL: Final = (
-    "json split",
-    "aiosqlite each",
-    "asyncpg held connections each",
-    "SQLAlchemy Core on asyncpg each",
-)
-SHORT_SYSTEMS: Final = tuple(
-    each for each in (*STRATEGIES, *BASELINES) if each.name not in _ONLY_FULL
+SHORT_SYSTEMS: Final = (
+    *(each for each in STRATEGIES if each.name != "json split"),
+    *(each for each, is_short in _OTHERS if is_short),
 )
 """The short run has no competitors, and nothing that says much the same as another."""
 

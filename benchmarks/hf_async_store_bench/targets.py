@@ -10,7 +10,8 @@ from typing import Final, NamedTuple, TypeAlias
 
 from hf_async_store_bench.messages import Load, Measurement
 from hf_async_store_bench.results import Figure, Results, ratio
-from hf_async_store_bench.scenarios import SCENARIOS, ratios
+from hf_async_store_bench.scenarios import SCENARIOS
+from hf_async_store_bench.statistics import ratios
 
 _NOT_RUN: Final = "not in this run"
 
@@ -48,7 +49,6 @@ def figures(results: Results) -> list[Figure]:
     """Every figure with a target, with its value where this run has it; then what scenarios gave."""
     return [
         *(_measured(results, each) for each in TARGETS),
-        *_growth(results),
         *_lost_writes(results),
         *results.figures,
         *_not_run(results),
@@ -104,22 +104,6 @@ def _value(results: Results, target: PerformanceTarget) -> _Value | str:
     if found is None:
         return "no round in common"
     return found.inverse if target.of == "time" else found
-
-
-_GROWS_AT_MOST: Final = 1.5
-_FIRST: Final = 1000
-
-
-def _growth(results: Results) -> Iterator[Figure]:
-    """What a save costs in a large JSON store, compared with one of a thousand machines."""
-    sweeps = [i for i in results.sweeps if (i.parameter, i.workload) == ("entities", "save")]
-    curves = [each for sweep in sweeps for each in sweep.curves if each.system == "json"]
-    points = {point.size: point.cost for curve in curves for point in curve.points}
-    for size in (10_000, 100_000, 1_000_000):
-        what = f"save, 1 task, at {size:,} machines, against {_FIRST:,}, time of one operation"
-        known = size in points and _FIRST in points
-        found = (points[size] / points[_FIRST], None, None) if known else _NOT_RUN
-        yield _figure("json", what, "x", None, _GROWS_AT_MOST, found)
 
 
 def _lost_writes(results: Results) -> Iterator[Figure]:

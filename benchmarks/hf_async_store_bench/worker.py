@@ -5,17 +5,15 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import Any, Final
+from typing import Any
 
 from hf_async_store_bench import resource_usage
 from hf_async_store_bench.acked_writes import add_all
-from hf_async_store_bench.data import machine
+from hf_async_store_bench.adapters import fill
 from hf_async_store_bench.load_generator import closed_loop, open_loop
 from hf_async_store_bench.messages import Answer, Command, Plan, decode, encode
 from hf_async_store_bench.processes import next_line
 from hf_async_store_bench.workloads import WORKLOADS, Workload
-
-_CHUNK: Final = 10_000
 
 
 class Worker:
@@ -48,10 +46,7 @@ class Worker:
     async def load(self, command: Command) -> Answer:
         """Fill it. What lives in this process alone stays open."""
         self._system = await self._type.open(self._plan.environment)
-        load = self._plan.load
-        for start in range(0, load.entities, _CHUNK):
-            numbers = range(start, min(load.entities, start + _CHUNK))
-            await self._system.fill([machine(each, load.size) for each in numbers])
+        await fill(self._system, self._plan.load.entities, self._plan.load.size)
         apart = _is_apart(self._system)
         if apart:
             await self.end()

@@ -287,8 +287,8 @@ def _flag(name: str, text: str) -> Add:
     return lambda parser: parser.add_argument(name, action="store_true", help=text)
 
 
-def _repeatable(name: str, metavar: str, text: str) -> Add:
-    return _argument(name, metavar, text, action="append", default=[])
+def _repeatable(name: str, metavar: str, text: str, **settings: Any) -> Add:
+    return _argument(name, metavar, text, action="append", default=[], **settings)
 
 
 def _mode(parser: argparse.ArgumentParser) -> None:
@@ -469,6 +469,13 @@ _SCHEMA: Final = (
     ),
     _repeatable("--allow", "KIND", "check: differences of this kind, such as values, are accepted"),
 )
+_CLAIMS: Final = (
+    _argument("action", "ACTION", "list or break; see below", choices=("list", "break")),
+    _argument(
+        "collection", "COLLECTION", "the collection of the entities, or hf_locks: the named locks"
+    ),
+    _argument("ids", "ID", "break: the ids of the entities", nargs="*"),
+)
 _VERIFY: Final = (
     _argument("backup", "BACKUP", "a portable backup file, made by `backup`", nargs="?"),
     *_pair(required=False),
@@ -519,9 +526,10 @@ COMMANDS: Final[Mapping[str, Command]] = {
         _UPDATE,
         "A value is read as the declared type of its field. If the field is of type json, or not\n"
         "declared, the value is read as JSON if it is valid JSON, otherwise as a string.\n"
-        "FIELD:=JSON sets any JSON value.\n\n"
+        "FIELD:=JSON sets any JSON value, and FIELD/NAME=VALUE a value inside a field.\n\n"
         f"  {PROGRAM} update requests req-1 status=COMPLETED completed_at=2025-06-30T12:00:00Z\n"
         f'  {PROGRAM} update requests req-1 \'tags:={{"owner": "ops"}}\' --remove note\n'
+        f"  {PROGRAM} update requests req-1 tags/owner=ops --remove tags/temporary\n"
         f'  {PROGRAM} update requests req-1 \'{{"status": "FAILED"}}\' --expected-version 3\n',
     ),
     "delete": Command(
@@ -555,6 +563,28 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n"
         f"  {PROGRAM} count machines --by status\n",
     ),
+    "update-where": Command(
+        "update-where COLLECTION FILTER... --set FIELD=VALUE [OPTIONS]",
+        "change fields of the entities that match all filters",
+        f"{_CLI}.entity_commands:update_where",
+        (
+            _COLLECTION,
+            _argument("filters", "FILTER", "a condition, see below; all must match", nargs="+"),
+            _repeatable(
+                "--set",
+                "FIELD=VALUE",
+                "set a field, as in `update`; may be repeated",
+                dest="changes",
+            ),
+            _repeatable("--remove", "FIELD", "remove a field; may be repeated"),
+            _ORDER,
+            _argument("--limit", "N", "change at most this number, in this order", type=_integer),
+        ),
+        "An entity that is changed meanwhile is changed only if it still matches. The number of\n"
+        f"changed entities is shown.\n\n{_FILTER_HELP}\n"
+        f"  {PROGRAM} update-where machines request_id=req-1 --set status=TERMINATED\n"
+        f"  {PROGRAM} update-where machines status=PENDING --set tags/owner=ops --limit 100\n",
+    ),
     "delete-where": Command(
         "delete-where COLLECTION FILTER... [OPTIONS]",
         "delete the entities that match all filters",
@@ -569,6 +599,20 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"deleted entities is shown.\n\n{_FILTER_HELP}\n"
         f"  {PROGRAM} delete-where requests status=COMPLETED completed_at:lt=2025-01-01\n"
         f"  {PROGRAM} delete-where machines status=TERMINATED --order updated_at --limit 1000\n",
+    ),
+    "purge": Command(
+        "purge [COLLECTION] [OPTIONS]",
+        "remove expired entities",
+        f"{_CLI}.admin_commands:purge",
+        (
+            _argument("collection", "COLLECTION", "only this collection", nargs="?"),
+            _argument("--limit", "N", "remove at most this number", type=_integer),
+        ),
+        "Expired entities are absent for every command and method; this frees their space. It works in\n"
+        "small batches, while other programs read and write. An entity to which others refer stays until\n"
+        "the last of them is removed. The number of removed entities is shown.\n\n"
+        f"  {PROGRAM} purge\n"
+        f"  {PROGRAM} purge requests --limit 10000\n",
     ),
     "health": Command(
         "health",
@@ -614,6 +658,17 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"  {PROGRAM} schema plan --collections shop.collections:ALL\n"
         f"  {PROGRAM} schema apply --collections shop.collections:ALL --transform shop.changes:ALL\n"
         f"  {PROGRAM} schema check --collections shop.collections:ALL --allow values\n",
+    ),
+    "claims": Command(
+        "claims ACTION COLLECTION [ID...]",
+        "show which entities are claimed, and end claims",
+        f"{_CLI}.claims_command:claims",
+        _CLAIMS,
+        "  list   show the claims, and the entities that were claimed before without being finished\n"
+        "  break  end the claims of these entities, whoever holds them; their holders are refused\n"
+        "         from then on. If an entity has no claim, the exit code is 1\n\n"
+        f"  {PROGRAM} claims list requests\n"
+        f"  {PROGRAM} claims break requests req-1\n",
     ),
     "checkpoint": Command(
         "checkpoint [OPTIONS]",

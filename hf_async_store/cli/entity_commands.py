@@ -1,4 +1,4 @@
-"""The commands on entities: put, get, update, delete, query, count."""
+"""The commands on entities: put, get, update, delete, query, count, update-where, delete-where."""
 
 from __future__ import annotations
 
@@ -276,6 +276,27 @@ def _show_deleted(arguments: Namespace, collection: Collection, outcomes: Sequen
         elif outcome is False:
             status = report(EntityNotFoundError(collection.name, entity_id), verbose=False)
     return status
+
+
+def update_where(arguments: Namespace) -> int:
+    from hf_async_store.cli.filter_syntax import changes_of, filters_of, order_of
+
+    context = Context(arguments)
+    collection = context.collection()
+    filters = filters_of(arguments.filters, collection)
+    changes = changes_of(arguments.changes, arguments.remove, collection)
+    order = order_of(arguments.order, collection)
+
+    async def work(store: StorageStrategy) -> int:
+        number = await context.with_timeout(
+            store.update_where(
+                collection.name, filters, changes, order_by=order, limit=arguments.limit
+            )
+        )
+        output.result(arguments, {"updated": number}, f"{number:,} {collection.name} updated")
+        return 0
+
+    return context.run(work, writes=True, needs_store=True)
 
 
 def delete_where(arguments: Namespace) -> int:

@@ -35,6 +35,7 @@ _CODES: Final[Mapping[int, tuple[type[StorageError], ...]]] = {
         errors.ConcurrencyConflictError,
         errors.AlreadyExistsError,
         errors.UniqueViolationError,
+        errors.ClaimLostError,
         # Like the others, it depends on the stored data, not on how the command was written.
         errors.ReferenceViolationError,
         errors.TargetNotEmptyError,

@@ -14,7 +14,7 @@ from hf_async_store.errors import InvalidFieldError, InvalidInputError, InvalidQ
 from hf_async_store.field_checks import directed, is_known, operand_problem, signed, undeclared
 from hf_async_store.json_input import decode_json
 from hf_async_store.query import Combined, Op, OpName, Path, and_, asc, desc
-from hf_async_store.values import REMOVE, VERSION, Removed, Value, parse_timestamp
+from hf_async_store.values import REMOVE, VERSION, Removed, Value, join_path, parse_timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -208,25 +208,27 @@ def _named_path(word: str, option: str, collection: Collection, *, nested: bool 
 
 def changes_of(
     words: Sequence[str], removed: Iterable[str], collection: Collection
-) -> dict[str, Value | Removed]:
+) -> dict[str | Path, Value | Removed]:
     """Parse the changes of an update: assignments or one JSON object, and the fields to remove.
 
     Raises:
         InvalidInputError: an argument is not valid; the error names it, and says what is expected.
     """
-    changes: dict[str, Value | Removed] = {}
+    changes: dict[str | Path, Value | Removed] = {}
     if len(words) == 1 and words[0].lstrip().startswith("{"):
         changes.update(_json_object(words[0]))
     else:
         for word in words:
-            name, value = _assignment(word, collection)
-            if name in changes:
+            target, value = _assignment(word, collection)
+            if target in changes:
+                name = target if isinstance(target, str) else join_path(target.parts)
                 raise InvalidInputError(f"{_shown(word)}: {name} is given twice")
-            changes[name] = value
-    for name in removed:
-        if name in changes:
-            raise InvalidInputError(f"--remove {name}: the field is also given a value")
-        changes[name] = REMOVE
+            changes[target] = value
+    for word in removed:
+        target = _target(steps_of(word))
+        if target in changes:
+            raise InvalidInputError(f"--remove {word}: the field is also given a value")
+        changes[target] = REMOVE
     if not changes:
         raise InvalidInputError(
             "no change is given: give field=value, a JSON object, or --remove FIELD"
@@ -234,26 +236,27 @@ def changes_of(
     return changes
 
 
-def _assignment(word: str, collection: Collection) -> tuple[str, Value]:
+def _target(steps: Steps) -> str | Path:
+    """What an update changes: a field, or a value inside one."""
+    name, *inner = steps
+    return Path(steps) if inner or not isinstance(name, str) else name
+
+
+def _assignment(word: str, collection: Collection) -> tuple[str | Path, Value]:
     parsed = _split(word)
     if parsed.value is None or parsed.operator != "eq":
         raise InvalidInputError(
             f"{_shown(word)} is not an assignment; write field=value, or field:=JSON"
         )
-    name = parsed.steps[0]
-    if len(parsed.steps) > 1 or not isinstance(name, str):
-        raise InvalidInputError(
-            f"{_shown(word)}: an update sets whole fields; give the whole value: '{name}:={{...}}' "
-            f"(write a field name with a slash as a JSON list: '[\"a/b\"]=x')"
-        )
-    if name == VERSION:
+    target = _target(parsed.steps)
+    if target == VERSION:
         raise InvalidInputError(
             "the version cannot be set; to update only if the stored version is unchanged, use "
             "--expected-version"
         )
     if parsed.is_json:
-        return name, _json(parsed.value, word)
-    return name, _typed(parsed.value, _type_of(parsed.steps, collection), word)
+        return target, _json(parsed.value, word)
+    return target, _typed(parsed.value, _type_of(parsed.steps, collection), word)
 
 
 # -- arguments ------------------------------------------------------------------------------

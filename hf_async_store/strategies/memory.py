@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
@@ -19,19 +19,25 @@ from hf_async_store.driver import (
     Session,
 )
 from hf_async_store.errors import StorageError, StoreClosedError
+from hf_async_store.event_loop import Chunks
 from hf_async_store.locks import ReaderWriterLock
 from hf_async_store.query import MISSING, Missing, Query
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.table import PastMoment, Table
 from hf_async_store.table_reading import TableReader
-from hf_async_store.unique import Fields, unique_of
+from hf_async_store.unique import Fields
 from hf_async_store.values import Entity, Key, Value, copy_entity
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _LOCK_TIMEOUT: Final = 30.0
+_CHUNK_SIZE: Final = 512
+"""How many entities are copied between two iterations of the event loop."""
+
+_WRITE_CHUNK: Final = 128
+"""The same for changes."""
 
 
 class MemoryStorageStrategy(StorageStrategy):
@@ -82,9 +88,11 @@ class _Stored(Mapping[Key, Entity]):
         return self.tables[collection]
 
     def owners(self, collection: str, fields: Fields, digest: bytes) -> list[str]:
-        """The id of the entity that has the values of a digest, if any."""
-        owner = self.table(collection).known_owners(fields).ids.get(digest)
-        return [] if owner is None else [owner]
+        """The ids of the entities that have the values of a digest."""
+        return self.table(collection).known_owners(fields).of(digest)
+
+    def get(self, key: Key, default: Any = None) -> Any:  # a third of the time of `Mapping.get`
+        return self.table(key.collection).entities.get(key.id, default)
 
     def __getitem__(self, key: Key) -> Entity:
         return self.table(key.collection).entities[key.id]
@@ -106,10 +114,7 @@ class _OverlayReader(TableReader[Entity]):
         self.overlay = overlay
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        return [
-            None if (entity := self.overlay.get(key)) is None else _record(key, entity)
-            for key in keys
-        ]
+        return await _records(keys, self.overlay.get)
 
     def _table(self, collection: str) -> Table[Entity]:
         return self._stored.table(collection)
@@ -126,12 +131,11 @@ class _Snapshot(TableReader[Entity]):
         self._moments = {name: table.pin() for name, table in tables.items()}
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        return [
-            None
-            if (entity := self._moments[key.collection].get(key.id)) is None
-            else _record(key, entity)
-            for key in keys
-        ]
+        return await _records(keys, self._get)
+
+    def _get(self, key: Key) -> Entity | None:
+        moment = self._moments.get(key.collection)
+        return None if moment is None else moment.get(key.id)
 
     def _table(self, collection: str) -> Table[Entity]:
         return self._tables[collection]
@@ -150,10 +154,11 @@ class _Snapshot(TableReader[Entity]):
 class _MemorySession(_OverlayReader, Session):
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        for change in changes:
-            outcomes.append(self.overlay.apply(change))
-            if isinstance(outcomes[-1], StorageError):
-                break
+        async for chunk in Chunks(changes, _WRITE_CHUNK):
+            for change in chunk:
+                outcomes.append(self.overlay.apply(change))
+                if isinstance(outcomes[-1], StorageError):
+                    return outcomes
         return outcomes
 
     @asynccontextmanager
@@ -169,6 +174,7 @@ class MemoryEngine(Engine):
         engine="memory",
         durable=False,
         multi_process=False,
+        claims=True,
         change_markers=True,
         unique_indexes=True,
     )
@@ -176,13 +182,15 @@ class MemoryEngine(Engine):
     def __init__(self, schema: Schema, config: MemoryConfig) -> None:
         self._stored = _Stored(schema)
         self._schema = schema
-        self._unique = unique_of(schema)
         self._references = config.enforce_references
         self._lock = ReaderWriterLock()
         self._closed = False
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        return await self._reader().fetch(keys)
+        if len(keys) <= _CHUNK_SIZE:
+            return await self._reader().fetch(keys)
+        async with self.snapshot() as moment:
+            return await moment.fetch(keys)
 
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._reader().select(query)
@@ -200,10 +208,12 @@ class MemoryEngine(Engine):
         async with self._lock.writing(_LOCK_TIMEOUT):
             await self._find_owners()
             outcomes: list[Outcome] = []
-            for change in changes:
-                overlay = self._overlay()
-                outcomes.append(overlay.apply(change))
-                self._commit(overlay)
+            async for chunk in Chunks(changes, _WRITE_CHUNK):
+                for change in chunk:
+                    self._refuse_closed()
+                    overlay = self._overlay()
+                    outcomes.append(overlay.apply(change))
+                    await self._commit(overlay)
             return outcomes
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
@@ -218,7 +228,7 @@ class MemoryEngine(Engine):
             await self._find_owners()
             overlay = self._overlay()
             yield _MemorySession(self._stored, overlay)
-            self._commit(overlay)
+            await self._commit(overlay)
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
@@ -239,17 +249,26 @@ class MemoryEngine(Engine):
 
     async def _find_owners(self) -> None:
         """Prepare the look-up of unique values, while the lock is held."""
-        for name, unique in self._unique.items():
+        for name, unique in self._schema.unique.items():
             for fields in unique:
                 await self._stored.table(name).owners(fields)
 
-    def _commit(self, overlay: Overlay) -> None:
+    async def _commit(self, overlay: Overlay) -> None:
+        """Apply the changes to the tables. The write lock is held."""
         self._refuse_closed()
         images: dict[str, dict[str, Entity | None]] = {}
-        for key, entity in overlay.changes.items():
-            images.setdefault(key.collection, {})[key.id] = entity
+        async for chunk in Chunks(overlay.changes.items(), _CHUNK_SIZE):
+            for key, entity in chunk:
+                images.setdefault(key.collection, {})[key.id] = entity
+        tables = {name: self._stored.table(name) for name in images}
+        merged = {
+            name: await tables[name].merged(each)
+            for name, each in images.items()
+            if tables[name].is_bulk(each)
+        }
+        self._refuse_closed()  # it may have been closed during one of the awaits
         for name, each in images.items():
-            self._stored.table(name).apply(each)
+            tables[name].apply(each, merged.get(name))
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -266,5 +285,10 @@ class MemoryEngine(Engine):
         self._stored = _Stored(Schema(()))
 
 
-def _record(key: Key, entity: Entity) -> Record:
-    return Record(key, copy_entity(entity))
+async def _records(keys: Sequence[Key], get: Callable[[Key], Entity | None]) -> list[Record | None]:
+    """Copies of entities; what `get` returns may not change between the chunks."""
+    return [
+        None if (entity := get(key)) is None else Record(key, copy_entity(entity))
+        async for chunk in Chunks(keys, _CHUNK_SIZE)
+        for key in chunk
+    ]

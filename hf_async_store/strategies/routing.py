@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_async_store.errors import ConfigurationError
 from hf_async_store.migration_routing import MigrationRouter, unrouted
-from hf_async_store.schema import MIGRATION_COLLECTIONS, Schema
+from hf_async_store.schema import MIGRATION_COLLECTIONS, EngineSchema, Schema
 from hf_async_store.strategies import open_store
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def routed(
             "durable or is limited to one process"
         )
     system = (each for each in MIGRATION_COLLECTIONS if each.name not in schema)
-    declared = Schema([*schema.values(), *system])
+    declared = EngineSchema([*schema.values(), *system])
 
     def open_engine(location: str | None) -> Engine | None:
         if location is None:

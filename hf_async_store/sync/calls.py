@@ -237,20 +237,20 @@ def _passed(caller: Caller | None, argument: Any) -> Any:
     """An argument as it is passed on: code of the caller runs in the calling thread.
 
     An iterator becomes the list of its items, copied, because it may change an item that it has
-    returned. A function, or each of a dict of functions, becomes one that is called by `caller`, if that
-    is given.
+    returned. A function becomes one that is called by `caller`, if that is given.
     """
     if hasattr(type(argument), "__next__"):
         return [_copied(each) for each in argument]
     if caller is not None and callable(argument):
         return lambda *args: caller.call_back(partial(argument, *args))
-    if (
-        caller is not None
-        and isinstance(argument, Mapping)
-        and any(map(callable, argument.values()))
-    ):
-        return {name: _passed(caller, each) for name, each in argument.items()}
     return argument
+
+
+def passed_functions(caller: Caller, functions: Any) -> Any:
+    """A dict of functions as it is passed on; anything else is left for the method to refuse."""
+    if not isinstance(functions, Mapping):
+        return functions
+    return {name: _passed(caller, each) for name, each in functions.items()}
 
 
 def _copied(item: Any) -> Any:

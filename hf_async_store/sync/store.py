@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -9,21 +10,33 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
-from hf_async_store import driver, repository, strategy, transaction
+from hf_async_store import claims, driver, repository, strategy, transaction
 from hf_async_store.arguments import check_callable
+from hf_async_store.claims import LEASE_SECONDS
 from hf_async_store.conflict_retry import RETRY_SECONDS
 from hf_async_store.errors import StoreClosedError
 from hf_async_store.models import Model
-from hf_async_store.sync.calls import Blocking, Context, Entering, blocking, calling_back, streaming
+from hf_async_store.sync.calls import (
+    Blocking,
+    Context,
+    Entering,
+    blocking,
+    calling_back,
+    passed_functions,
+    streaming,
+)
 from hf_async_store.sync.event_loop_thread import EventLoopThread, refuse_running_loop
 from hf_async_store.sync.typed import TypedCollection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from datetime import datetime
 
-    from hf_async_store.driver import Capabilities, Isolation
+    from hf_async_store.driver import Capabilities, Isolation, SchemaProgress
+    from hf_async_store.query import Filters, OrderBy
     from hf_async_store.schema import Collection
-    from hf_async_store.values import Value
+    from hf_async_store.transforms import Transforms
+    from hf_async_store.values import Entity, Key, Value
 
 Result = TypeVar("Result")
 
@@ -102,6 +115,101 @@ class Snapshot(Blocking):
     select = streaming(driver.Reader.select)
     select_batches = streaming(driver.Reader.select_batches, read_ahead=1)
     select_json = streaming(driver.Reader.select_json, read_ahead=1)
+
+
+class Claim(Blocking):
+    """As the asynchronous `Claim`, for use with `with`: it is renewed in the background.
+
+    If it is lost meanwhile, its methods raise ClaimLostError from then on, and so does the end of the
+    block: a thread cannot be cancelled.
+    """
+
+    _target: claims.Claim
+
+    def __init__(
+        self,
+        claim: claims.Claim,
+        loop_thread: EventLoopThread,
+        transaction_type: type[Transaction],
+    ) -> None:
+        super().__init__(claim, loop_thread)
+        self._transaction_type = transaction_type
+
+    def __repr__(self) -> str:
+        return repr(self._target)
+
+    @property
+    def key(self) -> Key:
+        """Collection and id of the entity."""
+        return self._target.key
+
+    @property
+    def collection(self) -> str:
+        """The collection of the entity."""
+        return self._target.collection
+
+    @property
+    def id(self) -> str:
+        """The id of the entity."""
+        return self._target.id
+
+    @property
+    def entity(self) -> Entity:
+        """The entity as it was claimed."""
+        return self._target.entity
+
+    @property
+    def version(self) -> int:
+        """The version that was claimed, or written last through the claim."""
+        return self._target.version
+
+    @property
+    def token(self) -> int:
+        """As `Claim.token`."""
+        return self._target.token
+
+    @property
+    def attempts(self) -> int:
+        """As `Claim.attempts`."""
+        return self._target.attempts
+
+    @property
+    def expires_at(self) -> datetime:
+        """As `Claim.expires_at`."""
+        return self._target.expires_at
+
+    @property
+    def lease(self) -> float:
+        """In seconds."""
+        return self._target.lease
+
+    update = blocking(claims.Claim.update)
+    finish = blocking(claims.Claim.finish)
+    delete = blocking(claims.Claim.delete)
+    renew = blocking(claims.Claim.renew)
+    release = blocking(claims.Claim.release)
+
+    def transaction(self) -> Transaction:
+        """As `Claim.transaction`, for use with `with`."""
+        return self._transaction_type(self._target.transaction(), self._opened())
+
+    def __enter__(self) -> Self:
+        async def enter() -> None:
+            self._target._enter(None)
+
+        self._run(enter)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is not None and not isinstance(exc, Exception):
+            # KeyboardInterrupt, SystemExit: in a task, asyncio would end the event loop.
+            exc = CancelledError()
+        self._run(partial(self._target.__aexit__, None, exc, None))
 
 
 class Store(Repository):
@@ -244,21 +352,93 @@ class Store(Repository):
         )
 
     @contextmanager
-    def snapshot(self) -> Iterator[Snapshot]:
+    def snapshot(self, *, expired: bool = False) -> Iterator[Snapshot]:
         """As `StorageStrategy.snapshot`."""
-        with Context(self._opened(), self._target.snapshot()) as reader:
+        with Context(self._opened(), self._target.snapshot(expired=expired)) as reader:
             yield Snapshot(reader, self._loop_thread)
+
+    purge_expired = blocking(strategy.StorageStrategy.purge_expired)
+    # -- claims and locks --------------------------------------------------------------------
+
+    def claim_entities(
+        self,
+        collection: str,
+        filters: Filters = None,
+        *,
+        order_by: OrderBy = None,
+        limit: int = 1,
+        lease: float = LEASE_SECONDS,
+        owner: str | None = None,
+        wait: float | None = None,
+        max_attempts: int | None = None,
+    ) -> list[Claim]:
+        """As `StorageStrategy.claim_entities`."""
+        claim = partial(
+            self._target.claim_entities,
+            collection,
+            filters,
+            order_by=order_by,
+            limit=limit,
+            lease=lease,
+            owner=owner,
+            wait=wait,
+            max_attempts=max_attempts,
+        )
+        return [self._claim(each) for each in self._run(claim)]
+
+    def _claim(self, claim: claims.Claim) -> Claim:
+        return Claim(claim, self._opened(), self.transaction_type)
+
+    @contextmanager
+    def lock(
+        self, name: str, *, lease: float = LEASE_SECONDS, timeout: float | None = None
+    ) -> Iterator[Claim]:
+        """As `StorageStrategy.lock`, for use with `with`. `Claim` says what happens if it is lost."""
+        names = [claims.check_name(name, "name")]
+        with self._acquired(names, lease, timeout) as claim:
+            yield claim
+
+    @contextmanager
+    def permits(
+        self,
+        name: str,
+        limit: int,
+        *,
+        lease: float = LEASE_SECONDS,
+        timeout: float | None = None,
+    ) -> Iterator[Claim]:
+        """As `StorageStrategy.permits`, for use with `with`. `Claim` says what happens if it is lost."""
+        with self._acquired(claims.permit_names(name, limit), lease, timeout) as claim:
+            yield claim
+
+    def _acquired(self, names: list[str], lease: float, timeout: float | None) -> Claim:
+        acquire = partial(claims.acquired_name, self._target, names, lease, timeout)
+        return self._claim(self._run(acquire))
+
+    claims = blocking(strategy.StorageStrategy.claims)
+    break_claim = blocking(strategy.StorageStrategy.break_claim)
 
     # -- declarations and health -------------------------------------------------------------
 
     recorded_collections = blocking(strategy.StorageStrategy.recorded_collections)
     schema_changes = blocking(strategy.StorageStrategy.schema_changes)
-    apply_schema = calling_back(strategy.StorageStrategy.apply_schema)
     exists = blocking(strategy.StorageStrategy.exists)
     undeclared = blocking(strategy.StorageStrategy.undeclared)
     explain_query = blocking(strategy.StorageStrategy.explain_query)
     test_connection = blocking(strategy.StorageStrategy.test_connection)
     health = blocking(strategy.StorageStrategy.health)
+
+    def apply_schema(
+        self,
+        progress: SchemaProgress | None = None,
+        complete: bool = False,
+        transform: Transforms | None = None,
+    ) -> None:
+        """As `StorageStrategy.apply_schema`. The functions of `transform` are called in the calling thread;
+        `progress` is called in another one, and must not use the store."""
+        caller = self._caller()
+        functions = passed_functions(caller, transform)
+        caller.run(partial(self._target.apply_schema, progress, complete, functions))
 
     def is_same_store(self, other: Store) -> bool:
         """As `StorageStrategy.is_same_store`."""

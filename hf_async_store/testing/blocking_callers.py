@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ import pytest
 
 from hf_async_store.errors import (
     BatchError,
+    ClaimLostError,
     ConcurrencyConflictError,
     EventLoopMismatchError,
     InvalidInputError,
@@ -564,10 +566,11 @@ class BlockingContract:
         store.save_entities("items", items())
         assert store.modify_entity("items", "a", change) == 2
         assert store.run_transaction(work) == 3
+        reported: list[int] = []
         store.apply_schema(
-            lambda change, done, total: threads.append(threading.current_thread()),
-            transform={"items": transform},
+            lambda change, done, total: reported.append(done), transform={"items": transform}
         )
+        assert 4 in reported
         assert store.count_entities("items", {"label": "new"}) == 4
         assert set(threads) == {threading.current_thread()}
         found = store.get_entities("items", ["0", "1", "2"])
@@ -685,6 +688,31 @@ class BlockingContract:
         assert isinstance(store.backups(), list)
 
     # -- event loops, processes, signals -----------------------------------------------------
+
+    def test_125_claims_and_named_locks(self, store: Store) -> None:
+        if not store.capabilities.claims:
+            pytest.skip("the engine has no claims")
+        for each in "ab":
+            store.create_entity("items", {"item_id": each})
+        [claim] = store.claim_entities("items", {"item_id": "a"}, lease=0.6)
+        with claim:
+            time.sleep(0.9)  # it is renewed meanwhile
+            assert claim.update({"count": 1}) == claim.version == 2
+            with claim.transaction() as tx:
+                tx.update_entity("items", "b", {"count": 1})
+            claim.finish({"label": "done"})
+        assert store.claims("items") == []
+        [claim] = store.claim_entities("items", {"item_id": "a"}, lease=0.6)
+        with pytest.raises(ClaimLostError), claim:
+            assert store.break_claim("items", claim.id)
+            time.sleep(0.5)
+        with pytest.raises(ZeroDivisionError), store.lock("x"):
+            raise ZeroDivisionError
+        with store.lock("x") as held, store.permits("x", 1):
+            assert (held.collection, held.id) == ("hf_locks", "x")
+            with pytest.raises(LockTimeoutError), store.lock("x", timeout=0.01):
+                pass
+        assert store.claims("hf_locks") == []
 
     def test_125_in_a_running_event_loop_it_is_refused(self, harness: Harness) -> None:
         store = blocking_store(harness.store()).open()

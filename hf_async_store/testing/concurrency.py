@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import asynccontextmanager, contextmanager
-from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from hf_async_store.testing.plugin import SEED_VARIABLE
+from hf_async_store.testing.repetitions import random_of_test
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+    from random import Random
 
     from hf_async_store.driver import Capabilities
     from hf_async_store.strategy import StorageStrategy
@@ -28,20 +31,17 @@ PATIENCE: Final = 0.3
 """How long to wait for a rival before it is considered to be blocked by what the test holds. If this
 is too short on a slow machine, a case covers one order of events less, but does not fail."""
 
-SEED_VARIABLE: Final = "HF_ASYNC_STORE_TEST_SEED"
-
 _ATTEMPTS: Final = 100
 _PAUSE_SECONDS: Final = 0.1
 
 
 @contextmanager
 def seeded() -> Iterator[Random]:
-    """A random generator; its seed is added to the exception of a failing test."""
-    seed = int(os.environ.get(SEED_VARIABLE) or SystemRandom().randrange(2**32))
+    """The random generator of the test; the seed of the run is added to the exception of a failing test."""
     try:
-        yield Random(seed)
+        yield random_of_test()
     except BaseException as exc:
-        exc.add_note(f"to run with the same random choices: {SEED_VARIABLE}={seed}")
+        exc.add_note(f"to run with the same random choices: --hf-seed {os.environ[SEED_VARIABLE]}")
         raise
 
 

@@ -20,8 +20,11 @@ from hf_async_store.testing.assertions import no_complaints, nothing_is_left
 from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
 from hf_async_store.testing.changed_declarations import ChangedDeclarationContract
+from hf_async_store.testing.claims import ClaimContract
 from hf_async_store.testing.declarations import DeclarationContract
 from hf_async_store.testing.entities import EntityContract
+from hf_async_store.testing.expiry import ExpiryContract
+from hf_async_store.testing.expiry_of_owners import OwnerExpiryContract
 from hf_async_store.testing.field_operations import FieldOperationContract
 from hf_async_store.testing.filtered_changes import FilteredChangeContract
 from hf_async_store.testing.groups import GroupContract
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.asyncio
+@pytest.mark.hf_sampled
 class StrategyContract(
     EntityContract,
     ValueContract,
@@ -79,6 +83,9 @@ class StrategyContract(
     FilteredChangeContract,
     GroupContract,
     UniqueIndexContract,
+    ClaimContract,
+    ExpiryContract,
+    OwnerExpiryContract,
 ):
     """All cases of the contract."""
 

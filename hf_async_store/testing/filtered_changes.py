@@ -21,6 +21,8 @@ from hf_async_store.field_operations import add_to_set, append, increment
 from hf_async_store.query import eq, gte, lt, not_, path
 from hf_async_store.testing.assertions import all_refused_at_once, get_existing, payload
 from hf_async_store.testing.concurrency import seeded
+from hf_async_store.testing.field_operations import TASKS
+from hf_async_store.testing.process_workers import run_workers
 from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import REMOVE, version_of
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from hf_async_store.query import Path
     from hf_async_store.repository import RepositoryInterface
     from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.testing.harness import Harness
 
 # Undeclared fields: no index, which may lag behind, serves these filters.
 _STATE: Final = path("state")
@@ -133,6 +136,40 @@ class FilteredChangeContract:
         assert all(len(each["by"]) == 1 for each in jobs)  # type: ignore[arg-type]
         taken_by = [each["by"][0] for each in jobs]  # type: ignore[index]
         assert [taken_by.count(task) for task in range(6)] == counts
+
+    async def test_101_64_tasks_take_one_each(self, store: StorageStrategy) -> None:
+        ids = await _create(store, 16)
+
+        async def take(task: int) -> int:
+            change = {"state": "RUNNING", "by": append(task)}
+            return await store.update_where("counters", _PENDING, change, order_by=_RANK, limit=1)
+
+        taken = await asyncio.gather(*map(take, range(TASKS)))
+        assert sorted(taken) == [0] * (TASKS - len(ids)) + [1] * len(ids)
+        jobs = await store.query_entities("counters")
+        takers = [each["by"] for each in jobs]
+        assert sorted(takers) == [[task] for task, number in enumerate(taken) if number]  # type: ignore[type-var]
+
+    @pytest.mark.parametrize("verb", ["update", "delete"])
+    async def test_101_several_processes_share_the_matches(
+        self, harness: Harness, store: StorageStrategy, verb: str
+    ) -> None:
+        url = harness.url() if harness.capabilities.multi_process else None
+        if url is None:
+            return
+        number = repetitions(16)
+        await _create(store, number)
+        names = [f"w{each}" for each in range(8)]
+        counts = await run_workers(
+            url, *[("take-matching", {"name": each, "verb": verb, "limit": 3}) for each in names]
+        )
+        assert sum(counts) == number
+        jobs = await store.query_entities("counters")
+        takers = [each["by"] for each in jobs]
+        if verb == "delete":
+            assert takers == []
+        else:
+            assert [takers.count([each]) for each in names] == counts
 
     async def test_101_what_stops_matching_is_never_deleted(self, store: StorageStrategy) -> None:
         with seeded() as random:

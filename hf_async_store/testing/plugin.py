@@ -1,4 +1,5 @@
-"""The pytest plugin of the contract suite: an option for the seed, and a list of skipped engines.
+"""The pytest plugin of the contract suite: options for the seed and for a full run, the choice of variants,
+and a list of skipped engines.
 
 Every pytest run in an environment in which this package is installed loads this module. So it
 imports only pytest, and does nothing until the suite is used.
@@ -7,7 +8,10 @@ imports only pytest, and does nothing until the suite is used.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from random import Random, SystemRandom
 from typing import Final
 
 import pytest
@@ -26,6 +30,14 @@ REQUIRE_VARIABLE: Final = "HF_ASYNC_STORE_REQUIRE_ENGINES"
 SEED_VARIABLE: Final = "HF_ASYNC_STORE_TEST_SEED"
 FULL_VARIABLE: Final = "HF_ASYNC_STORE_TEST_FULL"
 
+_MARKER: Final = (
+    "hf_sampled(by='test'): in a run of whole files without --hf-full, a random third of the variants of "
+    "each test is run, at least one; by='case': of all tests with the same number in the same class, "
+    "and always the first of them; "
+    "by='url': of the variants with the same value of this parameter or fixture"
+)
+_STRIDE: Final = 3
+
 _SUCCESSFUL: Final = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
@@ -35,23 +47,64 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--hf-seed",
         type=int,
         metavar="N",
-        help="seed of the random cases of the contract suite; a failing test reports its seed",
+        help="seed of the random cases and of the choice of variants; a failing test reports its seed",
     )
     group.addoption(
         "--hf-full",
         action="store_true",
-        help="repeat the cases of the contract suite as often as the contract states, not a fifth",
+        help="repeat the cases of the contract suite as often as the contract states, not a fifth, "
+        "and run all variants of a case, not a third",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", _MARKER)
     seed = config.getoption("--hf-seed")
+    # In the environment, so that worker processes inherit it.
     if seed is not None:
-        # In the environment, so that worker processes inherit it.
         os.environ[SEED_VARIABLE] = str(seed)
+    os.environ.setdefault(SEED_VARIABLE, str(SystemRandom().randrange(2**32)))
     if config.getoption("--hf-full"):
         os.environ[FULL_VARIABLE] = "1"
     config.pluginmanager.register(_SkippedEngines(), "hf_async_store_left_out")
+
+
+@pytest.hookimpl(trylast=True)  # after the selection by `-m`
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    named = config.option.keyword or any("::" in each for each in config.args)
+    if named or os.environ.get(FULL_VARIABLE):
+        return
+    groups: dict[str, list[pytest.Item]] = {}
+    for each in items:
+        markers = list(each.iter_markers("hf_sampled"))
+        if markers:
+            groups.setdefault(_group(each, markers), []).append(each)
+    dropped: set[pytest.Item] = set()
+    for name, variants in groups.items():
+        start = random_of(name).randrange(min(_STRIDE, len(variants)))
+        dropped.update(variants)
+        dropped.difference_update(variants[start::_STRIDE])
+        if "::case " in name:
+            dropped.discard(variants[0])
+    if dropped:
+        config.hook.pytest_deselected(items=[each for each in items if each in dropped])
+        items[:] = [each for each in items if each not in dropped]
+
+
+def _group(item: pytest.Item, markers: Iterable[pytest.Mark]) -> str:
+    """The name of the tests from which variants are drawn together."""
+    name = item.nodeid.partition("[")[0]
+    for by in (marker.kwargs.get("by", "test") for marker in markers):
+        if by == "case":
+            name = re.sub(r"::test_(\d+)_.*", r"::case \1", name)
+        elif by != "test":
+            name += f" {item.callspec.params.get(by)}" if hasattr(item, "callspec") else ""
+    return name
+
+
+def random_of(name: str) -> Random:
+    """The random generator of one test or group of tests: the same in runs with the same seed."""
+    return Random(f"{os.environ[SEED_VARIABLE]} {name}")
 
 
 class _SkippedEngines:

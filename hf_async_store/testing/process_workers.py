@@ -30,7 +30,8 @@ from hf_async_store.errors import (
     EventLoopMismatchError,
     UniqueViolationError,
 )
-from hf_async_store.field_operations import increment
+from hf_async_store.field_operations import append, increment
+from hf_async_store.query import path
 from hf_async_store.strategies import open_store
 from hf_async_store.testing.concurrent_workloads import TOTAL, count_up, total, transfer
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
@@ -72,14 +73,14 @@ async def create_race(store: StorageStrategy, *, name: str, ids: Sequence[str]) 
 
 
 async def unique_race(
-    store: StorageStrategy, *, name: str, rounds: int, tasks: int
+    store: StorageStrategy, *, name: str, rounds: Sequence[int], tasks: int
 ) -> list[tuple[str, str]]:
     """In each round, try to create an item with the label of the round, in several tasks at once.
 
     Returns the labels and ids that this worker created.
     """
     won = []
-    for number in range(rounds):
+    for number in rounds:
         label = f"v{number}"
         ids = [f"{name}-{number}-{each}" for each in range(tasks)]
         created = await asyncio.gather(
@@ -110,6 +111,21 @@ async def operations(store: StorageStrategy, *, counter_id: str, times: int) -> 
     return [
         await store.update_entity("counters", counter_id, {"n": increment(1)}) for _ in range(times)
     ]
+
+
+async def take_matching(store: StorageStrategy, *, name: str, verb: str, limit: int) -> int:
+    """Update or delete pending counters, a few at a time, until there are none; returns how many."""
+    pending = {path("state"): "PENDING"}
+    total = 0
+    while True:
+        if verb == "delete":
+            done = await store.delete_where("counters", pending, limit=limit)
+        else:
+            change = {"state": "RUNNING", "by": append(name)}
+            done = await store.update_where("counters", pending, change, limit=limit)
+        total += done
+        if not done:
+            return total
 
 
 async def version_race(
@@ -219,6 +235,7 @@ ROLES: Final[Mapping[str, Role]] = {
     "program": program,
     "save-many": save_many,
     "single-keys": single_keys,
+    "take-matching": take_matching,
     "transactions": transactions,
     "transfers": transfers,
     "version-race": version_race,

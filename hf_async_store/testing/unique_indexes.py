@@ -22,7 +22,9 @@ from hf_async_store.errors import (
 from hf_async_store.field_operations import increment
 from hf_async_store.query import ne, path
 from hf_async_store.schema import Collection, Field, Index
+from hf_async_store.strategies.memory import MemoryStorageStrategy
 from hf_async_store.testing.assertions import get_existing
+from hf_async_store.testing.concurrency import seeded
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from hf_async_store.testing.process_workers import run_workers
 from hf_async_store.testing.repetitions import repetitions
@@ -30,6 +32,7 @@ from hf_async_store.values import REMOVE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Sequence
+    from random import Random
 
     from hf_async_store.repository import RepositoryInterface
     from hf_async_store.strategy import StorageStrategy
@@ -78,6 +81,51 @@ async def names_of(store: RepositoryInterface) -> dict[str, Any]:
 
 def thing(entity_id: str, name: object = None, **fields: object) -> dict[str, object]:
     return {"thing_id": entity_id, "name": name, **fields}
+
+
+def _random_change(random: Random) -> tuple[str, Any]:
+    """A verb, and its argument."""
+    entity_id = random.choice("abcd")
+    fields: dict[str, object] = {}
+    if random.random() < 0.8:
+        fields["name"] = random.choice(["x", "y", "z", None, "X"])
+    if random.random() < 0.5:
+        fields["number"] = random.choice([1, 1.0, 2, None])
+    if random.random() < 0.5:
+        fields |= {"flag": random.choice([True, False]), "zone": random.choice(["u", "v", None])}
+        fields["at"] = "2026-01-01T00:00:00.000000Z"
+    verb = random.choice(["create", "save", "update", "update", "delete"])
+    return verb, (entity_id, fields)
+
+
+async def _apply(store: RepositoryInterface, work: tuple[str, Any]) -> object:
+    verb, (entity_id, fields) = work
+    if verb == "create":
+        return await store.create_entity("things", {"thing_id": entity_id, **fields})
+    if verb == "save":
+        return await store.save_entity("things", {"thing_id": entity_id, **fields})
+    if verb == "update":
+        return await store.update_entity("things", entity_id, fields)
+    return await store.delete_entity("things", entity_id)
+
+
+async def _outcome(store: StorageStrategy, works: Sequence[tuple[str, Any]]) -> object:
+    """The results of a change, or of several in a transaction; or the error."""
+    try:
+        if len(works) == 1:
+            return [await _apply(store, works[0])]
+        async with store.begin_transaction() as tx:
+            return [await _apply(tx, each) for each in works]
+    except UniqueViolationError as exc:
+        return exc.entity_id, exc.fields, exc.owner_id
+    except StorageError as exc:
+        return type(exc)
+
+
+async def _contents(store: StorageStrategy) -> list[tuple[object, ...]]:
+    names = ("thing_id", "name", "number", "flag", "zone", "version")
+    found = await store.query_entities("things", order_by="thing_id")
+    return [tuple([each.get(name) for name in names]) for each in found]
 
 
 def _renamed(name: str) -> Any:
@@ -352,6 +400,19 @@ class UniqueIndexContract:
         assert "f" not in names
         await refusal_of(unique.create_entity("things", thing("h", "outer")))
 
+    async def test_99_random_changes_have_the_outcomes_of_the_memory_engine(
+        self, unique: StorageStrategy
+    ) -> None:
+        with seeded() as random:
+            async with MemoryStorageStrategy(collections=UNIQUE) as model:
+                await model.create_entity("things", thing("a", "x", number=1))
+                await model.create_entity("things", thing("b", "y", number=2))
+                for _ in range(repetitions(200)):
+                    works = [_random_change(random) for _ in range(random.choice((1, 1, 1, 2, 3)))]
+                    found = [await _outcome(each, works) for each in (unique, model)]
+                    assert found[0] == found[1], works
+                    assert await _contents(unique) == await _contents(model)
+
     # -- 99: many at once --------------------------------------------------------------------
 
     async def test_99_one_of_many_creators_wins(self, unique: StorageStrategy) -> None:
@@ -388,17 +449,18 @@ class UniqueIndexContract:
             await store.create_entity("items", {"item_id": "first", "label": "first"})
             url = lasting.url()
             assert url is not None
-            works = [
-                ("unique-race", {"name": f"p{each}", "rounds": rounds, "tasks": 8})
-                for each in range(8)
-            ]
-            won = await run_workers(url, *works)
-            winners = [each for own in won for each in own]
+            winners: list[tuple[str, str]] = []
+            for first in range(0, rounds, 20):
+                some = list(range(first, min(first + 20, rounds)))
+                works = [
+                    ("unique-race", {"name": f"p{each}", "rounds": some, "tasks": 8})
+                    for each in range(8)
+                ]
+                won = await run_workers(url, *works)
+                winners += [(label, entity_id) for own in won for label, entity_id in own]
             assert sorted(label for label, _ in winners) == sorted(f"v{n}" for n in range(rounds))
             stored = await store.query_entities("items", {"item_id": ne("first")})
-            assert sorted((str(e["label"]), str(e["item_id"])) for e in stored) == sorted(
-                (label, entity_id) for label, entity_id in winners
-            )
+            assert sorted((str(e["label"]), str(e["item_id"])) for e in stored) == sorted(winners)
 
     async def test_99_programs_that_do_not_declare_it_enforce_it(self, lasting: Harness) -> None:
         async with lasting.store(UNIQUE) as store, lasting.store(PLAIN) as other:
@@ -468,6 +530,26 @@ class UniqueIndexContract:
         assert (
             await refusal_of(store.update_entity("things", "t3", {"name": "y"}))
         ).owner_id == "t2"
+
+    async def test_96_a_program_that_does_not_declare_it_may_apply(self, lasting: Harness) -> None:
+        async with lasting.store(PLAIN) as store:
+            for entity_id in ("t0", "t1"):
+                await store.save_entity("things", thing(entity_id, "x", zone="z"))
+        async with lasting.store(things(BY_NAME)) as store:
+            await store.create_entity("things", thing("t2", "y"))
+            with pytest.raises(SchemaMismatchError, match=r"things\.name-index"):
+                await store.apply_schema(complete=True)
+        async with lasting.store(things(plain=[Index("zone")])) as other:
+            await other.apply_schema(complete=True)
+            assert await other.schema_changes() == []
+            assert await other.count_entities("things", {"zone": "z"}) == 2
+            await other.create_entity("things", thing("t3", "x"))
+            await other.delete_entities("things", ["t1", "t3"])
+            await other.apply_schema(complete=True)
+        async with lasting.store(things(BY_NAME)) as store:
+            assert "unique index" in [each.kind for each in await store.schema_changes()]
+            await store.apply_schema(complete=True)
+            await refusal_of(store.create_entity("things", thing("new", "x")))
 
     async def test_96_unique_declared_on_an_empty_collection(self, lasting: Harness) -> None:
         async with lasting.store(PLAIN) as store:

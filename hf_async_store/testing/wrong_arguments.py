@@ -92,6 +92,7 @@ ACCEPTED: Final[Mapping[str, tuple[str, ...]]] = {
     "complete": ("boolean",),
     "transform": ("none", "empty dict"),
     "work": (),
+    "model": (),
     "other": (),
     "data": ("empty dict",),
     "recover_from": ("none",),
@@ -107,6 +108,15 @@ ACCEPTED: Final[Mapping[str, tuple[str, ...]]] = {
     "conditional_update.fields": _DICTS,
     "fields": ("none", *_LISTS),
     "query_page.limit": ("integer",),
+    "claim_entities.limit": ("integer",),
+    "lease": _SECONDS,
+    "owner": ("none", "text"),
+    "wait": ("none", *_SECONDS),
+    "max_attempts": ("none", "integer"),
+    "name": ("text",),
+    "permits.limit": ("integer",),
+    "purge_expired.collection": ("none",),
+    "expired": ("boolean",),
 }
 """The kinds that a parameter accepts, by its name or `METHOD.NAME`. All others must be refused."""
 
@@ -123,6 +133,10 @@ _VALID: Final[Mapping[str, object]] = {
     "filters": {"label": "x"},
     "update_entity.fields": {"label": "x"},
     "conditional_update.fields": {"label": "x"},
+    "model": dict,
+    "claim_entities.collection": "counters",
+    "name": "x",
+    "permits.limit": 3,
     "sql": "SELECT 1",
     "data": {},
     "index_name": "label-index",
@@ -404,6 +418,8 @@ class ArgumentContract:
     async def test_127_every_method_refuses_arguments_of_the_wrong_kind(
         self, store: StorageStrategy
     ) -> None:
+        # Those to be claimed: else the calls with `wait` would take their time.
+        await store.create_entities("counters", [{"counter_id": f"{each}"} for each in range(64)])
         valid = {**_VALID, "work": _nothing, "other": store}
         for name in public_methods(type(store)):
             method = getattr(store, name)

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from faulty_systems import Measure
 
-from hf_async_store_bench import executor, scenarios, targets
-from hf_async_store_bench.messages import Measurement
+from hf_async_store_bench import executor, queries, scenarios, targets
+from hf_async_store_bench.messages import Measurement, WrongAnswerError
 from hf_async_store_bench.scenarios import SCENARIOS
 from hf_async_store_bench.systems import named
 
@@ -43,6 +43,36 @@ async def test_a_json_scenario_returns_figures(measure: Measure, name: str) -> N
         assert figure.value is not None
         assert (figure.met is None) == (not figure.target)
     assert any(each.target for each in results.figures)
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand"),
+    [
+        ("json", None),
+        pytest.param("sqlite", "sqlite3 batched by hand", marks=pytest.mark.long),
+        pytest.param("postgresql", "asyncpg batched by hand", marks=pytest.mark.long),
+    ],
+)
+async def test_queries_are_measured_on_stores_of_several_sizes(
+    measure: Measure, name: str, by_hand: str | None
+) -> None:
+    results = await measure([named(name)], scenarios=(f"queries of {name}",))
+    assert results.failures == []
+    assert [each.workload for each in results.sweeps] == [each.name for each in queries.QUERIES]
+    for sweep in results.sweeps:
+        assert [each.system for each in sweep.curves] == [name, *filter(None, [by_hand])]
+        assert all([i.size for i in each.points] == [1000, 2000] for each in sweep.curves)
+    bounds = {each.target for each in results.figures}
+    assert bounds == {"at most 1.5", "at most 1.3" if by_hand else "at most 1"}
+
+
+async def test_a_query_that_finds_too_little_is_a_wrong_answer() -> None:
+    async def nothing() -> list[object]:
+        return []
+
+    side = queries.Side("json", 1000, [nothing], nothing)
+    with pytest.raises(WrongAnswerError, match="newest 50: 0 machines of 1,000"):
+        await queries._seconds(queries.QUERIES[1], side, nothing)
 
 
 async def test_a_backup_is_compared_with_plain_compression(measure: Measure) -> None:

@@ -334,6 +334,22 @@ def test_count_by(filled: Cli) -> None:
     assert filled("count", "machines", "--by", "a//b").code == 2
 
 
+def test_update_where(filled: Cli) -> None:
+    assert filled("update-where", "machines", "--set", "name=x").code == 2  # never everything
+    assert filled("update-where", "machines", "status=RUNNING").code == 2  # no change is given
+    words = ("update-where", "machines", "status=RUNNING", "--set", "status=STOPPED")
+    words = (*words, "--set", "tags/owner=night", "--remove", "private_ip")
+    assert filled(*words, "--order", "-machine_id", "--limit", "1").rows == [{"updated": 1}]
+    assert filled(*words).rows == [{"updated": 1}]
+    assert filled(*words).rows == [{"updated": 0}]
+    found = filled("query", "machines", "tags/owner=night", "status=STOPPED").rows
+    assert len(found) == 2
+    assert not any("private_ip" in each for each in found)
+    ran = filled("update-where", "machines", "status=STOPPED", "--set", "version=3")
+    assert ran.code == 2
+    assert "the version cannot be set" in ran.message
+
+
 def test_delete_where(filled: Cli) -> None:
     assert filled("delete-where", "machines").code == 2  # never everything by mistake
     words = ("delete-where", "machines", "status=RUNNING")
@@ -364,6 +380,7 @@ def test_a_filter_that_is_wrong(filled: Cli, command: str) -> None:
         ["count", "machines"],
         ["update", "machines", "m-1", "status=x"],
         ["delete", "machines", "m-1"],
+        ["update-where", "machines", "status=x", "--set", "name=y"],
         ["delete-where", "machines", "status=x"],
         ["health"],
         ["checkpoint"],

@@ -223,6 +223,8 @@ def test_assignments() -> None:
     assert changes_of(['{"note": null, "x": 1}'], [], THINGS) == {"note": None, "x": 1}
     assert changes_of(['["a/b"]=1'], [], THINGS) == {"a/b": 1}
     assert changes_of([], ["x"], THINGS) == {"x": REMOVE}
+    nested = {path("tags", "owner"): "x", path("tags", "old"): REMOVE}
+    assert changes_of(["tags/owner=x"], ["tags/old"], THINGS) == nested
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_assignments() -> None:
         (["count:gt=1"], [], "is not an assignment"),
         (["note=a", "note=b"], [], "note is given twice"),
         (["note=a"], ["note"], "--remove note: the field is also given a value"),
-        (["tags/owner=x"], [], "an update sets whole fields; give the whole value: 'tags:={...}'"),
+        (["tags/owner=x", "tags/owner=y"], [], "owner is given twice"),
         (["version=3"], [], "use --expected-version"),
         (["count=x"], [], "the field takes an integer"),
         (['{"note": }'], [], "the JSON argument, line 1, column 10"),

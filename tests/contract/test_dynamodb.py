@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tests.dynamodb.proxy import Proxy
 
 
+@pytest.mark.hf_sampled(by="case")  # a request takes ten times longer than on the other engines
 class TestDynamoDB(StrategyContract):
     @pytest.fixture
     def harness(self, dynamodb_proxy: Proxy) -> Iterator[DynamoDBHarness]:

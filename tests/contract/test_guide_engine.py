@@ -44,6 +44,7 @@ class AcmeHarness:
         return []
 
 
+@pytest.mark.hf_sampled(by="case")
 class TestEngineOfTheGuide(StrategyContract):
     @pytest.fixture
     def harness(self) -> AcmeHarness:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.mark.hf_sampled(by="case")  # the other layout of the same engine
 class TestJSONSplit(StrategyContract):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> JSONHarness:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hf_async_store.testing.contract import StrategyContract
-from hf_async_store_bench.servers import ServerUnavailable, pgbouncer
+from hf_async_store_bench.servers import ServerUnavailable
 from tests.contract.harnesses import PgbouncerHarness
+from tests.pgbouncer import pgbouncer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -70,6 +70,72 @@ def test_a_skipped_engine_is_reported_or_fails_the_run(tmp_path: Path) -> None:
     assert drawn(lenient) == drawn(strict) != [], "the same seed makes the same choices"
 
 
+_VARIANTS = """
+import pytest
+
+@pytest.mark.hf_sampled
+@pytest.mark.parametrize("number", range(9))
+def test_of_variants(number):
+    pass
+
+@pytest.mark.hf_sampled(by="engine")
+@pytest.mark.parametrize("engine", ["one", "other"])
+@pytest.mark.parametrize("number", range(3))
+def test_of_engines(engine, number):
+    pass
+
+@pytest.mark.hf_sampled(by="case")
+class TestCases:
+    def test_1_first(self):
+        pass
+
+    def test_1_second(self):
+        pass
+
+    def test_1_third(self):
+        pass
+
+    def test_1_fourth(self):
+        pass
+
+    def test_2_other(self):
+        pass
+
+@pytest.mark.parametrize("number", range(2))
+def test_that_is_not_sampled(number):
+    pass
+"""
+
+
+def passed(tmp_path: Path, *arguments: str) -> list[str]:
+    """The tests that are run, without the name of the file."""
+    (tmp_path / "test_variants.py").write_text(_VARIANTS)
+    result = run(tmp_path, "-v", "test_variants.py", *arguments)
+    assert result.returncode == pytest.ExitCode.OK, result.stdout
+    lines = (each.partition("::") for each in result.stdout.splitlines())
+    return [test.partition(" PASSED")[0] for _, _, test in lines if " PASSED" in test]
+
+
+def test_a_third_of_the_variants_is_run(tmp_path: Path) -> None:
+    found = passed(tmp_path, "--hf-seed=7")
+    numbers = [int(each[-2]) for each in found if "of_variants" in each]
+    assert numbers in ([0, 3, 6], [1, 4, 7], [2, 5, 8])
+    engines = [each.rstrip("]").rpartition("-")[2] for each in found if "of_engines" in each]
+    assert sorted(engines) == ["one", "other"]
+    assert "TestCases::test_1_first" in found
+    assert len([each for each in found if "test_1_" in each]) in (2, 3)
+    assert "TestCases::test_2_other" in found
+    assert len([each for each in found if "not_sampled" in each]) == 2
+    assert passed(tmp_path, "--hf-seed=7") == found, "the same seed makes the same choice"
+
+
+@pytest.mark.parametrize("how", [["--hf-full"], ["-k", "test_"]])
+def test_all_variants_are_run_if_they_are_named_or_in_a_full_run(
+    tmp_path: Path, how: list[str]
+) -> None:
+    assert len(passed(tmp_path, *how)) == 9 + 6 + 5 + 2
+
+
 def test_nothing_is_reported_if_no_engine_was_skipped(tmp_path: Path) -> None:
     result = run(tmp_path, "-k", "passes or seed", HF_ASYNC_STORE_REQUIRE_ENGINES="all")
     assert result.returncode == pytest.ExitCode.OK, result.stdout

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hf_async_store import UnavailableError
+from hf_async_store.cli import main
 from hf_async_store.testing.harness import skip_engine
 from hf_async_store_bench.servers import DYNAMODB_VARIABLE, ServerUnavailable, dynamodb
 from tests.dynamodb.support import new_prefix, store_at
@@ -35,12 +36,16 @@ def run(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int
     return done.returncode, done.stdout + done.stderr
 
 
-def test_commands_from_creation_to_deletion(dynamodb_server: DynamoDBServer) -> None:
+def test_commands_from_creation_to_deletion(
+    dynamodb_server: DynamoDBServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: each separate one imports the driver, which takes a second."""
     prefix = new_prefix()
     url = f"dynamodb://us-east-1/{prefix}?endpoint_url={dynamodb_server.endpoint_url}"
 
     def command(*arguments: str) -> tuple[int, str]:
-        return run("--store", url, *arguments)
+        code = main(["--store", url, *arguments])
+        return code, "".join(capsys.readouterr())
 
     status, said = command("create-tables", "--json")
     assert status == 0, said

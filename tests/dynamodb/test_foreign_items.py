@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from hf_async_store import DynamoDBStorageStrategy
     from tests.dynamodb.proxy import Fault, Proxy, Request
 
+pytestmark = pytest.mark.hf_sampled
+
 THINGS: Final = [Collection("things", key="id", fields=[Field("price", "number")])]
 THEIRS: Final[dict[str, Any]] = {
     "tags": {"SS": ["42"]},

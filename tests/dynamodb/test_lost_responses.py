@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from hf_async_store_bench.servers import DynamoDBServer
     from tests.dynamodb.proxy import Proxy
 
+pytestmark = pytest.mark.hf_sampled
+
 Verb = Callable[[DynamoDBStorageStrategy, str], Awaitable[object]]
 
 

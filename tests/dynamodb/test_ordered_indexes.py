@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from hf_async_store import DynamoDBStorageStrategy
     from tests.dynamodb.proxy import Fault, Proxy, Request
 
+pytestmark = pytest.mark.hf_sampled
+
 JOBS: Final = Collection(
     "jobs",
     key="job_id",

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from hf_async_store_bench.servers import DynamoDBServer
     from tests.dynamodb.proxy import Proxy
 
+pytestmark = pytest.mark.hf_sampled
+
 JSON: Final = {"Content-Type": "application/x-amz-json-1.0"}
 HTML: Final = {"Content-Type": "text/html"}
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from tests.dynamodb.proxy import Proxy
 
+pytestmark = pytest.mark.hf_sampled
+
 JSON: Final = {"Content-Type": "application/x-amz-json-1.0"}
 
 

@@ -31,6 +31,8 @@ from hf_async_store.values import Key
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.hf_sampled
+
 KEY: Final = Key("items", "a")
 WAITING: Final = ATTEMPTS | {"read"}
 DOUBTS: Final = get_args(Doubt)

@@ -58,10 +58,10 @@ class Spec(msgspec.Struct, frozen=True):
             manually. "salvage": it recovers a journal that ends with a record whose content was
             never written.
         lane, lanes: this process runs every kill whose number is `lane` modulo `lanes`.
-        readers: every `readers`-th store is read by another process while it is written; 0: none. A
-            process that closes the store while another one reads does not compact it, and so makes
-            fewer calls; a kill at a call that is missing for this reason is repeated without a
-            reader.
+        readers: of the stores of this process, every `readers`-th is read by another process while it
+            is written; 0: none. A process that closes the store while another one reads does not
+            compact it, and so makes fewer calls; a kill at a call that is missing for this reason is
+            repeated without a reader.
     """
 
     folder: str
@@ -503,7 +503,7 @@ def sweep(spec: Spec) -> dict[str, object]:
     for kill_at in itertools.count(spec.lane, spec.lanes):
         if (steps is not None and kill_at >= steps) or len(problems) >= 10:
             break
-        reader = bool(spec.readers) and kill_at % spec.readers == spec.lane
+        reader = bool(spec.readers) and len(killed) % spec.readers == 0
         if not kill(kill_at, part=False, reader=reader) and not (
             reader and kill(kill_at, part=False, reader=False)
         ):

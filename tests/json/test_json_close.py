@@ -17,6 +17,8 @@ import pytest
 from hf_async_store.errors import StorageError
 from tests.json.support import both_layouts, open_files, open_json, reopened, temporary
 
+pytestmark = pytest.mark.hf_sampled(by="layout")
+
 T = "templates"
 
 SCRIPT = """

@@ -52,6 +52,8 @@ from hf_async_store.strategies.json.serializer import (
 from hf_async_store.values import Entity, Value, normalise
 from tests.json.support import SINGLE, open_json
 
+pytestmark = pytest.mark.hf_sampled(by="layout")
+
 # Slow generation on a loaded machine is no failure.
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -49,6 +49,8 @@ from tests.json.support import (
     whole,
 )
 
+pytestmark = pytest.mark.hf_sampled(by="layout")
+
 
 @contextmanager
 def quick_folder() -> Iterator[Path]:

@@ -48,6 +48,8 @@ from tests.json.support import (
     without_times,
 )
 
+pytestmark = pytest.mark.hf_sampled(by="layout")
+
 CLASSES: Final[dict[int, type[StorageError]]] = {
     errno.EIO: UnavailableError,
     errno.ENOSPC: DiskFullError,

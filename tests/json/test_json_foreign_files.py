@@ -41,6 +41,8 @@ from tests.json.support import (
     temporary,
 )
 
+pytestmark = pytest.mark.hf_sampled(by="layout")
+
 T = "templates"
 BAD = {
     "high half": r'"\ud800"',

@@ -32,6 +32,8 @@ from tests.json.support import (
     whole,
 )
 
+pytestmark = pytest.mark.hf_sampled(by="layout")
+
 REAL: Final = os.environ.get("HF_ASYNC_STORE_REAL_DATA")
 SOURCE: Final = "real" if REAL else "generated"
 SHAPES: Final = {

@@ -42,6 +42,8 @@ from tests.json.support import (
     whole,
 )
 
+pytestmark = pytest.mark.hf_sampled(by="layout")
+
 both_ways = pytest.mark.parametrize("way", ["file", "journal"])
 _PATIENCE: Final = 60.0
 """The time limit of a test, in seconds; a replaced file is noticed in a fraction of a second."""

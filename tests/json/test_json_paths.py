@@ -43,6 +43,8 @@ from tests.json.support import (
     whole,
 )
 
+pytestmark = pytest.mark.hf_sampled(by="layout")
+
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may change owners and mount")
 T = "templates"
 NAMES = [each.name for each in HOST_FACTORY]

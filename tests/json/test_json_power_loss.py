@@ -47,6 +47,8 @@ from tests.json.support import (
     without_times,
 )
 
+pytestmark = pytest.mark.hf_sampled(by="layout")
+
 _open, _fstat, _pread, _close, _stat = os.open, os.fstat, os.pread, os.close, os.stat
 
 

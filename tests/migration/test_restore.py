@@ -33,6 +33,8 @@ from hf_async_store.migration import restore as restore_module
 if TYPE_CHECKING:
     from conftest import Place
 
+pytestmark = pytest.mark.hf_sampled(by="kind")
+
 GOOD = [line(template_id=f"t-{n:05}", name="x" * 300) for n in range(5000)]
 
 UNREADABLE = {

@@ -34,6 +34,8 @@ from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 if TYPE_CHECKING:
     from conftest import Place
 
+pytestmark = pytest.mark.hf_sampled(by="kind")
+
 FILES = ("json-single", "json-split", "sqlite")
 
 

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
     from hf_async_store_bench.servers import PostgresServer
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 # The classes of the manual's appendix A, up to version 18.
 CLASSES = [
     "00",

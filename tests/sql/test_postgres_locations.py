@@ -22,8 +22,9 @@ from hf_async_store import (
     open_store,
     path,
 )
-from hf_async_store_bench.servers import ServerUnavailable, pgbouncer
+from hf_async_store_bench.servers import ServerUnavailable
 from tests.contract.harnesses import execute
+from tests.pgbouncer import pgbouncer
 from tests.sql.standby import standby_of
 
 if TYPE_CHECKING:

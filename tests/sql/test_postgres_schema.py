@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from hf_async_store_bench.servers import PostgresServer
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 OLD: Final = [Collection("jobs", key="job_id", fields=["owner"], indexes=["owner"])]
 NEW: Final = [
     Collection(

@@ -202,6 +202,8 @@ OCCUPANTS: Final = [
     ("jobs", "CREATE TABLE jobs (x int)"),
     ("jobs", "CREATE VIEW jobs AS SELECT 1 AS x"),
     ("jobs-entities", 'CREATE TABLE "jobs-entities" (x int)'),
+    ("hf_catalogue", "CREATE TABLE hf_catalogue (x int)"),
+    ("hf_catalogue", "CREATE VIEW hf_catalogue AS SELECT 1 AS x"),
     ("jobs-owner-index", 'CREATE TABLE o (x int); CREATE INDEX "jobs-owner-index" ON o (x)'),
 ]
 POSTGRES_OCCUPANTS: Final = [
@@ -209,6 +211,8 @@ POSTGRES_OCCUPANTS: Final = [
     ("jobs", "CREATE TYPE jobs AS (x int)"),
     ("jobs", "CREATE DOMAIN jobs AS int"),
     ("jobs", "CREATE SEQUENCE jobs"),
+    ("hf_catalogue", "CREATE SEQUENCE hf_catalogue"),
+    ("hf_catalogue", "CREATE TABLE o (x int); CREATE INDEX hf_catalogue ON o (x)"),
     ("jobs", "CREATE MATERIALIZED VIEW jobs AS SELECT 1 AS x"),
     ("jobs-entities", "CREATE TYPE \"jobs-entities\" AS ENUM ('x')"),
     ("hf_catalogue", "CREATE TYPE hf_catalogue AS ENUM ('x')"),
@@ -221,7 +225,7 @@ def script(url: str, statements: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "statement"), OCCUPANTS)
-async def test_what_has_the_name_of_a_table_view_or_index_is_refused(
+async def test_98_what_has_the_name_of_a_table_view_or_index_is_refused(
     url: str, name: str, statement: str
 ) -> None:
     script(url, statement)
@@ -229,7 +233,7 @@ async def test_what_has_the_name_of_a_table_view_or_index_is_refused(
 
 
 @pytest.mark.parametrize(("name", "statement"), POSTGRES_OCCUPANTS)
-async def test_what_has_such_a_name_on_postgresql_is_refused(
+async def test_98_what_has_such_a_name_on_postgresql_is_refused(
     database: str, name: str, statement: str
 ) -> None:
     script(database, statement)
@@ -256,7 +260,7 @@ async def refused(url: str, name: str) -> None:
         ("jobs", "DROP VIEW jobs; CREATE TABLE jobs (x int)"),
     ],
 )
-async def test_what_has_a_name_that_a_later_declaration_needs(
+async def test_98_what_has_a_name_that_a_later_declaration_needs(
     url: str, name: str, statement: str
 ) -> None:
     async with open_store(url, collections=BEFORE) as store:
@@ -274,7 +278,7 @@ async def test_what_has_a_name_that_a_later_declaration_needs(
         assert run(url, 'SELECT "size-key" FROM "jobs-entities"') == ["None"]
 
 
-async def test_columns_indexes_triggers_and_tables_of_others_do_not_matter(url: str) -> None:
+async def test_98_columns_indexes_triggers_and_tables_of_others_do_not_matter(url: str) -> None:
     async with open_store(url, collections=BEFORE) as store:
         await store.save_entity("jobs", {"job_id": "a"})
         await store.delete_entity("jobs", "a")
@@ -308,7 +312,7 @@ async def test_columns_indexes_triggers_and_tables_of_others_do_not_matter(url: 
 ODD_ROLE: Final = 'My "odd" 100% Röle'
 
 
-async def test_missing_rights_name_the_statement(database: str) -> None:
+async def test_133_missing_rights_name_the_statement(database: str) -> None:
     name = ODD_ROLE.replace('"', '""')
     execute(
         database,

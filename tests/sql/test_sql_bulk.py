@@ -14,6 +14,8 @@ from hf_async_store import (
     open_store,
 )
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 SIZES = (2, 9, 260, 1000, 1300)
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from hf_async_store_bench.servers import PostgresServer
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 ROUNDS = 60
 
 

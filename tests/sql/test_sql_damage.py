@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 EXAMPLES = int(os.environ.get("HF_ASYNC_STORE_FUZZ", "150"))
 WHOLE: dict[str, object] = {
     "item_id": "victim",

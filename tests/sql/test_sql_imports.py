@@ -8,6 +8,8 @@ import pytest
 
 from hf_async_store import BatchError, Collection, Entity, ReferenceViolationError, open_store
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 
 def machines(count: int, request: str | None = "r-1") -> list[Entity]:
     return [

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
     from hypothesis.strategies import SearchStrategy
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 AT = "2026-01-01T00:00:00.000000Z"
 BEFORE = Collection("jobs", key="job_id", fields=["owner"])
 JOBS = Collection(

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from hf_async_store_bench.servers import PostgresServer
 
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
+
 def template(key: str, **fields: object) -> dict[str, object]:
     return {"template_id": key, **fields}
 

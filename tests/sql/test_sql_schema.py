@@ -23,6 +23,8 @@ from tests.contract.harnesses import execute
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 BEFORE = Collection("jobs", key="job_id", fields=["owner"])
 AFTER = Collection(
     "jobs",

@@ -18,6 +18,8 @@ from hf_async_store.strategies.sql import parameters
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 ONE = "pool_size=1&max_overflow=0"
 
 POSTGRESQL = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
 from typing import TYPE_CHECKING, Any
 
@@ -155,3 +156,56 @@ async def test_an_update_overtaken_twice_succeeds(
         found = await store.get_entity("machines", "m")
         assert found is not None
         assert (found["name"], found["status"]) == ("b", "x")
+
+
+async def test_small_queries_take_one_round_trip(database: str) -> None:
+    async with SQLStorageStrategy(database) as store:
+        await store.save_entity("requests", {"request_id": "r"})
+        machines = [{"machine_id": f"m{n:03}", "request_id": "r", "name": "n"} for n in range(20)]
+        await store.create_entities("machines", machines)
+        async with store._sql._queries.lease() as lease:
+            [[isolation, read_only]] = await lease.rows(
+                "SELECT current_setting('transaction_isolation'),"
+                " current_setting('transaction_read_only')"
+            )
+            driver = lease.driver
+        assert (isolation, read_only) == ("repeatable read", "on")
+        sent: list[str] = []
+        with driver.query_logger(lambda record: sent.append(record.query)):
+            whole = await store.query_entities("machines", {"request_id": "r"})
+            first = await store.query_entities("machines", None, "name", 10)
+            page = await store.query_page("machines", {"name": "n"}, "created_at", 10)
+            assert await store.count_entities("machines", {"request_id": "r"}) == 20
+            await asyncio.sleep(0)  # the driver logs a query by a callback
+        assert [len(each) for each in (whole, first, page.items)] == [20, 10, 10]
+        assert len(sent) == 4
+        assert all(each.startswith("SELECT") for each in sent)
+
+
+async def test_a_query_that_finds_no_free_connection_for_queries_uses_another(
+    database: str,
+) -> None:
+    async with SQLStorageStrategy(database) as store:
+        await store.save_entity("requests", {"request_id": "r", "status": "x"})
+        pool = store._sql._queries
+        leases = [await pool.acquire() for _ in range(pool._most)]
+        try:
+            assert await store.count_entities("requests", {"status": "x"}) == 1
+            assert len(await store.query_entities("requests", {"status": "x"})) == 1
+        finally:
+            for each in leases:
+                await pool.release(each, check=False)
+
+
+@pytest.mark.parametrize("count", [511, 512, 513, 700])
+async def test_all_rows_of_an_indexed_value_are_found(url: str, count: int) -> None:
+    async with SQLStorageStrategy(url) as store:
+        await store.save_entity("requests", {"request_id": "r"})
+        ids = [f"m{number:03}" for number in range(count)]
+        machines = [{"machine_id": each, "request_id": "r", "name": "x" * 300} for each in ids]
+        await store.create_entities("machines", machines)
+        for order in (None, "name", "-created_at"):
+            found = await store.query_entities("machines", {"request_id": "r"}, order)
+            assert sorted([each["machine_id"] for each in found]) == ids
+        streamed = [each async for each in store.stream_entities("machines", {"request_id": "r"})]
+        assert [each["machine_id"] for each in streamed] == ids

@@ -29,6 +29,8 @@ from tests.contract.harnesses import ask
 if TYPE_CHECKING:
     pass
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 PARENTS = Collection("parents", key="id", fields=["kind"], indexes=["kind"])
 CHILDREN = Collection("children", key="id", fields=["parent"], indexes=["parent"])
 

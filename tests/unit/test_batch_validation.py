@@ -17,6 +17,8 @@ from hf_async_store import HOST_FACTORY, Collection, Field, StorageError, batch_
 from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import MAX_ENTITY_BYTES
 
+pytestmark = pytest.mark.hf_sampled
+
 MACHINES = HOST_FACTORY[2]
 EVERY = Collection(
     "every",

@@ -461,3 +461,34 @@ async def test_indexes_are_compared_while_they_are_dropped(monkeypatch: Any) -> 
     table.indexes.drop()
     await table.reclaim()
     assert (await choice).fields == ("b",)
+
+
+@pytest.mark.parametrize("order", [None, "name", "-machine_id"])
+@pytest.mark.parametrize("at_the_end", [False, True])
+async def test_first_rows_in_another_order_than_that_of_the_filter_s_index(
+    order: str | None, at_the_end: bool
+) -> None:
+    async with open_store("memory:") as store:
+        await store.save_entity("requests", {"request_id": "r"})
+        machines = [
+            {
+                "machine_id": f"m{number:05}",
+                "request_id": "r",
+                "name": f"{number:05}",
+                "status": "x" if (number >= 4000 if at_the_end else number % 2) else "y",
+            }
+            for number in range(6000)
+        ]
+        await store.create_entities("machines", machines)
+        wanted = {"status": "x"}
+        whole = await store.query_entities("machines", wanted, order)
+        assert len(whole) == 2000 if at_the_end else 3000
+        for limit in (1, 50, 800):
+            assert await store.query_entities("machines", wanted, order, limit) == whole[:limit]
+        page = await store.query_page("machines", wanted, order, 700)
+        later = await store.query_page("machines", wanted, order, 700, cursor=page.cursor)
+        assert page.items + later.items == whole[:1400]
+        async with store.begin_transaction() as tx:
+            await tx.update_entity("machines", "m04001", {"status": "y"})
+            changed = [each for each in whole if each["machine_id"] != "m04001"]
+            assert await tx.query_entities("machines", wanted, order, 50) == changed[:50]

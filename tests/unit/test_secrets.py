@@ -22,6 +22,8 @@ from hf_async_store import StorageError, config, open_store
 from hf_async_store.cli import main
 from hf_async_store.config import Secret, load_config, load_migration, redacted
 
+pytestmark = pytest.mark.hf_sampled
+
 MARK = "Zq9xKpW"
 URL = f"https://user:{MARK}@host.invalid/x"
 STRATEGIES = {"json": "json", "sqlite": "sql", "postgresql": "sql", "dynamodb": "dynamodb"}

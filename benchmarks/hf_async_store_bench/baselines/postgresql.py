@@ -142,6 +142,11 @@ class Batched(BatchedOperations, Held):
             copy = connection.copy_records_to_table
             await copy("hand_machines", records=rows, columns=tables.COLUMNS)
 
+    async def rows(self, statement: str, arguments: Sequence[str]) -> Any:
+        """What a statement returns."""
+        async with self.taken() as connection:
+            return await connection.fetch(statement, *arguments)
+
     async def _get_all(self, ids: Sequence[str]) -> Sequence[Mapping[str, Any] | None]:
         async with self.taken() as connection:
             return await _select_all(connection, ids)

@@ -156,6 +156,13 @@ class Sqlite3Batched(BatchedOperations, _Baseline):
     async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
         await self._hop(self._write, _INSERT, machines, request)
 
+    async def rows(self, statement: str, arguments: Sequence[str]) -> Any:
+        """What a statement returns."""
+        return await self._hop(self._rows, statement.replace("$", "?"), arguments)
+
+    def _rows(self, statement: str, arguments: Sequence[str]) -> Any:
+        return self._connection.execute(statement, arguments).fetchall()
+
     async def _get_all(self, ids: Sequence[str]) -> Any:
         return await self._hop(_select, self._connection, ids)
 

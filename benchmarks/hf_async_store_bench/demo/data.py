@@ -65,21 +65,8 @@ def json_url(path: Path) -> str:
 
 def made_up(prefix: str) -> list[dict[str, Any]]:
     """Templates for a run without data."""
-    kinds = ("t3.medium", "m5.large", "c5.xlarge", "r5.2xlarge")
-    return [
-        {
-            "template_id": f"{prefix}template-{number}",
-            "name": f"Template {number}, für alle",
-            "provider_api": "EC2Fleet" if number % 2 else "RunInstances",
-            "vm_type": kinds[number % len(kinds)],
-            "max_number": 100 * (number + 1),
-            "subnet_ids": [f"subnet-{number:04x}"],
-            "attributes": {"ncpus": ["Numeric", str(2 + number)], "ratio": 2.5},
-            "tags": {"owner": "数据", "team": None},
-            "uses": 0,
-        }
-        for number in range(12)
-    ]
+    templates = json.loads(Path(__file__).with_name("templates.json").read_bytes())
+    return [{**each, "template_id": prefix + each["template_id"]} for each in templates]
 
 
 async def everything(store: StorageStrategy) -> Entities:

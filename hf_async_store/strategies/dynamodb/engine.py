@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
 from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.claim_clock import WallClock
 from hf_async_store.config import AutoScaling, DynamoDBConfig
 from hf_async_store.driver import (
     Capabilities,
+    Claimed,
+    ClaimInfo,
+    ClaimTerms,
     Engine,
     Isolation,
     QueryPlan,
     SchemaChange,
     SchemaProgress,
     Session,
+    giving_back,
     remember_in,
     run_to_completion,
 )
@@ -23,6 +28,7 @@ from hf_async_store.errors import StorageError, StoreNotFoundError, UnavailableE
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.schema import CATALOGUE_COLLECTION, Collection, Index, Schema
+from hf_async_store.strategies.dynamodb.claiming import Claiming
 from hf_async_store.strategies.dynamodb.client import Client
 from hf_async_store.strategies.dynamodb.dax import cache_of
 from hf_async_store.strategies.dynamodb.errors import (
@@ -40,6 +46,7 @@ from hf_async_store.strategies.dynamodb.transactions import (
     MAX_ACTIONS,
     MAX_BYTES,
     DynamoDBSession,
+    HeldClaim,
 )
 from hf_async_store.strategies.dynamodb.write_cache import WriteCache
 from hf_async_store.values import Key, Value
@@ -54,11 +61,13 @@ class DynamoDBEngine(Engine):
         engine="dynamodb",
         durable=True,
         multi_process=True,
+        claims=True,
         change_markers=True,
         unique_indexes=True,
         query_isolation="eventual",
         queries_in_transaction="own_writes",
         references=False,
+        removes_expired=True,
         default_order="none",
         max_transaction_changes=MAX_ACTIONS,
         max_transaction_bytes=MAX_BYTES,
@@ -78,6 +87,8 @@ class DynamoDBEngine(Engine):
         self._write_cache = WriteCache()
         self._schema = SchemaApplication(self.client, self.tables, self.reading, self._write_cache)
         self.writes = Writes(self.client, self.tables, self.reading, self._write_cache)
+        self.claim_clock = WallClock()
+        self._claiming = Claiming(self.client, self.tables, self.reading)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         with public_errors():
@@ -109,6 +120,57 @@ class DynamoDBEngine(Engine):
         with public_errors():
             yield session
             await session.commit()
+
+    # -- claims ------------------------------------------------------------------------------
+
+    async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
+        now = self.claim_clock.now()
+        with public_errors():
+            async with giving_back(self) as claimed:
+                await run_to_completion(self._claiming.claim(query, terms, now, claimed))
+                return claimed
+
+    async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
+        now = self.claim_clock.now()
+        with public_errors():
+            async with giving_back(self) as claimed:
+                await run_to_completion(self._claiming.claim_name(keys, terms, now, claimed))
+                return claimed[0] if claimed else None
+
+    async def renew_claim(self, key: Key, token: int, lease: float) -> None:
+        with public_errors():
+            await run_to_completion(self._claiming.renew(key, token, lease, self.claim_clock.now()))
+
+    async def release_claim(self, key: Key, token: int, after: float | None) -> None:
+        with public_errors():
+            await run_to_completion(
+                self._claiming.release(key, token, after, self.claim_clock.now())
+            )
+
+    def claimed_session(
+        self, key: Key, token: int, *, ends: bool = False
+    ) -> AbstractAsyncContextManager[Session]:
+        skew = self.config.max_clock_skew
+        return self._under_claim(HeldClaim(key, token, self.claim_clock, ends, skew))
+
+    @asynccontextmanager
+    async def _under_claim(self, claim: HeldClaim) -> AsyncGenerator[Session, None]:
+        parts = self.client, self.tables, self.reading, self._write_cache
+        session = DynamoDBSession(*parts, claim)
+        await session.check_claim()
+        with public_errors():
+            yield session
+            await session.commit()
+
+    async def break_claim(self, key: Key) -> bool:
+        with public_errors():
+            return await run_to_completion(self._claiming.break_claim(key))
+
+    async def claims(self, collection: str) -> list[ClaimInfo]:
+        with public_errors():
+            return await self._claiming.listed(collection, self.claim_clock.now())
+
+    # -- the existing store ------------------------------------------------------------------
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         mapping = ItemMapping(collection)

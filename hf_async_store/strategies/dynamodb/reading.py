@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 from hf_async_store.changes import Record
 from hf_async_store.driver import QueryPlan
 from hf_async_store.errors import InvalidQueryError, UnavailableError
+from hf_async_store.event_loop import Chunks, computed
 from hf_async_store.generators import Owned
 from hf_async_store.query import (
     EVERYTHING,
@@ -51,7 +53,9 @@ from hf_async_store.values import CREATED_AT, MAX_KEY_BYTES, VERSION, Entity, Ke
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Set as AbstractSet
 
+    from hf_async_store.lifetimes import Lifetime
     from hf_async_store.schema import Index
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attributes
@@ -88,9 +92,11 @@ class Reading:
     ) -> list[Record | None]:
         """As `Engine.fetch`."""
         items = await self.items(keys, consistent=consistent)
+        mappings = self._tables.mappings
         return [
-            None if item is None else self._tables.mappings[key.collection].record(item)
-            for key, item in zip(keys, items, strict=True)
+            None if item is None else mappings[key.collection].record(item)
+            async for chunk in Chunks(zip(keys, items, strict=True), _DECODE_BATCH)
+            for key, item in chunk
         ]
 
     async def items(
@@ -208,7 +214,7 @@ class Reading:
             return None
         if query.paged and not query.order and not query.by_id:
             active = frozenset()  # the first page was in the order of the table
-        access = plan_access(query, self._tables.mappings[query.collection], active)
+        access = await self._planned(query, active)
         if access.is_scan and not self._client.config.allow_scan:
             raise InvalidQueryError(
                 f"no key or index of {query.collection} can serve this query, and allow_scan is "
@@ -224,15 +230,32 @@ class Reading:
         access = await self.access(by_id)
         return by_id if query.by_id or access is None or not access.is_scan else query
 
-    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        """As `Engine.select`."""
+    async def _planned(self, query: Query, active: AbstractSet[str]) -> Access:
+        plan = partial(plan_access, query, self._tables.mappings[query.collection], active)
+        return await computed(plan, long=query.has_many_values)
+
+    async def _rows(
+        self, query: Query, access: Access, items: dict[str, Attributes] | None = None
+    ) -> _Rows:
+        mapping = self._tables.mappings[query.collection]
+        make = partial(_Rows, self, query, access, mapping, items)
+        return await computed(make, long=query.has_many_values)
+
+    async def select(
+        self, query: Query, items: dict[str, Attributes] | None = None
+    ) -> AsyncGenerator[Record, None]:
+        """As `Engine.select`.
+
+        Args:
+            items: gets the items of the matching entities, by id.
+        """
         if query.limit == 0:
             return
         access = await self.access(query)
         if access is None:
             return
         mapping = self._tables.mappings[query.collection]
-        rows = _Rows(self, query, access, mapping)
+        rows = await self._rows(query, access, items)
         async with Owned(rows.in_order()) as found:
             async for entity in found:
                 yield Record(Key(query.collection, cast("str", entity[mapping.key])), entity)
@@ -242,7 +265,7 @@ class Reading:
         access = await self.access(query)
         if access is None:
             return 0
-        rows = _Rows(self, query, access, self._tables.mappings[query.collection])
+        rows = await self._rows(query, access)
         if access.ids is None and rows.is_exact:
             return await rows.count_matches()
         number = 0
@@ -259,12 +282,14 @@ class Reading:
         names: Names,
         limit: int | None,
         descending: bool,
+        lifetime: Lifetime | None,
     ) -> list[Entity]:
         """The entities that satisfy a key condition on an index, in the order of the index.
 
         Args:
             condition: a KeyConditionExpression with placeholders of `names`; without the partition
                 key, if that is `_p`.
+            lifetime: by which entities may have expired.
         """
         active = await self._tables.find(collection)
         if active is None or limit == 0:
@@ -296,7 +321,10 @@ class Reading:
                 async for items in groups:
                     for start in range(0, len(items), _DECODE_BATCH):
                         batch = items[start : start + _DECODE_BATCH]
-                        entities += map(mapping.entity, filter(mapping.is_entity, batch))
+                        found = map(mapping.entity, filter(mapping.is_entity, batch))
+                        entities += [
+                            e for e in found if lifetime is None or not lifetime.is_over(e)
+                        ]
                         await asyncio.sleep(0)
                     if limit is not None and len(entities) >= limit:
                         return entities[:limit]
@@ -310,8 +338,8 @@ class Reading:
         active = await self._tables.find(query.collection)
         if active is None:  # the first write creates the table with all indexes
             active = frozenset(each.name for each in mapping.collection.indexes)
-        access = plan_access(query, mapping, active)
-        rows = _Rows(self, query, access, mapping)
+        access = await self._planned(query, active)
+        rows = await self._rows(query, access)
         table = self._tables.name(query.collection)
         filtered = ", filtered by DynamoDB" if rows.filter_expression else ""
         residual, consistent = not rows.is_exact, self._consistent
@@ -375,10 +403,16 @@ class _Rows:
     """The rows of one query."""
 
     def __init__(
-        self, reading: Reading, query: Query, access: Access, mapping: ItemMapping
+        self,
+        reading: Reading,
+        query: Query,
+        access: Access,
+        mapping: ItemMapping,
+        items: dict[str, Attributes] | None = None,
     ) -> None:
         self._reading = reading
         self._query = query
+        self._items = items
         self._access = access
         self._mapping = mapping
         self._names = Names()
@@ -460,8 +494,8 @@ class _Rows:
                 for number, item in enumerate(items):
                     if number % _DECODE_BATCH == _DECODE_BATCH - 1:
                         await asyncio.sleep(0)
-                    entity = self._mapping.entity(item)
-                    if self._matches(entity):
+                    entity = self._match(item)
+                    if entity is not None:
                         sort_key = sort_key_of(cast("str", entity[key]), entity)
                         if after is None or sort_key > after:
                             found.append((sort_key, entity))
@@ -469,6 +503,15 @@ class _Rows:
                     yield entity
 
     # -- matching rows -----------------------------------------------------------------------
+
+    def _match(self, item: Attributes) -> Entity | None:
+        """The entity of an item, if it matches."""
+        entity = self._mapping.entity(item)
+        if not self._matches(entity):
+            return None
+        if self._items is not None:
+            self._items[self._mapping.id_of(item)] = item
+        return entity
 
     async def matching(self, *, limited: bool = False) -> AsyncGenerator[list[Entity], None]:
         """The matching entities in batches, in no defined order.
@@ -479,11 +522,11 @@ class _Rows:
         if self._access.ids is not None:
             keys = [Key(self._query.collection, each) for each in self._access.ids]
             for start in range(0, len(keys), MAX_KEYS * _SEGMENTS):
-                records = await self._reading.fetch(keys[start : start + MAX_KEYS * _SEGMENTS])
+                found = await self._reading.items(keys[start : start + MAX_KEYS * _SEGMENTS])
                 yield [
-                    each.entity
-                    for each in records
-                    if each is not None and self._matches(each.entity)
+                    entity
+                    for each in found
+                    if each is not None and (entity := self._match(each)) is not None
                 ]
             return
         async with Owned(items_in(self._pages(limited=limited))) as pages:
@@ -493,7 +536,7 @@ class _Rows:
                         entity
                         for item in items[start : start + _DECODE_BATCH]
                         if self._mapping.is_entity(item)
-                        and self._matches(entity := self._mapping.entity(item))
+                        and (entity := self._match(item)) is not None
                     ]
                     yield batch
                     await asyncio.sleep(0)

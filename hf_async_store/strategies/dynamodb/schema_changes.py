@@ -19,7 +19,11 @@ from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.index_keys import keys_of_table
 from hf_async_store.strategies.dynamodb.index_state import IndexState, Pass
-from hf_async_store.strategies.dynamodb.items import DECLARATION_DIGEST, ItemMapping
+from hf_async_store.strategies.dynamodb.items import (
+    DECLARATION_DIGEST,
+    TIME_TO_LIVE,
+    ItemMapping,
+)
 from hf_async_store.strategies.dynamodb.partitions import PARALLEL, counted, gather
 from hf_async_store.strategies.dynamodb.tables import (
     active_indexes,
@@ -29,7 +33,7 @@ from hf_async_store.strategies.dynamodb.tables import (
 from hf_async_store.strategies.dynamodb.transactions import DynamoDBSession
 from hf_async_store.strategies.dynamodb.write_op import chunks
 from hf_async_store.strategies.dynamodb.write_requests import rewriting
-from hf_async_store.unique import cannot_be_unique, unique_of
+from hf_async_store.unique import cannot_be_unique
 from hf_async_store.values import MAX_KEY_BYTES, Key
 
 if TYPE_CHECKING:
@@ -78,7 +82,21 @@ class SchemaApplication:
                 found += indexes
                 # Otherwise nothing depends on it which declaration an item was written with.
                 found += await self._item_changes(collection, table) if indexes else ()
+                found += await self._removal_changes(collection)
         return found
+
+    async def _removal_changes(self, collection: str) -> list[SchemaChange]:
+        expires = self._tables.schema[collection].expires
+        if expires is None:
+            return []
+        attribute = await self._tables.time_to_live(collection)
+        if attribute in (None, TIME_TO_LIVE):
+            return []
+        name = self._tables.name(collection)
+        detail = f"time to live of {name} is off; it is enabled, so that DynamoDB removes expired entities"
+        if attribute:
+            detail = f"time to live of {name} uses the attribute {attribute}, and stays as it is"
+        return [SchemaChange("removal", collection, expires.field, detail)]
 
     def _index_changes(
         self, collection: str, table: Mapping[str, Any], complete: frozenset[str]
@@ -134,6 +152,9 @@ class SchemaApplication:
                 existing.append(collection)
                 self._check_indexes(collection, table)
         for collection in existing:
+            for change in await self._removal_changes(collection):
+                await self._tables.enable_time_to_live(collection)
+                progress(change, 1, 1)
             await self._make_indexes(collection, progress)
             await self._tables.refresh(collection)
             await self._rewrite(collection, progress, complete=complete)
@@ -198,7 +219,7 @@ class SchemaApplication:
     async def unenforced(self) -> list[tuple[str, Index]]:
         """As `Engine.unenforced`."""
         found: list[tuple[str, Index]] = []
-        for collection in unique_of(self._tables.schema):
+        for collection in self._tables.schema.unique:
             if await self._tables.described(collection) is not None:
                 indexes = await self._unenforced(collection)
                 if indexes and not await self._tables.is_empty(collection):

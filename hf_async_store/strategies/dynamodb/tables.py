@@ -16,7 +16,13 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
-from hf_async_store.schema import SYSTEM_COLLECTIONS, UNIQUE_COLLECTION, Index, Schema
+from hf_async_store.schema import (
+    LOCK_COLLECTION,
+    SYSTEM_COLLECTIONS,
+    UNIQUE_COLLECTION,
+    Index,
+    Schema,
+)
 from hf_async_store.strategies.dynamodb.errors import (
     ActionDenied,
     ConditionFailed,
@@ -37,8 +43,9 @@ from hf_async_store.strategies.dynamodb.index_state import (
     attributes_of,
     state_of,
 )
-from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
-from hf_async_store.unique import Fields, unique_fields, unique_of
+from hf_async_store.strategies.dynamodb.items import TIME_TO_LIVE, ItemMapping, probe_id
+from hf_async_store.strategy import schema_of
+from hf_async_store.unique import Fields
 from hf_async_store.values import MAX_KEY_BYTES
 
 if TYPE_CHECKING:
@@ -51,6 +58,8 @@ if TYPE_CHECKING:
 _WAIT_SECONDS: Final = 600.0
 _INDEX_SECONDS: Final = 7 * 24 * 3600.0
 """How long is waited for an index of an existing table, while its progress is reported."""
+
+_WITHOUT_INDEXES: Final = frozenset(each.name for each in SYSTEM_COLLECTIONS)
 
 _MAX_TARGETS: Final = 50
 """Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
@@ -76,13 +85,15 @@ class Tables:
     def __init__(self, client: Client, schema: Schema) -> None:
         self._client = client
         self._config = client.config
-        self.schema = schema
+        self.schema = schema = schema_of(schema)
         self.mappings: dict[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
         }
-        self.mappings[UNIQUE_COLLECTION.name] = ItemMapping(UNIQUE_COLLECTION)
+        for each in (UNIQUE_COLLECTION, LOCK_COLLECTION):
+            self.mappings.setdefault(each.name, ItemMapping(each))
         self._declared = dict(self.mappings)
-        self._names = {name: f"{client.config.table_prefix}_{name}" for name in self.mappings}
+        prefix = client.config.table_prefix
+        self._names = {name: f"{prefix}_{name}" for name in self.mappings}
         self._collections = {table: name for name, table in self._names.items()}
         for collection in schema:
             table = self._names[collection]
@@ -134,7 +145,7 @@ class Tables:
     def unique(self, collection: str) -> tuple[Fields, ...]:
         """The fields of the unique indexes whose markers must be maintained: those of the table, after
         `ensure`; else the declared ones, as this process will create the table."""
-        return self._unique.get(collection, unique_fields(self.schema[collection]))
+        return self._unique.get(collection, self.schema[collection].unique)
 
     async def ensure_existing(self, collection: str) -> None:
         """As `ensure`, if the table exists."""
@@ -150,12 +161,18 @@ class Tables:
             self._unique[collection] = ()
             return
         state = await self.state(collection) or IndexState()
-        declared = unique_fields(self.schema[collection])
-        new = [each for each in declared if each not in state.unique]
-        if new and await self.is_empty(collection):
+        new = [each for each in self.schema[collection].unique if each not in state.unique]
+        if new and await self._is_empty(collection, unknown=False):
             await self.change_state(collection, lambda old: old.with_unique(new, marked=True))
             state = await self.state(collection) or IndexState()
         self._unique[collection] = state.unique
+
+    async def _is_empty(self, collection: str, *, unknown: bool) -> bool:
+        """As `is_empty`; `unknown` if the policy does not allow scans."""
+        try:
+            return await self.is_empty(collection)
+        except ActionDenied:
+            return unknown
 
     async def is_empty(self, collection: str) -> bool:
         """Whether the table has no entities; what else it contains has longer keys."""
@@ -348,20 +365,15 @@ class Tables:
         Every program looks before it writes. So an index that is made later, also by hand, is known to
         be incomplete.
         """
+        if collection in _WITHOUT_INDEXES:
+            return IndexState()
         state = await self.state(collection)
-        if state is None and await self._seems_empty(collection):
+        if state is None and await self._is_empty(collection, unknown=True):
             with suppress(ActionDenied, ConditionFailed):
                 await self._put_state(collection, None, IndexState(names))
                 return IndexState(names)
             state = await self.state(collection) or IndexState(names)
         return state or IndexState()
-
-    async def _seems_empty(self, collection: str) -> bool:
-        """As `is_empty`; assumed if the policy does not allow a scan."""
-        try:
-            return await self.is_empty(collection)
-        except ActionDenied:
-            return True
 
     async def state(self, collection: str) -> IndexState | None:
         """What the table remembers of its indexes; None if no program has looked at it before."""
@@ -467,10 +479,11 @@ class Tables:
         """Create the missing declared tables and indexes; return a message for each.
 
         Waits until tables and indexes are active. Existing tables and indexes are not deleted or
-        changed, except that auto scaling and point-in-time recovery are set as configured.
+        changed, except that auto scaling and point-in-time recovery are set as configured, and time to
+        live is enabled for collections that expire.
         """
         messages: list[str] = []
-        system = [UNIQUE_COLLECTION.name] if unique_of(self.schema) else []
+        system = [UNIQUE_COLLECTION.name] if self.schema.unique else []
         for collection in (*self.schema, *system):
             messages += await self._create_missing(collection)
         return messages
@@ -487,7 +500,6 @@ class Tables:
         await self.wait_until_active(collection)
         await self._configure(collection)
         self._ready.pop(collection, None)
-        self._unique.pop(collection, None)
         await self.ensure(collection)
         return messages
 
@@ -697,8 +709,9 @@ class Tables:
     async def refresh(self, collection: str) -> None:
         """Look at the table again, for indexes that were made or completed since."""
         self._ready.pop(collection, None)
-        self._unique.pop(collection, None)
         await self.find(collection)
+        if collection in self._unique:
+            await self._begin_writing(collection)
 
     async def add_index(self, collection: str, index: Index, seen: SeeTable = _ignore) -> None:
         """Add an index to a table, and wait until it is active.
@@ -739,7 +752,32 @@ class Tables:
                     "PointInTimeRecoverySpecification": {"PointInTimeRecoveryEnabled": True},
                 },
             )
+        if self.schema[collection].expires is not None:
+            await self.enable_time_to_live(collection)
         await self.scale(collection)
+
+    async def enable_time_to_live(self, collection: str) -> None:
+        """Let DynamoDB remove items at their `_t`, unless it removes them by another attribute, or the
+        policy does not allow it."""
+        if await self.time_to_live(collection) != "":
+            return
+        name = self.name(collection)
+        specification = {"Enabled": True, "AttributeName": TIME_TO_LIVE}
+        request = {"TableName": name, "TimeToLiveSpecification": specification}
+        with suppress(ActionDenied, StatementRefused):  # the latter if another process was first
+            await self._client.read("UpdateTimeToLive", request)
+
+    async def time_to_live(self, collection: str) -> str | None:
+        """The attribute by which DynamoDB removes items; "" if it removes none; None if that is unknown."""
+        try:
+            response = await self._client.read(
+                "DescribeTimeToLive", {"TableName": self.name(collection)}
+            )
+        except ActionDenied:
+            return None
+        description = response["TimeToLiveDescription"]
+        is_on = description.get("TimeToLiveStatus") in ("ENABLED", "ENABLING")
+        return (description.get("AttributeName") or "") if is_on else ""
 
     async def scale(self, collection: str) -> None:
         """Enable auto scaling of the table and its indexes, if it is configured."""

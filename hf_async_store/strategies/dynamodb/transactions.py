@@ -8,13 +8,16 @@ can be retried, because DynamoDB recognises its client request token.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import msgspec
 
 from hf_async_store.changes import Change, Delete, Outcome, Patch, Record
+from hf_async_store.claim_clock import ClaimClock
+from hf_async_store.claim_records import check_held
 from hf_async_store.driver import Session, run_to_completion
 from hf_async_store.errors import (
     ConcurrencyConflictError,
@@ -26,8 +29,14 @@ from hf_async_store.errors import (
     UniqueViolationError,
 )
 from hf_async_store.generators import Owned
-from hf_async_store.preconditions import changed
+from hf_async_store.preconditions import changed, is_there, present
 from hf_async_store.query import Query, compile_filter, compile_order, position_key
+from hf_async_store.strategies.dynamodb.claim_items import (
+    also_if,
+    claim_in,
+    held_claim,
+    keep_claim,
+)
 from hf_async_store.strategies.dynamodb.errors import (
     TABLE_REMEDY,
     Cancelled,
@@ -67,12 +76,38 @@ _CONFLICT_SECONDS: Final = 2.0
 _ENCODE: Final = msgspec.json.Encoder().encode
 
 
+class HeldClaim(NamedTuple):
+    """A claim that a transaction requires to be held.
+
+    Attributes:
+        ends: the commit ends it.
+        skew: by how many seconds clocks may differ.
+    """
+
+    key: Key
+    token: int
+    clock: ClaimClock
+    ends: bool
+    skew: float
+
+
 class DynamoDBSession(Session):
-    """One transaction."""
+    """One transaction.
+
+    Args:
+        claim: is held when it commits.
+    """
 
     def __init__(
-        self, client: Client, tables: Tables, reading: Reading, write_cache: WriteCache
+        self,
+        client: Client,
+        tables: Tables,
+        reading: Reading,
+        write_cache: WriteCache,
+        claim: HeldClaim | None = None,
     ) -> None:
+        self._claim = claim
+        self._deleted: set[Key] = set()  # whose claims have ended: deleted, or expired
         self._client = client
         self._tables = tables
         self._reading = reading
@@ -235,23 +270,27 @@ class DynamoDBSession(Session):
     async def _apply(self, change: Change) -> Outcome:
         key = change.key
         try:
-            current = self._entity(key)
+            stored = self._entity(key)
+            current = present(change, stored)
             self._check_item(change)
             entity = changed(change, current)
             values = UniqueChange(key, self._unique(key.collection), current, entity)
         except StorageError as exc:
             return exc
         if values.markers:
-            refused = await self._change_markers(values)
+            refused = await self._change_markers(values, partial(is_there, change))
             if refused is not None:
                 return refused
-        self._layers[-1][change.key] = entity
+        if entity is not None or current is not None:
+            self._layers[-1][key] = entity
+            if entity is None or (current is None and stored is not None):
+                self._deleted.add(key)
         if change.mark is not None:
             self._layers[-1][change.mark.key] = change.mark.entity
-        stored = current if isinstance(change, Delete) else entity
-        if stored is None:
+        affected = current if isinstance(change, Delete) else entity
+        if affected is None:
             return None
-        version = stored[VERSION]
+        version = affected[VERSION]
         return version if type(version) is int else 0  # deleted; another program set the version
 
     # -- unique values -----------------------------------------------------------------------
@@ -265,13 +304,18 @@ class DynamoDBSession(Session):
         await self._load([key], snapshot=False)
         entity = self._entity(key)
         values = UniqueChange(key, fields, None, entity)
-        return await self._change_markers(values) if values.markers else None
+        return await self._change_markers(values, lambda *_: True) if values.markers else None
 
-    async def _change_markers(self, change: UniqueChange) -> UniqueViolationError | None:
+    async def _change_markers(
+        self, change: UniqueChange, is_there: Callable[[Key, Entity], bool]
+    ) -> UniqueViolationError | None:
         """Write the markers of the values that an entity gets, and delete those of the ones that it had.
 
         A marker whose owner does not have the value any more, because another program deleted it, is
         taken over.
+
+        Args:
+            is_there: whether an owner exists for the change; one that has expired does not.
         """
         await self._load(change.markers, snapshot=False)
         for marker, (fields, digest) in change.claimed.items():
@@ -280,7 +324,9 @@ class DynamoDBSession(Session):
                 owner_key = Key(change.key.collection, owner)
                 await self._load([owner_key], snapshot=False)
                 entity = self._entity(owner_key)
-                if entity is not None and stored_digest(entity, fields) == digest:
+                if entity is None or stored_digest(entity, fields) != digest:
+                    continue
+                if is_there(owner_key, entity):
                     return violation(change.key, fields, owner)
         layer = self._layers[-1]
         for marker in change.freed:
@@ -313,12 +359,13 @@ class DynamoDBSession(Session):
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[Session, None]:
         """As `Session.savepoint`; reads in it remain conditions of the commit after a rollback."""
-        depth = len(self._layers)
+        depth, deleted = len(self._layers), set(self._deleted)
         self._layers.append({})
         try:
             yield self
         except BaseException:
             del self._layers[depth:]
+            self._deleted = deleted
             raise
         top = self._layers.pop()
         self._layers[-1].update(top)
@@ -393,9 +440,43 @@ class DynamoDBSession(Session):
             item = mapping.item(key.id, entity, version, token)
             if observed is not None:
                 mapping.keep_encodings(item, observed)
+            self._settle_claim(action, item, key, observed)
             return {"Put": {**action, "Item": item}}
+        self._require_claim(action, key)
         action["Key"] = {mapping.key: {"S": key.id}}
         return {"Delete" if key in written and observed is not None else "ConditionCheck": action}
+
+    async def check_claim(self) -> None:
+        """Read the claim that must be held.
+
+        Raises:
+            ClaimLostError: it is not held.
+        """
+        claim = self._claim
+        assert claim is not None, "a session under a claim"
+        with public_errors():
+            await self._load([claim.key], snapshot=False)
+        state, now = claim_in(self._items_read[claim.key], claim.key), claim.clock.now()
+        check_held(state, claim.key, claim.token, now)
+
+    def _settle_claim(
+        self, action: dict[str, Any], item: Attributes, key: Key, observed: Attributes | None
+    ) -> None:
+        """The claim of an item that is written."""
+        self._require_claim(action, key)
+        ends = key in self._deleted or (
+            self._claim is not None and self._claim.key == key and self._claim.ends
+        )
+        if not ends:
+            keep_claim(action, item, observed)
+
+    def _require_claim(self, action: dict[str, Any], key: Key) -> None:
+        """Let the action of the claimed entity require that the claim is held."""
+        claim = self._claim
+        if claim is None or claim.key != key:
+            return
+        now = claim.clock.now()
+        also_if(action, lambda names: held_claim(names, claim.token, now, claim.skew))
 
     async def _transact(
         self,

@@ -24,6 +24,8 @@ from hf_async_store.config import JSONConfig, redacted
 from hf_async_store.declarations import are_equal, merged
 from hf_async_store.driver import (
     Capabilities,
+    Claimed,
+    ClaimTerms,
     Engine,
     Isolation,
     QueryPlan,
@@ -43,10 +45,21 @@ from hf_async_store.generators import Owned
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.query import Query
-from hf_async_store.schema import SYSTEM_COLLECTIONS, Collection, Index, Schema
+from hf_async_store.schema import (
+    CLAIM_COLLECTION,
+    SYSTEM_COLLECTIONS,
+    Collection,
+    Index,
+    Schema,
+)
 from hf_async_store.strategies.json.compaction import Compactor
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile
-from hf_async_store.strategies.json.files import FileManager, sync_data, write_all
+from hf_async_store.strategies.json.files import (
+    CLAIM_FILE,
+    FileManager,
+    sync_data,
+    write_all,
+)
 from hf_async_store.strategies.json.follower import Follower
 from hf_async_store.strategies.json.journal import Images
 from hf_async_store.strategies.json.journal_writer import JournalWriter
@@ -55,7 +68,7 @@ from hf_async_store.strategies.json.serializer import JSONSerializer, holds_enti
 from hf_async_store.strategies.json.session_view import SessionView
 from hf_async_store.strategies.json.snapshot_reader import SnapshotReader
 from hf_async_store.strategies.json.store_state import StoreState
-from hf_async_store.unique import Fields, unique_of
+from hf_async_store.unique import Fields
 from hf_async_store.values import Entity, Key, Value
 
 log: Final = logging.getLogger("hf_async_store.json")
@@ -76,6 +89,7 @@ class JSONEngine(Engine):
         engine="json",
         durable=True,
         multi_process=True,
+        claims=True,
         change_markers=True,
         unique_indexes=True,
     )
@@ -93,7 +107,7 @@ class JSONEngine(Engine):
         self.journal = JournalWriter(self.files, sync_commits=config.sync_writes)
         self.compactor = Compactor(config, self.files, self.follower, self.journal, self.writing)
         self._declarations = DeclarationsFile(self.files)
-        self._unique = unique_of(schema)
+        self._unique = schema.unique
         self._keys_checked = False
         self._reads = 0
 
@@ -160,7 +174,7 @@ class JSONEngine(Engine):
     async def undeclared(self) -> list[str]:
         state = await self.follower.current()
         names = {*self._undeclared_sections(state), *await self._undeclared_files()}
-        return sorted(names - set(self.schema))
+        return sorted(names - {*self.schema, CLAIM_COLLECTION.name})
 
     async def _undeclared_files(self) -> list[str]:
         """The names of collections in data files that neither configuration nor journal names."""
@@ -268,6 +282,27 @@ class JSONEngine(Engine):
 
     def session(self, isolation: Isolation | None) -> _JSONSession:
         return _JSONSession(self)
+
+    async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
+        await self._prepare_claims()
+        return await super().claim(query, terms)
+
+    async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
+        await self._prepare_claims()
+        return await super().claim_name(keys, terms)
+
+    async def _prepare_claims(self) -> None:
+        """Add the data file of claims, which no configuration names, to those of split files."""
+        self.follower.refuse_closed()
+        if self.files.has_claims():
+            return
+        self.files.make_folder()
+        async with self.locks.exclusive():
+            if not self.files.has_claims():
+                await self.follower.refresh_locked()  # the journal may name it
+            if not self.files.has_claims():
+                self.files.add(CLAIM_FILE, CLAIM_COLLECTION.name)
+                await self.follower.reload()
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
@@ -534,6 +569,7 @@ class _JSONSession(Session):
     ) -> None:
         try:
             if exc is None and self._view is not None:
+                self._engine.follower.refuse_closed()
                 await self._engine.commit(self._view.state, self._view.layers[0])
         finally:
             await self._stack.aclose()

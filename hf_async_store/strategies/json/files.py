@@ -22,7 +22,7 @@ from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import Ownership, keep, of_a_new_store
-from hf_async_store.schema import Schema
+from hf_async_store.schema import CLAIM_COLLECTION, Schema
 from hf_async_store.strategies.json.journal import USE_FILES, FileState
 
 log: Final = logging.getLogger("hf_async_store.json")
@@ -32,6 +32,9 @@ _TEMPORARY: Final = ".tmp"
 _GZIP_SUFFIX: Final = ".gz"
 _SPLIT_STEM: Final = "store"
 """The first part of the names of the journal and the lock files of split files."""
+
+CLAIM_FILE: Final = f"{CLAIM_COLLECTION.name}.json"
+"""With split files, the data file of claims, which exists once an entity was claimed."""
 
 _RESERVED: Final = re.compile(
     r".*\.(journal|bak|damaged)\.\d+(\.gz)?|\..*\.lock(\..*)?|\..*\.(declarations|tmp)", re.DOTALL
@@ -143,6 +146,10 @@ class FileManager:
                 "Configure the same file name for the collection in every process"
             )
         self._collections[name] = collection
+
+    def has_claims(self) -> bool:
+        """Whether claims have a data file."""
+        return self.single or CLAIM_COLLECTION.name in self._collections.values()
 
     def path(self, name: str) -> Path:
         """The path to which a data file is written."""

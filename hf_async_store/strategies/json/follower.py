@@ -280,6 +280,11 @@ class Follower:
                 raise translate_os_error(exc, f"read the files in {self._files.folder}") from exc
             return state
 
+    async def reload(self) -> StoreState:
+        """Load the store again, because a data file was added. The caller holds the write lock."""
+        async with self._refreshing:
+            return await self._load()
+
     async def _load(self, recover_from: str | None = None) -> StoreState:
         self._files.refuse_moved_links()
         loaded = await self.loader.load(recover_from=recover_from)

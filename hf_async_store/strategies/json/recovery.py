@@ -21,7 +21,7 @@ import msgspec
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
 from hf_async_store.ordered_index import reclaim
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.schema import Schema
+from hf_async_store.schema import CLAIM_COLLECTION, Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.files import DataFile, FileManager, has_failed_sync
 from hf_async_store.strategies.json.journal import (
@@ -107,8 +107,9 @@ class StoreLoader:
 
     def section(self, name: str) -> CollectionTable:
         """An empty table for a collection, which need not be declared."""
+        known = name in self._schema or name == CLAIM_COLLECTION.name
         # Not `get`: for an unknown name a schema raises an error.
-        collection = self._schema[name] if name in self._schema else None  # noqa: SIM401  # see above
+        collection = self._schema[name] if known else None
         return CollectionTable(collection, self._serializer, self._cache_size)
 
     def collections_of(self, name: str, state: StoreState) -> set[str]:
@@ -142,7 +143,7 @@ class StoreLoader:
         return state
 
     async def _load(self, state: StoreState, recover_from: str | None) -> None:
-        for name in self._schema:
+        for name in (*self._schema, CLAIM_COLLECTION.name):
             state.sections[name] = self.section(name)
         journals: list[_Journal] = []
         if recover_from == "file":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 from hf_async_store.changes import Record
@@ -27,13 +28,14 @@ class SnapshotReader(TableReader[StoredEntity]):
 
     Args:
         state: the current state.
+        names: the collections that are read; None: those that are declared.
     """
 
-    def __init__(self, state: StoreState) -> None:
+    def __init__(self, state: StoreState, names: AbstractSet[str] | None = None) -> None:
         self._sections = {
             name: (section, section.pin())
             for name, section in state.sections.items()
-            if section.declared
+            if (section.declared if names is None else name in names)
         }
 
     async def close(self) -> None:

@@ -24,6 +24,7 @@ from hf_async_store.query import (
     Order,
     Query,
     compile_filter,
+    rows_per_step,
 )
 from hf_async_store.sort_bytes import is_exact, ranges, sort_bytes
 from hf_async_store.strategies.sql.grammar import FALSE, OPERATORS, TRUE, Arguments, Condition
@@ -31,16 +32,30 @@ from hf_async_store.strategies.sql.names import key_column, quoted
 from hf_async_store.values import VERSION, Entity, Value
 
 if TYPE_CHECKING:
+    from hf_async_store.lifetimes import Lifetime
     from hf_async_store.sort_bytes import ByteRange
     from hf_async_store.strategies.sql.rows import Table
 
 _OPPOSITE: Final = {"ne": "eq", "not_in": "in"}
 _KNOWN: Final = frozenset(
-    {*_OPPOSITE, *OPERATORS, "eq", "in", "between", "exists", "contains", "begins_with"}
+    {
+        *_OPPOSITE,
+        *OPERATORS,
+        "eq",
+        "in",
+        "between",
+        "exists",
+        "contains",
+        "begins_with",
+        "timestamp_lte",
+    }
 )
 """The operators that SQL can express; the rows are filtered in Python by all others."""
-_SHORT: Final = 63
+SHORT: Final = 63
 """A string of at most this many characters is always exact."""
+
+
+_ROWS_PER_STEP: Final = 256
 
 
 class Compiled(NamedTuple):
@@ -50,16 +65,25 @@ class Compiled(NamedTuple):
         args: the arguments of the statement.
         residual: the condition by which the rows must still be filtered; None if all rows match.
         limited: the statement applies the limit.
+        step: how many rows are decoded, and filtered, in one step of the event loop.
+        where: the condition of the statement.
     """
 
     sql: str
     args: list[object]
     residual: Callable[[Entity], bool] | None = None
     limited: bool = False
+    step: int = _ROWS_PER_STEP
+    where: str = ""
 
 
 def compile_query(
-    table: Table, query: Query, *, group: Sequence[Value | Missing] | None = None
+    table: Table,
+    query: Query,
+    *,
+    group: Sequence[Value | Missing] | None = None,
+    args: Arguments | None = None,
+    also: Callable[[], str] | None = None,
 ) -> Compiled:
     """The SELECT of a query.
 
@@ -67,8 +91,10 @@ def compile_query(
 
     Args:
         group: only the rows of a group, whose sort keys begin with these values: see `group_of`.
+        args: those of the statement so far.
+        also: adds a further condition to them.
     """
-    compiler = _Compiler(table)
+    compiler = _Compiler(table, args)
     keys = [compiler.key(each) for each in query.order]
     conditions, exact = compiler.conditions(query.where)
     if group is not None:
@@ -77,19 +103,42 @@ def compile_query(
     elif query.after is not None:
         values = group_of(table, query.order, query.after.values)
         conditions += compiler.after(keys, values or [*query.after.values, query.after.id])
+    if also is not None:
+        conditions.append(also())
     limited = exact and group is None and query.limit is not None
     order = ", ".join(
         f"{term} DESC" if key.descending else term
         for key in _with_id(table, keys)
         for term in key.terms
     )
+    where = _all(conditions)
     return Compiled(
-        f"SELECT {table.selected} FROM {table.name} AS t WHERE {_all(conditions)} ORDER BY {order}"
-        + (f" LIMIT {query.limit}" if limited else ""),
+        f"SELECT {table.selected} FROM {table.name} AS t WHERE {where} "
+        f"ORDER BY {order}" + (f" LIMIT {query.limit}" if limited else ""),
         compiler.args.values,
         None if exact else compile_filter(query.where),
         limited,
+        _ROWS_PER_STEP if exact else rows_per_step(query.where, _ROWS_PER_STEP),
+        where,
     )
+
+
+def compile_first_by_id(table: Table, query: Query, compiled: Compiled, most: int) -> Compiled:
+    """The matches of a query in the order of ids, among the first rows in that order.
+
+    Args:
+        compiled: the query.
+        most: how many rows are read.
+    """
+    descending = bool(query.order and query.order[0].descending)
+    direction, operator = (" DESC", "<") if descending else ("", ">")
+    key, position, args = f"e.{table.key}", "", list(compiled.args)
+    if query.after is not None:
+        args.append(query.after.id)
+        position = f" WHERE {key} {operator} {table.grammar.parameter(len(args), 'text')}"
+    source = f"SELECT * FROM {table.name} AS e{position} ORDER BY {key}{direction} LIMIT {most}"
+    sql = compiled.sql.replace(f"FROM {table.name} AS t", f"FROM ({source}) AS t", 1)
+    return compiled._replace(sql=sql, args=args)
 
 
 def compile_count(table: Table, query: Query) -> Compiled | None:
@@ -101,6 +150,34 @@ def compile_count(table: Table, query: Query) -> Compiled | None:
         return None
     sql = f"SELECT count(*) FROM {table.name} AS t WHERE {_all(conditions)}"
     return Compiled(sql, compiler.args.values)
+
+
+class LivingConditions:
+    """The conditions that rows have not expired, for statements that write.
+
+    Args:
+        first: the number of the parameter of the first argument.
+
+    Attributes:
+        arguments: of all conditions, in order. The conditions do not depend on the time; these do.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._before = first - 1
+        self.arguments: list[object] = []
+
+    @staticmethod
+    def are_exact(table: Table, lifetime: Lifetime) -> bool:
+        """Whether SQL can express them."""
+        return _Compiler(table).conditions(lifetime.over())[1]
+
+    def of(self, table: Table, lifetime: Lifetime) -> str:
+        """The condition that the entity of the row `t` has not expired."""
+        compiler = _Compiler(table)
+        compiler.args.values = [None] * self._before + self.arguments
+        conditions, _ = compiler.conditions(Not(lifetime.over()))
+        self.arguments = compiler.args.values[self._before :]
+        return f"({_all(conditions)})"
 
 
 def group_of(
@@ -116,7 +193,7 @@ def group_of(
     for number, (key, value) in enumerate(zip(order, values, strict=True), 1):
         kind = type(value)
         if kind is str:
-            inexact = len(cast("str", value)) > _SHORT and not is_exact(sort_bytes(value))
+            inexact = len(cast("str", value)) > SHORT and not is_exact(sort_bytes(value))
             if inexact and key.path != (table.key_field,):
                 return list(values[:number])
         elif kind is list or kind is dict:
@@ -150,10 +227,10 @@ class _Key(NamedTuple):
 
 
 class _Compiler:
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, args: Arguments | None = None) -> None:
         self._table = table
         self._grammar = table.grammar
-        self.args = Arguments(table.grammar)
+        self.args = args or Arguments(table.grammar)
 
     # -- filters -----------------------------------------------------------------------------
 
@@ -262,8 +339,13 @@ class _Compiler:
         if op == "exists":
             return TRUE if value else FALSE
         if op == "in":
-            tests = [self._version("eq", each) for each in cast("list[Value]", value)]
-            return f"({_joined(' OR ', tests)})" if tests else FALSE
+            versions = [
+                str(int(each))
+                for each in cast("list[Value]", value)
+                if type(each) in (int, float) and each == int(cast("float", each))
+            ]
+            as_text = f"CAST(t.{VERSION} AS text)"
+            return self._grammar.in_strings(as_text, versions, self.args) if versions else FALSE
         if op == "between":
             low, high = cast("list[Value]", value)
             return f"({self._version('gte', low)} AND {self._version('lte', high)})"

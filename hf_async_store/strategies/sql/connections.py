@@ -22,8 +22,8 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, cast
 
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import PoolProxiedConnection, QueuePool
+from sqlalchemy.util import greenlet_spawn
 
 from hf_async_store.config import SQLConfig
 from hf_async_store.driver import Isolation, run_to_completion
@@ -52,7 +52,7 @@ _Work: TypeAlias = "Coroutine[Any, Any, None]"
 class LeasedConnection:
     """One connection, checked out of the pool and used by one task at a time."""
 
-    def __init__(self, dialect: Dialect, connection: AsyncConnection, driver: Any) -> None:
+    def __init__(self, dialect: Dialect, connection: PoolProxiedConnection, driver: Any) -> None:
         self.dialect = dialect
         self.connection = connection
         self.driver = driver
@@ -289,7 +289,8 @@ class Connections:
         most: the maximum number of connections.
         exhausted: the message of the error if no connection becomes free in time.
         waits: whether a caller waits while all connections are in use.
-        read_only: the connections never write; PostgreSQL then opens them as read-only.
+        isolation: the connections only read, and on PostgreSQL each statement does so at this level;
+            None: they also write.
     """
 
     def __init__(
@@ -301,7 +302,7 @@ class Connections:
         most: int,
         exhausted: str,
         waits: bool = True,
-        read_only: bool = False,
+        isolation: Isolation | None = None,
     ) -> None:
         self._dialect = dialect
         self._config = config
@@ -310,7 +311,7 @@ class Connections:
         self._waits = waits
         self._semaphore = asyncio.Semaphore(most)
         size = max(kept, 1)
-        self._engine = dialect.engine(size=size, overflow=most - size, read_only=read_only)
+        self._engine = dialect.engine(size=size, overflow=most - size, isolation=isolation)
         self._leased: set[LeasedConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # open connections, or close idle ones
         self._idle: list[LeasedConnection] = []  # idle connections beyond the size of the pool
@@ -371,6 +372,11 @@ class Connections:
             return lease
         return None
 
+    @property
+    def is_free(self) -> bool:
+        """Whether a connection can be had without waiting for a caller to return one."""
+        return not self._semaphore.locked()
+
     def _check_open(self) -> None:
         if self._closed:
             raise StoreClosedError("this store was closed")
@@ -399,14 +405,15 @@ class Connections:
             _OPEN_POOLS.add(self)
         for _ in range(_MAX_BROKEN_CONNECTIONS + self._most):
             try:
-                connection = await self._engine.connect()
+                # Not `AsyncEngine.connect`: its objects cost more than a small query.
+                connection = await greenlet_spawn(self._pool().connect)
             except SQLAlchemyError as exc:
                 raise self._connect_error(exc) from exc
             except StorageError:
                 raise
             except Exception as exc:  # an invalid response can make a driver raise anything
                 raise self._dialect.translate(exc, doing="connect", writes=False) from exc
-            driver = cast("Any", await connection.get_raw_connection()).driver_connection
+            driver = connection.driver_connection
             if self._dialect.is_lost(driver) or self._closed:
                 # For example, the server was restarted since the connection was last used.
                 await self._discard(connection, driver)
@@ -441,7 +448,7 @@ class Connections:
         elif self._pool().overflow() > 0:
             self._keep_idle(lease)
         else:
-            await lease.connection.close()  # it never suspends
+            lease.connection.close()
             self._forget(lease)
 
     def _start_return(self, lease: LeasedConnection, work: _Work) -> asyncio.Task[None]:
@@ -452,7 +459,7 @@ class Connections:
     async def _return_or_discard(self, lease: LeasedConnection) -> None:
         try:
             if await self._is_reusable(lease):
-                await lease.connection.close()
+                await greenlet_spawn(lease.connection.close)
             else:
                 await self._discard(lease.connection, lease.driver)
         finally:
@@ -468,11 +475,10 @@ class Connections:
         self._leased.discard(lease)
         self._semaphore.release()
 
-    async def _discard(self, connection: AsyncConnection, driver: Any) -> None:
+    async def _discard(self, connection: PoolProxiedConnection, driver: Any) -> None:
         with suppress(*self._dialect.driver_errors):
             await self._dialect.discard(driver)
-        await connection.invalidate()
-        await connection.close()
+        await greenlet_spawn(connection.invalidate)
 
     async def _is_reusable(self, lease: LeasedConnection) -> bool:
         if lease.state_unknown:

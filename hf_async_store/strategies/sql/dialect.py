@@ -49,7 +49,10 @@ class Dialect(ABC):
     """Whether only one connection can write at a time."""
 
     separate_read_pool: bool
-    """Whether reads by key use a separate pool, whose connections never write."""
+    """Whether reads by key, and small queries, use separate pools, whose connections never write."""
+
+    reads_alone: bool
+    """Whether a query of one statement needs no transaction, on a connection of the main pool, either."""
 
     needs_transactions: bool
     """Whether even a single statement must run in an explicit transaction."""
@@ -60,7 +63,7 @@ class Dialect(ABC):
     # -- the driver --------------------------------------------------------------------------
 
     @abstractmethod
-    def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
+    def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
         """An engine with a pool of connections, none of them open yet."""
 
     def exists(self) -> bool:

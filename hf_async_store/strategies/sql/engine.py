@@ -13,7 +13,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
@@ -34,6 +34,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
     PermissionDeniedError,
+    PoolTimeoutError,
     ReadOnlyStoreError,
     SchemaMismatchError,
     StorageError,
@@ -54,7 +55,7 @@ from hf_async_store.strategies.sql.catalogue import (
     Entry,
     declared,
 )
-from hf_async_store.strategies.sql.compiler import compile_query, paths_in
+from hf_async_store.strategies.sql.compiler import paths_in
 from hf_async_store.strategies.sql.connections import Connections, LeasedConnection
 from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import SessionEndedError
@@ -63,7 +64,6 @@ from hf_async_store.strategies.sql.parameters import bind, check_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.rows import Table, Tables
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession
-from hf_async_store.unique import unique_of
 from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _NO_TABLE: Final = QueryPlan(access="scan", detail="the table does not exist yet")
+_CLOCK_TOLERANCE: Final = 1.0
 _REREAD_SECONDS: Final = 10.0
 """While a declared index is missing, a program that only reads looks this often whether it exists."""
 
@@ -112,7 +113,7 @@ class SQLEngine(Engine):
         self._config = config
         self._dialect = dialect
         self._make_writer = writer
-        self._main, self._readers, self._streams = _pools(config, dialect)
+        self._main, self._readers, self._queries, self._streams = _pools(config, dialect)
         self._sync = sync(schema, dialect)
         self._state: _State | None = None  # None: the catalogue was not read yet
         self._ready = False  # everything that is declared was created, or recorded
@@ -252,10 +253,10 @@ class SQLEngine(Engine):
                 reconnected = True
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        records = await self._small(query)
-        if records is not None:
-            for record in records:
-                yield record
+        rows = None if query.limit is None else await self._small(query)
+        if rows is not None:
+            for entity_id, entity in rows:
+                yield Record(Key(query.collection, entity_id), entity)
             return
         # The caller may take long for each record, and need another connection for it, so the
         # stream uses a pool of its own.
@@ -268,10 +269,10 @@ class SQLEngine(Engine):
 
     async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         # On a connection of the main pool: the caller must not use the store meanwhile.
-        records = await self._small(query)
-        if records is not None:
-            if records:
-                yield [each.entity for each in records]
+        rows = await self._small(query)
+        if rows is not None:
+            if rows:
+                yield [entity for _, entity in rows]
             return
         async with (
             self._reading(self._main, reading.statements(query)) as reader,
@@ -280,15 +281,40 @@ class SQLEngine(Engine):
             async for batch in batches:
                 yield batch
 
-    async def _small(self, query: Query) -> list[Record] | None:
+    async def _small(self, query: Query) -> list[reading.Row] | None:
         if not reading.may_be_small(query):
             return None
-        async with self._reading(self._main) as reader:
-            return await reader.small(query)
+        return await self._at_once(lambda reader: reader.small(query))
 
     async def count(self, query: Query) -> int:
+        number = await self._at_once(lambda reader: reader.count_at_once(query))
+        if number is not None:
+            return number
         async with self._reading(self._main) as reader:
             return await reader.count(query)
+
+    async def _at_once(self, read: Callable[[SQLReader], Awaitable[Result]]) -> Result:
+        """What one statement without a cursor reads.
+
+        Where such a statement needs no transaction, it takes one round trip instead of three.
+        """
+        if self._state is None and not self._dialect.exists():
+            return await read(SQLReader(None, {}))
+        is_main = self._queries is self._main
+        if not (self._dialect.reads_alone if is_main else self._queries.is_free):
+            async with self._reading(self._main) as reader:
+                return await read(reader)
+
+        async def once() -> Result:
+            async with self._queries.lease() as lease:
+                return await read(SQLReader(lease, await self.tables(lease)))
+
+        try:
+            return await once()
+        except PoolTimeoutError:
+            raise
+        except UnavailableError:
+            return await once()  # the server may have closed the connection
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         if not self._dialect.exists():
@@ -366,7 +392,7 @@ class SQLEngine(Engine):
             return await self._sync.changes(lease)
 
     async def unenforced(self) -> list[tuple[str, Index]]:
-        if not unique_of(self.schema) or not self._dialect.exists():
+        if not self.schema.unique or not self._dialect.exists():
             return []
         async with self._main.lease() as lease:
             return await self._sync.unenforced(lease)
@@ -486,7 +512,7 @@ class SQLEngine(Engine):
             return await self._explain(lease.driver, table, query)
 
     async def _explain(self, driver: Any, table: Table, query: Query) -> QueryPlan:
-        compiled = compile_query(table, query)
+        compiled = await reading.compiled_query(table, query)
         names = self._dialect.names
         indexes = {
             names.index(table.collection, table.entry.indexed(each.fields)): each
@@ -561,9 +587,15 @@ class SQLEngine(Engine):
                 changes += [f"{each.kind}: {each.detail}" for each in found]
         more = report.pop("problems", [])
         problems += more if isinstance(more, list) else []
+        ahead = report.get("server_clock_ahead_seconds", 0)
+        expiring = any(each.expires is not None for each in self.schema.values())
+        if expiring and isinstance(ahead, float) and abs(ahead) > _CLOCK_TOLERANCE:
+            problems.append(
+                f"the clock of the server is {ahead:+.1f} s ahead of the one here, by which entities expire"
+            )
         figures = self._main.figures()
-        if self._readers is not self._main:
-            figures = {name: n + self._readers.figures()[name] for name, n in figures.items()}
+        for pool in self._pools_for_reads():
+            figures = {name: n + pool.figures()[name] for name, n in figures.items()}
         return {
             **report,
             "schema_changes": changes,
@@ -588,25 +620,23 @@ class SQLEngine(Engine):
 
     def abandon(self) -> None:
         """See `StorageStrategy.abandon`."""
-        for each in (self._streams, self._readers, self._main):
+        for each in (self._streams, *self._pools_for_reads(), self._main):
             each.abandon()
 
     async def close(self) -> None:
-        try:
-            await self._streams.close()
-        finally:
-            try:
-                if self._readers is not self._main:
-                    await self._readers.close()
-            finally:
-                await self._main.close()
+        async with AsyncExitStack() as stack:
+            for each in (self._main, *self._pools_for_reads(), self._streams):
+                stack.push_async_callback(each.close)
+
+    def _pools_for_reads(self) -> list[Connections]:
+        return [each for each in (self._readers, self._queries) if each is not self._main]
 
 
-def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, Connections, Connections]:
-    """The main pool, the pool for reads by key, and the pool for streams.
+def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, ...]:
+    """The main pool, the pools for reads by key and for small queries, and the pool for streams.
 
-    The pool for reads by key is the main pool if the dialect needs no separate one, or if there are
-    too few connections.
+    The pools for reads are the main pool if the dialect needs no separate ones, or if there are too few
+    connections.
     """
     kept = max(config.pool_size, 1)
     most = kept + config.max_overflow
@@ -623,23 +653,22 @@ def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, Connection
         exhausted=f"all {config.max_streams} streams are open: raise max_streams, or close a stream",
         waits=False,
     )
-    read_connections = dialect.capabilities.read_concurrency
-    if not dialect.separate_read_pool or most < 2 * read_connections:
-        main = Connections(dialect, config, kept=kept, most=most, exhausted=exhausted)
-        return main, main, streams
-    main = Connections(
-        dialect,
-        config,
-        kept=max(kept - read_connections, 1),
-        most=most - read_connections,
-        exhausted=exhausted,
-    )
-    readers = Connections(
-        dialect,
-        config,
-        kept=read_connections,
-        most=read_connections,
-        exhausted=exhausted,
-        read_only=True,
-    )
-    return main, readers, streams
+    levels: list[Isolation | None] = []
+    for_reads: list[Connections] = []
+    each = dialect.capabilities.read_concurrency
+    if dialect.separate_read_pool and most >= 2 * each:
+        levels.append(config.isolation)
+        # Not serializable: the predicate locks of a query, unlike those of reads by key, would be promoted
+        # from rows to the whole table, and abort concurrent transactions.
+        if most >= 4 * each:
+            levels.append("repeatable_read")
+    for isolation in levels:
+        kept, most = max(kept - each, 1), most - each
+        for_reads.append(
+            Connections(
+                dialect, config, kept=each, most=each, exhausted=exhausted, isolation=isolation
+            )
+        )
+    main = Connections(dialect, config, kept=kept, most=most, exhausted=exhausted)
+    readers, queries = [*for_reads, main, main][:2]
+    return main, readers, queries, streams

@@ -38,7 +38,12 @@ from hf_async_store.strategies.sql.errors import (
     connection_error,
     postgres_error,
 )
-from hf_async_store.strategies.sql.names import GENERATION_PREFIX, Names, quoted
+from hf_async_store.strategies.sql.names import (
+    GENERATION_PREFIX,
+    Names,
+    is_unique_index,
+    quoted,
+)
 from hf_async_store.strategies.sql.postgres_grammar import PostgresGrammar
 from hf_async_store.strategies.sql.write_sql import CHANGED
 from hf_async_store.values import Value
@@ -150,12 +155,14 @@ class PostgreSQL(Dialect):
         self._outdated_at = float("-inf")
         self.needs_transactions = config.pgbouncer
         self.separate_read_pool = not config.pgbouncer
+        self.reads_alone = False
         first = config.isolation
         others: tuple[Isolation, ...] = ("serializable", "repeatable_read", "read_committed")
         self.capabilities = Capabilities(
             engine="postgresql",
             durable=True,
             multi_process=True,
+            claims=True,
             change_markers=True,
             unique_indexes=True,
             isolations=(first, *(each for each in others if each != first)),
@@ -167,10 +174,10 @@ class PostgreSQL(Dialect):
 
     # -- the driver --------------------------------------------------------------------------
 
-    def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
+    def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
         return create_async_engine(
             "postgresql+asyncpg://",
-            async_creator=lambda: self._connect(read_only=read_only),
+            async_creator=lambda: self._connect(isolation),
             poolclass=AsyncAdaptedQueuePool,
             pool_size=size,
             max_overflow=overflow,
@@ -179,13 +186,13 @@ class PostgreSQL(Dialect):
             pool_use_lifo=True,
         )
 
-    async def _connect(self, *, read_only: bool) -> Any:
+    async def _connect(self, isolation: Isolation | None) -> Any:
         """A new connection; a cancellation waits for it.
 
         If a task is cancelled while it opens a TCP connection, the driver keeps an exception that is
         never retrieved.
         """
-        opening = asyncio.ensure_future(self._connect_to_any(read_only=read_only))
+        opening = asyncio.ensure_future(self._connect_to_any(isolation))
         try:
             return await run_to_completion(opening)
         except asyncio.CancelledError:
@@ -193,7 +200,7 @@ class PostgreSQL(Dialect):
                 opening.result().terminate()
             raise
 
-    async def _connect_to_any(self, *, read_only: bool) -> Any:
+    async def _connect_to_any(self, isolation: Isolation | None) -> Any:
         """A connection to the first server that responds and matches `target_session_attrs`."""
         self._check_files()
         servers = self._config.servers()
@@ -211,7 +218,7 @@ class PostgreSQL(Dialect):
             listed = "; ".join(map(str, failures))
             raise UnavailableError(f"none of the servers can be used: {listed}") from failures[-1]
         try:
-            await self._apply_settings(driver, read_only=read_only)
+            await self._apply_settings(driver, isolation)
         except BaseException as exc:
             driver.terminate()
             if not isinstance(exc, Exception):
@@ -274,19 +281,23 @@ class PostgreSQL(Dialect):
         except Exception as exc:  # an invalid response can make the driver raise anything
             raise self._connection_failure(exc, host, port) from exc
 
-    async def _apply_settings(self, driver: Any, *, read_only: bool) -> None:
-        """Set the session parameters that depend on the connection; see also `_session_settings`."""
+    async def _apply_settings(self, driver: Any, isolation: Isolation | None) -> None:
+        """Set the session parameters that depend on the connection; see also `_session_settings`.
+
+        Args:
+            isolation: see `Connections`.
+        """
         if self._config.pgbouncer:
             return  # the settings would remain in a server session that other clients use, too
-        settings = []
         if _SESSIONS[driver].on_standby:
             # A standby has no serializable transactions. If it is promoted, this session must not
             # write at a lower isolation level than the configured one.
-            settings.append("SET default_transaction_isolation = 'repeatable read'")
-        if read_only or _SESSIONS[driver].on_standby:
-            settings.append("SET default_transaction_read_only = on")
-        if settings:
-            await driver.execute("; ".join(settings))
+            isolation = "repeatable_read"
+        if isolation is not None:
+            level = isolation.replace("_", " ")
+            await driver.execute(
+                f"SET default_transaction_isolation = '{level}'; SET default_transaction_read_only = on"
+            )
 
     def _check_files(self) -> None:
         """Check the files for TLS, so that an error names the configuration key and the file.
@@ -552,7 +563,7 @@ class PostgreSQL(Dialect):
             return False  # outside a transaction, statements may run in another server session
         await driver.execute(_RESET)
         # Callers' statements never run on read-only connections.
-        await self._apply_settings(driver, read_only=False)
+        await self._apply_settings(driver, None)
         return True
 
     async def discard(self, driver: Any) -> None:
@@ -745,7 +756,9 @@ class PostgreSQL(Dialect):
         )
 
     async def health(self, driver: Any, tables: Mapping[str, str]) -> dict[str, Value]:
-        version, size, recovering, used, most = await self._row(driver, _HEALTH)
+        began = time.time()
+        version, size, recovering, used, most, clock = await self._row(driver, _HEALTH)
+        difference = clock - (began + time.time()) / 2
         sizes = await self.rows(driver, _SIZES, (list(tables),))
         problems: list[Value] = []
         if recovering:
@@ -758,6 +771,7 @@ class PostgreSQL(Dialect):
             "table_bytes": {tables[table]: number for table, number in sizes},
             "server_connections": used,
             "server_max_connections": most,
+            "server_clock_ahead_seconds": round(difference, 3),
             "problems": problems,
         }
 
@@ -824,7 +838,8 @@ SELECT current_setting('server_version'), pg_database_size(current_database()),
     pg_is_in_recovery(), (
         SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'::text
     ),
-    current_setting('max_connections')::int
+    current_setting('max_connections')::int,
+    pg_catalog.date_part('epoch'::text, pg_catalog.clock_timestamp())
 """
 
 _SIZES: Final = f"""
@@ -882,8 +897,9 @@ def _setting(driver: Any, name: str) -> str | None:
 def _of_own_tables(exc: Exception, doing: str, *, callers: bool) -> StorageError | None:
     """The error for a statement that was made for tables, or a catalogue, that have changed since, or that
     violated a unique index of this store."""
-    if isinstance(exc, asyncpg.UniqueViolationError) and not callers and _is_own_index(exc):
-        return DuplicateValueError(f"cannot {doing}: a value is not unique")
+    if isinstance(exc, asyncpg.UniqueViolationError) and not callers:
+        is_own = is_unique_index(str(exc.constraint_name), str(exc.table_name))
+        return DuplicateValueError(f"cannot {doing}: a value is not unique") if is_own else None
     if isinstance(exc, asyncpg.InvalidCachedStatementError):
         return ConcurrencyConflictError(
             f"cannot {doing}: the tables were changed since the statement was prepared: try again",
@@ -894,16 +910,6 @@ def _of_own_tables(exc: Exception, doing: str, *, callers: bool) -> StorageError
     else:
         stale = isinstance(exc, asyncpg.InvalidTextRepresentationError) and CHANGED in str(exc)
     return CatalogueChangedError() if stale and not callers else None
-
-
-def _is_own_index(exc: Any) -> bool:
-    """Whether a unique index of this store was violated, and not a constraint of another program.
-
-    The names of a table and its indexes have the same beginning, up to a character that no declared name
-    contains (see `Names`).
-    """
-    table, index = (re.split("[-~]", str(name)) for name in (exc.table_name, exc.constraint_name))
-    return len(table) > 1 and len(index) > 1 and table[0] == index[0]
 
 
 def _is_closed(exc: Exception) -> bool:

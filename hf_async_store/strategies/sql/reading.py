@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
 import msgspec
 
 from hf_async_store.changes import Record
 from hf_async_store.errors import CorruptionError, ProtocolError, StorageError
+from hf_async_store.event_loop import computed
 from hf_async_store.generators import Owned
-from hf_async_store.query import MISSING, Missing, Query, ordered
+from hf_async_store.query import MISSING, And, Comparison, Filter, Missing, Query, ordered
 from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.compiler import (
+    SHORT,
     Compiled,
     compile_count,
+    compile_first_by_id,
     compile_query,
     group_of,
 )
@@ -30,21 +34,38 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.rows import Table
 
 _CHUNK_SIZE: Final = 256
-"""How many rows are decoded per iteration of the event loop."""
 
 _SMALL_LIMIT: Final = 512
 """Queries with at most this limit read all rows at once, without a cursor."""
 
+_FEW: Final = 64
+_MANY: Final = 2048
+"""A query for at most few rows in the order of ids, of which there are many matches, is answered from the
+first rows of the table, if they contain enough."""
+
+_TRIED: Final = 1024
+"""How many rows of the table are read for that."""
+
 _MAX_IDS: Final = 1024
 """The maximum number of ids in one statement."""
 
-_Row: TypeAlias = "tuple[str, Entity]"
+Row: TypeAlias = "tuple[str, Entity]"
+"""The id of a row, and its entity."""
 
 
 async def fetch(
     lease: LeasedConnection, tables: Mapping[str, Table], keys: Sequence[Key]
 ) -> list[Record | None]:
     """The records of `keys`, in their order. A key whose collection has no table is absent."""
+    records: list[Record | None] = []
+    for start in range(0, len(keys), _MAX_IDS):
+        records += await _fetch_some(lease, tables, keys[start : start + _MAX_IDS])
+    return records
+
+
+async def _fetch_some(
+    lease: LeasedConnection, tables: Mapping[str, Table], keys: Sequence[Key]
+) -> list[Record | None]:
     found: dict[Key, Sequence[object]] = {}
     for collection, ids in _by_collection(keys).items():
         if collection in tables:
@@ -65,14 +86,10 @@ def _by_collection(keys: Sequence[Key]) -> dict[str, list[str]]:
 
 async def _rows_of(
     lease: LeasedConnection, table: Table, ids: Sequence[str]
-) -> list[Sequence[Any]]:
+) -> Sequence[Sequence[Any]]:
     if len(ids) == 1:
-        return list(await lease.rows(table.fetch_one, ids))
-    rows: list[Sequence[Any]] = []
-    for start in range(0, len(ids), _MAX_IDS):
-        listed = table.grammar.strings(ids[start : start + _MAX_IDS])
-        rows += await lease.rows(table.fetch_many, (listed,))
-    return rows
+        return await lease.rows(table.fetch_one, ids)
+    return await lease.rows(table.fetch_many, (table.grammar.strings(ids),))
 
 
 async def records(
@@ -104,7 +121,11 @@ async def select_json(
 
 
 def may_be_small(query: Query) -> bool:
-    return query.limit is not None and query.limit <= _SMALL_LIMIT
+    """Whether `small` may read its rows: it has a small limit, or is for one value of a field."""
+    if query.limit is not None:
+        return query.limit <= _SMALL_LIMIT
+    parts = query.where.parts if isinstance(query.where, And) else (query.where,)
+    return any(isinstance(each, Comparison) and each.op == "eq" for each in parts)
 
 
 def statements(query: Query) -> Literal["one", "many"]:
@@ -112,33 +133,99 @@ def statements(query: Query) -> Literal["one", "many"]:
     return "many" if query.order and (query.limit or query.after) else "one"
 
 
-async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Record] | None:
-    """The records of a query with a small limit, read at once.
+async def compiled_query(
+    table: Table, query: Query, *, group: Sequence[Value | Missing] | None = None
+) -> Compiled:
+    """`compile_query`, of a query whose filter may have many values."""
+    work = partial(compile_query, table, query, group=group)
+    return await computed(work, long=query.has_many_values)
 
-    Returns None if the limit is not small, or if a cursor is needed: rows must be filtered in Python, or
-    sorted in groups.
+
+async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Row] | None:
+    """The ids and entities of a query with few rows, read at once.
+
+    Returns None if a cursor is needed: there are many rows, or they must be filtered in Python, or sorted
+    in groups. A query without a limit is tried if an index leads to the rows of one value, which are
+    often few; then little was read in vain.
     """
-    if not may_be_small(query):
-        return None
-    compiled = compile_query(table, query)
+    if query.limit is None:
+        if not _has_indexed_value(table, query.where):
+            return None
+        few = await small(lease, table, query.with_limit(_SMALL_LIMIT))
+        return few if few is not None and len(few) < _SMALL_LIMIT else None
+    compiled = await compiled_query(table, query)
     after = query.after
     if not compiled.limited or (after and group_of(table, query.order, after.values)):
         return None
-    rows = await _all_rows(lease, table, compiled)
+    rows = await _first_by_id(lease, table, query, compiled)
+    if rows is None:
+        rows = await _all_rows(lease, table, compiled)
     found = [(cast("str", row[0]), table.entity(row)) for row in rows]
-    if query.order and any(_group(table, query, entity) for _, entity in found):
+    return None if any(_may_be_in_groups(each.path, found) for each in query.order) else found
+
+
+async def _first_by_id(
+    lease: LeasedConnection, table: Table, query: Query, compiled: Compiled
+) -> Sequence[Sequence[Any]] | None:
+    """The rows of a query in the order of ids, if the first of all rows contain enough matches.
+
+    None: read them by an index on the filter. SQLite, which has no statistics, would read and sort all
+    matches each time. So if there are many, a limited number of rows is tried first.
+    """
+    grammar, limit = table.grammar, query.limit
+    by_id = not query.order or query.order[0].path == (table.key_field,)
+    if grammar.has_statistics or limit is None or not 0 < limit <= _FEW or not by_id:
         return None
-    return [Record(Key(query.collection, entity_id), entity) for entity_id, entity in found]
+    if not _has_indexed_value(table, query.where):
+        return None
+    some = f"SELECT 1 FROM {table.name} AS t WHERE {compiled.where} LIMIT {_MANY}"
+    counting = compiled._replace(sql=f"SELECT count(*) FROM ({some})")
+    [[matches]] = await _all_rows(lease, table, counting)
+    if matches < _MANY:
+        return None
+    first = compile_first_by_id(table, query, compiled, _TRIED)
+    rows = await _all_rows(lease, table, first)
+    return rows if len(rows) == limit else None
+
+
+def _has_indexed_value(table: Table, where: Filter) -> bool:
+    parts = where.parts if isinstance(where, And) else (where,)
+    return any(
+        isinstance(each, Comparison)
+        and each.op == "eq"
+        and len(each.path) == 1
+        and each.path[0] in table.ready
+        for each in parts
+    )
+
+
+def _may_be_in_groups(path: Sequence[str | int], rows: Sequence[Row]) -> bool:
+    """Whether a row may be in a group of rows that are sorted by the value at a path; see `group_of`."""
+    name = path[0] if len(path) == 1 else None
+    for _, entity in rows:
+        value = _value_at(entity, path) if name is None else entity.get(cast("str", name))
+        kind = type(value)
+        if kind is list or kind is dict or (kind is str and len(cast("str", value)) > SHORT):
+            return True
+    return False
+
+
+async def count_at_once(lease: LeasedConnection, table: Table, query: Query) -> int | None:
+    """The number of records that match a query; None if SQL cannot count them."""
+    compiled = await computed(partial(compile_count, table, query), long=query.has_many_values)
+    if compiled is None:
+        return None
+    rows = await _all_rows(lease, table, compiled)
+    if len(rows) != 1:
+        raise ProtocolError(f"cannot count: the server returned {len(rows)} rows instead of 1")
+    return cast("int", rows[0][0])
 
 
 async def count(lease: LeasedConnection, table: Table, query: Query) -> int:
     """The number of records that match a query."""
-    compiled = compile_count(table, query)
-    if compiled is not None:
-        rows = await _all_rows(lease, table, compiled)
-        if len(rows) != 1:
-            raise ProtocolError(f"cannot count: the server returned {len(rows)} rows instead of 1")
-        return cast("int", rows[0][0])
+    counted = await count_at_once(lease, table, query)
+    if counted is not None:
+        return counted
     number = 0
     async with Owned(records(lease, table, query)) as found:
         async for _ in found:
@@ -148,7 +235,7 @@ async def count(lease: LeasedConnection, table: Table, query: Query) -> int:
 
 async def _in_order(
     lease: LeasedConnection, table: Table, query: Query
-) -> AsyncGenerator[list[_Row], None]:
+) -> AsyncGenerator[list[Row], None]:
     """The rows that match a query, in its order, up to its limit, in batches that are not empty."""
     left = query.limit
     if left == 0:
@@ -169,7 +256,7 @@ async def _in_order(
 
 async def _after_position(
     lease: LeasedConnection, table: Table, query: Query
-) -> AsyncGenerator[list[_Row], None]:
+) -> AsyncGenerator[list[Row], None]:
     """In batches, the rows that match a query, in its order, after its position."""
     unplaced = msgspec.structs.replace(query, after=None, limit=None)
     if query.after is not None:
@@ -177,8 +264,8 @@ async def _after_position(
         if before is not None:
             placed = msgspec.structs.replace(query, limit=None)
             yield await _sorted(_whole_group(lease, table, query, before), placed)
-    compiled = compile_query(table, query)
-    members: list[_Row] = []  # the last rows read, if they are in a group
+    compiled = await compiled_query(table, query)
+    members: list[Row] = []  # the last rows read, if they are in a group
     group: list[Value | Missing] = []
     read = 0
     async with Owned(_batches(lease, table, compiled)) as batches:
@@ -188,7 +275,7 @@ async def _after_position(
             if not members and not any(groups):
                 yield batch
                 continue
-            placed_rows: list[_Row] = []
+            placed_rows: list[Row] = []
             for row, found in zip(batch, groups, strict=True):
                 if members and (found is None or _bytes_of(found) != _bytes_of(group)):
                     placed_rows += await _sorted(_once(members), unplaced)
@@ -205,19 +292,22 @@ async def _after_position(
         yield await _sorted(source, unplaced)
 
 
-def _whole_group(
+async def _whole_group(
     lease: LeasedConnection, table: Table, query: Query, group: Sequence[Value | Missing]
-) -> AsyncGenerator[list[_Row], None]:
-    return _batches(lease, table, compile_query(table, query, group=group))
+) -> AsyncGenerator[list[Row], None]:
+    compiled = await compiled_query(table, query, group=group)
+    async with Owned(_batches(lease, table, compiled)) as batches:
+        async for each in batches:
+            yield each
 
 
-async def _sorted(source: AsyncGenerator[list[_Row], None], query: Query) -> list[_Row]:
+async def _sorted(source: AsyncGenerator[list[Row], None], query: Query) -> list[Row]:
     """Rows in the order of a query, after its position."""
     async with Owned(source) as batches, Owned(ordered(batches, query)) as rows:
         return [each async for each in rows]
 
 
-async def _once(rows: list[_Row]) -> AsyncGenerator[list[_Row], None]:
+async def _once(rows: list[Row]) -> AsyncGenerator[list[Row], None]:
     yield rows
 
 
@@ -244,14 +334,14 @@ def _value_at(entity: Entity, path: Sequence[str | int]) -> Value | Missing:
 
 async def _batches(
     lease: LeasedConnection, table: Table, compiled: Compiled
-) -> AsyncGenerator[list[_Row], None]:
+) -> AsyncGenerator[list[Row], None]:
     """In batches, the entities of a SELECT that pass the conditions that SQL could not test, with ids."""
     async with Owned(_raw_batches(lease, table, compiled)) as batches:
         async for rows in batches:
-            for start in range(0, len(rows), _CHUNK_SIZE):
+            for start in range(0, len(rows), compiled.step):
                 found = [
                     (cast("str", row[0]), table.entity(row))
-                    for row in rows[start : start + _CHUNK_SIZE]
+                    for row in rows[start : start + compiled.step]
                 ]
                 if compiled.residual is not None:
                     found = [each for each in found if compiled.residual(each[1])]

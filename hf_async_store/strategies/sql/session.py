@@ -50,7 +50,7 @@ class SQLReader(Reader):
             return [None] * len(keys)
         return await reading.fetch(lease, self._tables, keys)
 
-    async def small(self, query: Query) -> list[Record] | None:
+    async def small(self, query: Query) -> list[reading.Row] | None:
         """See `reading.small`."""
         source = await self._source(query)
         return [] if source is None else await reading.small(*source, query)
@@ -74,6 +74,11 @@ class SQLReader(Reader):
             async with Owned(read(*source, query)) as items:
                 async for each in items:
                     yield each
+
+    async def count_at_once(self, query: Query) -> int | None:
+        """See `reading.count_at_once`."""
+        source = await self._source(query)
+        return 0 if source is None else await reading.count_at_once(*source, query)
 
     async def count(self, query: Query) -> int:
         source = await self._source(query)
@@ -154,6 +159,10 @@ class SQLSession(SQLReader, Session):
             if await lease.rows(f"SELECT 1 FROM {table.name} LIMIT 1"):
                 return False
         return True
+
+    async def begin(self) -> LeasedConnection:
+        """Begin the transaction now; returns its connection."""
+        return await self._write_lease()
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         lease = await self._write_lease()

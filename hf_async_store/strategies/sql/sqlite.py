@@ -277,6 +277,7 @@ class SQLite(Dialect):
     placeholder_prefix = "?"
     single_writer = True
     separate_read_pool = False
+    reads_alone = True
     needs_transactions = False
     grammar = SQLiteGrammar()
 
@@ -302,6 +303,7 @@ class SQLite(Dialect):
             engine="sqlite",
             durable=True,
             multi_process=True,
+            claims=True,
             change_markers=True,
             unique_indexes=True,
             references=True,
@@ -311,7 +313,7 @@ class SQLite(Dialect):
 
     # -- the driver --------------------------------------------------------------------------
 
-    def engine(self, *, size: int, overflow: int, read_only: bool) -> AsyncEngine:
+    def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
         return create_async_engine(
             "sqlite+aiosqlite://",
             async_creator=self._connect,

@@ -23,6 +23,9 @@ from hf_async_store.strategies.sql.grammar import (
 from hf_async_store.strategies.sql.names import DOC
 from hf_async_store.values import FieldType, Value
 
+_REAL_ERROR: Final = 1e-9
+"""Far above the relative error with which SQLite reads a float: about 1e-16."""
+
 _SORT_STRING: Final = sort_bytes("")[0]
 _SIMPLE_NAME: Final = re.compile(r'[^"\\\x00-\x1f]+\Z')
 _PLAIN_NAME: Final = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -39,6 +42,7 @@ class SQLiteGrammar(Grammar):
     """The SQL of SQLite."""
 
     text_type: ClassVar[str] = "TEXT"
+    has_statistics: ClassVar[bool] = False
 
     def encode(self, value: Value) -> str:
         return encode_json(value).decode()
@@ -69,6 +73,9 @@ class SQLiteGrammar(Grammar):
         if op == "exists":
             return Condition(f"{target} IS {'NOT ' if value else ''}NULL")
         text = _text_of(target)
+        if op == "timestamp_lte":
+            latest = self.test(target, "lte", value, args)
+            return Condition(f"({latest.sql} AND {text} GLOB '{_TIMESTAMP}')")
         sign = "=" if op == "eq" else OPERATORS.get(op)
         if isinstance(value, str) and sign is not None:
             return Condition(f"({text} {sign} {args.add(value)} AND {_is_string(target)})")
@@ -78,7 +85,8 @@ class SQLiteGrammar(Grammar):
         test = f"hf_test({target}, '{op}', {args.add(self.encode(value))})"
         if type(value) in (int, float) and sign is not None:
             integers = f"WHEN 'integer' THEN {text} {sign} {args.add(value)}"
-            test = f"CASE {_type_of(target)} {integers} WHEN 'real' THEN {test} ELSE FALSE END"
+            reals = f"WHEN 'real' THEN {_real_test(text, sign, float(cast('float', value)), test, args)}"
+            test = f"CASE {_type_of(target)} {integers} {reals} ELSE FALSE END"
         return Condition(test)
 
     def in_strings(self, expression: str, values: Sequence[str], args: Arguments) -> str:
@@ -116,6 +124,23 @@ class SQLiteGrammar(Grammar):
             return f"{DOC} -> '$.{field}'"
         return f"CASE json_type({DOC}, '$.{field}') {_VIEW_CASES[kind].format(value=value)} END"
 
+
+def _real_test(text: str, sign: str, value: float, exact: str, args: Arguments) -> str:
+    """The condition for a float: the exact one, which takes long, only for those that are near `value`."""
+    margin = abs(value) * _REAL_ERROR
+    below, above = args.add(value - margin), args.add(value + margin)
+    is_below, is_above = sign.startswith("<"), sign.startswith(">")
+    return (
+        f"CASE WHEN {text} < {below} THEN {is_below} WHEN {text} > {above} THEN {is_above} "
+        f"ELSE {exact} END"
+    )
+
+
+_DIGIT: Final = "[0-9]"
+_TIMESTAMP: Final = (
+    f"{_DIGIT * 4}-{_DIGIT * 2}-{_DIGIT * 2}T{_DIGIT * 2}:{_DIGIT * 2}:{_DIGIT * 2}.{_DIGIT * 6}Z"
+)
+"""The fixed form of timestamps."""
 
 _MEMBER: Final = f"(t.{DOC} -> "
 

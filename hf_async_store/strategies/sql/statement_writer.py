@@ -83,6 +83,7 @@ class StatementWriter(Writer):
         """
         pending = [self._encoder.pending(place, each) for place, each in enumerate(changes)]
         numbers = wave_numbers(self.schema, changes, references=self.references)
+        in_order = in_order and any(self.tables[each.key.collection].unique for each in changes)
         segments = self._segments(pending) if in_order else repeat(0)
         waves: dict[tuple[int, int], list[PendingChange]] = {}
         for each, segment, wave in zip(pending, segments, numbers, strict=False):

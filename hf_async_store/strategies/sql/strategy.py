@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
+import msgspec
+
 from hf_async_store.arguments import check_callable
 from hf_async_store.config import (
     SQLConfig,
@@ -16,7 +18,8 @@ from hf_async_store.config import (
 )
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategies.routing import routed
-from hf_async_store.strategies.sql.engine import SQLEngine
+from hf_async_store.strategies.sql.claim_sql import PostgresClaimSQL, SQLiteClaimSQL
+from hf_async_store.strategies.sql.claiming import ClaimingSQLEngine
 from hf_async_store.strategies.sql.session import SQLSession
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.transaction import Transaction
@@ -71,7 +74,7 @@ class SQLStorageStrategy(StorageStrategy):
         loaded = anchored(load_config(config))
         sql = strategy_config(loaded, SQLConfig)
 
-        def opened(declared: Schema) -> SQLEngine:
+        def opened(declared: Schema) -> ClaimingSQLEngine:
             return _engine(sql, declared, password)
 
         self._sql = opened(schema)
@@ -85,9 +88,9 @@ class SQLStorageStrategy(StorageStrategy):
         For each collection there is a view with its name: the id, `version`, and the declared fields, NULL
         where the stored value has another type. A statement that changes entities uses the table
         `"NAME-entities"`, and must set `doc` (the whole entity as JSON), `version` and the key columns
-        together; it is not validated. On SQLite, a trailing FOR UPDATE is removed, because the
-        transaction acquires the write lock when it begins. All locks are released when the call
-        returns.
+        together; it is not validated. Both names begin with `table_prefix`. On SQLite, a trailing FOR
+        UPDATE is removed, because the transaction acquires the write lock when it begins. All locks are
+        released when the call returns.
 
         Args:
             params: a list of arguments for `?`, or a dict of arguments for `:name`.
@@ -97,16 +100,25 @@ class SQLStorageStrategy(StorageStrategy):
             return await self._sql.execute_with_lock(sql, params)
 
 
-def _engine(config: SQLConfig, schema: Schema, password: PasswordProvider | None) -> SQLEngine:
+def _engine(
+    config: SQLConfig, schema: Schema, password: PasswordProvider | None
+) -> ClaimingSQLEngine:
     # Each module imports its driver, which may not be installed.
     if config.type == "sqlite":
         from hf_async_store.strategies.sql.sqlite import SQLite
         from hf_async_store.strategies.sql.sqlite_schema import SQLiteSchema
         from hf_async_store.strategies.sql.sqlite_writer import SQLiteWriter
 
-        return SQLEngine(config, schema, SQLite(config), SQLiteSchema, SQLiteWriter)
+        return ClaimingSQLEngine(
+            SQLiteClaimSQL, None, config, schema, SQLite(config), SQLiteSchema, SQLiteWriter
+        )
     from hf_async_store.strategies.sql.postgres_schema import PostgresSchema
     from hf_async_store.strategies.sql.postgresql import PostgreSQL
     from hf_async_store.strategies.sql.statement_writer import StatementWriter
 
-    return SQLEngine(config, schema, PostgreSQL(config, password), PostgresSchema, StatementWriter)
+    dialect, claimers = PostgreSQL(config, password), None
+    if not config.pgbouncer:
+        claimers = PostgreSQL(msgspec.structs.replace(config, isolation="read_committed"), password)
+    return ClaimingSQLEngine(
+        PostgresClaimSQL, claimers, config, schema, dialect, PostgresSchema, StatementWriter
+    )

@@ -1,0 +1,314 @@
+"""Claims as records, and the decisions about them: for every engine that has no better way.
+
+A claim is a record of the collection `hf_claims`, which no verb shows. It stays when the claim is released,
+with the number of claims so far; it is deleted when a claim is finished, and with its entity. An engine
+that deletes an entity therefore deletes the record `claim_key` with it, in the same commit: `Overlay`
+does.
+
+A claim is identified by its token, which increases with every claim of an entity. What a holder does is
+accepted if the record still has its token and the lease has not ended; both are decided by the engine,
+in the commit that does it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from hashlib import blake2b
+from typing import Final, Literal, Protocol, cast
+
+import msgspec
+
+from hf_async_store.changes import ABSENT, Change, Delete, Outcome, Put, Record
+from hf_async_store.claim_clock import Moment
+from hf_async_store.errors import ClaimLostError, CorruptionError, StorageError
+from hf_async_store.generators import Owned
+from hf_async_store.query import Comparison, Query, position_of
+from hf_async_store.schema import CLAIM_COLLECTION
+from hf_async_store.values import VERSION, Entity, Key, utc_now
+
+_MAX_KEY: Final = 1024
+_FIRST_PAGE: Final = 16
+_LAST_PAGE: Final = 1024
+"""How many candidates are read at once, beyond the number wanted; claimed ones among them are skipped."""
+
+
+class ClaimTerms(msgspec.Struct, frozen=True):
+    """What a claimer asks for.
+
+    Attributes:
+        lease: after how many seconds the claim ends, unless it is renewed.
+        owner: the claimer, for people.
+        max_attempts: entities that were claimed this often are left alone; None: none are.
+    """
+
+    lease: float
+    owner: str
+    max_attempts: int | None = None
+
+
+class Claimed(msgspec.Struct, frozen=True):
+    """An entity that was claimed.
+
+    Attributes:
+        record: the entity; of a lock, one without fields.
+        attempts: how often it was claimed, this time included.
+    """
+
+    record: Record
+    token: int
+    attempts: int
+
+
+class ClaimInfo(msgspec.Struct, frozen=True):
+    """A claim, as `StorageStrategy.claims` lists it.
+
+    Attributes:
+        state: "held"; "delayed": released, but not to be claimed yet; "free": nobody holds the entity, and
+            only the number of attempts is kept.
+        seconds: until the state ends; 0 if it is free.
+        attempts: how often the entity was claimed since a claim of it was last finished.
+    """
+
+    collection: str
+    id: str
+    owner: str
+    state: Literal["held", "delayed", "free"]
+    seconds: float
+    token: int
+    attempts: int
+
+
+class ClaimState(msgspec.Struct, frozen=True):
+    """The stored record of a claim.
+
+    Attributes:
+        era, ends: the moment at which the lease, or the delay, ends.
+        held: somebody holds it until then; otherwise nobody may claim it until then.
+    """
+
+    collection: str
+    id: str
+    owner: str
+    token: int
+    era: str
+    ends: float
+    held: bool
+    attempts: int
+
+    def remaining(self, now: Moment) -> float:
+        """The seconds until the lease or the delay ends; 0 if it has ended."""
+        assert now.seconds is not None, "the store has no clock of its own"
+        return max(0.0, self.ends - now.seconds) if self.era == now.era else 0.0
+
+    def info(self, now: Moment) -> ClaimInfo:
+        seconds = self.remaining(now)
+        state: Literal["held", "delayed", "free"] = (
+            "free" if not seconds else "held" if self.held else "delayed"
+        )
+        return ClaimInfo(
+            self.collection, self.id, self.owner, state, seconds, self.token, self.attempts
+        )
+
+
+class Records(Protocol):
+    """What the functions below need of a session."""
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]: ...
+
+    def select(self, query: Query) -> AsyncGenerator[Record, None]: ...
+
+    async def write(self, changes: Sequence[Change]) -> list[Outcome]: ...
+
+
+def claim_key(key: Key) -> Key:
+    """The key of the record of a claim of an entity."""
+    name = f"{key.collection}/{key.id}"
+    if len(name) > _MAX_KEY:
+        name = f"{key.collection}//{blake2b(key.id.encode(), digest_size=32).hexdigest()}"
+    return Key(CLAIM_COLLECTION.name, name)
+
+
+def next_token(previous: int) -> int:
+    """A token that is greater than the previous one, and than those of an entity that was deleted."""
+    return max(previous + 1, time.time_ns())
+
+
+def lost(key: Key, why: str = "another may hold it now") -> ClaimLostError:
+    return ClaimLostError(
+        f"the claim of {key.collection} {key.id!r} was lost: {why}", key.collection, key.id
+    )
+
+
+def state_in(record: Record | None) -> ClaimState | None:
+    """The claim in a stored record.
+
+    Raises:
+        CorruptionError: the record is invalid.
+    """
+    if record is None:
+        return None
+    try:
+        return msgspec.convert(record.entity, ClaimState)
+    except msgspec.ValidationError as exc:
+        raise CorruptionError(
+            f"the record {record.key.id!r} of {CLAIM_COLLECTION.name} is not a valid claim: {exc}. "
+            "Delete it: the entity is then free"
+        ) from exc
+
+
+def is_free(state: ClaimState | None, terms: ClaimTerms, now: Moment) -> bool:
+    """Whether an entity can be claimed."""
+    if state is None:
+        return True
+    if terms.max_attempts is not None and state.attempts >= terms.max_attempts:
+        return False
+    return not state.remaining(now)
+
+
+def taken(state: ClaimState | None, key: Key, terms: ClaimTerms, now: Moment) -> ClaimState:
+    """The claim of a free entity."""
+    assert now.seconds is not None, "the store has no clock of its own"
+    token, attempts = (0, 0) if state is None else (state.token, state.attempts)
+    return ClaimState(
+        key.collection,
+        key.id,
+        terms.owner,
+        next_token(token),
+        now.era,
+        now.seconds + terms.lease,
+        True,
+        attempts + 1,
+    )
+
+
+def check_held(state: ClaimState | None, key: Key, token: int, now: Moment) -> ClaimState:
+    """The claim, which the holder of this token still holds.
+
+    Raises:
+        ClaimLostError.
+    """
+    if state is None:
+        raise lost(key, "it was finished or broken, or the entity was deleted")
+    if state.token != token:
+        raise lost(key, f"{state.owner} claimed it after the lease had ended")
+    if not state.held:
+        raise lost(key, "it was released")
+    if not state.remaining(now):
+        raise lost(key, "its lease has ended")
+    return state
+
+
+# -- in a session ---------------------------------------------------------------------------
+
+
+async def take(session: Records, query: Query, terms: ClaimTerms, now: Moment) -> list[Claimed]:
+    """Claim the first free entities that match a query, up to its limit."""
+    assert query.limit is not None, "claims are limited"
+    claimed: list[Claimed] = []
+    size = query.limit + _FIRST_PAGE
+    page_query = msgspec.structs.replace(query, limit=size, paged=True)
+    while True:
+        async with Owned(session.select(page_query)) as records:
+            page = [each async for each in records]
+        claimed += await _take_free(session, page, query.limit - len(claimed), terms, now)
+        if len(claimed) == query.limit or len(page) < size:
+            return claimed
+        last = page[-1]
+        size = min(4 * size, _LAST_PAGE)
+        position = position_of(query, last.key.id, last.entity)
+        page_query = msgspec.structs.replace(page_query, limit=size, after=position)
+
+
+async def _take_free(
+    session: Records, page: Sequence[Record], limit: int, terms: ClaimTerms, now: Moment
+) -> list[Claimed]:
+    stored = await session.fetch([claim_key(each.key) for each in page])
+    claimed: list[Claimed] = []
+    changes: list[Change] = []
+    for record, found in zip(page, stored, strict=True):
+        state = state_in(found)
+        if len(claimed) < limit and is_free(state, terms, now):
+            new = taken(state, record.key, terms, now)
+            changes.append(_put(new, found))
+            claimed.append(Claimed(record, new.token, new.attempts))
+    await _write(session, changes)
+    return claimed
+
+
+async def take_name(
+    session: Records, keys: Sequence[Key], terms: ClaimTerms, now: Moment
+) -> Claimed | None:
+    """Claim the first free name of some."""
+    for key, found in zip(keys, await session.fetch(list(map(claim_key, keys))), strict=True):
+        state = state_in(found)
+        if is_free(state, terms, now):
+            new = taken(state, key, terms, now)
+            await _write(session, [_put(new, found)])
+            return Claimed(Record(key, {VERSION: 0}), new.token, new.attempts)
+    return None
+
+
+async def check(session: Records, key: Key, token: int, now: Moment) -> None:
+    """Refuse unless the holder of this token still holds the claim.
+
+    Raises:
+        ClaimLostError.
+    """
+    [found] = await session.fetch([claim_key(key)])
+    check_held(state_in(found), key, token, now)
+
+
+async def renew(session: Records, key: Key, token: int, lease: float, now: Moment) -> None:
+    """See `Engine.renew_claim`."""
+    await _replace(session, key, token, lease, now, held=True)
+
+
+async def release(session: Records, key: Key, token: int, after: float | None, now: Moment) -> None:
+    """See `Engine.release_claim`."""
+    if after is not None:
+        await _replace(session, key, token, after, now, held=False)
+        return
+    await check(session, key, token, now)
+    await end(session, key)
+
+
+async def _replace(
+    session: Records, key: Key, token: int, seconds: float, now: Moment, *, held: bool
+) -> None:
+    [found] = await session.fetch([claim_key(key)])
+    state = check_held(state_in(found), key, token, now)
+    assert now.seconds is not None, "the store has no clock of its own"
+    new = msgspec.structs.replace(state, ends=now.seconds + seconds, held=held)
+    await _write(session, [_put(new, found)])
+
+
+async def end(session: Records, key: Key) -> bool:
+    """Delete the record of a claim; returns whether there was one."""
+    return await _write(session, [Delete(claim_key(key))]) != [None]
+
+
+async def listed(session: Records, collection: str, now: Moment) -> list[ClaimInfo]:
+    """The claims of a collection, by id."""
+    query = Query(CLAIM_COLLECTION.name, Comparison(("collection",), "eq", collection))
+    async with Owned(session.select(query)) as records:
+        states = [state_in(each) async for each in records]
+    found = [each.info(now) for each in states if each is not None]
+    return sorted(found, key=lambda each: each.id)
+
+
+def _put(state: ClaimState, found: Record | None) -> Put:
+    key = claim_key(Key(state.collection, state.id))
+    entity = cast("Entity", msgspec.to_builtins(state))
+    entity[CLAIM_COLLECTION.key] = key.id
+    version = 0 if found is None else found.version
+    expect = ABSENT if found is None else version
+    return Put(key, entity, utc_now(), expect, version + 1)
+
+
+async def _write(session: Records, changes: Sequence[Change]) -> list[Outcome]:
+    outcomes = await session.write(changes) if changes else []
+    for each in outcomes:
+        if isinstance(each, StorageError):
+            raise each
+    return outcomes

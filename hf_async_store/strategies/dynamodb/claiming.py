@@ -1,0 +1,286 @@
+"""Claims on DynamoDB: an attribute of the item itself, changed by conditional updates.
+
+A claimer reads the first candidates, by an index if there is one, and updates those that are free, each on
+condition that the item and its claim are as they were read. If another claimer was faster, it goes on
+with candidates in random order, so that claimers spread. The tasks of one store leave out what others of
+them are claiming at the moment.
+
+Named locks are items without an entity, in a table of their own, which the first lock creates.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from hf_async_store.changes import Record
+from hf_async_store.claim_records import (
+    Claimed,
+    ClaimInfo,
+    ClaimTerms,
+    check_held,
+    is_free,
+    lost,
+    taken,
+)
+from hf_async_store.errors import StorageError
+from hf_async_store.generators import Owned
+from hf_async_store.query import Query, compile_order, position_of
+from hf_async_store.strategies.dynamodb.claim_items import (
+    add_expression,
+    also_if,
+    claim_attribute,
+    claim_in,
+    held_claim,
+    is_made_by,
+    same_claim,
+    set_end,
+)
+from hf_async_store.strategies.dynamodb.errors import ConditionFailed
+from hf_async_store.strategies.dynamodb.expressions import Names
+from hf_async_store.strategies.dynamodb.items import CLAIM, new_token
+from hf_async_store.strategies.dynamodb.partitions import gather
+from hf_async_store.strategies.dynamodb.request_retry import retry
+from hf_async_store.strategies.dynamodb.write_requests import unchanged
+from hf_async_store.values import VERSION, Key
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hf_async_store.claim_clock import Moment
+    from hf_async_store.claim_records import ClaimState
+    from hf_async_store.strategies.dynamodb.client import Client
+    from hf_async_store.strategies.dynamodb.codec import Attributes
+    from hf_async_store.strategies.dynamodb.reading import Reading
+    from hf_async_store.strategies.dynamodb.tables import Tables
+
+_FIRST_PAGE: Final = 16
+_LAST_PAGE: Final = 1024
+"""How many candidates are read at once, beyond the number wanted."""
+
+_PARALLEL: Final = 16
+"""How many candidates are claimed at once."""
+
+
+class Claiming:
+    """The claims of an engine."""
+
+    def __init__(self, client: Client, tables: Tables, reading: Reading) -> None:
+        self._client = client
+        self._tables = tables
+        self._reading = reading
+        self._in_progress: set[Key] = set()
+
+    # -- claiming ----------------------------------------------------------------------------
+
+    async def claim(
+        self, query: Query, terms: ClaimTerms, now: Moment, claimed: list[Claimed]
+    ) -> None:
+        """As `Engine.claim`; adds each entity to a list as soon as it is claimed."""
+        assert query.limit is not None, "claims are limited"
+        size = query.limit + _FIRST_PAGE
+        page_query = msgspec.structs.replace(query, limit=size, paged=True)
+        while True:
+            items: dict[str, Attributes] = {}
+            async with Owned(self._reading.select(page_query, items)) as records:
+                page = [each async for each in records]
+            free = [
+                (each, items[each.key.id])
+                for each in page
+                if is_free(claim_in(items[each.key.id], each.key), terms, now)
+            ]
+            await self._take_some(free, query.limit, terms, now, claimed)
+            if len(claimed) == query.limit or len(page) < size:
+                break
+            last = page[-1]
+            size = min(4 * size, _LAST_PAGE)
+            position = position_of(query, last.key.id, last.entity)
+            page_query = msgspec.structs.replace(page_query, limit=size, after=position)
+        sort_key = compile_order(query)
+        claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
+
+    async def _take_some(
+        self,
+        free: list[tuple[Record, Attributes]],
+        limit: int,
+        terms: ClaimTerms,
+        now: Moment,
+        claimed: list[Claimed],
+    ) -> None:
+        """Claim candidates up to the limit, the first of them if no other claimer is faster."""
+        candidates = [each for each in free if each[0].key not in self._in_progress]
+        while candidates and len(claimed) < limit:
+            number = min(limit - len(claimed), _PARALLEL)
+            tried, candidates = candidates[:number], candidates[number:]
+            keys = {record.key for record, _ in tried}
+            self._in_progress |= keys
+            try:
+                found = await gather([self._take(*each, terms, now, claimed) for each in tried])
+            finally:
+                self._in_progress -= keys
+            if not all(found):
+                random.shuffle(candidates)
+
+    async def _take(
+        self,
+        record: Record,
+        item: Attributes,
+        terms: ClaimTerms,
+        now: Moment,
+        claimed: list[Claimed],
+    ) -> bool:
+        """Claim an item that is as it was read; returns whether it was."""
+        key = record.key
+        mapping = self._tables.mappings[key.collection]
+        new = taken(claim_in(item, key), key, terms, now)
+        request = {**self._at(key), **unchanged(mapping, item)}
+        also_if(request, lambda names: same_claim(item, names))
+        made = new_token()
+        add_expression(request, "UpdateExpression", lambda names: _set(names, new, made))
+        # Listed before the request, because its answer may be lost.
+        own = Claimed(record, new.token, new.attempts)
+        claimed.append(own)
+        if await self._update(request, made):
+            return True
+        claimed.remove(own)
+        return False
+
+    async def claim_name(
+        self, keys: Sequence[Key], terms: ClaimTerms, now: Moment, claimed: list[Claimed]
+    ) -> None:
+        """As `Engine.claim_name`; adds the name to a list."""
+        await self._tables.ensure(keys[0].collection)
+        for key in keys:
+            item = await self._reading.item(key)
+            state = claim_in(item, key)
+            if not is_free(state, terms, now):
+                continue
+            names = Names()
+            new = taken(state, key, terms, now)
+            made = new_token()
+            update, condition = _set(names, new, made), same_claim(item or {}, names)
+            expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
+            request = {**self._at(key), **expressions}
+            own = Claimed(Record(key, {VERSION: 0}), new.token, new.attempts)
+            claimed.append(own)
+            if await self._update(request, made):
+                return
+            claimed.remove(own)
+
+    async def _update(self, request: dict[str, Any], made: str) -> bool:
+        """Write a claim; returns whether its condition held."""
+        try:
+            await self._send(request)
+        except ConditionFailed as exc:
+            # An earlier attempt, whose response was lost, may have written it. Token and owner do not
+            # tell: two claimers of one name can choose the same token.
+            return is_made_by(exc.item, made)
+        return True
+
+    async def _send(self, request: dict[str, Any]) -> None:
+        """Send an update of a claim, again after failures.
+
+        Raises:
+            ConditionFailed: with `outcome_unknown` if an earlier attempt may have been the reason.
+        """
+        unknown = False
+
+        async def attempt() -> None:
+            nonlocal unknown
+            try:
+                await self._client.call("UpdateItem", request)
+            except StorageError as exc:
+                unknown = unknown or exc.outcome_unknown
+                raise
+
+        try:
+            await retry(attempt, self._client.retries())
+        except StorageError as exc:
+            exc.outcome_unknown = unknown
+            raise
+
+    def _at(self, key: Key) -> dict[str, Any]:
+        return {
+            "TableName": self._tables.name(key.collection),
+            "Key": {self._tables.mappings[key.collection].key: {"S": key.id}},
+            "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
+        }
+
+    # -- what a holder does ------------------------------------------------------------------
+
+    async def renew(self, key: Key, token: int, lease: float, now: Moment) -> None:
+        """As `Engine.renew_claim`."""
+        names = Names()
+        assert now.seconds is not None, "by the wall clock"
+        update = set_end(names, now.seconds + lease, held=True)
+        await self._change(key, token, now, names, update, ends=False)
+
+    async def release(self, key: Key, token: int, after: float | None, now: Moment) -> None:
+        """As `Engine.release_claim`."""
+        names = Names()
+        assert now.seconds is not None, "by the wall clock"
+        if after is None:
+            update = f"REMOVE {names.name(CLAIM)}"
+        else:
+            update = set_end(names, now.seconds + after, held=False)
+        await self._change(key, token, now, names, update, ends=True)
+
+    async def _change(
+        self, key: Key, token: int, now: Moment, names: Names, update: str, *, ends: bool
+    ) -> None:
+        if await self._tables.find(key.collection) is None:
+            raise lost(key)
+        condition = held_claim(names, token, now, self._client.config.max_clock_skew)
+        expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
+        try:
+            await self._send({**self._at(key), **expressions})
+        except ConditionFailed as exc:
+            state = claim_in(exc.item, key)
+            released = state is None or (state.token == token and not state.held)
+            if ends and exc.outcome_unknown and released:
+                return  # by an attempt whose response was lost
+            check_held(state, key, token, now)  # raises, and says why
+            raise lost(key, "its lease is about to end") from exc
+
+    # -- for operators -----------------------------------------------------------------------
+
+    async def break_claim(self, key: Key) -> bool:
+        """As `Engine.break_claim`."""
+        if await self._tables.find(key.collection) is None:
+            return False
+        names = Names()
+        name = names.name(CLAIM)
+        expressions = names.request(
+            UpdateExpression=f"REMOVE {name}", ConditionExpression=f"attribute_exists({name})"
+        )
+        try:
+            await self._client.read("UpdateItem", {**self._at(key), **expressions})
+        except ConditionFailed:
+            return False
+        return True
+
+    async def listed(self, collection: str, now: Moment) -> list[ClaimInfo]:
+        """As `Engine.claims`; reads the whole table."""
+        if await self._tables.find(collection) is None:
+            return []
+        mapping, names = self._tables.mappings[collection], Names()
+        params = {
+            "TableName": self._tables.name(collection),
+            "ConsistentRead": True,
+            **names.request(FilterExpression=f"attribute_exists({names.name(CLAIM)})"),
+        }
+        found: list[ClaimInfo] = []
+        async with Owned(self._reading.pages("Scan", params)) as pages:
+            async for page in pages:
+                for item in page["Items"]:
+                    state = claim_in(item, Key(collection, mapping.id_of(item)))
+                    if state is not None:
+                        found.append(state.info(now))
+        return sorted(found, key=lambda each: each.id)
+
+
+def _set(names: Names, state: ClaimState, made: str) -> str:
+    """The UpdateExpression that writes a claim, which `made` identifies."""
+    return f"SET {names.name(CLAIM)} = {names.value(claim_attribute(state, made))}"

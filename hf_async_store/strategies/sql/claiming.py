@@ -1,0 +1,347 @@
+"""Claims in SQL: a table of claims beside each table of entities, made when the first entity is claimed.
+
+The row of a claim is deleted with its entity: by a foreign key on PostgreSQL, by a trigger on SQLite.
+
+On SQLite, a claim is made under the write lock. On PostgreSQL, it is one READ COMMITTED statement, which
+skips entities that others have locked, so that claimers neither wait for one another nor fail with
+conflicts. It locks the entities; the row of the claim then decides, because the statement may have seen
+it as it was before another claimer committed. What is done under a claim locks the row of the claim in
+the same transaction, whatever its isolation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from hf_async_store.changes import Record
+from hf_async_store.claim_clock import BootClock, Moment, ServerClock
+from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimState, ClaimTerms, lost
+from hf_async_store.config import SQLConfig
+from hf_async_store.driver import Session, giving_back, run_to_completion
+from hf_async_store.errors import PermissionDeniedError
+from hf_async_store.query import Query, compile_order
+from hf_async_store.strategies.sql.compiler import Compiled, compile_query
+from hf_async_store.strategies.sql.connections import Connections
+from hf_async_store.strategies.sql.engine import SQLEngine
+from hf_async_store.strategies.sql.session import SQLSession
+from hf_async_store.values import VERSION, Key
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.claim_sql import ClaimSQL
+    from hf_async_store.strategies.sql.connections import LeasedConnection
+    from hf_async_store.strategies.sql.dialect import Dialect
+    from hf_async_store.strategies.sql.rows import Table
+
+_FIRST_PAGE: Final = 16
+_CLAIMERS: Final = 4
+"""The maximum number of connections for claims."""
+
+
+class ClaimingSQLEngine(SQLEngine):
+    """One database whose entities can be claimed.
+
+    Args:
+        statement: the class of the statements about claims.
+        claimers: on PostgreSQL, a dialect whose connections are READ COMMITTED: there, a statement about
+            claims is one round trip. None if such connections cannot be kept (pgbouncer), and on SQLite.
+        others: those of `SQLEngine`.
+    """
+
+    def __init__(self, statement: type[ClaimSQL], claimers: Dialect | None, *others: Any) -> None:
+        super().__init__(*others)
+        self._claimers = None if claimers is None else _claimers(claimers, self._config)
+        self.claim_clock = BootClock() if self._dialect.single_writer else ServerClock()
+        self._claim_sql = statement
+        self._claim_tables: set[str] = set()  # the collections whose table of claims exists
+
+    @asynccontextmanager
+    async def _claiming(self, *, alone: bool) -> AsyncGenerator[LeasedConnection, None]:
+        """A connection for READ COMMITTED statements.
+
+        Args:
+            alone: for a single statement, which then commits by itself; else for one transaction.
+        """
+        await self._prepare()
+        pool = self.writing() if self._claimers is None else self._claimers.lease()
+        commits = alone and (self._claimers is not None or self._dialect.single_writer)
+        async with pool as lease:
+            if commits:
+                yield lease
+            else:
+                async with lease.transaction("read_committed"):
+                    yield lease
+
+    async def close(self) -> None:
+        try:
+            if self._claimers is not None:
+                await self._claimers.close()
+        finally:
+            await super().close()
+
+    def abandon(self) -> None:
+        if self._claimers is not None:
+            self._claimers.abandon()
+        super().abandon()
+
+    def _statement(self, collection: str) -> ClaimSQL:
+        return self._claim_sql(
+            self._dialect.grammar, self._dialect.names.claims(collection), self.claim_clock.now()
+        )
+
+    # -- the tables --------------------------------------------------------------------------
+
+    async def _prepare_claims(self, collection: str) -> None:
+        """Create the table of the claims of a collection, if necessary."""
+        if collection in self._claim_tables:
+            return
+        await self._prepare()
+        async with self.writing() as lease:
+            if not await self._has_claims(lease, collection):
+                await self._create_claims(lease, collection)
+        self._claim_tables.add(collection)
+
+    async def _has_claims(self, lease: LeasedConnection, collection: str) -> bool:
+        """Whether the table exists.
+
+        Raises:
+            PermissionDeniedError: it belongs to an untrusted role.
+        """
+        dialect = self._dialect
+        name = dialect.names.claims(collection)
+        trusted = list(map(dialect.names.table, self.schema))
+        try:
+            if name not in await dialect.relations(lease.driver):
+                return False
+            owners = await dialect.untrusted_owners(lease.driver, [name], trusted)
+        except dialect.driver_errors as exc:
+            raise dialect.translate(exc, doing="read the tables", writes=False) from exc
+        if owners:
+            raise PermissionDeniedError(
+                f"the table {name} belongs to the role {owners[name]!r}, which owns no table of this "
+                "store, so it is not used: drop it, or change its owner"
+            )
+        return True
+
+    async def _create_claims(self, lease: LeasedConnection, collection: str) -> None:
+        dialect, driver = self._dialect, lease.driver
+        entities, name = self.known_tables.get(collection), dialect.names.claims(collection)
+        try:
+            handle = await dialect.begin_ddl(driver)
+            try:
+                if name not in await dialect.relations(driver):
+                    for each in self._claim_sql.ddl(name, entities):
+                        await dialect.rows(driver, each, ())
+            except BaseException:
+                await run_to_completion(dialect.roll_back(handle))
+                raise
+            await run_to_completion(dialect.commit(handle))
+        except dialect.driver_errors as exc:
+            raise dialect.translate(exc, doing="create the table of claims", writes=False) from exc
+
+    async def _exists(self, collection: str) -> bool:
+        """Whether the table exists. Nothing is created."""
+        if collection in self._claim_tables:
+            return True
+        if not self._dialect.exists():
+            return False
+        async with self._main.lease() as lease:
+            if not await self._has_claims(lease, collection):
+                return False
+        self._claim_tables.add(collection)
+        return True
+
+    # -- claiming ----------------------------------------------------------------------------
+
+    async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
+        await self._prepare_claims(query.collection)
+        async with giving_back(self) as claimed:
+            await self._retried(lambda: self._claim(query, terms, claimed))
+            return claimed
+
+    async def _claim(self, query: Query, terms: ClaimTerms, claimed: list[Claimed]) -> None:
+        """Claim entities, and add them to a list before anything can be cancelled."""
+        claimed.clear()  # of an attempt that left nothing behind
+        table = self.known_tables[query.collection]
+        is_exact = self._candidates(table, query, terms)[1].residual is None
+        if self._dialect.single_writer or not is_exact:
+            async with self._claiming(alone=False) as lease:
+                await self._take_in_steps(lease, table, query, terms, claimed)
+            return
+        async with self._claiming(alone=True) as lease:
+            # To the end, so that what was claimed is known even if the caller is cancelled.
+            await run_to_completion(self._take_at_once(lease, table, query, terms, claimed))
+
+    async def _take_at_once(
+        self,
+        lease: LeasedConnection,
+        table: Table,
+        query: Query,
+        terms: ClaimTerms,
+        claimed: list[Claimed],
+    ) -> None:
+        while True:
+            statement, candidates = self._candidates(table, query, terms)
+            sql = (
+                f"WITH i (id, doc, version) AS MATERIALIZED ({candidates.sql}), "
+                f"n AS ({statement.insert('i', terms)}) "
+                "SELECT i.id, i.doc, i.version, n.token, n.attempts "
+                "FROM i LEFT JOIN n ON n.id = i.id"
+            )
+            rows = await lease.rows(sql, statement.values, doing="claim entities", writes=True)
+            claimed += [_claimed(table, row[:3], *row[3:]) for row in rows if row[3] is not None]
+            if claimed or not rows:
+                sort_key = compile_order(query)
+                claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
+                return
+            # Others have claimed all candidates since the statement began: the next one sees that.
+
+    async def _take_in_steps(
+        self,
+        lease: LeasedConnection,
+        table: Table,
+        query: Query,
+        terms: ClaimTerms,
+        claimed: list[Claimed],
+    ) -> None:
+        """Claim what a first statement finds; it may have to be filtered further."""
+        assert query.limit is not None, "claims are limited"
+        size = query.limit
+        while True:
+            statement, candidates = self._candidates(table, query.with_limit(size), terms)
+            rows = await lease.rows(candidates.sql, statement.values, doing="read candidates")
+            found = {row[0]: row for row in rows}
+            if candidates.residual is not None:
+                matches = candidates.residual
+                found = {each: row for each, row in found.items() if matches(table.entity(row))}
+            if len(found) >= query.limit or len(rows) < size:
+                break
+            size = 4 * size + _FIRST_PAGE
+        ids = list(found)[: query.limit]
+        taken = await self._insert(lease, table.collection, ids, terms) if ids else {}
+        claimed += [_claimed(table, found[each], *taken[each]) for each in ids if each in taken]
+
+    def _candidates(
+        self, table: Table, query: Query, terms: ClaimTerms
+    ) -> tuple[ClaimSQL, Compiled]:
+        """The SELECT of the first entities that can be claimed."""
+        statement = self._statement(table.collection)
+        assert query.limit is not None, "claims are limited"
+        found = compile_query(
+            table,
+            query.with_limit(None),
+            args=statement,
+            also=lambda: statement.no_claim(table, terms),
+        )
+        # As a parameter: for an unknown limit PostgreSQL expects so many rows that it plans each execution,
+        # with the present size of the table of claims, instead of keeping a plan for an empty one.
+        limit = f" LIMIT {statement.integer(query.limit)}"
+        return statement, found._replace(sql=f"{found.sql}{limit}{statement.skip_locked}")
+
+    async def _insert(
+        self, lease: LeasedConnection, collection: str, ids: Sequence[str], terms: ClaimTerms
+    ) -> dict[str, tuple[int, int]]:
+        """Claim ids; returns the token and the number of attempts of each that was free."""
+        statement = self._statement(collection)
+        sql = statement.insert(statement.listed(ids), terms)
+        rows = await lease.rows(sql, statement.values, doing="claim entities", writes=True)
+        return {row[0]: (row[1], row[2]) for row in rows}
+
+    async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
+        await self._prepare_claims(keys[0].collection)
+        async with giving_back(self) as claimed:
+            for key in keys:
+                await self._retried(partial(self._claim_id, key, terms, claimed))
+                if claimed:
+                    return claimed[0]
+        return None
+
+    async def _claim_id(self, key: Key, terms: ClaimTerms, claimed: list[Claimed]) -> None:
+        claimed.clear()
+
+        async def take(lease: LeasedConnection) -> None:
+            taken = await self._insert(lease, key.collection, [key.id], terms)
+            claimed.extend(Claimed(Record(key, {VERSION: 0}), *each) for each in taken.values())
+
+        async with self._claiming(alone=True) as lease:
+            await run_to_completion(take(lease))
+
+    # -- what a holder does ------------------------------------------------------------------
+
+    async def renew_claim(self, key: Key, token: int, lease: float) -> None:
+        await self._change(key, lambda each: each.update(key, token, lease, held=True))
+
+    async def release_claim(self, key: Key, token: int, after: float | None) -> None:
+        if after is None:
+            await self._change(key, lambda each: each.delete(key, token))
+        else:
+            await self._change(key, lambda each: each.update(key, token, after, held=False))
+
+    async def _change(self, key: Key, sql_of: Callable[[ClaimSQL], str]) -> None:
+        """Run a statement that changes a claim if it is held."""
+        if not await self._exists(
+            key.collection
+        ):  # it was made in another store: see `migration_routing`
+            raise lost(key)
+        if not await self._retried(lambda: self._changed(key, sql_of)):
+            raise lost(key)
+
+    async def _changed(self, key: Key, sql_of: Callable[[ClaimSQL], str]) -> bool:
+        async with self._claiming(alone=True) as lease:
+            statement = self._statement(key.collection)  # with the time after waiting for a lock
+            sql = sql_of(statement)
+            return bool(
+                await lease.rows(sql, statement.values, doing="change a claim", writes=True)
+            )
+
+    def claimed_session(
+        self, key: Key, token: int, *, ends: bool = False
+    ) -> AbstractAsyncContextManager[Session]:
+        return self._under_claim(key, token, ends=ends)
+
+    @asynccontextmanager
+    async def _under_claim(
+        self, key: Key, token: int, *, ends: bool
+    ) -> AsyncGenerator[Session, None]:
+        if not await self._exists(key.collection):
+            raise lost(key)
+        async with SQLSession(self, None) as session:
+            lease = await session.begin()
+            statement = self._statement(key.collection)
+            if not await lease.rows(statement.check(key, token), statement.values):
+                raise lost(key)
+            yield session
+            if ends:
+                statement = self._statement(key.collection)
+                sql = statement.delete(key, None)
+                await lease.rows(sql, statement.values, doing="end the claim", writes=True)
+
+    # -- for operators -----------------------------------------------------------------------
+
+    async def break_claim(self, key: Key) -> bool:
+        if not await self._exists(key.collection):
+            return False
+        return await self._retried(lambda: self._changed(key, lambda each: each.delete(key, None)))
+
+    async def claims(self, collection: str) -> list[ClaimInfo]:
+        if not await self._exists(collection):
+            return []
+        statement, now = self._statement(collection), self.claim_clock.now()
+        async with self._main.lease() as lease:
+            rows = await lease.rows(statement.list(), statement.values)
+        found = []
+        for entity_id, token, owner, era, ends, held, attempts, seconds in rows:
+            state = ClaimState(collection, entity_id, owner, token, era, ends, bool(held), attempts)
+            found.append(state.info(Moment(now.era, seconds)))
+        return found
+
+
+def _claimers(dialect: Dialect, config: SQLConfig) -> Connections:
+    exhausted = f"all {_CLAIMERS} connections for claims were in use for {config.pool_timeout:g} s"
+    return Connections(dialect, config, kept=1, most=_CLAIMERS, exhausted=exhausted)
+
+
+def _claimed(table: Table, row: Sequence[Any], token: int, attempts: int) -> Claimed:
+    return Claimed(Record(Key(table.collection, row[0]), table.entity(row)), token, attempts)
