@@ -44,6 +44,11 @@ SECTIONS: Final[Mapping[str, Section]] = {
         "What a transaction has besides the methods on entities.",
         ("Transaction",),
     ),
+    "claims": Section(
+        "Claims",
+        "What `claim_entities` and `claims` of a store return.",
+        ("Claim", "ClaimInfo"),
+    ),
     "queries": Section(
         "Filters and orders",
         "The operators of filters, and the forms of `order_by`.",
@@ -60,7 +65,10 @@ SECTIONS: Final[Mapping[str, Section]] = {
     "collections": Section(
         "Collections",
         "Declarations of collections, and what a class adds to its annotations.",
-        ("Collection", "Field", "Index", "References", "StoreVersion", "HOST_FACTORY"),
+        (
+            *("Collection", "Field", "Index", "Expire", "References", "StoreVersion"),
+            "HOST_FACTORY",
+        ),
     ),
     "typed": Section(
         "Typed collections",
