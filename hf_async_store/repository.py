@@ -889,8 +889,9 @@ class RepositoryInterface(ABC):
             cursor=cursor,
             paged=True,
         )
-        if cursor is None:
-            query = await self._first_page(query)
+        async with operation_timeout(timeout):
+            if cursor is None:
+                query = await self._first_page(query)
         # One entity more than requested is read, to determine whether there is a next page.
         entities = await self._entities(query.with_limit(limit + 1), None, timeout)
         return self._page(query, limit, entities)
