@@ -66,6 +66,7 @@ from hf_async_store.errors import (
     UnsupportedValueError,
     VerificationError,
 )
+from hf_async_store.expiry import Expire
 from hf_async_store.field_operations import add_to_set, append, increment, remove_from_set
 from hf_async_store.models import References, StoreVersion
 from hf_async_store.query import (
@@ -144,6 +145,7 @@ __all__ = [
     "Entity",
     "EntityNotFoundError",
     "EventLoopMismatchError",
+    "Expire",
     "Field",
     "Index",
     "InvalidCursorError",

@@ -9,6 +9,7 @@ import msgspec
 
 from hf_async_store.errors import InvalidVersionError, StorageError
 from hf_async_store.field_operations import FieldUpdate
+from hf_async_store.lifetimes import Lifetimes
 from hf_async_store.values import INT_MAX, Entity, Key, version_of
 
 
@@ -78,6 +79,7 @@ class Put(msgspec.Struct, frozen=True, gc=False):
         import_version: for imports: the version to store. Then `entity` is stored exactly as given,
             with or without `created_at`.
         mark: during a live migration: the change marker to write in the same commit.
+        lifetimes: by which stored entities have expired, also the parents; None if that does not matter.
     """
 
     key: Key
@@ -86,6 +88,7 @@ class Put(msgspec.Struct, frozen=True, gc=False):
     expect: Precondition = ANY
     import_version: int | None = None
     mark: ChangeMarker | None = None
+    lifetimes: Lifetimes | None = None
 
 
 class Patch(msgspec.Struct, frozen=True, gc=False):
@@ -100,14 +103,22 @@ class Patch(msgspec.Struct, frozen=True, gc=False):
     written_at: str
     expect: Precondition = PRESENT
     mark: ChangeMarker | None = None
+    lifetimes: Lifetimes | None = None
 
 
 class Delete(msgspec.Struct, frozen=True, gc=False):
-    """Delete an entity. The outcome is the version that it had, or None if it did not exist."""
+    """Delete an entity. The outcome is the version that it had, or None if it did not exist.
+
+    Attributes:
+        purge: remove an entity that has expired, for which other changes are as if it were absent. If it
+            has not, the outcome is a conflict.
+    """
 
     key: Key
     expect: Precondition = ANY
     mark: ChangeMarker | None = None
+    lifetimes: Lifetimes | None = None
+    purge: bool = False
 
 
 Change: TypeAlias = Put | Patch | Delete

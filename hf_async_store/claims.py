@@ -58,6 +58,8 @@ class ClaimingStore(Protocol):
 
     def _usable(self) -> Engine: ...
 
+    async def _claiming_engine(self, claim: Claim) -> Engine: ...
+
     async def _claimed_work(
         self, claim: Claim, work: Callable[[Transaction], Awaitable[Result]], *, ends: bool
     ) -> Result: ...
@@ -139,7 +141,8 @@ class Claim:
         """
         async with self._ending():
             if changes is None:
-                await self._store._usable().release_claim(self.key, self.token, None)
+                engine = await self._store._claiming_engine(self)
+                await engine.release_claim(self.key, self.token, None)
             else:
                 await self._update(changes, ends=True)
 
@@ -181,7 +184,8 @@ class Claim:
         """
         seconds = self.lease if lease is None else check_lease(lease)
         since = boot_seconds()
-        await self._store._usable().renew_claim(self.key, self.token, seconds)
+        engine = await self._store._claiming_engine(self)
+        await engine.renew_claim(self.key, self.token, seconds)
         self.lease = seconds
         self._renewed_at(since)
         if self._block is not None:
@@ -200,7 +204,8 @@ class Claim:
             raise InvalidInputError(f"after must be 0 to {_MAX_LEASE_SECONDS:g} seconds")
         kept = None if self.collection == LOCKS else float(after)
         async with self._ending():
-            await self._store._usable().release_claim(self.key, self.token, kept)
+            engine = await self._store._claiming_engine(self)
+            await engine.release_claim(self.key, self.token, kept)
 
     @asynccontextmanager
     async def _ending(self) -> AsyncGenerator[None, None]:

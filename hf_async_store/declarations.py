@@ -1,17 +1,19 @@
 """The declarations that a store remembers: their JSON form, and how those of several programs are merged.
 
-A declaration that was read from a store is data: names, types, keys, references and indexes. It is
+A declaration that was read from a store is data: names, types, keys, references, indexes, expiry. It is
 checked like a declaration of a program, and nothing in it is run, opened or expanded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Final, cast
 
 import msgspec
 
 from hf_async_store.errors import ConfigurationError, CorruptionError, NewerFormatError
+from hf_async_store.recorded_expiry import RecordedExpire, declared_expire, recorded_expire
 from hf_async_store.schema import Collection, Field, Index, Schema
 from hf_async_store.values import Entity
 
@@ -19,16 +21,25 @@ FORMAT: Final = 2
 """Format 2 contains unique indexes. Declarations without any are written in format 1."""
 
 
-class _Recorded(msgspec.Struct, frozen=True):
+class _Recorded(msgspec.Struct, frozen=True, omit_defaults=True):
     """One collection in its JSON form. The key is not among the fields."""
 
     name: str
     key: str
     fields: list[Field]
     indexes: list[Index]
+    expires: RecordedExpire | None = None
 
     def declared(self) -> Collection:
-        return Collection(self.name, key=self.key, fields=self.fields, indexes=self.indexes)
+        declared = Collection(
+            self.name,
+            key=self.key,
+            fields=self.fields,
+            indexes=self.indexes,
+            expires=declared_expire(self.expires),
+        )
+        recorded_expire(declared)  # validates its filter
+        return declared
 
 
 class _Document(msgspec.Struct, frozen=True):
@@ -48,7 +59,13 @@ def encoded(collections: Iterable[Collection]) -> Entity:
 
 def _recorded(collection: Collection) -> _Recorded:
     fields = [each for each in collection.fields.values() if each.name != collection.key]
-    return _Recorded(collection.name, collection.key, fields, list(collection.indexes))
+    return _Recorded(
+        collection.name,
+        collection.key,
+        fields,
+        list(collection.indexes),
+        recorded_expire(collection),
+    )
 
 
 def decoded(document: object, where: str) -> list[Collection]:
@@ -78,9 +95,9 @@ def decoded(document: object, where: str) -> list[Collection]:
 def merged(recorded: Iterable[Collection], declared: Iterable[Collection]) -> list[Collection]:
     """The recorded declarations, with those of a program added.
 
-    Collections, fields and indexes that only other programs declare stay. If a field is declared
-    differently, the program is followed; but an index stays unique. A collection that it declares with
-    another key stays as it was.
+    Collections, fields, indexes and expiry that only other programs declare stay. If a field or the expiry
+    is declared differently, the program is followed; but an index stays unique, and its fields stay of
+    types that can be indexed. A collection that it declares with another key stays as it was.
     """
     result = {each.name: each for each in recorded}
     for each in declared:
@@ -95,6 +112,9 @@ def merged(recorded: Iterable[Collection], declared: Iterable[Collection]) -> li
 def _merged(recorded: Collection, declared: Collection) -> Collection:
     fields = {**recorded.fields, **declared.fields}
     del fields[recorded.key]
+    for name in chain.from_iterable(recorded.unique):
+        if fields[name].type == "json":
+            fields[name] = recorded.fields[name]
     indexes = {each.name: each for each in recorded.indexes}
     for each in declared.indexes:
         if each.name not in indexes or each.unique:
@@ -104,7 +124,16 @@ def _merged(recorded: Collection, declared: Collection) -> Collection:
         for each in indexes.values()
         if all(name == recorded.key or fields[name].type != "json" for name in each.fields)
     ]
-    return Collection(recorded.name, key=recorded.key, fields=fields.values(), indexes=usable)
+    expires = declared.expires or recorded.expires
+    if expires is not None and fields[expires.field].type != "timestamp":
+        expires = None
+    return Collection(
+        recorded.name,
+        key=recorded.key,
+        fields=fields.values(),
+        indexes=usable,
+        expires=expires,
+    )
 
 
 def are_equal(first: Iterable[Collection], second: Iterable[Collection]) -> bool:
@@ -131,6 +160,7 @@ def schema_of_recorded(collections: Sequence[Collection]) -> Schema:
                     if field.name != each.key
                 ],
                 indexes=each.indexes,
+                expires=each.expires,
             )
             for each in collections
         )

@@ -7,7 +7,9 @@ the package is shared by the engines.
 An engine that has the current entity in memory decides with `changed`, `check_parents` and
 `check_children`, and keeps the changes of a session in an `Overlay`; `strategies/memory.py` shows
 how. An engine that checks conditions elsewhere uses `check`, `patched` and `next_version`; an update for
-which `plain_fields` is None contains field operations, and needs the stored entity. A strategy
+which `plain_fields` is None contains field operations, and needs the stored entity. If a change has
+`lifetimes`, the stored entity and the parents may have expired: `changed` and `Overlay` take that into
+account, other engines decide with `present` and `is_there`. A strategy
 that other packages can install is a subclass of `StorageStrategy`, registered in the entry-point
 group `hf_async_store.strategies`.
 
@@ -56,8 +58,10 @@ from hf_async_store.preconditions import (
     check,
     check_children,
     check_parents,
+    is_there,
     next_version,
     patched,
+    present,
 )
 from hf_async_store.query import Query, compile_filter, ordered
 from hf_async_store.schema import (
@@ -122,11 +126,13 @@ __all__ = [
     "compile_filter",
     "copy_entity",
     "giving_back",
+    "is_there",
     "next_version",
     "options_of",
     "ordered",
     "patched",
     "plain_fields",
+    "present",
     "remember_in",
     "run_to_completion",
 ]
@@ -160,6 +166,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
             live migration which entities it still has to copy.
         detects_recreation: after an entity was deleted and created again, a writer that read it
             before the deletion is refused even if the versions are equal.
+        removes_expired: it removes the entities of a declaration with `expires` itself, some time after
+            they have expired.
         default_order: "id" where a query without order_by returns entities sorted by id, else "none".
         conflict_entity: a version conflict carries the stored entity.
         max_transaction_changes, max_transaction_bytes: limits of one transaction; None: limited only
@@ -185,6 +193,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     claims: bool = False
     change_markers: bool = False
     detects_recreation: bool = False
+    removes_expired: bool = False
     default_order: Literal["id", "none"] = "id"
     conflict_entity: bool = True
     max_transaction_changes: int | None = None

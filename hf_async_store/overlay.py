@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 from hf_async_store.changes import Change, Delete, Outcome
 from hf_async_store.claim_records import claim_key
 from hf_async_store.errors import StorageError
-from hf_async_store.preconditions import changed, check_children, check_parents
+from hf_async_store.preconditions import (
+    changed,
+    check_children,
+    check_parents,
+    is_there,
+    present,
+)
 from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.unique import Claims, Fields, claimed, stored_digest
 from hf_async_store.values import VERSION, Entity, Key
@@ -77,23 +84,27 @@ class Overlay:
         }
 
     def apply(self, change: Change) -> Outcome:
-        """Apply one change, with its change marker, to the top layer; a deletion also ends a claim.
+        """Apply one change, with its change marker, to the top layer; a deletion, or the replacement
+        of an entity that has expired, also ends a claim.
 
         Returns the new version, for a deletion the version that it deleted or None; or its error.
         """
-        current = self.get(change.key)
         try:
+            stored = self.get(change.key)
+            current = present(change, stored)
             entity = changed(change, current)
             if self._references:
                 self._check_references(change, current)
             if entity is not None and self._claims is not None:
                 name = change.key.collection
                 values = claimed(name, self._schema.unique.get(name, ()), current, entity)
-                self._claims.check(change.key, list(values))
+                self._claims.check(change.key, list(values), partial(is_there, change))
         except StorageError as exc:
             return exc
-        self._layers[-1][change.key] = entity
-        if entity is None and self.get(claim := claim_key(change.key)) is not None:
+        if entity is not None or current is not None:
+            self._layers[-1][change.key] = entity
+        ended = entity is None or (current is None and stored is not None)
+        if ended and self.get(claim := claim_key(change.key)) is not None:
             self._layers[-1][claim] = None
         if change.mark is not None:
             self._layers[-1][change.mark.key] = change.mark.entity
@@ -115,7 +126,12 @@ class Overlay:
 
     def _check_references(self, change: Change, current: Entity | None) -> None:
         if not isinstance(change, Delete):
-            check_parents(self._schema, change, current, lambda key: self.get(key) is not None)
+
+            def exists(key: Key) -> bool:
+                parent = self.get(key)
+                return parent is not None and is_there(change, key, parent)
+
+            check_parents(self._schema, change, current, exists)
         elif current is not None:
             check_children(self._schema, change.key, self._referrers)
 

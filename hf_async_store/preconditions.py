@@ -29,6 +29,37 @@ from hf_async_store.values import (
 )
 
 
+def is_there(change: Change, key: Key, entity: Entity) -> bool:
+    """Whether a stored entity, of this key, exists for a change now: an expired one does not."""
+    lifetimes = change.lifetimes
+    return lifetimes is None or not lifetimes.is_over(key.collection, entity)
+
+
+def present(change: Change, stored: Entity | None) -> Entity | None:
+    """The stored entity to which a change applies; None if it has expired.
+
+    Raises:
+        ConcurrencyConflictError: the change removes an expired entity, and this one has not.
+    """
+    if stored is None or change.lifetimes is None:
+        return stored
+    is_present = is_there(change, change.key, stored)
+    if isinstance(change, Delete) and change.purge:
+        if is_present:
+            raise not_expired(change.key)
+        return stored
+    return stored if is_present else None
+
+
+def not_expired(key: Key) -> ConcurrencyConflictError:
+    """The error for an entity that was to be removed because it had expired."""
+    return ConcurrencyConflictError(
+        f"{key.collection} {key.id!r} has not expired",
+        collection=key.collection,
+        entity_id=key.id,
+    )
+
+
 def check(
     key: Key, expect: Precondition, actual: int | None, current: Entity | None = None
 ) -> None:
@@ -60,7 +91,7 @@ def check(
 
 
 def changed(change: Change, current: Entity | None) -> Entity | None:
-    """The entity after `change`, including its new version; None if it is deleted.
+    """The entity after `change`, including its new version; None if it is deleted, or had expired.
 
     The result may share values with both arguments.
 
@@ -69,6 +100,7 @@ def changed(change: Change, current: Entity | None) -> Entity | None:
         InvalidFieldError: a field operation does not apply to the stored value.
         UnsupportedValueError: the entity is too large, or its version cannot be increased.
     """
+    current = present(change, current)
     actual = None if current is None else version_of(current)
     check(change.key, change.expect, actual, current)
     if isinstance(change, Delete):

@@ -27,6 +27,7 @@ from hf_async_store.errors import InvalidCursorError, InvalidQueryError, Unsuppo
 from hf_async_store.event_loop import Chunks, computed
 from hf_async_store.field_checks import OPERATOR_CALLS, operand_problem, type_of, usual_operands
 from hf_async_store.values import (
+    FIXED_FORM,
     VERSION,
     Entity,
     Value,
@@ -61,6 +62,7 @@ OpName: TypeAlias = Literal[
     "begins_with",
     "contains_ignore_case",
     "begins_with_ignore_case",
+    "timestamp_lte",
 ]
 
 
@@ -264,7 +266,9 @@ class Comparison(msgspec.Struct, frozen=True):
     Attributes:
         value: portable. For `in` and `not_in` a list of distinct values in ascending order, for
             `between` the list of the two bounds, for `exists` a bool, for `begins_with` a string, for
-            the operators that ignore case a string after `str.casefold`.
+            the operators that ignore case a string after `str.casefold`. `timestamp_lte`, of which
+            expiry makes use, is no operator of callers: its value is a timestamp in the fixed form, and
+            it matches such timestamps alone.
     """
 
     path: Steps
@@ -444,10 +448,7 @@ async def build_large_query(
     collection: Collection, *, filters: Filters = None, **arguments: Any
 ) -> Query:
     """`build_query`, in a thread if the filter has many values."""
-    number = _number_of_values(filters)
-    if number > MAX_FILTER_VALUES:
-        raise InvalidQueryError(f"more than {MAX_FILTER_VALUES:,} values in one filter")
-    is_long = number > _MANY_VALUES
+    is_long = _has_many_values(filters)
     if is_long:
         filters = _copied(filters)  # the caller may change its dicts
     return await computed(
@@ -455,15 +456,29 @@ async def build_large_query(
     )
 
 
-def _number_of_values(filters: object, depth: int = 0) -> int:
-    """The number of values in the lists of a filter, which was not validated."""
-    if isinstance(filters, Mapping):
-        operands = [each.operand for each in filters.values() if isinstance(each, Op)]
-        return sum([len(each) for each in operands if isinstance(each, tuple)])
-    if not isinstance(filters, Combined) or depth > MAX_FILTER_DEPTH:
-        return 0
-    parts = filters.filters if isinstance(filters.filters, tuple) else ()
-    return sum([_number_of_values(each, depth + 1) for each in parts])
+def _has_many_values(filters: object) -> bool:
+    """Whether the lists of a filter, which was not validated, have many values.
+
+    Not of one with too many parts, which `build_query` soon refuses: as a part may occur several times, few
+    objects can have any number of parts.
+    """
+    values = 0
+    pending = [filters]
+    for _ in range(MAX_FILTER_TERMS * MAX_FILTER_DEPTH):
+        if not pending:
+            return values > _MANY_VALUES
+        part = pending.pop()
+        if isinstance(part, Mapping):
+            values += sum([_number_of_values(each) for each in part.values()])
+        elif isinstance(part, Combined) and isinstance(part.filters, tuple):
+            pending += part.filters
+    return False
+
+
+def _number_of_values(value: object) -> int:
+    if isinstance(value, Op) and value.name in _LIST_OPS and isinstance(value.operand, tuple):
+        return len(value.operand)
+    return 0
 
 
 def _copied(filters: Any, depth: int = 0) -> Any:
@@ -622,6 +637,11 @@ def _joined(kind: type[And | Or], parts: Iterable[Filter]) -> Filter:
     for each in parts:
         flat += each.parts if isinstance(each, And | Or) and type(each) is kind else (each,)
     return flat[0] if len(flat) == 1 else kind(tuple(flat))
+
+
+def conjunction(parts: Iterable[Filter]) -> Filter:
+    """The filter that every part matches."""
+    return _joined(And, parts)
 
 
 def named_steps(name: object, collection: Collection) -> Steps:
@@ -917,6 +937,9 @@ def _test(op: OpName, value: Value) -> _Test:
         return lambda actual: isinstance(actual, str) and actual.startswith(prefix)
     if op in _FOLDED_OPS:
         return _folded(op, str(value))
+    if op == "timestamp_lte":
+        latest = str(value)
+        return lambda actual: is_timestamp_up_to(actual, latest)
     return _compared(_COMPARE[op], value)
 
 
@@ -926,6 +949,11 @@ def _one_of(values: Sequence[Value]) -> _Test:
         return lambda actual: type(actual) is str and actual in strings
     wanted = frozenset(map(order_key, values))
     return lambda actual: order_key(actual) in wanted
+
+
+def is_timestamp_up_to(value: object, latest: str) -> bool:
+    """Whether a value is a timestamp in the fixed form, not later than this one."""
+    return isinstance(value, str) and value <= latest and FIXED_FORM.match(value) is not None
 
 
 def _listed(value: Value) -> list[Value]:

@@ -20,8 +20,10 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Final, Literal, TypeAlias, TypeVar, overload
+
+from msgspec.structs import replace
 
 from hf_async_store import batch_validation
 from hf_async_store.aggregates import Counts, Sum, aggregated_path, extreme_query
@@ -60,9 +62,11 @@ from hf_async_store.errors import (
 from hf_async_store.event_loop import Chunks
 from hf_async_store.field_operations import UpdateMap, read_update
 from hf_async_store.generators import Owned
+from hf_async_store.lifetimes import Clock, Lifetimes
 from hf_async_store.preconditions import changed
 from hf_async_store.query import (
     MISSING,
+    Comparison,
     Filters,
     Missing,
     OrderBy,
@@ -87,7 +91,6 @@ from hf_async_store.values import (
     Key,
     Value,
     copy_entity,
-    utc_now,
     version_of,
     with_canonical,
 )
@@ -125,6 +128,8 @@ class RepositoryInterface(ABC):
     def __init__(self, schema: Schema, slow_queries: SlowQueries) -> None:
         self._schema = schema
         self._slow_queries = slow_queries
+        self._clock = Clock()
+        self._lifetimes: Lifetimes | None = None  # None: nothing expires
 
     @property
     def collections(self) -> Mapping[str, Collection]:
@@ -151,6 +156,44 @@ class RepositoryInterface(ABC):
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return batched(self._select(query))
 
+    # -- expiry ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _select_stored(self, query: Query) -> AsyncGenerator[Record, None]:
+        """As `_select`, with the entities that have expired and were not removed."""
+
+    def _living_query(self, query: Query) -> Query:
+        return query if self._lifetimes is None else self._lifetimes.living(query)
+
+    def _living(self, records: list[Record | None]) -> list[Record | None]:
+        """The records that were read by key, without those that have expired."""
+        return records if self._lifetimes is None else living(self._lifetimes, records)
+
+    async def _for_writing(
+        self, changes: Sequence[Change], lifetimes: Lifetimes, timeout: float | None
+    ) -> Sequence[Change]:
+        """The changes with the lifetimes that decide them."""
+        await self._remove_expired_children(changes, lifetimes, timeout)
+        return [
+            replace(each, lifetimes=lifetimes)
+            if each.key.collection in lifetimes.deciding
+            else each
+            for each in changes
+        ]
+
+    async def _remove_expired_children(
+        self, changes: Sequence[Change], lifetimes: Lifetimes, timeout: float | None
+    ) -> None:
+        """Remove the expired entities that refer to those that are to be deleted."""
+        deleted = [each.key for each in changes if isinstance(each, Delete)]
+        for key in deleted:
+            for child, field in lifetimes.children.get(key.collection, ()):
+                query = lifetimes.expired(Query(child, Comparison((field,), "eq", key.id)))
+                async with Owned(self._select_stored(query)) as records:
+                    expired = [purging(each) async for each in records if each.key != key]
+                if expired:
+                    await self._write(expired, timeout)
+
     # -- one entity --------------------------------------------------------------------------
 
     async def create_entity(
@@ -163,7 +206,7 @@ class RepositoryInterface(ABC):
             InvalidKeyError, UnsupportedValueError, InvalidFieldError: before any I/O.
             ReferenceViolationError: a declared reference names an entity that does not exist.
         """
-        change = self._put(self._schema[collection], entity, ABSENT, utc_now())
+        change = self._put(self._schema[collection], entity, ABSENT, self._clock.now())
         return await self._write_one(change, timeout)
 
     async def save_entity(
@@ -191,7 +234,7 @@ class RepositoryInterface(ABC):
             ReferenceViolationError: a declared reference names an entity that does not exist.
         """
         expect = check_version(expected_version, absent=True)
-        change = self._put(self._schema[collection], entity, expect, utc_now())
+        change = self._put(self._schema[collection], entity, expect, self._clock.now())
         return await self._write_one(change, timeout)
 
     @overload
@@ -243,12 +286,12 @@ class RepositoryInterface(ABC):
         Raises:
             EntityNotFoundError: the entity does not exist; nothing is inserted.
             InvalidFieldError: also if a stored value has a type that the change does not apply to.
-            ConcurrencyConflictError, InvalidVersionError, UnsupportedValueError,
-            ReferenceViolationError: as in `save_entity`.
+            ConcurrencyConflictError, InvalidVersionError: as in `save_entity`.
+            UnsupportedValueError, ReferenceViolationError: as in `save_entity`.
         """
         check_boolean(returning, "returning")
         expect = check_version(expected_version, absent=False)
-        change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
+        change = self._patch(self._schema[collection], entity_id, fields, expect, self._clock.now())
         if returning:
             return all_succeeded(await self._update_returning([change], timeout), alone=True)[0]
         return await self._write_one(change, timeout)
@@ -328,7 +371,7 @@ class RepositoryInterface(ABC):
         """
         check_boolean(if_absent, "if_absent")
         declared = self._schema[collection]
-        at = utc_now()
+        at = self._clock.now()
         changes = await _in_chunks(
             check_listed(entities, "entities"),
             lambda each: self._put(declared, each, ABSENT, at),
@@ -365,7 +408,7 @@ class RepositoryInterface(ABC):
         """
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
-        at = utc_now()
+        at = self._clock.now()
 
         def change(each: Mapping[str, object]) -> Put:
             put = self._put(declared, each, ANY, at)
@@ -417,7 +460,7 @@ class RepositoryInterface(ABC):
         expected = _Expected(expected_versions, absent=False)
         check_boolean(returning, "returning")
         _check_mapping(updates, "updates", "changes")
-        at = utc_now()
+        at = self._clock.now()
         latest: tuple[UpdateMap, Patch] | None = None
 
         def patch(item: tuple[str, UpdateMap]) -> Patch:
@@ -501,16 +544,35 @@ class RepositoryInterface(ABC):
         Returns:
             The versions, in input order.
         """
+        changes = await self._imports(collection, entities, expected_versions)
+        return await self._write_many(changes, timeout)
+
+    async def _import_restored(
+        self,
+        collection: str,
+        entities: Iterable[Mapping[str, object]],
+        expected_versions: Mapping[str, int | Expect] | None = None,
+    ) -> list[int]:
+        """`import_entities`, for which entities and parents exist even if they have expired."""
+        changes = await self._imports(collection, entities, expected_versions)
+        return _versions(await self._import(changes)) if changes else []
+
+    async def _imports(
+        self,
+        collection: str,
+        entities: Iterable[Mapping[str, object]],
+        expected_versions: Mapping[str, int | Expect] | None,
+    ) -> list[Put]:
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
-        at = utc_now()
+        at = self._clock.now()
         changes = await _in_chunks(
             check_listed(entities, "entities"),
             lambda each: _imported(declared, each, expected, at),
             collection=declared,
         )
         expected.assert_exhausted()
-        return await self._write_many(changes, timeout)
+        return changes
 
     async def _import_stored(
         self,
@@ -520,7 +582,7 @@ class RepositoryInterface(ABC):
         *,
         sizes: Iterable[int] | None = None,
     ) -> list[int]:
-        """`import_entities` for entities that were read from a store: they are validated against
+        """`_import_restored` for entities that were read from a store: they are validated against
         the declarations here, but neither copied nor measured again.
 
         Args:
@@ -529,7 +591,7 @@ class RepositoryInterface(ABC):
         """
         declared = self._schema[collection]
         expected = _Expected(expected_versions, absent=True)
-        at = utc_now()
+        at = self._clock.now()
 
         def change(item: tuple[Entity, int]) -> Put:
             stored, size = item
@@ -543,7 +605,7 @@ class RepositoryInterface(ABC):
         return _versions(await self._import(changes))
 
     async def _import(self, changes: Sequence[Change]) -> list[Outcome]:
-        """Write whole entities as given, in batches that need not be combined with other writes."""
+        """Write in batches that need not be combined with other writes, also entities that have expired."""
         return await self._write(changes, None)
 
     @overload
@@ -556,6 +618,7 @@ class RepositoryInterface(ABC):
         default: Mapping[str, object] | None = None,
         returning: Literal[False] = False,
         retry_seconds: float = RETRY_SECONDS,
+        timeout: float | None = None,
     ) -> int: ...
 
     @overload
@@ -568,6 +631,7 @@ class RepositoryInterface(ABC):
         default: Mapping[str, object] | None = None,
         returning: Literal[True],
         retry_seconds: float = RETRY_SECONDS,
+        timeout: float | None = None,
     ) -> Entity: ...
 
     async def modify_entity(
@@ -579,6 +643,7 @@ class RepositoryInterface(ABC):
         default: Mapping[str, object] | None = None,
         returning: bool = False,
         retry_seconds: float = RETRY_SECONDS,
+        timeout: float | None = None,
     ) -> int | Entity:
         """Read an entity, change it and write it back if unchanged; returns the new version.
 
@@ -590,6 +655,8 @@ class RepositoryInterface(ABC):
             default: if the entity does not exist, the function gets a copy of this one with the id in
                 its key field, and what it returns is created. Without it, that is an error.
             returning: return the entity as written instead of the version, at no extra cost.
+            timeout: as of `update_entity`, for all attempts together, without the time that `change`
+                takes in the last one.
 
         Raises:
             EntityNotFoundError: the entity does not exist, and there is no default.
@@ -601,13 +668,14 @@ class RepositoryInterface(ABC):
         check_boolean(returning, "returning")
         check_callable(change, "change")
         check_seconds(retry_seconds, "retry_seconds")
+        remaining = _countdown(timeout)
         if default is not None:
             if not isinstance(default, Mapping):
                 raise UnsupportedValueError(f"default must be a dict, not {type(default).__name__}")
             default = declared.entity({declared.key: key.id, **default})[1]
 
         async def attempt() -> Entity:
-            current = await self.get_entity(collection, key.id)
+            current = await self.get_entity(collection, key.id, timeout=remaining())
             if current is None and default is None:
                 raise EntityNotFoundError(collection, key.id)
             given = copy_entity(default) if current is None and default is not None else current
@@ -625,16 +693,17 @@ class RepositoryInterface(ABC):
                     f"{collection}.{declared.key} is the key and cannot be changed"
                 )
             expect: Precondition = ABSENT if stored is None else version_of(stored)
-            put = self._put(declared, new, expect, utc_now())
+            put = self._put(declared, new, expect, self._clock.now())
             try:
-                version = await self._write_one(put, None)
+                version = await self._write_one(put, remaining())
             except AlreadyExistsError as exc:
                 raise ConcurrencyConflictError(str(exc), retryable=True) from exc
             written = changed(put, stored)
             assert written is not None, "only a delete writes nothing"
             return {**written, VERSION: version}
 
-        written = await self._retried(key, attempt, retry_seconds)
+        most = retry_seconds if timeout is None else min(retry_seconds, timeout)
+        written = await self._retried(key, attempt, most)
         return copy_entity(written) if returning else version_of(written)
 
     @abstractmethod
@@ -679,7 +748,7 @@ class RepositoryInterface(ABC):
             raise InvalidFieldError(f"{collection}.{declared.key} is the key and cannot be changed")
 
         def change(key: Key, version: int) -> Patch:
-            at = utc_now()
+            at = self._clock.now()
             return Patch(key, {**fields, UPDATED_AT: at}, at, version)
 
         matching = ChangesByFilter(self, declared, query, change)
@@ -824,21 +893,40 @@ class RepositoryInterface(ABC):
             query = await self._first_page(query)
         # One entity more than requested is read, to determine whether there is a next page.
         entities = await self._entities(query.with_limit(limit + 1), None, timeout)
+        return self._page(query, limit, entities)
+
+    async def _stored_page(self, collection: str, limit: int, cursor: str | None) -> Page:
+        """A page of all entities, with those that have expired and were not removed."""
+        query = build_query(self._schema[collection], limit=limit, cursor=cursor, paged=True)
+        more = query.with_limit(limit + 1)
+        if self._lifetimes is None:  # in batches, which is faster
+            return self._page(query, limit, await self._entities(more, None, None))
+        async with Owned(self._select_stored(more)) as records:
+            return self._page(query, limit, [each.entity async for each in records])
+
+    def _page(self, query: Query, limit: int, entities: list[Entity]) -> Page:
+        """The page of a query.
+
+        Args:
+            entities: one more than the limit, if there is a next page.
+        """
         page = [project(each, query.fields) for each in entities[:limit]]
         if len(entities) <= limit:
             return Page(page, None)
         last = entities[limit - 1]
-        return Page(page, encode_cursor(query, declared.id_of(last), last))
+        return Page(page, encode_cursor(query, self._schema[query.collection].id_of(last), last))
 
     async def count_entities(
         self, collection: str, filters: Filters = None, *, timeout: float | None = None
     ) -> int:
         """The number of matching entities."""
         query = await self._built_query(collection, filters, None, None, None)
-        started = perf_counter()
-        async with operation_timeout(timeout):
-            number = await self._count(query)
-        self._slow_queries.note(query, started, number)
+        started, number = perf_counter(), 0
+        try:
+            async with operation_timeout(timeout):
+                number = await self._count(query)
+        finally:
+            self._slow_queries.note(query, started, number)
         return number
 
     async def count_by(
@@ -900,11 +988,13 @@ class RepositoryInterface(ABC):
         query = await self._built_query(collection, filters, None, None, [Path((steps[0],))])
         read = value_reader(steps)
         started, rows = perf_counter(), 0
-        async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
-            async for batch in batches:
-                result.add(map(read, batch))
-                rows += len(batch)
-        self._slow_queries.note(query, started, rows)
+        try:
+            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
+                async for batch in batches:
+                    result.add(map(read, batch))
+                    rows += len(batch)
+        finally:
+            self._slow_queries.note(query, started, rows)
 
     async def min_of(
         self,
@@ -993,11 +1083,13 @@ class RepositoryInterface(ABC):
     ) -> list[Entity]:
         entities: list[Entity] = []
         started = perf_counter()
-        async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
-            async for batch in batches:
-                entities += [project(each, fields) for each in batch[skipped:]]
-                skipped = max(0, skipped - len(batch))
-        self._slow_queries.note(query, started, len(entities))
+        try:
+            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
+                async for batch in batches:
+                    entities += [project(each, fields) for each in batch[skipped:]]
+                    skipped = max(0, skipped - len(batch))
+        finally:
+            self._slow_queries.note(query, started, len(entities))
         return entities
 
     async def _rows(self, query: Query) -> AsyncGenerator[Entity, None]:
@@ -1036,6 +1128,15 @@ class RepositoryInterface(ABC):
     async def _write_many(self, changes: Sequence[Put | Patch], timeout: float | None) -> list[int]:
         """The new version of each entity."""
         return _versions(await self._write(changes, timeout)) if changes else []
+
+
+def _countdown(timeout: float | None) -> Callable[[], float | None]:
+    """A function that returns how many seconds of a timeout are left."""
+    if timeout is None:
+        return lambda: None
+    check_seconds(timeout, "timeout")
+    deadline = monotonic() + timeout
+    return lambda: max(0.0, deadline - monotonic())
 
 
 def _existing(expect: Precondition) -> Precondition:
@@ -1099,6 +1200,19 @@ class _Expected:
             raise InvalidVersionError(
                 f"expected_versions has ids that are not in the batch: {names}"
             )
+
+
+def living(lifetimes: Lifetimes, records: Sequence[Record | None]) -> list[Record | None]:
+    """Records that were read by key; None for each that has expired."""
+    return [
+        None if each is None or lifetimes.is_over(each.key.collection, each.entity) else each
+        for each in records
+    ]
+
+
+def purging(record: Record) -> Delete:
+    """The change that removes an entity, if it has expired then."""
+    return Delete(record.key, record.version, purge=True)
 
 
 def _delete(key: Key, expected: _Expected) -> Delete:

@@ -17,6 +17,7 @@ from hf_async_store.errors import (
     UnknownCollectionError,
     UnsupportedValueError,
 )
+from hf_async_store.expiry import Expire
 from hf_async_store.models import ModelCodec, ModelField, codec_of, default_name
 from hf_async_store.values import (
     CREATED_AT,
@@ -225,6 +226,7 @@ class Collection:
         indexes: `Index`es, or names of single fields to index.
         open: queries may name undeclared fields without `path`. By default such a name is an error,
             because it may be misspelt.
+        expires: when its entities expire; None: never.
 
     Example:
         `Collection("accounts", key="account_id", fields=["owner"], indexes=["owner"])`
@@ -249,6 +251,8 @@ class Collection:
     """Whether queries may name undeclared fields without `path`."""
     model: type | None
     """The class of its entities, if it was declared by `from_model`."""
+    expires: Expire | None
+    """When its entities expire."""
 
     def __init__(
         self,
@@ -258,6 +262,7 @@ class Collection:
         fields: Iterable[Field | str] = (),
         indexes: Iterable[Index | str] = (),
         open: bool = False,  # noqa: A002  # as an argument it reads best
+        expires: Expire | None = None,
     ) -> None:
         self.name = _checked_name(name, "collection name")
         if not isinstance(open, bool):
@@ -265,11 +270,17 @@ class Collection:
         self.open = open
         self.model = None
         self.key = key
+        if not isinstance(expires, Expire | None):
+            raise ConfigurationError(
+                f"collection {name!r}: expires must be an Expire, not {type(expires).__name__}"
+            )
+        self.expires = expires
         declared = _with_timestamps(
             [
                 Field(key, required=True),
                 *check_declared(fields, Field, f"the fields of {name!r}", Field),
-            ]
+            ],
+            [] if expires is None else [expires.field],
         )
         self.fields = MappingProxyType({each.name: each for each in declared})
         self.indexes = check_declared(indexes, Index, f"the indexes of {name!r}", Index)
@@ -303,6 +314,7 @@ class Collection:
         fields: Iterable[Field | str] = (),
         indexes: Iterable[Index | str] = (),
         open: bool = False,  # noqa: A002  # as in the constructor
+        expires: Expire | None = None,
     ) -> Self:
         """The declaration of a collection whose entities are instances of a class.
 
@@ -335,6 +347,7 @@ class Collection:
             fields=declared.values(),
             indexes=indexes,
             open=open,
+            expires=expires,
         )
         if key not in codec.names:
             raise ConfigurationError(f"{model.__name__} has no field {key!r}, which is the key")
@@ -349,6 +362,10 @@ class Collection:
         for each in (CREATED_AT, UPDATED_AT):
             if self.fields[each].type != "timestamp":
                 raise ConfigurationError(f"{self.name}.{each} must be of type timestamp")
+        if self.expires is not None and self.fields[self.expires.field].type != "timestamp":
+            raise ConfigurationError(
+                f"{self.name}.{self.expires.field}, by which entities expire, must be of type timestamp"
+            )
         for index in self.indexes:
             for name in index.fields:
                 if name not in self.fields or self.fields[name].type == "json":
@@ -416,7 +433,7 @@ class Collection:
         """The key and a portable, validated copy of a whole entity, without `version`.
 
         Raises:
-            InvalidKeyError, UnsupportedValueError, InvalidFieldError.
+            InvalidKeyError, UnsupportedValueError, InvalidFieldError: it cannot be stored.
         """
         self._check_is_mapping(data)
         if self.key not in data:
@@ -434,7 +451,7 @@ class Collection:
             size: the size of its JSON in bytes.
 
         Raises:
-            InvalidKeyError, UnsupportedValueError, InvalidFieldError.
+            InvalidKeyError, UnsupportedValueError, InvalidFieldError: it cannot be stored.
         """
         if self.key not in data:
             raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")
@@ -501,9 +518,10 @@ class Collection:
         return entity
 
 
-def _with_timestamps(declared: list[Field]) -> list[Field]:
+def _with_timestamps(declared: list[Field], others: Iterable[str] = ()) -> list[Field]:
     names = {each.name for each in declared}
-    timestamps = (Field(each, "timestamp") for each in (CREATED_AT, UPDATED_AT))
+    wanted = dict.fromkeys([*others, CREATED_AT, UPDATED_AT])
+    timestamps = (Field(each, "timestamp") for each in wanted)
     return declared + [each for each in timestamps if each.name not in names]
 
 

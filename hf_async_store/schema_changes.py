@@ -3,7 +3,7 @@
 Stored values are read as they are: one that does not fit its declared type stays, compares as its own
 type, and is only counted here. The changes have these kinds:
 
-- "collection", "field", "index": the store does not remember it, or remembers it differently.
+- "collection", "field", "index", "expiry": the store does not remember it, or remembers it differently.
 - "key": the store remembers another key. It is refused: the entities have their ids in that field.
 - "values": stored values that do not fit the declared type. They stay.
 - "form": timestamps in another form than the fixed one. They are rewritten.
@@ -29,6 +29,7 @@ from hf_async_store.driver import Engine, SchemaChange, SchemaProgress
 from hf_async_store.entity_rewriting import NewFields, pages, reporting, rewrite
 from hf_async_store.errors import InvalidFieldError, SchemaMismatchError
 from hf_async_store.generators import Owned
+from hf_async_store.recorded_expiry import recorded_expire
 from hf_async_store.schema import Collection, Field, Index, Schema
 from hf_async_store.transforms import Transforms, transform
 from hf_async_store.unique import digest
@@ -110,7 +111,7 @@ async def apply(
         await rewrite(engine, schema[name], new_forms, reporting(report, change))
     await engine.remember(schema.values())
     for each in changes:
-        if each.kind in ("collection", "field", "index"):
+        if each.kind in ("collection", "field", "index", "expiry"):
             report(each, 1, 1)
 
 
@@ -177,6 +178,10 @@ def _differences(recorded: Collection, declared: Collection) -> Iterator[SchemaC
         elif known != field:
             detail = f"another program declared it as {_described(known)}, not {_described(field)}"
             yield SchemaChange("field", name, field.name, detail)
+    if declared.expires is not None and recorded_expire(recorded) != recorded_expire(declared):
+        known_as = f"knows {recorded.expires}" if recorded.expires else "does not know it yet"
+        detail = f"entities expire by {declared.expires}; the store {known_as}"
+        yield SchemaChange("expiry", name, declared.expires.field, detail)
     indexes = {each.name: each for each in recorded.indexes}
     for index in declared.indexes:
         if index.name not in indexes:

@@ -125,6 +125,9 @@ def ranges(op: OpName, value: Value) -> list[ByteRange] | None:
         return _both(_bound("gte", low), _bound("lte", high))
     if op == "begins_with":
         return [_prefixed(cast("str", value))]
+    if op == "timestamp_lte":
+        found = _both(_bound("gte", "0"), _bound("lte", value))
+        return [ByteRange(each.low, each.high, exact=False) for each in found]
     if op in ("lt", "lte", "gt", "gte"):
         return _bound(op, value)
     return None

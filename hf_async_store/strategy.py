@@ -23,6 +23,7 @@ from hf_async_store import schema_changes
 from hf_async_store.arguments import check_boolean, check_callable, check_seconds
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.claim_clock import boot_seconds
+from hf_async_store.claim_records import lost
 from hf_async_store.claims import (
     LEASE_SECONDS,
     LOCKS,
@@ -46,6 +47,7 @@ from hf_async_store.driver import (
     Reader,
     SchemaChange,
     SchemaProgress,
+    Session,
     giving_back,
     run_to_completion,
 )
@@ -58,7 +60,9 @@ from hf_async_store.errors import (
     StoreClosedError,
 )
 from hf_async_store.index_advice import advice, advice_by_declaration
+from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
 from hf_async_store.models import Model
+from hf_async_store.purging import LivingReader, Purging
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import read_only_session
 from hf_async_store.redaction import redact_texts
@@ -114,6 +118,8 @@ class StorageStrategy(RepositoryInterface):
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
         self._engine = engine
+        self._purging = Purging(self, alone=not engine.capabilities.removes_expired)
+        self._set_clock(None, self._purging.seconds)
         self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
         self._transactions = TransactionManager()
         self._retry_queue = FairRetryQueue()
@@ -151,6 +157,14 @@ class StorageStrategy(RepositoryInterface):
         """The capabilities of the engine."""
         return self._engine.capabilities
 
+    def _set_clock(self, source: TimeSource | None, purge_seconds: float | None) -> None:
+        """See `open_store`; before the store is opened."""
+        clock = Clock(source)
+        references = self._engine.capabilities.references
+        lifetimes = Lifetimes(self._schema.values(), clock, references=references)
+        self._clock, self._lifetimes = clock, lifetimes or None
+        self._purging.seconds = purge_seconds
+
     # -- lifecycle ---------------------------------------------------------------------------
 
     async def open(self) -> Self:
@@ -160,6 +174,7 @@ class StorageStrategy(RepositoryInterface):
         if self._loop is not None:
             raise StoreClosedError("this store is already open")
         self._loop = asyncio.get_running_loop()
+        self._purging.start()
         return self
 
     async def close(self) -> None:
@@ -183,7 +198,8 @@ class StorageStrategy(RepositoryInterface):
             if self._reads is not None:
                 stack.push_async_callback(self._reads.drain)
             stack.push_async_callback(self._writes.drain)
-            await self._streams.close()
+            stack.push_async_callback(self._streams.close)
+            await self._purging.stop()
 
     def abandon(self) -> None:
         """Stop using the store without closing it: for a process that is about to end.
@@ -195,6 +211,7 @@ class StorageStrategy(RepositoryInterface):
         raise StoreClosedError.
         """
         self._closed = True
+        self._purging.seconds = None
         self._engine.abandon()
         _ABANDONED.append(self)
 
@@ -245,18 +262,20 @@ class StorageStrategy(RepositoryInterface):
         engine = self._usable()
         if self._reads is None:
             if timeout is None:
-                return await engine.fetch(keys)
+                return self._living(await engine.fetch(keys))
             async with operation_timeout(timeout):
-                return await engine.fetch(keys)
+                return self._living(await engine.fetch(keys))
         records: list[Record | None] = []
         for each in await self._reads.submit(keys, timeout):
             if isinstance(each, StorageError):
                 raise each
             records.append(each)
-        return records
+        return self._living(records)
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         self._usable()
+        if self._lifetimes is not None:
+            changes = await self._for_writing(changes, self._lifetimes, timeout)
         outcomes = await self._writes.submit(changes, timeout)
         if self._record_attempts:
             await self._record_declarations(outcomes, timeout)
@@ -298,13 +317,16 @@ class StorageStrategy(RepositoryInterface):
             raise
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
+        return self._select_stored(self._living_query(query))
+
+    def _select_stored(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._streams.read(self._usable().select(query))
 
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        return self._streams.read(self._usable().select_batches(query))
+        return self._streams.read(self._usable().select_batches(self._living_query(query)))
 
     async def _count(self, query: Query) -> int:
-        return await self._usable().count(query)
+        return await self._usable().count(self._living_query(query))
 
     async def _first_page(self, query: Query) -> Query:
         return await self._usable().first_page(query)
@@ -356,6 +378,8 @@ class StorageStrategy(RepositoryInterface):
             return self.transaction_type(
                 self._schema,
                 lambda: read_only_session(self._engine),
+                lifetimes=self._lifetimes,
+                clock=self._clock,
                 enter=self._enter_read_only,
                 read_only=True,
                 ticket=ticket,
@@ -369,6 +393,8 @@ class StorageStrategy(RepositoryInterface):
         return self.transaction_type(
             self._schema,
             lambda: self._engine.session(isolation),
+            lifetimes=self._lifetimes,
+            clock=self._clock,
             enter=self._enter_transaction,
             ticket=ticket,
             after_commit=self._record_declarations if self._record_attempts else None,
@@ -436,7 +462,7 @@ class StorageStrategy(RepositoryInterface):
 
         Claiming changes neither an entity nor its version and `updated_at`. A claimed entity can be read
         and changed by every other method as ever; only other claims skip it. A deletion ends the claim,
-        and an entity that is created again is unclaimed.
+        and so does the expiry of the entity; one that is created again is unclaimed.
 
         Args:
             filters, order_by: as in `query_entities`.
@@ -460,7 +486,7 @@ class StorageStrategy(RepositoryInterface):
         async def attempt() -> list[Claim]:
             since = boot_seconds()
             engine = self._usable()
-            claimed = await engine.claim(query, terms)
+            claimed = await engine.claim(self._living_query(query), terms)
             if claimed and self._record_attempts:
                 async with giving_back(engine) as kept:
                     kept += claimed
@@ -475,7 +501,11 @@ class StorageStrategy(RepositoryInterface):
         self._refuse_without_claims()
         if collection != LOCKS:
             self._schema[collection]  # raises if it is not declared
-        return await self._usable().claims(collection)
+        found = await self._usable().claims(collection)
+        if self._lifetimes is None or collection not in self._lifetimes:
+            return found
+        records = await self._fetch([Key(collection, each.id) for each in found], None)
+        return [each for each, record in zip(found, records, strict=True) if record is not None]
 
     async def break_claim(self, collection: str, entity_id: str) -> bool:
         """End the claim of an entity whoever holds it, and forget how often it was claimed.
@@ -532,10 +562,32 @@ class StorageStrategy(RepositoryInterface):
     def _claimed_transaction(self, claim: Claim, *, ends: bool) -> Transaction:
         return self.transaction_type(
             self._schema,
-            lambda: self._engine.claimed_session(claim.key, claim.token, ends=ends),
+            lambda: self._claimed_session(claim, ends=ends),
+            lifetimes=self._lifetimes,
+            clock=self._clock,
             enter=self._enter_transaction,
             after_commit=self._record_declarations if self._record_attempts else None,
         )
+
+    @asynccontextmanager
+    async def _claimed_session(self, claim: Claim, *, ends: bool) -> AsyncGenerator[Session, None]:
+        async with self._engine.claimed_session(claim.key, claim.token, ends=ends) as session:
+            if self._may_expire(claim):
+                _refuse_expired(claim.key, self._living(await session.fetch([claim.key])))
+            yield session
+
+    async def _claiming_engine(self, claim: Claim) -> Engine:
+        """The engine, to change a claim of an entity that has not expired.
+
+        Raises:
+            ClaimLostError: it has.
+        """
+        if self._may_expire(claim):
+            _refuse_expired(claim.key, await self._fetch([claim.key], None))
+        return self._usable()
+
+    def _may_expire(self, claim: Claim) -> bool:
+        return self._lifetimes is not None and claim.collection in self._lifetimes
 
     async def _claimed_work(
         self, claim: Claim, work: Callable[[Transaction], Awaitable[Result]], *, ends: bool
@@ -550,16 +602,48 @@ class StorageStrategy(RepositoryInterface):
 
     # -- for backups and migrations ----------------------------------------------------------
 
+    async def _get_stored(self, collection: str, ids: Iterable[str]) -> list[Entity | None]:
+        """As `get_entities`, with the entities that have expired and were not removed."""
+        keys = [Key(collection, each) for each in ids]
+        records = await self._usable().fetch(keys) if keys else []
+        return [None if each is None else each.entity for each in records]
+
     @asynccontextmanager
-    async def snapshot(self) -> AsyncGenerator[Reader, None]:
+    async def snapshot(self, *, expired: bool = False) -> AsyncGenerator[Reader, None]:
         """A consistent snapshot of the whole store, for queries and reads by key.
 
         For reading everything, as a backup does: it does not block writers, and its memory use does
         not grow with the data read. Where `capabilities.query_isolation` is "eventual", it is no
         more consistent than queries are.
+
+        Args:
+            expired: read also the entities that have expired and were not removed yet.
         """
+        check_boolean(expired, "expired")
+        lifetimes = None if expired else self._lifetimes
         async with self._usable().snapshot() as reader:
-            yield reader
+            yield reader if lifetimes is None else LivingReader(reader, lifetimes)
+
+    # -- expiry ------------------------------------------------------------------------------
+
+    async def purge_expired(
+        self, collection: str | None = None, *, limit: int | None = None
+    ) -> int:
+        """Remove entities that have expired; returns how many.
+
+        They are absent anyway; this frees their space. It works in small batches between other writes, and
+        each entity is removed only if it has expired at that moment. One that others refer to is left
+        until the last of them is removed.
+
+        Args:
+            collection: only this one; None: all collections that expire, children before parents.
+            limit: at most this number.
+
+        Raises:
+            InvalidInputError: the collection does not expire.
+        """
+        self._usable()
+        return await self._purging.run(collection, limit)
 
     # -- declarations ------------------------------------------------------------------------
 
@@ -646,7 +730,7 @@ class StorageStrategy(RepositoryInterface):
         If it scans or sorts, the `advice` of the plan is the index that would serve it.
         """
         query = await self._built_query(collection, filters, order_by, limit, None)
-        plan = await self._usable().explain(query)
+        plan = await self._usable().explain(self._living_query(query))
         if not self.capabilities.indexes:
             return plan
         return replace(plan, advice=advice(self._schema[collection], query, plan))
@@ -691,6 +775,7 @@ class StorageStrategy(RepositoryInterface):
             if isinstance(reported, list)
             else []
         )
+        problems += self._purging.problems()
         return {
             "ok": not problems,
             **report,
@@ -774,6 +859,7 @@ def _description(collection: Collection) -> dict[str, Value]:
             for name, field in collection.fields.items()
         },
         "indexes": [each.name for each in collection.indexes],
+        **({} if collection.expires is None else {"expires": str(collection.expires)}),
     }
 
 
@@ -785,3 +871,9 @@ def schema_of(collections: Iterable[Collection] | Schema) -> EngineSchema:
 
 
 __all__: Final = ["HOST_FACTORY", "StorageStrategy", "schema_of"]
+
+
+def _refuse_expired(key: Key, living: Sequence[Record | None]) -> None:
+    """Raise ClaimLostError if the claimed entity is not among the living ones."""
+    if living == [None]:
+        raise lost(key, "the entity has expired, or was deleted")

@@ -29,13 +29,14 @@ from hf_async_store.errors import (
 )
 from hf_async_store.event_loop import Chunks
 from hf_async_store.field_operations import UpdateMap
+from hf_async_store.lifetimes import Clock, Lifetimes
 from hf_async_store.models import Model
 from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import Schema
 from hf_async_store.slow_queries import SlowQueries
 from hf_async_store.typed import TypedCollection
-from hf_async_store.values import Entity, Key, utc_now
+from hf_async_store.values import Entity, Key
 
 Result = TypeVar("Result")
 
@@ -98,6 +99,8 @@ class Transaction(RepositoryInterface):
         schema: Schema,
         session: Callable[[], AbstractAsyncContextManager[Session]],
         *,
+        lifetimes: Lifetimes | None,
+        clock: Clock,
         enter: Callable[[], Callable[[], None]],
         parent: Transaction | None = None,
         read_only: bool = False,
@@ -106,6 +109,7 @@ class Transaction(RepositoryInterface):
         slow_queries: SlowQueries | None = None,
     ) -> None:
         super().__init__(schema, SlowQueries() if slow_queries is None else slow_queries)
+        self._lifetimes, self._clock = lifetimes, clock
         self._read_only = read_only
         self._ticket = ticket
         self._new_session = session
@@ -144,6 +148,8 @@ class Transaction(RepositoryInterface):
         return type(self)(
             self._schema,
             self._savepoint,
+            lifetimes=self._lifetimes,
+            clock=self._clock,
             enter=lambda: lambda: None,
             parent=self,
             slow_queries=self._slow_queries,
@@ -173,7 +179,8 @@ class Transaction(RepositoryInterface):
         seen = self._known_versions.get(key, ANY)
         if seen is None:
             raise EntityNotFoundError(collection, key.id)
-        change = self._patch(declared, key.id, fields, PRESENT if seen is ANY else seen, utc_now())
+        expect = PRESENT if seen is ANY else seen
+        change = self._patch(declared, key.id, fields, expect, self._clock.now())
         try:
             return await self._write_one(change, timeout)
         except ConcurrencyConflictError as exc:
@@ -356,7 +363,7 @@ class Transaction(RepositoryInterface):
 
     async def _fetch(self, keys: Sequence[Key], timeout: float | None) -> list[Record | None]:
         async with self._step(timeout, keys) as session:
-            records = await session.fetch(keys)
+            records = self._living(await session.fetch(keys))
         async for chunk in Chunks(zip(keys, records, strict=True), _CHUNK_SIZE):
             for key, record in chunk:
                 self._known_versions[key] = None if record is None else record.version
@@ -365,6 +372,8 @@ class Transaction(RepositoryInterface):
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
         if self._read_only:
             raise InvalidInputError("this transaction is read-only, so it cannot write")
+        if self._lifetimes is not None:
+            changes = await self._for_writing(changes, self._lifetimes, timeout)
         keys = [each.key for each in changes]
         async with self._step(timeout, keys, writes=True) as session:
             self._has_written = True
@@ -378,7 +387,10 @@ class Transaction(RepositoryInterface):
                     self._known_versions[change.key] = None if type(change) is Delete else outcome
         return outcomes
 
-    async def _select(self, query: Query) -> AsyncGenerator[Record, None]:
+    def _select(self, query: Query) -> AsyncGenerator[Record, None]:
+        return self._select_stored(self._living_query(query))
+
+    async def _select_stored(self, query: Query) -> AsyncGenerator[Record, None]:
         # The lock is held for each item and not for the whole iteration, because the caller may write
         # in the body of its loop.
         async with self._step() as session:
@@ -395,7 +407,7 @@ class Transaction(RepositoryInterface):
 
     async def _count(self, query: Query) -> int:
         async with self._step() as session:
-            return await session.count(query)
+            return await session.count(self._living_query(query))
 
     async def _first_page(self, query: Query) -> Query:
         async with self._step() as session:

@@ -100,8 +100,16 @@ class Claims:
         self._owners = owners
         self._claimed: dict[tuple[str, Fields, bytes], list[str]] = {}
 
-    def check(self, key: Key, wanted: Sequence[tuple[Fields, bytes]]) -> None:
+    def check(
+        self,
+        key: Key,
+        wanted: Sequence[tuple[Fields, bytes]],
+        is_there: Callable[[Key, Entity], bool],
+    ) -> None:
         """Refuse values that belong to another entity, and record those that do not.
+
+        Args:
+            is_there: whether a stored entity exists for the change; one that has expired does not.
 
         Raises:
             UniqueViolationError.
@@ -109,22 +117,32 @@ class Claims:
         for fields, new in wanted:
             claims = self._claimed.get((key.collection, fields, new), ())
             for each in (*claims, *self._owners(key.collection, fields, new)):
-                if each != key.id and self._has(Key(key.collection, each), fields, new):
+                other = Key(key.collection, each)
+                entity = None if each == key.id else self._current(other)
+                if entity is None or stored_digest(entity, fields) != new:
+                    continue
+                if is_there(other, entity):
                     raise violation(key, fields, each)
         for fields, new in wanted:
             self._claimed.setdefault((key.collection, fields, new), []).append(key.id)
 
-    def _has(self, key: Key, fields: Fields, value: bytes) -> bool:
-        entity = self._current(key)
-        return entity is not None and stored_digest(entity, fields) == value
-
 
 class Owners:
-    """The owners of all values of one unique index, by digest."""
+    """The owners of all values of one unique index, by digest.
+
+    A value has several owners if those before the last one have expired for the programs that wrote the
+    others, until they are removed.
+    """
 
     def __init__(self, fields: Fields) -> None:
         self.fields = fields
         self.ids: dict[bytes, str] = {}
+        self._others: dict[bytes, list[str]] = {}
+
+    def of(self, value: bytes) -> list[str]:
+        """The ids of the entities that have a value."""
+        owner = self.ids.get(value)
+        return [] if owner is None else [owner, *self._others.get(value, ())]
 
     def replace(
         self, entity_id: str, before: Mapping[str, Value] | None, after: Mapping[str, Value] | None
@@ -132,10 +150,21 @@ class Owners:
         """Follow the change of an entity."""
         old = None if before is None else stored_digest(before, self.fields)
         new = None if after is None else stored_digest(after, self.fields)
-        if old is not None and old != new and self.ids.get(old) == entity_id:
-            del self.ids[old]
-        if new is not None:
-            self.ids[new] = entity_id
+        if old == new:
+            return
+        if old is not None:
+            self._remove(old, entity_id)
+        if new is not None and self.ids.setdefault(new, entity_id) != entity_id:
+            self._others.setdefault(new, []).append(entity_id)
+
+    def _remove(self, value: bytes, entity_id: str) -> None:
+        left = [each for each in self.of(value) if each != entity_id]
+        self.ids.pop(value, None)
+        self._others.pop(value, None)
+        if left:
+            self.ids[value] = left[0]
+        if len(left) > 1:
+            self._others[value] = left[1:]
 
     def claim(self, key: Key, entity: Entity) -> None:
         """Add an entity.

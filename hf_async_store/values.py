@@ -88,7 +88,8 @@ LIGHT_BYTES: Final = MAX_ENTITY_BYTES // 8
 """An entity whose JSON is shorter is never too large: no value has 8 times the size of its JSON."""
 
 NOT_UTF8: Final = re.compile("[\x00\ud800-\udfff]")
-_FIXED_FORM: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z", re.ASCII)
+FIXED_FORM: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\Z", re.ASCII)
+"""The form in which the store writes timestamps."""
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -339,7 +340,7 @@ def parse_timestamp(text: str) -> str | None:
         parsed = datetime.fromisoformat(text)
     except ValueError:
         return None
-    if len(text) == 27 and _FIXED_FORM.match(text):
+    if len(text) == 27 and FIXED_FORM.match(text):
         return text
     if parsed.tzinfo is None:
         parsed = parsed.replace(tzinfo=UTC)

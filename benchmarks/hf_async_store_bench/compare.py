@@ -30,17 +30,9 @@ class Difference(NamedTuple):
 
     def as_json(self) -> dict[str, object]:
         """For a program."""
-        value, low, high = self.change
-        return {
-            "system": self.old.system,
-            "load": self.old.load.name,
-            "old": self.old.rate,
-            "new": self.new.rate,
-            "change": value,
-            "low": low,
-            "high": high,
-            "word": self.word,
-        }
+        names = ("system", "load", "old", "new", "change", "low", "high", "word")
+        cells = (self.old.system, self.old.load.name, self.old.rate, self.new.rate)
+        return dict(zip(names, (*cells, *self.change, self.word), strict=True))
 
 
 def differences(old: Results, new: Results) -> list[Difference]:

@@ -68,17 +68,9 @@ def _figure(
         target, met = f"at least {least:,g}", None if value is None else value >= least
     elif most is not None:
         target, met = f"at most {most:,g}", None if value is None else value <= most
-    return Figure(
-        engine=engine,
-        what=what,
-        unit=unit,
-        target=target,
-        value=value,
-        low=low,
-        high=high,
-        met=met,
-        note=found if isinstance(found, str) else "",
-    )
+    note = found if isinstance(found, str) else ""
+    named = {"engine": engine, "what": what, "unit": unit, "target": target, "note": note}
+    return Figure(**named, value=value, low=low, high=high, met=met)
 
 
 def _measured(results: Results, target: PerformanceTarget) -> Figure:

@@ -86,9 +86,8 @@ class WorkerGroup:
     async def _worker(self, index: int) -> LineProcess:
         plan = messages.Plan(self.system, self.environment, self.load, index, self.seed)
         errors = Path(self.environment.folder).parent / "errors"
-        worker = await LineProcess.start(
-            "worker", messages.encode(plan), errors, self.system.source
-        )
+        first = messages.encode(plan)
+        worker = await LineProcess.start("worker", first, errors, self.system.source)
         self._workers.append(worker)
         return worker
 

@@ -1,4 +1,4 @@
-"""The commands on a whole store: init, health, describe, create-tables, checkpoint."""
+"""The commands on a whole store: init, purge, health, describe, create-tables, checkpoint."""
 
 from __future__ import annotations
 
@@ -41,6 +41,18 @@ async def make_empty(context: Context) -> list[str]:
     # Tables are created at the first use of a store, which this is.
     await context.store.test_connection()
     return []
+
+
+def purge(arguments: Namespace) -> int:
+    context = Context(arguments)
+    collection: str | None = arguments.collection
+
+    async def work(store: StorageStrategy) -> int:
+        removed = await context.with_timeout(store.purge_expired(collection, limit=arguments.limit))
+        output.result(arguments, {"removed": removed}, f"removed {removed:,} expired entities")
+        return 0
+
+    return context.run(work, writes=True, needs_store=True)
 
 
 def health(arguments: Namespace) -> int:

@@ -87,7 +87,7 @@ async def backup_store(
     await require_store(store)
     left_out = await refuse_undeclared(store, "the store", leave_out)
     sort = store.capabilities.default_order != "id"
-    async with store.snapshot() as reader:
+    async with store.snapshot(expired=True) as reader:
         digests = await write_portable(path, reader, store.collections, sort=sort)
     counts = {name: each.count for name, each in digests.items()}
     removed: list[Path] = []

@@ -189,7 +189,7 @@ class Parents:
             batch = wanted[start : start + _FETCH_SIZE]
             for name in {each.collection for each in batch}:
                 keys = [each for each in batch if each.collection == name]
-                stored = await store.get_entities(name, [each.id for each in keys])
+                stored = await store._get_stored(name, [each.id for each in keys])
                 for key, parent in zip(keys, stored, strict=True):
                     if parent is None:
                         raise ReferenceViolationError(

@@ -53,7 +53,7 @@ async def batches_of(
     cursor = progress.cursor
     number = 0
     while True:
-        page = await source.query_page(collection, limit=size, cursor=cursor)
+        page = await source._stored_page(collection, size, cursor)
         forms = list(map(with_canonical, page.items))
         encoded = [each for _, each in forms]
         digest.add_all(encoded)
@@ -160,7 +160,7 @@ class CollectionCopier(msgspec.Struct, kw_only=True):
             waiting, self.waiting = self.waiting, []
             for start in range(0, len(waiting), self.size):
                 ids = waiting[start : start + self.size]
-                entities = await self.source.get_entities(self.declared.name, ids)
+                entities = await self.source._get_stored(self.declared.name, ids)
                 await self._write([each for each in entities if each is not None])
             if len(self.waiting) == len(waiting):
                 raise ReferenceViolationError(

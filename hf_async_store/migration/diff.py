@@ -103,7 +103,10 @@ async def compare_stores(
     for store, what in ((source, "the source"), (target, "the target")):
         await require_store(store, what)
         await refuse_undeclared(store, what, leave_out)
-    async with source.snapshot() as source_reader, target.snapshot() as target_reader:
+    async with (
+        source.snapshot(expired=True) as source_reader,
+        target.snapshot(expired=True) as target_reader,
+    ):
         return await compare_readers(
             source_reader, target_reader, source.collections, limit=limit, advance=advance
         )
@@ -202,7 +205,10 @@ def _encoded(entity: Entity, name: str) -> bytes | None:
 
 async def first_unexpected(source: StorageStrategy, target: StorageStrategy) -> Difference | None:
     """The first entity of the target that the source lacks or that differs; None if there is none."""
-    async with source.snapshot() as source_reader, target.snapshot() as target_reader:
+    async with (
+        source.snapshot(expired=True) as source_reader,
+        target.snapshot(expired=True) as target_reader,
+    ):
         for declared in target.collections.values():
             differences = _unequal(target_reader, source_reader, declared, "extra")
             async with aclosing(differences):

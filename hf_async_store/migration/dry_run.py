@@ -58,7 +58,7 @@ class _DryRun(msgspec.Struct):
     async def check_collection(self, name: str, advance: Callable[[int], None]) -> None:
         declared = self.target.collections[name]
         self.counts[name] = 0
-        async with self.source.snapshot() as reader:
+        async with self.source.snapshot(expired=True) as reader:
             chunk: list[Entity] = []
             query = build_query(self.source.collections[name])
             try:
@@ -97,7 +97,7 @@ class _DryRun(msgspec.Struct):
         keys = [Key(field.parent, each) for each in sorted(parents)]
         found = await reader.fetch(keys)
         ids = [key.id for key, record in zip(keys, found, strict=True) if record is None]
-        in_target = await self.target.get_entities(field.parent, ids)
+        in_target = await self.target._get_stored(field.parent, ids)
         missing = {each for each, stored in zip(ids, in_target, strict=True) if stored is None}
         for entity in chunk if missing else ():
             parent = entity.get(field.name)

@@ -18,8 +18,8 @@ from hf_async_store.errors import (
     ReferenceViolationError,
     StorageError,
 )
-from hf_async_store.repository import RepositoryInterface
 from hf_async_store.schema import Collection
+from hf_async_store.strategy import StorageStrategy
 from hf_async_store.values import UPDATED_AT, VERSION, Entity, canonical, version_of
 
 MergeRule: TypeAlias = Literal["keep", "replace", "newest"]
@@ -63,7 +63,7 @@ def _recency(entity: Entity) -> tuple[str, int]:
 
 
 async def put(
-    store: RepositoryInterface,
+    store: StorageStrategy,
     collection: str,
     entities: Sequence[Entity],
     rule: MergeRule | None,
@@ -108,7 +108,7 @@ async def _merge(
     ids = writer.ids(entities)
     incoming: list[Entity] = []
     expected: dict[str, int | Expect] = {}
-    stored_entities = await writer.store.get_entities(writer.declared.name, ids)
+    stored_entities = await writer.store._get_stored(writer.declared.name, ids)
     for entity_id, entity, stored in zip(ids, entities, stored_entities, strict=True):
         if stored is None:
             expected[entity_id] = ABSENT
@@ -134,7 +134,7 @@ _CONFLICTS: Final = (ConcurrencyConflictError, AlreadyExistsError, EntityNotFoun
 class _BatchWriter(msgspec.Struct):
     """Writes batches of whole entities of one collection into a store."""
 
-    store: RepositoryInterface
+    store: StorageStrategy
     declared: Collection
     stored: bool
     waiting: list[Entity] | None
@@ -161,7 +161,7 @@ class _BatchWriter(msgspec.Struct):
             if self.stored:
                 await self.store._import_stored(name, entities, expected, sizes=sizes)
             else:
-                await self.store.import_entities(name, entities, expected)
+                await self.store._import_restored(name, entities, expected)
         except BatchError as exc:
             return self._refused(entities, exc, tolerated)
         except InvalidInputError as exc:

@@ -19,12 +19,14 @@ from hf_async_store.errors import (
     StorageError,
     StoreNotFoundError,
 )
+from hf_async_store.generators import Owned
+from hf_async_store.query import Query
 from hf_async_store.schema import SYSTEM_COLLECTIONS
 
 if TYPE_CHECKING:
     from hf_async_store.driver import Engine
     from hf_async_store.strategy import StorageStrategy
-    from hf_async_store.values import Value
+    from hf_async_store.values import Entity, Value
 
 _LOCATION_PARTS: Final = (
     "path",
@@ -148,7 +150,13 @@ async def refuse_undeclared_fields(store: StorageStrategy, label: str) -> None:
 
 async def not_empty_in(store: StorageStrategy) -> list[str]:
     """The declared collections of which a store holds any entity."""
-    return [each for each in store.collections if await store.query_entities(each, limit=1)]
+    return [each for each in store.collections if await first_stored(store, each, 1)]
+
+
+async def first_stored(store: StorageStrategy, collection: str, limit: int) -> list[Entity]:
+    """Some entities of a collection, with those that have expired and were not removed."""
+    async with Owned(store._select_stored(Query(collection, limit=limit))) as records:
+        return [each.entity async for each in records]
 
 
 def check_leave_out(leave_out: Iterable[str], schema: Mapping[str, object]) -> None:

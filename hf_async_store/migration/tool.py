@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final, Self
 import msgspec
 
 from hf_async_store.arguments import check_boolean, check_callable, check_declared
+from hf_async_store.changes import Delete
 from hf_async_store.config import MigrationConfig, absolute, load_config, load_migration
 from hf_async_store.errors import (
-    BatchError,
     ConfigurationError,
     MigrationError,
     ReferenceViolationError,
@@ -42,6 +42,7 @@ from hf_async_store.migration.dry_run import enforces_references, find_incompati
 from hf_async_store.migration.merge import RULES, MergeRule, name_of, replaces
 from hf_async_store.migration.store_checks import (
     check_leave_out,
+    first_stored,
     not_empty_in,
     refuse_same,
     refuse_undeclared,
@@ -51,7 +52,7 @@ from hf_async_store.migration.store_checks import (
 from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.strategies import open_store
 from hf_async_store.strategy import StorageStrategy
-from hf_async_store.values import Entity, canonical, version_of
+from hf_async_store.values import Entity, Key, canonical, version_of
 
 if TYPE_CHECKING:
     from hf_async_store.config import ConfigSource
@@ -304,7 +305,10 @@ class MigrationTool:
 
     async def compare(self) -> Comparison:
         """Compare the declared collections: counts, digests, and the first differences."""
-        async with self.source.snapshot() as source, self.target.snapshot() as target:
+        async with (
+            self.source.snapshot(expired=True) as source,
+            self.target.snapshot(expired=True) as target,
+        ):
             return await compare_readers(
                 source, target, self.source.collections, advance=partial(self.advance, "verify")
             )
@@ -521,7 +525,7 @@ class MigrationTool:
     ) -> Iterable[tuple[str, Entity, Entity | None]]:
         """Entities of the source, each with its id and its copy in the target, if there is one."""
         ids = list(map(self.source.collections[name].id_of, entities))
-        return zip(ids, entities, await self.target.get_entities(name, ids), strict=True)
+        return zip(ids, entities, await self.target._get_stored(name, ids), strict=True)
 
     async def _verify(self, merge: MergeRule | None, report: MigrationReport) -> None:
         try:
@@ -564,7 +568,7 @@ class MigrationTool:
         await self._refuse_same_store()
         await self._refuse_undeclared()
         for name in reversed(list(self.source.collections)):
-            while entities := await self.source.query_entities(name, limit=_CHUNK_SIZE):
+            while entities := await first_stored(self.source, name, _CHUNK_SIZE):
                 deleted = await self._clean_batch(name, entities, merge)
                 report.collections[name].cleaned += deleted
                 self.advance("clean", deleted)
@@ -584,26 +588,27 @@ class MigrationTool:
                     "verified, and differs from the target; all entities that were deleted from the "
                     "source are in the target"
                 )
-        try:
-            return len(await self.source.delete_entities(name, list(versions), versions))
-        except BatchError as exc:
-            errors = [
-                (entity, each)
-                for entity, each in zip(entities, exc.outcomes, strict=True)
-                if isinstance(each, StorageError)
-            ]
-            deleted = len(entities) - len(errors)
-            if deleted and all(isinstance(each, ReferenceViolationError) for _, each in errors):
-                return deleted  # the others are parents, whose children are deleted by now
-            first, error = errors[0]
-            raise _failed(
-                "the target was verified, but the source could not be emptied completely; all "
-                "entities that were deleted from the source are in the target. If no program has "
-                "written to the source since, use the target, and delete the rest of the source "
-                "yourself. The first error: "
-                f"{name_of(self.source.collections[name], first)}",
-                error,
-            ) from exc
+        deletes = [Delete(Key(name, each), version) for each, version in versions.items()]
+        outcomes = await self.source._import(deletes)
+        errors = [
+            (entity, each)
+            for entity, each in zip(entities, outcomes, strict=True)
+            if isinstance(each, StorageError)
+        ]
+        deleted = len(entities) - len(errors)
+        if not errors or (
+            deleted and all(isinstance(each, ReferenceViolationError) for _, each in errors)
+        ):
+            return deleted  # the others are parents, whose children are deleted by now
+        first, error = errors[0]
+        raise _failed(
+            "the target was verified, but the source could not be emptied completely; all "
+            "entities that were deleted from the source are in the target. If no program has "
+            "written to the source since, use the target, and delete the rest of the source "
+            "yourself. The first error: "
+            f"{name_of(self.source.collections[name], first)}",
+            error,
+        ) from error
 
 
 # -- functions ------------------------------------------------------------------------------

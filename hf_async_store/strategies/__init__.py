@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from msgspec.structs import replace
 
-from hf_async_store.arguments import is_listed
-from hf_async_store.errors import ConfigurationError
+from hf_async_store.arguments import check_callable, check_seconds, is_listed
+from hf_async_store.errors import ConfigurationError, InvalidInputError
+from hf_async_store.expiry import PURGE_SECONDS
 from hf_async_store.schema import HOST_FACTORY, Collection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from datetime import datetime
     from pathlib import Path
 
     from hf_async_store.config import ConfigSource, StorageConfig
@@ -35,6 +37,8 @@ def open_store(
     *,
     collections: Iterable[Collection] = HOST_FACTORY,
     follow_moves: Iterable[ConfigSource] = (),
+    clock: Callable[[], datetime] | None = None,
+    purge_seconds: float | None = PURGE_SECONDS,
 ) -> StorageStrategy:
     """Create the store of a configuration, for use with `async with`.
 
@@ -46,6 +50,11 @@ def open_store(
         collections: the declared collections; by default those of the spec.
         follow_moves: the stores to which this store may be followed during a live migration, in any
             of the forms of `config`, in addition to those listed in `config`.
+        clock: returns the time, with a time zone, for tests: it decides what has expired, and gives
+            `created_at` and `updated_at`. By default, the clock of the machine. A time before that of an
+            earlier call counts as that one.
+        purge_seconds: how long the store, while it is open, pauses between two removals of expired
+            entities in the background; None: it does not remove them.
 
     Raises:
         ConfigurationError: names the path of the invalid key and what is expected there.
@@ -62,7 +71,15 @@ def open_store(
     permitted = permitted_moves(list(follow_moves))
     if permitted:
         loaded = replace(loaded, follow_moves=(*loaded.follow_moves, *permitted))
-    return strategy_type(loaded.strategy)(loaded, collections=collections)
+    if clock is not None:
+        check_callable(clock, "clock")
+    if purge_seconds is not None:
+        check_seconds(purge_seconds, "purge_seconds")
+        if purge_seconds <= 0:
+            raise InvalidInputError("purge_seconds must be greater than 0, or None")
+    store = strategy_type(loaded.strategy)(loaded, collections=collections)
+    store._set_clock(clock, purge_seconds)
+    return store
 
 
 class StrategyType(Protocol):

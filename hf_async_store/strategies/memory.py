@@ -88,9 +88,8 @@ class _Stored(Mapping[Key, Entity]):
         return self.tables[collection]
 
     def owners(self, collection: str, fields: Fields, digest: bytes) -> list[str]:
-        """The id of the entity that has the values of a digest, if any."""
-        owner = self.table(collection).known_owners(fields).ids.get(digest)
-        return [] if owner is None else [owner]
+        """The ids of the entities that have the values of a digest."""
+        return self.table(collection).known_owners(fields).of(digest)
 
     def get(self, key: Key, default: Any = None) -> Any:  # a third of the time of `Mapping.get`
         return self.table(key.collection).entities.get(key.id, default)
@@ -211,6 +210,7 @@ class MemoryEngine(Engine):
             outcomes: list[Outcome] = []
             async for chunk in Chunks(changes, _WRITE_CHUNK):
                 for change in chunk:
+                    self._refuse_closed()
                     overlay = self._overlay()
                     outcomes.append(overlay.apply(change))
                     await self._commit(overlay)
@@ -255,6 +255,7 @@ class MemoryEngine(Engine):
 
     async def _commit(self, overlay: Overlay) -> None:
         """Apply the changes to the tables. The write lock is held."""
+        self._refuse_closed()
         images: dict[str, dict[str, Entity | None]] = {}
         async for chunk in Chunks(overlay.changes.items(), _CHUNK_SIZE):
             for key, entity in chunk:
@@ -265,7 +266,7 @@ class MemoryEngine(Engine):
             for name, each in images.items()
             if tables[name].is_bulk(each)
         }
-        self._refuse_closed()
+        self._refuse_closed()  # it may have been closed during one of the awaits
         for name, each in images.items():
             tables[name].apply(each, merged.get(name))
 

@@ -16,13 +16,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store import strategies
+from hf_async_store.expiry import PURGE_SECONDS
 from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.sync.calls import Stream
 from hf_async_store.sync.store import Claim, Repository, Snapshot, Store, Transaction
 from hf_async_store.sync.typed import TypedCollection
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from datetime import datetime
     from pathlib import Path
 
     from hf_async_store.config import ConfigSource, StorageConfig
@@ -61,13 +63,21 @@ def open_store(
     *,
     collections: Iterable[Collection] = HOST_FACTORY,
     follow_moves: Iterable[ConfigSource] = (),
+    clock: Callable[[], datetime] | None = None,
+    purge_seconds: float | None = PURGE_SECONDS,
 ) -> Store:
     """As `hf_async_store.open_store`, for use with `with`.
 
     The store has the methods of its strategy: it is a `JSONStore`, `SQLStore` or `DynamoDBStore`.
     """
     return blocking_store(
-        strategies.open_store(config, collections=collections, follow_moves=follow_moves)
+        strategies.open_store(
+            config,
+            collections=collections,
+            follow_moves=follow_moves,
+            clock=clock,
+            purge_seconds=purge_seconds,
+        )
     )
 
 

@@ -354,11 +354,12 @@ class Store(Repository):
         )
 
     @contextmanager
-    def snapshot(self) -> Iterator[Snapshot]:
+    def snapshot(self, *, expired: bool = False) -> Iterator[Snapshot]:
         """As `StorageStrategy.snapshot`."""
-        with Context(self._opened(), self._target.snapshot()) as reader:
+        with Context(self._opened(), self._target.snapshot(expired=expired)) as reader:
             yield Snapshot(reader, self._loop_thread)
 
+    purge_expired = blocking(strategy.StorageStrategy.purge_expired)
     # -- claims and locks --------------------------------------------------------------------
 
     def claim_entities(

@@ -23,6 +23,8 @@ from hf_async_store.testing.changed_declarations import ChangedDeclarationContra
 from hf_async_store.testing.claims import ClaimContract
 from hf_async_store.testing.declarations import DeclarationContract
 from hf_async_store.testing.entities import EntityContract
+from hf_async_store.testing.expiry import ExpiryContract
+from hf_async_store.testing.expiry_of_owners import OwnerExpiryContract
 from hf_async_store.testing.field_operations import FieldOperationContract
 from hf_async_store.testing.filtered_changes import FilteredChangeContract
 from hf_async_store.testing.groups import GroupContract
@@ -82,6 +84,8 @@ class StrategyContract(
     GroupContract,
     UniqueIndexContract,
     ClaimContract,
+    ExpiryContract,
+    OwnerExpiryContract,
 ):
     """All cases of the contract."""
 

@@ -19,7 +19,7 @@ import asyncio
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeAlias, TypeVar
 
@@ -35,13 +35,24 @@ from hypothesis.stateful import (
 
 from hf_async_store.changes import ABSENT
 from hf_async_store.errors import BatchError, StorageError
+from hf_async_store.expiry import Expire
 from hf_async_store.field_operations import add_to_set, append, increment, remove_from_set
-from hf_async_store.schema import HOST_FACTORY
+from hf_async_store.lifetimes import Lifetimes
+from hf_async_store.query import not_in
+from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.strategies.memory import MemoryStorageStrategy
 from hf_async_store.testing import hypothesis_strategies
 from hf_async_store.testing.assertions import typed
 from hf_async_store.testing.hypothesis_strategies import Places, chance, pick
-from hf_async_store.values import CREATED_AT, INT_MAX, MAX_ENTITY_BYTES, REMOVE, UPDATED_AT
+from hf_async_store.values import (
+    CREATED_AT,
+    INT_MAX,
+    MAX_ENTITY_BYTES,
+    REMOVE,
+    UPDATED_AT,
+    normalise,
+    parse_timestamp,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -49,7 +60,6 @@ if TYPE_CHECKING:
     from hf_async_store.driver import Capabilities
     from hf_async_store.query import Path
     from hf_async_store.repository import RepositoryInterface
-    from hf_async_store.schema import Collection
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.transaction import Transaction
 
@@ -482,6 +492,43 @@ def supported_steps(script: Script, capabilities: Capabilities) -> Script:
 
 
 _CALLS: Final = calls_on(HOST_FACTORY)
+# -- time -----------------------------------------------------------------------------------
+
+_EXPIRY: Final = {
+    "requests": Expire(
+        "completed_at", after=timedelta(days=1), where={"status": not_in(["", "a"])}
+    ),
+    "machines": Expire("terminated_at"),
+}
+_EXPIRING: Final = tuple(
+    Collection(
+        each.name,
+        key=each.key,
+        fields=[field for field in each.fields.values() if field.name != each.key],
+        indexes=each.indexes,
+        expires=_EXPIRY.get(each.name),
+    )
+    for each in HOST_FACTORY
+)
+"""`HOST_FACTORY`, of which requests and machines expire."""
+
+
+class _Time:
+    """A clock that begins before all timestamps of the operations."""
+
+    def __init__(self) -> None:
+        self.now = datetime.min.replace(tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def set(self, store: StorageStrategy) -> StorageStrategy:
+        """Let a store use this clock, and its entities expire."""
+        store._set_clock(self, None)
+        references = store.capabilities.references
+        store._lifetimes = Lifetimes(_EXPIRING, store._clock, references=references)
+        return store
+
 
 # -- the machine ----------------------------------------------------------------------------
 
@@ -503,7 +550,8 @@ class EngineMachine(RuleBasedStateMachine):
         with self._stack as stack:
             self._runner = stack.enter_context(asyncio.Runner(loop_factory=asyncio.new_event_loop))
             self._stores = stack.enter_context(type(self).make_stores())
-            self._engine = self._stores(HOST_FACTORY)
+            self._time = _Time()
+            self._engine = self._time.set(self._stores(HOST_FACTORY))
             self._capabilities = self._engine.capabilities
             self._memory = MemoryStorageStrategy(
                 {
@@ -512,6 +560,7 @@ class EngineMachine(RuleBasedStateMachine):
                 },
                 collections=HOST_FACTORY,
             )
+            self._time.set(self._memory)
             self._runner.run(self._engine.open())
             self._runner.run(self._memory.open())
             self._stack = stack.pop_all()
@@ -568,12 +617,26 @@ class EngineMachine(RuleBasedStateMachine):
     def change_by_filter(self, call: Call) -> None:
         self._compare_call(call)
 
+    @rule(at=hypothesis_strategies.timestamps)
+    def time_passes(self, at: str | datetime) -> None:
+        """Entities expire at exactly this time."""
+        moment = parse_timestamp(str(normalise(at)))
+        assert moment is not None
+        self._time.now = max(self._time.now, datetime.fromisoformat(moment))
+        self._compare_contents()
+
+    @rule()
+    def purge(self) -> None:
+        """The removal of expired entities does not change what is found."""
+        self._compare_call(Call("purge_expired", (), {}))
+        self._compare_contents()
+
     @precondition(lambda self: self._capabilities.durable)
     @rule()
     def reopen(self) -> None:
         """Acknowledged changes are found by the next store that is opened on the data."""
         self._runner.run(self._engine.close())
-        self._engine = self._stores(HOST_FACTORY)
+        self._engine = self._time.set(self._stores(HOST_FACTORY))
         self._runner.run(self._engine.open())
         self._compare_contents()
 

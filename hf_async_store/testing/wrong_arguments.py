@@ -115,6 +115,8 @@ ACCEPTED: Final[Mapping[str, tuple[str, ...]]] = {
     "max_attempts": ("none", "integer"),
     "name": ("text",),
     "permits.limit": ("integer",),
+    "purge_expired.collection": ("none",),
+    "expired": ("boolean",),
 }
 """The kinds that a parameter accepts, by its name or `METHOD.NAME`. All others must be refused."""
 

@@ -60,8 +60,10 @@ async def test_three_processes_on_data_from_the_field(
     out = capsys.readouterr().out
     assert re.search(r"Working on a copy of .*: \d+ templates, \d+ requests, [\d,]+ machines", out)
     assert re.search(r"Killed process 3 \(pid \d+\) with SIGKILL", out)
+    assert re.search(r"\(killed\): \d+ of its claims were taken over after their leases", out)
+    assert re.search(r"what has expired is absent, and is removed by a purge +[1-9]", out)
     assert re.search(r"initial entities that were not written are unchanged +[1-9]", out)
-    assert "PASSED: all 12 invariants hold" in out
+    assert "PASSED: all 14 invariants hold" in out
     assert digests(field_data) == before
     assert list((tmp_path / "tmp").iterdir()) == []
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
 
-from hf_async_store import StorageStrategy, Transaction
+from hf_async_store import StorageStrategy, Transaction, open_store
 from hf_async_store.changes import PRESENT, Change, Delete, Outcome, Patch, Put
 from hf_async_store.strategies.json import JSONStorageStrategy
 from hf_async_store.strategies.memory import MemoryStorageStrategy
 from hf_async_store.values import Key
 from hf_async_store_bench.demo import orchestrator
 from hf_async_store_bench.demo.data import OPEN, Source
-from hf_async_store_bench.demo.plan import Settings
+from hf_async_store_bench.demo.plan import Plan, Settings
 from hf_async_store_bench.demo.runner import FAILED, run_demo
 
 if TYPE_CHECKING:
@@ -210,6 +211,55 @@ async def test_a_fault_is_detected(liar: str, capsys: pytest.CaptureFixture[str]
     assert broken <= set(re.findall(r"[a-z]+", last.partition("broken:")[2].partition("(")[0]))
     for each in broken:
         assert re.search(rf"^  {each}: (machines|requests|templates)/demo-[0-9a-f]+-", out, re.M)
+
+
+class TwoHolders(MemoryStorageStrategy):
+    """Lets others claim what is claimed."""
+
+    async def claim_entities(self, collection, *args, **more):  # type: ignore[no-untyped-def]
+        claims = await super().claim_entities(collection, *args, **more)
+        for each in claims:
+            await self.break_claim(collection, each.id)
+        return claims
+
+
+class NotPurging(MemoryStorageStrategy):
+    """Removes nothing that has expired."""
+
+    async def purge_expired(self, *args, **more):  # type: ignore[no-untyped-def]
+        return 0
+
+
+def an_hour_ago() -> datetime:
+    return datetime.now(UTC) - timedelta(hours=1)
+
+
+async def test_two_holders_of_a_request_are_detected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(orchestrator, "_DRAIN_SECONDS", 0.5)
+    assert await run_demo(settings(seconds=2.0), lambda plan: TwoHolders()) == FAILED
+    assert re.search(r"^  holders: requests/demo-\S+: claim", capsys.readouterr().out, re.M)
+
+
+async def test_what_is_not_purged_is_detected(capsys: pytest.CaptureFixture[str]) -> None:
+    def opening(plan: Plan) -> StorageStrategy:
+        return NotPurging(collections=plan.collections())
+
+    assert await run_demo(settings(), opening) == FAILED
+    out = capsys.readouterr().out
+    assert re.search(r"^  expired: requests/demo-\S+: has expired, and is there", out, re.M)
+    assert "FAILED: broken: expired (" in out
+
+
+async def test_what_does_not_expire_is_detected(capsys: pytest.CaptureFixture[str]) -> None:
+    def opening(plan: Plan) -> StorageStrategy:
+        return open_store("memory:", collections=plan.collections(), clock=an_hour_ago)
+
+    assert await run_demo(settings(), opening) == FAILED
+    out = capsys.readouterr().out
+    assert re.search(r"^  acknowledged: requests/demo-\S+: is there, and its delete", out, re.M)
+    assert re.search(r"^  expired: requests/demo-\S+: has expired, and is there", out, re.M)
 
 
 async def test_a_change_that_no_process_made_is_detected(

@@ -9,7 +9,7 @@ import pytest
 
 from hf_async_store.schema import HOST_FACTORY, Schema
 from hf_async_store_bench.demo.verify import Verifier
-from hf_async_store_bench.demo.write_log import Answer, ProcessLog, Write, WriteLog
+from hf_async_store_bench.demo.write_log import Answer, Hold, ProcessLog, Write, WriteLog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +55,7 @@ def noted(work: str, *writes: tuple[Write, list[Answer] | None], whole: bool = F
         number = write_log.intent(work, [each for each, _ in writes], whole=whole)
         answers = [each for _, each in writes if each is not None]
         if answers:
-            write_log.done(number, answers, 0.1, 0)
+            write_log.done(number, answers, 0.1)
 
     return script
 
@@ -246,6 +246,59 @@ def test_one_timestamp_in_several_forms_is_equal(tmp_path: Path) -> None:
     assert broken(tmp_path, {"templates": {"t": fixed}}, **base) == {}
 
 
+# -- claims ----------------------------------------------------------------------------------
+
+
+def held(token: int, began: float, until: float, *, ended: bool = True) -> Script:
+    return lambda write_log: write_log.note(Hold(REQUEST, token, began, until, ended))
+
+
+def test_claims_of_one_request_follow_each_other(tmp_path: Path) -> None:
+    assert broken(tmp_path, {}, held(1, 0.0, 2.0), held(2, 2.0, 3.0)) == {}
+
+
+def test_two_holders_at_once(tmp_path: Path) -> None:
+    seen = broken(tmp_path, {}, held(1, 0.0, 2.0), held(2, 1.5, 3.0))
+    assert seen == {"holders": f"requests/{REQUEST}: claim 2 began -0.50 s after claim 1 ended"}
+
+
+def test_a_later_claim_has_a_greater_token(tmp_path: Path) -> None:
+    seen = broken(tmp_path, {}, held(2, 0.0, 1.0), held(2, 2.0, 3.0))
+    assert seen == {"holders": f"requests/{REQUEST}: claim 2 began 1.00 s after claim 2 ended"}
+
+
+@pytest.mark.parametrize(("began", "holds"), [(2.9, False), (3.1, True)])
+def test_a_killed_holder_keeps_its_claim_until_its_lease_ends(
+    tmp_path: Path, began: float, holds: bool
+) -> None:
+    killed = sequence(held(1, 0.0, 3.0, ended=False))
+    seen = broken(tmp_path, {}, killed, held(2, began, 5.0))
+    assert (seen == {}) is holds
+    verifier = examined(tmp_path, {}, {}, killed, held(2, began, 5.0))
+    assert [verifier.taken_over(each) for each in verifier.logs] == [1, 0]
+
+
+def test_the_last_note_of_a_claim_counts(tmp_path: Path) -> None:
+    """It was ended before its lease had."""
+    first = sequence(held(1, 0.0, 3.0, ended=False), held(1, 0.0, 1.0))
+    assert broken(tmp_path, {}, first, held(2, 1.5, 2.0)) == {}
+
+
+def test_a_write_under_a_lost_claim_is_in_doubt(tmp_path: Path) -> None:
+    """It may have been applied or not, and the process that lost the claim goes on."""
+    base = {"t": {"template_id": "t", "uses": 2, "version": 1}}
+
+    def cancelled(write_log: WriteLog) -> None:
+        write_log.done(write_log.intent("count", [STEP]), [])
+
+    for uses in (2, 3, 4):
+        stored: dict[str, Any] = {
+            "templates": {"t": {"template_id": "t", "uses": uses, "version": uses - 1}}
+        }
+        seen = broken(tmp_path, stored, sequence(), cancelled, templates=base)
+        assert (seen == {}) is (uses < 4)
+
+
 # -- the logs --------------------------------------------------------------------------------
 
 
@@ -266,6 +319,6 @@ def test_an_incomplete_last_line_is_caused_by_the_kill(tmp_path: Path) -> None:
 def test_a_refused_write_is_not_unfinished(tmp_path: Path) -> None:
     file = tmp_path / "refused.notes"
     with WriteLog(file) as write_log:
-        write_log.done(write_log.intent("acquire", [STEP]), None, 0, 4)
+        write_log.done(write_log.intent("acquire", [STEP]), None)
     notes = ProcessLog.of(file)
-    assert (notes.operations, notes.unanswered, notes.conflicts) == ([], [], 4)
+    assert (notes.operations, notes.unanswered) == ([], [])

@@ -36,8 +36,8 @@ class Stores:
             save=self._save,
             advance=lambda count: None,
         )
-        self._page, self._import = source.query_page, target._import_stored
-        source.query_page = self._reading  # type: ignore[method-assign, assignment]
+        self._page, self._import = source._stored_page, target._import_stored
+        source._stored_page = self._reading  # type: ignore[method-assign, assignment]
         target._import_stored = self._writing  # type: ignore[method-assign, assignment]
 
     read: Callable[[int], Awaitable[object]]

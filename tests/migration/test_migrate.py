@@ -665,7 +665,7 @@ async def test_a_slow_target_causes_backpressure(tmp_path: Path) -> None:
     async with opened("memory:") as source, opened("memory:") as target:
         await source.create_entities("items", [{"item_id": f"i-{n:04d}"} for n in range(400)])
         read = written = furthest = 0
-        page, write = source.query_page, target._import_stored
+        page, write = source._stored_page, target._import_stored
 
         async def reading(*arguments: object, **named: object) -> object:
             nonlocal read, furthest
@@ -683,7 +683,7 @@ async def test_a_slow_target_causes_backpressure(tmp_path: Path) -> None:
             written += len(entities)
             return done
 
-        source.query_page = reading  # type: ignore[method-assign, assignment]
+        source._stored_page = reading  # type: ignore[method-assign, assignment]
         target._import_stored = writing  # type: ignore[method-assign, assignment]
         await _migrate(source, target, tmp_path, batch_size=10, parallel_workers=3)
         # Batches held by the workers, in the queue, and held by the reader.

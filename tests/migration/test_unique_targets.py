@@ -31,7 +31,10 @@ async def filled(url: str, collections: Iterable[Collection], *more: dict[str, o
 
 
 @pytest.mark.parametrize("kind", ["json", "sqlite"])
-async def test_81_a_migration_names_what_breaks_the_target(tmp_path: Path, kind: str) -> None:
+async def test_81_a_migration_names_what_breaks_the_target(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the progress file is written there
     source = f"json:{tmp_path}/source.json"
     target = f"{kind}:{tmp_path}/target.{kind}"
     await filled(source, PLAIN, {"host_id": "h-50", "name": "web-7"})

@@ -12,6 +12,7 @@ import pytest
 from hf_async_store import (
     Collection,
     ConfigurationError,
+    Expire,
     Field,
     Index,
     MigrationTool,
@@ -33,7 +34,13 @@ if TYPE_CHECKING:
 MEMORY = {"storage": {"strategy": "memory"}}
 FUNCTIONS: dict[Any, tuple[dict[str, tuple[str, ...]], dict[str, object]]] = {
     open_store: (
-        {"config": (), "collections": (), "follow_moves": ()},
+        {
+            "config": (),
+            "collections": (),
+            "follow_moves": (),
+            "clock": ("none", "function"),
+            "purge_seconds": ("none", "integer", "float"),
+        },
         {"config": MEMORY},
     ),
     load_config: ({"source": ("empty dict", "dict")}, {"source": MEMORY}),
@@ -44,8 +51,13 @@ FUNCTIONS: dict[Any, tuple[dict[str, tuple[str, ...]], dict[str, object]]] = {
             "fields": ("list", "set"),
             "indexes": (),
             "open": ("boolean",),
+            "expires": ("none",),
         },
         {"name": "jobs", "key": "job_id"},
+    ),
+    Expire: (
+        {"field": ("text",), "after": (), "where": ("none", "empty dict", "dict")},
+        {"field": "expires_at"},
     ),
     Field: (
         {

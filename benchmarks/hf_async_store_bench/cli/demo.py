@@ -7,10 +7,10 @@ from typing import Final
 
 from hf_async_store_bench.cli.types import at_least_one, positive
 
-SUMMARY: Final = "run a demonstration: several processes use one store, and one of them is killed"
+SUMMARY: Final = "run a demonstration: several processes share work, and one of them is killed"
 MANUAL: Final = """\
 With --store URL or --config FILE (not HF_ASYNC_STORE) the demo runs on that store, otherwise on
-a temporary one. Records that it creates (demo-...) or imports (--data) remain; it changes no others.
+a temporary one. Of its records (demo-... and --data), completed returns expire; it changes no others.
 """
 _DATA: Final = (
     "start from a copy of this JSON store, in any layout "

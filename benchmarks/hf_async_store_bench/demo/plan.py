@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import argparse
 import random
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from hf_async_store import StorageStrategy, open_store
+from hf_async_store import (
+    HOST_FACTORY,
+    Collection,
+    Expire,
+    StorageStrategy,
+    begins_with,
+    open_store,
+)
 
+KEPT_SECONDS: Final = 1.0  # how long returns of the run are kept after their completion
 _LARGEST: Final = 1000  # machines, of every so many requests
 _LARGE_EVERY: Final = 20
 
@@ -54,28 +63,33 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     sizes: list[int] = []
     endless: bool = False
     templates: list[str] = []
-    counters: list[str] = []
     adopted: list[str] = []
 
     def open(self) -> StorageStrategy:
         """The store, not entered yet."""
         store = self.settings.store
-        return open_store(store if store is not None else Path(str(self.settings.config)))
+        place = store if store is not None else Path(str(self.settings.config))
+        return open_store(place, collections=self.collections(), purge_seconds=KEPT_SECONDS)
+
+    def collections(self) -> list[Collection]:
+        """Those of the spec; completed returns of the run expire, and nothing else."""
+        where = {"status": "COMPLETED", "request_id": begins_with(f"{self.prefix}return-")}
+        expires = Expire("completed_at", after=timedelta(seconds=KEPT_SECONDS), where=where)
+        templates, old, machines = HOST_FACTORY
+        fields = list(old.fields.values())[
+            1:-2
+        ]  # a collection declares its key and its times itself
+        new = Collection(old.name, key=old.key, fields=fields, indexes=old.indexes, expires=expires)
+        return [templates, new, machines]
 
 
 def draw_sizes(seed: int, process: int, requests: int) -> list[int]:
     """How many machines each request of a process asks for: mostly few, a burst now and then."""
     chance = random.Random(f"sizes-{seed}-{process}")
-    sizes = [_size(chance) for _ in range(requests)]
+    ranges = chance.choices([(1, 10), (11, 50), (100, 300)], [0.7, 0.25, 0.05], k=requests)
+    sizes = [chance.randint(*each) for each in ranges]
     sizes[::_LARGE_EVERY] = [_LARGEST for _ in sizes[::_LARGE_EVERY]]
     return sizes
-
-
-def _size(chance: random.Random) -> int:
-    kind = chance.random()
-    if kind < 0.7:
-        return chance.randint(1, 10)
-    return chance.randint(11, 50) if kind < 0.95 else chance.randint(100, 300)
 
 
 def shares(total: int, parts: int) -> list[int]:

@@ -22,18 +22,6 @@ _SHOWN: Final = 10  # failures of one invariant that are printed
 _SHARES: Final = (0.5, 0.95, 0.99, 1.0)
 _GOOD, _BAD = "bold green", "bold red"
 _STYLES: Final = {"holds": _GOOD, "BROKEN": _BAD, "PASSED": _GOOD, "FAILED": _BAD}
-# What is counted: acknowledged writes to a collection, by the operation that made them.
-_COUNTED: Final = {
-    ("requests", "acquire"): "requests for machines",
-    ("requests", "create"): "requests for machines",
-    ("machines", "acquire"): "machines created",
-    ("machines", "create batch"): "machines created",
-    ("machines", "status write"): "machine status writes",
-    ("requests", "request write"): "request status writes",
-    ("requests", "return"): "returns",
-    ("machines", "terminate"): "machines returned",
-    ("templates", "count up"): "counter steps",
-}
 
 
 class Screen:
@@ -84,20 +72,18 @@ def print_work(screen: Screen, logs: Mapping[str, ProcessLog]) -> None:
     """Operations, by process."""
     columns = list(map(_counted, logs.values()))
     columns.append(sum(columns, Counter()))
-    kinds = (*_COUNTED.values(), "polls", "conflicts that were retried", "entity writes")
-    rows = [[kind, *(f"{each[kind]:,}" for each in columns)] for kind in dict.fromkeys(kinds)]
+    rows = [[kind, *(f"{each[kind]:,}" for each in columns)] for kind in columns[-1]]
     screen.table("Operations", ["", *logs, "together"], rows)
 
 
 def _counted(log: ProcessLog) -> Counter[str]:
-    counted: Counter[str] = Counter()
+    done = {"create": "created", "delete": "deleted"}
+    counted = Counter(claims=len(log.holds), polls=len(log.reads))
     for operation in log.operations:
         for write, _, answer in operation.each():
             if isinstance(answer, int) or answer == "deleted":
                 counted["entity writes"] += 1
-                counted[_COUNTED.get((write.collection, operation.intent.work), "")] += 1
-    counted["polls"] = len(log.reads)
-    counted["conflicts that were retried"] = log.conflicts
+                counted[f"{write.collection} {done.get(write.kind, 'updated')}"] += 1
     return counted
 
 
@@ -125,12 +111,15 @@ def print_speed(screen: Screen, logs: Collection[ProcessLog], seconds: float) ->
 
 
 def print_unanswered(screen: Screen, verifier: Verifier, logs: Mapping[str, ProcessLog]) -> None:
-    """The writes without an acknowledgement: how many of them were applied."""
+    """What a kill left: writes without an acknowledgement, some of them applied, and claims."""
     for name, log in logs.items():
         if lost := log.unanswered:
             kinds = ", ".join(sorted({operation.intent.work for operation in lost}))
             applied = f"{verifier.applied(lost)} of them were applied"
             screen.line(f"\n{name}: {len(lost)} unacknowledged writes ({kinds}); {applied}")
+        if log.killed:
+            taken = verifier.taken_over(log)
+            screen.line(f"{name}: {taken} of its claims were taken over after their leases")
 
 
 def print_verdict(screen: Screen, invariants: Sequence[Invariant], kept: str | None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -21,8 +21,8 @@ from hf_async_store.config import DynamoDBConfig, load_config
 from hf_async_store_bench.data import transaction_limit
 from hf_async_store_bench.demo import data, report
 from hf_async_store_bench.demo.orchestrator import Orchestrator
-from hf_async_store_bench.demo.plan import Plan, Settings, draw_sizes, shares
-from hf_async_store_bench.demo.verify import Verifier, compare_indexes, read_back
+from hf_async_store_bench.demo.plan import KEPT_SECONDS, Plan, Settings, draw_sizes, shares
+from hf_async_store_bench.demo.verify import Verifier, compare_indexes, purge, read_back
 from hf_async_store_bench.demo.worker import GO, Worker
 from hf_async_store_bench.demo.write_log import ProcessLog, WriteLog
 from hf_async_store_bench.processes import run_to_completion
@@ -31,7 +31,6 @@ from hf_async_store_bench.servers import ServerUnavailable, any_credentials, dyn
 Opening: TypeAlias = Callable[[Plan], StorageStrategy]
 
 PASSED, FAILED = 0, 4
-_COUNTERS: Final = 3
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_DYNAMODB", "AWS_ENDPOINT_URL")
 _END_SECONDS: Final = 60.0  # how long a worker may take beyond its time before it counts as stuck
 
@@ -68,10 +67,9 @@ class _Run:
             store = await stack.enter_async_context(self._opening(plan))
             can = store.capabilities
             plan = await self._prepare(store, plan)
-            await self._introduce(store)
+            self._introduce(store)
             if not can.multi_process:
-                alone = f"processes cannot share a store of the {can.engine} engine"
-                self._screen.stage(f"One process only: {alone}.")
+                self._screen.stage(f"One process only: no others can use a {can.engine} store.")
             plans = self._plans(plan, self._settings.processes if can.multi_process else 1)
             seconds = await self._work(store, plans)
             if can.durable or can.multi_process:
@@ -85,16 +83,15 @@ class _Run:
                 self._screen.stage("Verifying in the open store: it does not outlive its closing.")
             return await self._report(store, plans, seconds)
 
-    async def _introduce(self, store: StorageStrategy) -> None:
+    def _introduce(self, store: StorageStrategy) -> None:
         """Print the capabilities of the store, which determine how the run is done."""
         can = store.capabilities
         limit = transaction_limit(can)
-        plan = await store.explain_query("machines", {"request_id": "any"}, "created_at")
         durable = "durable" if can.durable else "not durable"
         many = "any number of" if limit is None else f"up to {limit}"
         self._screen.stage(
             f"The {can.engine} engine: {durable}, {many} entities in a transaction, query isolation "
-            f"{can.query_isolation!r}; machines of a request are found by {plan.index or plan.access}."
+            f"{can.query_isolation!r}."
         )
 
     def _first_plan(self) -> Plan:
@@ -114,14 +111,13 @@ class _Run:
         templates = list(self._base["templates"])
         if not templates:
             self._screen.stage("The run generates templates.")
-            templates = await self._create_templates(store, data.made_up(self._prefix))
-        ids = [f"{self._prefix}counter-{number}" for number in range(_COUNTERS)]
-        made = [{"template_id": each, "name": "a counter", "uses": 0} for each in ids]
-        counters = await self._create_templates(store, made)
+            made = data.made_up(self._prefix)
+            await store.create_entities("templates", made)
+            self._base["templates"] = {i["template_id"]: {**i, "version": 1} for i in made}
+            templates = list(self._base["templates"])
         requests = self._base["requests"].items()
         adopted = [name for name, each in requests if each.get("status") in data.OPEN]
-        names = {"templates": templates, "counters": counters, "adopted": adopted}
-        return msgspec.structs.replace(plan, **names)
+        return msgspec.structs.replace(plan, templates=templates, adopted=adopted)
 
     async def _load(self, store: StorageStrategy) -> None:
         source = data.chosen(self._settings.data)
@@ -141,15 +137,6 @@ class _Run:
         else:
             self._screen.stage(f"The store has some of {source} already: nothing is imported.")
 
-    async def _create_templates(
-        self, store: StorageStrategy, templates: Sequence[dict[str, Any]]
-    ) -> list[str]:
-        await store.create_entities("templates", templates)
-        ids = [str(each["template_id"]) for each in templates]
-        for name, each in zip(ids, templates, strict=True):
-            self._base["templates"][name] = {**each, "version": 1}
-        return ids
-
     def _plans(self, first: Plan, processes: int) -> list[Plan]:
         return [
             msgspec.structs.replace(
@@ -167,9 +154,8 @@ class _Run:
         first, *others = plans
         requests = sum(len(each.sizes) for each in plans)
         most = max(max(each.sizes) for each in plans)
-        asked = f"make {requests} requests, each for up to {most:,} machines ..."
-        alone = f"This process makes {requests} requests ..."
-        self._screen.stage(f"{len(plans)} processes {asked}" if others else alone)
+        asked = f"{requests} requests, each for up to {most:,} machines ..."
+        self._screen.stage(f"{len(plans)} processes work on {asked}")
         async with _workers(others) as workers:
             with (
                 WriteLog(Path(first.write_log)) as log,
@@ -191,7 +177,7 @@ class _Run:
                 swept = await orchestrator.sweep()
                 seconds = monotonic() - started
         if swept:
-            self._screen.stage(f"Finished {swept} requests of the killed process.")
+            self._screen.stage(f"Finished {swept} requests that were left by all processes.")
         return seconds
 
     async def _follow(self, worker: Worker) -> None:
@@ -221,11 +207,13 @@ class _Run:
             name = f"process {each.index + 1}" + " (killed)" * each.endless
             path = Path(each.write_log)
             logs[name] = await asyncio.to_thread(ProcessLog.of, path, killed=each.endless)
+        await asyncio.sleep(KEPT_SECONDS)  # then all that was completed has expired
         stored = await read_back(store, self._prefix, self._base)
         ends = list(logs.values())
         verifier = Verifier(ends, self._base, stored, store.collections, self._prefix)
         invariants = await asyncio.to_thread(verifier.invariants)
         invariants.append(await compare_indexes(store, stored, self._prefix))
+        invariants.append(await purge(store, verifier.expired))
         finished = next(each for each in invariants if each.name == "finished")
         finished.failures += self._ended_badly
         report.print_work(self._screen, logs)
@@ -264,13 +252,8 @@ def served(settings: Settings) -> Iterator[Settings]:
     is installed: then the run costs nothing and touches no account."""
     store = settings.store or ""
     options = load_config(store).options if store else None
-    elsewhere = any(map(os.environ.get, _ENDPOINTS))
-    if (
-        elsewhere
-        or not isinstance(options, DynamoDBConfig)
-        or options.endpoint_url
-        or options.profile
-    ):
+    named = not isinstance(options, DynamoDBConfig) or options.endpoint_url or options.profile
+    if named or any(map(os.environ.get, _ENDPOINTS)):
         yield settings
         return
     try:

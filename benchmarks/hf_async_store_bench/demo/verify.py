@@ -10,11 +10,12 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypeAlias, cast
 
 from hf_async_store import Collection, Entity, StorageStrategy, begins_with
+from hf_async_store.values import Key
 from hf_async_store_bench.acked_writes import AckedWrites
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, settled_count
 from hf_async_store_bench.demo.data import Entities, streamed
-from hf_async_store_bench.demo.write_log import Answer, Operation, ProcessLog, Write
+from hf_async_store_bench.demo.write_log import Answer, Hold, Operation, ProcessLog, Write
 
 EntityKey: TypeAlias = tuple[str, str]  # a collection and an id
 _OF_THE_STORE: Final = frozenset({"version", "created_at", "updated_at"})
@@ -61,6 +62,10 @@ class EntityHistory:
         """The writes of these kinds that may have been applied."""
         return [each for each in self.maybe if each.kind in kinds]
 
+    def created(self) -> list[Write]:
+        """The creation, if it was acknowledged or may have been applied."""
+        return [each for each in (*self.versions.values(), *self.maybe) if each.kind == "create"]
+
     def writes(self, *kinds: str) -> AckedWrites:
         """How many writes of these kinds were acknowledged, and of how many nobody knows."""
         acknowledged = sum(each.kind in kinds for each in self.versions.values())
@@ -96,6 +101,21 @@ async def compare_indexes(store: StorageStrategy, stored: Entities, prefix: str)
     return invariant
 
 
+async def purge(store: StorageStrategy, expired: Sequence[str]) -> Invariant:
+    """Remove what has expired, and look also with a reader to which nothing is absent before that."""
+    invariant = Invariant("expired", "what has expired is absent, and is removed by a purge")
+    if expired:
+        await store.purge_expired("requests")
+    async with store.snapshot(expired=True) as reader:
+        for batch in batches(expired, 500):
+            absent = await store.get_entities("requests", batch)
+            removed = await reader.fetch([Key("requests", each) for each in batch])
+            for name, *found in zip(batch, absent, removed, strict=True):
+                wrong = None if found == [None, None] else "has expired, and is there"
+                invariant.check(("requests", name), wrong)
+    return invariant
+
+
 @dataclass
 class Verifier:
     """The invariants of a run: of the logs of all processes, what was there before, and what is now."""
@@ -109,12 +129,22 @@ class Verifier:
     def __post_init__(self) -> None:
         self._histories: defaultdict[EntityKey, EntityHistory] = defaultdict(EntityHistory)
         self._of_the_killed: set[EntityKey] = set()
+        self.expired: list[str] = []  # requests that were acknowledged as completed, and expire
         for log in self.logs:
             for operation in log.operations:
                 for write, name, answer in operation.each():
                     self._histories[write.collection, name].take(write, answer)
+                    if operation.intent.work == "terminate" and write.collection == "requests":
+                        self._expire(name, answer)
                     if log.killed and write.kind == "create":
                         self._of_the_killed.add((write.collection, name))
+
+    def _expire(self, name: str, completed: Answer) -> None:
+        """The completion of a return deletes it, where it expires."""
+        if self.collections["requests"].expires is not None:
+            gone: Answer = "deleted" if isinstance(completed, int) else completed
+            self._histories["requests", name].take(Write("requests", "delete", [name]), gone)
+            self.expired += [name] if gone == "deleted" else []
 
     def invariants(self) -> list[Invariant]:
         """Every invariant, checked."""
@@ -127,6 +157,7 @@ class Verifier:
             self._counts(),
             self._transactions(),
             self._orphans(),
+            self._holders(),
             self._noted("pollers", polls, reads),
             self._finished(),
             self._noted("errors", "no error but conflicts", writes),
@@ -147,6 +178,11 @@ class Verifier:
                     applied += 1
                     break
         return applied
+
+    def taken_over(self, log: ProcessLog) -> int:
+        """How many of the requests that a process held at its end were claimed by others then."""
+        held = {each.request: each.token for each in log.holds.values() if not each.ended}
+        return len({i.request for i in self._holds() if i.token > held.get(i.request, i.token)})
 
     def _entity_by_entity(self) -> Iterator[Invariant]:
         acked = self._noted("acknowledged", "every acknowledged write is stored, and no other")
@@ -239,10 +275,10 @@ class Verifier:
         invariant = Invariant("counts", "each request has its machines, except returned ones")
         there = Counter(each["request_id"] for each in self.stored["machines"].values())
         back: Counter[str] = Counter()
-        for each in self._mine("return"):
-            if each["status"] == "COMPLETED":
-                metadata = cast("dict[str, Any]", each["metadata"])
-                back[metadata["of"]] += cast("int", each["machine_count"])
+        for (collection, name), history in self._histories.items():
+            gone = history.deleted or history.may("delete")
+            if collection == "machines" and gone and self._at((collection, name)) is None:
+                back.update(each.fields["request_id"] for each in history.created())
         for each in self._mine("acquire"):
             name, asked = str(each["request_id"]), cast("int", each["machine_count"])
             left = asked - back[name]
@@ -301,6 +337,21 @@ class Verifier:
                         wrong = f"{reference} names {parent!r}, which is not there"
                         invariant.check((collection, name), None if there else wrong)
         return invariant
+
+    def _holders(self) -> Invariant:
+        """One claim after another, also after a kill, each with a greater token."""
+        invariant = Invariant("holders", "no request was worked on by two holders at once")
+        last: dict[str, Hold] = {}
+        for each in sorted(self._holds(), key=lambda each: each.began):
+            one = last.get(each.request, each)
+            wrong = one is not each and (each.token <= one.token or each.began < one.until)
+            late = f"claim {each.token} began {each.began - one.until:.2f} s after claim {one.token} ended"
+            invariant.check(("requests", each.request), late if wrong else None)
+            last[each.request] = each
+        return invariant
+
+    def _holds(self) -> Iterator[Hold]:
+        return (each for log in self.logs for each in log.holds.values())
 
     def _finished(self) -> Invariant:
         """Only what a killed process was still creating may be left as it was."""

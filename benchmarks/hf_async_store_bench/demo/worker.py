@@ -64,7 +64,7 @@ async def work() -> int:
     with WriteLog(Path(plan.write_log)) as write_log:
         async with plan.open() as store:
             # The first call opens for real; what it costs is no part of the work.
-            await store.get_entity("templates", plan.counters[0])
+            await store.get_entity("templates", plan.templates[0])
             _say("ready")
             if (await next_line()).strip() != GO:
                 return 1

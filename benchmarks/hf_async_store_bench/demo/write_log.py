@@ -37,12 +37,11 @@ class Intent(msgspec.Struct, frozen=True, tag="intent"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The store answered: for each write, an answer for each of its ids; None: nothing was written."""
+    """The store's answers, by write and id; None: nothing was written; []: cancelled, and nobody knows."""
 
     number: int
     answers: list[list[Answer]] | None
     seconds: float
-    conflicts: int
 
 
 class Read(msgspec.Struct, frozen=True, tag="read"):
@@ -50,6 +49,17 @@ class Read(msgspec.Struct, frozen=True, tag="read"):
 
     work: str
     seconds: float
+
+
+class Hold(msgspec.Struct, frozen=True, tag="hold"):
+    """A claim, and when its holder worked on it, by the clock of the machine; noted at its beginning with
+    the end of its first lease, and again when its holder has ended it."""
+
+    request: str
+    token: int
+    began: float
+    until: float
+    ended: bool = False
 
 
 class Broken(msgspec.Struct, frozen=True, tag="broken"):
@@ -60,7 +70,7 @@ class Broken(msgspec.Struct, frozen=True, tag="broken"):
     what: str
 
 
-Line: TypeAlias = Intent | Done | Read | Broken
+Line: TypeAlias = Intent | Done | Read | Hold | Broken
 
 
 def answer(outcome: int | bool | StorageError) -> Answer:
@@ -91,15 +101,9 @@ class WriteLog:
         self.note(Intent(self._number, work, list(writes), whole))
         return self._number
 
-    def done(
-        self, number: int, answers: list[list[Answer]] | None, seconds: float, conflicts: int
-    ) -> None:
+    def done(self, number: int, answers: list[list[Answer]] | None, seconds: float = 0.0) -> None:
         """Note what the store acknowledged; None: nothing was written."""
-        self.note(Done(number, answers, seconds, conflicts))
-
-    def broken(self, invariant: str, entity: str, what: str) -> None:
-        """Note what must not be."""
-        self.note(Broken(invariant, entity, what))
+        self.note(Done(number, answers, seconds))
 
     def note(self, line: Line) -> None:
         """Note anything."""
@@ -132,8 +136,8 @@ class ProcessLog:
     operations: list[Operation] = field(default_factory=list)
     unanswered: list[Operation] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    holds: dict[tuple[str, int], Hold] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
-    conflicts: int = 0
 
     @classmethod
     def of(cls, path: Path, *, killed: bool = False) -> ProcessLog:
@@ -147,12 +151,13 @@ class ProcessLog:
                     begun[intent.number] = Operation(intent)
                 case Done() as done:
                     operation = begun.pop(done.number)
-                    log.conflicts += done.conflicts
                     if done.answers is not None:
-                        operation.answers, operation.seconds = done.answers, done.seconds
+                        operation.answers, operation.seconds = done.answers or None, done.seconds
                         log.operations.append(operation)
                 case Read() as read:
                     log.reads.append(read)
+                case Hold() as hold:
+                    log.holds[hold.request, hold.token] = hold
                 case Broken() as broken:
                     log.broken.append(broken)
         log.unanswered += begun.values()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from hf_async_store.errors import ConcurrencyConflictError, StorageError
-from hf_async_store.preconditions import next_version, patched
+from hf_async_store.errors import ConcurrencyConflictError, EntityNotFoundError, StorageError
+from hf_async_store.preconditions import next_version, patched, present
 from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.items import (
     DECLARATION_DIGEST,
@@ -58,7 +58,8 @@ class ConditionalUpdate(WriteOp):
         return update_item(self, self._condition, self._names.copy())
 
     async def _observe(self, client: Client) -> None:
-        """Read the item, if the update changes only a part of a composite sort key."""
+        """Read the item, if the update changes only a part of a composite sort key, or it may have
+        expired."""
         if not self.whole:
             return
         if self.observed is None:
@@ -68,6 +69,8 @@ class ConditionalUpdate(WriteOp):
         if self.observed is not None:
             fields = cast("Patch", self.change).fields
             entity, version = self.mapping.entity(self.observed), self.version_of(self.observed)
+            if present(self.change, entity) is None:
+                raise EntityNotFoundError(self.change.key.collection, self.change.key.id)
             check_size(patched(entity, fields, version))
 
     def _is_undeclared(self, item: Attributes) -> bool:

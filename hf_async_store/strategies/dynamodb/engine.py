@@ -67,6 +67,7 @@ class DynamoDBEngine(Engine):
         query_isolation="eventual",
         queries_in_transaction="own_writes",
         references=False,
+        removes_expired=True,
         default_order="none",
         max_transaction_changes=MAX_ACTIONS,
         max_transaction_bytes=MAX_BYTES,

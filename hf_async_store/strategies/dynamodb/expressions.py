@@ -49,7 +49,7 @@ _PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
 _OPERATOR: Final = re.compile(r"AND|OR|NOT|attribute_[a-z_]+|contains|[<>]=?|=")
 _UNTRANSLATED: Final = ("contains_ignore_case", "begins_with_ignore_case")
 _NEGATIONS: Final = {"ne": "eq", "not_in": "in"}
-_RANGE_OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
+_RANGE_OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">=", "timestamp_lte": "<="}
 
 
 class _LimitExceeded(Exception):  # noqa: N818  # not an error: the rest of the filter is applied here
@@ -268,8 +268,10 @@ class FilterTranslator:
 
     def _range(self, path: str, op: str, value: Value) -> Translation | None:
         if isinstance(value, str):
+            # An expression cannot test whether a text is a timestamp.
             return Translation(
-                f"{path} {_RANGE_OPERATORS[op]} {self._names.value({'S': value})}", is_exact=True
+                f"{path} {_RANGE_OPERATORS[op]} {self._names.value({'S': value})}",
+                is_exact=op != "timestamp_lte",
             )
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None

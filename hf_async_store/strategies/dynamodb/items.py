@@ -10,7 +10,9 @@ attributes are:
 * `_l`, the claim of the entity, see `claim_items`;
 * `_f`, a digest of the declaration that the item was written with. If the current declaration is
   different, the item is once written as a whole. Otherwise, the attribute of a field that is no longer
-  declared would remain and hide the saved value.
+  declared would remain and hide the saved value;
+* `_t`, if the entity expires by the declaration that the item was written with: the second from which
+  DynamoDB may remove the item. Such items are always written as a whole, so that it is current.
 
 The value of a field is its entry in `doc` if there is one, and else the attribute with its name. This
 holds for every item, whichever declaration it was written with.
@@ -33,11 +35,14 @@ from __future__ import annotations
 
 import secrets
 from base64 import urlsafe_b64encode
+from datetime import datetime
 from hashlib import blake2b
 from itertools import count
+from math import ceil
 from typing import TYPE_CHECKING, Final, cast
 
 from hf_async_store.changes import ABSENT, Change, Patch, Put, Record
+from hf_async_store.lifetimes import Clock, Lifetime
 from hf_async_store.query import MISSING, Missing
 from hf_async_store.schema import Collection
 from hf_async_store.strategies.dynamodb.codec import (
@@ -87,8 +92,9 @@ SIZE: Final = "_s"
 CREATED_SUBSTITUTE: Final = "_c"
 DECLARATION_DIGEST: Final = "_f"
 CLAIM: Final = "_l"
+TIME_TO_LIVE: Final = "_t"
 _INTERNAL_ATTRIBUTES: Final = frozenset(
-    {TOKEN, SIZE, CREATED_SUBSTITUTE, DECLARATION_DIGEST, CLAIM, PARTITION}
+    {TOKEN, SIZE, CREATED_SUBSTITUTE, DECLARATION_DIGEST, CLAIM, PARTITION, TIME_TO_LIVE}
 )
 _INTERNAL_TYPES: Final = {
     TOKEN: "S",
@@ -96,6 +102,7 @@ _INTERNAL_TYPES: Final = {
     DECLARATION_DIGEST: "S",
     CLAIM: "M",
     PARTITION: "S",
+    TIME_TO_LIVE: "N",
 }
 _BOOLEAN_KEYS: Final = ({"S": "0"}, {"S": "1"}, {"S": "2"}, {"S": "3"})
 MISSING_SENTINEL: Final[Attribute] = {"SS": ["missing"]}
@@ -123,6 +130,11 @@ def new_token() -> str:
 def probe_id() -> str:
     """A new key for a probe item, longer than the id of any entity."""
     return f"probe-{new_token()}-".ljust(MAX_KEY_BYTES + 64, "-")
+
+
+def seconds_of(time: str) -> int:
+    """A timestamp as seconds since 1970, rounded up."""
+    return ceil(datetime.fromisoformat(time).timestamp())
 
 
 def size_of(value: Value | Removed) -> int:
@@ -224,6 +236,7 @@ class ItemMapping:
         }
         self.is_spread = any(each.name == PARTITION for each in keys)
         self.plain = frozenset(collection.fields) - set(self.indexed)
+        self.lifetime = None if collection.expires is None else Lifetime(collection, Clock())
         self.digest: Attribute = {"S": self._digest()}
 
     def _indexed(self, keys: Iterable[KeyAttribute]) -> dict[str, IndexedField]:
@@ -252,6 +265,9 @@ class ItemMapping:
             f"{each.attribute} {each.kind} {each.is_sort}" for each in self.indexed.values()
         )
         declared_parts.append(str(self.is_spread))
+        if self.lifetime is not None:
+            # A program that does not know when entities expire must remove `_t`.
+            declared_parts.append(str(self.lifetime))
         return urlsafe_b64encode(
             blake2b("\n".join(declared_parts).encode(), digest_size=6).digest()
         ).decode()
@@ -273,7 +289,15 @@ class ItemMapping:
         attributes[VERSION] = {"N": str(version)}
         attributes[TOKEN] = {"S": token}
         attributes[SIZE] = stored_size(entity, version)
+        time_to_live = self.time_to_live(entity)
+        if time_to_live is not None:
+            attributes[TIME_TO_LIVE] = time_to_live
         return attributes
+
+    def time_to_live(self, entity: Entity) -> Attribute | None:
+        """The attribute `_t` of an entity; None if it does not expire."""
+        end = None if self.lifetime is None else self.lifetime.end(entity)
+        return None if end is None else {"N": str(seconds_of(end))}
 
     def parts(self, entity: Entity, *, keep_created: bool = False) -> tuple[Attributes, list[str]]:
         """The attributes for the fields of a whole entity, and the names of attributes to remove.

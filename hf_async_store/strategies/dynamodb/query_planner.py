@@ -288,7 +288,7 @@ class _IndexPlanner:
             return [(each, each) for each in points]
         if op in ("gt", "gte"):
             return [(self._point(value), None)]
-        if op in ("lt", "lte"):
+        if op in ("lt", "lte", "timestamp_lte"):
             return [(None, self._point(value))]
         if op == "between":
             low, high = map(self._point, cast("list[Value]", value))

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from collections.abc import Set as AbstractSet
 
+    from hf_async_store.lifetimes import Lifetime
     from hf_async_store.schema import Index
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attributes
@@ -281,12 +282,14 @@ class Reading:
         names: Names,
         limit: int | None,
         descending: bool,
+        lifetime: Lifetime | None,
     ) -> list[Entity]:
         """The entities that satisfy a key condition on an index, in the order of the index.
 
         Args:
             condition: a KeyConditionExpression with placeholders of `names`; without the partition
                 key, if that is `_p`.
+            lifetime: by which entities may have expired.
         """
         active = await self._tables.find(collection)
         if active is None or limit == 0:
@@ -318,7 +321,10 @@ class Reading:
                 async for items in groups:
                     for start in range(0, len(items), _DECODE_BATCH):
                         batch = items[start : start + _DECODE_BATCH]
-                        entities += map(mapping.entity, filter(mapping.is_entity, batch))
+                        found = map(mapping.entity, filter(mapping.is_entity, batch))
+                        entities += [
+                            e for e in found if lifetime is None or not lifetime.is_over(e)
+                        ]
                         await asyncio.sleep(0)
                     if limit is not None and len(entities) >= limit:
                         return entities[:limit]

@@ -104,6 +104,7 @@ _TABLE: Final = _object(
 )
 _RECOVERY: Final = _object(PointInTimeRecoveryStatus=str)
 _BACKUPS: Final = _object(PointInTimeRecoveryDescription=_RECOVERY)
+_TIME_TO_LIVE: Final = _object(TimeToLiveStatus=_STRING, AttributeName=_STRING)
 _REASON: Final = _object(Code=_STRING, Message=_STRING, Item=_ITEM)
 _FAILURE: Final = _object(
     "__type",
@@ -136,6 +137,8 @@ _SHAPES: Final[dict[str, Any]] = {
         "ContinuousBackupsDescription", ContinuousBackupsDescription=_BACKUPS
     ),
     "UpdateContinuousBackups": _object(),
+    "DescribeTimeToLive": _object("TimeToLiveDescription", TimeToLiveDescription=_TIME_TO_LIVE),
+    "UpdateTimeToLive": _object(),
 }
 _DECODE: Final[dict[str, Callable[[bytes], Any]]] = {
     operation: msgspec.json.Decoder(shape).decode for operation, shape in _SHAPES.items()

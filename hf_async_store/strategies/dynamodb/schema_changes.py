@@ -19,7 +19,11 @@ from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.index_keys import keys_of_table
 from hf_async_store.strategies.dynamodb.index_state import IndexState, Pass
-from hf_async_store.strategies.dynamodb.items import DECLARATION_DIGEST, ItemMapping
+from hf_async_store.strategies.dynamodb.items import (
+    DECLARATION_DIGEST,
+    TIME_TO_LIVE,
+    ItemMapping,
+)
 from hf_async_store.strategies.dynamodb.partitions import PARALLEL, counted, gather
 from hf_async_store.strategies.dynamodb.tables import (
     active_indexes,
@@ -78,7 +82,21 @@ class SchemaApplication:
                 found += indexes
                 # Otherwise nothing depends on it which declaration an item was written with.
                 found += await self._item_changes(collection, table) if indexes else ()
+                found += await self._removal_changes(collection)
         return found
+
+    async def _removal_changes(self, collection: str) -> list[SchemaChange]:
+        expires = self._tables.schema[collection].expires
+        if expires is None:
+            return []
+        attribute = await self._tables.time_to_live(collection)
+        if attribute in (None, TIME_TO_LIVE):
+            return []
+        name = self._tables.name(collection)
+        detail = f"time to live of {name} is off; it is enabled, so that DynamoDB removes expired entities"
+        if attribute:
+            detail = f"time to live of {name} uses the attribute {attribute}, and stays as it is"
+        return [SchemaChange("removal", collection, expires.field, detail)]
 
     def _index_changes(
         self, collection: str, table: Mapping[str, Any], complete: frozenset[str]
@@ -134,6 +152,9 @@ class SchemaApplication:
                 existing.append(collection)
                 self._check_indexes(collection, table)
         for collection in existing:
+            for change in await self._removal_changes(collection):
+                await self._tables.enable_time_to_live(collection)
+                progress(change, 1, 1)
             await self._make_indexes(collection, progress)
             await self._tables.refresh(collection)
             await self._rewrite(collection, progress, complete=complete)

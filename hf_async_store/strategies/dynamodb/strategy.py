@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from msgspec.structs import replace
+
 from hf_async_store.arguments import check_boolean
 from hf_async_store.changes import ANY, Expect, Patch, check_version
 from hf_async_store.config import (
@@ -28,7 +30,7 @@ from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.schema_drift import compared
 from hf_async_store.strategies.routing import routed
 from hf_async_store.strategy import StorageStrategy, schema_of
-from hf_async_store.values import Entity, Value, utc_now
+from hf_async_store.values import Entity, Value
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,6 +145,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
                     names,
                     limit,
                     descending,
+                    None if self._lifetimes is None else self._lifetimes.of(collection),
                 )
 
     @overload
@@ -217,7 +220,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         self._usable()
         _check_timeout(timeout)
         expect = check_version(expected_version, absent=False)
-        change = self._patch(self._schema[collection], entity_id, fields, expect, utc_now())
+        change = self._patch(self._schema[collection], entity_id, fields, expect, self._clock.now())
         if returning or plain_fields(change.fields) is None:
             raise InvalidInputError(
                 "condition_expression cannot be combined with field operations, nested changes or "
@@ -232,6 +235,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
             return condition(condition_expression, values, mapping, names)
 
         condition_of(self._dynamodb.tables.mappings[collection], Names())  # raises before any I/O
+        change = replace(change, lifetimes=self._lifetimes)
         version = await self._await_write(self._update_where(change, condition_of), timeout)
         await self._record_declarations(timeout=timeout)
         return version

@@ -43,7 +43,7 @@ from hf_async_store.strategies.dynamodb.index_state import (
     attributes_of,
     state_of,
 )
-from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
+from hf_async_store.strategies.dynamodb.items import TIME_TO_LIVE, ItemMapping, probe_id
 from hf_async_store.strategy import schema_of
 from hf_async_store.unique import Fields
 from hf_async_store.values import MAX_KEY_BYTES
@@ -143,8 +143,8 @@ class Tables:
     # -- unique indexes ----------------------------------------------------------------------
 
     def unique(self, collection: str) -> tuple[Fields, ...]:
-        """The fields of the unique indexes whose markers must be maintained: those of the table, after
-        `ensure`; else the declared ones, as this process will create the table."""
+        """The fields of the unique indexes whose markers must be maintained: the declared ones and, after
+        `ensure`, those of the table."""
         return self._unique.get(collection, self.schema[collection].unique)
 
     async def ensure_existing(self, collection: str) -> None:
@@ -155,17 +155,19 @@ class Tables:
     async def _begin_writing(self, collection: str) -> None:
         """Find out, before the first write of this process, which unique indexes it must maintain.
 
-        Those that it declares are added if the table has no entities.
+        Those that it declares are added if the table has no entities. Otherwise only this process
+        maintains them: another one may enforce them later, when this one is running already.
         """
         if collection in _SYSTEM:
             self._unique[collection] = ()
             return
         state = await self.state(collection) or IndexState()
-        new = [each for each in self.schema[collection].unique if each not in state.unique]
+        declared = self.schema[collection].unique
+        new = [each for each in declared if each not in state.unique]
         if new and await self._is_empty(collection, unknown=False):
             await self.change_state(collection, lambda old: old.with_unique(new, marked=True))
             state = await self.state(collection) or IndexState()
-        self._unique[collection] = state.unique
+        self._unique[collection] = tuple(dict.fromkeys([*state.unique, *declared]))
 
     async def _is_empty(self, collection: str, *, unknown: bool) -> bool:
         """As `is_empty`; `unknown` if the policy does not allow scans."""
@@ -479,7 +481,8 @@ class Tables:
         """Create the missing declared tables and indexes; return a message for each.
 
         Waits until tables and indexes are active. Existing tables and indexes are not deleted or
-        changed, except that auto scaling and point-in-time recovery are set as configured.
+        changed, except that auto scaling and point-in-time recovery are set as configured, and time to
+        live is enabled for collections that expire.
         """
         messages: list[str] = []
         system = [UNIQUE_COLLECTION.name] if self.schema.unique else []
@@ -751,7 +754,32 @@ class Tables:
                     "PointInTimeRecoverySpecification": {"PointInTimeRecoveryEnabled": True},
                 },
             )
+        if self.schema[collection].expires is not None:
+            await self.enable_time_to_live(collection)
         await self.scale(collection)
+
+    async def enable_time_to_live(self, collection: str) -> None:
+        """Let DynamoDB remove items at their `_t`, unless it removes them by another attribute, or the
+        policy does not allow it."""
+        if await self.time_to_live(collection) != "":
+            return
+        name = self.name(collection)
+        specification = {"Enabled": True, "AttributeName": TIME_TO_LIVE}
+        request = {"TableName": name, "TimeToLiveSpecification": specification}
+        with suppress(ActionDenied, StatementRefused):  # the latter if another process was first
+            await self._client.read("UpdateTimeToLive", request)
+
+    async def time_to_live(self, collection: str) -> str | None:
+        """The attribute by which DynamoDB removes items; "" if it removes none; None if that is unknown."""
+        try:
+            response = await self._client.read(
+                "DescribeTimeToLive", {"TableName": self.name(collection)}
+            )
+        except ActionDenied:
+            return None
+        description = response["TimeToLiveDescription"]
+        is_on = description.get("TimeToLiveStatus") in ("ENABLED", "ENABLING")
+        return (description.get("AttributeName") or "") if is_on else ""
 
     async def scale(self, collection: str) -> None:
         """Enable auto scaling of the table and its indexes, if it is configured."""

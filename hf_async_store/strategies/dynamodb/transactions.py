@@ -8,8 +8,9 @@ can be retried, because DynamoDB recognises its client request token.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import msgspec
@@ -28,7 +29,7 @@ from hf_async_store.errors import (
     UniqueViolationError,
 )
 from hf_async_store.generators import Owned
-from hf_async_store.preconditions import changed
+from hf_async_store.preconditions import changed, is_there, present
 from hf_async_store.query import Query, compile_filter, compile_order, position_key
 from hf_async_store.strategies.dynamodb.claim_items import (
     also_if,
@@ -106,7 +107,7 @@ class DynamoDBSession(Session):
         claim: HeldClaim | None = None,
     ) -> None:
         self._claim = claim
-        self._deleted: set[Key] = set()  # those whose claims have ended by a deletion
+        self._deleted: set[Key] = set()  # whose claims have ended: deleted, or expired
         self._client = client
         self._tables = tables
         self._reading = reading
@@ -269,25 +270,27 @@ class DynamoDBSession(Session):
     async def _apply(self, change: Change) -> Outcome:
         key = change.key
         try:
-            current = self._entity(key)
+            stored = self._entity(key)
+            current = present(change, stored)
             self._check_item(change)
             entity = changed(change, current)
             values = UniqueChange(key, self._unique(key.collection), current, entity)
         except StorageError as exc:
             return exc
         if values.markers:
-            refused = await self._change_markers(values)
+            refused = await self._change_markers(values, partial(is_there, change))
             if refused is not None:
                 return refused
-        self._layers[-1][change.key] = entity
-        if entity is None:
-            self._deleted.add(change.key)
+        if entity is not None or current is not None:
+            self._layers[-1][key] = entity
+            if entity is None or (current is None and stored is not None):
+                self._deleted.add(key)
         if change.mark is not None:
             self._layers[-1][change.mark.key] = change.mark.entity
-        stored = current if isinstance(change, Delete) else entity
-        if stored is None:
+        affected = current if isinstance(change, Delete) else entity
+        if affected is None:
             return None
-        version = stored[VERSION]
+        version = affected[VERSION]
         return version if type(version) is int else 0  # deleted; another program set the version
 
     # -- unique values -----------------------------------------------------------------------
@@ -301,13 +304,18 @@ class DynamoDBSession(Session):
         await self._load([key], snapshot=False)
         entity = self._entity(key)
         values = UniqueChange(key, fields, None, entity)
-        return await self._change_markers(values) if values.markers else None
+        return await self._change_markers(values, lambda *_: True) if values.markers else None
 
-    async def _change_markers(self, change: UniqueChange) -> UniqueViolationError | None:
+    async def _change_markers(
+        self, change: UniqueChange, is_there: Callable[[Key, Entity], bool]
+    ) -> UniqueViolationError | None:
         """Write the markers of the values that an entity gets, and delete those of the ones that it had.
 
         A marker whose owner does not have the value any more, because another program deleted it, is
         taken over.
+
+        Args:
+            is_there: whether an owner exists for the change; one that has expired does not.
         """
         await self._load(change.markers, snapshot=False)
         for marker, (fields, digest) in change.claimed.items():
@@ -316,7 +324,9 @@ class DynamoDBSession(Session):
                 owner_key = Key(change.key.collection, owner)
                 await self._load([owner_key], snapshot=False)
                 entity = self._entity(owner_key)
-                if entity is not None and stored_digest(entity, fields) == digest:
+                if entity is None or stored_digest(entity, fields) != digest:
+                    continue
+                if is_there(owner_key, entity):
                     return violation(change.key, fields, owner)
         layer = self._layers[-1]
         for marker in change.freed:

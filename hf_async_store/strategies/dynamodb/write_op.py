@@ -16,6 +16,7 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.field_operations import plain_fields
+from hf_async_store.preconditions import present
 from hf_async_store.strategies.dynamodb.errors import TABLE_REMEDY
 from hf_async_store.strategies.dynamodb.items import (
     ItemMapping,
@@ -67,10 +68,16 @@ class WriteOp:
         self.token = new_token()
         self.intent = intent_of(change)
         self.state: State = "import" if is_import(change) else "start"
+        self.expires = change.lifetimes is not None and change.key.collection in change.lifetimes
+        if self.expires and self.intent == "create":
+            # It can replace an entity that has expired: `preconditions.changed` decides that.
+            self.intent, self.state = "save", "insert"
         self.doubt: Doubt = "none"
         # Field operations are decided here on the item that is read.
         is_plain = not isinstance(change, Patch) or plain_fields(change.fields) is not None
         self.whole = change.mark is not None or not is_plain or mapping.needs_stored(change)
+        if self.expires and self.state != "insert":
+            self.whole = True  # whether the entity has expired is decided here, too
         self.observed: Attributes | None = None
         self.statement: Statement | None = None
         self.new_version: int | None = None
@@ -115,11 +122,21 @@ class WriteOp:
 
     def respond_with(self, item: Attributes | None) -> None:
         """As `respond`, to an item that was read or that did not meet the condition of an attempt."""
+        self.whole = self.whole or self.expires
         try:
+            if item is not None and self._is_absent(item):
+                self.respond("missing")
+                return
             stored = None if item is None else self._compared(item)
             self.respond(response_of(self.state, stored, whole=self.whole), item)
-        except CorruptionError as exc:
+        except (CorruptionError, ConcurrencyConflictError) as exc:
             self.end(exc)
+
+    def _is_absent(self, item: Attributes) -> bool:
+        """Whether the entity of an item has expired, and this write does not replace or remove it."""
+        if not self.expires or self.intent == "save" or token_of(item) == self.token:
+            return False
+        return present(self.change, self.mapping.entity(item)) is None
 
     def end(self, error: StorageError) -> None:
         """End with an error. It has `outcome_unknown` if an attempt may have been applied."""

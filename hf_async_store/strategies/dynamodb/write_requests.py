@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hf_async_store.changes import Delete, Patch, Put
 from hf_async_store.errors import CorruptionError
 from hf_async_store.field_operations import plain_fields
-from hf_async_store.preconditions import changed, next_version
+from hf_async_store.preconditions import changed, is_there, next_version, patched
 from hf_async_store.strategies.dynamodb.claim_items import keep_claim
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import (
@@ -16,6 +16,7 @@ from hf_async_store.strategies.dynamodb.items import (
     DECLARATION_DIGEST,
     NEAR_MAX_VERSION,
     SIZE,
+    TIME_TO_LIVE,
     TOKEN,
     ItemMapping,
     new_token,
@@ -214,7 +215,8 @@ def whole_item_request(op: WriteOp) -> tuple[str, dict[str, Any]]:
     """
     change, observed = op.change, op.observed
     version = 0 if observed is None else _stored_version(op, observed)
-    entity = changed(change, None if observed is None else op.mapping.entity(observed))
+    stored = None if observed is None else op.mapping.entity(observed)
+    entity = changed(change, stored)
     request: dict[str, Any] = {
         "TableName": op.table,
         **unchanged(op.mapping, observed),
@@ -229,7 +231,8 @@ def whole_item_request(op: WriteOp) -> tuple[str, dict[str, Any]]:
     if isinstance(change, Patch) and observed is not None:
         op.mapping.check_attributes(observed)
         op.mapping.keep_encodings(item, observed)
-    keep_claim(request, item, observed)
+    if stored is not None and is_there(change, change.key, stored):  # else its claim has ended
+        keep_claim(request, item, observed)
     return "Put", {**request, "Item": item}
 
 
@@ -280,6 +283,12 @@ def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     fields = {name: each for name, each in _plain_fields(change).items() if name != op.mapping.key}
     stored_entity = None if op.observed is None else op.mapping.entity(op.observed)
     sets, removed = op.mapping.changes(fields, stored_entity)
+    if op.expires and stored_entity is not None:
+        time_to_live = op.mapping.time_to_live(patched(stored_entity, change.fields, 0))
+        if time_to_live is None:
+            removed.append((TIME_TO_LIVE,))
+        else:
+            sets[TIME_TO_LIVE,] = time_to_live
     added_size = size_of(cast("Entity", fields))
     version, stored = names.name(VERSION), names.name(SIZE)
     assignments = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final, TypeAlias, cast
 
 import msgspec
@@ -21,9 +22,11 @@ from hf_async_store.preconditions import (
     check,
     check_children,
     check_parents,
+    is_there,
     missing_parents,
     next_version,
     patched,
+    present,
 )
 from hf_async_store.schema import Collection, Field, Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable
@@ -158,6 +161,7 @@ class SessionView(TableReader[StoredEntity]):
     def _put(self, change: Put) -> int:
         key = change.key
         raw, actual = self._current(change)
+        replaces_expired = raw is None and change.lifetimes is not None and self.exists(key)
         version = change.import_version
         entity = change.entity
         if version is None:
@@ -165,8 +169,10 @@ class SessionView(TableReader[StoredEntity]):
             if CREATED_AT not in entity:
                 entity = self._with_created_at(change, raw)
         self._check_parents(change, raw)
-        self._check_unique(key, raw, entity)
+        self._check_unique(change, raw, entity)
         self._stage(change, self._serializer.encode(entity, version))
+        if replaces_expired:
+            self._end_claim(key)
         return version
 
     def _with_created_at(self, change: Put, raw: bytes | None) -> Entity:
@@ -187,7 +193,7 @@ class SessionView(TableReader[StoredEntity]):
         if len(encoded) > _SIZE_CHECK_BYTES:
             check_size(entity)
         self._check_parents(change, raw)
-        self._check_unique(key, raw, entity)
+        self._check_unique(change, raw, entity)
         self._stage(change, encoded)
         return version
 
@@ -200,10 +206,13 @@ class SessionView(TableReader[StoredEntity]):
                     await self.state.sections[child.name].indexes.ready_for(field.name)
                 check_children(self._schema, key, self._referrers)
             self._stage(change, None)
-            claim = claim_key(key)
-            if self.exists(claim):
-                self.layers[-1].setdefault(claim.collection, {})[claim.id] = None
+            self._end_claim(key)
         return actual
+
+    def _end_claim(self, key: Key) -> None:
+        claim = claim_key(key)
+        if self.exists(claim):
+            self.layers[-1].setdefault(claim.collection, {})[claim.id] = None
 
     def _version_to_delete(self, change: Delete) -> int | None:
         """The stored version; None if the entity does not exist; 0 if it is damaged and the change
@@ -219,6 +228,8 @@ class SessionView(TableReader[StoredEntity]):
         """The bytes and the version of the entity, which meet the precondition of the change."""
         key, expect = change.key, change.expect
         raw = self.stored_bytes(key.collection, key.id)
+        if raw is not None and change.lifetimes is not None and key.collection in change.lifetimes:
+            raw = None if present(change, self._entity(key, raw)) is None else raw
         collection = self._schema[key.collection]
         actual = None if raw is None else self._serializer.version(collection, key.id, raw)
         if expect is not ANY and expect != actual:
@@ -227,9 +238,19 @@ class SessionView(TableReader[StoredEntity]):
         return raw, actual
 
     def _check_parents(self, change: Change, raw: bytes | None) -> None:
-        if self._references and missing_parents(self._schema, change, self.exists):
+        exists = self.exists
+        if change.lifetimes is not None:
+            exists = partial(self._exists_for, change)
+        if self._references and missing_parents(self._schema, change, exists):
             current = None if raw is None else self._entity(change.key, raw)
-            check_parents(self._schema, change, current, self.exists)
+            check_parents(self._schema, change, current, exists)
+
+    def _exists_for(self, change: Change, key: Key) -> bool:
+        """Whether a parent exists for a change."""
+        if change.lifetimes is None or key.collection not in change.lifetimes:
+            return self.exists(key)
+        raw = self.stored_bytes(key.collection, key.id)
+        return raw is not None and is_there(change, key, self._entity(key, raw))
 
     def _referrers(self, child: Collection, field: Field, parent: str) -> Iterator[str]:
         own = self._own_changes(child.name)
@@ -242,19 +263,20 @@ class SessionView(TableReader[StoredEntity]):
 
     # -- unique values -----------------------------------------------------------------------
 
-    def _check_unique(self, key: Key, raw: bytes | None, entity: Entity) -> None:
+    def _check_unique(self, change: Change, raw: bytes | None, entity: Entity) -> None:
+        key = change.key
         unique = self._unique.get(key.collection)
         if unique:
             before = None if raw is None else self._serializer.decode(raw)
-            self._claims.check(key, list(claimed(key.collection, unique, before, entity)))
+            wanted = list(claimed(key.collection, unique, before, entity))
+            self._claims.check(key, wanted, partial(is_there, change))
 
     def _current_entity(self, key: Key) -> Entity | None:
         raw = self.stored_bytes(key.collection, key.id)
         return None if raw is None else self._serializer.decode(raw)
 
     def _owners(self, collection: str, fields: Fields, digest: bytes) -> list[str]:
-        owner = self.state.sections[collection].known_owners(fields).ids.get(digest)
-        return [] if owner is None else [owner]
+        return self.state.sections[collection].known_owners(fields).of(digest)
 
     def _stage(self, change: Change, encoded: bytes | None) -> None:
         layer = self.layers[-1]

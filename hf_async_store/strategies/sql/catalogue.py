@@ -22,6 +22,8 @@ from hf_async_store.errors import (
     NewerFormatError,
     SchemaMismatchError,
 )
+from hf_async_store.expiry import Expire
+from hf_async_store.recorded_expiry import RecordedExpire, recorded_expire
 from hf_async_store.schema import Collection, Field, Index, Schema
 from hf_async_store.strategies.sql.names import Names, quoted
 from hf_async_store.values import FieldType
@@ -89,6 +91,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
         columns: by field that has a key column, in order: whether each row contains its value.
         generation: the least generation of a row that contains all key columns.
         unique: the unique indexes.
+        expires: when its entities expire for the programs that declare it. No other program is affected.
     """
 
     key: str
@@ -97,6 +100,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     columns: dict[str, bool] = {}
     generation: int = 1
     unique: tuple[DeclaredUnique, ...] = ()
+    expires: RecordedExpire | None = None
 
     def indexed(self, fields: Sequence[str]) -> tuple[str, ...]:
         """The fields of an index that precede the id, which ends every index."""
@@ -130,13 +134,25 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
         """The fields of the unique indexes that are only declared."""
         return tuple(each.fields for each in self.unique if not each.enforced)
 
-    def enforcing(self) -> Entry:
-        """With all unique indexes enforced; of the next generation if one is new."""
-        if not self.unenforced:
-            return self
-        unique = tuple(DeclaredUnique(e.fields, column=True, enforced=True) for e in self.unique)
-        new = len(unique) > len(self.unique_columns)
-        return msgspec.structs.replace(self, unique=unique, generation=self.generation + new)
+    def enforcing(self, fields: Iterable[tuple[str, ...]]) -> Entry:
+        """With the unique indexes of these fields enforced; of the next generation if a column is new."""
+        wanted = {*fields}
+        changed = self.with_unique_columns(wanted)
+        unique = tuple(
+            msgspec.structs.replace(each, enforced=each.enforced or each.fields in wanted)
+            for each in changed.unique
+        )
+        return msgspec.structs.replace(changed, unique=unique)
+
+    def with_unique_columns(self, fields: Iterable[tuple[str, ...]]) -> Entry:
+        """With the columns of these unique indexes; of the next generation if one is new."""
+        wanted = {*fields}
+        unique = tuple(
+            msgspec.structs.replace(each, column=each.column or each.fields in wanted)
+            for each in self.unique
+        )
+        generation = self.generation + (unique != self.unique)
+        return msgspec.structs.replace(self, unique=unique, generation=generation)
 
     def completed(self) -> Entry:
         """With all wanted key columns and indexes; of the next generation if a column is new."""
@@ -232,8 +248,9 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
             fields,
             tuple(map(DeclaredIndex, indexes)),
             unique=tuple(map(DeclaredUnique, unique)),
+            expires=recorded_expire(collection),
         )
-        return msgspec.structs.replace(new.completed().enforcing(), generation=1)
+        return msgspec.structs.replace(new.completed().enforcing(unique), generation=1)
     if known.key != collection.key:
         raise SchemaMismatchError(
             f"the key of the collection {collection.name!r} is {known.key!r} in this store, but "
@@ -256,7 +273,13 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
         fields={name: fields[name] for name in order},
         indexes=(*known.indexes, *more),
         unique=(*known.unique, *more_unique),
+        expires=_expires(known, collection, latest),
     )
+
+
+def _expires(known: Entry, collection: Collection, latest: bool) -> RecordedExpire | None:
+    here = recorded_expire(collection)
+    return (here or known.expires) if latest else (known.expires or here)
 
 
 def _collection(name: str, entry: Entry) -> Collection:
@@ -277,7 +300,15 @@ def _collection(name: str, entry: Entry) -> Collection:
             for field, each in entry.fields.items()
         ],
         indexes=[Index.of(each.fields, unique=each.fields in unique) for each in entry.indexes],
+        expires=_usable_expire(entry),
     )
+
+
+def _usable_expire(entry: Entry) -> Expire | None:
+    """The recorded expiry, unless other programs declare its field with another type."""
+    expires = entry.expires
+    field = None if expires is None else entry.fields.get(expires.field)
+    return expires.declared() if expires and field and field.type == "timestamp" else None
 
 
 # -- rows of the table ----------------------------------------------------------------------

@@ -32,12 +32,23 @@ from hf_async_store.strategies.sql.names import key_column, quoted
 from hf_async_store.values import VERSION, Entity, Value
 
 if TYPE_CHECKING:
+    from hf_async_store.lifetimes import Lifetime
     from hf_async_store.sort_bytes import ByteRange
     from hf_async_store.strategies.sql.rows import Table
 
 _OPPOSITE: Final = {"ne": "eq", "not_in": "in"}
 _KNOWN: Final = frozenset(
-    {*_OPPOSITE, *OPERATORS, "eq", "in", "between", "exists", "contains", "begins_with"}
+    {
+        *_OPPOSITE,
+        *OPERATORS,
+        "eq",
+        "in",
+        "between",
+        "exists",
+        "contains",
+        "begins_with",
+        "timestamp_lte",
+    }
 )
 """The operators that SQL can express; the rows are filtered in Python by all others."""
 SHORT: Final = 63
@@ -55,6 +66,7 @@ class Compiled(NamedTuple):
         residual: the condition by which the rows must still be filtered; None if all rows match.
         limited: the statement applies the limit.
         step: how many rows are decoded, and filtered, in one step of the event loop.
+        where: the condition of the statement.
     """
 
     sql: str
@@ -62,6 +74,7 @@ class Compiled(NamedTuple):
     residual: Callable[[Entity], bool] | None = None
     limited: bool = False
     step: int = _ROWS_PER_STEP
+    where: str = ""
 
 
 def compile_query(
@@ -98,14 +111,34 @@ def compile_query(
         for key in _with_id(table, keys)
         for term in key.terms
     )
+    where = _all(conditions)
     return Compiled(
-        f"SELECT {table.selected} FROM {table.name} AS t WHERE {_all(conditions)} "
+        f"SELECT {table.selected} FROM {table.name} AS t WHERE {where} "
         f"ORDER BY {order}" + (f" LIMIT {query.limit}" if limited else ""),
         compiler.args.values,
         None if exact else compile_filter(query.where),
         limited,
         _ROWS_PER_STEP if exact else rows_per_step(query.where, _ROWS_PER_STEP),
+        where,
     )
+
+
+def compile_first_by_id(table: Table, query: Query, compiled: Compiled, most: int) -> Compiled:
+    """The matches of a query in the order of ids, among the first rows in that order.
+
+    Args:
+        compiled: the query.
+        most: how many rows are read.
+    """
+    descending = bool(query.order and query.order[0].descending)
+    direction, operator = (" DESC", "<") if descending else ("", ">")
+    key, position, args = f"e.{table.key}", "", list(compiled.args)
+    if query.after is not None:
+        args.append(query.after.id)
+        position = f" WHERE {key} {operator} {table.grammar.parameter(len(args), 'text')}"
+    source = f"SELECT * FROM {table.name} AS e{position} ORDER BY {key}{direction} LIMIT {most}"
+    sql = compiled.sql.replace(f"FROM {table.name} AS t", f"FROM ({source}) AS t", 1)
+    return compiled._replace(sql=sql, args=args)
 
 
 def compile_count(table: Table, query: Query) -> Compiled | None:
@@ -117,6 +150,34 @@ def compile_count(table: Table, query: Query) -> Compiled | None:
         return None
     sql = f"SELECT count(*) FROM {table.name} AS t WHERE {_all(conditions)}"
     return Compiled(sql, compiler.args.values)
+
+
+class LivingConditions:
+    """The conditions that rows have not expired, for statements that write.
+
+    Args:
+        first: the number of the parameter of the first argument.
+
+    Attributes:
+        arguments: of all conditions, in order. The conditions do not depend on the time; these do.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._before = first - 1
+        self.arguments: list[object] = []
+
+    @staticmethod
+    def are_exact(table: Table, lifetime: Lifetime) -> bool:
+        """Whether SQL can express them."""
+        return _Compiler(table).conditions(lifetime.over())[1]
+
+    def of(self, table: Table, lifetime: Lifetime) -> str:
+        """The condition that the entity of the row `t` has not expired."""
+        compiler = _Compiler(table)
+        compiler.args.values = [None] * self._before + self.arguments
+        conditions, _ = compiler.conditions(Not(lifetime.over()))
+        self.arguments = compiler.args.values[self._before :]
+        return f"({_all(conditions)})"
 
 
 def group_of(

@@ -8,13 +8,16 @@ from typing import Final, NamedTuple, cast
 import msgspec
 
 from hf_async_store.changes import ABSENT, ANY, PRESENT, Change, ChangeMarker, Delete, Patch, Put
+from hf_async_store.errors import CorruptionError
 from hf_async_store.field_operations import FieldChange
 from hf_async_store.preconditions import (
     check,
     check_parents,
+    is_there,
     missing_parents,
     next_version,
     patched,
+    present,
 )
 from hf_async_store.query import MISSING
 from hf_async_store.schema import Schema
@@ -86,6 +89,39 @@ def new_row(table: Table, change: Change, stored: Stored | None) -> Stored | Non
         return Stored(version, *_patched(table, change, stored))
     except _DAMAGED as exc:
         raise table.damaged(change.key.id, exc) from exc
+
+
+def expires(change: Change, collection: str) -> bool:
+    """Whether the entities of a collection may have expired for a change."""
+    return change.lifetimes is not None and collection in change.lifetimes
+
+
+def present_row(table: Table, change: Change, stored: Stored | None) -> Stored | None:
+    """The row to which a change applies; None if its entity has expired: see `preconditions.present`.
+
+    Args:
+        stored: with its document, if the entity may have expired.
+    """
+    if stored is None or not expires(change, change.key.collection):
+        return stored
+    try:
+        entity = entity_of(table, change.key, stored)
+    except CorruptionError:
+        if isinstance(change, Delete) and change.expect is ANY:
+            return stored  # a damaged entity can still be deleted
+        raise
+    return None if present(change, entity) is None else stored
+
+
+def row_is_there(table: Table, change: Change, key: Key, doc: str) -> bool:
+    """Whether the entity of a row exists for a change: see `preconditions.is_there`.
+
+    Args:
+        doc: its document; it is not read if the entity cannot have expired.
+    """
+    if not expires(change, key.collection):
+        return True
+    return is_there(change, key, table.entity((key.id, doc, 0)))
 
 
 def _created(table: Table, change: Put) -> Stored:

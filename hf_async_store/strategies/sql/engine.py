@@ -34,6 +34,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
     PermissionDeniedError,
+    PoolTimeoutError,
     ReadOnlyStoreError,
     SchemaMismatchError,
     StorageError,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _NO_TABLE: Final = QueryPlan(access="scan", detail="the table does not exist yet")
+_CLOCK_TOLERANCE: Final = 1.0
 _REREAD_SECONDS: Final = 10.0
 """While a declared index is missing, a program that only reads looks this often whether it exists."""
 
@@ -299,16 +301,18 @@ class SQLEngine(Engine):
         if self._state is None and not self._dialect.exists():
             return await read(SQLReader(None, {}))
         is_main = self._queries is self._main
-        if not (self._dialect.reads_alone if is_main else self._queries.is_free):
-            async with self._reading(self._main) as reader:
-                return await read(reader)
 
         async def once() -> Result:
+            if not (self._dialect.reads_alone if is_main else self._queries.is_free):
+                async with self._reading(self._main) as reader:
+                    return await read(reader)
             async with self._queries.lease() as lease:
                 return await read(SQLReader(lease, await self.tables(lease)))
 
         try:
             return await once()
+        except PoolTimeoutError:
+            raise
         except UnavailableError:
             return await once()  # the server may have closed the connection
 
@@ -583,6 +587,12 @@ class SQLEngine(Engine):
                 changes += [f"{each.kind}: {each.detail}" for each in found]
         more = report.pop("problems", [])
         problems += more if isinstance(more, list) else []
+        ahead = report.get("server_clock_ahead_seconds", 0)
+        expiring = any(each.expires is not None for each in self.schema.values())
+        if expiring and isinstance(ahead, float) and abs(ahead) > _CLOCK_TOLERANCE:
+            problems.append(
+                f"the clock of the server is {ahead:+.1f} s ahead of the one here, by which entities expire"
+            )
         figures = self._main.figures()
         for pool in self._pools_for_reads():
             figures = {name: n + pool.figures()[name] for name, n in figures.items()}

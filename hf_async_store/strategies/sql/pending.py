@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from hf_async_store.changes import ABSENT, ANY, Change, Patch, Put
+from hf_async_store.changes import ABSENT, ANY, Change, Delete, Patch, Put
 from hf_async_store.errors import InvalidFieldError
 from hf_async_store.field_operations import plain_fields
 from hf_async_store.query import MISSING, Missing
@@ -29,6 +29,7 @@ from hf_async_store.unique import Fields, digest
 from hf_async_store.values import CREATED_AT, Entity, Removed, Value
 
 if TYPE_CHECKING:
+    from hf_async_store.lifetimes import Lifetimes
     from hf_async_store.strategies.sql.rows import Tables
 
 
@@ -46,6 +47,7 @@ class PendingChange(msgspec.Struct, frozen=True, gc=False):
         version: the version to write, if it is known.
         kept: the stored values: a reference may stay as it is even if its parent is missing.
         digests: the values of the unique columns that it writes.
+        stored: the document that must be stored, if the statement compares it.
     """
 
     place: int
@@ -57,6 +59,18 @@ class PendingChange(msgspec.Struct, frozen=True, gc=False):
     version: int | None = None
     kept: Mapping[str, Value] = {}
     digests: Sequence[bytes | None] = ()
+    stored: str = ""
+
+
+class _Kind(NamedTuple):
+    """The parts of the `StatementKey` of a whole entity, without the key columns."""
+
+    collection: str
+    verb: Verb
+    created: bool
+    imported: bool
+    lifetimes: Lifetimes | None
+    same: bool = False
 
 
 class Encoder:
@@ -65,38 +79,60 @@ class Encoder:
     def __init__(self, tables: Tables, statements: WriteStatements) -> None:
         self.tables = tables
         self.statements = statements
-        self._shapes: dict[tuple[str, Verb, bool, bool], StatementKey] = {}
+        self._shapes: dict[_Kind, StatementKey] = {}
 
     # -- changes -----------------------------------------------------------------------------
 
     def pending(self, place: int, change: Change) -> PendingChange:
         """A change with its statement."""
         expected = change.expect if type(change.expect) is int else None
+        if change.lifetimes is not None and not self._decides(change):
+            return PendingChange(place, change, None)
         if isinstance(change, Put):
             return self._put(place, change, expected)
         if isinstance(change, Patch):
             return self._patch(place, change, expected)
-        shape = StatementKey(change.key.collection, "delete")
+        shape = StatementKey(change.key.collection, "delete", lifetimes=change.lifetimes)
         return PendingChange(place, change, shape, expected=expected)
 
-    def exactly(self, pending: PendingChange, stored: Stored, row: Stored | None) -> PendingChange:
-        """The same change, as the replacement of exactly this stored version by a decided row."""
+    def creating(self, place: int, change: Put) -> PendingChange:
+        """The change of an entity that does not exist."""
+        return self._put(place, change, None, "create")
+
+    def _decides(self, change: Change) -> bool:
+        """Whether a statement can decide which entities have expired."""
+        assert change.lifetimes is not None
+        purges = isinstance(change, Delete) and change.purge
+        return not purges and self.statements.decides(change.lifetimes, change.key.collection)
+
+    def exactly(
+        self, pending: PendingChange, stored: Stored, row: Stored | None, *, expired: bool
+    ) -> PendingChange:
+        """The same change, as the replacement of exactly this stored version by a decided row.
+
+        Args:
+            expired: the stored entity has expired. Another one may get the same version, so that the
+                document is compared.
+        """
         place, change = pending.place, pending.change
-        collection = change.key.collection
+        collection, lifetimes = change.key.collection, change.lifetimes
         table = self.tables[collection]
+        same = expired or (lifetimes is not None and not self._decides(change))
+        doc = stored.doc if same else ""
         if row is None:
-            shape = StatementKey(collection, "delete")
-            return PendingChange(place, change, shape, expected=stored.version)
+            shape = StatementKey(collection, "delete", lifetimes=lifetimes, same=same)
+            return PendingChange(place, change, shape, expected=stored.version, stored=doc)
         return PendingChange(
             place,
             change,
-            self._shape((collection, "replace", True, True)),
+            self._shape(_Kind(collection, "replace", True, True, lifetimes, same)),
             decode_json(row.doc),
             row.doc,
             stored.version,
             row.version,
-            decode_json(stored.doc),
+            {} if expired else decode_json(stored.doc),
             row.keys[len(table.key_fields) :],
+            doc,
         )
 
     def _patch(self, place: int, change: Patch, expected: int | None) -> PendingChange:
@@ -107,22 +143,23 @@ class Encoder:
             return PendingChange(place, change, None)  # a value is computed from the stored entity
         named = tuple([each for each in table.key_fields if each in fields])
         sets: Entity = {n: each for n, each in fields.items() if not isinstance(each, Removed)}
-        shape = StatementKey(collection, "patch", named, unique=unique)
+        shape = StatementKey(collection, "patch", named, unique=unique, lifetimes=change.lifetimes)
         pending = PendingChange(place, change, shape, sets, json_text(sets), expected)
         return self._with_digests(pending) if unique else pending
 
-    def _put(self, place: int, change: Put, expected: int | None) -> PendingChange:
+    def _put(
+        self, place: int, change: Put, expected: int | None, verb: Verb | None = None
+    ) -> PendingChange:
         entity, version = change.entity, change.import_version
         created = version is not None or CREATED_AT in entity
         doc = json_text(entity)
         if not created:
             doc = f'{{"{CREATED_AT}":"{change.written_at}",{doc[1:]}'
-        verb: Verb = "replace"
-        if change.expect is ANY:
-            verb = "save"
-        elif change.expect is ABSENT:
-            verb, created = "create", True
-        shape = self._shape((change.key.collection, verb, created, version is not None))
+        verb = verb or _verb(change)
+        created = created or verb == "create"
+        shape = self._shape(
+            _Kind(change.key.collection, verb, created, version is not None, change.lifetimes)
+        )
         pending = PendingChange(place, change, shape, entity, doc, expected, version)
         return self._with_digests(pending) if shape.unique else pending
 
@@ -136,14 +173,20 @@ class Encoder:
             return msgspec.structs.replace(pending, shape=None)
         return msgspec.structs.replace(pending, digests=digests)
 
-    def _shape(self, kind: tuple[str, Verb, bool, bool]) -> StatementKey:
-        """The statement of a whole entity: its collection, verb, `created` and `imported`."""
+    def _shape(self, kind: _Kind) -> StatementKey:
+        """The statement of a whole entity."""
         shape = self._shapes.get(kind)
         if shape is None:
-            collection, verb, created, imported = kind
-            table = self.tables[collection]
+            table = self.tables[kind.collection]
             shape = self._shapes[kind] = StatementKey(
-                collection, verb, table.key_fields, created, imported, table.unique
+                kind.collection,
+                kind.verb,
+                table.key_fields,
+                kind.created,
+                kind.imported,
+                table.unique,
+                kind.lifetimes,
+                kind.same,
             )
         return shape
 
@@ -155,6 +198,8 @@ class Encoder:
         args = [array_text(ids)]
         if shape.verb not in ("save", "create"):
             args.append(array_text([each.expected for each in group]))
+        if shape.same:
+            args.append(array_text([each.stored for each in group]))
         if shape.verb == "delete":
             if self.statements.children_of(shape.collection):
                 args.append(hex_array_text(_encoded(ids)))
@@ -185,6 +230,12 @@ class Encoder:
 def _touched(unique: tuple[Fields, ...], patch: Patch) -> tuple[Fields, ...]:
     """The unique columns whose values a patch may change."""
     return tuple([each for each in unique if not patch.fields.keys().isdisjoint(each)])
+
+
+def _verb(change: Put) -> Verb:
+    if change.expect is ANY:
+        return "save"
+    return "create" if change.expect is ABSENT else "replace"
 
 
 def _created(pending: PendingChange) -> Value | Missing:

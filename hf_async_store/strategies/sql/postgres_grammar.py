@@ -58,6 +58,7 @@ class PostgresGrammar(Grammar):
     """The SQL of PostgreSQL."""
 
     text_type: ClassVar[str] = 'text COLLATE "C"'
+    has_statistics: ClassVar[bool] = True
 
     def encode(self, value: Value) -> str:
         return json_text(value)
@@ -97,6 +98,9 @@ class PostgresGrammar(Grammar):
         if op == "in":
             texts = args.add(array_text(list(map(json_text, cast("list[Value]", value)))), "list")
             return Condition(_one_of(target, f"{texts}::jsonb[]", len(cast("list[Value]", value))))
+        if op == "timestamp_lte":
+            latest = self._compared(target, "lte", value, args)
+            return Condition(f"({latest.sql} AND {_text_of(target)} ~ '{_TIMESTAMP}'::text)")
         if op == "between":
             low, high = cast("list[Value]", value)
             one, other = (
@@ -212,6 +216,10 @@ _CODES: Final = {
     "object": "7e309::numeric",
 }
 """The terms of values that are not numbers, below and above all numbers."""
+
+
+_TIMESTAMP: Final = "^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}[.][0-9]{6}Z$"
+"""The fixed form of timestamps."""
 
 
 def _one_of(expression: str, array: str, count: int) -> str:

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hf_async_store.backoff import Backoff
-from hf_async_store.changes import ANY, Delete, Outcome
+from hf_async_store.changes import ANY, Delete, Outcome, Put
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
 from hf_async_store.preconditions import check_children
@@ -24,12 +24,17 @@ from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.decisions import (
     Stored,
+    expires,
     keys_by_collection,
     new_row,
     parents_of,
+    present_row,
     refuse_missing_parents,
+    row_is_there,
 )
+from hf_async_store.strategies.sql.ended_claims import end_claim
 from hf_async_store.strategies.sql.errors import REFUSALS, DuplicateValueError
+from hf_async_store.strategies.sql.names import DOC
 from hf_async_store.strategies.sql.pending import (
     Encoder,
     PendingChange,
@@ -157,9 +162,8 @@ class _Batch(ABC):
             ids = array_text([each.change.key.id for each in piece])
             await self.lease.rows(self._statements.of_parents(shape.collection), (limit, ids))
         sql = self._statements.of(shape, locks=self.locks)
-        return await self.lease.rows(
-            sql, (limit, *self._encoder.arguments(shape, piece)), doing="write", writes=True
-        )
+        args = (limit, *self._statements.times(shape), *self._encoder.arguments(shape, piece))
+        return await self.lease.rows(sql, args, doing="write", writes=True)
 
     def _locks_parents(self, shape: StatementKey) -> bool:
         """Whether rows must be locked in a statement before the one that deletes them."""
@@ -178,24 +182,45 @@ class _Batch(ABC):
             key = each.change.key
             table, found = self._tables[key.collection], stored.get(key)
             try:
-                row = new_row(table, each.change, found)
+                present = present_row(table, each.change, found)
+                row = new_row(table, each.change, present)
                 if isinstance(each.change, Delete):
-                    if found is not None:
+                    if present is not None:
                         await self._check_children(key)
                 elif self._statements.references:
                     refuse_missing_parents(
-                        self._schema, table, each.change, found, parents.__contains__
+                        self._schema, table, each.change, present, parents.__contains__
                     )
             except StorageError as exc:
                 self.outcomes[each.place] = exc
                 continue
-            if found is not None:
-                again.append(self._encoder.exactly(each, found, row))
+            if found is not None and (present is not None or row is not None):
+                if present is None:
+                    await self._end_claim(table, key, found)
+                again.append(self._exactly(each, found, row, expired=present is None))
             elif row is None:
                 self.outcomes[each.place] = None
             else:
-                again.append(self._encoder.pending(each.place, each.change))
+                assert isinstance(each.change, Put), "only a whole entity can be new"
+                again.append(self._encoder.creating(each.place, each.change))
         return again
+
+    async def _end_claim(self, table: Table, key: Key, expired: Stored) -> None:
+        """End the claim of an expired entity that is replaced."""
+        claims = self._tables.names.claims(table.collection)
+        async with self.between_statements():
+            await end_claim(self.lease, claims, table, key, expired)
+
+    def between_statements(self) -> AbstractAsyncContextManager[None]:
+        """A transaction for what is done between the statements of changes."""
+        return nullcontext()
+
+    def _exactly(
+        self, pending: PendingChange, stored: Stored, row: Stored | None, *, expired: bool
+    ) -> PendingChange:
+        change = pending.change
+        purges = isinstance(change, Delete) and change.purge
+        return self._encoder.exactly(pending, stored, row, expired=expired or purges)
 
     def _tells_absence(self, pending: PendingChange) -> bool:
         """Whether a change can be rejected only because the entity does not exist."""
@@ -221,13 +246,20 @@ class _Batch(ABC):
 
     async def _existing_parents(self, rejected: Iterable[PendingChange]) -> set[Key]:
         """The existing parents to which changes refer."""
-        wanted = chain.from_iterable(parents_of(self._schema, each.change) for each in rejected)
+        changes = [each.change for each in rejected]
+        wanted = chain.from_iterable(parents_of(self._schema, each) for each in changes)
         found: set[Key] = set()
         for collection, ids in keys_by_collection(wanted).items():
             table = self._tables[collection]
-            sql = f"SELECT t.{table.key} FROM {table.name} AS t WHERE t.{table.key}"
-            rows = await self.lease.rows(f"{sql} = ANY($1::text::text[])", (array_text(ids),))
-            found.update(Key(collection, row[0]) for row in rows)
+            judge = next((each for each in changes if expires(each, collection)), None)
+            doc = "''::text" if judge is None else table.grammar.read(f"t.{DOC}")
+            sql = f"SELECT t.{table.key}, {doc} FROM {table.name} AS t WHERE t.{table.key}"
+            for entity_id, text in await self.lease.rows(
+                f"{sql} = ANY($1::text::text[])", (array_text(ids),)
+            ):
+                key = Key(collection, entity_id)
+                if judge is None or row_is_there(table, judge, key, text):
+                    found.add(key)
         return found
 
     async def _check_children(self, key: Key) -> None:
@@ -273,7 +305,7 @@ class TransactionBatch(_Batch):
         """See `_Batch`. The owners of unique values are looked up before, because an error of the database
         would end the transaction."""
         if self.writes_unique(piece):
-            owners = await owners_of(self.lease, self.table_of(piece), piece)
+            owners = await owners_of(self.lease, self.table_of(piece), piece, indexed=True)
             if len(piece) > 1 and len(parts := separated(piece, owners)) > 1:
                 return parts
             refused = refusal(piece[0], owners) if len(piece) == 1 else None
@@ -387,10 +419,13 @@ class IndependentBatch(_Batch):
                     self.outcomes[each.place] = exc.copy()
             raise
 
+    def between_statements(self) -> AbstractAsyncContextManager[None]:
+        # Not serializable, so that it is no reason for another transaction to fail.
+        return self.lease.transaction("read_committed")
+
     async def _apart(self, piece: list[PendingChange]) -> list[list[PendingChange]]:
         """Divide changes of which one wrote a value of another entity; store its outcome."""
-        # Not serializable, so that it is no reason for another transaction to fail.
-        async with self.lease.transaction("read_committed"):
+        async with self.between_statements():
             owners = await owners_of(self.lease, self.table_of(piece), piece)
         if len(piece) > 1:
             parts = separated(piece, owners)
@@ -428,8 +463,7 @@ class IndependentBatch(_Batch):
         ids = array_text([each.change.key.id for each in piece])
         source = f"SELECT t.{table.key} FROM {table.name} AS t WHERE t.{table.key} = ANY($1::text::text[])"
         strength = "UPDATE" if shape.verb == "delete" else "NO KEY UPDATE"
-        # Not serializable, so that it is no reason for another transaction to fail.
-        async with self.lease.transaction("read_committed"):
+        async with self.between_statements():
             rows = await self.lease.rows(
                 f"WITH free AS MATERIALIZED ({source} FOR {strength} SKIP LOCKED) "
                 f"{source} EXCEPT ALL SELECT {table.key} FROM free",

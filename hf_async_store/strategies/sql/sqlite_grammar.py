@@ -42,6 +42,7 @@ class SQLiteGrammar(Grammar):
     """The SQL of SQLite."""
 
     text_type: ClassVar[str] = "TEXT"
+    has_statistics: ClassVar[bool] = False
 
     def encode(self, value: Value) -> str:
         return encode_json(value).decode()
@@ -72,6 +73,9 @@ class SQLiteGrammar(Grammar):
         if op == "exists":
             return Condition(f"{target} IS {'NOT ' if value else ''}NULL")
         text = _text_of(target)
+        if op == "timestamp_lte":
+            latest = self.test(target, "lte", value, args)
+            return Condition(f"({latest.sql} AND {text} GLOB '{_TIMESTAMP}')")
         sign = "=" if op == "eq" else OPERATORS.get(op)
         if isinstance(value, str) and sign is not None:
             return Condition(f"({text} {sign} {args.add(value)} AND {_is_string(target)})")
@@ -131,6 +135,12 @@ def _real_test(text: str, sign: str, value: float, exact: str, args: Arguments) 
         f"ELSE {exact} END"
     )
 
+
+_DIGIT: Final = "[0-9]"
+_TIMESTAMP: Final = (
+    f"{_DIGIT * 4}-{_DIGIT * 2}-{_DIGIT * 2}T{_DIGIT * 2}:{_DIGIT * 2}:{_DIGIT * 2}.{_DIGIT * 6}Z"
+)
+"""The fixed form of timestamps."""
 
 _MEMBER: Final = f"(t.{DOC} -> "
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,11 +28,14 @@ from hf_async_store.strategies.sql.catalogue import CatalogueChangedError, gener
 from hf_async_store.strategies.sql.compiler import compile_query
 from hf_async_store.strategies.sql.decisions import (
     Stored,
+    expires,
     keys_by_collection,
     marker_put,
     new_row,
     parents_of,
+    present_row,
     refuse_missing_parents,
+    row_is_there,
 )
 from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.names import DOC, quoted
@@ -154,6 +158,7 @@ class _Batch:
         self._before: dict[Key, Stored | None] = {}  # the stored rows of those that changed
         # By unique column and value: the entities that got it by one of the changes.
         self._claims: dict[tuple[str, int, bytes], list[str]] = {}
+        self._recreated: set[Key] = set()  # the rows of expired entities that new ones replace
         self._written = False
 
     def run(self, changes: Sequence[Change], *, all_or_none: bool) -> list[Outcome]:
@@ -213,9 +218,16 @@ class _Batch:
             for [entity_id, _] in self._select(self._tables[collection], VERSION, unread):
                 self._parents[Key(collection, entity_id)] = True
         changed = {each.key.collection for each in changes}
+        may_expire = any(
+            expires(each, field.parent)
+            for each in changes
+            if each.lifetimes is not None
+            for field in self._schema[each.key.collection].references
+        )
         deleted = {each.key.collection for each in changes if isinstance(each, Delete)}
         return (
-            not all(self._parents.values())
+            may_expire
+            or not all(self._parents.values())
             or not changed.isdisjoint(wanted)
             or any(self._schema.children[each] for each in deleted)
         )
@@ -241,16 +253,20 @@ class _Batch:
         table = self._tables[key.collection]
         stored = self._rows[key]
         try:
+            if stored is not None and expires(change, key.collection):
+                stored = present_row(table, change, self._loaded(key, stored))
             if stored is not None and change.expect is not ANY and change.expect != stored.version:
                 stored = self._loaded(key, stored)
             row = new_row(table, change, stored)
             if must_check:
                 self._check_references(table, change, stored)
             if table.unique and row is not None:
-                self._check_unique(table, key, stored, row)
+                self._check_unique(table, change, stored, row)
         except StorageError as exc:
             return exc
         if row is not None:
+            if stored is None and self._rows[key] is not None:
+                self._recreated.add(key)
             self._set(key, row)
             return row.version
         if stored is None:
@@ -262,43 +278,76 @@ class _Batch:
         self._before.setdefault(key, self._rows[key])
         self._rows[key] = row
 
-    def _check_unique(self, table: Table, key: Key, stored: Stored | None, row: Stored) -> None:
+    def _check_unique(
+        self, table: Table, change: Change, stored: Stored | None, row: Stored
+    ) -> None:
         """Refuse unique values that belong to another entity, and record those that do not."""
+        key = change.key
         first = len(table.key_fields)
         for place, fields in enumerate(table.unique, first):
             value = row.keys[place]
             if value is not None and (stored is None or stored.keys[place] != value):
-                owner = self._owner(table, place, value, key)
-                if owner is not None:
-                    raise violation(key, fields, owner)
+                for owner in self._owners(table, place, value, key):
+                    if row_is_there(table, change, owner, self._whole_row(table, owner).doc):
+                        raise violation(key, fields, owner.id)
+                    self._free(table, owner)
                 self._claims.setdefault((table.collection, place, value), []).append(key.id)
 
-    def _owner(self, table: Table, place: int, value: bytes, key: Key) -> str | None:
-        """The id of the entity, other than this one, that has a value in a unique column."""
+    def _owners(self, table: Table, place: int, value: bytes, key: Key) -> Iterator[Key]:
+        """The keys of the entities, other than this one, that have a value in a unique column."""
         sql = f"SELECT {table.key} FROM {table.name} WHERE {table.columns[place]} = ?"
         stored = [row[0] for row in self._connection.execute(sql, (value,)).fetchall()]
         for each in (*self._claims.get((table.collection, place, value), ()), *stored):
             if each == key.id:
                 continue
             other = Key(key.collection, each)
-            if other not in self._rows:
-                return str(each)
-            row = self._rows[other]
-            if row is not None and row.keys[place] == value:
-                return str(each)
-        return None
+            row = self._rows.get(other)
+            if other not in self._rows or (row is not None and row.keys[place] == value):
+                yield other
+
+    def _whole_row(self, table: Table, key: Key) -> Stored:
+        """A row that exists, which is kept with its document and all key columns."""
+        row = self._rows.get(key)
+        if row is None:
+            columns = ", ".join([VERSION, f"t.{DOC}", *(f"t.{each}" for each in table.columns)])
+            [[_, version, doc, *keys]] = self._select(table, columns, [key.id])
+            row = Stored(version, doc, tuple(keys))
+        else:
+            row = self._loaded(key, row)
+        self._rows[key] = row
+        return row
+
+    def _free(self, table: Table, key: Key) -> None:
+        """Let the row of an entity that has expired hold no unique value any more."""
+        row = self._rows[key]
+        assert row is not None, "it was read"
+        empty = (None,) * len(table.unique)
+        self._set(key, row._replace(keys=(*row.keys[: len(table.key_fields)], *empty)))
 
     def _check_references(self, table: Table, change: Change, stored: Stored | None) -> None:
         if not isinstance(change, Delete):
-            if not all(map(self._exists, parents_of(self._schema, change))):
+            exists = partial(self._exists_for, change)
+            if not all(map(exists, parents_of(self._schema, change))):
                 loaded = None if stored is None else self._loaded(change.key, stored)
-                refuse_missing_parents(self._schema, table, change, loaded, self._exists)
+                refuse_missing_parents(self._schema, table, change, loaded, exists)
         elif stored is not None and self._schema.children[change.key.collection]:
             self._flush()
             check_children(self._schema, change.key, self._children)
 
     def _exists(self, key: Key) -> bool:
         return self._rows[key] is not None if key in self._rows else self._parents[key]
+
+    def _exists_for(self, change: Change, key: Key) -> bool:
+        """Whether a parent exists, and has not expired."""
+        if not self._exists(key) or not expires(change, key.collection):
+            return self._exists(key)
+        table = self._tables[key.collection]
+        row = self._rows.get(key)
+        if row is None:
+            [[_, doc]] = self._select(table, table.grammar.read(f"t.{DOC}"), [key.id])
+        else:
+            doc = self._loaded(key, row).doc
+        return row_is_there(table, change, key, doc)
 
     def _children(self, child: Collection, field: Field, parent: str) -> list[str]:
         query = Query(child.name, Comparison((field.name,), "eq", parent), limit=2)
@@ -314,6 +363,10 @@ class _Batch:
         freed: dict[str, list[str]] = {}  # by table with unique columns: the rows that change one
         for key, before in self._before.items():
             row = self._rows[key]
+            if before is not None and (row is None or key in self._recreated):
+                # The claim of an entity is deleted with its row.
+                deletes.setdefault(key.collection, []).append(key.id)
+                before = None
             if row is not None:
                 version, doc, keys = row
                 changed: tuple[int, ...] | None = None
@@ -327,9 +380,8 @@ class _Batch:
                     keys = tuple([keys[each] for each in changed])
                 args = writes.setdefault((key.collection, changed), [])
                 args.append((key.id, version, doc, *keys))
-            elif before is not None:
-                deletes.setdefault(key.collection, []).append(key.id)
         self._before.clear()
+        self._recreated.clear()
         self._written = True
         for collection, gone in deletes.items():
             table = self._tables[collection]
@@ -405,6 +457,8 @@ def _named_fields(changes: Iterable[Change]) -> set[str] | None:
 
 def _needs_document(change: Change) -> bool:
     """Whether the new row depends on the stored document."""
+    if expires(change, change.key.collection):
+        return True
     if not isinstance(change, Put):
         return not isinstance(change, Delete)
     whole = change.import_version is not None or CREATED_AT in change.entity

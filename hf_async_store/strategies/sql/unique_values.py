@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from hf_async_store.changes import Change
 from hf_async_store.errors import UniqueViolationError
-from hf_async_store.strategies.sql.names import quoted, unique_column
+from hf_async_store.strategies.sql.decisions import expires, row_is_there
+from hf_async_store.strategies.sql.names import DOC, quoted, unique_column
 from hf_async_store.strategies.sql.pending import PendingChange
-from hf_async_store.strategies.sql.postgres_jsonb import optional_bytes_array_text
+from hf_async_store.strategies.sql.postgres_jsonb import array_text, optional_bytes_array_text
 from hf_async_store.unique import Fields, violation
+from hf_async_store.values import Key
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -27,28 +30,68 @@ _place_of: Final = attrgetter("place")
 
 
 async def owners_of(
-    lease: LeasedConnection, table: Table, piece: Sequence[PendingChange]
+    lease: LeasedConnection, table: Table, piece: Sequence[PendingChange], *, indexed: bool = False
 ) -> Owners:
-    """The owners of the values that changes of one statement write."""
+    """The owners of the values that changes of one statement write.
+
+    The rows of entities that have expired hold no such values any more afterwards.
+
+    Args:
+        indexed: look up only values whose index exists for certain. For the others, the server would read
+            all rows, and a transaction that did so would conflict with every other one.
+    """
+    change, doc = piece[0].change, ""
+    if judged := expires(change, table.collection):
+        doc = f", {table.grammar.read(f't.{DOC}')}"
     shape = piece[0].shape
     assert shape is not None, "it writes unique columns"
-    columns = [f"t.{quoted(unique_column(each))}" for each in shape.unique]
-    args = [
-        optional_bytes_array_text([each.digests[number] for each in piece])
-        for number in range(len(columns))
-    ]
+    wanted = {
+        fields: optional_bytes_array_text([each.digests[number] for each in piece])
+        for number, fields in enumerate(shape.unique)
+        if not (indexed and fields in table.entry.unenforced)
+    }
+    if not wanted:
+        return {}
+    columns = [f"t.{quoted(unique_column(each))}" for each in wanted]
     found = " OR ".join(
         f"{column} = ANY(${number}::text::bytea[])" for number, column in enumerate(columns, 1)
     )
     rows = await lease.rows(
-        f"SELECT t.{table.key}, {', '.join(columns)} FROM {table.name} AS t WHERE {found}", args
+        f"SELECT t.{table.key}, {', '.join(columns)}{doc} FROM {table.name} AS t WHERE {found}",
+        list(wanted.values()),
     )
+    if judged:
+        rows = await _without_expired(lease, table, change, rows)
     return {
         (fields, value): entity_id
         for entity_id, *values in rows
-        for fields, value in zip(shape.unique, values, strict=True)
+        for fields, value in zip(wanted, values, strict=True)
         if value is not None
     }
+
+
+async def _without_expired(
+    lease: LeasedConnection, table: Table, change: Change, rows: Sequence[Sequence[Any]]
+) -> list[Sequence[Any]]:
+    """The rows, without their documents, of entities that exist for a change; the others are freed."""
+    living: list[Sequence[Any]] = []
+    expired: list[tuple[str, str]] = []
+    for entity_id, *values, doc in rows:
+        if row_is_there(table, change, Key(table.collection, entity_id), doc):
+            living.append((entity_id, *values))
+        else:
+            expired.append((entity_id, doc))
+    if expired:
+        columns = ", ".join(f"{quoted(unique_column(each))} = NULL" for each in table.unique)
+        await lease.rows(
+            f"UPDATE {table.name} AS t SET {columns} "
+            "FROM ROWS FROM (unnest($1::text::text[], $2::text::text[])) AS i (id, d) "
+            f"WHERE t.{table.key} = i.id AND t.{DOC} = i.d::jsonb",
+            [array_text(list(each)) for each in zip(*expired, strict=True)],
+            doing="free unique values",
+            writes=True,
+        )
+    return living
 
 
 def values_of(pending: PendingChange) -> list[tuple[Fields, bytes]]:

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 from hf_async_store.schema import Collection, Field
+from hf_async_store.strategies.sql.compiler import LivingConditions
 from hf_async_store.strategies.sql.names import DOC, GENERATION, key_column, quoted, unique_column
 from hf_async_store.unique import Fields
 from hf_async_store.values import CREATED_AT, INT_MAX, LIGHT_BYTES, VERSION
 
 if TYPE_CHECKING:
+    from hf_async_store.lifetimes import Lifetimes
     from hf_async_store.strategies.sql.rows import Table, Tables
 
 Verb: TypeAlias = Literal["save", "create", "replace", "patch", "delete"]
@@ -39,6 +41,8 @@ class StatementKey(NamedTuple):
         unique: the fields of the unique columns that it writes, in the same way.
         created: for a whole entity: its document contains `created_at`, or is stored without it.
         imported: a column of arguments contains the version to store.
+        lifetimes: by which neither the stored entity nor a parent may have expired.
+        same: a column of arguments contains the document that must be stored, expired or not.
     """
 
     collection: str
@@ -47,6 +51,8 @@ class StatementKey(NamedTuple):
     created: bool = False
     imported: bool = False
     unique: tuple[Fields, ...] = ()
+    lifetimes: Lifetimes | None = None
+    same: bool = False
 
 
 class WriteStatements:
@@ -60,13 +66,14 @@ class WriteStatements:
         self._tables = tables
         self.references = references
         self._cache: dict[tuple[StatementKey, bool], str] = {}
+        self._exact: dict[tuple[Lifetimes, str], bool] = {}
 
     def of(self, shape: StatementKey, *, locks: bool) -> str:
         """The statement.
 
-        Its arguments are `lock_timeout` (None: as it is set), and one array for each column of arguments;
-        unless it deletes, then the JSON array of documents, and for each reference the JSON array of the
-        distinct ids.
+        Its arguments are `lock_timeout` (None: as it is set), those of `times`, and one array for each
+        column of arguments; unless it deletes, then the JSON array of documents, and for each reference
+        the JSON array of the distinct ids.
 
         Args:
             locks: it locks the parents to which rows refer, until its transaction ends. This is needed
@@ -97,25 +104,53 @@ class WriteStatements:
         column of arguments of a delete."""
         return self._tables.schema.children[collection] if self.references else ()
 
+    def times(self, shape: StatementKey) -> list[object]:
+        """The arguments of a statement that tell what has expired now."""
+        return [] if shape.lifetimes is None else self._living(shape).arguments
+
+    def decides(self, lifetimes: Lifetimes, collection: str) -> bool:
+        """Whether the statements can tell which entities of a collection, and parents, have expired."""
+        known = self._exact.get((lifetimes, collection))
+        if known is None:
+            names = [collection, *(each.parent for each in self.parents_of(collection))]
+            found = [(self._tables[name], lifetimes.of(name)) for name in names]
+            known = self._exact[lifetimes, collection] = all(
+                LivingConditions.are_exact(table, each) for table, each in found if each is not None
+            )
+        return known
+
+    def _living(self, shape: StatementKey) -> _Living:
+        return _Living(self._tables, shape, self.parents_of(shape.collection))
+
     def _generate(self, shape: StatementKey, *, locks: bool) -> str:
         table = self._tables[shape.collection]
-        columns = _Columns()
+        living = self._living(shape)
+        columns = _Columns(2 + len(living.arguments))
         entity_id = columns.add("text")
         if shape.verb in ("save", "create"):
-            sql = self._insert(table, shape, columns, locks=locks)
+            sql = self._insert(table, shape, columns, living, locks=locks)
         elif shape.verb == "delete":
             condition = f"t.{table.key} = {entity_id} AND {_expected(columns)}"
+            condition += _same(shape, columns) + living.own
             condition += "".join(self._no_children(table, columns)) + self._current()
             source = columns.source(documents=False)
             sql = f"DELETE FROM {table.name} AS t USING {source} WHERE {condition}"
         else:
-            sql = self._update(table, shape, columns, locks=locks)
+            sql = self._update(table, shape, columns, living, locks=locks)
         return f"{sql} RETURNING t.{table.key}, t.{VERSION}"
 
-    def _insert(self, table: Table, shape: StatementKey, columns: _Columns, *, locks: bool) -> str:
+    def _insert(
+        self,
+        table: Table,
+        shape: StatementKey,
+        columns: _Columns,
+        living: _Living,
+        *,
+        locks: bool,
+    ) -> str:
         version = columns.add("bigint") if shape.imported else "1::bigint"
         keys = _key_columns(shape, columns)
-        parents = "".join(self._parents(table, columns, locks=locks))
+        parents = "".join(self._parents(table, columns, living, locks=locks))
         names = [table.key, VERSION, DOC, quoted(GENERATION), *map(quoted, keys)]
         values = ["i.c0", version, "i.d", f"{table.generation}::int", *keys.values()]
         conflict = "NOTHING"
@@ -123,7 +158,7 @@ class WriteStatements:
             sets = {each: f"excluded.{quoted(each)}" for each in keys}
             new = f"excluded.{VERSION}" if shape.imported else f"t.{VERSION} + 1::bigint"
             written, condition = _row(table, shape, f"excluded.{DOC}", new, sets)
-            conflict = f"UPDATE SET {written} WHERE {condition}"
+            conflict = f"UPDATE SET {written} WHERE {condition}{living.own}"
         return (
             f"INSERT INTO {table.name} AS t ({', '.join(names)}) "
             f"SELECT {', '.join(values)} FROM {columns.source(documents=True)} "
@@ -131,8 +166,16 @@ class WriteStatements:
             f"ON CONFLICT ({table.key}) DO {conflict}"
         )
 
-    def _update(self, table: Table, shape: StatementKey, columns: _Columns, *, locks: bool) -> str:
-        expected = _expected(columns)
+    def _update(
+        self,
+        table: Table,
+        shape: StatementKey,
+        columns: _Columns,
+        living: _Living,
+        *,
+        locks: bool,
+    ) -> str:
+        expected = _expected(columns) + _same(shape, columns) + living.own
         version, doc, patched = f"t.{VERSION} + 1::bigint", "i.d", ""
         if shape.imported:
             version = columns.add("bigint")
@@ -141,7 +184,7 @@ class WriteStatements:
             doc = f"(t.{DOC} - coalesce({removed}::text[], '{{}}'::text[])) || i.d"
             patched = f" AND {_is_light(size)}"
         keys = _key_columns(shape, columns)
-        parents = "".join(self._parents(table, columns, locks=locks))
+        parents = "".join(self._parents(table, columns, living, locks=locks))
         written, condition = _row(table, shape, doc, version, keys)
         return (
             f"UPDATE {table.name} AS t SET {written} FROM {columns.source(documents=True)} "
@@ -164,7 +207,9 @@ class WriteStatements:
 
     # -- references --------------------------------------------------------------------------
 
-    def _parents(self, table: Table, columns: _Columns, *, locks: bool) -> Iterator[str]:
+    def _parents(
+        self, table: Table, columns: _Columns, living: _Living, *, locks: bool
+    ) -> Iterator[str]:
         """The conditions that the parent of every reference exists."""
         lock = " FOR KEY SHARE" if locks else ""
         fields = self.parents_of(table.collection)
@@ -175,8 +220,8 @@ class WriteStatements:
             # The subquery is independent of the row: each parent is looked up once, by the index, so
             # that a serializable transaction does not conflict with those of all other parents.
             found = (
-                f"SELECT p.{parent.key} FROM {parent.name} AS p "
-                f"WHERE p.{parent.key} = w.id LIMIT 1{lock}"
+                f"SELECT t.{parent.key} FROM {parent.name} AS t "
+                f"WHERE t.{parent.key} = w.id{living.parents[number]} LIMIT 1{lock}"
             )
             yield (
                 f" AND ({value} IS NULL{itself} OR {value} IN (SELECT f.{parent.key} "
@@ -248,6 +293,37 @@ def _is_light(size: str) -> str:
     return f"({binary} * 32 + {size} <= {LIGHT_BYTES} OR {text} + {size} <= {LIGHT_BYTES})"
 
 
+class _Living:
+    """The conditions that entities have not expired, which are written for the row `t`.
+
+    Attributes:
+        own: of the stored entity.
+        parents: of the parent of each reference.
+        arguments: the arguments in them, which follow the first one of the statement.
+    """
+
+    def __init__(self, tables: Tables, shape: StatementKey, references: Sequence[Field]) -> None:
+        self._lifetimes = shape.lifetimes
+        self._conditions = LivingConditions(first=2)
+        own = shape.lifetimes is not None and not shape.same and shape.verb != "create"
+        self.own = self._condition(tables[shape.collection]) if own else ""
+        is_delete = shape.verb == "delete"
+        fields = () if is_delete else references
+        self.parents = [self._condition(tables[each.parent]) for each in fields]
+        self.arguments = self._conditions.arguments
+
+    def _condition(self, table: Table) -> str:
+        lifetime = self._lifetimes.of(table.collection) if self._lifetimes is not None else None
+        if lifetime is None:
+            return ""
+        return f" AND {self._conditions.of(table, lifetime)}"
+
+
+def _same(shape: StatementKey, columns: _Columns) -> str:
+    """The condition that the stored document is that of the arguments, if it must be."""
+    return f" AND t.{DOC} = {columns.add('text')}::jsonb" if shape.same else ""
+
+
 def _expected(columns: _Columns) -> str:
     """The condition on the version."""
     expected = columns.add("bigint")
@@ -255,9 +331,14 @@ def _expected(columns: _Columns) -> str:
 
 
 class _Columns:
-    """The columns of arguments of a statement, while it is generated."""
+    """The columns of arguments of a statement, while it is generated.
 
-    def __init__(self) -> None:
+    Args:
+        first: the number of the parameter of the first one.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._first = first
         self._kinds: list[str] = []
 
     def add(self, kind: str) -> str:
@@ -268,16 +349,17 @@ class _Columns:
     def list(self, number: int) -> str:
         """The values of one of the lists after all columns and the documents, in a FROM clause."""
         # Not an array: its length in each execution would make the server plan each execution.
-        return f"pg_catalog.json_array_elements_text(${len(self._kinds) + 3 + number}::text::json)"
+        place = self._first + len(self._kinds) + 1 + number
+        return f"pg_catalog.json_array_elements_text(${place}::text::json)"
 
     def source(self, *, documents: bool) -> str:
         """The items of a FROM clause that provide the rows of arguments."""
-        arrays = [f"${n}::text::{kind}[]" for n, kind in enumerate(self._kinds, 2)]
+        arrays = [f"${n}::text::{kind}[]" for n, kind in enumerate(self._kinds, self._first)]
         names = [*(f"c{n}" for n in range(len(arrays))), "d"]
         # The unqualified name with one argument would be looked up along the search_path.
         unnest = f"{'pg_catalog.' if len(arrays) == 1 else ''}unnest({', '.join(arrays)})"
         # Also without documents: by the number of rows of the arrays alone, the server would plan each
         # execution of the statement.
-        docs = f"${len(arrays) + 2}::text::jsonb" if documents else "'[]'::jsonb"
+        docs = f"${self._first + len(arrays)}::text::jsonb" if documents else "'[]'::jsonb"
         functions = f"{unnest}, pg_catalog.jsonb_array_elements({docs})"
         return f"{_LOCK_TIMEOUT}, ROWS FROM ({functions}) AS i ({', '.join(names)})"
