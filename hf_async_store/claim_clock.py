@@ -44,10 +44,14 @@ def boot_seconds() -> float:
 
 
 class BootClock:
-    """The clock of the machine that counts from its start."""
+    """The clock of the machine that counts from its start; the wall clock if that start has no identity.
+
+    Without it, a claim of before a restart would seem to be held for as long as the machine had run.
+    """
 
     def now(self) -> Moment:
-        return Moment(_boot_id(), boot_seconds())
+        boot = _boot_id()
+        return Moment(boot, boot_seconds()) if boot else WallClock().now()
 
 
 class WallClock:

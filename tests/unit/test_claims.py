@@ -16,6 +16,7 @@ from hf_async_store import (
     ClaimLostError,
     Collection,
     StorageStrategy,
+    claim_clock,
     increment,
     open_store,
     strategy,
@@ -306,3 +307,14 @@ def test_the_clock_of_the_machine() -> None:
     assert first.seconds is not None
     assert second.seconds is not None
     assert second.seconds >= first.seconds
+
+
+def test_105_a_machine_whose_starts_have_no_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim_clock, "_boot_id", lambda: "")
+    monkeypatch.setattr(claim_clock, "boot_seconds", lambda: 1e6)
+    before = BootClock().now()
+    monkeypatch.setattr(claim_clock, "boot_seconds", lambda: 5.0)  # after a restart
+    after = BootClock().now()
+    assert before.seconds is not None
+    assert after.seconds is not None
+    assert before.seconds <= after.seconds
