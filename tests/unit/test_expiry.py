@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -266,3 +267,17 @@ def test_125_blocking_callers() -> None:
         assert store.purge_expired("sessions", limit=5) == 1
         with store.snapshot(expired=True) as snapshot:
             assert snapshot.count(Query("sessions")) == 0
+
+
+@dataclass
+class _Visit:
+    visit_id: str
+    until: datetime | None = None
+
+
+def test_a_collection_of_a_class_expires() -> None:
+    collection = Collection.from_model(
+        _Visit, key="visit_id", name="visits", expires=Expire("until")
+    )
+    assert collection.expires == Expire("until")
+    assert collection.fields["until"].type == "timestamp"
