@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Generic, Self, TypeVar
 
@@ -11,15 +13,35 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class _Worker:
+    """The thread that computes for all event loops of this process.
+
+    It is only one, because the threads and the event loop take turns: with each further one, the event loop
+    would wait longer for its own. It is not from the default executor of the loop, whose threads may all
+    wait for the result of a query.
+    """
+
+    executor = ThreadPoolExecutor(
+        1, thread_name_prefix="hf-async-store"
+    )  # the thread starts when needed
+
+    @classmethod
+    def replace(cls) -> None:
+        cls.executor = ThreadPoolExecutor(1, thread_name_prefix="hf-async-store")
+
+
+os.register_at_fork(after_in_child=_Worker.replace)  # which has no other threads than its main one
+
+
 async def computed(work: Callable[[], Result], *, long: bool) -> Result:
     """The result of a pure function; of one that takes long, from a thread.
 
     A thread gives the interpreter back to the event loop every 5 ms. If the caller is cancelled, the
-    thread completes its work, which has no effect.
+    thread completes what it has begun, which has no effect.
     """
     if not long:
         return work()
-    return await asyncio.get_running_loop().run_in_executor(None, work)
+    return await asyncio.get_running_loop().run_in_executor(_Worker.executor, work)
 
 
 class Chunks(Generic[Item]):

@@ -448,7 +448,10 @@ async def build_large_query(
     collection: Collection, *, filters: Filters = None, **arguments: Any
 ) -> Query:
     """`build_query`, in a thread if the filter has many values."""
-    is_long = _has_many_values(filters)
+    number = _number_of_values(filters)
+    if number > MAX_FILTER_VALUES:
+        raise InvalidQueryError(f"more than {MAX_FILTER_VALUES:,} values in one filter")
+    is_long = number > _MANY_VALUES
     if is_long:
         filters = _copied(filters)  # the caller may change its dicts
     return await computed(
@@ -456,29 +459,29 @@ async def build_large_query(
     )
 
 
-def _has_many_values(filters: object) -> bool:
-    """Whether the lists of a filter, which was not validated, have many values.
+def _number_of_values(filters: object) -> int:
+    """The number of values in the lists of a filter, which was not validated.
 
-    Not of one with too many parts, which `build_query` soon refuses: as a part may occur several times, few
+    0 if it has too many parts, which `build_query` soon refuses: as a part may occur several times, few
     objects can have any number of parts.
     """
-    values = 0
+    number = 0
     pending = [filters]
     for _ in range(MAX_FILTER_TERMS * MAX_FILTER_DEPTH):
         if not pending:
-            return values > _MANY_VALUES
+            return number
         part = pending.pop()
         if isinstance(part, Mapping):
-            values += sum([_number_of_values(each) for each in part.values()])
+            number += sum([_number_in_list(each) for each in part.values()])
         elif isinstance(part, Combined) and isinstance(part.filters, tuple):
             pending += part.filters
-    return False
-
-
-def _number_of_values(value: object) -> int:
-    if isinstance(value, Op) and value.name in _LIST_OPS and isinstance(value.operand, tuple):
-        return len(value.operand)
     return 0
+
+
+def _number_in_list(value: object) -> int:
+    if not isinstance(value, Op) or value.name not in _LIST_OPS:
+        return 0
+    return len(value.operand) if isinstance(value.operand, tuple) else 0
 
 
 def _copied(filters: Any, depth: int = 0) -> Any:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import threading
 import time
 from asyncio import events
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from hf_async_store import Collection, Field, Index, StorageStrategy, in_, not_in, open_store, path
+from hf_async_store.event_loop import computed
 from hf_async_store.query import build_query
 
 if TYPE_CHECKING:
@@ -210,3 +214,47 @@ async def test_the_first_rows_in_an_order_come_in_small_batches(
         sizes = [len(each) async for each in store.engine.select_batches(query)]
     assert sum(sizes) == 2_000
     assert max(sizes) <= 256
+
+
+async def test_a_large_filter_needs_no_thread_of_the_default_executor() -> None:
+    executor = ThreadPoolExecutor(1)
+    asyncio.get_running_loop().set_default_executor(executor)
+    released = threading.Event()
+    waiting = asyncio.create_task(asyncio.to_thread(released.wait))
+    try:
+        async with open_store("memory:", collections=[JOBS]) as store:
+            filters = {"name": in_(NAMES[:2_000])}
+            async with asyncio.timeout(20):
+                assert await store.query_entities("jobs", filters) == []
+    finally:
+        released.set()
+        await waiting
+
+
+async def test_large_filters_are_planned_one_after_another() -> None:
+    running = most = 0
+
+    def work() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.005)
+        running -= 1
+
+    await asyncio.gather(*(computed(work, long=True) for _ in range(8)))
+    assert most == 1
+
+
+def test_a_forked_process_plans_large_filters() -> None:
+    asyncio.run(computed(int, long=True))
+    child = os.fork()
+    if not child:
+        asyncio.run(computed(int, long=True))
+        os._exit(0)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
