@@ -390,7 +390,7 @@ class PostgresSchema(SchemaSync):
             if each not in entry.unique_columns
         ]
         constraint = quoted(generation_constraint(name))
-        actions = [f"ADD COLUMN IF NOT EXISTS {quoted(each)} bytea" for each in new]
+        actions = [f"ADD COLUMN {quoted(each)} bytea" for each in new]
         actions += [
             f"DROP CONSTRAINT IF EXISTS {constraint}",
             f"ADD CONSTRAINT {constraint} CHECK ({quoted(GENERATION)} >= {changed.generation})"
