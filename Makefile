@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.bench-installed
 DIST_STAMP := $(VENV)/.dist-installed
+DOCS_STAMP := $(VENV)/.docs-installed
 # Bytecode is written even where the environment forbids it: each of some thousand processes would
 # compile again what was changed.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
@@ -13,7 +14,7 @@ DATA ?=
 BASE ?=
 OPTIONS ?=
 
-.PHONY: demo test test-long check format bench bench-full bench-queries bench-compare dist clean
+.PHONY: demo test test-long check format bench bench-full bench-queries bench-compare dist docs clean
 
 demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes, one killed
 	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
@@ -29,10 +30,15 @@ check: $(STAMP)  ## style, types by three checkers, and which layer may import w
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tests/type_checks
+	$(BIN)/python tests/type_checks/pages.py
 	$(BIN)/lint-imports
 
 dist: $(DIST_STAMP)  ## builds the archives of a release, and tries the wheel in an empty environment
 	.ci/dist
+
+docs: $(DOCS_STAMP)  ## the documentation site, in build/site; warnings and broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	$(BIN)/python -m docs_site.check_links build/site
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -69,6 +75,10 @@ $(BENCH_STAMP): $(STAMP)
 $(DIST_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group release
 	touch $(DIST_STAMP)
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	touch $(DOCS_STAMP)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

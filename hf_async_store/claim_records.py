@@ -20,7 +20,7 @@ from typing import Final, Literal, Protocol, cast
 import msgspec
 
 from hf_async_store.changes import ABSENT, Change, Delete, Outcome, Put, Record
-from hf_async_store.claim_clock import Moment
+from hf_async_store.claim_clock import ClaimClock, Moment
 from hf_async_store.errors import ClaimLostError, CorruptionError, StorageError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Comparison, Query, position_of
@@ -53,11 +53,13 @@ class Claimed(msgspec.Struct, frozen=True):
     Attributes:
         record: the entity; of a lock, one without fields.
         attempts: how often it was claimed, this time included.
+        skew: by how many seconds the holder must stop before its lease ends, because clocks differ.
     """
 
     record: Record
     token: int
     attempts: int
+    skew: float = 0.0
 
 
 class ClaimInfo(msgspec.Struct, frozen=True):
@@ -200,9 +202,13 @@ def check_held(state: ClaimState | None, key: Key, token: int, now: Moment) -> C
 
 
 # -- in a session ---------------------------------------------------------------------------
+#
+# The clock is read after the first call of the session, which may have waited for a lock.
 
 
-async def take(session: Records, query: Query, terms: ClaimTerms, now: Moment) -> list[Claimed]:
+async def take(
+    session: Records, query: Query, terms: ClaimTerms, clock: ClaimClock
+) -> list[Claimed]:
     """Claim the first free entities that match a query, up to its limit."""
     assert query.limit is not None, "claims are limited"
     claimed: list[Claimed] = []
@@ -211,7 +217,7 @@ async def take(session: Records, query: Query, terms: ClaimTerms, now: Moment) -
     while True:
         async with Owned(session.select(page_query)) as records:
             page = [each async for each in records]
-        claimed += await _take_free(session, page, query.limit - len(claimed), terms, now)
+        claimed += await _take_free(session, page, query.limit - len(claimed), terms, clock)
         if len(claimed) == query.limit or len(page) < size:
             return claimed
         last = page[-1]
@@ -221,9 +227,10 @@ async def take(session: Records, query: Query, terms: ClaimTerms, now: Moment) -
 
 
 async def _take_free(
-    session: Records, page: Sequence[Record], limit: int, terms: ClaimTerms, now: Moment
+    session: Records, page: Sequence[Record], limit: int, terms: ClaimTerms, clock: ClaimClock
 ) -> list[Claimed]:
     stored = await session.fetch([claim_key(each.key) for each in page])
+    now = clock.now()
     claimed: list[Claimed] = []
     changes: list[Change] = []
     for record, found in zip(page, stored, strict=True):
@@ -237,10 +244,12 @@ async def _take_free(
 
 
 async def take_name(
-    session: Records, keys: Sequence[Key], terms: ClaimTerms, now: Moment
+    session: Records, keys: Sequence[Key], terms: ClaimTerms, clock: ClaimClock
 ) -> Claimed | None:
     """Claim the first free name of some."""
-    for key, found in zip(keys, await session.fetch(list(map(claim_key, keys))), strict=True):
+    stored = await session.fetch(list(map(claim_key, keys)))
+    now = clock.now()
+    for key, found in zip(keys, stored, strict=True):
         state = state_in(found)
         if is_free(state, terms, now):
             new = taken(state, key, terms, now)
@@ -249,34 +258,37 @@ async def take_name(
     return None
 
 
-async def check(session: Records, key: Key, token: int, now: Moment) -> None:
+async def check(session: Records, key: Key, token: int, clock: ClaimClock) -> None:
     """Refuse unless the holder of this token still holds the claim.
 
     Raises:
         ClaimLostError.
     """
     [found] = await session.fetch([claim_key(key)])
-    check_held(state_in(found), key, token, now)
+    check_held(state_in(found), key, token, clock.now())
 
 
-async def renew(session: Records, key: Key, token: int, lease: float, now: Moment) -> None:
+async def renew(session: Records, key: Key, token: int, lease: float, clock: ClaimClock) -> None:
     """See `Engine.renew_claim`."""
-    await _replace(session, key, token, lease, now, held=True)
+    await _replace(session, key, token, lease, clock, held=True)
 
 
-async def release(session: Records, key: Key, token: int, after: float | None, now: Moment) -> None:
+async def release(
+    session: Records, key: Key, token: int, after: float | None, clock: ClaimClock
+) -> None:
     """See `Engine.release_claim`."""
     if after is not None:
-        await _replace(session, key, token, after, now, held=False)
+        await _replace(session, key, token, after, clock, held=False)
         return
-    await check(session, key, token, now)
+    await check(session, key, token, clock)
     await end(session, key)
 
 
 async def _replace(
-    session: Records, key: Key, token: int, seconds: float, now: Moment, *, held: bool
+    session: Records, key: Key, token: int, seconds: float, clock: ClaimClock, *, held: bool
 ) -> None:
     [found] = await session.fetch([claim_key(key)])
+    now = clock.now()
     state = check_held(state_in(found), key, token, now)
     assert now.seconds is not None, "the store has no clock of its own"
     new = msgspec.structs.replace(state, ends=now.seconds + seconds, held=held)
@@ -288,11 +300,12 @@ async def end(session: Records, key: Key) -> bool:
     return await _write(session, [Delete(claim_key(key))]) != [None]
 
 
-async def listed(session: Records, collection: str, now: Moment) -> list[ClaimInfo]:
+async def listed(session: Records, collection: str, clock: ClaimClock) -> list[ClaimInfo]:
     """The claims of a collection, by id."""
     query = Query(CLAIM_COLLECTION.name, Comparison(("collection",), "eq", collection))
     async with Owned(session.select(query)) as records:
         states = [state_in(each) async for each in records]
+    now = clock.now()
     found = [each.info(now) for each in states if each is not None]
     return sorted(found, key=lambda each: each.id)
 

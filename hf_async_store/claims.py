@@ -22,7 +22,7 @@ from typing import Final, Protocol, Self, TypeVar
 from hf_async_store.arguments import check_seconds
 from hf_async_store.backoff import Backoff
 from hf_async_store.claim_clock import boot_seconds
-from hf_async_store.driver import Claimed, ClaimTerms, Engine
+from hf_async_store.driver import Claimed, ClaimTerms, Engine, run_to_completion
 from hf_async_store.errors import (
     ClaimLostError,
     InvalidInputError,
@@ -80,7 +80,8 @@ class Claim:
         entity: as it was claimed.
         version: the version that was claimed, or written last through the claim.
         token: greater than that of every earlier claim of the entity: a service that remembers the
-            greatest token it has seen can refuse late requests of earlier holders.
+            greatest token it has seen can refuse late requests of earlier holders. After a claim was
+            finished, that depends on the clock: see `docs/claims.md`.
         attempts: how often the entity was claimed since a claim of it was last finished, this time
             included.
         expires_at: when the claim ends unless it is renewed, by the wall clock of this machine; for
@@ -98,6 +99,7 @@ class Claim:
         self.token = claimed.token
         self.attempts = claimed.attempts
         self.lease = lease
+        self._skew: Final = claimed.skew
         self._ended = False
         self._block: _RenewedBlock | None = None
         self._renewed_at(since)
@@ -114,7 +116,7 @@ class Claim:
         return self.key.id
 
     def _renewed_at(self, since: float) -> None:
-        self.deadline = since + self.lease
+        self.deadline = since + self.lease - self._skew
         left = timedelta(seconds=self.deadline - boot_seconds())
         self.expires_at = datetime.now(UTC) + left
 
@@ -168,8 +170,8 @@ class Claim:
     def transaction(self) -> Transaction:
         """A transaction that commits only if the claim is still held then.
 
-        Its first call raises ClaimLostError if it is not; without a call, nothing is checked. On engines
-        with one write lock it also delays the renewal of the claim, so it should be much shorter than
+        Its first call raises ClaimLostError if it is not; without a call, nothing is checked. On all
+        engines but DynamoDB it also delays the renewal of the claim, so it should be much shorter than
         the lease.
         """
         return self._store._claimed_transaction(self, ends=False)
@@ -186,6 +188,8 @@ class Claim:
         await engine.renew_claim(self.key, self.token, seconds)
         self.lease = seconds
         self._renewed_at(since)
+        if self._block is not None:
+            self._block.lease_changed.set()
 
     async def release(self, *, after: float = 0.0) -> None:
         """End the claim: the entity can be claimed again, at once or `after` seconds from now.
@@ -240,15 +244,23 @@ class Claim:
         traceback: TracebackType | None,
     ) -> None:
         assert self._block is not None, "entered"
-        await self._block.leave(exc)
+        try:
+            await self._block.leave(exc)
+        except asyncio.CancelledError:
+            await self._release_after_error()
+            raise
+        if exc is not None:
+            await self._release_after_error()
+        elif not self._ended:
+            # To the end: otherwise a cancellation would leave it claimed until its lease ends.
+            await run_to_completion(self.release())
+
+    async def _release_after_error(self) -> None:
+        """Release the claim. The error is what the caller must see; at the latest, the lease ends."""
         if self._ended:
             return
-        if exc is None:
-            await self.release()
-            return
-        # The exception of the block is what the caller must see; the claim ends with its lease.
         try:
-            await self.release()
+            await run_to_completion(self.release())
         except StorageError as failure:
             log.info("%r could not be released: %s", self, failure)
 
@@ -261,6 +273,7 @@ class _RenewedBlock:
         self._task = task
         self._cancellations = 0 if task is None else task.cancelling()
         self._lost: ClaimLostError | None = None
+        self.lease_changed = asyncio.Event()
         self._renewing = asyncio.get_running_loop().create_task(self._renew())
 
     def stop(self) -> None:
@@ -291,13 +304,21 @@ class _RenewedBlock:
             while True:
                 # A part of the lease may have passed before the block began.
                 passed = claim.lease - (claim.deadline - boot_seconds())
-                await asyncio.sleep(claim.lease / _RENEWALS_PER_LEASE - passed)
-                await self._renewed()
+                self.lease_changed.clear()
+                try:
+                    async with asyncio.timeout(claim.lease / _RENEWALS_PER_LEASE - passed):
+                        await self.lease_changed.wait()
+                except TimeoutError:
+                    await self._renewed()
         except ClaimLostError as exc:
-            if not claim._ended:
-                self._lost = exc
-                if self._task is not None:
-                    self._task.cancel()
+            self._lose(exc)
+
+    def _lose(self, exc: ClaimLostError) -> None:
+        """Cancel the block."""
+        if not self._claim._ended and self._lost is None:
+            self._lost = exc
+            if self._task is not None:
+                self._task.cancel()
 
     async def _renewed(self) -> None:
         """Renew the claim, again after errors until its lease has ended."""
@@ -305,15 +326,30 @@ class _RenewedBlock:
         pauses = claim.lease / (4 * _RENEWALS_PER_LEASE)
         while True:
             try:
-                async with asyncio.timeout(claim.deadline - boot_seconds()):
-                    return await claim.renew()
+                return await self._renewed_once()
             except ClaimLostError:
                 raise
-            except (StorageError, TimeoutError) as exc:
+            except StorageError as exc:
                 if boot_seconds() + pauses >= claim.deadline:
-                    why = "it could not be renewed before its lease ended"
-                    raise ClaimLostError(f"{claim!r}: {why}", claim.collection, claim.id) from exc
+                    raise self._not_renewed() from exc
                 await asyncio.sleep(pauses)
+
+    async def _renewed_once(self) -> None:
+        renewal = asyncio.ensure_future(self._claim.renew())
+        try:
+            await asyncio.wait([renewal], timeout=self._claim.deadline - boot_seconds())
+            if renewal.done():
+                return renewal.result()
+            # The block must end now, even if the request cannot be cancelled.
+            self._lose(self._not_renewed())
+        finally:
+            renewal.cancel()
+            await asyncio.gather(renewal, return_exceptions=True)
+        raise self._not_renewed()
+
+    def _not_renewed(self) -> ClaimLostError:
+        why = "it could not be renewed before its lease ended"
+        return ClaimLostError(f"{self._claim!r}: {why}", self._claim.collection, self._claim.id)
 
 
 # -- claiming -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ checked like a declaration of a program, and nothing in it is run, opened or exp
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Final, cast
 
 import msgspec
@@ -95,8 +96,8 @@ def merged(recorded: Iterable[Collection], declared: Iterable[Collection]) -> li
     """The recorded declarations, with those of a program added.
 
     Collections, fields, indexes and expiry that only other programs declare stay. If a field or the expiry
-    is declared differently, the program is followed; but an index stays unique. A collection that it
-    declares with another key stays as it was.
+    is declared differently, the program is followed; but an index stays unique, and its fields stay of
+    types that can be indexed. A collection that it declares with another key stays as it was.
     """
     result = {each.name: each for each in recorded}
     for each in declared:
@@ -111,6 +112,9 @@ def merged(recorded: Iterable[Collection], declared: Iterable[Collection]) -> li
 def _merged(recorded: Collection, declared: Collection) -> Collection:
     fields = {**recorded.fields, **declared.fields}
     del fields[recorded.key]
+    for name in chain.from_iterable(recorded.unique):
+        if fields[name].type == "json":
+            fields[name] = recorded.fields[name]
     indexes = {each.name: each for each in recorded.indexes}
     for each in declared.indexes:
         if each.name not in indexes or each.unique:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import Final, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -64,7 +64,13 @@ from hf_async_store.preconditions import (
     present,
 )
 from hf_async_store.query import Query, compile_filter, ordered
-from hf_async_store.schema import CATALOGUE_COLLECTION, Collection, Index, Schema
+from hf_async_store.schema import (
+    CATALOGUE_COLLECTION,
+    LOCK_COLLECTION,
+    Collection,
+    Index,
+    Schema,
+)
 from hf_async_store.values import (
     CREATED_AT,
     UPDATED_AT,
@@ -119,6 +125,7 @@ __all__ = [
     "claim_key",
     "compile_filter",
     "copy_entity",
+    "giving_back",
     "is_there",
     "next_version",
     "options_of",
@@ -470,15 +477,22 @@ class Engine(Reader):
 
     async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
         """Claim the first entities that match and that nobody holds, up to the limit of the query, in
-        its order. In one atomic step, which changes neither the entities nor their versions."""
-        async with self.session(None) as session:
-            return await claim_records.take(session, query, terms, self.claim_clock.now())
+        its order. In one atomic step, which changes neither the entities nor their versions.
+
+        If it fails or is cancelled, nothing stays claimed: see `giving_back`."""
+        async with giving_back(self) as claimed:
+            async with self.session(None) as session:
+                claimed += await claim_records.take(session, query, terms, self.claim_clock)
+            return claimed
 
     async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
         """Claim the first of some keys that nobody holds; None if all are held. There is no entity with
         these keys, and their collection is not declared."""
-        async with self.session(None) as session:
-            return await claim_records.take_name(session, keys, terms, self.claim_clock.now())
+        async with giving_back(self) as claimed:
+            async with self.session(None) as session:
+                found = await claim_records.take_name(session, keys, terms, self.claim_clock)
+                claimed += [] if found is None else [found]
+            return claimed[0] if claimed else None
 
     async def renew_claim(self, key: Key, token: int, lease: float) -> None:
         """Let a claim end `lease` seconds from now.
@@ -487,7 +501,7 @@ class Engine(Reader):
             ClaimLostError: it is not held with this token any more.
         """
         async with self.session(None) as session:
-            await claim_records.renew(session, key, token, lease, self.claim_clock.now())
+            await claim_records.renew(session, key, token, lease, self.claim_clock)
 
     async def release_claim(self, key: Key, token: int, after: float | None) -> None:
         """End a claim.
@@ -500,7 +514,7 @@ class Engine(Reader):
             ClaimLostError: it is not held with this token any more.
         """
         async with self.session(None) as session:
-            await claim_records.release(session, key, token, after, self.claim_clock.now())
+            await claim_records.release(session, key, token, after, self.claim_clock)
 
     def claimed_session(
         self, key: Key, token: int, *, ends: bool = False
@@ -522,7 +536,7 @@ class Engine(Reader):
         self, key: Key, token: int, *, ends: bool
     ) -> AsyncGenerator[Session, None]:
         async with self.session(None) as session:
-            await claim_records.check(session, key, token, self.claim_clock.now())
+            await claim_records.check(session, key, token, self.claim_clock)
             yield session
             if ends:
                 await claim_records.end(session, key)
@@ -536,7 +550,7 @@ class Engine(Reader):
     async def claims(self, collection: str) -> list[ClaimInfo]:
         """The claims of a collection, by id. Nothing is created."""
         async with self.session(None) as session:
-            return await claim_records.listed(session, collection, self.claim_clock.now())
+            return await claim_records.listed(session, collection, self.claim_clock)
 
     # -- schema and health -------------------------------------------------------------------
 
@@ -666,6 +680,30 @@ async def batched(records: AsyncGenerator[Record, None]) -> AsyncGenerator[list[
                 batch = []
     if batch:
         yield batch
+
+
+@asynccontextmanager
+async def giving_back(engine: Engine) -> AsyncGenerator[list[Claimed], None]:
+    """A list for what a block claims, which is released again if the block fails or is cancelled.
+
+    Without it, a caller that is cancelled while its claim is committed would hold, until the lease ends,
+    what it has never heard of.
+    """
+    claimed: list[Claimed] = []
+    try:
+        yield claimed
+    except BaseException:
+        if claimed:
+            await run_to_completion(_give_back(engine, claimed))
+        raise
+
+
+async def _give_back(engine: Engine, claimed: Sequence[Claimed]) -> None:
+    for each in claimed:
+        key = each.record.key
+        after = None if key.collection == LOCK_COLLECTION.name else 0.0
+        with suppress(StorageError):  # if it was not committed, it is not held
+            await engine.release_claim(key, each.token, after)
 
 
 async def run_to_completion(work: Awaitable[Result]) -> Result:

@@ -14,6 +14,7 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from functools import cache
+from math import isfinite
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -98,8 +99,10 @@ class ModelCodec(Generic[Model]):
         self.fields, self.version, self._version_attribute = _described(model, library)
         self.attributes: Final = {each.attribute: each.name for each in self.fields}
         self.names: Final = frozenset([*self.attributes.values(), *library.tags(model)])
-        self._timestamps = tuple(
-            (each.name, each.attribute) for each in self.fields if each.type == "timestamp"
+        self._checked = tuple(
+            (each.name, each.attribute)
+            for each in self.fields
+            if each.type in ("timestamp", "json")
         )
 
     def name_of(self, attribute: str) -> str | None:
@@ -110,17 +113,19 @@ class ModelCodec(Generic[Model]):
         """The fields of an instance as they are stored, without the version.
 
         Raises:
-            UnsupportedValueError: it is not an instance of the model, or holds a datetime without a zone.
+            UnsupportedValueError: it is not an instance of the model, or holds what cannot be stored, for
+                example a datetime without a zone.
         """
         if not isinstance(instance, self.model):
             raise UnsupportedValueError(
                 f"an instance of {self.model.__name__} is expected, not {type(instance).__name__}"
             )
-        for name, attribute in self._timestamps:
-            value = getattr(instance, attribute, None)
-            if isinstance(value, datetime) and value.tzinfo is None:
-                raise UnsupportedValueError(f"{name}: a datetime without a time zone")
-        fields = self._library.dump(instance)
+        try:
+            for name, attribute in self._checked:
+                _refuse_what_is_lost(getattr(instance, attribute, None), name)
+            fields = self._library.dump(instance)
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise _not_stored(self.model.__name__, exc) from exc
         if self.version is not None:
             fields.pop(self.version, None)
         for name in (CREATED_AT, UPDATED_AT):
@@ -132,11 +137,21 @@ class ModelCodec(Generic[Model]):
         """The version that an instance holds."""
         if self._version_attribute is None:
             return None
-        return cast("int | None", getattr(instance, self._version_attribute))
+        held = getattr(instance, self._version_attribute)
+        return None if held is msgspec.UNSET else cast("int | None", held)
 
     def value(self, value: object) -> object:
-        """A value of a field as it is stored, in an update."""
-        return self._library.dump_value(value)
+        """A value of a field as it is stored, in an update.
+
+        Raises:
+            UnsupportedValueError: it cannot be stored.
+        """
+        name = type(value).__name__
+        try:
+            _refuse_what_is_lost(value, name)
+            return self._library.dump_value(value)
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise _not_stored(name, exc) from exc
 
     def instance(self, collection: str, entity_id: str, entity: Entity) -> Model:
         """The instance for a stored entity. Fields that are unknown to the model are left out.
@@ -161,6 +176,12 @@ class _Library:
 
     def declared(self, model: Any) -> Iterable[tuple[str, str, bool]]:
         """Each field: its name in the model, its stored name, and whether it has no default."""
+        try:
+            msgspec.json.Decoder(model)
+        except (TypeError, KeyError) as exc:  # a KeyError for a field without an annotation
+            raise ConfigurationError(
+                f"the fields of {model.__name__} cannot be converted: {exc!r}"
+            ) from exc
         if hasattr(model, "__struct_fields__"):
             if model.__struct_config__.array_like:
                 raise ConfigurationError(
@@ -224,15 +245,21 @@ class _Pydantic(_Library):
         return ()
 
     def dump(self, instance: Any) -> dict[str, object]:
+        if instance.model_extra:
+            listed = ", ".join(map(repr, instance.model_extra))
+            raise UnsupportedValueError(f"{listed}: not a field of {type(instance).__name__}")
         names = type(instance).model_fields  # without computed fields, which cannot be read back
-        return cast(
-            "dict[str, object]",
-            instance.model_dump(mode="json", by_alias=True, include=set(names)),
+        fields: dict[str, object] = instance.model_dump(
+            mode="json", by_alias=True, include=set(names)
         )
+        _refuse_masked(vars(instance).values(), fields)
+        return fields
 
     def dump_value(self, value: object) -> object:
         to_json: Callable[..., object] = sys.modules["pydantic_core"].to_jsonable_python
-        return to_json(value, by_alias=True)
+        stored = to_json(value, by_alias=True)
+        _refuse_masked([value], {type(value).__name__: stored})
+        return stored
 
     def load(self, model: Any, entity: Mapping[str, object]) -> object:
         return model.model_validate_json(msgspec.json.encode(entity))
@@ -243,6 +270,56 @@ class _Pydantic(_Library):
             return "", str(exc)
         first = errors(include_input=False, include_url=False, include_context=False)[0]
         return ".".join(map(str, first["loc"])), first["msg"]
+
+
+def _not_stored(what: str, exc: Exception) -> UnsupportedValueError:
+    return UnsupportedValueError(f"{what}: it cannot be stored: {exc}")
+
+
+def _refuse_what_is_lost(value: object, where: str) -> None:
+    """Refuse what the libraries would write as something else than it is.
+
+    That is, at any depth, a datetime without a zone, which would be a string without one, and a float that
+    is not finite, which pydantic would write as null.
+    """
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise UnsupportedValueError(f"{where}: a datetime without a time zone")
+    elif isinstance(value, float):
+        if not isfinite(value):
+            raise UnsupportedValueError(f"{where}: {value} (only finite numbers can be stored)")
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            _refuse_what_is_lost(each, f"{where}.{name}")
+    elif isinstance(value, list | tuple | set | frozenset):
+        for number, each in enumerate(value):
+            _refuse_what_is_lost(each, f"{where}[{number}]")
+    else:
+        for name in _attributes(type(value)):
+            _refuse_what_is_lost(getattr(value, name, None), f"{where}.{name}")
+
+
+def _attributes(kind: type) -> Iterable[str]:
+    """The names of the fields of a class, if it is like a model."""
+    listed: Iterable[str] | None = getattr(kind, "__struct_fields__", None)
+    if listed is None:
+        listed = getattr(kind, "__dataclass_fields__", None)
+    if listed is None:
+        listed = getattr(kind, "model_fields", None)
+    if listed is None:
+        return [each.name for each in getattr(kind, "__attrs_attrs__", ())]
+    return listed
+
+
+def _refuse_masked(values: Iterable[Any], fields: Mapping[str, object]) -> None:
+    """Refuse secrets of pydantic that would be stored as asterisks."""
+    masked = {str(each) for each in values if hasattr(each, "get_secret_value")}
+    for name, stored in fields.items():
+        if isinstance(stored, str) and stored in masked and not stored.strip("*"):
+            raise UnsupportedValueError(
+                f"{name}: a secret, which would be stored as asterisks: give its field a "
+                "field_serializer, and updates the value itself"
+            )
 
 
 def codec_of(model: type[Model]) -> ModelCodec[Model]:

@@ -448,10 +448,7 @@ async def build_large_query(
     collection: Collection, *, filters: Filters = None, **arguments: Any
 ) -> Query:
     """`build_query`, in a thread if the filter has many values."""
-    number = _number_of_values(filters)
-    if number > MAX_FILTER_VALUES:
-        raise InvalidQueryError(f"more than {MAX_FILTER_VALUES:,} values in one filter")
-    is_long = number > _MANY_VALUES
+    is_long = _has_many_values(filters)
     if is_long:
         filters = _copied(filters)  # the caller may change its dicts
     return await computed(
@@ -459,15 +456,29 @@ async def build_large_query(
     )
 
 
-def _number_of_values(filters: object, depth: int = 0) -> int:
-    """The number of values in the lists of a filter, which was not validated."""
-    if isinstance(filters, Mapping):
-        operands = [each.operand for each in filters.values() if isinstance(each, Op)]
-        return sum([len(each) for each in operands if isinstance(each, tuple)])
-    if not isinstance(filters, Combined) or depth > MAX_FILTER_DEPTH:
-        return 0
-    parts = filters.filters if isinstance(filters.filters, tuple) else ()
-    return sum([_number_of_values(each, depth + 1) for each in parts])
+def _has_many_values(filters: object) -> bool:
+    """Whether the lists of a filter, which was not validated, have many values.
+
+    Not of one with too many parts, which `build_query` soon refuses: as a part may occur several times, few
+    objects can have any number of parts.
+    """
+    values = 0
+    pending = [filters]
+    for _ in range(MAX_FILTER_TERMS * MAX_FILTER_DEPTH):
+        if not pending:
+            return values > _MANY_VALUES
+        part = pending.pop()
+        if isinstance(part, Mapping):
+            values += sum([_number_of_values(each) for each in part.values()])
+        elif isinstance(part, Combined) and isinstance(part.filters, tuple):
+            pending += part.filters
+    return False
+
+
+def _number_of_values(value: object) -> int:
+    if isinstance(value, Op) and value.name in _LIST_OPS and isinstance(value.operand, tuple):
+        return len(value.operand)
+    return 0
 
 
 def _copied(filters: Any, depth: int = 0) -> Any:

@@ -20,7 +20,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Final, Literal, TypeAlias, TypeVar, overload
 
 from msgspec.structs import replace
@@ -286,8 +286,8 @@ class RepositoryInterface(ABC):
         Raises:
             EntityNotFoundError: the entity does not exist; nothing is inserted.
             InvalidFieldError: also if a stored value has a type that the change does not apply to.
-            ConcurrencyConflictError, InvalidVersionError, UnsupportedValueError,
-            ReferenceViolationError: as in `save_entity`.
+            ConcurrencyConflictError, InvalidVersionError: as in `save_entity`.
+            UnsupportedValueError, ReferenceViolationError: as in `save_entity`.
         """
         check_boolean(returning, "returning")
         expect = check_version(expected_version, absent=False)
@@ -618,6 +618,7 @@ class RepositoryInterface(ABC):
         default: Mapping[str, object] | None = None,
         returning: Literal[False] = False,
         retry_seconds: float = RETRY_SECONDS,
+        timeout: float | None = None,
     ) -> int: ...
 
     @overload
@@ -630,6 +631,7 @@ class RepositoryInterface(ABC):
         default: Mapping[str, object] | None = None,
         returning: Literal[True],
         retry_seconds: float = RETRY_SECONDS,
+        timeout: float | None = None,
     ) -> Entity: ...
 
     async def modify_entity(
@@ -641,6 +643,7 @@ class RepositoryInterface(ABC):
         default: Mapping[str, object] | None = None,
         returning: bool = False,
         retry_seconds: float = RETRY_SECONDS,
+        timeout: float | None = None,
     ) -> int | Entity:
         """Read an entity, change it and write it back if unchanged; returns the new version.
 
@@ -652,6 +655,8 @@ class RepositoryInterface(ABC):
             default: if the entity does not exist, the function gets a copy of this one with the id in
                 its key field, and what it returns is created. Without it, that is an error.
             returning: return the entity as written instead of the version, at no extra cost.
+            timeout: as of `update_entity`, for all attempts together, without the time that `change`
+                takes in the last one.
 
         Raises:
             EntityNotFoundError: the entity does not exist, and there is no default.
@@ -663,13 +668,14 @@ class RepositoryInterface(ABC):
         check_boolean(returning, "returning")
         check_callable(change, "change")
         check_seconds(retry_seconds, "retry_seconds")
+        remaining = _countdown(timeout)
         if default is not None:
             if not isinstance(default, Mapping):
                 raise UnsupportedValueError(f"default must be a dict, not {type(default).__name__}")
             default = declared.entity({declared.key: key.id, **default})[1]
 
         async def attempt() -> Entity:
-            current = await self.get_entity(collection, key.id)
+            current = await self.get_entity(collection, key.id, timeout=remaining())
             if current is None and default is None:
                 raise EntityNotFoundError(collection, key.id)
             given = copy_entity(default) if current is None and default is not None else current
@@ -689,14 +695,15 @@ class RepositoryInterface(ABC):
             expect: Precondition = ABSENT if stored is None else version_of(stored)
             put = self._put(declared, new, expect, self._clock.now())
             try:
-                version = await self._write_one(put, None)
+                version = await self._write_one(put, remaining())
             except AlreadyExistsError as exc:
                 raise ConcurrencyConflictError(str(exc), retryable=True) from exc
             written = changed(put, stored)
             assert written is not None, "only a delete writes nothing"
             return {**written, VERSION: version}
 
-        written = await self._retried(key, attempt, retry_seconds)
+        most = retry_seconds if timeout is None else min(retry_seconds, timeout)
+        written = await self._retried(key, attempt, most)
         return copy_entity(written) if returning else version_of(written)
 
     @abstractmethod
@@ -914,10 +921,12 @@ class RepositoryInterface(ABC):
     ) -> int:
         """The number of matching entities."""
         query = await self._built_query(collection, filters, None, None, None)
-        started = perf_counter()
-        async with operation_timeout(timeout):
-            number = await self._count(query)
-        self._slow_queries.note(query, started, number)
+        started, number = perf_counter(), 0
+        try:
+            async with operation_timeout(timeout):
+                number = await self._count(query)
+        finally:
+            self._slow_queries.note(query, started, number)
         return number
 
     async def count_by(
@@ -979,11 +988,13 @@ class RepositoryInterface(ABC):
         query = await self._built_query(collection, filters, None, None, [Path((steps[0],))])
         read = value_reader(steps)
         started, rows = perf_counter(), 0
-        async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
-            async for batch in batches:
-                result.add(map(read, batch))
-                rows += len(batch)
-        self._slow_queries.note(query, started, rows)
+        try:
+            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
+                async for batch in batches:
+                    result.add(map(read, batch))
+                    rows += len(batch)
+        finally:
+            self._slow_queries.note(query, started, rows)
 
     async def min_of(
         self,
@@ -1072,11 +1083,13 @@ class RepositoryInterface(ABC):
     ) -> list[Entity]:
         entities: list[Entity] = []
         started = perf_counter()
-        async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
-            async for batch in batches:
-                entities += [project(each, fields) for each in batch[skipped:]]
-                skipped = max(0, skipped - len(batch))
-        self._slow_queries.note(query, started, len(entities))
+        try:
+            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
+                async for batch in batches:
+                    entities += [project(each, fields) for each in batch[skipped:]]
+                    skipped = max(0, skipped - len(batch))
+        finally:
+            self._slow_queries.note(query, started, len(entities))
         return entities
 
     async def _rows(self, query: Query) -> AsyncGenerator[Entity, None]:
@@ -1115,6 +1128,15 @@ class RepositoryInterface(ABC):
     async def _write_many(self, changes: Sequence[Put | Patch], timeout: float | None) -> list[int]:
         """The new version of each entity."""
         return _versions(await self._write(changes, timeout)) if changes else []
+
+
+def _countdown(timeout: float | None) -> Callable[[], float | None]:
+    """A function that returns how many seconds of a timeout are left."""
+    if timeout is None:
+        return lambda: None
+    check_seconds(timeout, "timeout")
+    deadline = monotonic() + timeout
+    return lambda: max(0.0, deadline - monotonic())
 
 
 def _existing(expect: Precondition) -> Precondition:

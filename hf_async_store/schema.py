@@ -433,7 +433,7 @@ class Collection:
         """The key and a portable, validated copy of a whole entity, without `version`.
 
         Raises:
-            InvalidKeyError, UnsupportedValueError, InvalidFieldError.
+            InvalidKeyError, UnsupportedValueError, InvalidFieldError: it cannot be stored.
         """
         self._check_is_mapping(data)
         if self.key not in data:
@@ -451,7 +451,7 @@ class Collection:
             size: the size of its JSON in bytes.
 
         Raises:
-            InvalidKeyError, UnsupportedValueError, InvalidFieldError.
+            InvalidKeyError, UnsupportedValueError, InvalidFieldError: it cannot be stored.
         """
         if self.key not in data:
             raise InvalidKeyError(f"an entity of {self.name} needs its key field {self.key!r}")

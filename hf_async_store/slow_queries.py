@@ -66,7 +66,7 @@ class SlowQueries:
         self._shapes: dict[Query, SlowShape] = {}
 
     def note(self, query: Query, started: float, rows: int) -> None:
-        """Record a query that has ended, if it was slow.
+        """Record a query that has ended, also by an error or its timeout, if it was slow.
 
         Args:
             started: by `time.perf_counter`.

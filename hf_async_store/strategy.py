@@ -48,6 +48,7 @@ from hf_async_store.driver import (
     SchemaChange,
     SchemaProgress,
     Session,
+    giving_back,
     run_to_completion,
 )
 from hf_async_store.errors import (
@@ -484,9 +485,12 @@ class StorageStrategy(RepositoryInterface):
 
         async def attempt() -> list[Claim]:
             since = boot_seconds()
-            claimed = await self._usable().claim(self._living_query(query), terms)
+            engine = self._usable()
+            claimed = await engine.claim(self._living_query(query), terms)
             if claimed and self._record_attempts:
-                await self._record_declarations()
+                async with giving_back(engine) as kept:
+                    kept += claimed
+                    await self._record_declarations()
             return [Claim(self, each.record.key, each, terms.lease, since) for each in claimed]
 
         return await until_claimed(attempt, seconds)

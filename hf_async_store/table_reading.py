@@ -79,8 +79,9 @@ class TableReader(Reader, Generic[Stored]):
             reading = await self._reading(query, moment)
             first = await self._first_in_order(query, moment, reading.path)
             if first is not None:
-                if first:
-                    yield first
+                for start in range(0, len(first), _BATCH):
+                    yield first[start : start + _BATCH]
+                    await asyncio.sleep(0)
                 return
             left = query.limit
             async with Owned(reading.rows()) as chunks:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from datetime import datetime
 from difflib import get_close_matches
 from types import NoneType
 from typing import Final, Generic, NamedTuple, TypeAlias
 
-from hf_async_store.arguments import check_callable
+from hf_async_store.arguments import check_callable, check_listed, check_mapping
 from hf_async_store.backoff import Backoff
 from hf_async_store.changes import ABSENT, ANY, Expect
 from hf_async_store.conflict_retry import RETRY_SECONDS
@@ -24,13 +25,26 @@ from hf_async_store.errors import (
     InvalidInputError,
     StorageError,
 )
+from hf_async_store.event_loop import Chunks
 from hf_async_store.field_operations import Operation, UpdateMap
 from hf_async_store.generators import Owned
 from hf_async_store.models import Model, ModelCodec, codec_of
 from hf_async_store.query import Filters, Missing, OrderBy, Path
 from hf_async_store.repository import RepositoryInterface, all_succeeded
 from hf_async_store.schema import Collection
-from hf_async_store.values import CREATED_AT, REMOVE, UPDATED_AT, Entity, Removed, Value, version_of
+from hf_async_store.values import (
+    CREATED_AT,
+    REMOVE,
+    UPDATED_AT,
+    VERSION,
+    Entity,
+    Removed,
+    Value,
+    version_of,
+)
+
+_CHUNK_SIZE: Final = 128
+"""How many instances are converted between two iterations of the event loop."""
 
 OnInvalid: TypeAlias = Callable[[InvalidEntityError], object] | None
 
@@ -142,6 +156,7 @@ class TypedCollection(Generic[Model]):
             self._key(entity),
             lambda stored: self._merged(stored, entity),
             default=entity,
+            timeout=timeout,
         )
 
     async def patch(self, entity_id: str, /, **fields: object) -> int:
@@ -165,12 +180,14 @@ class TypedCollection(Generic[Model]):
         Args:
             change: receives the instance, and returns the changed one. It is called again after a
                 conflict.
-            default: the instance that is changed if the entity does not exist.
+            default: the instance of which `change` receives a copy if the entity does not exist.
         """
         check_callable(change, "change")
 
         async def changed(stored: Entity) -> dict[str, object]:
-            result = change(self._instance(stored))
+            is_stored = VERSION in stored
+            given = self._instance(stored) if default is None or is_stored else deepcopy(default)
+            result = change(given)
             new = await result if inspect.isawaitable(result) else result
             return self._merged(stored, self._codec.entity(new))
 
@@ -207,14 +224,15 @@ class TypedCollection(Generic[Model]):
         entities = await self._repository.get_entities(self._name, ids, timeout=timeout)
         return [
             None if each is None else next(self._instances([each], on_invalid), None)
-            for each in entities
+            async for chunk in Chunks(entities, _CHUNK_SIZE)
+            for each in chunk
         ]
 
     async def create_many(
         self, instances: Iterable[Model], *, timeout: float | None = None
     ) -> list[int]:
         """`create` for each, in one batch; returns the versions. See `create_entities`."""
-        entities = map(self._codec.entity, instances)
+        entities = map(self._codec.entity, check_listed(instances, "instances"))
         return await self._repository.create_entities(self._name, entities, timeout=timeout)
 
     async def save_many(self, instances: Iterable[Model]) -> list[int]:
@@ -224,8 +242,12 @@ class TypedCollection(Generic[Model]):
             InvalidInputError: two instances have the same id.
             BatchError: some failed; the others are saved.
         """
-        given = list(instances)
-        entities = {self._key(each): each for each in map(self._codec.entity, given)}
+        given = list(check_listed(instances, "instances"))
+        entities = {
+            self._key(entity): entity
+            async for chunk in Chunks(given, _CHUNK_SIZE)
+            for entity in map(self._codec.entity, chunk)
+        }
         if len(entities) != len(given):
             raise InvalidInputError("save_many: two instances have the same id")
         expected = dict(zip(entities, map(self._expected, given), strict=True))
@@ -280,7 +302,7 @@ class TypedCollection(Generic[Model]):
         entities = await self._repository.query_entities(
             self._name, filters, order_by, limit, offset=offset, timeout=timeout
         )
-        return list(self._instances(entities, on_invalid))
+        return await self._converted(entities, on_invalid)
 
     async def stream(
         self,
@@ -311,7 +333,7 @@ class TypedCollection(Generic[Model]):
             self._name, filters, order_by, limit, cursor=cursor, timeout=timeout
         )
         invalid: list[InvalidEntityError] = []
-        items = list(self._instances(page.items, invalid.append))
+        items = await self._converted(page.items, invalid.append)
         return TypedPage(items, page.cursor, invalid)
 
     async def count(self, filters: Filters = None, *, timeout: float | None = None) -> int:
@@ -353,7 +375,16 @@ class TypedCollection(Generic[Model]):
     def _instance(self, entity: Entity) -> Model:
         return self._codec.instance(self._name, self._collection.id_of(entity), entity)
 
+    async def _converted(self, entities: Iterable[Entity], on_invalid: OnInvalid) -> list[Model]:
+        return [
+            instance
+            async for chunk in Chunks(entities, _CHUNK_SIZE)
+            for instance in self._instances(chunk, on_invalid)
+        ]
+
     def _instances(self, entities: Iterable[Entity], on_invalid: OnInvalid) -> Iterator[Model]:
+        if on_invalid is not None:
+            check_callable(on_invalid, "on_invalid")
         for each in entities:
             try:
                 instance = self._instance(each)
@@ -392,6 +423,7 @@ class TypedCollection(Generic[Model]):
 
     def _stored(self, changes: UpdateMap) -> UpdateMap:
         """An update with the values as they are stored."""
+        check_mapping(changes, "changes")
         return {
             name: value if isinstance(value, _UNCHANGED) else self._codec.value(value)
             for name, value in changes.items()

@@ -110,6 +110,18 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     command = COMMANDS.get(name) or _of_another_package(name)
     if command is None:
         raise InvalidInputError(_no_command(name))
+    parser = parser_of(name, command)
+    words = arguments.words
+    del arguments.words
+    arguments = parser.parse_intermixed_args(words, arguments)
+    for option, instead in command.refused.items():
+        if getattr(arguments, option) is not None:
+            raise InvalidInputError(f"{name} does not take --{option}: {instead}")
+    return command, arguments
+
+
+def parser_of(name: str, command: Command) -> argparse.ArgumentParser:
+    """The parser of one command, whose help is its page in the documentation, too."""
     parser = _Parser(
         prog=f"{PROGRAM} {name}",
         usage=None if command.usage is None else f"{PROGRAM} {command.usage}",
@@ -121,13 +133,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     _add_common(parser, command.refused)
     for add in command.arguments:
         add(parser)
-    words = arguments.words
-    del arguments.words
-    arguments = parser.parse_intermixed_args(words, arguments)
-    for option, instead in command.refused.items():
-        if getattr(arguments, option) is not None:
-            raise InvalidInputError(f"{name} does not take --{option}: {instead}")
-    return command, arguments
+    return parser
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, Self
@@ -29,6 +29,7 @@ from hf_async_store.errors import (
     ReferenceViolationError,
     StorageError,
     TargetNotEmptyError,
+    TransactionTooLargeError,
     UniqueViolationError,
     VerificationError,
 )
@@ -45,6 +46,7 @@ from hf_async_store.migration_routing import (
     MigrationRouter,
     MigrationState,
     Phase,
+    marker_of,
     migration_state_in,
     unrouted,
 )
@@ -57,6 +59,7 @@ from hf_async_store.schema import (
     Schema,
 )
 from hf_async_store.strategies import open_store
+from hf_async_store.unique import stored_digest
 from hf_async_store.values import VERSION, Key, canonical, utc_now, with_canonical
 
 if TYPE_CHECKING:
@@ -459,41 +462,45 @@ class LiveMigration:
         for start in range(0, len(keys), size):
             chunk = keys[start : start + size]
             self._touched.update(chunk)
-            attempt = partial(self._copy_chunk, origin, copy, chunk, {})
-            await retry_conflicts(attempt, _CONFLICT_SECONDS)
+            await self._copy_together(origin, copy, chunk)
+
+    async def _copy_together(self, origin: Engine, copy: Engine, keys: Sequence[Key]) -> None:
+        """Copy some entities in one transaction, or in several if it would be too large."""
+        attempt = partial(self._copy_chunk, origin, copy, keys)
+        try:
+            try:
+                await retry_conflicts(partial(attempt, moves_values=False), _CONFLICT_SECONDS)
+            except UniqueViolationError:
+                await retry_conflicts(partial(attempt, moves_values=True), _CONFLICT_SECONDS)
+        except TransactionTooLargeError:
+            if len(keys) == 1:
+                raise
+            middle = len(keys) // 2
+            for part in (keys[:middle], keys[middle:]):
+                await self._copy_together(origin, copy, part)
 
     async def _copy_chunk(
-        self,
-        origin: Engine,
-        copy: Engine,
-        keys: Sequence[Key],
-        owners: dict[Key, tuple[str, ...]],
+        self, origin: Engine, copy: Engine, keys: Sequence[Key], *, moves_values: bool
     ) -> None:
         """Copy some entities in one transaction.
 
         Args:
-            owners: the entities of the copy that have values of a unique index which another entity has
-                in the origin by now, each with the fields. They are freed first, and copied, too. If
-                there is a further one, it is added, and the transaction is retried.
+            moves_values: take unique values from the entities of the copy that have them. This takes a
+                request for each change.
         """
         async with copy.session(None) as session:
             record = migration_state_in((await session.fetch([MIGRATION_KEY]))[0])
             if record is None or record.epoch != self._current().epoch:
                 raise MigrationError("another coordinator has taken this live migration over")
-            wanted = [*keys, *(each for each in owners if each not in keys)]
-            keys = await self._with_relatives(origin, copy, session, wanted)
+            keys = await self._with_relatives(origin, copy, session, keys)
             in_origin = dict(zip(keys, await origin.fetch(keys), strict=True))
             in_copy = dict(zip(keys, await session.fetch(keys), strict=True))
-            changes = [*_freeing(owners, in_copy), *self._changes(keys, in_origin, in_copy)]
-            for outcome in await session.write(changes) if changes else []:
-                if isinstance(outcome, ReferenceViolationError):
-                    # Relatives changed between the two reads: the transaction is retried.
-                    raise ConcurrencyConflictError(str(outcome), retryable=True) from outcome
-                if isinstance(outcome, UniqueViolationError):
-                    owners[Key(outcome.collection, outcome.owner_id)] = outcome.fields
-                    raise ConcurrencyConflictError(str(outcome), retryable=True) from outcome
-                if isinstance(outcome, StorageError):
-                    raise outcome
+            changes = self._changes(keys, in_origin, in_copy)
+            if moves_values:
+                for each in changes:
+                    await _write_moving(origin, session, each)
+            elif changes:
+                await _write_all(session, changes)
 
     def _changes(
         self,
@@ -504,7 +511,6 @@ class LiveMigration:
         """The changes that make the copy equal to the origin: first puts, parents before children,
         then deletions, children before parents."""
         rank = {name: number for number, name in enumerate(self._schema)}
-        at = utc_now()
         puts: list[Change] = []
         deletes: list[Change] = []
         for key in sorted(keys, key=lambda each: (rank[each.collection], each.id)):
@@ -515,8 +521,7 @@ class LiveMigration:
                 continue
             entity, encoded = with_canonical(original.entity)
             if copied is None or encoded != canonical(copied.entity):
-                entity = {name: value for name, value in entity.items() if name != VERSION}
-                puts.append(Put(key, entity, at, import_version=original.version))
+                puts.append(_imported(Record(key, entity)))
         return [*puts, *reversed(deletes)]
 
     async def _with_relatives(
@@ -673,14 +678,44 @@ async def _key_chunks(
         query = replace(query, after=CursorPosition((), keys[-1].id))
 
 
-def _freeing(
-    owners: dict[Key, tuple[str, ...]], in_copy: dict[Key, Record | None]
-) -> Iterator[Change]:
-    """The changes that take their unique values from entities of the copy; `in_copy` follows."""
-    for key, fields in owners.items():
-        record = in_copy[key]
-        if record is not None:
-            freed = Record(key, {**record.entity, **dict.fromkeys(fields)})
-            entity = {name: value for name, value in freed.entity.items() if name != VERSION}
-            yield Put(key, entity, utc_now(), import_version=record.version)
-            in_copy[key] = freed
+async def _write_all(session: Session, changes: Sequence[Change]) -> None:
+    for outcome in await session.write(changes):
+        if isinstance(outcome, ReferenceViolationError):
+            # Relatives changed between the two reads: the transaction is retried.
+            raise ConcurrencyConflictError(str(outcome), retryable=True) from outcome
+        if isinstance(outcome, StorageError):
+            raise outcome
+
+
+async def _write_moving(origin: Engine, session: Session, change: Change) -> None:
+    """Write a change, after taking its unique values from the entities that have them."""
+    while True:
+        try:
+            return await _write_all(session, [change])
+        except UniqueViolationError as exc:
+            await _free(origin, session, exc)
+
+
+async def _free(origin: Engine, session: Session, refused: UniqueViolationError) -> None:
+    """Take the values of a unique index from their owner, and mark it, so that it is copied again.
+
+    Raises:
+        ConcurrencyConflictError: the owner has the values in the origin, too.
+    """
+    owner = Key(refused.collection, refused.owner_id)
+    [original], [copied] = await origin.fetch([owner]), await session.fetch([owner])
+    if copied is None or (
+        original is not None
+        and stored_digest(original.entity, refused.fields)
+        == stored_digest(copied.entity, refused.fields)
+    ):
+        raise ConcurrencyConflictError(str(refused), retryable=True) from refused
+    freed = Record(owner, {**copied.entity, **dict.fromkeys(refused.fields)})
+    marker = marker_of(owner)
+    await _write_all(session, [_imported(freed), _imported(Record(marker.key, marker.entity))])
+
+
+def _imported(record: Record) -> Put:
+    """The change that writes an entity with its version."""
+    entity = {name: value for name, value in record.entity.items() if name != VERSION}
+    return Put(record.key, entity, utc_now(), import_version=record.version)

@@ -210,6 +210,7 @@ class MemoryEngine(Engine):
             outcomes: list[Outcome] = []
             async for chunk in Chunks(changes, _WRITE_CHUNK):
                 for change in chunk:
+                    self._refuse_closed()
                     overlay = self._overlay()
                     outcomes.append(overlay.apply(change))
                     await self._commit(overlay)
@@ -254,6 +255,7 @@ class MemoryEngine(Engine):
 
     async def _commit(self, overlay: Overlay) -> None:
         """Apply the changes to the tables. The write lock is held."""
+        self._refuse_closed()
         images: dict[str, dict[str, Entity | None]] = {}
         async for chunk in Chunks(overlay.changes.items(), _CHUNK_SIZE):
             for key, entity in chunk:
@@ -264,7 +266,7 @@ class MemoryEngine(Engine):
             for name, each in images.items()
             if tables[name].is_bulk(each)
         }
-        self._refuse_closed()
+        self._refuse_closed()  # it may have been closed during one of the awaits
         for name, each in images.items():
             tables[name].apply(each, merged.get(name))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from threading import Lock
 from types import TracebackType
@@ -14,7 +14,7 @@ from hf_async_store import claims, driver, repository, strategy, transaction
 from hf_async_store.arguments import check_callable
 from hf_async_store.claims import LEASE_SECONDS
 from hf_async_store.conflict_retry import RETRY_SECONDS
-from hf_async_store.errors import StoreClosedError
+from hf_async_store.errors import ClaimLostError, StoreClosedError
 from hf_async_store.models import Model
 from hf_async_store.sync.calls import (
     Blocking,
@@ -208,7 +208,9 @@ class Claim(Blocking):
     ) -> None:
         if exc is not None and not isinstance(exc, Exception):
             # KeyboardInterrupt, SystemExit: in a task, asyncio would end the event loop.
-            exc = CancelledError()
+            with suppress(ClaimLostError):
+                self._run(partial(self._target.__aexit__, None, CancelledError(), None))
+            return
         self._run(partial(self._target.__aexit__, None, exc, None))
 
 

@@ -6,7 +6,9 @@ Cases about time set the clock of the engine; only those about renewal in the ba
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -25,7 +27,7 @@ from hf_async_store.query import path
 from hf_async_store.testing.assertions import get_existing
 from hf_async_store.testing.concurrency import answer_of, failure_of, second_store
 from hf_async_store.testing.repetitions import repetitions
-from hf_async_store.values import REMOVE
+from hf_async_store.values import REMOVE, Key
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -221,6 +223,55 @@ class ClaimContract:
                 token = claim.token
                 await claim.release()
 
+    async def test_104_claimers_of_one_name_with_a_clock_that_is_behind(
+        self, harness: Harness, store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _claims(harness)
+        monkeypatch.setattr(time, "time_ns", lambda: 1)  # all choose the same token
+        await _create(store, ["a"])
+        async with second_store(harness, store) as other:
+            for _ in range(repetitions(_ROUNDS)):
+                found = await asyncio.gather(
+                    *(
+                        each.claim_entities("items", {"item_id": "a"}, owner="workers")
+                        for each in (store, other)
+                    )
+                )
+                [claim] = [each for claims in found for each in claims]
+                await claim.release()
+
+    async def test_104_a_claimer_that_is_cancelled_holds_nothing(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        _claims(harness)
+        await _create(store, "abc")
+        async with store.lock("x"):  # creates the tables
+            for each in await _claim(store, 3):
+                await each.finish()
+
+        async def lock() -> None:
+            async with store.lock("x"):
+                pass
+
+        async def claim() -> None:
+            claimed.extend(await store.claim_entities("items", limit=3))
+
+        for step in range(40):
+            for work in (lock, claim):
+                claimed: list[Claim] = []
+                task = asyncio.create_task(work())
+                for _ in range(step % 20):
+                    await asyncio.sleep(0)
+                if step >= 20:
+                    await asyncio.sleep(0.0003 * (step - 20))
+                task.cancel()
+                await asyncio.wait([task])
+                assert await store.claims("hf_locks") == [], step
+                held = [each.id for each in await store.claims("items") if each.state == "held"]
+                assert held == [each.id for each in claimed], step
+                for each in claimed:
+                    await each.finish()
+
     async def test_104_arguments_are_checked_before_any_request(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
@@ -282,6 +333,30 @@ class ClaimContract:
         assert (await _only(store)).state == "free"
         await _all_lost(store, claim)
         assert len(await _claim(store)) == 1
+
+    @pytest.mark.parametrize("collection", ["items", "hf_locks"])
+    async def test_105_a_store_in_which_nothing_was_claimed_refuses_a_holder(
+        self, harness: Harness, store: StorageStrategy, collection: str
+    ) -> None:
+        # As after a live migration: the claim was made in the source.
+        _claims(harness)
+        await _create(store, ["a"])
+        key = Key(collection, "a")
+
+        async def transact() -> None:
+            async with store.engine.claimed_session(key, 1):
+                pytest.fail("the claim is not held")
+
+        uses: list[Callable[[], Awaitable[None]]] = [
+            lambda: store.engine.renew_claim(key, 1, 10.0),
+            lambda: store.engine.release_claim(key, 1, None),
+            lambda: store.engine.release_claim(key, 1, 1.0),
+            transact,
+        ]
+        for use in uses:
+            with pytest.raises(ClaimLostError):
+                await use()
+        assert await store.claims(collection) == []
 
     async def test_105_everybody_can_read_and_change_a_claimed_entity(
         self, harness: Harness, store: StorageStrategy

@@ -161,6 +161,28 @@ class OwnerExpiryContract:
             await store.purge_expired()
             assert await stored(store, "names") == ["n0", "n1"]
 
+    async def test_114_an_index_is_added_beside_freed_values(self, harness: Harness) -> None:
+        if not harness.capabilities.multi_process:
+            pytest.skip("each store of this engine is empty at first")
+        time = Time()
+        names, uses = OWNERS
+        more = Collection(
+            "names",
+            key="name_id",
+            fields=["name", "zone", Field("until", "timestamp")],
+            indexes=[*names.indexes, "until"],
+            expires=names.expires,
+        )
+        async with self._owners(harness, time) as store:
+            await self._expired_owners(store, time, ["x"])
+            await store.create_entity("names", {"name_id": "new", "name": "x"})
+        async with store_at(harness, time, [more, uses]) as store:
+            await store.apply_schema(complete=True)
+            with pytest.raises(UniqueViolationError):
+                await store.create_entity("names", {"name_id": "late", "name": "x"})
+            assert await store.purge_expired() == 1
+            assert await stored(store, "names") == ["new"]
+
     # -- expiry ends a claim -----------------------------------------------------------------
 
     def _jobs(self, harness: Harness, time: Time) -> StorageStrategy:

@@ -363,6 +363,25 @@ class UniqueIndexContract:
             ).owner_id == owner
         await unique.create_entity("things", thing("e", "free"))
 
+    async def test_99_a_call_in_a_transaction_moves_values_in_its_order(
+        self, unique: StorageStrategy
+    ) -> None:
+        async with unique.begin_transaction() as tx:
+            await tx.create_entity("things", thing("c", "z"))
+            await tx.update_entities(
+                "things",
+                {
+                    "c": {"name": "free", "zone": "z"},
+                    "a": {"name": "z"},
+                    "b": {"name": "x", "zone": "z"},
+                },
+            )
+            created = {"created_at": "2026-01-01T00:00:00.000000Z"}
+            await tx.save_entities(
+                "things", [thing("d", "d", **created), thing("a"), thing("e", "z", **created)]
+            )
+        assert await names_of(unique) == {"a": None, "b": "x", "c": "free", "d": "d", "e": "z"}
+
     async def test_99_values_are_checked_change_by_change(self, unique: StorageStrategy) -> None:
         """Two values cannot be swapped directly, as in SQL, but by way of a third one."""
         with pytest.raises((UniqueViolationError, TransactionAbortedError)):
@@ -530,6 +549,45 @@ class UniqueIndexContract:
         assert (
             await refusal_of(store.update_entity("things", "t3", {"name": "y"}))
         ).owner_id == "t2"
+
+    async def test_96_new_programs_that_ran_before_it_was_applied_enforce_it(
+        self, lasting: Harness
+    ) -> None:
+        """As in a rollout: the new program is started, and then another one applies its declaration."""
+        async with lasting.store(PLAIN) as old:
+            await old.save_entity("things", thing("t0", "x"))
+            await old.save_entity("things", thing("long", "z" * 2000))
+        async with lasting.store(things(BY_NAME)) as new, lasting.store(things(BY_NAME)) as tool:
+            await new.create_entity("things", thing("t1", "y"))
+            async with new.begin_transaction() as tx:
+                await tx.update_entity("things", "long", {"zone": "z"})
+            await new.update_entity("things", "long", {"name": "short"})
+            await tool.apply_schema(complete=True)
+            await new.create_entity("things", thing("t2", "z"))
+            for name, owner in (("x", "t0"), ("y", "t1"), ("short", "long"), ("z", "t2")):
+                for store in (new, tool):
+                    error = await refusal_of(store.create_entity("things", thing("new", name)))
+                    assert error.owner_id == owner
+
+    async def test_96_a_program_that_does_not_declare_it_may_apply(self, lasting: Harness) -> None:
+        async with lasting.store(PLAIN) as store:
+            for entity_id in ("t0", "t1"):
+                await store.save_entity("things", thing(entity_id, "x", zone="z"))
+        async with lasting.store(things(BY_NAME)) as store:
+            await store.create_entity("things", thing("t2", "y"))
+            with pytest.raises(SchemaMismatchError, match=r"things\.name-index"):
+                await store.apply_schema(complete=True)
+        async with lasting.store(things(plain=[Index("zone")])) as other:
+            await other.apply_schema(complete=True)
+            assert await other.schema_changes() == []
+            assert await other.count_entities("things", {"zone": "z"}) == 2
+            await other.create_entity("things", thing("t3", "x"))
+            await other.delete_entities("things", ["t1", "t3"])
+            await other.apply_schema(complete=True)
+        async with lasting.store(things(BY_NAME)) as store:
+            assert "unique index" in [each.kind for each in await store.schema_changes()]
+            await store.apply_schema(complete=True)
+            await refusal_of(store.create_entity("things", thing("new", "x")))
 
     async def test_96_unique_declared_on_an_empty_collection(self, lasting: Harness) -> None:
         async with lasting.store(PLAIN) as store:

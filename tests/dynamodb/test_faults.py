@@ -7,7 +7,7 @@ acknowledged writes, possibly plus writes whose outcome was reported as unknown.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
@@ -16,11 +16,13 @@ import pytest
 
 from hf_async_store import (
     BatchError,
+    ClaimLostError,
     ConcurrencyConflictError,
     StorageError,
     ThrottledError,
     UnavailableError,
 )
+from hf_async_store.claim_clock import boot_seconds
 from hf_async_store.testing.concurrency import seeded
 from hf_async_store_bench.acked_writes import AckedWrites, writing
 from tests.dynamodb.proxy import (
@@ -41,7 +43,7 @@ from tests.dynamodb.support import new_prefix, store_at
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hf_async_store import DynamoDBStorageStrategy
+    from hf_async_store import Claim, DynamoDBStorageStrategy
     from hf_async_store_bench.servers import DynamoDBServer
     from tests.dynamodb.proxy import Proxy
 
@@ -307,6 +309,53 @@ async def test_71_throttling_that_does_not_end_is_reported(proxy: Proxy) -> None
         assert entity is not None
         assert entity["version"] == 1
         assert await store.get_entity("items", "b") is None
+
+
+async def test_106_a_claim_whose_response_was_lost_is_recognised(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        await store.create_entity("items", {"item_id": "a"})
+        async with store.lock("first"):
+            pass
+
+        def rule(request: Request) -> Fault | None:
+            if request.operation not in ("UpdateItem", "TransactWriteItems"):
+                return None
+            proxy.rule = None
+            return Cut(applied=True)
+
+        async def claim() -> Claim:
+            proxy.rule = rule
+            [claim] = await store.claim_entities("items", owner="worker")
+            assert proxy.rule is None, "no response was lost"
+            proxy.rule = rule
+            return claim
+
+        ends: list[Callable[[Claim], Awaitable[None]]] = [
+            lambda each: each.release(),
+            lambda each: each.release(after=0.0),
+            lambda each: each.finish(),
+            lambda each: each.finish({"label": "done"}),
+            lambda each: each.delete(),
+        ]
+        for end in ends:
+            claimed = await claim()
+            await end(claimed)
+            assert proxy.rule is None, "no response was lost"
+            assert [each.state for each in await store.claims("items")] in ([], ["free"])
+            with pytest.raises(ClaimLostError):
+                await claimed.renew()
+        proxy.rule = rule
+        async with store.lock("x", timeout=0.0):
+            proxy.rule = rule
+        assert await store.claims("hf_locks") == []
+
+
+async def test_105_a_holder_stops_before_a_clock_that_is_ahead_ends_its_lease(proxy: Proxy) -> None:
+    async with store_at(proxy.url, max_clock_skew=5.0) as store:
+        await store.create_entity("items", {"item_id": "a"})
+        [claim] = await store.claim_entities("items", lease=30.0)
+        await claim.renew()
+        assert claim.deadline <= boot_seconds() + 25.0
 
 
 async def test_a_write_whose_response_was_lost_is_recognised(proxy: Proxy) -> None:

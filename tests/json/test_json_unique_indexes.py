@@ -63,3 +63,24 @@ async def test_many_entities_at_once(tmp_path: Path) -> None:
                 await store.create_entity("hosts", {"host_id": "b", "name": name})
         await store.delete_entities("hosts", [f"h{each}" for each in range(5000)])
         await store.create_entity("hosts", {"host_id": "b", "name": "n7"})
+
+
+async def test_what_another_program_declared_is_still_enforced_if_the_file_is_damaged(
+    tmp_path: Path,
+) -> None:
+    url = f"json:{tmp_path}/db.json"
+    by_zone = Collection(
+        "hosts", key="host_id", fields=["zone"], indexes=[Index("zone", unique=True)]
+    )
+    async with (
+        open_store(url, collections=UNIQUE) as one,
+        open_store(url, collections=[by_zone]) as other,
+    ):
+        await other.delete_entity("hosts", "nobody")
+        for store in (one, other):
+            await store.save_entity("hosts", {"host_id": "a", "name": "x", "zone": "y"})
+        (tmp_path / ".db.json.declarations").write_bytes(b"{")
+        for store in (one, other):
+            for name, zone in (("x", "z"), ("z", "y")):
+                with pytest.raises(UniqueViolationError):
+                    await store.create_entity("hosts", {"host_id": "b", "name": name, "zone": zone})

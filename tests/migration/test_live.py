@@ -475,3 +475,30 @@ async def test_unique_values_that_move_during_a_migration(place: Place) -> None:
         await move.finalize()
     async with open_store(target, collections=hosts) as store:
         assert await store.query_entities("hosts", order_by="host_id") == expected
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "dynamodb"])
+async def test_many_unique_values_move_during_a_migration(place: Place, kind: str) -> None:
+    unique = [Index("name", unique=True), Index("address", unique=True)]
+    hosts = [Collection("hosts", key="host_id", fields=["name", "address"], indexes=unique)]
+
+    def host(entity_id: str, number: int) -> dict[str, object]:
+        return {"host_id": entity_id, "name": f"web-{number}", "address": f"::{number}"}
+
+    source, target = place("json-single", "a"), place(kind, "b")
+    async with open_store(source, collections=hosts) as store:
+        await store.create_entities("hosts", [host(f"h-{n}", n) for n in range(150)])
+    async with LiveMigration(source, target, collections=hosts) as move:
+        await move.start(cut_over=False)
+        async with open_store(source, collections=hosts) as store:
+            # A rotation, and new entities with the values of others.
+            await store.delete_entity("hosts", "h-0")
+            for number in range(1, 40):
+                await store.save_entity("hosts", host(f"h-{number}", number - 1))
+            await store.delete_entities("hosts", [f"h-{n}" for n in range(40, 150)])
+            await store.create_entities("hosts", [host(f"a-{n}", n) for n in range(39, 150)])
+            expected = await store.query_entities("hosts", order_by="host_id")
+        await move.start()
+        await move.finalize()
+    async with open_store(target, collections=hosts) as store:
+        assert await store.query_entities("hosts", order_by="host_id") == expected

@@ -405,6 +405,30 @@ async def test_sessions_that_an_administrator_ended_while_idle(database: str) ->
             assert await store.update_entity("templates", "t", {"n": n}) == n + 1
 
 
+@pytest.mark.parametrize("verb", ["query", "count"])
+async def test_small_queries_whose_sessions_were_ended_are_repeated(
+    database: str, verb: str
+) -> None:
+    """Also those for which no connection of their own pool was free."""
+    name = urlsplit(database).path[1:]
+    async with open_store(database) as store:
+        await store.save_entity("templates", template("t", n=0))
+
+        async def read() -> list[Any]:
+            if verb == "query":
+                return await asyncio.gather(
+                    *(store.query_entities("templates", limit=2) for _ in range(6))
+                )
+            return await asyncio.gather(*(store.count_entities("templates") for _ in range(6)))
+
+        expected = await read()
+        execute(
+            database.replace(f"/{name}", "/postgres"),
+            f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{name}'",
+        )
+        assert await read() == expected
+
+
 # -- roles, names, endpoints ----------------------------------------------------------------
 
 

@@ -194,6 +194,12 @@ async def test_71_an_exhausted_pool_names_its_settings(url: str) -> None:
                 PoolTimeoutError, match=r"pool_size.*max_overflow.*pool_timeout"
             ) as no:
                 await store.count_entities("templates")
+            started = time.monotonic()
+            with pytest.raises(PoolTimeoutError):
+                await store.query_entities("templates", limit=1)
+            with pytest.raises(PoolTimeoutError):
+                await store.count_entities("templates")
+            assert time.monotonic() - started < 0.7, "each waits once"
         assert no.value.retryable
         assert not no.value.outcome_unknown
         assert await store.count_entities("templates") == 600

@@ -187,3 +187,72 @@ async def test_constraints_of_others_are_told_apart(database: str) -> None:
             await store.update_entity("hosts", "h0001", {"zone": "b"})
         with pytest.raises(UniqueViolationError):
             await store.update_entity("hosts", "h0001", {"name": "web-2"})
+
+
+async def test_transactions_do_not_conflict_while_an_index_is_not_complete(database: str) -> None:
+    async with open_store(database, collections=PLAIN) as store:
+        await store.save_entities("hosts", [host(each) for each in range(2000)])
+    async with open_store(database, collections=UNIQUE) as store:
+        engine: Any = store.engine
+        await store.update_entity("hosts", "h0001", {"name": "web-2"})
+        with pytest.raises(SchemaMismatchError, match="name cannot be unique"):
+            await engine.apply_schema()
+        await store.update_entity("hosts", "h0001", {"zone": "z"})
+
+        async def create(number: int) -> None:
+            async with store.begin_transaction() as tx:
+                await tx.create_entity("hosts", host(number))
+
+        async with store.begin_transaction() as tx:
+            await tx.create_entity("hosts", host(5000))
+            await asyncio.create_task(create(6000))
+        assert await store.count_entities("hosts") == 2002
+
+
+@pytest.mark.parametrize("length", range(49, 57))
+async def test_a_violation_is_told_where_names_are_cut(database: str, length: int) -> None:
+    """The names of the table and of the index are cut at different lengths."""
+    prefix = "p" * (length - 40)
+    long = Collection(
+        "c" * 40,
+        key="id",
+        fields=["f", "n" * 48],
+        indexes=[Index("f", unique=True), Index("n" * 48, unique=True)],
+    )
+    async with open_store(f"{database}?table_prefix={prefix}", collections=[long]) as store:
+        await store.create_entity(long.name, {"id": "a", "f": "x", "n" * 48: "x"})
+        for each in ("f", "n" * 48):
+            with pytest.raises(UniqueViolationError) as caught:
+                await store.create_entity(long.name, {"id": "b", each: "x"})
+            assert (caught.value.fields, caught.value.owner_id) == ((each,), "a")
+
+
+OUTER = Collection(
+    "t", key="id", fields=["x", "name"], indexes=[Index("x", "name", unique=True), "x"]
+)
+INNER = Collection("x", key="id", fields=["name"], indexes=[Index("name", unique=True)])
+
+
+@pytest.mark.parametrize("declared", ["at once", "on no entities", "on entities"])
+async def test_an_index_of_another_store_has_the_same_name(url: str, declared: str) -> None:
+    """`x` with the prefix `t-`, and an index of `t` that begins with the field `x`."""
+    plain = Collection("t", key="id", fields=["x", "name"])
+    other = f"{url}?table_prefix=t-"
+    async with open_store(url, collections=[plain]) as store:
+        if declared != "at once":
+            await store.save_entity("t", {"id": "a", "x": "1", "name": "1"})
+        if declared == "on no entities":
+            await store.delete_entity("t", "a")
+    async with open_store(other, collections=[INNER]) as store:
+        await store.create_entity("x", {"id": "a", "name": "1"})
+    async with open_store(url, collections=[OUTER]) as store:
+        entity = {"id": "b", "x": "1", "name": "1"}
+        for _ in range(2):
+            begun = declared == "on entities"
+            work = store.apply_schema() if begun else store.save_entity("t", entity)
+            with pytest.raises(SchemaMismatchError, match="t-x-name-(unique|index)"):
+                await work
+    async with open_store(other, collections=[INNER]) as store:
+        with pytest.raises(UniqueViolationError):
+            await store.create_entity("x", {"id": "b", "name": "1"})
+        assert await store.query_entities("x", {"name": "1"}, fields=["name"]) != []

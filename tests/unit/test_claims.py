@@ -24,11 +24,12 @@ from hf_async_store import claims as claims_module
 from hf_async_store.backoff import Backoff
 from hf_async_store.claim_clock import BootClock, Moment, boot_seconds
 from hf_async_store.claim_records import claim_key
+from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import InvalidInputError, UnavailableError
 from hf_async_store.values import Key
 
 if TYPE_CHECKING:
-    pass
+    from pathlib import Path
 
 JOBS = [Collection("jobs", key="job_id", fields=["status"])]
 
@@ -174,7 +175,7 @@ def _run(seed: int) -> None:
 
 async def _claimed(store: StorageStrategy, lease: float) -> Claim:
     await store.create_entity("jobs", {"job_id": "a"})
-    [claim] = await store.claim_entities("jobs", lease=lease)
+    [claim] = await store.claim_entities("jobs", {"job_id": "a"}, lease=lease)
     return claim
 
 
@@ -192,6 +193,40 @@ async def test_105_a_block_ends_when_the_store_cannot_be_reached() -> None:
                 await asyncio.sleep(30)
         assert boot_seconds() - began < 5
         assert isinstance(lost.value.__cause__, asyncio.CancelledError)
+
+
+async def test_105_a_block_is_cancelled_in_time_when_the_store_does_not_respond() -> None:
+    async with open_store("memory:", collections=JOBS) as store:
+        claim = await _claimed(store, 0.3)
+
+        async def hangs(*args: object) -> None:
+            await run_to_completion(asyncio.sleep(2))  # a statement cannot be taken back
+
+        store.engine.renew_claim = hangs  # type: ignore[method-assign]
+        began = boot_seconds()
+        worked = 0.0
+
+        async def work() -> None:
+            nonlocal worked
+            try:
+                await asyncio.sleep(30)
+            finally:
+                worked = boot_seconds() - began
+
+        with pytest.raises(ClaimLostError, match="could not be renewed"):
+            async with claim:
+                await work()
+        assert worked < 1.5
+
+
+async def test_105_a_block_is_renewed_in_time_after_its_lease_was_shortened() -> None:
+    async with open_store("memory:", collections=JOBS) as store:
+        claim = await _claimed(store, 30.0)
+        async with claim:
+            await asyncio.sleep(0.01)  # the background task waits for ten seconds
+            await claim.renew(0.3)
+            await asyncio.sleep(0.5)
+            await claim.update({"status": "running"})
 
 
 async def test_105_another_cancellation_is_not_swallowed() -> None:
@@ -224,6 +259,33 @@ async def test_106_an_error_of_finish_leaves_the_block_renewed() -> None:
             await asyncio.sleep(0.5)
             await claim.finish({"status": "done"})
         assert await store.claims("jobs") == []
+
+
+@pytest.mark.parametrize("url", ["memory:", "json:store.json", "sqlite:store.db"])
+async def test_105_a_lease_that_ends_while_its_holder_waits_for_the_lock(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with open_store(url, collections=JOBS) as store:
+        await store.create_entity("jobs", {"job_id": "b"})
+        claim = await _claimed(store, 0.2)
+
+        async def transact() -> None:
+            async with claim.transaction() as tx:
+                await tx.create_entity("jobs", {"job_id": "c"})
+
+        async with store.begin_transaction() as tx:
+            await tx.update_entity("jobs", "b", {"status": "new"})
+            await tx.query_entities("jobs")  # the transaction has the lock now
+            late = asyncio.gather(
+                transact(),
+                *(use() for use in (claim.renew, claim.release, claim.finish, claim.delete)),
+                claim.update({"status": "late"}),
+                return_exceptions=True,
+            )
+            await asyncio.sleep(0.3)
+        assert [type(each) for each in await late] == [ClaimLostError] * 6
+        assert await store.count_entities("jobs") == 2
 
 
 def test_the_error_can_be_pickled() -> None:

@@ -203,3 +203,14 @@ async def test_nothing_is_written_under_another_key(tmp_path: Path) -> None:
             await tx.__aexit__(None, None, None)
     async with open_store(location, collections=declared) as store:
         assert [each["id"] for each in await store.query_entities("items")] == ["a"]
+
+
+def test_an_index_stays_unique_if_a_program_declares_its_field_as_json() -> None:
+    unique = Collection(
+        "jobs", key="job_id", fields=["owner"], indexes=[Index("owner", unique=True)]
+    )
+    untyped = Collection("jobs", key="job_id", fields=[Field("owner", "json"), Field("x", "json")])
+    for one, other in ((unique, untyped), (untyped, unique)):
+        [found] = merged([one], [other])
+        assert found.unique == (("owner",),)
+        assert found.fields.keys() >= {"owner", "x"}

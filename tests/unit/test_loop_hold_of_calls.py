@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from hf_async_store import Collection, Field, Index, StorageStrategy, in_, not_in, open_store, path
+from hf_async_store.query import build_query
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -175,6 +176,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         yield opened
 
 
+@pytest.mark.long  # it measures
 async def test_no_call_holds_the_loop(
     store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,3 +194,19 @@ async def test_no_call_holds_the_loop(
         else:
             slow[name] = round(best * 1000, 1)
     assert not slow, f"milliseconds: {slow}"
+
+
+@pytest.mark.parametrize("url", ["memory:", "json:data"])
+async def test_the_first_rows_in_an_order_come_in_small_batches(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    declared = Collection(
+        "jobs", key="job_id", fields=["name", "status"], indexes=["name", "status"]
+    )
+    async with open_store(url, collections=[declared]) as store:
+        await store.create_entities("jobs", [{**each, "status": "s"} for each in BATCH])
+        query = build_query(declared, filters={"status": "s"}, order_by="name", limit=2_000)
+        sizes = [len(each) async for each in store.engine.select_batches(query)]
+    assert sum(sizes) == 2_000
+    assert max(sizes) <= 256

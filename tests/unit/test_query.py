@@ -44,6 +44,7 @@ from hf_async_store.query import (
     asc,
     begins_with,
     between,
+    build_large_query,
     build_query,
     compile_filter,
     contains,
@@ -396,6 +397,19 @@ def test_in_accepts_iterables_and_a_thousand_values() -> None:
     assert shows(many, 999.0)
     assert not shows(many, 1_000)
     assert not shows(many, [])
+
+
+async def test_a_part_that_occurs_very_often_is_refused_soon() -> None:
+    combined: Any = {"a": in_(range(2_000))}
+    for _ in range(query_module.MAX_FILTER_DEPTH):
+        combined = and_(combined, combined)
+    with pytest.raises(InvalidQueryError, match="more than"):
+        await build_large_query(THINGS, filters=combined)
+
+
+async def test_a_tuple_as_a_value_is_not_several_values() -> None:
+    filters = {path("a"): eq(tuple(range(60_000)))}
+    assert await build_large_query(THINGS, filters=filters) == build_query(THINGS, filters=filters)
 
 
 def test_combinations() -> None:

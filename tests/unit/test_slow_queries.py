@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +12,7 @@ from hf_async_store import (
     Field,
     Index,
     MemoryStorageStrategy,
+    OperationTimeoutError,
     between,
     exists,
     gt,
@@ -23,6 +24,9 @@ from hf_async_store import (
 )
 from hf_async_store.query import build_query
 from hf_async_store.slow_queries import SlowQueries
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 JOBS = Collection(
     "jobs",
@@ -120,3 +124,21 @@ def test_the_number_of_shapes_is_limited() -> None:
         queries.note(query, perf_counter() - (10 if number == 5 else 0), 1)
     assert len(queries.slowest()) == 100
     assert queries.slowest()[0].filter_text == "f5 = ?"
+
+
+@pytest.mark.usefixtures("everything_is_slow")
+@pytest.mark.parametrize("verb", ["query", "count", "count_by"])
+async def test_a_query_that_does_not_end_in_time_is_recorded(verb: str) -> None:
+    async with MemoryStorageStrategy(collections=[JOBS]) as store:
+        await store.create_entities("jobs", [{"job_id": f"j{n}"} for n in range(2_000)])
+        filters = {"owner": "o"}
+        ask: dict[str, Callable[[], Awaitable[object]]] = {
+            "query": lambda: store.query_entities("jobs", filters, timeout=0),
+            "count": lambda: store.count_entities("jobs", filters, timeout=0),
+            "count_by": lambda: store.count_by("jobs", "status", filters, timeout=0),
+        }
+        with pytest.raises(OperationTimeoutError):
+            await ask[verb]()
+        [found] = await slow(store)
+    assert found["filter"] == "owner = ?"
+    assert found["rows"] == 0

@@ -70,3 +70,17 @@ async def test_the_task_of_the_first_call_does_not_hold_the_lock(
         await task
         found = await store.get_entity("templates", "t") or {}
         assert (found["name"], found["version"]) == ("own", 3)
+
+
+@pytest.mark.parametrize("url", ["memory:", "json:data?lock_timeout=0.2", "sqlite:store.db"])
+async def test_a_commit_after_the_store_was_closed(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with open_store(url) as store:
+        tx = await store.begin_transaction().__aenter__()
+        await tx.save_entity("templates", {"template_id": "t"})
+    with pytest.raises(StoreClosedError):
+        await tx.__aexit__(None, None, None)
+    async with open_store(url) as store:
+        assert await store.get_entity("templates", "t") is None

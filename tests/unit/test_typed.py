@@ -28,6 +28,7 @@ from hf_async_store import (
     InvalidEntityError,
     InvalidFieldError,
     InvalidInputError,
+    OperationTimeoutError,
     References,
     StoreVersion,
     UnsupportedValueError,
@@ -283,6 +284,162 @@ async def test_a_naive_datetime_is_refused(opened: Any) -> None:
         await store.typed(model).save(model(job_id="j", due_at=datetime(2026, 1, 1)))
 
 
+class NestedTimes(msgspec.Struct):
+    job_id: str
+    times: list[datetime] = []
+    other: Any = None
+
+
+@dataclasses.dataclass
+class Inner:
+    at: datetime
+
+
+@dataclasses.dataclass
+class DataNestedTimes:
+    job_id: str
+    times: list[datetime] = dataclasses.field(default_factory=list)
+    other: Inner | None = None
+
+
+class PydanticNestedTimes(pydantic.BaseModel):
+    job_id: str
+    times: list[datetime] = []
+    other: Any = None
+
+
+@pytest.mark.parametrize("model", [NestedTimes, DataNestedTimes, PydanticNestedTimes])
+async def test_a_nested_naive_datetime_is_refused(model: Any) -> None:
+    async with open_store("memory:", collections=[declared_only(model)]) as store:
+        jobs = store.typed(model)
+        naive = datetime(2026, 1, 1)
+        for refused in (
+            model(job_id="j", times=[AT, naive]),
+            model(job_id="j", other=Inner(naive)),
+        ):
+            with pytest.raises(UnsupportedValueError, match=r"(times\[1\]|other.at): a datetime"):
+                await jobs.save(refused)
+        assert await jobs.save(model(job_id="j", times=[AT], other=Inner(AT))) == 1
+        with pytest.raises(UnsupportedValueError, match="a datetime"):
+            await jobs.patch("j", times=[naive])
+        assert (await jobs.get("j")).times == [AT]
+
+
+@pytest.mark.parametrize("model", [NestedTimes, PydanticNestedTimes])
+@pytest.mark.parametrize(
+    "value",
+    [object(), {"a": float("inf")}, b"\xff".join, [], 2**70],
+    ids=lambda each: str(type(each)),
+)
+async def test_what_cannot_be_stored_is_refused(model: Any, value: Any) -> None:
+    if value == []:
+        value.append(value)
+    async with open_store("memory:", collections=[declared_only(model)]) as store:
+        jobs = store.typed(model)
+        await jobs.create(model(job_id="j"))
+        for attempt in (
+            lambda: jobs.save(model(job_id="j", other=value)),
+            lambda: jobs.save_many([model(job_id="j", other=value)]),
+            lambda: jobs.create_many([model(job_id="k", other=value)]),
+            lambda: jobs.patch("j", other=value),
+            lambda: jobs.update_where({}, {"other": value}),
+        ):
+            with pytest.raises(UnsupportedValueError):
+                await attempt()
+        assert await jobs.count() == 1
+        assert (await jobs.get("j")).other is None
+
+
+class Secret(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    job_id: str
+    password: pydantic.SecretStr | None = None
+
+
+class Revealed(Secret):
+    @pydantic.field_serializer("password")
+    def reveal(self, value: pydantic.SecretStr | None) -> str | None:
+        return None if value is None else value.get_secret_value()
+
+
+async def test_what_pydantic_would_not_write_is_refused() -> None:
+    collections = [declared_only(Secret), declared_only(Revealed)]
+    async with open_store("memory:", collections=collections) as store:
+        hidden, shown = store.typed(Secret), store.typed(Revealed)
+        with pytest.raises(UnsupportedValueError, match="'more'"):
+            await hidden.create(Secret.model_validate({"job_id": "j", "more": 1}))
+        with pytest.raises(UnsupportedValueError, match="asterisks") as refused:
+            await hidden.create(Secret(job_id="j", password=pydantic.SecretStr("s3cret")))
+        assert "s3cret" not in str(refused.value)
+        instance = Revealed(job_id="j", password=pydantic.SecretStr("s3cret"))
+        await shown.create(instance)
+        assert await shown.get("j") == instance
+        with pytest.raises(UnsupportedValueError, match="asterisks"):
+            await shown.patch("j", password=pydantic.SecretStr("other"))
+        assert await shown.get("j") == instance
+
+
+def declared_only(model: type) -> Collection:
+    return Collection.from_model(model, key="job_id")
+
+
+@pytest.mark.parametrize("verb", ["query", "get_many", "page", "save_many"])
+async def test_many_instances_are_converted_in_chunks(verb: str) -> None:
+    async with open_store("memory:", collections=[declared(StructJob)]) as store:
+        jobs = store.typed(StructJob)
+        instances = [StructJob(f"j{n:04}") for n in range(1_000)]
+        await jobs.create_many(instances)
+        converted = iterations = most = 0
+        entity, instance = jobs._codec.entity, jobs._codec.instance
+
+        def counted(convert: Any) -> Any:
+            def convert_and_count(*given: Any) -> Any:
+                nonlocal converted
+                converted += 1
+                return convert(*given)
+
+            return convert_and_count
+
+        async def other_task() -> None:
+            nonlocal iterations, most, converted
+            while True:
+                iterations, most, converted = iterations + 1, max(most, converted), 0
+                await asyncio.sleep(0)
+
+        jobs._codec.entity, jobs._codec.instance = counted(entity), counted(instance)
+        task = asyncio.create_task(other_task())
+        try:
+            await {
+                "query": lambda: jobs.query(),
+                "get_many": lambda: jobs.get_many([each.job_id for each in instances]),
+                "page": lambda: jobs.page(limit=1_000),
+                "save_many": lambda: jobs.save_many(instances),
+            }[verb]()
+        finally:
+            jobs._codec.entity, jobs._codec.instance = entity, instance
+            task.cancel()
+        assert 0 < most <= 128
+
+
+@pytest.mark.parametrize("verb", ["create_many", "save_many"])
+async def test_instances_must_be_listed(verb: str) -> None:
+    async with open_store("memory:", collections=[declared(StructJob)]) as store:
+        with pytest.raises(InvalidInputError, match="instances"):
+            await getattr(store.typed(StructJob), verb)(5)
+
+
+async def test_a_save_ends_at_its_timeout(url: str) -> None:
+    async with open_store(url, collections=[declared(StructJob)]) as store:
+        jobs = store.typed(StructJob)
+        with pytest.raises(OperationTimeoutError) as expired:
+            await jobs.save(StructJob("j"), timeout=0)
+        with pytest.raises(InvalidInputError, match="timeout"):
+            await jobs.save(StructJob("j"), timeout="soon")  # type: ignore[arg-type]
+        assert expired.value.outcome_unknown or await jobs.get("j") is None
+        assert await jobs.save(StructJob("k"), timeout=30) == 1
+
+
 # -- versions --------------------------------------------------------------------------------
 
 
@@ -296,6 +453,33 @@ class Marked(pydantic.BaseModel):
     counter_id: str
     n: int = 0
     revision: Annotated[int | None, StoreVersion()] = None
+
+
+class Unset(msgspec.Struct):
+    counter_id: str
+    n: int = 0
+    revision: Annotated[int | msgspec.UnsetType, StoreVersion()] = msgspec.UNSET
+
+
+@pytest.mark.parametrize("model", [Counter, Marked, Unset])
+async def test_modify_begins_with_a_copy_of_the_default(model: Any, url: str) -> None:
+    collection = Collection.from_model(model, key="counter_id", name="counters")
+    async with open_store(url, collections=[collection]) as store:
+        counters = store.typed(model)
+        default = model(counter_id="c", n=5)
+
+        def count(counter: Any) -> Any:
+            counter.n += 1
+            return counter
+
+        assert await counters.modify("c", count, default=default) == 1
+        assert await counters.modify("c", count, default=default) == 2
+        assert default == model(counter_id="c", n=5)
+        assert (await counters.get("c")).n == 7
+        await counters.save(model(counter_id="c"))
+        await counters.save_many([model(counter_id="c")])
+        with pytest.raises(InvalidFieldError):
+            await counters.modify("d", count, default=default)
 
 
 @pytest.mark.parametrize("model", [Counter, Marked])
@@ -438,6 +622,22 @@ class TwoVersions(msgspec.Struct):
     other: Annotated[int | None, StoreVersion] = None
 
 
+class Ambiguous(msgspec.Struct):
+    job_id: str
+    at: datetime | str = ""
+
+
+@dataclasses.dataclass
+class AmbiguousData:
+    job_id: str
+    at: datetime | str = ""
+
+
+@attrs.define(auto_attribs=False)
+class WithoutAnnotations:
+    job_id = attrs.field(type=str)
+
+
 class Unknown(msgspec.Struct):
     job_id: str
     what: Nobody = None  # type: ignore[name-defined]  # noqa: F821
@@ -460,6 +660,9 @@ async def test_a_tagged_struct_keeps_its_tag() -> None:
         (TwoAliases, "job_id", "the same alias"),
         (TwoVersions, "job_id", "several fields for the version"),
         (Unknown, "job_id", "cannot be evaluated"),
+        (Ambiguous, "job_id", "cannot be converted.*unions"),
+        (AmbiguousData, "job_id", "cannot be converted.*unions"),
+        (WithoutAnnotations, "job_id", "cannot be converted"),
         (StructJob, "id", "has no field 'id'"),
     ],
 )

@@ -1,8 +1,9 @@
 """The claim of an item: its attribute `_l`, and conditions on it.
 
 The attribute is a map: `t` the token, `o` the owner, `r` the era, `e` the end of the lease or of the delay,
-`h` whether it is held until then, `a` the number of attempts. A deletion removes it with the item.
-Updates leave it as it is; what replaces an item as a whole keeps it, on condition that it has not changed.
+`h` whether it is held until then, `a` the number of attempts, `w` a unique text of the request that made
+it, by which it is recognised if the response was lost. A deletion removes it with the item. Updates leave
+it as it is; what replaces an item as a whole keeps it, on condition that it has not changed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _ERA: Final = "r"
 _ENDS: Final = "e"
 _HELD: Final = "h"
 _ATTEMPTS: Final = "a"
+_REQUEST: Final = "w"
 
 
 def claim_in(item: Attributes | None, key: Key) -> ClaimState | None:
@@ -55,9 +57,10 @@ def claim_in(item: Attributes | None, key: Key) -> ClaimState | None:
         ) from exc
 
 
-def claim_attribute(state: ClaimState) -> Attribute:
+def claim_attribute(state: ClaimState, request: str) -> Attribute:
     return {
         "M": {
+            _REQUEST: {"S": request},
             _TOKEN: {"N": str(state.token)},
             _OWNER: {"S": state.owner},
             _ERA: {"S": state.era},
@@ -66,6 +69,12 @@ def claim_attribute(state: ClaimState) -> Attribute:
             _ATTEMPTS: {"N": str(state.attempts)},
         }
     }
+
+
+def is_made_by(item: Attributes | None, request: str) -> bool:
+    """Whether the claim of an item was made by a request."""
+    claim = (item or {}).get(CLAIM, {}).get("M", {})
+    return bool(claim.get(_REQUEST) == {"S": request})
 
 
 def same_claim(item: Attributes, names: Names) -> str:

@@ -25,6 +25,7 @@ from hf_async_store.claim_records import (
     lost,
     taken,
 )
+from hf_async_store.errors import StorageError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query, compile_order, position_of
 from hf_async_store.strategies.dynamodb.claim_items import (
@@ -33,13 +34,15 @@ from hf_async_store.strategies.dynamodb.claim_items import (
     claim_attribute,
     claim_in,
     held_claim,
+    is_made_by,
     same_claim,
     set_end,
 )
 from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.expressions import Names
-from hf_async_store.strategies.dynamodb.items import CLAIM
+from hf_async_store.strategies.dynamodb.items import CLAIM, new_token
 from hf_async_store.strategies.dynamodb.partitions import gather
+from hf_async_store.strategies.dynamodb.request_retry import retry
 from hf_async_store.strategies.dynamodb.write_requests import unchanged
 from hf_async_store.values import VERSION, Key
 
@@ -72,10 +75,11 @@ class Claiming:
 
     # -- claiming ----------------------------------------------------------------------------
 
-    async def claim(self, query: Query, terms: ClaimTerms, now: Moment) -> list[Claimed]:
-        """As `Engine.claim`."""
+    async def claim(
+        self, query: Query, terms: ClaimTerms, now: Moment, claimed: list[Claimed]
+    ) -> None:
+        """As `Engine.claim`; adds each entity to a list as soon as it is claimed."""
         assert query.limit is not None, "claims are limited"
-        claimed: list[Claimed] = []
         size = query.limit + _FIRST_PAGE
         page_query = msgspec.structs.replace(query, limit=size, paged=True)
         while True:
@@ -87,7 +91,7 @@ class Claiming:
                 for each in page
                 if is_free(claim_in(items[each.key.id], each.key), terms, now)
             ]
-            claimed += await self._take_some(free, query.limit - len(claimed), terms, now)
+            await self._take_some(free, query.limit, terms, now, claimed)
             if len(claimed) == query.limit or len(page) < size:
                 break
             last = page[-1]
@@ -95,7 +99,7 @@ class Claiming:
             position = position_of(query, last.key.id, last.entity)
             page_query = msgspec.structs.replace(page_query, limit=size, after=position)
         sort_key = compile_order(query)
-        return sorted(claimed, key=lambda each: sort_key(each.record.key.id, each.record.entity))
+        claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
 
     async def _take_some(
         self,
@@ -103,9 +107,9 @@ class Claiming:
         limit: int,
         terms: ClaimTerms,
         now: Moment,
-    ) -> list[Claimed]:
-        """Claim up to this number of candidates, the first of them if no other claimer is faster."""
-        claimed: list[Claimed] = []
+        claimed: list[Claimed],
+    ) -> None:
+        """Claim candidates up to the limit, the first of them if no other claimer is faster."""
         candidates = [each for each in free if each[0].key not in self._in_progress]
         while candidates and len(claimed) < limit:
             number = min(limit - len(claimed), _PARALLEL)
@@ -113,32 +117,40 @@ class Claiming:
             keys = {record.key for record, _ in tried}
             self._in_progress |= keys
             try:
-                found = await gather([self._take(*each, terms, now) for each in tried])
+                found = await gather([self._take(*each, terms, now, claimed) for each in tried])
             finally:
                 self._in_progress -= keys
-            claimed += [each for each in found if each is not None]
-            if None in found:
+            if not all(found):
                 random.shuffle(candidates)
-        return claimed
 
     async def _take(
-        self, record: Record, item: Attributes, terms: ClaimTerms, now: Moment
-    ) -> Claimed | None:
-        """Claim an item that is as it was read; None if it is not."""
+        self,
+        record: Record,
+        item: Attributes,
+        terms: ClaimTerms,
+        now: Moment,
+        claimed: list[Claimed],
+    ) -> bool:
+        """Claim an item that is as it was read; returns whether it was."""
         key = record.key
         mapping = self._tables.mappings[key.collection]
         new = taken(claim_in(item, key), key, terms, now)
         request = {**self._at(key), **unchanged(mapping, item)}
         also_if(request, lambda names: same_claim(item, names))
-        add_expression(request, "UpdateExpression", lambda names: _set(names, new))
-        if await self._update(request, new):
-            return Claimed(record, new.token, new.attempts)
-        return None
+        made = new_token()
+        add_expression(request, "UpdateExpression", lambda names: _set(names, new, made))
+        # Listed before the request, because its answer may be lost.
+        own = self._claimed(record, new)
+        claimed.append(own)
+        if await self._update(request, made):
+            return True
+        claimed.remove(own)
+        return False
 
     async def claim_name(
-        self, keys: Sequence[Key], terms: ClaimTerms, now: Moment
-    ) -> Claimed | None:
-        """As `Engine.claim_name`."""
+        self, keys: Sequence[Key], terms: ClaimTerms, now: Moment, claimed: list[Claimed]
+    ) -> None:
+        """As `Engine.claim_name`; adds the name to a list."""
         await self._tables.ensure(keys[0].collection)
         for key in keys:
             item = await self._reading.item(key)
@@ -147,22 +159,51 @@ class Claiming:
                 continue
             names = Names()
             new = taken(state, key, terms, now)
-            update, condition = _set(names, new), same_claim(item or {}, names)
+            made = new_token()
+            update, condition = _set(names, new, made), same_claim(item or {}, names)
             expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
             request = {**self._at(key), **expressions}
-            if await self._update(request, new):
-                return Claimed(Record(key, {VERSION: 0}), new.token, new.attempts)
-        return None
+            own = self._claimed(Record(key, {VERSION: 0}), new)
+            claimed.append(own)
+            if await self._update(request, made):
+                return
+            claimed.remove(own)
 
-    async def _update(self, request: dict[str, Any], new: ClaimState) -> bool:
+    def _claimed(self, record: Record, new: ClaimState) -> Claimed:
+        skew = self._client.config.max_clock_skew
+        return Claimed(record, new.token, new.attempts, skew)
+
+    async def _update(self, request: dict[str, Any], made: str) -> bool:
         """Write a claim; returns whether its condition held."""
         try:
-            await self._client.read("UpdateItem", request)
+            await self._send(request)
         except ConditionFailed as exc:
-            # An earlier attempt, whose response was lost, may have written it.
-            written = claim_in(exc.item, Key(new.collection, new.id))
-            return written is not None and (written.token, written.owner) == (new.token, new.owner)
+            # An earlier attempt, whose response was lost, may have written it. Token and owner do not
+            # tell: two claimers of one name can choose the same token.
+            return is_made_by(exc.item, made)
         return True
+
+    async def _send(self, request: dict[str, Any]) -> None:
+        """Send an update of a claim, again after failures.
+
+        Raises:
+            ConditionFailed: with `outcome_unknown` if an earlier attempt may have been the reason.
+        """
+        unknown = False
+
+        async def attempt() -> None:
+            nonlocal unknown
+            try:
+                await self._client.call("UpdateItem", request)
+            except StorageError as exc:
+                unknown = unknown or exc.outcome_unknown
+                raise
+
+        try:
+            await retry(attempt, self._client.retries())
+        except StorageError as exc:
+            exc.outcome_unknown = unknown
+            raise
 
     def _at(self, key: Key) -> dict[str, Any]:
         return {
@@ -178,7 +219,7 @@ class Claiming:
         names = Names()
         assert now.seconds is not None, "by the wall clock"
         update = set_end(names, now.seconds + lease, held=True)
-        await self._change(key, token, now, names, update)
+        await self._change(key, token, now, names, update, ends=False)
 
     async def release(self, key: Key, token: int, after: float | None, now: Moment) -> None:
         """As `Engine.release_claim`."""
@@ -188,15 +229,23 @@ class Claiming:
             update = f"REMOVE {names.name(CLAIM)}"
         else:
             update = set_end(names, now.seconds + after, held=False)
-        await self._change(key, token, now, names, update)
+        await self._change(key, token, now, names, update, ends=True)
 
-    async def _change(self, key: Key, token: int, now: Moment, names: Names, update: str) -> None:
+    async def _change(
+        self, key: Key, token: int, now: Moment, names: Names, update: str, *, ends: bool
+    ) -> None:
+        if await self._tables.find(key.collection) is None:
+            raise lost(key)
         condition = held_claim(names, token, now, self._client.config.max_clock_skew)
         expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
         try:
-            await self._client.read("UpdateItem", {**self._at(key), **expressions})
+            await self._send({**self._at(key), **expressions})
         except ConditionFailed as exc:
-            check_held(claim_in(exc.item, key), key, token, now)  # raises, and says why
+            state = claim_in(exc.item, key)
+            released = state is None or (state.token == token and not state.held)
+            if ends and exc.outcome_unknown and released:
+                return  # by an attempt whose response was lost
+            check_held(state, key, token, now)  # raises, and says why
             raise lost(key, "its lease is about to end") from exc
 
     # -- for operators -----------------------------------------------------------------------
@@ -236,6 +285,6 @@ class Claiming:
         return sorted(found, key=lambda each: each.id)
 
 
-def _set(names: Names, state: ClaimState) -> str:
-    """The UpdateExpression that writes a claim."""
-    return f"SET {names.name(CLAIM)} = {names.value(claim_attribute(state))}"
+def _set(names: Names, state: ClaimState, made: str) -> str:
+    """The UpdateExpression that writes a claim, which `made` identifies."""
+    return f"SET {names.name(CLAIM)} = {names.value(claim_attribute(state, made))}"

@@ -20,6 +20,7 @@ from hf_async_store.driver import (
     SchemaChange,
     SchemaProgress,
     Session,
+    giving_back,
     remember_in,
     run_to_completion,
 )
@@ -123,16 +124,18 @@ class DynamoDBEngine(Engine):
     # -- claims ------------------------------------------------------------------------------
 
     async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
+        now = self.claim_clock.now()
         with public_errors():
-            return await run_to_completion(
-                self._claiming.claim(query, terms, self.claim_clock.now())
-            )
+            async with giving_back(self) as claimed:
+                await run_to_completion(self._claiming.claim(query, terms, now, claimed))
+                return claimed
 
     async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
+        now = self.claim_clock.now()
         with public_errors():
-            return await run_to_completion(
-                self._claiming.claim_name(keys, terms, self.claim_clock.now())
-            )
+            async with giving_back(self) as claimed:
+                await run_to_completion(self._claiming.claim_name(keys, terms, now, claimed))
+                return claimed[0] if claimed else None
 
     async def renew_claim(self, key: Key, token: int, lease: float) -> None:
         with public_errors():

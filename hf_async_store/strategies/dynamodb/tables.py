@@ -143,8 +143,8 @@ class Tables:
     # -- unique indexes ----------------------------------------------------------------------
 
     def unique(self, collection: str) -> tuple[Fields, ...]:
-        """The fields of the unique indexes whose markers must be maintained: those of the table, after
-        `ensure`; else the declared ones, as this process will create the table."""
+        """The fields of the unique indexes whose markers must be maintained: the declared ones and, after
+        `ensure`, those of the table."""
         return self._unique.get(collection, self.schema[collection].unique)
 
     async def ensure_existing(self, collection: str) -> None:
@@ -155,17 +155,19 @@ class Tables:
     async def _begin_writing(self, collection: str) -> None:
         """Find out, before the first write of this process, which unique indexes it must maintain.
 
-        Those that it declares are added if the table has no entities.
+        Those that it declares are added if the table has no entities. Otherwise only this process
+        maintains them: another one may enforce them later, when this one is running already.
         """
         if collection in _SYSTEM:
             self._unique[collection] = ()
             return
         state = await self.state(collection) or IndexState()
-        new = [each for each in self.schema[collection].unique if each not in state.unique]
+        declared = self.schema[collection].unique
+        new = [each for each in declared if each not in state.unique]
         if new and await self._is_empty(collection, unknown=False):
             await self.change_state(collection, lambda old: old.with_unique(new, marked=True))
             state = await self.state(collection) or IndexState()
-        self._unique[collection] = state.unique
+        self._unique[collection] = tuple(dict.fromkeys([*state.unique, *declared]))
 
     async def _is_empty(self, collection: str, *, unknown: bool) -> bool:
         """As `is_empty`; `unknown` if the policy does not allow scans."""

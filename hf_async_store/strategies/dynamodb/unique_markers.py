@@ -41,6 +41,8 @@ class UniqueChange:
         self.claimed: dict[Key, tuple[Fields, bytes]] = {}
         self.freed: list[Key] = []
         for fields in unique:
+            if before is not None and after is not None and _are_same(before, after, fields):
+                continue
             old = None if before is None else stored_digest(before, fields)
             new = None if after is None else digest(after, fields, key.collection)
             if old == new:
@@ -53,6 +55,11 @@ class UniqueChange:
     @property
     def markers(self) -> list[Key]:
         return [*self.freed, *self.claimed]
+
+
+def _are_same(before: Entity, after: Entity, fields: Fields) -> bool:
+    """Whether a change leaves the fields as they are; they may have values that no index can contain."""
+    return all(before.get(each) is after.get(each) for each in fields)
 
 
 def marker_key(collection: str, fields: Fields, value: bytes) -> Key:

@@ -70,7 +70,10 @@ class DeclarationsFile:
             try:
                 self.enforced = (await self._read())[1]
             except (CorruptionError, NewerFormatError):
-                self.enforced = {**self.enforced, **own}
+                self.enforced = {
+                    name: tuple(dict.fromkeys([*self.enforced.get(name, ()), *own.get(name, ())]))
+                    for name in {**self.enforced, **own}
+                }
             self._signature = signature
 
     async def read(self) -> list[Collection]:

@@ -569,6 +569,7 @@ class _JSONSession(Session):
     ) -> None:
         try:
             if exc is None and self._view is not None:
+                self._engine.follower.refuse_closed()
                 await self._engine.commit(self._view.state, self._view.layers[0])
         finally:
             await self._stack.aclose()

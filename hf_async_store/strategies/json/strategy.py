@@ -123,8 +123,7 @@ class JSONStorageStrategy(StorageStrategy):
         holds, or acquires it.
 
         Raises:
-            UnknownCollectionError, InvalidKeyError, InvalidFieldError, UnsupportedValueError,
-            InvalidVersionError: `data` is invalid; nothing was written.
+            InvalidInputError: `data` is invalid; nothing was written.
             ReferenceViolationError: an entity in `data` refers to one that `data` does not contain.
             UniqueViolationError: two entities in `data` have the same values of a unique index.
         """

@@ -134,13 +134,25 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
         """The fields of the unique indexes that are only declared."""
         return tuple(each.fields for each in self.unique if not each.enforced)
 
-    def enforcing(self) -> Entry:
-        """With all unique indexes enforced; of the next generation if one is new."""
-        if not self.unenforced:
-            return self
-        unique = tuple(DeclaredUnique(e.fields, column=True, enforced=True) for e in self.unique)
-        new = len(unique) > len(self.unique_columns)
-        return msgspec.structs.replace(self, unique=unique, generation=self.generation + new)
+    def enforcing(self, fields: Iterable[tuple[str, ...]]) -> Entry:
+        """With the unique indexes of these fields enforced; of the next generation if a column is new."""
+        wanted = {*fields}
+        changed = self.with_unique_columns(wanted)
+        unique = tuple(
+            msgspec.structs.replace(each, enforced=each.enforced or each.fields in wanted)
+            for each in changed.unique
+        )
+        return msgspec.structs.replace(changed, unique=unique)
+
+    def with_unique_columns(self, fields: Iterable[tuple[str, ...]]) -> Entry:
+        """With the columns of these unique indexes; of the next generation if one is new."""
+        wanted = {*fields}
+        unique = tuple(
+            msgspec.structs.replace(each, column=each.column or each.fields in wanted)
+            for each in self.unique
+        )
+        generation = self.generation + (unique != self.unique)
+        return msgspec.structs.replace(self, unique=unique, generation=generation)
 
     def completed(self) -> Entry:
         """With all wanted key columns and indexes; of the next generation if a column is new."""
@@ -238,7 +250,7 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
             unique=tuple(map(DeclaredUnique, unique)),
             expires=recorded_expire(collection),
         )
-        return msgspec.structs.replace(new.completed().enforcing(), generation=1)
+        return msgspec.structs.replace(new.completed().enforcing(unique), generation=1)
     if known.key != collection.key:
         raise SchemaMismatchError(
             f"the key of the collection {collection.name!r} is {known.key!r} in this store, but "

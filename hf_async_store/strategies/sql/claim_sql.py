@@ -35,6 +35,9 @@ class ClaimSQL(Arguments, ABC):
     server_seconds: ClassVar[str]
     """The clock of the server, in seconds."""
 
+    server_nanoseconds: ClassVar[str]
+    """The same in nanoseconds, for new tokens; "": as `next_token`, by the clock of this machine."""
+
     skip_locked: ClassVar[str]
     """The end of a SELECT from the entities `t`: it locks them, except those that others have locked."""
 
@@ -99,9 +102,9 @@ class ClaimSQL(Arguments, ABC):
 
     def insert(self, source: str, terms: ClaimTerms) -> str:
         """Claims the ids `i.id` of a source, if their claims allow it."""
+        token = self.server_nanoseconds or self.integer(next_token(0))
         return (
-            f"INSERT INTO {self.table} AS c ({COLUMNS}) "
-            f"SELECT i.id, {self.integer(next_token(0))}, {self.add(terms.owner)}, "
+            f"INSERT INTO {self.table} AS c ({COLUMNS}) SELECT i.id, {token}, {self.add(terms.owner)}, "
             f"{self.add(self._now.era)}, {self.seconds} + {self.number(terms.lease)}, TRUE, 1 "
             f"FROM {source} WHERE TRUE ON CONFLICT (id) DO UPDATE SET "
             f"token = {self.greatest}(c.token + 1, excluded.token), owner = excluded.owner, "
@@ -132,6 +135,7 @@ class ClaimSQL(Arguments, ABC):
 class SQLiteClaimSQL(ClaimSQL):
     greatest = "max"
     server_seconds = ""
+    server_nanoseconds = ""
     skip_locked = ""
     lock = ""
 
@@ -165,6 +169,9 @@ class PostgresClaimSQL(ClaimSQL):
     # Not the time at which the transaction began: it may have waited for a lock since. A subquery is
     # evaluated once, not for each row.
     server_seconds = "(SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8)"
+    server_nanoseconds = (
+        "(SELECT 1000 * (1e6 * extract(epoch FROM pg_catalog.clock_timestamp()))::bigint)"
+    )
     skip_locked = " FOR UPDATE OF t SKIP LOCKED"
     lock = " FOR UPDATE OF c"
 

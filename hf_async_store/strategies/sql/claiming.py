@@ -20,7 +20,7 @@ from hf_async_store.changes import Record
 from hf_async_store.claim_clock import BootClock, Moment, ServerClock
 from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimState, ClaimTerms, lost
 from hf_async_store.config import SQLConfig
-from hf_async_store.driver import Session, run_to_completion
+from hf_async_store.driver import Session, giving_back, run_to_completion
 from hf_async_store.errors import PermissionDeniedError
 from hf_async_store.query import Query, compile_order
 from hf_async_store.strategies.sql.compiler import Compiled, compile_query
@@ -148,26 +148,40 @@ class ClaimingSQLEngine(SQLEngine):
         if not self._dialect.exists():
             return False
         async with self._main.lease() as lease:
-            return await self._has_claims(lease, collection)
+            if not await self._has_claims(lease, collection):
+                return False
+        self._claim_tables.add(collection)
+        return True
 
     # -- claiming ----------------------------------------------------------------------------
 
     async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
         await self._prepare_claims(query.collection)
-        return await self._retried(lambda: self._claim(query, terms))
+        async with giving_back(self) as claimed:
+            await self._retried(lambda: self._claim(query, terms, claimed))
+            return claimed
 
-    async def _claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
+    async def _claim(self, query: Query, terms: ClaimTerms, claimed: list[Claimed]) -> None:
+        """Claim entities, and add them to a list before anything can be cancelled."""
+        claimed.clear()  # of an attempt that left nothing behind
         table = self.known_tables[query.collection]
         is_exact = self._candidates(table, query, terms)[1].residual is None
         if self._dialect.single_writer or not is_exact:
             async with self._claiming(alone=False) as lease:
-                return await self._take_in_steps(lease, table, query, terms)
+                await self._take_in_steps(lease, table, query, terms, claimed)
+            return
         async with self._claiming(alone=True) as lease:
-            return await self._take_at_once(lease, table, query, terms)
+            # To the end, so that what was claimed is known even if the caller is cancelled.
+            await run_to_completion(self._take_at_once(lease, table, query, terms, claimed))
 
     async def _take_at_once(
-        self, lease: LeasedConnection, table: Table, query: Query, terms: ClaimTerms
-    ) -> list[Claimed]:
+        self,
+        lease: LeasedConnection,
+        table: Table,
+        query: Query,
+        terms: ClaimTerms,
+        claimed: list[Claimed],
+    ) -> None:
         while True:
             statement, candidates = self._candidates(table, query, terms)
             sql = (
@@ -177,14 +191,21 @@ class ClaimingSQLEngine(SQLEngine):
                 "FROM i LEFT JOIN n ON n.id = i.id"
             )
             rows = await lease.rows(sql, statement.values, doing="claim entities", writes=True)
-            claimed = [_claimed(table, row[:3], *row[3:]) for row in rows if row[3] is not None]
+            claimed += [_claimed(table, row[:3], *row[3:]) for row in rows if row[3] is not None]
             if claimed or not rows:
-                return _in_order(query, claimed)
+                sort_key = compile_order(query)
+                claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
+                return
             # Others have claimed all candidates since the statement began: the next one sees that.
 
     async def _take_in_steps(
-        self, lease: LeasedConnection, table: Table, query: Query, terms: ClaimTerms
-    ) -> list[Claimed]:
+        self,
+        lease: LeasedConnection,
+        table: Table,
+        query: Query,
+        terms: ClaimTerms,
+        claimed: list[Claimed],
+    ) -> None:
         """Claim what a first statement finds; it may have to be filtered further."""
         assert query.limit is not None, "claims are limited"
         size = query.limit
@@ -200,7 +221,7 @@ class ClaimingSQLEngine(SQLEngine):
             size = 4 * size + _FIRST_PAGE
         ids = list(found)[: query.limit]
         taken = await self._insert(lease, table.collection, ids, terms) if ids else {}
-        return [_claimed(table, found[each], *taken[each]) for each in ids if each in taken]
+        claimed += [_claimed(table, found[each], *taken[each]) for each in ids if each in taken]
 
     def _candidates(
         self, table: Table, query: Query, terms: ClaimTerms
@@ -230,15 +251,22 @@ class ClaimingSQLEngine(SQLEngine):
 
     async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
         await self._prepare_claims(keys[0].collection)
-        for key in keys:
-            taken = await self._retried(partial(self._claim_id, key, terms))
-            if taken is not None:
-                return Claimed(Record(key, {VERSION: 0}), *taken)
+        async with giving_back(self) as claimed:
+            for key in keys:
+                await self._retried(partial(self._claim_id, key, terms, claimed))
+                if claimed:
+                    return claimed[0]
         return None
 
-    async def _claim_id(self, key: Key, terms: ClaimTerms) -> tuple[int, int] | None:
+    async def _claim_id(self, key: Key, terms: ClaimTerms, claimed: list[Claimed]) -> None:
+        claimed.clear()
+
+        async def take(lease: LeasedConnection) -> None:
+            taken = await self._insert(lease, key.collection, [key.id], terms)
+            claimed.extend(Claimed(Record(key, {VERSION: 0}), *each) for each in taken.values())
+
         async with self._claiming(alone=True) as lease:
-            return (await self._insert(lease, key.collection, [key.id], terms)).get(key.id)
+            await run_to_completion(take(lease))
 
     # -- what a holder does ------------------------------------------------------------------
 
@@ -253,6 +281,10 @@ class ClaimingSQLEngine(SQLEngine):
 
     async def _change(self, key: Key, sql_of: Callable[[ClaimSQL], str]) -> None:
         """Run a statement that changes a claim if it is held."""
+        if not await self._exists(
+            key.collection
+        ):  # it was made in another store: see `migration_routing`
+            raise lost(key)
         if not await self._retried(lambda: self._changed(key, sql_of)):
             raise lost(key)
 
@@ -273,6 +305,8 @@ class ClaimingSQLEngine(SQLEngine):
     async def _under_claim(
         self, key: Key, token: int, *, ends: bool
     ) -> AsyncGenerator[Session, None]:
+        if not await self._exists(key.collection):
+            raise lost(key)
         async with SQLSession(self, None) as session:
             lease = await session.begin()
             statement = self._statement(key.collection)
@@ -307,11 +341,6 @@ class ClaimingSQLEngine(SQLEngine):
 def _claimers(dialect: Dialect, config: SQLConfig) -> Connections:
     exhausted = f"all {_CLAIMERS} connections for claims were in use for {config.pool_timeout:g} s"
     return Connections(dialect, config, kept=1, most=_CLAIMERS, exhausted=exhausted)
-
-
-def _in_order(query: Query, claimed: list[Claimed]) -> list[Claimed]:
-    sort_key = compile_order(query)
-    return sorted(claimed, key=lambda each: sort_key(each.record.key.id, each.record.entity))
 
 
 def _claimed(table: Table, row: Sequence[Any], token: int, attempts: int) -> Claimed:

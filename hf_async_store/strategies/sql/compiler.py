@@ -66,6 +66,7 @@ class Compiled(NamedTuple):
         residual: the condition by which the rows must still be filtered; None if all rows match.
         limited: the statement applies the limit.
         step: how many rows are decoded, and filtered, in one step of the event loop.
+        where: the condition of the statement.
     """
 
     sql: str
@@ -73,6 +74,7 @@ class Compiled(NamedTuple):
     residual: Callable[[Entity], bool] | None = None
     limited: bool = False
     step: int = _ROWS_PER_STEP
+    where: str = ""
 
 
 def compile_query(
@@ -109,14 +111,34 @@ def compile_query(
         for key in _with_id(table, keys)
         for term in key.terms
     )
+    where = _all(conditions)
     return Compiled(
-        f"SELECT {table.selected} FROM {table.name} AS t WHERE {_all(conditions)} "
+        f"SELECT {table.selected} FROM {table.name} AS t WHERE {where} "
         f"ORDER BY {order}" + (f" LIMIT {query.limit}" if limited else ""),
         compiler.args.values,
         None if exact else compile_filter(query.where),
         limited,
         _ROWS_PER_STEP if exact else rows_per_step(query.where, _ROWS_PER_STEP),
+        where,
     )
+
+
+def compile_first_by_id(table: Table, query: Query, compiled: Compiled, most: int) -> Compiled:
+    """The matches of a query in the order of ids, among the first rows in that order.
+
+    Args:
+        compiled: the query.
+        most: how many rows are read.
+    """
+    descending = bool(query.order and query.order[0].descending)
+    direction, operator = (" DESC", "<") if descending else ("", ">")
+    key, position, args = f"e.{table.key}", "", list(compiled.args)
+    if query.after is not None:
+        args.append(query.after.id)
+        position = f" WHERE {key} {operator} {table.grammar.parameter(len(args), 'text')}"
+    source = f"SELECT * FROM {table.name} AS e{position} ORDER BY {key}{direction} LIMIT {most}"
+    sql = compiled.sql.replace(f"FROM {table.name} AS t", f"FROM ({source}) AS t", 1)
+    return compiled._replace(sql=sql, args=args)
 
 
 def compile_count(table: Table, query: Query) -> Compiled | None:

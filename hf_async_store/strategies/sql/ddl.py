@@ -26,6 +26,7 @@ from hf_async_store.strategies.sql.catalogue import (
 )
 from hf_async_store.strategies.sql.names import key_column, quoted, sql_name, unique_column
 from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.unique import Fields
 from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class SchemaSync(ABC):
         """Refuse a collection whose names something else has that this store did not create."""
         for each in (self.names.view(name), self.names.table(name)):
             if each in relations:
-                raise _foreign(relations[each].kind, each, name)
+                raise foreign(relations[each].kind, each, name)
 
     async def _refuse_foreign_view(
         self, driver: Any, name: str, relations: Mapping[str, Relation]
@@ -114,7 +115,7 @@ class SchemaSync(ABC):
             and await self.dialect.view_reads(driver, view, self.names.table(name))
         ):
             return
-        raise _foreign(found.kind, view, name)
+        raise foreign(found.kind, view, name)
 
     # -- the first write ---------------------------------------------------------------------
 
@@ -208,7 +209,8 @@ class SchemaSync(ABC):
                     and entries[name].unenforced
                     and await self._is_still_empty(driver, name)
                 ):
-                    entries[name] = await self.enforce(driver, name, entries[name])
+                    unenforced = entries[name].unenforced
+                    entries[name] = await self.enforce(driver, name, entries[name], unenforced)
             if self._lacks_view(name, known, entry, relations):
                 if known is not None:
                     await self._refuse_foreign_view(driver, name, relations)
@@ -220,7 +222,7 @@ class SchemaSync(ABC):
 
     async def create(self, driver: Any, name: str, entry: Entry) -> Entry:
         """Create a table with its indexes."""
-        complete = entry.completed().enforcing()
+        complete = entry.completed().enforcing(entry.unenforced)
         await self._run(driver, self.create_table(Table(name, complete, self.grammar, self.names)))
         for fields in complete.wanted_indexes():
             await self._run(driver, self.index_ddl(name, complete, fields))
@@ -238,8 +240,10 @@ class SchemaSync(ABC):
         return not self.dialect.single_writer or await self._is_empty(driver, name)
 
     @abstractmethod
-    async def enforce(self, driver: Any, name: str, entry: Entry) -> Entry:
-        """Let all programs enforce the unique indexes of a table that had no rows; returns its entry."""
+    async def enforce(
+        self, driver: Any, name: str, entry: Entry, unique: Sequence[Fields]
+    ) -> Entry:
+        """Let all programs enforce these unique indexes of a table that had no rows; returns its entry."""
 
     @abstractmethod
     def create_table(self, table: Table) -> str:
@@ -308,6 +312,13 @@ class SchemaSync(ABC):
 
     # -- unique indexes ----------------------------------------------------------------------
 
+    def to_enforce(self, name: str, entry: Entry) -> list[Fields]:
+        """The unique indexes of a collection that this program declares, and that are not enforced yet.
+
+        The values of others were not compared: they may be the same.
+        """
+        return [each for each in entry.unenforced if each in self.schema[name].unique]
+
     async def unenforced(self, lease: LeasedConnection) -> list[tuple[str, Index]]:
         """See `Engine.unenforced`."""
         try:
@@ -316,11 +327,11 @@ class SchemaSync(ABC):
             return [
                 (name, index)
                 for name, entry in entries.items()
-                if entry.unenforced
+                if (unenforced := self.to_enforce(name, entry))
                 and self.names.table(name) in relations
                 and not await self._is_empty(lease.driver, name)
                 for index in self.schema[name].indexes
-                if index.unique and index.fields in entry.unenforced
+                if index.unique and index.fields in unenforced
             ]
         except self.dialect.driver_errors as exc:
             raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
@@ -406,9 +417,10 @@ class SchemaSync(ABC):
         """See `Engine.apply_schema`; returns the catalogue afterwards."""
 
 
-def _foreign(kind: str, relation: str, collection: str) -> SchemaMismatchError:
+def foreign(kind: str, relation: str, collection: str) -> SchemaMismatchError:
+    article = "an" if kind[0] in "aeiou" else "a"
     return SchemaMismatchError(
-        f"there is a {kind} {relation} that this store did not create, so the collection "
+        f"there is {article} {kind} {relation} that this store did not create, so the collection "
         f"{collection!r} cannot be stored: rename or drop it, or set table_prefix. If an earlier "
         "version of this package created it, back the store up with that version (hf-async-store "
         "backup), drop its tables, and restore with this version (hf-async-store restore)"

@@ -34,6 +34,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
     PermissionDeniedError,
+    PoolTimeoutError,
     ReadOnlyStoreError,
     SchemaMismatchError,
     StorageError,
@@ -300,16 +301,18 @@ class SQLEngine(Engine):
         if self._state is None and not self._dialect.exists():
             return await read(SQLReader(None, {}))
         is_main = self._queries is self._main
-        if not (self._dialect.reads_alone if is_main else self._queries.is_free):
-            async with self._reading(self._main) as reader:
-                return await read(reader)
 
         async def once() -> Result:
+            if not (self._dialect.reads_alone if is_main else self._queries.is_free):
+                async with self._reading(self._main) as reader:
+                    return await read(reader)
             async with self._queries.lease() as lease:
                 return await read(SQLReader(lease, await self.tables(lease)))
 
         try:
             return await once()
+        except PoolTimeoutError:
+            raise
         except UnavailableError:
             return await once()  # the server may have closed the connection
 

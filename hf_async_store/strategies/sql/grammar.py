@@ -49,6 +49,9 @@ class Grammar(ABC):
     text_type: ClassVar[str]
     """The type of ids; it sorts by code point."""
 
+    has_statistics: ClassVar[bool]
+    """Whether the database estimates how many rows match, and chooses an index accordingly."""
+
     @abstractmethod
     def encode(self, value: Value) -> str:
         """The JSON of a value, in a form that the document column returns unchanged."""

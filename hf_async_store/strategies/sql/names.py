@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Final
@@ -21,6 +22,9 @@ GENERATION_PREFIX: Final = "generation-"
 _TAKEN: Final = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
 _MAX_BYTES: Final = 63
 """The maximum length of a name: PostgreSQL truncates longer ones."""
+
+_CUT: Final = re.compile(r"~[0-9a-f]{12}\Z")
+"""How a name ends that `limited` has cut."""
 
 
 class Names(msgspec.Struct, frozen=True):
@@ -61,6 +65,18 @@ class Names(msgspec.Struct, frozen=True):
 
     def _of(self, name: str, ending: str = "") -> str:
         return limited(f"{sql_name(self.prefix + name)}{ending}")
+
+
+def is_unique_index(index: str, table: str) -> bool:
+    """Whether an index of a table has a name as `Names.unique_index` returns; others are of other programs.
+
+    Both names may be cut by `limited`, at different places of the same beginning.
+    """
+    own = _CUT.sub("", table) if _CUT.search(table) else f"{table.removesuffix('-entities')}-"
+    if not _CUT.search(index):
+        return index.startswith(own) and index.endswith("-unique")
+    start = _CUT.sub("", index)
+    return start.startswith(own) or own.startswith(start)
 
 
 def sql_name(name: str) -> str:

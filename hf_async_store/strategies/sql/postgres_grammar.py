@@ -58,6 +58,7 @@ class PostgresGrammar(Grammar):
     """The SQL of PostgreSQL."""
 
     text_type: ClassVar[str] = 'text COLLATE "C"'
+    has_statistics: ClassVar[bool] = True
 
     def encode(self, value: Value) -> str:
         return json_text(value)

@@ -26,7 +26,7 @@ from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completio
 from hf_async_store.errors import ConfigurationError, LockTimeoutError, SchemaMismatchError
 from hf_async_store.schema import Schema
 from hf_async_store.strategies.sql.catalogue import Catalogue, DeclaredIndex, Entry
-from hf_async_store.strategies.sql.ddl import SchemaSync
+from hf_async_store.strategies.sql.ddl import SchemaSync, foreign
 from hf_async_store.strategies.sql.dialect import Dialect, Relation
 from hf_async_store.strategies.sql.names import (
     DOC,
@@ -39,7 +39,7 @@ from hf_async_store.strategies.sql.names import (
 from hf_async_store.strategies.sql.postgres_jsonb import array_text, optional_bytes_array_text
 from hf_async_store.strategies.sql.postgresql import INVALID, PostgreSQL
 from hf_async_store.strategies.sql.rows import Table
-from hf_async_store.unique import cannot_be_unique
+from hf_async_store.unique import Fields, cannot_be_unique
 from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
@@ -94,14 +94,19 @@ class PostgresSchema(SchemaSync):
                 if not await backoff.pause():
                     raise
 
-    async def enforce(self, driver: Any, name: str, entry: Entry) -> Entry:
+    async def enforce(
+        self, driver: Any, name: str, entry: Entry, unique: Sequence[Fields]
+    ) -> Entry:
         """See `SchemaSync`. Another program may have inserted a row meanwhile: then the constraint is
         violated, and the catalogue is read again."""
-        changed = entry.enforcing()
+        changed = entry.enforcing(unique)
         await self._run(driver, self._extended(name, entry, changed, is_empty=True))
-        for fields in entry.unenforced:
-            index = quoted(self.names.unique_index(name, fields))
-            await self._run(driver, f"DROP INDEX IF EXISTS {index}")  # of an interrupted apply
+        for fields in unique:
+            index = self.names.unique_index(name, fields)
+            if (
+                await self._existing_index(driver, name, index) is not None
+            ):  # of an interrupted apply
+                await self._run(driver, f"DROP INDEX {quoted(index)}")
             await self._run(driver, self.unique_index_ddl(name, fields))
         return changed
 
@@ -222,41 +227,41 @@ class PostgresSchema(SchemaSync):
         relations = await self.dialect.relations(driver)
         entry = catalogue.entries[name]
         changes = self.changes_of(name, entry, entry, relations)
-        changes += [_unique_change(name, fields) for fields in entry.unenforced]
+        unique = self.to_enforce(name, entry)
+        changes += [_unique_change(name, fields) for fields in unique]
         if not changes:
             return
         for each in changes:
             progress(each, 0, None)
         columns = [each for each in changes if each.kind in ("add key column", "unique index")]
         if columns:
-            await self._add_columns(driver, name)
+            await self._add_columns(driver, name, unique)
             entry = (await self._catalogue(driver)).entries[name]
             await self._fill(
                 driver, Table(name, entry, self.grammar, self.names), columns, progress
             )
             await self._change(driver, name, lambda old: (_filled(old, entry), []))
         for fields in entry.wanted_indexes():
-            await self._build(
-                driver, self.names.index(name, fields), self.index_ddl(name, entry, fields)
-            )
-        for fields in entry.unenforced:
+            index = self.names.index(name, fields)
+            await self._build(driver, name, index, self.index_ddl(name, entry, fields))
+        for fields in unique:
             await self._build_unique(driver, name, fields)
-        await self._change(driver, name, lambda old: (_ready(old, entry), []))
+        await self._change(driver, name, lambda old: (_ready(old, entry).enforcing(unique), []))
         await self._server.run_unlimited(driver, f"ANALYZE {quoted(self.names.table(name))}")
         for each in changes:
             progress(each, 1, 1)
 
-    async def _add_columns(self, driver: Any, name: str) -> None:
+    async def _add_columns(self, driver: Any, name: str, unique: Sequence[Fields]) -> None:
         """Add the missing columns, and refuse rows of programs that do not know them."""
 
         def change(entry: Entry) -> tuple[Entry, list[str]]:
+            changed = entry.with_unique_columns(unique)
             new = [each for each in entry.wanted_columns() if each not in entry.columns]
-            if not new and all(each.column for each in entry.unique):
+            if not new and changed == entry:
                 return entry, []
             changed = msgspec.structs.replace(
-                entry,
+                changed,
                 columns={**entry.columns, **dict.fromkeys(new, False)},
-                unique=tuple(msgspec.structs.replace(e, column=True) for e in entry.unique),
                 generation=entry.generation + 1,
             )
             return changed, [self._extended(name, entry, changed, is_empty=False)]
@@ -318,8 +323,13 @@ class PostgresSchema(SchemaSync):
 
     async def _fill_batch(self, driver: Any, table: Table, source: str, last: str) -> list[str]:
         """Fill the next rows after an id; returns their ids."""
+        # Of an enforced index, each row has what its last writer gave it: nothing, if its entity expired.
+        enforced = {unique_column(each.fields) for each in table.entry.unique if each.enforced}
+        kept = set(map(quoted, enforced))
         columns = ", ".join(
-            f"{column} = i.c{number}" for number, column in enumerate(table.columns, 1)
+            f"{column} = i.c{number}"
+            for number, column in enumerate(table.columns, 1)
+            if column not in kept
         )
         names = ", ".join(f"c{number}" for number in range(len(table.columns) + 1))
         arrays = ", ".join(
@@ -350,10 +360,20 @@ class PostgresSchema(SchemaSync):
         await run_to_completion(self.dialect.commit(handle))
         return [row[0] for row in rows]
 
-    async def _build(self, driver: Any, index: str, statement: str) -> None:
-        """Build an index without blocking writers, unless it exists and is valid."""
+    async def _existing_index(self, driver: Any, name: str, index: str) -> str | None:
+        """The kind of an index of a collection; None if it does not exist.
+
+        Raises:
+            SchemaMismatchError: something else has its name.
+        """
         found = (await self.dialect.relations(driver)).get(index)
-        kind = None if found is None else found.kind
+        if found is not None and found.table != self.names.table(name):
+            raise foreign(found.kind, index, name)
+        return None if found is None else found.kind
+
+    async def _build(self, driver: Any, name: str, index: str, statement: str) -> None:
+        """Build an index of a collection without blocking writers, unless it exists and is valid."""
+        kind = await self._existing_index(driver, name, index)
         if kind == INVALID:
             await self._server.run_unlimited(driver, f"DROP INDEX CONCURRENTLY {quoted(index)}")
         elif kind is not None:
@@ -392,7 +412,7 @@ class PostgresSchema(SchemaSync):
         """
         index = self.names.unique_index(name, fields)
         try:
-            await self._build(driver, index, self.unique_index_ddl(name, fields))
+            await self._build(driver, name, index, self.unique_index_ddl(name, fields))
         except self._server.duplicates as exc:
             await self._server.run_unlimited(driver, f"DROP INDEX CONCURRENTLY {quoted(index)}")
             raise cannot_be_unique(fields, "two entities have the same values") from exc
@@ -410,14 +430,9 @@ def _filled(entry: Entry, known: Entry) -> Entry:
 
 
 def _ready(entry: Entry, known: Entry) -> Entry:
-    """With the indexes ready that were built, and the unique indexes enforced."""
+    """With the indexes ready that were built."""
     built = [each.fields for each in known.indexes]
-    enforced = [each.fields for each in known.unique]
     indexes = tuple(
         DeclaredIndex(each.fields, each.ready or each.fields in built) for each in entry.indexes
     )
-    unique = tuple(
-        msgspec.structs.replace(each, enforced=each.enforced or each.fields in enforced)
-        for each in entry.unique
-    )
-    return msgspec.structs.replace(entry, indexes=indexes, unique=unique)
+    return msgspec.structs.replace(entry, indexes=indexes)

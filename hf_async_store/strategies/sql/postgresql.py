@@ -38,7 +38,12 @@ from hf_async_store.strategies.sql.errors import (
     connection_error,
     postgres_error,
 )
-from hf_async_store.strategies.sql.names import GENERATION_PREFIX, Names, quoted
+from hf_async_store.strategies.sql.names import (
+    GENERATION_PREFIX,
+    Names,
+    is_unique_index,
+    quoted,
+)
 from hf_async_store.strategies.sql.postgres_grammar import PostgresGrammar
 from hf_async_store.strategies.sql.write_sql import CHANGED
 from hf_async_store.values import Value
@@ -892,8 +897,9 @@ def _setting(driver: Any, name: str) -> str | None:
 def _of_own_tables(exc: Exception, doing: str, *, callers: bool) -> StorageError | None:
     """The error for a statement that was made for tables, or a catalogue, that have changed since, or that
     violated a unique index of this store."""
-    if isinstance(exc, asyncpg.UniqueViolationError) and not callers and _is_own_index(exc):
-        return DuplicateValueError(f"cannot {doing}: a value is not unique")
+    if isinstance(exc, asyncpg.UniqueViolationError) and not callers:
+        is_own = is_unique_index(str(exc.constraint_name), str(exc.table_name))
+        return DuplicateValueError(f"cannot {doing}: a value is not unique") if is_own else None
     if isinstance(exc, asyncpg.InvalidCachedStatementError):
         return ConcurrencyConflictError(
             f"cannot {doing}: the tables were changed since the statement was prepared: try again",
@@ -904,16 +910,6 @@ def _of_own_tables(exc: Exception, doing: str, *, callers: bool) -> StorageError
     else:
         stale = isinstance(exc, asyncpg.InvalidTextRepresentationError) and CHANGED in str(exc)
     return CatalogueChangedError() if stale and not callers else None
-
-
-def _is_own_index(exc: Any) -> bool:
-    """Whether a unique index of this store was violated, and not a constraint of another program.
-
-    The names of a table and its indexes have the same beginning, up to a character that no declared name
-    contains (see `Names`).
-    """
-    table, index = (re.split("[-~]", str(name)) for name in (exc.table_name, exc.constraint_name))
-    return len(table) > 1 and len(index) > 1 and table[0] == index[0]
 
 
 def _is_closed(exc: Exception) -> bool:

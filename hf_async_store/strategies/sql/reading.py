@@ -23,6 +23,7 @@ from hf_async_store.strategies.sql.compiler import (
     SHORT,
     Compiled,
     compile_count,
+    compile_first_by_id,
     compile_query,
     group_of,
 )
@@ -36,6 +37,14 @@ _CHUNK_SIZE: Final = 256
 
 _SMALL_LIMIT: Final = 512
 """Queries with at most this limit read all rows at once, without a cursor."""
+
+_FEW: Final = 64
+_MANY: Final = 2048
+"""A query for at most few rows in the order of ids, of which there are many matches, is answered from the
+first rows of the table, if they contain enough."""
+
+_TRIED: Final = 1024
+"""How many rows of the table are read for that."""
 
 _MAX_IDS: Final = 1024
 """The maximum number of ids in one statement."""
@@ -148,9 +157,35 @@ async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Row
     after = query.after
     if not compiled.limited or (after and group_of(table, query.order, after.values)):
         return None
-    rows = await _all_rows(lease, table, compiled)
+    rows = await _first_by_id(lease, table, query, compiled)
+    if rows is None:
+        rows = await _all_rows(lease, table, compiled)
     found = [(cast("str", row[0]), table.entity(row)) for row in rows]
     return None if any(_may_be_in_groups(each.path, found) for each in query.order) else found
+
+
+async def _first_by_id(
+    lease: LeasedConnection, table: Table, query: Query, compiled: Compiled
+) -> Sequence[Sequence[Any]] | None:
+    """The rows of a query in the order of ids, if the first of all rows contain enough matches.
+
+    None: read them by an index on the filter. SQLite, which has no statistics, would read and sort all
+    matches each time. So if there are many, a limited number of rows is tried first.
+    """
+    grammar, limit = table.grammar, query.limit
+    by_id = not query.order or query.order[0].path == (table.key_field,)
+    if grammar.has_statistics or limit is None or not 0 < limit <= _FEW or not by_id:
+        return None
+    if not _has_indexed_value(table, query.where):
+        return None
+    some = f"SELECT 1 FROM {table.name} AS t WHERE {compiled.where} LIMIT {_MANY}"
+    counting = compiled._replace(sql=f"SELECT count(*) FROM ({some})")
+    [[matches]] = await _all_rows(lease, table, counting)
+    if matches < _MANY:
+        return None
+    first = compile_first_by_id(table, query, compiled, _TRIED)
+    rows = await _all_rows(lease, table, first)
+    return rows if len(rows) == limit else None
 
 
 def _has_indexed_value(table: Table, where: Filter) -> bool:

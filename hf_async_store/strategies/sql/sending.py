@@ -305,7 +305,7 @@ class TransactionBatch(_Batch):
         """See `_Batch`. The owners of unique values are looked up before, because an error of the database
         would end the transaction."""
         if self.writes_unique(piece):
-            owners = await owners_of(self.lease, self.table_of(piece), piece)
+            owners = await owners_of(self.lease, self.table_of(piece), piece, indexed=True)
             if len(piece) > 1 and len(parts := separated(piece, owners)) > 1:
                 return parts
             refused = refusal(piece[0], owners) if len(piece) == 1 else None

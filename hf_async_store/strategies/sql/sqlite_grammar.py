@@ -42,6 +42,7 @@ class SQLiteGrammar(Grammar):
     """The SQL of SQLite."""
 
     text_type: ClassVar[str] = "TEXT"
+    has_statistics: ClassVar[bool] = False
 
     def encode(self, value: Value) -> str:
         return encode_json(value).decode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
@@ -13,7 +13,7 @@ from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import Relation
 from hf_async_store.strategies.sql.names import DOC, key_column, quoted, unique_column
 from hf_async_store.strategies.sql.rows import Table
-from hf_async_store.unique import cannot_be_unique
+from hf_async_store.unique import Fields, cannot_be_unique
 from hf_async_store.values import VERSION
 
 
@@ -54,14 +54,16 @@ class SQLiteSchema(SchemaSync):
         ]
         return complete, statements
 
-    async def enforce(self, driver: Any, name: str, entry: Entry) -> Entry:
+    async def enforce(
+        self, driver: Any, name: str, entry: Entry, unique: Sequence[Fields]
+    ) -> Entry:
         """See `SchemaSync`; also of a table with rows.
 
         Raises:
             SchemaMismatchError: two rows have the same values.
         """
         table = quoted(self.names.table(name))
-        for fields in entry.unenforced:
+        for fields in unique:
             column = quoted(unique_column(fields))
             await self._run(driver, f"ALTER TABLE {table} ADD COLUMN {column} BLOB")
             value = f"hf_digest({DOC}, '{','.join(fields)}')"
@@ -70,7 +72,7 @@ class SQLiteSchema(SchemaSync):
                 await self._run(driver, self.unique_index_ddl(name, fields))
             except InvalidInputError as exc:
                 raise cannot_be_unique(fields, exc) from exc
-        return entry.enforcing()
+        return entry.enforcing(unique)
 
     async def apply(
         self, lease: LeasedConnection, progress: SchemaProgress, *, complete: bool
@@ -82,11 +84,12 @@ class SQLiteSchema(SchemaSync):
         try:
             catalogue, _ = await self._read(driver)
             assert catalogue is not None, "this store has recorded its declaration"
-            entries = {}
+            entries, enforced = {}, []
             for name in self.schema:
                 entry = catalogue.entries[name]
-                if entry.unenforced:
-                    entries[name] = await self.enforce(driver, name, entry)
+                if unique := self.to_enforce(name, entry):
+                    entries[name] = await self.enforce(driver, name, entry, unique)
+                    enforced += [(name, "-".join([*each, "index"])) for each in unique]
             if entries:
                 await self.record(driver, catalogue.with_entries(entries), entries)
         except BaseException as exc:
@@ -95,9 +98,7 @@ class SQLiteSchema(SchemaSync):
                 raise self.dialect.translate(exc, doing="change the tables", writes=False) from exc
             raise
         await run_to_completion(self.dialect.commit(handle))
-        for name, entry in entries.items():
-            for each in entry.unique:
-                index = "-".join([*each.fields, "index"])
-                progress(SchemaChange("unique index", name, index, "enforced"), 1, 1)
+        for name, index in enforced:
+            progress(SchemaChange("unique index", name, index, "enforced"), 1, 1)
         await lease.rows("ANALYZE", doing="analyze the tables")
         return await self.read(lease) or Catalogue()

@@ -56,7 +56,7 @@ class SQLStorageStrategy(StorageStrategy):
             returns the password, for example a token that expires. It may be async.
 
     Raises:
-        ConfigurationError.
+        ConfigurationError: `config` cannot be used.
     """
 
     transaction_type: ClassVar[type[Transaction]] = SQLTransaction

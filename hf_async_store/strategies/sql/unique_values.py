@@ -30,35 +30,42 @@ _place_of: Final = attrgetter("place")
 
 
 async def owners_of(
-    lease: LeasedConnection, table: Table, piece: Sequence[PendingChange]
+    lease: LeasedConnection, table: Table, piece: Sequence[PendingChange], *, indexed: bool = False
 ) -> Owners:
     """The owners of the values that changes of one statement write.
 
     The rows of entities that have expired hold no such values any more afterwards.
+
+    Args:
+        indexed: look up only values whose index exists for certain. For the others, the server would read
+            all rows, and a transaction that did so would conflict with every other one.
     """
     change, doc = piece[0].change, ""
     if judged := expires(change, table.collection):
         doc = f", {table.grammar.read(f't.{DOC}')}"
     shape = piece[0].shape
     assert shape is not None, "it writes unique columns"
-    columns = [f"t.{quoted(unique_column(each))}" for each in shape.unique]
-    args = [
-        optional_bytes_array_text([each.digests[number] for each in piece])
-        for number in range(len(columns))
-    ]
+    wanted = {
+        fields: optional_bytes_array_text([each.digests[number] for each in piece])
+        for number, fields in enumerate(shape.unique)
+        if not (indexed and fields in table.entry.unenforced)
+    }
+    if not wanted:
+        return {}
+    columns = [f"t.{quoted(unique_column(each))}" for each in wanted]
     found = " OR ".join(
         f"{column} = ANY(${number}::text::bytea[])" for number, column in enumerate(columns, 1)
     )
     rows = await lease.rows(
         f"SELECT t.{table.key}, {', '.join(columns)}{doc} FROM {table.name} AS t WHERE {found}",
-        args,
+        list(wanted.values()),
     )
     if judged:
         rows = await _without_expired(lease, table, change, rows)
     return {
         (fields, value): entity_id
         for entity_id, *values in rows
-        for fields, value in zip(shape.unique, values, strict=True)
+        for fields, value in zip(wanted, values, strict=True)
         if value is not None
     }
 

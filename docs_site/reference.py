@@ -1,0 +1,133 @@
+"""The pages of the reference: which public names each describes. mkdocstrings reads their docstrings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+import hf_async_store
+
+
+class Section(NamedTuple):
+    """A page of the reference.
+
+    Attributes:
+        title: its heading.
+        text: the sentence below the heading.
+        names: what it describes, as names of `hf_async_store` or of its modules.
+    """
+
+    title: str
+    text: str
+    names: tuple[str, ...]
+
+
+ERRORS: Final = tuple(
+    name
+    for name in hf_async_store.__all__
+    if name.endswith("Error") and issubclass(getattr(hf_async_store, name), Exception)
+)
+
+SECTIONS: Final[Mapping[str, Section]] = {
+    "store": Section(
+        "The store",
+        "Opening a store, and the methods that only a store has. Those on entities are on the next page.",
+        ("open_store", "StorageStrategy"),
+    ),
+    "entities": Section(
+        "Entities",
+        "The methods that stores and transactions share, and the types of what they take and return.",
+        ("RepositoryInterface", "Entity", "Value", "ABSENT", "REMOVE", "Page"),
+    ),
+    "transactions": Section(
+        "Transactions",
+        "What a transaction has besides the methods on entities.",
+        ("Transaction",),
+    ),
+    "claims": Section(
+        "Claims",
+        "What `claim_entities` and `claims` of a store return.",
+        ("Claim", "ClaimInfo"),
+    ),
+    "queries": Section(
+        "Filters and orders",
+        "The operators of filters, and the forms of `order_by`.",
+        (
+            *("eq", "ne", "lt", "lte", "gt", "gte", "between", "in_", "not_in", "exists"),
+            *("contains", "begins_with", "and_", "or_", "not_", "path", "asc", "desc", "MISSING"),
+        ),
+    ),
+    "updates": Section(
+        "Computed changes",
+        "Changes that the store computes from the stored value, in the same step as the write.",
+        ("increment", "append", "add_to_set", "remove_from_set"),
+    ),
+    "collections": Section(
+        "Collections",
+        "Declarations of collections, and what a class adds to its annotations.",
+        (
+            *("Collection", "Field", "Index", "Expire", "References", "StoreVersion"),
+            "HOST_FACTORY",
+        ),
+    ),
+    "typed": Section(
+        "Typed collections",
+        "The methods of one collection, with instances of a class instead of dicts.",
+        ("TypedCollection", "TypedPage", "Versioned"),
+    ),
+    "capabilities": Section(
+        "Capabilities, plans and schema changes",
+        "What a store tells about itself.",
+        ("Capabilities", "QueryPlan", "SchemaChange"),
+    ),
+    "configuration": Section(
+        "Configuration",
+        "Configurations as objects. The keys are described on the page Configuration.",
+        ("load_config", "StorageConfig"),
+    ),
+    "strategies": Section(
+        "Strategies",
+        "The classes of stores, with the methods that only one engine has.",
+        (
+            *("JSONStorageStrategy", "SQLStorageStrategy"),
+            *("DynamoDBStorageStrategy", "MemoryStorageStrategy"),
+        ),
+    ),
+    "migration": Section(
+        "Migration and backups",
+        "Copies of whole stores. Import these names from `hf_async_store.migration` and "
+        "`hf_async_store.migration.live`.",
+        (
+            "migration.MigrationTool",
+            "migration.MigrationReport",
+            "migration.backup_store",
+            "migration.restore_store",
+            "migration.compare_stores",
+            "migration.live.LiveMigration",
+            "migration.live.LiveStatus",
+        ),
+    ),
+    "blocking": Section(
+        "Blocking callers",
+        "The functions of `hf_async_store.sync`. The methods of its stores are those of the asynchronous "
+        "store, without `await`.",
+        ("sync.open_store", "sync.blocking_store"),
+    ),
+    "errors": Section(
+        "Errors",
+        "Every error that the store raises intentionally. What to do about each is on the page "
+        "Troubleshooting.",
+        ("StorageError", *(each for each in ERRORS if each != "StorageError")),
+    ),
+    "engines": Section(
+        "Engines",
+        "What a strategy of your own implements. Import these names from `hf_async_store.driver`.",
+        ("driver.Engine", "driver.Session", "driver.Reader"),
+    ),
+}
+
+
+def text_of(section: Section) -> str:
+    """The page, in Markdown, with an instruction for mkdocstrings for each name."""
+    names = "\n\n".join(f"::: hf_async_store.{each}" for each in section.names)
+    return f"# {section.title}\n\n{section.text}\n\n{names}\n"
