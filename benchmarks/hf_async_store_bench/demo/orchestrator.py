@@ -26,7 +26,7 @@ from hf_async_store_bench.demo.data import OPEN
 from hf_async_store_bench.demo.plan import Plan
 from hf_async_store_bench.demo.write_log import Answer, Broken, Hold, Read, Write, WriteLog, answer
 
-_FLOWS: Final = 24  # requests that one process has under way at once
+_FLOWS: Final = 12  # requests that one process has under way at once
 _LEASE: Final = 3.0  # seconds after which the claims of a killed process end
 _WAIT: Final = 0.05  # seconds for which a flow looks for something to claim
 _LEFT: Final = 0.2  # the share of the polls after which whoever claims the request next goes on

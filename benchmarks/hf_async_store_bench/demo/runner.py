@@ -177,7 +177,7 @@ class _Run:
                 swept = await orchestrator.sweep()
                 seconds = monotonic() - started
         if swept:
-            self._screen.stage(f"Finished {swept} requests that were left by all processes.")
+            self._screen.stage(f"Finished {swept} requests that the processes had left.")
         return seconds
 
     async def _follow(self, worker: Worker) -> None:
