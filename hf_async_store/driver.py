@@ -518,6 +518,24 @@ class Engine(Reader):
             if ends:
                 await claim_records.end(session, key)
 
+    async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int | None:
+        """Change an entity if the claim of it is held with this token, in one commit.
+
+        Returns the version, as `Session.write`.
+
+        Args:
+            ends: as in `claimed_session`.
+
+        Raises:
+            ClaimLostError: the claim is not held with this token any more.
+            StorageError: the change is refused.
+        """
+        async with self.claimed_session(change.key, token, ends=ends) as session:
+            [outcome] = await session.write([change])
+            if isinstance(outcome, StorageError):
+                raise outcome
+        return outcome
+
     async def break_claim(self, key: Key) -> bool:
         """End a claim whoever holds it, and forget how often the entity was claimed; returns whether
         there was anything to forget."""

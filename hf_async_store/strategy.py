@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from hf_async_store import schema_changes
 from hf_async_store.arguments import check_boolean, check_callable, check_seconds
-from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.changes import PRESENT, Change, Delete, Outcome, Record
 from hf_async_store.claim_clock import boot_seconds
 from hf_async_store.claims import (
     LEASE_SECONDS,
@@ -56,6 +56,7 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
 )
+from hf_async_store.field_operations import UpdateMap
 from hf_async_store.index_advice import advice, advice_by_declaration
 from hf_async_store.models import Model
 from hf_async_store.query import Filters, OrderBy, Query
@@ -68,7 +69,7 @@ from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.typed import TypedCollection
-from hf_async_store.values import Entity, Key, Value
+from hf_async_store.values import Entity, Key, Value, utc_now
 
 Result = TypeVar("Result")
 
@@ -525,24 +526,34 @@ class StorageStrategy(RepositoryInterface):
         if not self.capabilities.claims:
             raise InvalidInputError(f"the engine {self.capabilities.engine} has no claims")
 
-    def _claimed_transaction(self, claim: Claim, *, ends: bool) -> Transaction:
+    def _claimed_transaction(self, claim: Claim) -> Transaction:
         return self.transaction_type(
             self._schema,
-            lambda: self._engine.claimed_session(claim.key, claim.token, ends=ends),
+            lambda: self._engine.claimed_session(claim.key, claim.token),
             enter=self._enter_transaction,
             after_commit=self._record_declarations if self._record_attempts else None,
         )
 
-    async def _claimed_work(
-        self, claim: Claim, work: Callable[[Transaction], Awaitable[Result]], *, ends: bool
-    ) -> Result:
-        """`await work(tx)` in a transaction under a claim, again after each conflict."""
+    async def _update_claimed(self, claim: Claim, changes: UpdateMap, *, ends: bool) -> int:
+        declared = self._schema[claim.collection]
+        change = self._patch(declared, claim.id, changes, PRESENT, utc_now())
+        version = await self._write_claimed(claim, change, ends=ends)
+        assert version is not None, "only a delete has no version"
+        return version
 
-        async def attempt() -> Result:
-            async with self._claimed_transaction(claim, ends=ends) as tx:
-                return await work(tx)
+    async def _delete_claimed(self, claim: Claim) -> None:
+        await self._write_claimed(claim, Delete(claim.key), ends=True)
 
-        return await self._retried(claim.key, attempt, RETRY_SECONDS)
+    async def _write_claimed(self, claim: Claim, change: Change, *, ends: bool) -> int | None:
+        """Change a claimed entity, again after each conflict."""
+
+        async def attempt() -> int | None:
+            return await self._usable().write_claimed(claim.token, change, ends=ends)
+
+        version = await self._retried(claim.key, attempt, RETRY_SECONDS)
+        if self._record_attempts:
+            await self._record_declarations()
+        return version
 
     # -- for backups and migrations ----------------------------------------------------------
 

@@ -25,6 +25,8 @@ from hf_async_store.claim_records import (
     lost,
     taken,
 )
+from hf_async_store.errors import ConcurrencyConflictError, EntityNotFoundError
+from hf_async_store.field_operations import plain_fields
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query, compile_order, position_of
 from hf_async_store.strategies.dynamodb.claim_items import (
@@ -40,16 +42,19 @@ from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import CLAIM
 from hf_async_store.strategies.dynamodb.partitions import gather
+from hf_async_store.strategies.dynamodb.unique_markers import may_touch
 from hf_async_store.strategies.dynamodb.write_requests import unchanged
 from hf_async_store.values import VERSION, Key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hf_async_store.claim_clock import Moment
+    from hf_async_store.changes import Patch
+    from hf_async_store.claim_clock import ClaimClock, Moment
     from hf_async_store.claim_records import ClaimState
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attributes
+    from hf_async_store.strategies.dynamodb.independent_writes import Writes
     from hf_async_store.strategies.dynamodb.reading import Reading
     from hf_async_store.strategies.dynamodb.tables import Tables
 
@@ -64,8 +69,9 @@ _PARALLEL: Final = 16
 class Claiming:
     """The claims of an engine."""
 
-    def __init__(self, client: Client, tables: Tables, reading: Reading) -> None:
+    def __init__(self, client: Client, tables: Tables, reading: Reading, writes: Writes) -> None:
         self._client = client
+        self._writes = writes
         self._tables = tables
         self._reading = reading
         self._in_progress: set[Key] = set()
@@ -172,6 +178,27 @@ class Claiming:
         }
 
     # -- what a holder does ------------------------------------------------------------------
+
+    async def update(
+        self, token: int, change: Patch, clock: ClaimClock, *, ends: bool
+    ) -> int | None:
+        """As `Engine.write_claimed`; None if no single request can express the update."""
+        key, skew = change.key, self._client.config.max_clock_skew
+        unique = self._tables.unique(key.collection)
+        if plain_fields(change.fields) is None or may_touch(change, unique):
+            return None
+        try:
+            return await self._writes.update_where(
+                change,
+                lambda _, names: held_claim(names, token, clock.now(), skew),
+                ends_claim=ends,
+            )
+        except (ConcurrencyConflictError, EntityNotFoundError) as exc:
+            if exc.outcome_unknown or exc.retryable:
+                raise
+            item = await self._reading.item(key)
+            check_held(claim_in(item, key), key, token, clock.now())  # raises, and says why
+            raise lost(key, "its lease is about to end") from exc
 
     async def renew(self, key: Key, token: int, lease: float, now: Moment) -> None:
         """As `Engine.renew_claim`."""

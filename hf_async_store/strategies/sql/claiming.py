@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from hf_async_store.changes import Record
+from hf_async_store.changes import Change, Delete, Record
 from hf_async_store.claim_clock import BootClock, Moment, ServerClock
 from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimState, ClaimTerms, lost
 from hf_async_store.config import SQLConfig
@@ -263,6 +263,29 @@ class ClaimingSQLEngine(SQLEngine):
             return bool(
                 await lease.rows(sql, statement.values, doing="change a claim", writes=True)
             )
+
+    async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int | None:
+        if not self._dialect.single_writer:
+            version = await self._retried(partial(self._write_at_once, token, change, ends=ends))
+            if version is not None:
+                return version
+        return await super().write_claimed(token, change, ends=ends)
+
+    async def _write_at_once(self, token: int, change: Change, *, ends: bool) -> int | None:
+        """The version that one statement wrote; None if the change must be decided in a session."""
+        async with self.writing() as lease:
+            found = self._writer.if_held(change)
+            if found is None:
+                return None
+            statement = self._statement(change.key.collection)
+            sql, statement.values = found
+            # The claim of an entity that is deleted is deleted by the foreign key.
+            ends = ends and type(change) is not Delete
+            sql = statement.write(sql, change.key, token, ends=ends)
+            [(held, version)] = await lease.rows(sql, statement.values, doing="write", writes=True)
+        if not held:
+            raise lost(change.key)
+        return cast("int | None", version)
 
     def claimed_session(
         self, key: Key, token: int, *, ends: bool = False

@@ -59,9 +59,9 @@ class WriteStatements:
     def __init__(self, tables: Tables, *, references: bool) -> None:
         self._tables = tables
         self.references = references
-        self._cache: dict[tuple[StatementKey, bool], str] = {}
+        self._cache: dict[tuple[StatementKey, bool, bool], str] = {}
 
-    def of(self, shape: StatementKey, *, locks: bool) -> str:
+    def of(self, shape: StatementKey, *, locks: bool, if_held: bool = False) -> str:
         """The statement.
 
         Its arguments are `lock_timeout` (None: as it is set), and one array for each column of arguments;
@@ -71,10 +71,12 @@ class WriteStatements:
         Args:
             locks: it locks the parents to which rows refer, until its transaction ends. This is needed
                 unless the transactions are serializable.
+            if_held: it changes a row only if the table `held` has one; see `ClaimSQL.write`.
         """
-        cached = self._cache.get((shape, locks))
+        key = (shape, locks, if_held)
+        cached = self._cache.get(key)
         if cached is None:
-            cached = self._cache[shape, locks] = self._generate(shape, locks=locks)
+            cached = self._cache[key] = self._generate(shape, locks=locks, if_held=if_held)
         return cached
 
     def of_parents(self, collection: str) -> str:
@@ -97,7 +99,7 @@ class WriteStatements:
         column of arguments of a delete."""
         return self._tables.schema.children[collection] if self.references else ()
 
-    def _generate(self, shape: StatementKey, *, locks: bool) -> str:
+    def _generate(self, shape: StatementKey, *, locks: bool, if_held: bool) -> str:
         table = self._tables[shape.collection]
         columns = _Columns()
         entity_id = columns.add("text")
@@ -110,6 +112,8 @@ class WriteStatements:
             sql = f"DELETE FROM {table.name} AS t USING {source} WHERE {condition}"
         else:
             sql = self._update(table, shape, columns, locks=locks)
+        if if_held:
+            sql += " AND EXISTS (SELECT 1 FROM held)"
         return f"{sql} RETURNING t.{table.key}, t.{VERSION}"
 
     def _insert(self, table: Table, shape: StatementKey, columns: _Columns, *, locks: bool) -> str:
