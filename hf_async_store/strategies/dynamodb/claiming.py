@@ -2,18 +2,15 @@
 
 A claimer reads the first candidates, by an index if there is one, and updates those that are free, each on
 condition that the item and its claim are as they were read. If another claimer was faster, it goes on
-with candidates in random order, so that claimers spread. The tasks of one store leave out what others of
-them are claiming at the moment.
+with candidates in random order, so that claimers spread. The tasks of one store share the candidates that
+they read.
 
 Named locks are items without an entity, in a table of their own, which the first lock creates.
 """
 
 from __future__ import annotations
 
-import random
 from typing import TYPE_CHECKING, Any, Final
-
-import msgspec
 
 from hf_async_store.changes import Record
 from hf_async_store.claim_records import (
@@ -28,7 +25,8 @@ from hf_async_store.claim_records import (
 from hf_async_store.errors import ConcurrencyConflictError, EntityNotFoundError
 from hf_async_store.field_operations import plain_fields
 from hf_async_store.generators import Owned
-from hf_async_store.query import Query, compile_order, position_of
+from hf_async_store.query import Query, compile_order
+from hf_async_store.strategies.dynamodb.candidates import Candidates, SharedCandidates
 from hf_async_store.strategies.dynamodb.claim_items import (
     add_expression,
     also_if,
@@ -58,10 +56,6 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.reading import Reading
     from hf_async_store.strategies.dynamodb.tables import Tables
 
-_FIRST_PAGE: Final = 16
-_LAST_PAGE: Final = 1024
-"""How many candidates are read at once, beyond the number wanted."""
-
 _PARALLEL: Final = 16
 """How many candidates are claimed at once."""
 
@@ -74,57 +68,38 @@ class Claiming:
         self._writes = writes
         self._tables = tables
         self._reading = reading
-        self._in_progress: set[Key] = set()
+        self.candidates = SharedCandidates(reading)
 
     # -- claiming ----------------------------------------------------------------------------
 
     async def claim(self, query: Query, terms: ClaimTerms, now: Moment) -> list[Claimed]:
         """As `Engine.claim`."""
         assert query.limit is not None, "claims are limited"
+        shape, max_attempts = query.with_limit(None), terms.max_attempts
         claimed: list[Claimed] = []
-        size = query.limit + _FIRST_PAGE
-        page_query = msgspec.structs.replace(query, limit=size, paged=True)
-        while True:
-            items: dict[str, Attributes] = {}
-            async with Owned(self._reading.select(page_query, items)) as records:
-                page = [each async for each in records]
-            free = [
-                (each, items[each.key.id])
-                for each in page
-                if is_free(claim_in(items[each.key.id], each.key), terms, now)
-            ]
-            claimed += await self._take_some(free, query.limit - len(claimed), terms, now)
-            if len(claimed) == query.limit or len(page) < size:
-                break
-            last = page[-1]
-            size = min(4 * size, _LAST_PAGE)
-            position = position_of(query, last.key.id, last.entity)
-            page_query = msgspec.structs.replace(page_query, limit=size, after=position)
+        recent = self.candidates.recent(shape, max_attempts)
+        if recent is not None:
+            claimed = await self._take_some(recent, query.limit, terms, now)
+        if len(claimed) < query.limit:
+            first = self.candidates.begin(shape, max_attempts)
+            claimed += await self._take_some(first, query.limit - len(claimed), terms, now)
         sort_key = compile_order(query)
         return sorted(claimed, key=lambda each: sort_key(each.record.key.id, each.record.entity))
 
     async def _take_some(
-        self,
-        free: list[tuple[Record, Attributes]],
-        limit: int,
-        terms: ClaimTerms,
-        now: Moment,
+        self, candidates: Candidates, limit: int, terms: ClaimTerms, now: Moment
     ) -> list[Claimed]:
         """Claim up to this number of candidates, the first of them if no other claimer is faster."""
         claimed: list[Claimed] = []
-        candidates = [each for each in free if each[0].key not in self._in_progress]
-        while candidates and len(claimed) < limit:
+        while len(claimed) < limit:
             number = min(limit - len(claimed), _PARALLEL)
-            tried, candidates = candidates[:number], candidates[number:]
-            keys = {record.key for record, _ in tried}
-            self._in_progress |= keys
-            try:
-                found = await gather([self._take(*each, terms, now) for each in tried])
-            finally:
-                self._in_progress -= keys
+            tried = await candidates.take(number, terms, now)
+            if not tried:
+                break
+            found = await gather([self._take(*each, terms, now) for each in tried])
             claimed += [each for each in found if each is not None]
             if None in found:
-                random.shuffle(candidates)
+                candidates.spread()
         return claimed
 
     async def _take(
@@ -188,7 +163,7 @@ class Claiming:
         if plain_fields(change.fields) is None or may_touch(change, unique):
             return None
         try:
-            return await self._writes.update_where(
+            version = await self._writes.update_where(
                 change,
                 lambda _, names: held_claim(names, token, clock.now(), skew),
                 ends_claim=ends,
@@ -199,6 +174,9 @@ class Claiming:
             item = await self._reading.item(key)
             check_held(claim_in(item, key), key, token, clock.now())  # raises, and says why
             raise lost(key, "its lease is about to end") from exc
+        if ends:
+            self.candidates.forget_if_free(change.fields)
+        return version
 
     async def renew(self, key: Key, token: int, lease: float, now: Moment) -> None:
         """As `Engine.renew_claim`."""
@@ -216,6 +194,7 @@ class Claiming:
         else:
             update = set_end(names, now.seconds + after, held=False)
         await self._change(key, token, now, names, update)
+        self.candidates.forget()
 
     async def _change(self, key: Key, token: int, now: Moment, names: Names, update: str) -> None:
         condition = held_claim(names, token, now, self._client.config.max_clock_skew)
@@ -241,6 +220,7 @@ class Claiming:
             await self._client.read("UpdateItem", {**self._at(key), **expressions})
         except ConditionFailed:
             return False
+        self.candidates.forget()
         return True
 
     async def listed(self, collection: str, now: Moment) -> list[ClaimInfo]:

@@ -110,6 +110,7 @@ class DynamoDBEngine(Engine):
         # A request is not cancelled, because it may be applied at any time before its response.
         with public_errors():
             outcomes = await run_to_completion(self.writes.write_each(changes))
+        self._claiming.candidates.forget()
         return [public(each) if isinstance(each, StorageError) else each for each in outcomes]
 
     @asynccontextmanager
@@ -118,6 +119,7 @@ class DynamoDBEngine(Engine):
         with public_errors():
             yield session
             await session.commit()
+        self._claiming.candidates.forget()
 
     # -- claims ------------------------------------------------------------------------------
 
@@ -157,6 +159,7 @@ class DynamoDBEngine(Engine):
         with public_errors():
             yield session
             await session.commit()
+        self._claiming.candidates.forget()
 
     async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int | None:
         if isinstance(change, Patch) and change.mark is None:

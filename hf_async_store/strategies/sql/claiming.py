@@ -158,29 +158,34 @@ class ClaimingSQLEngine(SQLEngine):
 
     async def _claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
         table = self.known_tables[query.collection]
-        is_exact = self._candidates(table, query, terms)[1].residual is None
-        if self._dialect.single_writer or not is_exact:
-            async with self._claiming(alone=False) as lease:
-                return await self._take_in_steps(lease, table, query, terms)
-        async with self._claiming(alone=True) as lease:
-            return await self._take_at_once(lease, table, query, terms)
-
-    async def _take_at_once(
-        self, lease: LeasedConnection, table: Table, query: Query, terms: ClaimTerms
-    ) -> list[Claimed]:
-        while True:
-            statement, candidates = self._candidates(table, query, terms)
-            sql = (
-                f"WITH i (id, doc, version) AS MATERIALIZED ({candidates.sql}), "
-                f"n AS ({statement.insert('i', terms)}) "
-                "SELECT i.id, i.doc, i.version, n.token, n.attempts "
-                "FROM i LEFT JOIN n ON n.id = i.id"
-            )
-            rows = await lease.rows(sql, statement.values, doing="claim entities", writes=True)
+        while not self._dialect.single_writer:
+            at_once = self._at_once_sql(table, query, terms)
+            if at_once is None:
+                break
+            async with self._claiming(alone=True) as lease:
+                rows = await lease.rows(*at_once, doing="claim entities", writes=True)
             claimed = [_claimed(table, row[:3], *row[3:]) for row in rows if row[3] is not None]
             if claimed or not rows:
                 return _in_order(query, claimed)
             # Others have claimed all candidates since the statement began: the next one sees that.
+        async with self._claiming(alone=False) as lease:
+            return await self._take_in_steps(lease, table, query, terms)
+
+    def _at_once_sql(
+        self, table: Table, query: Query, terms: ClaimTerms
+    ) -> tuple[str, list[object]] | None:
+        """The statement that reads and claims, and its arguments; None if what it reads must be filtered
+        further."""
+        statement, candidates = self._candidates(table, query, terms)
+        if candidates.residual is not None:
+            return None
+        sql = (
+            f"WITH i (id, doc, version) AS MATERIALIZED ({candidates.sql}), "
+            f"n AS ({statement.insert('i', terms)}) "
+            "SELECT i.id, i.doc, i.version, n.token, n.attempts "
+            "FROM i LEFT JOIN n ON n.id = i.id"
+        )
+        return sql, statement.values
 
     async def _take_in_steps(
         self, lease: LeasedConnection, table: Table, query: Query, terms: ClaimTerms

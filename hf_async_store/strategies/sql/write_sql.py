@@ -71,7 +71,7 @@ class WriteStatements:
         Args:
             locks: it locks the parents to which rows refer, until its transaction ends. This is needed
                 unless the transactions are serializable.
-            if_held: it changes a row only if the table `held` has one; see `ClaimSQL.write`.
+            if_held: it changes only the row whose id is in the table `held`; see `ClaimSQL.write`.
         """
         key = (shape, locks, if_held)
         cached = self._cache.get(key)
@@ -113,7 +113,8 @@ class WriteStatements:
         else:
             sql = self._update(table, shape, columns, locks=locks)
         if if_held:
-            sql += " AND EXISTS (SELECT 1 FROM held)"
+            # By the id of the claim, the row is looked up by the index, whatever the size of the table.
+            sql += f" AND t.{table.key} = (SELECT h.id FROM held AS h)"
         return f"{sql} RETURNING t.{table.key}, t.{VERSION}"
 
     def _insert(self, table: Table, shape: StatementKey, columns: _Columns, *, locks: bool) -> str:
