@@ -197,6 +197,9 @@ class Claiming:
         self.candidates.forget()
 
     async def _change(self, key: Key, token: int, now: Moment, names: Names, update: str) -> None:
+        ready = self._tables.is_ready(key.collection)
+        if not ready and await self._tables.find(key.collection) is None:
+            raise lost(key)  # it was made before a live migration to this store
         condition = held_claim(names, token, now, self._client.config.max_clock_skew)
         expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
         try:

@@ -247,6 +247,11 @@ class ClaimingSQLEngine(SQLEngine):
 
     # -- what a holder does ------------------------------------------------------------------
 
+    async def _refuse_unknown(self, key: Key) -> None:
+        """Refuse a claim if there are none: it was made before a live migration to this store."""
+        if not await self._exists(key.collection):
+            raise lost(key)
+
     async def renew_claim(self, key: Key, token: int, lease: float) -> None:
         await self._change(key, lambda each: each.update(key, token, lease, held=True))
 
@@ -258,6 +263,7 @@ class ClaimingSQLEngine(SQLEngine):
 
     async def _change(self, key: Key, sql_of: Callable[[ClaimSQL], str]) -> None:
         """Run a statement that changes a claim if it is held."""
+        await self._refuse_unknown(key)
         if not await self._retried(lambda: self._changed(key, sql_of)):
             raise lost(key)
 
@@ -271,6 +277,7 @@ class ClaimingSQLEngine(SQLEngine):
 
     async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int | None:
         if not self._dialect.single_writer:
+            await self._refuse_unknown(change.key)
             version = await self._retried(partial(self._write_at_once, token, change, ends=ends))
             if version is not None:
                 return version
@@ -301,6 +308,7 @@ class ClaimingSQLEngine(SQLEngine):
     async def _under_claim(
         self, key: Key, token: int, *, ends: bool
     ) -> AsyncGenerator[Session, None]:
+        await self._refuse_unknown(key)
         async with SQLSession(self, None) as session:
             lease = await session.begin()
             statement = self._statement(key.collection)
