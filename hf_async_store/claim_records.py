@@ -142,6 +142,10 @@ def lost(key: Key, why: str = "another may hold it now") -> ClaimLostError:
     )
 
 
+def absent(key: Key) -> ClaimLostError:
+    return lost(key, "the entity has expired, or was deleted")
+
+
 def state_in(record: Record | None) -> ClaimState | None:
     """The claim in a stored record.
 

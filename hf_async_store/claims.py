@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from types import TracebackType
-from typing import Final, Protocol, Self, TypeVar
+from typing import Final, Protocol, Self
 
 from hf_async_store.arguments import check_seconds
 from hf_async_store.backoff import Backoff
@@ -33,8 +33,6 @@ from hf_async_store.field_operations import UpdateMap
 from hf_async_store.schema import LOCK_COLLECTION
 from hf_async_store.transaction import Transaction
 from hf_async_store.values import NOT_UTF8, Entity, Key
-
-Result = TypeVar("Result")
 
 log: Final = logging.getLogger("hf_async_store")
 
@@ -60,11 +58,11 @@ class ClaimingStore(Protocol):
 
     async def _claiming_engine(self, claim: Claim) -> Engine: ...
 
-    async def _claimed_work(
-        self, claim: Claim, work: Callable[[Transaction], Awaitable[Result]], *, ends: bool
-    ) -> Result: ...
+    async def _update_claimed(self, claim: Claim, changes: UpdateMap, *, ends: bool) -> int: ...
 
-    def _claimed_transaction(self, claim: Claim, *, ends: bool) -> Transaction: ...
+    async def _delete_claimed(self, claim: Claim) -> None: ...
+
+    def _claimed_transaction(self, claim: Claim) -> Transaction: ...
 
 
 class Claim:
@@ -127,8 +125,7 @@ class Claim:
 
         Raises:
             ClaimLostError: the claim is not held any more; nothing was written.
-            EntityNotFoundError, InvalidFieldError, UnsupportedValueError, ReferenceViolationError: as in
-                `update_entity`.
+            InvalidFieldError, UnsupportedValueError, ReferenceViolationError: as in `update_entity`.
         """
         return await self._update(changes, ends=False)
 
@@ -147,10 +144,7 @@ class Claim:
                 await self._update(changes, ends=True)
 
     async def _update(self, changes: UpdateMap, *, ends: bool) -> int:
-        async def work(tx: Transaction) -> int:
-            return await tx.update_entity(self.collection, self.id, changes)
-
-        self.version = await self._store._claimed_work(self, work, ends=ends)
+        self.version = await self._store._update_claimed(self, changes, ends=ends)
         return self.version
 
     async def delete(self) -> None:
@@ -160,12 +154,8 @@ class Claim:
             ClaimLostError: the claim is not held any more; nothing was deleted.
             ReferenceViolationError: other entities refer to it.
         """
-
-        async def work(tx: Transaction) -> bool:
-            return await tx.delete_entity(self.collection, self.id)
-
         async with self._ending():
-            await self._store._claimed_work(self, work, ends=True)
+            await self._store._delete_claimed(self)
 
     def transaction(self) -> Transaction:
         """A transaction that commits only if the claim is still held then.
@@ -174,7 +164,7 @@ class Claim:
         engines but DynamoDB it also delays the renewal of the claim, so it should be much shorter than
         the lease.
         """
-        return self._store._claimed_transaction(self, ends=False)
+        return self._store._claimed_transaction(self)
 
     async def renew(self, lease: float | None = None) -> None:
         """Let the claim end `lease` seconds from now, by default the lease that it was made with.

@@ -46,6 +46,7 @@ from hf_async_store.declarations import are_equal, decoded, encoded, merged
 from hf_async_store.errors import (
     AlreadyExistsError,
     ConcurrencyConflictError,
+    EntityNotFoundError,
     InvalidInputError,
     StorageError,
     UnavailableError,
@@ -540,6 +541,26 @@ class Engine(Reader):
             yield session
             if ends:
                 await claim_records.end(session, key)
+
+    async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int:
+        """Change an entity if the claim of it is held with this token, in one commit.
+
+        Returns the version, as `Session.write`.
+
+        Args:
+            ends: as in `claimed_session`.
+
+        Raises:
+            ClaimLostError: the claim is not held with this token any more, or the entity has expired.
+            StorageError: the change is refused.
+        """
+        async with self.claimed_session(change.key, token, ends=ends) as session:
+            [outcome] = await session.write([change])
+            if outcome is None or isinstance(outcome, EntityNotFoundError):
+                raise claim_records.absent(change.key) from outcome
+            if isinstance(outcome, StorageError):
+                raise outcome
+        return outcome
 
     async def break_claim(self, key: Key) -> bool:
         """End a claim whoever holds it, and forget how often the entity was claimed; returns whether

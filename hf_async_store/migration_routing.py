@@ -495,6 +495,15 @@ class MigrationRouter(Engine):
     ) -> AbstractAsyncContextManager[Session]:
         return _RoutedSession(self, lambda engine: engine.claimed_session(key, token, ends=ends))
 
+    async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int:
+        route = await self.current_route()
+        if route.add_markers:
+            return await super().write_claimed(token, change, ends=ends)
+        version = await self.engine_of(route).write_claimed(token, change, ends=ends)
+        if not self.is_valid(route):
+            await self.confirm(route, [change])
+        return version
+
     async def break_claim(self, key: Key) -> bool:
         return await (await self.in_use()).break_claim(key)
 

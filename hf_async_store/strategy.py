@@ -21,9 +21,9 @@ from msgspec.structs import replace
 
 from hf_async_store import schema_changes
 from hf_async_store.arguments import check_boolean, check_callable, check_seconds
-from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.changes import PRESENT, Change, Delete, Outcome, Record
 from hf_async_store.claim_clock import boot_seconds
-from hf_async_store.claim_records import lost
+from hf_async_store.claim_records import absent
 from hf_async_store.claims import (
     LEASE_SECONDS,
     LOCKS,
@@ -59,6 +59,7 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
 )
+from hf_async_store.field_operations import UpdateMap
 from hf_async_store.index_advice import advice, advice_by_declaration
 from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
 from hf_async_store.models import Model
@@ -559,10 +560,10 @@ class StorageStrategy(RepositoryInterface):
         if not self.capabilities.claims:
             raise InvalidInputError(f"the engine {self.capabilities.engine} has no claims")
 
-    def _claimed_transaction(self, claim: Claim, *, ends: bool) -> Transaction:
+    def _claimed_transaction(self, claim: Claim) -> Transaction:
         return self.transaction_type(
             self._schema,
-            lambda: self._claimed_session(claim, ends=ends),
+            lambda: self._claimed_session(claim),
             lifetimes=self._lifetimes,
             clock=self._clock,
             enter=self._enter_transaction,
@@ -570,8 +571,8 @@ class StorageStrategy(RepositoryInterface):
         )
 
     @asynccontextmanager
-    async def _claimed_session(self, claim: Claim, *, ends: bool) -> AsyncGenerator[Session, None]:
-        async with self._engine.claimed_session(claim.key, claim.token, ends=ends) as session:
+    async def _claimed_session(self, claim: Claim) -> AsyncGenerator[Session, None]:
+        async with self._engine.claimed_session(claim.key, claim.token) as session:
             if self._may_expire(claim):
                 _refuse_expired(claim.key, self._living(await session.fetch([claim.key])))
             yield session
@@ -589,16 +590,27 @@ class StorageStrategy(RepositoryInterface):
     def _may_expire(self, claim: Claim) -> bool:
         return self._lifetimes is not None and claim.collection in self._lifetimes
 
-    async def _claimed_work(
-        self, claim: Claim, work: Callable[[Transaction], Awaitable[Result]], *, ends: bool
-    ) -> Result:
-        """`await work(tx)` in a transaction under a claim, again after each conflict."""
+    async def _update_claimed(self, claim: Claim, changes: UpdateMap, *, ends: bool) -> int:
+        declared = self._schema[claim.collection]
+        change = self._patch(declared, claim.id, changes, PRESENT, self._clock.now())
+        return await self._write_claimed(claim, change, ends=ends)
 
-        async def attempt() -> Result:
-            async with self._claimed_transaction(claim, ends=ends) as tx:
-                return await work(tx)
+    async def _delete_claimed(self, claim: Claim) -> None:
+        await self._write_claimed(claim, Delete(claim.key), ends=True)
 
-        return await self._retried(claim.key, attempt, RETRY_SECONDS)
+    async def _write_claimed(self, claim: Claim, change: Change, *, ends: bool) -> int:
+        """Change a claimed entity, again after each conflict."""
+
+        async def attempt() -> int:
+            engine, changes = self._usable(), [change]
+            if self._lifetimes is not None:
+                changes = [*await self._for_writing(changes, self._lifetimes, None)]
+            return await engine.write_claimed(claim.token, changes[0], ends=ends)
+
+        version = await self._retried(claim.key, attempt, RETRY_SECONDS)
+        if self._record_attempts:
+            await self._record_declarations()
+        return version
 
     # -- for backups and migrations ----------------------------------------------------------
 
@@ -876,4 +888,4 @@ __all__: Final = ["HOST_FACTORY", "StorageStrategy", "schema_of"]
 def _refuse_expired(key: Key, living: Sequence[Record | None]) -> None:
     """Raise ClaimLostError if the claimed entity is not among the living ones."""
     if living == [None]:
-        raise lost(key, "the entity has expired, or was deleted")
+        raise absent(key)

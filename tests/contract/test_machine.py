@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hf_async_store import open_store
+from hf_async_store.testing.claim_machine import run_claim_machine
 from hf_async_store.testing.declaration_machine import run_declaration_machine
 from hf_async_store.testing.state_machine import Stores, run_machine
 from tests.contract.harnesses import execute
@@ -144,3 +145,38 @@ def test_declaration_machine_on_postgresql_long(postgres_server: PostgresServer)
 @pytest.mark.timeout(3600)
 def test_declaration_machine_on_dynamodb_long(dynamodb_server: DynamoDBServer) -> None:
     run_declaration_machine(dynamodb_at(dynamodb_server), long=True)
+
+
+# -- claims ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_claim_machine(engine: str) -> None:
+    run_claim_machine(ENGINES[engine])
+
+
+def test_claim_machine_on_postgresql(postgres_server: PostgresServer) -> None:
+    run_claim_machine(postgresql(postgres_server, "C"))
+
+
+def test_claim_machine_on_dynamodb(dynamodb_server: DynamoDBServer) -> None:
+    run_claim_machine(dynamodb_at(dynamodb_server))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_claim_machine_long(engine: str) -> None:
+    run_claim_machine(ENGINES[engine], long=True)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_claim_machine_on_postgresql_long(postgres_server: PostgresServer) -> None:
+    run_claim_machine(postgresql(postgres_server, "C"), long=True)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_claim_machine_on_dynamodb_long(dynamodb_server: DynamoDBServer) -> None:
+    run_claim_machine(dynamodb_at(dynamodb_server), long=True)

@@ -28,6 +28,7 @@ from live_applications import (
 from support import KINDS, place_of
 
 from hf_async_store import (
+    ClaimLostError,
     Collection,
     Index,
     MigrationError,
@@ -502,3 +503,30 @@ async def test_many_unique_values_move_during_a_migration(place: Place, kind: st
         await move.finalize()
     async with open_store(target, collections=hosts) as store:
         assert await store.query_entities("hosts", order_by="host_id") == expected
+
+
+@pytest.mark.parametrize("target_kind", ["json-split", "sqlite"])
+async def test_a_migration_ends_claims(target_kind: str, place: Place) -> None:
+    jobs = [Collection("jobs", key="job_id", fields=["status"])]
+    source, target = place("json-single", "a"), place(target_kind, "b")
+    async with open_store(source, collections=jobs, follow_moves=[target]) as store:
+        await store.create_entities("jobs", [{"job_id": each, "status": "new"} for each in "ab"])
+        first, second = await store.claim_entities("jobs", order_by="job_id", limit=2, lease=600.0)
+        async with LiveMigration(source, target, collections=jobs) as move:
+            await move.start(cut_over=False)
+            await first.update({"status": "running"})
+            await second.renew()
+            assert await store.claim_entities("jobs") == []
+            await move.start()
+            for late in (first.update({"status": "late"}), first.finish(), second.renew()):
+                with pytest.raises(ClaimLostError):
+                    await late
+            again = await store.claim_entities("jobs", order_by="job_id", limit=2)
+            assert [each.entity["status"] for each in again] == ["running", "new"]
+            assert all(
+                new.token > old.token for new, old in zip(again, (first, second), strict=True)
+            )
+            await again[0].finish({"status": "done"})
+            await move.finalize()
+    async with open_store(target, collections=jobs) as store:
+        assert await store.count_by("jobs", "status") == [("done", 1), ("new", 1)]

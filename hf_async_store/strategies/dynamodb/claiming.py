@@ -2,32 +2,36 @@
 
 A claimer reads the first candidates, by an index if there is one, and updates those that are free, each on
 condition that the item and its claim are as they were read. If another claimer was faster, it goes on
-with candidates in random order, so that claimers spread. The tasks of one store leave out what others of
-them are claiming at the moment.
+with candidates in random order, so that claimers spread. The tasks of one store share the candidates that
+they read.
 
 Named locks are items without an entity, in a table of their own, which the first lock creates.
 """
 
 from __future__ import annotations
 
-import random
 from typing import TYPE_CHECKING, Any, Final
-
-import msgspec
 
 from hf_async_store.changes import Record
 from hf_async_store.claim_records import (
     Claimed,
     ClaimInfo,
     ClaimTerms,
+    absent,
     check_held,
     is_free,
     lost,
     taken,
 )
-from hf_async_store.errors import StorageError
+from hf_async_store.errors import (
+    ConcurrencyConflictError,
+    EntityNotFoundError,
+    StorageError,
+)
+from hf_async_store.field_operations import plain_fields
 from hf_async_store.generators import Owned
-from hf_async_store.query import Query, compile_order, position_of
+from hf_async_store.query import Query, compile_order
+from hf_async_store.strategies.dynamodb.candidates import Candidates, SharedCandidates
 from hf_async_store.strategies.dynamodb.claim_items import (
     add_expression,
     also_if,
@@ -43,22 +47,21 @@ from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import CLAIM, new_token
 from hf_async_store.strategies.dynamodb.partitions import gather
 from hf_async_store.strategies.dynamodb.request_retry import retry
+from hf_async_store.strategies.dynamodb.unique_markers import may_touch
 from hf_async_store.strategies.dynamodb.write_requests import unchanged
 from hf_async_store.values import VERSION, Key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hf_async_store.claim_clock import Moment
+    from hf_async_store.changes import Patch
+    from hf_async_store.claim_clock import ClaimClock, Moment
     from hf_async_store.claim_records import ClaimState
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attributes
+    from hf_async_store.strategies.dynamodb.independent_writes import Writes
     from hf_async_store.strategies.dynamodb.reading import Reading
     from hf_async_store.strategies.dynamodb.tables import Tables
-
-_FIRST_PAGE: Final = 16
-_LAST_PAGE: Final = 1024
-"""How many candidates are read at once, beyond the number wanted."""
 
 _PARALLEL: Final = 16
 """How many candidates are claimed at once."""
@@ -67,11 +70,13 @@ _PARALLEL: Final = 16
 class Claiming:
     """The claims of an engine."""
 
-    def __init__(self, client: Client, tables: Tables, reading: Reading) -> None:
+    def __init__(self, client: Client, tables: Tables, reading: Reading, writes: Writes) -> None:
         self._client = client
+        self._writes = writes
         self._tables = tables
         self._reading = reading
         self._in_progress: set[Key] = set()
+        self.candidates = SharedCandidates(reading)
 
     # -- claiming ----------------------------------------------------------------------------
 
@@ -80,40 +85,32 @@ class Claiming:
     ) -> None:
         """As `Engine.claim`; adds each entity to a list as soon as it is claimed."""
         assert query.limit is not None, "claims are limited"
-        size = query.limit + _FIRST_PAGE
-        page_query = msgspec.structs.replace(query, limit=size, paged=True)
-        while True:
-            items: dict[str, Attributes] = {}
-            async with Owned(self._reading.select(page_query, items)) as records:
-                page = [each async for each in records]
-            free = [
-                (each, items[each.key.id])
-                for each in page
-                if is_free(claim_in(items[each.key.id], each.key), terms, now)
-            ]
-            await self._take_some(free, query.limit, terms, now, claimed)
-            if len(claimed) == query.limit or len(page) < size:
-                break
-            last = page[-1]
-            size = min(4 * size, _LAST_PAGE)
-            position = position_of(query, last.key.id, last.entity)
-            page_query = msgspec.structs.replace(page_query, limit=size, after=position)
+        shape, max_attempts = query.with_limit(None), terms.max_attempts
+        recent = self.candidates.recent(shape, max_attempts)
+        if recent is not None:
+            await self._take_some(recent, query.limit, terms, now, claimed)
+        if len(claimed) < query.limit:
+            first = self.candidates.begin(shape, max_attempts)
+            await self._take_some(first, query.limit, terms, now, claimed)
         sort_key = compile_order(query)
         claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
 
     async def _take_some(
         self,
-        free: list[tuple[Record, Attributes]],
+        candidates: Candidates,
         limit: int,
         terms: ClaimTerms,
         now: Moment,
         claimed: list[Claimed],
     ) -> None:
         """Claim candidates up to the limit, the first of them if no other claimer is faster."""
-        candidates = [each for each in free if each[0].key not in self._in_progress]
-        while candidates and len(claimed) < limit:
+        while len(claimed) < limit:
             number = min(limit - len(claimed), _PARALLEL)
-            tried, candidates = candidates[:number], candidates[number:]
+            tried = await candidates.take(number, terms, now)
+            if not tried:
+                break
+            # Queries with other filters find the same entities.
+            tried = [each for each in tried if each[0].key not in self._in_progress]
             keys = {record.key for record, _ in tried}
             self._in_progress |= keys
             try:
@@ -121,7 +118,7 @@ class Claiming:
             finally:
                 self._in_progress -= keys
             if not all(found):
-                random.shuffle(candidates)
+                candidates.spread()
 
     async def _take(
         self,
@@ -214,6 +211,33 @@ class Claiming:
 
     # -- what a holder does ------------------------------------------------------------------
 
+    async def update(
+        self, token: int, change: Patch, clock: ClaimClock, *, ends: bool
+    ) -> int | None:
+        """As `Engine.write_claimed`; None if no single request can express the update."""
+        key, skew = change.key, self._client.config.max_clock_skew
+        await self._refuse_unknown(key)
+        unique = self._tables.unique(key.collection)
+        if plain_fields(change.fields) is None or may_touch(change, unique):
+            return None
+        try:
+            version = await self._writes.update_where(
+                change,
+                lambda _, names: held_claim(names, token, clock.now(), skew),
+                ends_claim=ends,
+            )
+        except (ConcurrencyConflictError, EntityNotFoundError) as exc:
+            if exc.outcome_unknown or exc.retryable:
+                raise
+            item = await self._reading.item(key)
+            check_held(claim_in(item, key), key, token, clock.now())  # raises, and says why
+            if isinstance(exc, EntityNotFoundError):
+                raise absent(key) from exc
+            raise lost(key, "its lease is about to end") from exc
+        if ends:
+            self.candidates.forget_if_free(change.fields)
+        return version
+
     async def renew(self, key: Key, token: int, lease: float, now: Moment) -> None:
         """As `Engine.renew_claim`."""
         names = Names()
@@ -230,12 +254,18 @@ class Claiming:
         else:
             update = set_end(names, now.seconds + after, held=False)
         await self._change(key, token, now, names, update, ends=True)
+        self.candidates.forget()
+
+    async def _refuse_unknown(self, key: Key) -> None:
+        """Refuse a claim if there is no table: it was made before a live migration to this store."""
+        ready = self._tables.is_ready(key.collection)
+        if not ready and await self._tables.find(key.collection) is None:
+            raise lost(key)
 
     async def _change(
         self, key: Key, token: int, now: Moment, names: Names, update: str, *, ends: bool
     ) -> None:
-        if await self._tables.find(key.collection) is None:
-            raise lost(key)
+        await self._refuse_unknown(key)
         condition = held_claim(names, token, now, self._client.config.max_clock_skew)
         expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
         try:
@@ -263,6 +293,7 @@ class Claiming:
             await self._client.read("UpdateItem", {**self._at(key), **expressions})
         except ConditionFailed:
             return False
+        self.candidates.forget()
         return True
 
     async def listed(self, collection: str, now: Moment) -> list[ClaimInfo]:

@@ -9,6 +9,7 @@ from hf_async_store.errors import ConcurrencyConflictError, EntityNotFoundError,
 from hf_async_store.preconditions import next_version, patched, present
 from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.items import (
+    CLAIM,
     DECLARATION_DIGEST,
     size_bound_of,
     size_of,
@@ -32,15 +33,24 @@ class ConditionalUpdate(WriteOp):
 
     Args:
         condition: a ConditionExpression with placeholders of `names`.
+        ends_claim: it removes the claim of the item.
     """
 
     def __init__(
-        self, change: Patch, mapping: ItemMapping, table: str, condition: str, names: Names
+        self,
+        change: Patch,
+        mapping: ItemMapping,
+        table: str,
+        condition: str,
+        names: Names,
+        *,
+        ends_claim: bool,
     ) -> None:
         super().__init__(change, mapping, table)
         self.state = "condition"
         self._condition = condition
         self._names = names
+        self._also_removed = [(CLAIM,)] if ends_claim else []
 
     async def request(self, client: Client) -> dict[str, Any]:
         """The UpdateItem request.
@@ -55,7 +65,7 @@ class ConditionalUpdate(WriteOp):
             await self._rewrite(client, self.observed)
             self.observed = None
             await self._observe(client)
-        return update_item(self, self._condition, self._names.copy())
+        return update_item(self, self._condition, self._names.copy(), self._also_removed)
 
     async def _observe(self, client: Client) -> None:
         """Read the item, if the update changes only a part of a composite sort key, or it may have

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
-from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.changes import Change, Outcome, Patch, Record
 from hf_async_store.claim_clock import WallClock
 from hf_async_store.config import AutoScaling, DynamoDBConfig
 from hf_async_store.driver import (
@@ -88,7 +88,7 @@ class DynamoDBEngine(Engine):
         self._schema = SchemaApplication(self.client, self.tables, self.reading, self._write_cache)
         self.writes = Writes(self.client, self.tables, self.reading, self._write_cache)
         self.claim_clock = WallClock()
-        self._claiming = Claiming(self.client, self.tables, self.reading)
+        self._claiming = Claiming(self.client, self.tables, self.reading, self.writes)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         with public_errors():
@@ -112,6 +112,7 @@ class DynamoDBEngine(Engine):
         # A request is not cancelled, because it may be applied at any time before its response.
         with public_errors():
             outcomes = await run_to_completion(self.writes.write_each(changes))
+        self._claiming.candidates.forget()
         return [public(each) if isinstance(each, StorageError) else each for each in outcomes]
 
     @asynccontextmanager
@@ -120,6 +121,7 @@ class DynamoDBEngine(Engine):
         with public_errors():
             yield session
             await session.commit()
+        self._claiming.candidates.forget()
 
     # -- claims ------------------------------------------------------------------------------
 
@@ -161,6 +163,17 @@ class DynamoDBEngine(Engine):
         with public_errors():
             yield session
             await session.commit()
+        self._claiming.candidates.forget()
+
+    async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int:
+        if isinstance(change, Patch) and change.mark is None:
+            with public_errors():
+                version = await run_to_completion(
+                    self._claiming.update(token, change, self.claim_clock, ends=ends)
+                )
+            if version is not None:
+                return version
+        return await super().write_claimed(token, change, ends=ends)
 
     async def break_claim(self, key: Key) -> bool:
         with public_errors():

@@ -168,13 +168,18 @@ class Writes:
         return [each.outcome for each in ops]
 
     async def update_where(
-        self, change: Patch, condition_of: Callable[[ItemMapping, Names], str]
+        self,
+        change: Patch,
+        condition_of: Callable[[ItemMapping, Names], str],
+        *,
+        ends_claim: bool = False,
     ) -> int:
         """Update an entity if it satisfies a condition; return the new version.
 
         Args:
             condition_of: returns the ConditionExpression for the items of a table, with placeholders of
                 the names.
+            ends_claim: the update removes the claim of the item.
 
         Raises:
             EntityNotFoundError: the entity does not exist.
@@ -188,10 +193,10 @@ class Writes:
                 f"a condition_expression cannot be combined with a change of a field of {collection} "
                 "that is in a unique index; use a transaction"
             )
-        op = self._conditional(change, condition_of)
+        op = self._conditional(change, condition_of, ends_claim)
         await self._run([op])
         if await self._repeatable([op]):
-            op = self._conditional(change, condition_of)
+            op = self._conditional(change, condition_of, ends_claim)
             await self._run([op])
         self._update_cache(op)
         if isinstance(op.outcome, StatementRefused):
@@ -205,12 +210,16 @@ class Writes:
         return WriteOp(change, self._tables.mappings[name], self._tables.name(name))
 
     def _conditional(
-        self, change: Patch, condition_of: Callable[[ItemMapping, Names], str]
+        self,
+        change: Patch,
+        condition_of: Callable[[ItemMapping, Names], str],
+        ends_claim: bool,
     ) -> ConditionalUpdate:
         name, names = change.key.collection, Names()
         mapping = self._tables.mappings[name]
         condition = condition_of(mapping, names)
-        return ConditionalUpdate(change, mapping, self._tables.name(name), condition, names)
+        table = self._tables.name(name)
+        return ConditionalUpdate(change, mapping, table, condition, names, ends_claim=ends_claim)
 
     async def _repeatable(self, ops: Sequence[WriteOp]) -> list[WriteOp]:
         """The writes that were refused, but may not be for the present indexes of their tables."""

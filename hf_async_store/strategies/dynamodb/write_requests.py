@@ -277,7 +277,9 @@ def upsert_item(op: WriteOp) -> dict[str, Any]:
     return _update_request(op, names, assignments, [(each,) for each in removed], condition)
 
 
-def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
+def update_item(
+    op: WriteOp, condition: str, names: Names, also_removed: Sequence[Path]
+) -> dict[str, Any]:
     """The UpdateItem request of an update with a condition of the caller."""
     change = cast("Patch", op.change)
     fields = {name: each for name, each in _plain_fields(change).items() if name != op.mapping.key}
@@ -309,6 +311,7 @@ def update_item(op: WriteOp, condition: str, names: Names) -> dict[str, Any]:
     else:
         max_size = names.value({"N": str(MAX_ENTITY_BYTES - added_size)})
         conditions.append(f"{stored} <= {max_size}")
+    removed = [*removed, *also_removed]
     return _update_request(op, names, assignments, removed, " AND ".join(conditions))
 
 

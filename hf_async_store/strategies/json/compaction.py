@@ -143,6 +143,11 @@ class Compactor:
         pause = _PAUSE_SECONDS * (1 << min(self._failures, _DOUBLINGS))
         return self._last_end + pause - time.monotonic()
 
+    def begin(self) -> None:
+        """Compact in the background."""
+        if self._task is None:
+            self._start()
+
     def _start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._in_background())
 
@@ -317,7 +322,7 @@ class Compactor:
 
     def is_stuck(self, state: StoreState) -> bool:
         """Whether a compaction was not completed, and none is running now. The write lock is held."""
-        if self._running.locked() or not self.is_behind(state):
+        if self._task is not None or self._running.locked() or not self.is_behind(state):
             return False
         try:
             free = self._lock.try_lock(exclusive=True)

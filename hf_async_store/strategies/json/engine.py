@@ -284,17 +284,23 @@ class JSONEngine(Engine):
         return _JSONSession(self)
 
     async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
-        await self._prepare_claims()
-        return await super().claim(query, terms)
+        async with self._claims_file():
+            return await super().claim(query, terms)
 
     async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
-        await self._prepare_claims()
-        return await super().claim_name(keys, terms)
+        async with self._claims_file():
+            return await super().claim_name(keys, terms)
 
-    async def _prepare_claims(self) -> None:
-        """Add the data file of claims, which no configuration names, to those of split files."""
+    @asynccontextmanager
+    async def _claims_file(self) -> AsyncIterator[None]:
+        """Add the data file of claims, which no configuration names, to those of split files.
+
+        The next commit then begins a journal, because a journal names all files; a compaction ends the
+        earlier one.
+        """
         self.follower.refuse_closed()
         if self.files.has_claims():
+            yield
             return
         self.files.make_folder()
         async with self.locks.exclusive():
@@ -303,6 +309,8 @@ class JSONEngine(Engine):
             if not self.files.has_claims():
                 self.files.add(CLAIM_FILE, CLAIM_COLLECTION.name)
                 await self.follower.reload()
+        yield
+        self.compactor.begin()
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:

@@ -127,6 +127,23 @@ class ClaimSQL(Arguments, ABC):
         """Returns a row, and locks it, if a claim is held with this token."""
         return f"SELECT 1 FROM {self.table} AS c WHERE {self.is_held(key, token)}{self.lock}"
 
+    def write(self, sql: str, key: Key, token: int, *, ends: bool) -> str:
+        """Locks a claim, and if it is held with this token, executes a statement of `Writer.if_held`, whose
+        arguments come first. Returns whether it is held, and the version that was written.
+
+        Args:
+            ends: the claim is deleted, if the statement has changed a row.
+        """
+        held = f"SELECT c.id FROM {self.table} AS c WHERE {self.is_held(key, token)}{self.lock}"
+        end = ""
+        if ends:
+            written = f"c.id = {self.add(key.id)} AND EXISTS (SELECT 1 FROM w)"
+            end = f", e AS (DELETE FROM {self.table} AS c WHERE {written})"
+        return (
+            f"WITH held AS MATERIALIZED ({held}), w (id, version) AS ({sql}){end} "
+            "SELECT EXISTS (SELECT 1 FROM held), (SELECT w.version FROM w)"
+        )
+
     def list(self) -> str:
         """Returns the claims, each with the present time."""
         return f"SELECT {COLUMNS}, {self.seconds} FROM {self.table} ORDER BY id"

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from hf_async_store.changes import Record
+from hf_async_store.changes import Change, Delete, Record
 from hf_async_store.claim_clock import BootClock, Moment, ServerClock
 from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimState, ClaimTerms, lost
 from hf_async_store.config import SQLConfig
@@ -165,38 +165,36 @@ class ClaimingSQLEngine(SQLEngine):
         """Claim entities, and add them to a list before anything can be cancelled."""
         claimed.clear()  # of an attempt that left nothing behind
         table = self.known_tables[query.collection]
-        is_exact = self._candidates(table, query, terms)[1].residual is None
-        if self._dialect.single_writer or not is_exact:
-            async with self._claiming(alone=False) as lease:
-                await self._take_in_steps(lease, table, query, terms, claimed)
-            return
-        async with self._claiming(alone=True) as lease:
-            # To the end, so that what was claimed is known even if the caller is cancelled.
-            await run_to_completion(self._take_at_once(lease, table, query, terms, claimed))
-
-    async def _take_at_once(
-        self,
-        lease: LeasedConnection,
-        table: Table,
-        query: Query,
-        terms: ClaimTerms,
-        claimed: list[Claimed],
-    ) -> None:
-        while True:
-            statement, candidates = self._candidates(table, query, terms)
-            sql = (
-                f"WITH i (id, doc, version) AS MATERIALIZED ({candidates.sql}), "
-                f"n AS ({statement.insert('i', terms)}) "
-                "SELECT i.id, i.doc, i.version, n.token, n.attempts "
-                "FROM i LEFT JOIN n ON n.id = i.id"
-            )
-            rows = await lease.rows(sql, statement.values, doing="claim entities", writes=True)
-            claimed += [_claimed(table, row[:3], *row[3:]) for row in rows if row[3] is not None]
-            if claimed or not rows:
+        while not self._dialect.single_writer:
+            at_once = self._at_once_sql(table, query, terms)
+            if at_once is None:
+                break
+            async with self._claiming(alone=True) as lease:
+                # To the end, so that what was claimed is known even if the caller is cancelled.
+                found = await run_to_completion(_take_at_once(lease, table, at_once, claimed))
+            if claimed or not found:
                 sort_key = compile_order(query)
                 claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
                 return
             # Others have claimed all candidates since the statement began: the next one sees that.
+        async with self._claiming(alone=False) as lease:
+            await self._take_in_steps(lease, table, query, terms, claimed)
+
+    def _at_once_sql(
+        self, table: Table, query: Query, terms: ClaimTerms
+    ) -> tuple[str, list[object]] | None:
+        """The statement that reads and claims, and its arguments; None if what it reads must be filtered
+        further."""
+        statement, candidates = self._candidates(table, query, terms)
+        if candidates.residual is not None:
+            return None
+        sql = (
+            f"WITH i (id, doc, version) AS MATERIALIZED ({candidates.sql}), "
+            f"n AS ({statement.insert('i', terms)}) "
+            "SELECT i.id, i.doc, i.version, n.token, n.attempts "
+            "FROM i LEFT JOIN n ON n.id = i.id"
+        )
+        return sql, statement.values
 
     async def _take_in_steps(
         self,
@@ -270,6 +268,11 @@ class ClaimingSQLEngine(SQLEngine):
 
     # -- what a holder does ------------------------------------------------------------------
 
+    async def _refuse_unknown(self, key: Key) -> None:
+        """Refuse a claim if there are none: it was made before a live migration to this store."""
+        if not await self._exists(key.collection):
+            raise lost(key)
+
     async def renew_claim(self, key: Key, token: int, lease: float) -> None:
         await self._change(key, lambda each: each.update(key, token, lease, held=True))
 
@@ -281,10 +284,7 @@ class ClaimingSQLEngine(SQLEngine):
 
     async def _change(self, key: Key, sql_of: Callable[[ClaimSQL], str]) -> None:
         """Run a statement that changes a claim if it is held."""
-        if not await self._exists(
-            key.collection
-        ):  # it was made in another store: see `migration_routing`
-            raise lost(key)
+        await self._refuse_unknown(key)
         if not await self._retried(lambda: self._changed(key, sql_of)):
             raise lost(key)
 
@@ -296,6 +296,30 @@ class ClaimingSQLEngine(SQLEngine):
                 await lease.rows(sql, statement.values, doing="change a claim", writes=True)
             )
 
+    async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int:
+        if not self._dialect.single_writer:
+            await self._refuse_unknown(change.key)
+            version = await self._retried(partial(self._write_at_once, token, change, ends=ends))
+            if version is not None:
+                return version
+        return await super().write_claimed(token, change, ends=ends)
+
+    async def _write_at_once(self, token: int, change: Change, *, ends: bool) -> int | None:
+        """The version that one statement wrote; None if the change must be decided in a session."""
+        async with self.writing() as lease:
+            found = self._writer.if_held(change)
+            if found is None:
+                return None
+            statement = self._statement(change.key.collection)
+            sql, statement.values = found
+            # The claim of an entity that is deleted is deleted by the foreign key.
+            ends = ends and type(change) is not Delete
+            sql = statement.write(sql, change.key, token, ends=ends)
+            [(held, version)] = await lease.rows(sql, statement.values, doing="write", writes=True)
+        if not held:
+            raise lost(change.key)
+        return cast("int | None", version)
+
     def claimed_session(
         self, key: Key, token: int, *, ends: bool = False
     ) -> AbstractAsyncContextManager[Session]:
@@ -305,8 +329,7 @@ class ClaimingSQLEngine(SQLEngine):
     async def _under_claim(
         self, key: Key, token: int, *, ends: bool
     ) -> AsyncGenerator[Session, None]:
-        if not await self._exists(key.collection):
-            raise lost(key)
+        await self._refuse_unknown(key)
         async with SQLSession(self, None) as session:
             lease = await session.begin()
             statement = self._statement(key.collection)
@@ -341,6 +364,18 @@ class ClaimingSQLEngine(SQLEngine):
 def _claimers(dialect: Dialect, config: SQLConfig) -> Connections:
     exhausted = f"all {_CLAIMERS} connections for claims were in use for {config.pool_timeout:g} s"
     return Connections(dialect, config, kept=1, most=_CLAIMERS, exhausted=exhausted)
+
+
+async def _take_at_once(
+    lease: LeasedConnection,
+    table: Table,
+    at_once: tuple[str, list[object]],
+    claimed: list[Claimed],
+) -> bool:
+    """Run the statement of `_at_once_sql`; returns whether there was any candidate."""
+    rows = await lease.rows(*at_once, doing="claim entities", writes=True)
+    claimed += [_claimed(table, row[:3], *row[3:]) for row in rows if row[3] is not None]
+    return bool(rows)
 
 
 def _claimed(table: Table, row: Sequence[Any], token: int, attempts: int) -> Claimed:

@@ -60,6 +60,19 @@ class StatementWriter(Writer):
         )
         return await batch.run(self._groups(changes))
 
+    def if_held(self, change: Change) -> tuple[str, list[object]] | None:
+        """See `Writer`. Only for what needs no other statement before, or in the same transaction."""
+        shape = (pending := self._encoder.pending(0, change)).shape
+        if shape is None or shape.verb not in ("patch", "delete") or shape.unique:
+            return None
+        if change.mark is not None or self.config.pgbouncer:
+            return None
+        if shape.verb == "delete" and self._locks:
+            return None
+        sql = self._encoder.statements.of(shape, locks=self._locks, if_held=True)
+        times = self._encoder.statements.times(shape)
+        return sql, [None, *times, *self._encoder.arguments(shape, [pending])]
+
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
         isolation = lease.isolation or self.config.isolation

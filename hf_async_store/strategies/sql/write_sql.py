@@ -65,10 +65,10 @@ class WriteStatements:
     def __init__(self, tables: Tables, *, references: bool) -> None:
         self._tables = tables
         self.references = references
-        self._cache: dict[tuple[StatementKey, bool], str] = {}
+        self._cache: dict[tuple[StatementKey, bool, bool], str] = {}
         self._exact: dict[tuple[Lifetimes, str], bool] = {}
 
-    def of(self, shape: StatementKey, *, locks: bool) -> str:
+    def of(self, shape: StatementKey, *, locks: bool, if_held: bool = False) -> str:
         """The statement.
 
         Its arguments are `lock_timeout` (None: as it is set), those of `times`, and one array for each
@@ -78,10 +78,12 @@ class WriteStatements:
         Args:
             locks: it locks the parents to which rows refer, until its transaction ends. This is needed
                 unless the transactions are serializable.
+            if_held: it changes only the row whose id is in the table `held`; see `ClaimSQL.write`.
         """
-        cached = self._cache.get((shape, locks))
+        key = (shape, locks, if_held)
+        cached = self._cache.get(key)
         if cached is None:
-            cached = self._cache[shape, locks] = self._generate(shape, locks=locks)
+            cached = self._cache[key] = self._generate(shape, locks=locks, if_held=if_held)
         return cached
 
     def of_parents(self, collection: str) -> str:
@@ -122,7 +124,7 @@ class WriteStatements:
     def _living(self, shape: StatementKey) -> _Living:
         return _Living(self._tables, shape, self.parents_of(shape.collection))
 
-    def _generate(self, shape: StatementKey, *, locks: bool) -> str:
+    def _generate(self, shape: StatementKey, *, locks: bool, if_held: bool) -> str:
         table = self._tables[shape.collection]
         living = self._living(shape)
         columns = _Columns(2 + len(living.arguments))
@@ -137,6 +139,9 @@ class WriteStatements:
             sql = f"DELETE FROM {table.name} AS t USING {source} WHERE {condition}"
         else:
             sql = self._update(table, shape, columns, living, locks=locks)
+        if if_held:
+            # By the id of the claim, the row is looked up by the index, whatever the size of the table.
+            sql += f" AND t.{table.key} = (SELECT h.id FROM held AS h)"
         return f"{sql} RETURNING t.{table.key}, t.{VERSION}"
 
     def _insert(

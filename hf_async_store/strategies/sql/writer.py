@@ -34,6 +34,15 @@ class Writer(ABC):
     ) -> list[Outcome]:
         """See `Engine.write_each`; if not `patient`, `Engine.write_unblocked`."""
 
+    def if_held(self, change: Change) -> tuple[str, list[object]] | None:
+        """The statement of a change that has an effect only if `held` has a row, and its arguments.
+
+        It returns the version, or nothing if the change must be decided on the stored entity. None:
+        there is no such statement.
+        """
+        del change
+        return None
+
     @abstractmethod
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """Execute the changes of a session in its transaction, up to the first that fails."""
