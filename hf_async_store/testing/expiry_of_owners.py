@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from hf_async_store.errors import ClaimLostError, UniqueViolationError
+from hf_async_store.errors import ClaimLostError, ReferenceViolationError, UniqueViolationError
 from hf_async_store.expiry import Expire
 from hf_async_store.schema import Collection, Field, Index
-from hf_async_store.testing.expiry import Time, store_at, stored
+from hf_async_store.testing.expiry import EXPIRING, Time, store_at, stored
 from hf_async_store.testing.unique_indexes import refusal_of
 
 if TYPE_CHECKING:
@@ -185,10 +185,12 @@ class OwnerExpiryContract:
 
     # -- expiry ends a claim -----------------------------------------------------------------
 
-    def _jobs(self, harness: Harness, time: Time) -> StorageStrategy:
+    def _jobs(
+        self, harness: Harness, time: Time, collections: Iterable[Collection] = JOBS
+    ) -> StorageStrategy:
         if not harness.capabilities.claims:
             pytest.skip("the engine has no claims")
-        return store_at(harness, time, JOBS)
+        return store_at(harness, time, collections)
 
     async def _claimed(
         self, store: StorageStrategy, time: Time, ids: Iterable[str] = ("a",)
@@ -241,6 +243,46 @@ class OwnerExpiryContract:
             await claim.update({"state": "done"})
             time.pass_by(seconds=1)
             await self._refused(store, claim)
+
+    async def test_114_a_change_under_a_claim_refers_to_what_has_expired(
+        self, harness: Harness
+    ) -> None:
+        time = Time()
+        async with self._jobs(harness, time, EXPIRING) as store:
+            if not store.capabilities.references:
+                pytest.skip("the engine does not enforce references")
+            await store.create_entity("batches", {"batch_id": "b"})
+            done = {"status": "DONE", "completed_at": time.now}
+            await store.create_entities("tasks", [{"task_id": "t"}, {"task_id": "u", **done}])
+            step = {"step_id": "s", "batch_id": "b", "expires_at": time.after(days=1)}
+            await store.create_entity("steps", step)
+            await store.create_entity("notes", {"note_id": "n", "task_id": "t"})
+            time.pass_by(days=30)
+            [note] = await store.claim_entities("notes")
+            with pytest.raises(ReferenceViolationError):
+                await note.finish({"task_id": "u"})
+            await note.finish({"text": "kept"})
+            [batch] = await store.claim_entities("batches")
+            await batch.delete()
+            assert await stored(store, "batches") == await stored(store, "steps") == []
+            assert await store.claims("batches") == await store.claims("notes") == []
+
+    async def test_114_expiry_by_a_condition_that_the_engine_cannot_test_ends_a_claim(
+        self, harness: Harness
+    ) -> None:
+        time = Time()
+        async with self._jobs(harness, time, EXPIRING) as store:
+            entity = {"name": "a", "kind": "TEMP", "until": time.after(minutes=1)}
+            await store.create_entity("folded", entity)
+            [claim] = await store.claim_entities("folded", lease=600.0)
+            assert await claim.update({"until": time.after(minutes=2)}) == 2
+            time.pass_by(minutes=1)
+            assert await claim.update({"kind": "temp"}) == 3
+            time.pass_by(minutes=1)
+            await _lost(claim.update({"kind": "kept"}))
+            await _lost(claim.finish({"kind": "kept"}))
+            await _lost(claim.delete())
+            assert await stored(store, "folded") == ["a"]
 
     async def test_107_what_is_created_after_an_expiry_is_unclaimed(self, harness: Harness) -> None:
         time = Time()
