@@ -188,7 +188,11 @@ class MemoryEngine(Engine):
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         if len(keys) <= _CHUNK_SIZE:
-            return await self._reader().fetch(keys)
+            get = self._stored.get
+            return [
+                None if (found := get(key)) is None else Record(key, copy_entity(found))
+                for key in keys
+            ]
         async with self.snapshot() as moment:
             return await moment.fetch(keys)
 
