@@ -123,7 +123,7 @@ class AlreadyExistsError(StorageError):
         self.entity_id = entity_id
 
 
-class InvalidEntityError(StorageError):
+class EntityMismatchError(StorageError):
     """A stored entity does not fit the model as which it is read.
 
     Attributes:

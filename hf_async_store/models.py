@@ -35,7 +35,7 @@ from uuid import UUID
 
 import msgspec
 
-from hf_async_store.errors import ConfigurationError, InvalidEntityError, UnsupportedValueError
+from hf_async_store.errors import ConfigurationError, EntityMismatchError, UnsupportedValueError
 from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, FieldType
 
 Model = TypeVar("Model")
@@ -157,7 +157,7 @@ class ModelCodec(Generic[Model]):
         """The instance for a stored entity. Fields that are unknown to the model are left out.
 
         Raises:
-            InvalidEntityError: the entity does not fit the model.
+            EntityMismatchError: the entity does not fit the model.
         """
         known = {name: entity[name] for name in self.names if name in entity}
         if self.version is not None:
@@ -166,7 +166,7 @@ class ModelCodec(Generic[Model]):
             return cast("Model", self._library.load(self.model, known))
         except ValueError as exc:  # of msgspec and of pydantic, and of validators of the user's
             field, problem = self._library.problem(exc)
-            raise InvalidEntityError(
+            raise EntityMismatchError(
                 collection, entity_id, self.model.__name__, field, problem
             ) from exc
 

@@ -19,8 +19,8 @@ from hf_async_store.errors import (
     BatchError,
     ConcurrencyConflictError,
     ConfigurationError,
+    EntityMismatchError,
     EntityNotFoundError,
-    InvalidEntityError,
     InvalidFieldError,
     InvalidInputError,
     StorageError,
@@ -46,7 +46,7 @@ from hf_async_store.values import (
 _CHUNK_SIZE: Final = 128
 """How many instances are converted between two iterations of the event loop."""
 
-OnInvalid: TypeAlias = Callable[[InvalidEntityError], object] | None
+OnInvalid: TypeAlias = Callable[[EntityMismatchError], object] | None
 
 
 class Versioned(NamedTuple, Generic[Model]):
@@ -67,14 +67,14 @@ class TypedPage(NamedTuple, Generic[Model]):
 
     items: list[Model]
     cursor: str | None
-    invalid: list[InvalidEntityError]
+    invalid: list[EntityMismatchError]
 
 
 class TypedCollection(Generic[Model]):
     """The methods of a collection that was declared by `Collection.from_model`.
 
     They are those of `RepositoryInterface`, with its arguments and errors. What they return fits the
-    model, or is an `InvalidEntityError`: methods that return several instances take `on_invalid`, a
+    model, or is an `EntityMismatchError`: methods that return several instances take `on_invalid`, a
     function that is called with the error of each entity that does not fit, and continue with the
     others; without it, they raise the first.
 
@@ -332,7 +332,7 @@ class TypedCollection(Generic[Model]):
         page = await self._repository.query_page(
             self._name, filters, order_by, limit, cursor=cursor, timeout=timeout
         )
-        invalid: list[InvalidEntityError] = []
+        invalid: list[EntityMismatchError] = []
         items = await self._converted(page.items, invalid.append)
         return TypedPage(items, page.cursor, invalid)
 
@@ -388,7 +388,7 @@ class TypedCollection(Generic[Model]):
         for each in entities:
             try:
                 instance = self._instance(each)
-            except InvalidEntityError as exc:
+            except EntityMismatchError as exc:
                 if on_invalid is None:
                     raise
                 on_invalid(exc)

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hf_async_store.errors import SchemaMismatchError
+from hf_async_store.errors import ConcurrencyConflictError, SchemaMismatchError
 from hf_async_store.schema import HOST_FACTORY, Collection, Field, Index
 from hf_async_store.testing.hypothesis_strategies import UNDECLARED
 from hf_async_store.testing.reference_store import ReferenceStore
@@ -32,6 +32,7 @@ from hf_async_store.testing.state_machine import (
     LONG,
     SHORT,
     Call,
+    Script,
     calls_on,
     comparable,
     result_of,
@@ -222,7 +223,7 @@ class DeclarationMachine(RuleBasedStateMachine):
         program = self._programs[number]
         script = data.draw(calls_on(program.collections).scripts)
         fitting = supported_steps(script, self._capabilities)
-        self._compare(program, fitting, lambda store: run_script(store.begin_transaction, fitting))
+        self._compare(program, fitting, lambda store: _run_script(store, fitting))
 
     @precondition(lambda self: self._capabilities.query_isolation == "snapshot")
     @rule(number=_program, data=st.data())
@@ -315,6 +316,25 @@ class DeclarationMachine(RuleBasedStateMachine):
             name = collection.name
             self._compare_call(program, Call("query_entities", (name, None, collection.key), {}))
             self._compare_call(program, Call("get_entities", (name, IDS[name]), {}))
+
+
+async def _run_script(store: StorageStrategy, script: Script) -> list[object]:
+    """As `run_script`, again if the transaction failed because another program has changed the tables."""
+    while True:
+        found = await run_script(store.begin_transaction, script)
+        if not any(_is_conflict(each) for each in found):
+            return found
+
+
+def _is_conflict(answer: object) -> bool:
+    if isinstance(answer, list):
+        return any(map(_is_conflict, answer))
+    # A conflict of versions is of the class itself, and is an answer.
+    return (
+        isinstance(answer, type)
+        and issubclass(answer, ConcurrencyConflictError)
+        and answer is not ConcurrencyConflictError
+    )
 
 
 async def _listed(store: StorageStrategy) -> object:

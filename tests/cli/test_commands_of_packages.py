@@ -21,55 +21,57 @@ def add_arguments(parser):
     parser.add_argument("--store", help="its own meaning")
 
 def run(arguments):
-    print("purged", arguments.days, arguments.store, arguments.config)
+    print("archived", arguments.days, arguments.store, arguments.config)
     return 4
 """
 
 
 @pytest.fixture
-def purge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that registers the commands `purge` and `get`; the latter is ignored."""
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that registers the commands `archive` and `get`; the latter is ignored."""
     folder = tmp_path / "site"
-    information = folder / "acme_purge-1.0.dist-info"
+    information = folder / "acme_archive-1.0.dist-info"
     information.mkdir(parents=True)
-    (folder / "acme_purge.py").write_text(MODULE)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-purge\nVersion: 1.0\n")
+    (folder / "acme_archive.py").write_text(MODULE)
+    (information / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: acme-archive\nVersion: 1.0\n"
+    )
     (information / "entry_points.txt").write_text(
         dedent("""\
             [hf_async_store.commands]
-            purge = acme_purge
-            get = acme_purge
+            archive = acme_archive
+            get = acme_archive
             """)
     )
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "acme_purge", raising=False)
+    monkeypatch.delitem(sys.modules, "acme_archive", raising=False)
 
 
-@pytest.mark.usefixtures("purge")
+@pytest.mark.usefixtures("archive")
 def test_a_command_of_another_package_is_run(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
-    ran = cli("--config", "c.json", "purge", "--days", "7", "--store", "memory:")
+    ran = cli("--config", "c.json", "archive", "--days", "7", "--store", "memory:")
     assert ran.code == 4
-    assert "purged 7 memory: c.json" in ran.out + capsys.readouterr().out
+    assert "archived 7 memory: c.json" in ran.out + capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("purge")
+@pytest.mark.usefixtures("archive")
 def test_a_command_of_another_package_can_refuse_common_options(cli: Cli, tmp_path: Path) -> None:
-    module = tmp_path / "site" / "acme_purge.py"
+    module = tmp_path / "site" / "acme_archive.py"
     module.write_text(MODULE + '\nREFUSED = {"config": "it has none"}\n')
-    ran = cli("purge", "--config", "c.json")
-    assert (ran.code, ran.message) == (2, "purge does not take --config: it has none")
+    ran = cli("archive", "--config", "c.json")
+    assert (ran.code, ran.message) == (2, "archive does not take --config: it has none")
 
 
-@pytest.mark.usefixtures("purge")
+@pytest.mark.usefixtures("archive")
 def test_help_lists_the_command_and_shows_its_manual(cli: Cli) -> None:
     shown = cli("--help").out
-    assert "purge              remove what is old" in shown
-    assert "as often as you like" in cli("purge", "--help").out
+    assert "archive            remove what is old" in shown
+    assert "as often as you like" in cli("archive", "--help").out
 
 
-@pytest.mark.usefixtures("purge", "filled")
+@pytest.mark.usefixtures("archive", "filled")
 def test_a_command_of_the_product_stays(cli: Cli) -> None:
-    assert "purged" not in cli("get", "machines", "m-1").out
+    assert "archived" not in cli("get", "machines", "m-1").out
 
 
 def test_a_missing_extra_is_named_in_the_error(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

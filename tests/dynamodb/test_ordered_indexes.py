@@ -265,7 +265,8 @@ async def test_every_write_maintains_the_keys_of_indexes(proxy: Proxy) -> None:
         mapping = store._dynamodb.tables.mappings[table]
         params = {"TableName": store._dynamodb.tables.name(table)}
         items = (await store._dynamodb.client.call("Scan", params))["Items"]
-        for item in filter(mapping.is_entity, items):
+        items = list(filter(mapping.is_entity, items))
+        for item in items:
             entity = mapping.entity(item)
             whole = mapping.item(str(entity["job_id"]), entity, 1, "token")
             keys = {key for shape in mapping.shapes for key, _, _ in shape.keys}

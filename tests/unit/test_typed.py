@@ -23,9 +23,9 @@ from hf_async_store import (
     Collection,
     ConcurrencyConflictError,
     ConfigurationError,
+    EntityMismatchError,
     EntityNotFoundError,
     Field,
-    InvalidEntityError,
     InvalidFieldError,
     InvalidInputError,
     OperationTimeoutError,
@@ -244,12 +244,12 @@ async def test_an_entity_that_does_not_fit_does_not_spoil_the_others(opened: Any
         ("jobs", "d", "status"),
     ]
     with pytest.raises(
-        InvalidEntityError, match=rf"jobs 'b' does not fit {model.__name__}, field 'tags"
+        EntityMismatchError, match=rf"jobs 'b' does not fit {model.__name__}, field 'tags"
     ):
         await jobs.get("b")
-    with pytest.raises(InvalidEntityError):
+    with pytest.raises(EntityMismatchError):
         await jobs.query(None, "job_id")
-    found: list[InvalidEntityError] = []
+    found: list[EntityMismatchError] = []
     assert len(await jobs.query(on_invalid=found.append)) == 2
     assert len([each async for each in jobs.stream(on_invalid=found.append)]) == 2
     assert await jobs.get_many(["a", "b"], on_invalid=found.append) == [model(job_id="a"), None]

@@ -107,9 +107,11 @@ class StoreLoader:
 
     def section(self, name: str) -> CollectionTable:
         """An empty table for a collection, which need not be declared."""
-        known = name in self._schema or name == CLAIM_COLLECTION.name
+        known = name in self._schema
         # Not `get`: for an unknown name a schema raises an error.
         collection = self._schema[name] if known else None
+        if name == CLAIM_COLLECTION.name:
+            collection = CLAIM_COLLECTION
         return CollectionTable(collection, self._serializer, self._cache_size)
 
     def collections_of(self, name: str, state: StoreState) -> set[str]:
