@@ -8,8 +8,6 @@ machine, no earlier claim is held.
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import sys
 import time
 from functools import cache
@@ -80,7 +78,9 @@ def _boot_id() -> str:
 
 
 def _boot_session() -> str:
-    library = ctypes.CDLL(ctypes.util.find_library("c"))
+    import ctypes  # a large module, which other systems do not need
+
+    library = ctypes.CDLL(None)
     text = ctypes.create_string_buffer(64)
     size = ctypes.c_size_t(len(text))
     failed = library.sysctlbyname(b"kern.bootsessionuuid", text, ctypes.byref(size), None, 0)

@@ -5,32 +5,34 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import islice
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class _Worker:
+@cache
+def _worker() -> ThreadPoolExecutor:
     """The thread that computes for all event loops of this process.
 
     It is only one, because the threads and the event loop take turns: with each further one, the event loop
     would wait longer for its own. It is not from the default executor of the loop, whose threads may all
     wait for the result of a query.
     """
+    # Imported here, because most commands of the command line need no thread.
+    from concurrent.futures import ThreadPoolExecutor
 
-    executor = ThreadPoolExecutor(
-        1, thread_name_prefix="hf-async-store"
-    )  # the thread starts when needed
-
-    @classmethod
-    def replace(cls) -> None:
-        cls.executor = ThreadPoolExecutor(1, thread_name_prefix="hf-async-store")
+    return ThreadPoolExecutor(1, thread_name_prefix="hf-async-store")
 
 
-os.register_at_fork(after_in_child=_Worker.replace)  # which has no other threads than its main one
+os.register_at_fork(
+    after_in_child=_worker.cache_clear
+)  # a child has no other threads than its main one
 
 
 async def computed(work: Callable[[], Result], *, long: bool) -> Result:
@@ -41,7 +43,7 @@ async def computed(work: Callable[[], Result], *, long: bool) -> Result:
     """
     if not long:
         return work()
-    return await asyncio.get_running_loop().run_in_executor(_Worker.executor, work)
+    return await asyncio.get_running_loop().run_in_executor(_worker(), work)
 
 
 class Chunks(Generic[Item]):

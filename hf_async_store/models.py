@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -340,7 +339,7 @@ def _codec_of(model: Any) -> ModelCodec[Any]:
         return ModelCodec(model, _Pydantic())
     if (
         hasattr(model, "__struct_fields__")
-        or is_dataclass(model)
+        or hasattr(model, "__dataclass_fields__")
         or hasattr(model, "__attrs_attrs__")
     ):
         return ModelCodec(model, _Library())

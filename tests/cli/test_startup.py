@@ -58,7 +58,7 @@ def test_the_modules_that_are_imported(words: list[str]) -> None:
 
 
 RATIO = 2.5
-ROUNDS = 6
+ROUNDS = 10
 
 
 def test_get_costs_little_more_than_an_event_loop(cli: Cli, workplace: Path) -> None:
@@ -78,13 +78,14 @@ def test_get_costs_little_more_than_an_event_loop(cli: Cli, workplace: Path) -> 
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    bare: list[float] = []
-    get: list[float] = []
-    cost(*PROGRAM, "get", "machines", "m-05000")
+    # What runs beside it changes from round to round, so only figures of one round are compared.
+    bare = (sys.executable, "-c", "import asyncio; asyncio.run(asyncio.sleep(0))")
+    get = (*PROGRAM, "get", "machines", "m-05000")
+    cost(*get)
+    ratios: list[float] = []
     for _ in range(ROUNDS):
-        for _ in range(3):
-            bare.append(cost(sys.executable, "-c", "import asyncio; asyncio.run(asyncio.sleep(0))"))
-            get.append(cost(*PROGRAM, "get", "machines", "m-05000"))
-        if min(get) <= RATIO * min(bare):
+        rounds = [(cost(*get), cost(*bare)) for _ in range(3)]
+        ratios.append(sum(each[0] for each in rounds) / sum(each[1] for each in rounds))
+        if ratios[-1] <= RATIO:
             return
-    pytest.fail(f"{min(get) * 1000:.0f} ms, and the loop alone {min(bare) * 1000:.0f} ms")
+    pytest.fail(f"it costs {min(ratios):.2f} times as much")
