@@ -36,6 +36,7 @@ from hf_async_store.claims import (
     until_claimed,
     waiting_seconds,
 )
+from hf_async_store.clearing import Clearing
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
 from hf_async_store.driver import (
@@ -656,6 +657,28 @@ class StorageStrategy(RepositoryInterface):
         """
         self._usable()
         return await self._purging.run(collection, limit)
+
+    # -- everything --------------------------------------------------------------------------
+
+    async def clear(self, collection: str | None = None) -> int:
+        """Delete all entities of the declared collections; returns how many.
+
+        Those that have expired, too. They are deleted in batches, children before parents, each
+        independently, so that one that is created meanwhile may stay. Claims of entities end with them;
+        named locks, what is recorded of declarations, and collections of other programs are kept.
+
+        Args:
+            collection: only this one; None: all collections.
+
+        Raises:
+            PartialChangeError: one could not be deleted, for example because an entity of another
+                collection refers to it; those before it are deleted.
+        """
+        names = [*self._schema][::-1] if collection is None else [self._schema[collection].name]
+        clearing = Clearing(self._usable())
+        for each in names:
+            await clearing.clear(self._schema[each])
+        return clearing.done
 
     # -- declarations ------------------------------------------------------------------------
 
