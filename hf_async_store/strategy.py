@@ -119,7 +119,7 @@ class StorageStrategy(RepositoryInterface):
         super().__init__(Schema(schema.values()), SlowQueries())
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
-        self._engine = engine
+        self._use_engine(engine)
         self._purging = Purging(self, alone=not engine.capabilities.removes_expired)
         self._set_clock(None, self._purging.seconds)
         self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
@@ -129,6 +129,10 @@ class StorageStrategy(RepositoryInterface):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = _Forks.count
         self._closed = False
+
+    def _use_engine(self, engine: Engine) -> None:
+        """Use this engine; for tests also later, while there are no calls."""
+        self._engine = engine
         capabilities = engine.capabilities
         self._writes: Coalescer[Change, Outcome] = Coalescer(
             engine.write_unblocked,
