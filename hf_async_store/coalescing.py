@@ -121,6 +121,15 @@ class Coalescer(Generic[Item, Result]):
         self._start_scheduled = False
         self.let_callers_run: Callable[[], Awaitable[None]] = _one_iteration
 
+    def use(
+        self,
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        wait: Callable[[list[Item]], Awaitable[Sequence[Result]]] | None = None,
+    ) -> None:
+        """Replace the functions that run batches, while there are none."""
+        self._run = run
+        self._wait = wait
+
     async def submit(
         self, items: Sequence[Item], timeout: float | None
     ) -> list[Result | StorageError]:

@@ -1,1 +1,1 @@
-"""Integrations with other packages; each module needs the extra of its name."""
+"""Connections to other packages. Each module needs the extra of its name; nothing else imports it."""
