@@ -1,7 +1,7 @@
 """The declarations that a store remembers: their JSON form, and how those of several programs are merged.
 
-A declaration that was read from a store is data: names, types, keys, references, indexes, expiry, feeds. It is
-checked like a declaration of a program, and nothing in it is run, opened or expanded.
+A declaration that was read from a store is data: names, types, keys, references, indexes, expiry, feeds.
+It is checked like a declaration of a program, and nothing in it is run, opened or expanded.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hf_async_store.schema import Collection, Field, Index, Schema
 from hf_async_store.values import Entity
 
 FORMAT: Final = 3
-"""Format 2 contains unique indexes, format 3 change feeds. Declarations are written in the lowest format that
-can express them."""
+"""Format 2 contains unique indexes, format 3 change feeds. Declarations are written in the lowest format
+that can express them."""
 
 
 class _Recorded(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -108,9 +108,8 @@ def decoded(document: object, where: str) -> list[Collection]:
 def merged(recorded: Iterable[Collection], declared: Iterable[Collection]) -> list[Collection]:
     """The recorded declarations, with those of a program added.
 
-    Collections, fields, indexes, expiry and feeds that only other programs declare stay; of two retentions of
-    a feed the longer one counts. If a field or the expiry
-    is declared differently, the program is followed; but an index stays unique, and its fields stay of
+    Collections, fields, indexes, expiry and feeds that only other programs declare stay; of two retentions
+    of a feed the longer one counts. If a field or the expiry is declared differently, the program is followed; but an index stays unique, and its fields stay of
     types that can be indexed. A collection that it declares with another key stays as it was.
     """
     result = {each.name: each for each in recorded}

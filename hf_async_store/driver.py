@@ -615,10 +615,10 @@ class Engine(Reader):
 
     # -- feed ----------------------------------------------------------------------------------
     #
-    # Only with the capability `feed`. The feed of a collection contains every commit that changed one of its
-    # entities since the store recorded a declaration with `feed` (`remember`), by whichever program and verb,
-    # imports, expiry and migrations included, for at least the time of the retention. A position is a text
-    # that only the engine understands; it is valid in every process, and in no other store.
+    # Only with the capability `feed`. The feed of a collection contains every commit that changed one of
+    # its entities since the store recorded a declaration with `feed` (`remember`), by whichever program
+    # and verb, imports, expiry and migrations included, for at least the time of the retention. A position
+    # is a text that only the engine understands; it is valid in every process, and in no other store.
 
     async def feed_position(self, collection: str) -> str:
         """The end of the feed: from there, `read_feed` returns what is committed after this call.
