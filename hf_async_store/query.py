@@ -1047,6 +1047,7 @@ def project(entity: Entity, fields: tuple[str, ...] | None) -> Entity:
 
 # -- cursors --------------------------------------------------------------------------------
 
+
 class _CursorPayload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """An encoded position: each value in a list of its own, which is empty for a missing value."""
 

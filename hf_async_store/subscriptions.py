@@ -89,7 +89,11 @@ async def listed(repository: RepositoryInterface) -> list[SubscriptionInfo]:
 
 
 async def kept(
-    store: RepositoryInterface, name: str, collection: str, where: Filter, now: Callable[[], Awaitable[str]]
+    store: RepositoryInterface,
+    name: str,
+    collection: str,
+    where: Filter,
+    now: Callable[[], Awaitable[str]],
 ) -> _Kept:
     """The record of a subscription; a new one begins at the token that `now` returns.
 

@@ -65,18 +65,18 @@ class WatchedStore(RepositoryInterface):
                 async for change in changes:
                     print(change.kind, change.id, change.version)
 
-        Every committed change of an entity that matched before or after it comes at least once, by whichever
-        program it was made, in the order of the versions of each entity; across entities in the order of the
-        commits where `capabilities.feed_order` is true. Several changes of one entity in one commit are one
-        change. An entity that expires is deleted when it is removed.
+        Every committed change of an entity that matched before or after it comes at least once, whichever
+        program made it, in the order of the versions of each entity; across entities in the order of
+        the commits where `capabilities.feed_order` is true. Several changes of one entity in one commit
+        are one change. An entity that expires is deleted when it is removed.
 
-        A slow watcher takes little memory and holds up nobody. Errors that are retryable are retried without
-        end; another one ends the watch.
+        A slow watcher takes little memory and holds up nobody. Errors that are retryable are retried
+        without end; another one ends the watch.
 
         Args:
             filters: as in `query_entities`.
-            since: the token of a change, also from another process: go on after it. None: begin with what is
-                committed from now on.
+            since: the token of a change, also from another process: go on after it. None: begin with
+                what is committed from now on.
 
         Raises:
             InvalidInputError: the collection is declared without `feed`.
@@ -127,13 +127,13 @@ class WatchedStore(RepositoryInterface):
         entity_id: str,
         filters: Filters = None,
         *,
-        timeout: float | None,  # noqa: ASYNC109  # as everywhere
+        timeout: float | None,  # as everywhere
     ) -> Entity:
         """Wait until an entity matches; returns it as it was then.
 
-        It is looked at, its changes are followed, and it is looked at again, so no change is missed. Of a
-        collection without a feed, the waiters of a store read at the same moments, at first every 10 ms, after
-        some time every second: a state that lasts less than that may be missed.
+        It is looked at, its changes are followed, and it is looked at again, so no change is missed. Of
+        a collection without a feed, the waiters of a store read at the same moments, at first every
+        10 ms, after some time every second: a state that lasts less than that may be missed.
 
         Args:
             filters: as in `query_entities`; None: that it exists.
@@ -193,8 +193,8 @@ class WatchedStore(RepositoryInterface):
             filters: as in `query_entities`.
 
         Raises:
-            InvalidInputError: the name belongs to a subscription to another collection, or with another filter;
-                or the collection is declared without `feed`.
+            InvalidInputError: the name belongs to a subscription to another collection, or with another
+                filter; or the collection is declared without `feed`.
             FeedExpiredError: what follows the position is not kept any more; see `drop_subscription`.
         """
         check_name(name, "name")

@@ -190,6 +190,9 @@ class _Feed:
         self._times: list[float] = []  # of the commits
         self._removed = 0  # the number of changes that are not kept any more
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     @property
     def _end(self) -> int:
         return self._removed + len(self._entries)
@@ -365,17 +368,18 @@ class MemoryEngine(Engine):
             entries.append(self._feeds[key.collection].entry(len(entries), key, before, after))
 
     async def feed_position(self, collection: str) -> str:
-        return self._feed(collection).position
+        return self.feed(collection).position
 
     async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
-        return self._feed(collection).read(since, limit)
+        return self.feed(collection).read(since, limit)
 
-    def _feed(self, collection: str) -> _Feed:
+    def feed(self, collection: str) -> _Feed:
+        """The feed of a collection."""
         self._refuse_closed()
         return self._feeds[collection]
 
     async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
-        if all(self._feed(name).position == each for name, each in positions.items()):
+        if all(self.feed(name).position == each for name, each in positions.items()):
             self._fed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
