@@ -63,7 +63,8 @@ class _Waiter(Struct, Generic[Item, Result], eq=False):
 class BatchObserver(Protocol[Observed, Result]):
     """Observes the batches of a coalescer."""
 
-    def caller(self) -> object | None:
+    @property
+    def caller(self) -> Callable[[], object | None]:
         """Identifies the caller of `submit`; None if it need not be told to `run`."""
 
     async def run(
@@ -285,9 +286,9 @@ class Coalescer(Generic[Item, Result]):
             if self.observer is None:
                 results = await run(items)
             else:
-                callers = dict.fromkeys(each.caller for each, _ in batch)
-                callers.pop(None, None)
-                results = await self.observer.run(items, list(callers), partial(run, items))
+                callers = [each.caller for each, _ in batch if each.caller is not None]
+                distinct = list(dict.fromkeys(callers))
+                results = await self.observer.run(items, distinct, partial(run, items))
         except StorageError as exc:
             _deliver([(entry, exc.copy()) for entry in batch])
         except BaseException as exc:

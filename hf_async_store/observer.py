@@ -50,7 +50,13 @@ class Observation:
 
 
 class StoreObserver:
-    """Observes one store. Its methods are called in the event loop of the store, and must not fail."""
+    """Observes one store. Its methods are called in the event loop of the store, and must not fail.
+
+    Attributes:
+        caller: identifies the running operation for the commits that carry it; None if it is not recorded.
+    """
+
+    caller: Callable[[], object | None] = staticmethod(lambda: None)
 
     def records(self, within: Observation | None) -> bool:
         """Whether a method that is called now is to be observed although it is not `measured`.
@@ -63,10 +69,6 @@ class StoreObserver:
     def operation(self, operation: Operation, within: Observation | None) -> Observation:
         """A method is called, or a transaction entered."""
         return Observation()
-
-    def caller(self) -> object | None:
-        """Identifies the running operation for the commits that carry it; None if it is not recorded."""
-        return None
 
     def shared(self, operation: Operation, callers: Sequence[object]) -> Observation:
         """A commit or round trip begins that several operations may share.

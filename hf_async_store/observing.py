@@ -52,12 +52,7 @@ class _Method(Struct, frozen=True):
     has_collection: bool
     many: str | None
 
-    def begin(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Observation | None:
-        within = target._observation
-        if not self.measured and not self.observer.records(within):
-            return None
+    def begin(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
         collection = target.collection if self.name.startswith("claim.") else None
         if self.has_collection:
             given = args[0] if args else kwargs.get("collection")
@@ -67,9 +62,8 @@ class _Method(Struct, frozen=True):
         if self.many is not None:
             items = args[1] if len(args) > 1 else kwargs.get(self.many)
             size = len(items) if isinstance(items, Collection) else None
-        return self.observer.operation(
-            Operation(self.name, collection, size, self.measured), within
-        )
+        operation = Operation(self.name, collection, size, self.measured)
+        return self.observer.operation(operation, target._observation)
 
 
 def observed_store(kind: Kind, observer: StoreObserver) -> Kind:
@@ -127,15 +121,15 @@ def _observing(
 ) -> Callable[..., Any]:
     first, second = [*inspect.signature(method).parameters, "", ""][1:3]
     many = second if second in _MANY else None
+    records = observer.records
     begin = _Method(observer, name, measured, first == "collection", many).begin
     run = _observed_stream if inspect.isasyncgenfunction(method) else _observed
 
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        observation = begin(self, args, kwargs)
-        if observation is None:
+        if not measured and not records(self._observation):
             return method(self, *args, **kwargs)
-        return run(observation, partial(method, self, *args, **kwargs))
+        return run(begin(self, args, kwargs), partial(method, self, *args, **kwargs))
 
     return call
 

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from operator import attrgetter
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
@@ -182,9 +183,9 @@ class StorageStrategy(RepositoryInterface):
             return found if reads is None else {**found, "fetch": reads.waiting}
 
         self._observer = told = observer.observe(self.capabilities.engine, waiting)
-        writes.observer = SharedOperations(told, "commit", lambda change: change.key.collection)
+        writes.observer = SharedOperations(told, "commit", attrgetter("key.collection"))
         if reads is not None:
-            reads.observer = SharedOperations(told, "fetch", lambda key: key.collection)
+            reads.observer = SharedOperations(told, "fetch", attrgetter("collection"))
         self.__class__ = observed_store(type(self), told)
 
     def _note_retry(self, collection: str | None) -> None:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar, Token
 from time import perf_counter
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 from weakref import WeakSet
 
 from opentelemetry import context as contexts
@@ -25,9 +26,6 @@ from opentelemetry import metrics, trace
 
 import hf_async_store
 from hf_async_store.observer import Event, Observation, Observer, Operation, StoreObserver
-
-if TYPE_CHECKING:
-    from contextvars import Token
 
 _SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.33.0"
 _SYSTEMS: Final = {
@@ -42,6 +40,10 @@ _SECONDS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
 _NOT_SAMPLED: Final = trace.NonRecordingSpan(trace.SpanContext(1, 1, is_remote=False))
 """The current span in a commit of which no operation is recorded."""
+
+
+_RUNNING: Final[ContextVar[trace.Span | None]] = ContextVar("running", default=None)
+"""The span of the method that runs. To ask for this is ten times faster than for the current span."""
 
 
 class OpenTelemetryObserver(Observer):
@@ -122,6 +124,7 @@ class _ObservedStore(StoreObserver):
         self.observer = observer
         self.system = system
         self.waiting = waiting
+        self.caller = _RUNNING.get
         self._attributes: dict[tuple[str, str | None], dict[str, str]] = {}
 
     def attributes(self, name: str, collection: str | None) -> dict[str, str]:
@@ -137,16 +140,17 @@ class _ObservedStore(StoreObserver):
     def records(self, within: Observation | None) -> bool:
         if within is not None:
             return cast("_Operation", within).is_recorded
-        parent = trace.get_current_span().get_span_context()
+        if not contexts.get_current():  # what follows takes six times as long
+            return self.observer.root_spans
+        span = trace.get_current_span()
+        if span.is_recording():
+            return True
+        parent = span.get_span_context()  # perhaps that of another process
         return parent.trace_flags.sampled or (self.observer.root_spans and not parent.is_valid)
 
     def operation(self, operation: Operation, within: Observation | None) -> Observation:
         parent = None if within is None else cast("_Operation", within).span
         return _Operation(self, operation, parent, is_recorded=self.records(within))
-
-    def caller(self) -> object | None:
-        span = trace.get_current_span()
-        return span if span.is_recording() else None
 
     def shared(self, operation: Operation, callers: Sequence[object]) -> Observation:
         return _SharedOperation(self, operation, cast("Sequence[trace.Span]", callers))
@@ -174,7 +178,7 @@ class _Operation(Observation):
         self._parent = parent
         self.is_recorded = is_recorded
         self.span: trace.Span | None = None
-        self._token: Token[contexts.Context] | None = None
+        self._tokens: tuple[Token[contexts.Context], Token[trace.Span | None]] | None = None
         self._started = 0.0
 
     def start(self, *, current: bool) -> None:
@@ -201,7 +205,8 @@ class _Operation(Observation):
         )
 
     def _attach(self, span: trace.Span) -> None:
-        self._token = contexts.attach(trace.set_span_in_context(span))
+        attached = contexts.attach(trace.set_span_in_context(span))
+        self._tokens = attached, _RUNNING.set(span)
 
     def end(self, error: BaseException | None) -> None:
         kind = None if error is None else type(error).__qualname__
@@ -211,8 +216,9 @@ class _Operation(Observation):
             if kind is not None:
                 attributes = {**attributes, "error.type": kind}
             self._store.observer.duration.record(perf_counter() - self._started, attributes)
-        if self._token is not None:
-            contexts.detach(self._token)
+        if self._tokens is not None:
+            contexts.detach(self._tokens[0])
+            _RUNNING.reset(self._tokens[1])
         if self.span is not None:
             if kind is not None:
                 self.span.set_attribute("error.type", kind)
