@@ -1,7 +1,7 @@
 """HTTP without a framework: errors as problem documents, versions as entity tags, links between pages.
 
-It needs no other package; `integrations.starlette` answers requests with it. Headers of requests are mappings
-that ignore case, or have names in lower case.
+It needs no other package; `integrations.starlette` answers requests with it. Headers of requests are
+mappings that ignore case, or have names in lower case.
 """
 
 from __future__ import annotations

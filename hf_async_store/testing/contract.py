@@ -26,6 +26,7 @@ from hf_async_store.testing.declarations import DeclarationContract
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.expiry import ExpiryContract
 from hf_async_store.testing.expiry_of_owners import OwnerExpiryContract
+from hf_async_store.testing.feed import FeedContract
 from hf_async_store.testing.field_operations import FieldOperationContract
 from hf_async_store.testing.filtered_changes import FilteredChangeContract
 from hf_async_store.testing.groups import GroupContract
@@ -88,6 +89,7 @@ class StrategyContract(
     ExpiryContract,
     OwnerExpiryContract,
     ClearingContract,
+    FeedContract,
 ):
     """All cases of the contract."""
 
