@@ -54,6 +54,7 @@ STATUSES = {
     "ConcurrencyConflictError": 409,
     "DiskFullError": 503,
     "EntityNotFoundError": 404,
+    "FeedExpiredError": 410,
     "InvalidCursorError": 422,
     "InvalidFieldError": 422,
     "InvalidInputError": 422,
