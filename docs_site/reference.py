@@ -32,6 +32,7 @@ STARLETTE_NAMES: Final = (
     *("store_lifespan", "set_store", "store_of", "EXCEPTION_HANDLERS", "storage_error_response"),
     *("entity_response", "page_response"),
 )
+EVENT_NAMES: Final = ("ChangesResponse", "last_event_id")
 HTTP_NAMES: Final = (
     *("problem_of", "status_of", "Problem", "PreconditionFailedError", "entity_tag"),
     *("expected_version", "check_preconditions", "is_match", "is_none_match", "page_headers"),
@@ -124,10 +125,11 @@ SECTIONS: Final[Mapping[str, Section]] = {
     ),
     "web": Section(
         "Web applications",
-        "Import these names from `hf_async_store.integrations.starlette` and "
-        "`hf_async_store.integrations.http`. Examples are on the page Web applications.",
+        "Import these names from the modules `starlette`, `server_sent_events` and `http` of "
+        "`hf_async_store.integrations`. Examples are on the page Web applications.",
         (
             *(f"integrations.starlette.{each}" for each in STARLETTE_NAMES),
+            *(f"integrations.server_sent_events.{each}" for each in EVENT_NAMES),
             *(f"integrations.http.{each}" for each in HTTP_NAMES),
         ),
     ),

@@ -48,8 +48,8 @@ def last_event_id(connection: HTTPConnection) -> str | None:
 class ChangesResponse(Response):
     """The changes of a watch as server-sent events, until the client goes away.
 
-    * `open` is the first: the watch has begun. A client that reads what it shows after this event misses no
-      change. Its data is `{}`.
+    * `start` is the first: the watch has begun. A client that reads what it shows after this event misses
+      no change. Its data is `{}`.
     * `put` has `{"id": ..., "version": ..., "entity": {...}}`, `delete` the same without the entity.
     * Each has the token to go on after it as its id. If nothing happens, so has a comment, by which proxies
       and clients see that the connection lives.
@@ -83,24 +83,29 @@ class ChangesResponse(Response):
             start = {"status": self.status_code, "headers": self.raw_headers}
             await send({"type": "http.response.start", **start})
             if scope["method"] == "HEAD":
-                return await send({"type": "http.response.body", "body": b""})
-            sending = asyncio.create_task(self._send_changes(changes, send))
-            leaving = asyncio.create_task(_disconnected(receive))
-            try:
-                await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                sending.cancel()
-                leaving.cancel()
-                await asyncio.gather(sending, leaving, return_exceptions=True)
-            if not sending.cancelled():
-                sending.result()
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                await self._follow(changes, receive, send)
+
+    async def _follow(self, changes: Changes, receive: Receive, send: Send) -> None:
+        """Send changes until the client has gone away, or the watch has ended."""
+        sending = asyncio.create_task(self._send_changes(changes, send))
+        leaving = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            sending.cancel()
+            leaving.cancel()
+            await asyncio.gather(sending, leaving, return_exceptions=True)
+        if not sending.cancelled():
+            sending.result()
 
     async def _send_changes(self, changes: Changes, send: Send) -> None:
         async def write(text: bytes, *, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": text, "more_body": more})
 
         with suppress(OSError):  # the client has gone away
-            await write(_event("open", {}, changes.token))
+            await write(_event("start", {}, changes.token))
             try:
                 while True:
                     await write(await self._next(changes))

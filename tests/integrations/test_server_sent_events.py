@@ -121,7 +121,7 @@ async def test_changes_as_they_are_committed(app: Starlette, hf_store: StorageSt
     await write(hf_store, "before")
     async with connected(app) as client:
         [begun] = await client.parts(1)
-        assert (begun["event"], begun["data"]) == (" open", " {}")
+        assert (begun["event"], begun["data"]) == (" start", " {}")
         assert client.headers["content-type"] == "text/event-stream"
         assert "content-length" not in client.headers
         await write(hf_store, "a\n\nb")
