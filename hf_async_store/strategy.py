@@ -37,6 +37,7 @@ from hf_async_store.claims import (
     until_claimed,
     waiting_seconds,
 )
+from hf_async_store.clearing import Clearing
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
 from hf_async_store.driver import (
@@ -124,7 +125,7 @@ class StorageStrategy(WatchedStore):
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
         _refuse_feeds(schema, engine.capabilities)
-        self._engine = engine
+        self._use_engine(engine)
         self._purging = Purging(self, alone=not engine.capabilities.removes_expired)
         self._set_clock(None, self._purging.seconds)
         self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
@@ -135,6 +136,10 @@ class StorageStrategy(WatchedStore):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = _Forks.count
         self._closed = False
+
+    def _use_engine(self, engine: Engine) -> None:
+        """Use this engine; for tests also later, while there are no calls."""
+        self._engine = engine
         capabilities = engine.capabilities
         self._writes: Coalescer[Change, Outcome] = Coalescer(
             engine.write_unblocked,
@@ -703,6 +708,28 @@ class StorageStrategy(WatchedStore):
         """
         self._usable()
         return await self._purging.run(collection, limit)
+
+    # -- everything --------------------------------------------------------------------------
+
+    async def clear(self, collection: str | None = None) -> int:
+        """Delete all entities of the declared collections; returns how many.
+
+        Those that have expired, too. They are deleted in batches, children before parents, each
+        independently, so that one that is created meanwhile may stay. Claims of entities end with them;
+        named locks, what is recorded of declarations, and collections of other programs are kept.
+
+        Args:
+            collection: only this one; None: all collections.
+
+        Raises:
+            PartialChangeError: one could not be deleted, for example because an entity of another
+                collection refers to it; those before it are deleted.
+        """
+        names = [*self._schema][::-1] if collection is None else [self._schema[collection].name]
+        clearing = Clearing(self._usable())
+        for each in names:
+            await clearing.clear(self._schema[each])
+        return clearing.done
 
     # -- declarations ------------------------------------------------------------------------
 
