@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -42,7 +43,7 @@ from hf_async_store.integrations.starlette import (
 from tests.bench.browser import browse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 ROOT: Final = Path(__file__).parents[2]
 EXAMPLE: Final = ROOT / "docs/examples/machines"
@@ -188,6 +189,19 @@ async def test_an_application_inside_another_one(hf_store: StorageStrategy) -> N
         assert (await client.get("/inner/templates")).status_code == 500
         set_store(inner, hf_store)
         assert (await client.get("/inner/templates")).json() == []
+
+
+def test_an_application_in_an_event_loop_of_its_own(
+    hf_new_store: Callable[[], StorageStrategy],
+) -> None:
+    app = Starlette(routes=ROUTES, lifespan=store_lifespan(hf_new_store))
+
+    async def use() -> None:
+        async with client_of(app) as client:
+            assert (await client.put("/templates/t", json={})).status_code == 204
+            assert (await client.get("/templates/t")).json()["version"] == 1
+
+    asyncio.run(use())
 
 
 # -- the example ----------------------------------------------------------------------------
