@@ -39,7 +39,8 @@ _SEEN: Final = pytest.StashKey[set[str]]()
 """The URLs that had no entities before the first test."""
 
 
-def add_options(parser: pytest.Parser, group: pytest.OptionGroup) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hf_async_store")
     for name, metavar, text in (
         (
             URL,
