@@ -21,7 +21,8 @@ import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from hf_async_store import (
     ConfigurationError,
@@ -44,6 +45,8 @@ from tests.bench.browser import browse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+
+    from starlette.types import Message
 
 ROOT: Final = Path(__file__).parents[2]
 EXAMPLE: Final = ROOT / "docs/examples/machines"
@@ -179,6 +182,30 @@ async def test_errors_are_logged_and_not_shown(caplog: pytest.LogCaptureFixture)
         wrong = await client.put("/templates/t", json={"max_number": "x"})
         assert (wrong.status_code, wrong.json()["error"]) == (422, InvalidFieldError.__name__)
         assert not caplog.records
+
+
+@pytest.mark.parametrize(("retryable", "code"), [(True, 1013), (False, 1011)])
+async def test_a_websocket_is_closed(retryable: bool, code: int) -> None:
+    async def fail_socket(socket: WebSocket) -> None:
+        await socket.accept()
+        raise UnavailableError("the host db.internal does not respond", retryable=retryable)
+
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    app = Starlette(
+        routes=[WebSocketRoute("/socket", fail_socket)], exception_handlers=EXCEPTION_HANDLERS
+    )
+    scope = {"type": "websocket", "path": "/socket", "query_string": b"", "headers": []}
+    await app(scope, receive, send)
+    assert [each["type"] for each in sent] == ["websocket.accept", "websocket.close"]
+    assert sent[1]["code"] == code
+    assert "db" not in sent[1]["reason"]
 
 
 async def test_an_application_inside_another_one(hf_store: StorageStrategy) -> None:
