@@ -5,9 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from datetime import datetime
 from difflib import get_close_matches
-from types import NoneType
 from typing import Final, Generic, NamedTuple, TypeAlias
 
 from hf_async_store.arguments import check_callable, check_listed, check_mapping
@@ -425,13 +423,13 @@ class TypedCollection(Generic[Model]):
         """An update with the values as they are stored."""
         check_mapping(changes, "changes")
         return {
-            name: value if isinstance(value, _UNCHANGED) else self._codec.value(value)
+            name: value if isinstance(value, _UNCHANGED) else self._codec.value(name, value)
             for name, value in changes.items()
         }
 
 
-_UNCHANGED: Final = (str, bool, int, float, NoneType, datetime, Operation, Removed)
-"""What the store itself converts or computes."""
+_UNCHANGED: Final = (Operation, Removed)
+"""What the store itself computes."""
 
 _OVERTAKEN: Final = (ConcurrencyConflictError, AlreadyExistsError, EntityNotFoundError)
 """The errors of a save whose entity another task changed, created or deleted after it was read."""
