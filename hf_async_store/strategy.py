@@ -14,8 +14,9 @@ import time
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from types import TracebackType
-from typing import ClassVar, Final, Self, TypeVar
+from typing import ClassVar, Final, Self, TypeVar, cast
 
 from msgspec.structs import replace
 
@@ -480,7 +481,8 @@ class StorageStrategy(WatchedStore):
             limit: the maximum number of entities.
             lease: after how many seconds a claim ends, unless it is renewed.
             owner: who claims, for `claims`; by default host and process.
-            wait: if nothing can be claimed, try again for this many seconds.
+            wait: if nothing can be claimed, try again for this many seconds: in intervals, and at once
+                when an entity that matches is written in a collection with a feed.
             max_attempts: leave entities alone that were claimed this often, by anybody, without a claim
                 being finished: they may be what kills its workers.
 
@@ -504,7 +506,11 @@ class StorageStrategy(WatchedStore):
                     await self._record_declarations()
             return [Claim(self, each.record.key, each, terms.lease, since) for each in claimed]
 
-        return await until_claimed(attempt, seconds)
+        claimed = await attempt()
+        if claimed or seconds <= 0:
+            return claimed
+        async with self._woken_by_changes(collection, query.where) as sleep:
+            return await until_claimed(attempt, seconds, sleep=sleep)
 
     async def claims(self, collection: str) -> list[ClaimInfo]:
         """The claims of a collection, by id: those that are held, and those that are kept because the
@@ -850,11 +856,9 @@ class StorageStrategy(WatchedStore):
         return {
             "engine": capabilities.engine,
             "capabilities": {
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in (
-                    (each, getattr(capabilities, each)) for each in capabilities.__struct_fields__
-                )
-                if name != "engine"
+                each: _plain(getattr(capabilities, each))
+                for each in capabilities.__struct_fields__
+                if each != "engine"
             },
             "collections": {name: _description(each) for name, each in self._schema.items()},
             **redact_texts(self._engine.describe()),
@@ -888,6 +892,13 @@ def _key_of(change: Change) -> Key:
     return change.key
 
 
+def _plain(value: object) -> Value:
+    """The value of a capability as JSON; a duration in seconds."""
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    return cast("Value", list(value) if isinstance(value, tuple) else value)
+
+
 def _description(collection: Collection) -> dict[str, Value]:
     return {
         "key": collection.key,
@@ -897,6 +908,7 @@ def _description(collection: Collection) -> dict[str, Value]:
         },
         "indexes": [each.name for each in collection.indexes],
         **({} if collection.expires is None else {"expires": str(collection.expires)}),
+        **({} if collection.feed is None else {"feed": collection.feed.total_seconds()}),
     }
 
 
