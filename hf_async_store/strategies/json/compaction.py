@@ -230,6 +230,7 @@ class Compactor:
                 return False
             try:
                 done = await self._compact()
+                await self._journal.tidy_kept()
                 self.failure, self._failures = None, 0
                 return done
             except StorageError as exc:
@@ -273,7 +274,7 @@ class Compactor:
         caller then calls `consider`, by which it is repeated.
         """
         try:
-            self._clean()
+            await self.tidy()
             while contents := await self._begin(state):
                 await self._write_and_replace(contents, state)
             self.failure, self._failures = None, 0
@@ -282,11 +283,13 @@ class Compactor:
             self._last_end = time.monotonic()
             log.warning("a commit could not be written to the data files", exc_info=True)
 
-    def _clean(self) -> None:
-        """Remove temporary files of processes that died, unless a compaction is writing some."""
+    async def tidy(self) -> None:
+        """Remove temporary files of processes that died, unless a compaction is writing some, and
+        journals that were kept long enough. The write lock is held."""
         if self._lock.held is None and self._lock.try_lock(exclusive=True):
             try:
                 self._files.clean()
+                await self._journal.tidy_kept()
             finally:
                 self._lock.unlock()
 
@@ -415,7 +418,7 @@ class Compactor:
 
     async def _drop_journals(self, state: StoreState) -> None:
         covers = [each.covers for each in state.content.values()]
-        await self._journal.drop_journals(min(covers, default=0))
+        await self._journal.release_journals(min(covers, default=0))
 
 
 # -- content of the files --------------------------------------------------------------------

@@ -67,7 +67,7 @@ class _Journal(NamedTuple):
     entries: list[Entry]
     named: list[Mapping[str, FileState]]
     end: int
-    alone: bool
+    head: Head
     complete: bool
 
 
@@ -220,7 +220,7 @@ class StoreLoader:
                 raise JournalMissing(f"generation {generation + 1} is missing", remains=needed)
             journal = await self._open_journal(state, generation, salvage, keep=not journals)
             journals.append(journal)
-            if journal.alone:
+            if journal.head.alone:
                 break
         journals.reverse()
         if journals:
@@ -248,6 +248,7 @@ class StoreLoader:
             state.generation = generation
             state.offset = journal.end
             state.sequence = len(journal.entries)
+            state.feed = journal.head.feed
             state.sealed = bool(journal.entries) and journal.entries[-1].kind is Kind.SEAL
         else:
             os.close(fd)
@@ -259,7 +260,7 @@ class StoreLoader:
         entries: list[Entry] = []
         named: list[Mapping[str, FileState]] = []
         end = 0
-        alone = False
+        head = Head(generation, {})
         try:
             async for entry, position in scan_file(fd, path, os.fstat(fd).st_size):
                 if not entries:
@@ -272,10 +273,10 @@ class StoreLoader:
                             "number in its name. If the file was renamed, restore its name; "
                             "otherwise restore a backup (`hf-async-store restore`)"
                         )
-                    alone = head.alone
                     named.append(head.files)
                 elif entry.kind is Kind.FOLD:
                     named.append(read_naming(Fold, entry.payload, str(path)).files)
+                entry.before.clear()
                 entries.append(entry)
                 end = position
             if not entries:
@@ -290,8 +291,8 @@ class StoreLoader:
         except CorruptionError:
             if not salvage:
                 raise
-            return _Journal(generation, entries, named, end, alone, complete=False)
-        return _Journal(generation, entries, named, end, alone, complete=True)
+            return _Journal(generation, entries, named, end, head, complete=False)
+        return _Journal(generation, entries, named, end, head, complete=True)
 
     def _add_known(self, state: StoreState, files: Mapping[str, FileState]) -> None:
         for name, each in files.items():
@@ -362,7 +363,7 @@ class StoreLoader:
             recovering: add the images that were applied to `state.replayed`.
         """
         try:
-            images = await _images(entry)
+            images = await images_in(entry.chunks)
         except CorruptionError as exc:
             raise CorruptionError(
                 f"{self._files.journal(state.generation)}: {exc}. {USE_UNDAMAGED}"
@@ -662,12 +663,12 @@ def _fill(batch: list[tuple[Entry, int]], entries: Iterator[tuple[Entry, int]]) 
     return False
 
 
-async def _images(entry: Entry) -> dict[str, dict[str, bytes | None]]:
-    """The post-images in a COMMIT record."""
-    if entry.size > CHUNK_BYTES:
+async def images_in(chunks: Sequence[bytes]) -> dict[str, dict[str, bytes | None]]:
+    """The images in the payload of a COMMIT."""
+    if sum(map(len, chunks)) > CHUNK_BYTES:
         with suppress(OtherLayout):
-            return await parse_commit(entry.chunks)
-    return read_commit(entry.payload)
+            return await parse_commit(chunks)
+    return read_commit(b"".join(chunks))
 
 
 async def parse_commit(chunks: Sequence[bytes]) -> dict[str, dict[str, bytes | None]]:
@@ -744,9 +745,10 @@ async def reclaim_images(entry: Entry, images: Mapping[str, dict[str, bytes | No
         return
     for each in images.values():
         await reclaim(each)
-    while entry.chunks:
-        del entry.chunks[-_FREE_CHUNK:]
-        await asyncio.sleep(0)
+    for chunks in (entry.before, entry.chunks):
+        while chunks:
+            del chunks[-_FREE_CHUNK:]
+            await asyncio.sleep(0)
 
 
 def _section_name(line: bytes) -> str:
