@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from operator import attrgetter
 from types import TracebackType
 from typing import ClassVar, Final, Self, TypeVar
 
@@ -63,11 +64,13 @@ from hf_async_store.field_operations import UpdateMap
 from hf_async_store.index_advice import advice, advice_by_declaration
 from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
 from hf_async_store.models import Model
+from hf_async_store.observer import Observer, StoreObserver, check_observer
+from hf_async_store.observing import SharedOperations, observed_store
 from hf_async_store.purging import LivingReader, Purging
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import read_only_session
 from hf_async_store.redaction import redact_texts
-from hf_async_store.repository import RepositoryInterface, operation_timeout
+from hf_async_store.repository import operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
 from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
@@ -75,6 +78,7 @@ from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key, Value
+from hf_async_store.watching import WatchedStore
 
 Result = TypeVar("Result")
 
@@ -100,7 +104,7 @@ class _Forks:
 os.register_at_fork(after_in_child=_Forks.increment)
 
 
-class StorageStrategy(RepositoryInterface):
+class StorageStrategy(WatchedStore):
     """A store. Open it with `async with`, or with `open()` and `close()`.
 
     Opening does no I/O; the first call does. A store belongs to the event loop that it was opened
@@ -113,11 +117,13 @@ class StorageStrategy(RepositoryInterface):
     """
 
     transaction_type: ClassVar[type[Transaction]] = Transaction
+    claim_type: ClassVar[type[Claim]] = Claim
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
-        super().__init__(Schema(schema.values()), SlowQueries())
+        super().__init__(engine, Schema(schema.values()), SlowQueries())
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
+        _refuse_feeds(schema, engine.capabilities)
         self._engine = engine
         self._purging = Purging(self, alone=not engine.capabilities.removes_expired)
         self._set_clock(None, self._purging.seconds)
@@ -125,6 +131,7 @@ class StorageStrategy(RepositoryInterface):
         self._transactions = TransactionManager()
         self._retry_queue = FairRetryQueue()
         self._streams = OpenStreams()
+        self._observer: StoreObserver | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = _Forks.count
         self._closed = False
@@ -166,6 +173,32 @@ class StorageStrategy(RepositoryInterface):
         self._clock, self._lifetimes = clock, lifetimes or None
         self._purging.seconds = purge_seconds
 
+    # -- observation -------------------------------------------------------------------------
+
+    def _observe(self, observer: Observer) -> None:
+        """See `open_store`; before the store is opened."""
+        check_observer(observer)
+        writes, reads = self._writes, self._reads
+
+        def waiting() -> dict[str, int]:
+            found = {"commit": writes.waiting}
+            return found if reads is None else {**found, "fetch": reads.waiting}
+
+        self._observer = told = observer.observe(self.capabilities.engine, waiting)
+        writes.observer = SharedOperations(told, "commit", attrgetter("key.collection"))
+        if reads is not None:
+            reads.observer = SharedOperations(told, "fetch", attrgetter("collection"))
+        self.__class__ = observed_store(type(self), told)
+
+    def _note_retry(self, collection: str | None) -> None:
+        super()._note_retry(collection)
+        if self._observer is not None:
+            self._observer.count("retry", collection)
+
+    def _note_lost_claim(self, collection: str) -> None:
+        if self._observer is not None:
+            self._observer.count("lost claim", collection)
+
     # -- lifecycle ---------------------------------------------------------------------------
 
     async def open(self) -> Self:
@@ -200,6 +233,7 @@ class StorageStrategy(RepositoryInterface):
                 stack.push_async_callback(self._reads.drain)
             stack.push_async_callback(self._writes.drain)
             stack.push_async_callback(self._streams.close)
+            stack.push_async_callback(self._stop_watching)
             await self._purging.stop()
 
     def abandon(self) -> None:
@@ -317,6 +351,13 @@ class StorageStrategy(RepositoryInterface):
             self._record_attempts = attempts
             raise
 
+    async def _record_feeds(self) -> bool:
+        if not self._record_attempts:
+            return False
+        await self._engine.remember(self._schema.values())
+        self._record_attempts = 0
+        return True
+
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._select_stored(self._living_query(query))
 
@@ -336,7 +377,7 @@ class StorageStrategy(RepositoryInterface):
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
         self._usable()  # raises before waiting in the queue
-        return await self._retry_queue.retry(key, attempt, seconds)
+        return await self._retry_queue.retry(key, attempt, seconds, self._note_retry)
 
     # -- transactions ------------------------------------------------------------------------
 
@@ -443,7 +484,7 @@ class StorageStrategy(RepositoryInterface):
                     )
                 return await result
 
-        return await self._retry_queue.retry_transaction(attempt, retry_seconds)
+        return await self._retry_queue.retry_transaction(attempt, retry_seconds, self._note_retry)
 
     # -- claims and locks --------------------------------------------------------------------
 
@@ -492,7 +533,9 @@ class StorageStrategy(RepositoryInterface):
                 async with giving_back(engine) as kept:
                     kept += claimed
                     await self._record_declarations()
-            return [Claim(self, each.record.key, each, terms.lease, since) for each in claimed]
+            return [
+                self.claim_type(self, each.record.key, each, terms.lease, since) for each in claimed
+            ]
 
         return await until_claimed(attempt, seconds)
 
@@ -538,7 +581,10 @@ class StorageStrategy(RepositoryInterface):
         """
         self._refuse_without_claims()
         names = [check_name(name, "name")]
-        return held(lambda: acquired_name(self, names, lease, timeout))
+        return held(lambda: self._acquired(names, lease, timeout))
+
+    async def _acquired(self, names: Sequence[str], lease: float, timeout: float | None) -> Claim:
+        return await acquired_name(self, names, lease, timeout)
 
     def permits(
         self,
@@ -554,7 +600,7 @@ class StorageStrategy(RepositoryInterface):
         """
         self._refuse_without_claims()
         names = permit_names(name, limit)
-        return held(lambda: acquired_name(self, names, lease, timeout))
+        return held(lambda: self._acquired(names, lease, timeout))
 
     def _refuse_without_claims(self) -> None:
         if not self.capabilities.claims:
@@ -572,10 +618,11 @@ class StorageStrategy(RepositoryInterface):
 
     @asynccontextmanager
     async def _claimed_session(self, claim: Claim) -> AsyncGenerator[Session, None]:
-        async with self._engine.claimed_session(claim.key, claim.token) as session:
-            if self._may_expire(claim):
-                _refuse_expired(claim.key, self._living(await session.fetch([claim.key])))
-            yield session
+        with claim._noticing_loss():
+            async with self._engine.claimed_session(claim.key, claim.token) as session:
+                if self._may_expire(claim):
+                    _refuse_expired(claim.key, self._living(await session.fetch([claim.key])))
+                yield session
 
     async def _claiming_engine(self, claim: Claim) -> Engine:
         """The engine, to change a claim of an entity that has not expired.
@@ -857,6 +904,21 @@ def _refuse_unique(schema: Schema, engine: str) -> None:
             f"{name} declares a unique index, but the engine {engine!r} does not enforce any "
             "(see its capability unique_indexes)"
         )
+
+
+def _refuse_feeds(schema: Schema, capabilities: Capabilities) -> None:
+    longest = capabilities.max_feed_retention
+    for each in schema.values():
+        if each.feed is not None and not capabilities.feed:
+            raise ConfigurationError(
+                f"{each.name} declares a feed, but the engine {capabilities.engine!r} has none (see its "
+                "capability feed)"
+            )
+        if each.feed is not None and longest is not None and each.feed > longest:
+            raise ConfigurationError(
+                f"{each.name} declares a feed of {each.feed}, but the engine {capabilities.engine!r} "
+                f"keeps changes for at most {longest} (see its capability max_feed_retention)"
+            )
 
 
 def _key_of(change: Change) -> Key:

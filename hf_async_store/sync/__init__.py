@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hf_async_store.config import ConfigSource, StorageConfig
+    from hf_async_store.observer import Observer
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.sync.dynamodb import DynamoDBStore
     from hf_async_store.sync.json import JSONStore
@@ -65,6 +66,7 @@ def open_store(
     follow_moves: Iterable[ConfigSource] = (),
     clock: Callable[[], datetime] | None = None,
     purge_seconds: float | None = PURGE_SECONDS,
+    observer: Observer | None = None,
 ) -> Store:
     """As `hf_async_store.open_store`, for use with `with`.
 
@@ -77,6 +79,7 @@ def open_store(
             follow_moves=follow_moves,
             clock=clock,
             purge_seconds=purge_seconds,
+            observer=observer,
         )
     )
 

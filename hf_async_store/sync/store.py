@@ -256,6 +256,8 @@ class Store(Repository):
             if self._loop_thread is not None:
                 raise StoreClosedError("this store is already open")
             loop_thread = EventLoopThread.acquire(self._target)
+            if self._target._observer is not None:
+                loop_thread.passes_context = True
             try:
                 loop_thread.caller().run(self._target.open)
             except BaseException:
@@ -414,7 +416,7 @@ class Store(Repository):
             yield claim
 
     def _acquired(self, names: list[str], lease: float, timeout: float | None) -> Claim:
-        acquire = partial(claims.acquired_name, self._target, names, lease, timeout)
+        acquire = partial(self._target._acquired, names, lease, timeout)
         return self._claim(self._run(acquire))
 
     claims = blocking(strategy.StorageStrategy.claims)
