@@ -145,6 +145,8 @@ class Subscription(Changes):
                 transaction, which is then rolled back: what it would have written is written already.
             EntityNotFoundError: the subscription was dropped.
         """
+        if not isinstance(change, EntityChange):
+            raise InvalidInputError(f"change must be a change, not {type(change).__name__}")
         position_in(change.token, self.collection)
         repository = self._store if tx is None else tx
         [record] = await repository._fetch([Key(SUBSCRIPTIONS, self.name)], None)
