@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import ref
 
+from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import FeedBatch
 from hf_async_store.errors import (
     PoolTimeoutError,
@@ -16,11 +17,15 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
+from hf_async_store.generators import Owned
+from hf_async_store.query import Query
+from hf_async_store.schema import SUBSCRIPTION_COLLECTION, EngineSchema
 from hf_async_store.strategies.sql.catalogue import Catalogue
 from hf_async_store.strategies.sql.claiming import ClaimingSQLEngine
 from hf_async_store.strategies.sql.feed import Feed, Source
 from hf_async_store.strategies.sql.feed_state import STEPS
 from hf_async_store.strategies.sql.rows import Tables
+from hf_async_store.values import Key
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -30,7 +35,10 @@ Result = TypeVar("Result")
 
 log: Final = logging.getLogger("hf_async_store.feed")
 
+_SUBSCRIPTIONS: Final = SUBSCRIPTION_COLLECTION.name
 _LONGEST_PAUSE: Final = 60.0
+"""The longest time, in seconds, between two runs that delete old changes."""
+
 _STOP_SECONDS: Final = 1.0
 """How long closing a store waits until a batch of old changes was deleted."""
 
@@ -91,22 +99,65 @@ class FeedingSQLEngine(ClaimingSQLEngine):
         tables = await self.tables(lease)
         if not _has_feed(tables, collection):
             # Another program may have created it since the catalogue was read.
-            tables = self._use(await self._sync.read(lease) or Catalogue())
+            tables = await self._read_again(lease)
         if not _has_feed(tables, collection):
             raise _no_feed(collection)
         store = tables.catalogue.store_id
         return Source(lease, store, tables[collection], self._dialect.names)
 
+    async def _read_again(self, lease: LeasedConnection) -> Tables:
+        """The tables from the catalogue as it is now, or as another task has read it since."""
+        found = await self._sync.read(lease) or Catalogue()
+        if self._state is None or found.generation > self._state.tables.catalogue.generation:
+            return self._use(found)
+        return self._state.tables
+
     def changing(self, lease: LeasedConnection) -> AbstractAsyncContextManager[None]:
         names = self._dialect.names
         return self._feed.merging(lease, [names.feed(each.collection) for each in self._fed()])
+
+    # -- named subscriptions -----------------------------------------------------------------
+    #
+    # Their table is made when the first of them is written.
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        if any(each.collection == _SUBSCRIPTIONS for each in keys):
+            await self._look_for_subscriptions()
+        return await super().fetch(keys)
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        if query.collection == _SUBSCRIPTIONS:
+            await self._look_for_subscriptions()
+        async with Owned(super().select(query)) as records:
+            async for each in records:
+                yield each
+
+    async def _write_each(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
+        if any(each.key.collection == _SUBSCRIPTIONS for each in changes):
+            await self._prepare_subscriptions()
+        return await super()._write_each(changes, patient=patient)
+
+    async def _look_for_subscriptions(self) -> None:
+        """Read the catalogue again if another program may have made the table since."""
+        if self._state is not None and _SUBSCRIPTIONS not in self._state.tables:
+            async with self._main.lease() as lease:
+                await self._read_again(lease)
+
+    async def _prepare_subscriptions(self) -> None:
+        await self._prepare()
+        if _SUBSCRIPTIONS not in self.known_tables:
+            names = [each for each in self._sync.schema if each != _SUBSCRIPTIONS]
+            declared = [self._sync.schema[each] for each in names]
+            self._sync.schema = EngineSchema([*declared, SUBSCRIPTION_COLLECTION])
+            self._ready = False
+            await self._prepare()
 
     # -- retention ---------------------------------------------------------------------------
 
     async def _prepare(self) -> None:
         if not self._ready:
             await super()._prepare()
-            self._retention.start()
+            await self._retention.start()
 
     def shortest_retention(self) -> float | None:
         """The shortest time, in seconds, for which changes are kept; None if there are no feeds."""
@@ -136,7 +187,7 @@ class FeedingSQLEngine(ClaimingSQLEngine):
 
 
 class Retention:
-    """Deletes old changes in the background, from the first write of a process on.
+    """Deletes old changes: some before the first write of a process, and then more in the background.
 
     A timer of the event loop starts each run. It references the engine weakly.
     """
@@ -145,30 +196,38 @@ class Retention:
         self._engine = ref(engine)
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
-        self._stopped = False
+        self._started = self._stopped = False
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Begin, unless it has begun already."""
-        if self._timer is None and self._task is None and not self._stopped:
-            self._begin()
-
-    def _begin(self) -> None:
-        self._timer = None
         engine = self._engine()
-        if engine is not None and engine.shortest_retention() is not None:
-            self._task = asyncio.get_running_loop().create_task(self._run(engine))
+        if not self._started and engine is not None:
+            self._started = True
+            batches = iter([True])
+            await self._prune(engine, lambda: next(batches, False))
+            self._schedule(engine)
 
-    async def _run(self, engine: FeedingSQLEngine) -> None:
-        try:
-            await engine.prune_feeds(lambda: not self._stopped)
-        except StorageError as exc:
-            log.debug("old changes were not deleted: %s", exc)
-        finally:
-            self._task = None
+    def _schedule(self, engine: FeedingSQLEngine) -> None:
         seconds = engine.shortest_retention()
         if seconds is not None and not self._stopped:
             pause = min(seconds / STEPS, _LONGEST_PAUSE)
             self._timer = asyncio.get_running_loop().call_later(pause, self._begin)
+
+    def _begin(self) -> None:
+        engine = self._engine()
+        if engine is not None:
+            self._task = asyncio.get_running_loop().create_task(self._run(engine))
+
+    async def _run(self, engine: FeedingSQLEngine) -> None:
+        await self._prune(engine, lambda: not self._stopped)
+        self._task = None
+        self._schedule(engine)
+
+    async def _prune(self, engine: FeedingSQLEngine, may_continue: Callable[[], bool]) -> None:
+        try:
+            await engine.prune_feeds(may_continue)
+        except StorageError as exc:
+            log.debug("old changes were not deleted: %s", exc)
 
     async def stop(self) -> None:
         """End the runs; one in progress ends after its batch."""
