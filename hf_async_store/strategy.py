@@ -14,9 +14,10 @@ import time
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from operator import attrgetter
 from types import TracebackType
-from typing import ClassVar, Final, Self, TypeVar
+from typing import ClassVar, Final, Self, TypeVar, cast
 
 from msgspec.structs import replace
 
@@ -37,6 +38,7 @@ from hf_async_store.claims import (
     until_claimed,
     waiting_seconds,
 )
+from hf_async_store.clearing import Clearing
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
 from hf_async_store.driver import (
@@ -124,7 +126,7 @@ class StorageStrategy(WatchedStore):
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
         _refuse_feeds(schema, engine.capabilities)
-        self._engine = engine
+        self._use_engine(engine)
         self._purging = Purging(self, alone=not engine.capabilities.removes_expired)
         self._set_clock(None, self._purging.seconds)
         self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
@@ -135,6 +137,10 @@ class StorageStrategy(WatchedStore):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = _Forks.count
         self._closed = False
+
+    def _use_engine(self, engine: Engine) -> None:
+        """Use this engine; for tests also later, while there are no calls."""
+        self._engine = engine
         capabilities = engine.capabilities
         self._writes: Coalescer[Change, Outcome] = Coalescer(
             engine.write_unblocked,
@@ -511,7 +517,8 @@ class StorageStrategy(WatchedStore):
             limit: the maximum number of entities.
             lease: after how many seconds a claim ends, unless it is renewed.
             owner: who claims, for `claims`; by default host and process.
-            wait: if nothing can be claimed, try again for this many seconds.
+            wait: if nothing can be claimed, try again for this many seconds: in intervals, and at once
+                when an entity that matches is written in a collection with a feed.
             max_attempts: leave entities alone that were claimed this often, by anybody, without a claim
                 being finished: they may be what kills its workers.
 
@@ -537,7 +544,11 @@ class StorageStrategy(WatchedStore):
                 self.claim_type(self, each.record.key, each, terms.lease, since) for each in claimed
             ]
 
-        return await until_claimed(attempt, seconds)
+        claimed = await attempt()
+        if claimed or seconds <= 0:
+            return claimed
+        async with self._woken_by_changes(collection, query.where) as sleep:
+            return await until_claimed(attempt, seconds, sleep=sleep)
 
     async def claims(self, collection: str) -> list[ClaimInfo]:
         """The claims of a collection, by id: those that are held, and those that are kept because the
@@ -703,6 +714,28 @@ class StorageStrategy(WatchedStore):
         """
         self._usable()
         return await self._purging.run(collection, limit)
+
+    # -- everything --------------------------------------------------------------------------
+
+    async def clear(self, collection: str | None = None) -> int:
+        """Delete all entities of the declared collections; returns how many.
+
+        Those that have expired, too. They are deleted in batches, children before parents, each
+        independently, so that one that is created meanwhile may stay. Claims of entities end with them;
+        named locks, what is recorded of declarations, and collections of other programs are kept.
+
+        Args:
+            collection: only this one; None: all collections.
+
+        Raises:
+            PartialChangeError: one could not be deleted, for example because an entity of another
+                collection refers to it; those before it are deleted.
+        """
+        names = [*self._schema][::-1] if collection is None else [self._schema[collection].name]
+        clearing = Clearing(self._usable())
+        for each in names:
+            await clearing.clear(self._schema[each])
+        return clearing.done
 
     # -- declarations ------------------------------------------------------------------------
 
@@ -887,11 +920,9 @@ class StorageStrategy(WatchedStore):
         return {
             "engine": capabilities.engine,
             "capabilities": {
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in (
-                    (each, getattr(capabilities, each)) for each in capabilities.__struct_fields__
-                )
-                if name != "engine"
+                each: _plain(getattr(capabilities, each))
+                for each in capabilities.__struct_fields__
+                if each != "engine"
             },
             "collections": {name: _description(each) for name, each in self._schema.items()},
             **redact_texts(self._engine.describe()),
@@ -925,6 +956,13 @@ def _key_of(change: Change) -> Key:
     return change.key
 
 
+def _plain(value: object) -> Value:
+    """The value of a capability as JSON; a duration in seconds."""
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    return cast("Value", list(value) if isinstance(value, tuple) else value)
+
+
 def _description(collection: Collection) -> dict[str, Value]:
     return {
         "key": collection.key,
@@ -934,6 +972,7 @@ def _description(collection: Collection) -> dict[str, Value]:
         },
         "indexes": [each.name for each in collection.indexes],
         **({} if collection.expires is None else {"expires": str(collection.expires)}),
+        **({} if collection.feed is None else {"feed": collection.feed.total_seconds()}),
     }
 
 

@@ -21,6 +21,7 @@ from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
 from hf_async_store.testing.changed_declarations import ChangedDeclarationContract
 from hf_async_store.testing.claims import ClaimContract
+from hf_async_store.testing.clearing import ClearingContract
 from hf_async_store.testing.declarations import DeclarationContract
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.expiry import ExpiryContract
@@ -89,6 +90,7 @@ class StrategyContract(
     ClaimContract,
     ExpiryContract,
     OwnerExpiryContract,
+    ClearingContract,
     FeedContract,
     WaitingContract,
     SubscriptionContract,

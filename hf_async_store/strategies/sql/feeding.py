@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import FeedBatch
-from hf_async_store.errors import (
-    PoolTimeoutError,
-    SchemaMismatchError,
-    StorageError,
-    UnavailableError,
-)
+from hf_async_store.errors import SchemaMismatchError, StorageError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.schema import SUBSCRIPTION_COLLECTION, EngineSchema
@@ -25,13 +20,12 @@ from hf_async_store.strategies.sql.claiming import ClaimingSQLEngine
 from hf_async_store.strategies.sql.feed import Feed, Source
 from hf_async_store.strategies.sql.feed_state import STEPS
 from hf_async_store.strategies.sql.rows import Tables
+from hf_async_store.strategies.sql.session import once_more
 from hf_async_store.values import Key
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
     from hf_async_store.strategies.sql.rows import Table
-
-Result = TypeVar("Result")
 
 log: Final = logging.getLogger("hf_async_store.feed")
 
@@ -57,7 +51,7 @@ class FeedingSQLEngine(ClaimingSQLEngine):
         self._retention = Retention(self)
 
     async def feed_position(self, collection: str) -> str:
-        return await self._repeated(lambda: self._feed_position(collection))
+        return await once_more(lambda: self._feed_position(collection))
 
     async def _feed_position(self, collection: str) -> str:
         self._check_exists(collection)
@@ -65,7 +59,7 @@ class FeedingSQLEngine(ClaimingSQLEngine):
             return await self._feed.position(await self._source(lease, collection))
 
     async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
-        return await self._repeated(lambda: self._read_feed(collection, since, limit))
+        return await once_more(lambda: self._read_feed(collection, since, limit))
 
     async def _read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
         self._check_exists(collection)
@@ -76,15 +70,6 @@ class FeedingSQLEngine(ClaimingSQLEngine):
         tables = {} if self._state is None else self._state.tables
         watched = {each: tables[each] for each in positions if each in tables}
         await self._feed.changed(watched, seconds)
-
-    async def _repeated(self, read: Callable[[], Awaitable[Result]]) -> Result:
-        """What a read returns; it is repeated once if the server had closed the connection."""
-        try:
-            return await read()
-        except PoolTimeoutError:
-            raise
-        except UnavailableError:
-            return await read()
 
     def _check_exists(self, collection: str) -> None:
         if self._state is None and not self._dialect.exists():
