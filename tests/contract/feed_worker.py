@@ -6,11 +6,16 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
-from hf_async_store import StorageStrategy, Transaction, open_store
+from hf_async_store import ConcurrencyConflictError, StorageStrategy, Transaction, open_store
 from hf_async_store.testing.feed import COLLECTIONS
+
+Result = TypeVar("Result")
 
 SHARED = [f"shared-{each}" for each in range(5)]
 """The ids that all writers write, and nobody deletes."""
@@ -24,6 +29,16 @@ class _Log:
         os.write(self._fd, (" ".join(map(str, words)) + "\n").encode())
 
 
+async def _again(work: Callable[[], Awaitable[Result]]) -> Result:
+    """What `work` returns, as soon as no other transaction is in its way."""
+    while True:
+        try:
+            return await work()
+        except ConcurrencyConflictError as exc:
+            if not exc.retryable or exc.outcome_unknown:
+                raise
+
+
 async def _write(url: str, log: _Log, name: str, number: int) -> None:
     random = Random(name)
     own = [f"{name}-{each}" for each in range(4)]
@@ -33,7 +48,7 @@ async def _write(url: str, log: _Log, name: str, number: int) -> None:
             entity_id = random.choice([*own, random.choice(SHARED)])
             kind = random.random()
             if kind < 0.15 and entity_id in versions:
-                await store.delete_entity("notes", entity_id)
+                await _again(partial(store.delete_entity, "notes", entity_id))
                 log.add("delete", entity_id, versions.pop(entity_id))
             elif kind < 0.3:
                 versions |= await _transact(store, log, own, random)
@@ -41,7 +56,7 @@ async def _write(url: str, log: _Log, name: str, number: int) -> None:
                 await _roll_back(store, entity_id)
             else:
                 entity = {"note_id": entity_id, "count": count}
-                version = await store.save_entity("notes", entity)
+                version = await _again(partial(store.save_entity, "notes", entity))
                 log.add("put", entity_id, version)
                 if entity_id in own:
                     versions[entity_id] = version
@@ -69,7 +84,7 @@ async def _roll_back(store: StorageStrategy, entity_id: str) -> None:
         async with store.begin_transaction() as tx:
             await tx.save_entity("notes", {"note_id": entity_id, "label": "never"})
             raise KeyError
-    except KeyError:
+    except (KeyError, ConcurrencyConflictError):
         pass
 
 
