@@ -21,6 +21,7 @@ from hf_async_store.errors import (
     CorruptionError,
     InvalidInputError,
     StorageError,
+    SubscriptionAdvancedError,
 )
 from hf_async_store.feed import Changes, EntityChange, position_in
 from hf_async_store.feed_reading import SharedFeed
@@ -141,8 +142,8 @@ class Subscription(Changes):
                 consumer writes in it.
 
         Raises:
-            ConcurrencyConflictError: another consumer has advanced it, or this one, to this change. In a
-                transaction, which is then rolled back: what it would have written is written already.
+            SubscriptionAdvancedError: another consumer has advanced it, or this one, to this change. A
+                transaction is then rolled back: what it would have written is written already.
             EntityNotFoundError: the subscription was dropped.
         """
         if not isinstance(change, EntityChange):
@@ -160,7 +161,7 @@ class Subscription(Changes):
         except ConcurrencyConflictError as exc:
             if exc.retryable:
                 raise
-            raise ConcurrencyConflictError(
+            raise SubscriptionAdvancedError(
                 f"the subscription {self.name!r} was advanced past this change, by this consumer or "
                 "by another one"
             ) from exc

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from hf_async_store.errors import (
-    ConcurrencyConflictError,
     EntityNotFoundError,
     FeedExpiredError,
     InvalidCursorError,
     InvalidInputError,
     StorageError,
+    SubscriptionAdvancedError,
     TransactionAbortedError,
 )
 from hf_async_store.testing.concurrency import HANG_SECONDS, seeded
@@ -56,7 +56,7 @@ async def _consume(store: StorageStrategy, random: Random, last: str) -> None:
                 async with asyncio.timeout(random.choice([0.1, 0.5])):
                     async for each in changes:
                         await _applied(store, changes, each, fails=random.random() < 0.1)
-            except (KeyError, ConcurrencyConflictError):
+            except (KeyError, SubscriptionAdvancedError):
                 pass
             except TimeoutError:
                 if await store.get_entity("drafts", last) is not None:
@@ -135,7 +135,7 @@ class SubscriptionContract:
                         await _applied(store, changes, first, fails=True)
                 await _applied(store, changes, first)
                 # It is not known to a consumer whose commit had no answer.
-                with pytest.raises(ConcurrencyConflictError):
+                with pytest.raises(SubscriptionAdvancedError):
                     await _applied(store, changes, first)
                 await _applied(store, changes, other)
             drafts = await store.query_entities("drafts")
@@ -151,15 +151,15 @@ class SubscriptionContract:
                 await store.create_entity("notes", {"note_id": "a"})
                 [change], [same] = await taken(mine, 1), await taken(theirs, 1)
                 await _applied(store, mine, change)
-                with pytest.raises(ConcurrencyConflictError, match="'copy' was advanced"):
+                with pytest.raises(SubscriptionAdvancedError, match="'copy' was advanced"):
                     await _applied(other, theirs, same)
-                with pytest.raises(ConcurrencyConflictError):
+                with pytest.raises(SubscriptionAdvancedError):
                     await theirs.advance(same)
                 # Even if the error is ignored, nothing is written.
                 with pytest.raises(TransactionAbortedError):
                     async with other.begin_transaction() as tx:
                         await tx.create_entity("drafts", {"draft_id": "twice"})
-                        with pytest.raises(ConcurrencyConflictError):
+                        with pytest.raises(SubscriptionAdvancedError):
                             await theirs.advance(same, tx)
                 assert await store.get_entity("drafts", "twice") is None
             async with other.subscribe("copy", "notes") as theirs:
@@ -199,7 +199,7 @@ class SubscriptionContract:
             async with store.subscribe("copy", "notes"):
                 pass
             # It is another subscription of the same name, and version.
-            with pytest.raises(ConcurrencyConflictError):
+            with pytest.raises(SubscriptionAdvancedError):
                 await changes.advance(change)
 
     async def test_111_wrong_changes(self, harness: Harness) -> None:
