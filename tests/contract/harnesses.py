@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import sqlite3
 import time
@@ -23,7 +24,7 @@ from tests.dynamodb.proxy import WRITES, Cut, Fault, Partly, Proxy, Request, thr
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
-    from hf_async_store import Capabilities, StorageStrategy
+    from hf_async_store import Capabilities, JSONStorageStrategy, StorageStrategy
     from hf_async_store.strategies.memory import MemoryEngine
     from hf_async_store.strategies.sql.strategy import SQLStorageStrategy
     from hf_async_store.testing.harness import Harness
@@ -61,6 +62,7 @@ class JSONHarness:
     """
 
     def __init__(self, tmp_path: Path, name: str) -> None:
+        self._tmp_path = tmp_path
         self._path = tmp_path / "data" / name
         self._folder = self._path.parent if name.endswith(".json") else self._path
         self.capabilities = _capabilities_of(self)
@@ -75,6 +77,19 @@ class JSONHarness:
 
     def touched(self) -> bool:
         return self._path.exists() or self._folder.exists()
+
+    def stranger(self, collections: Iterable[Collection]) -> StorageStrategy:
+        return JSONHarness(self._tmp_path / "stranger", self._path.name).store(collections)
+
+    async def disturb(self, store: StorageStrategy) -> None:
+        await cast("JSONStorageStrategy", store).checkpoint()
+
+    async def forget_feed(self, store: StorageStrategy, collection: str) -> None:
+        del collection
+        await self.disturb(store)
+        for each in self._folder.glob("*.feed.*"):
+            os.utime(each, (0, 0))
+        await self.disturb(store)
 
     def leaks(self) -> list[str]:
         return [*self._temporary_files(), *open_files(self._folder)]

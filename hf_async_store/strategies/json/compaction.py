@@ -25,8 +25,7 @@ from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import DataFileConflictError, LockTimeoutError, StorageError
 from hf_async_store.locks import FileLock
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.schema import CLAIM_COLLECTION
-from hf_async_store.strategies.json.files import FileManager
+from hf_async_store.strategies.json.files import SYSTEM_SECTIONS, FileManager
 from hf_async_store.strategies.json.follower import Follower
 from hf_async_store.strategies.json.journal import FileState, Fold
 from hf_async_store.strategies.json.journal_writer import JournalWriter
@@ -344,8 +343,8 @@ class Compactor:
     def _content(self, name: str, state: StoreState) -> _FileContent:
         """The future content of a file. The dicts are shallow copies, since commits continue."""
         collections = self._follower.loader.collections_of(name, state)
-        # Without claims, a file of all collections has no section for them.
-        unused = (CLAIM_COLLECTION.name,) if self._files.names[name] is None else ()
+        # Without claims or subscriptions, a file of all collections has no section for them.
+        unused = SYSTEM_SECTIONS if self._files.names[name] is None else ()
         return _FileContent(
             {
                 each: dict(section.entities)

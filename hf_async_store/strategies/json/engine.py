@@ -68,6 +68,7 @@ from hf_async_store.strategies.json.compaction import Compactor
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile, feeds_of
 from hf_async_store.strategies.json.files import (
     CLAIM_FILE,
+    SYSTEM_SECTIONS,
     FileManager,
     sync_data,
     write_all,
@@ -207,7 +208,7 @@ class JSONEngine(Engine):
     async def undeclared(self) -> list[str]:
         state = await self.follower.current()
         names = {*self._undeclared_sections(state), *await self._undeclared_files()}
-        return sorted(names - {*self.schema, CLAIM_COLLECTION.name})
+        return sorted(names - {*self.schema, *SYSTEM_SECTIONS})
 
     async def _undeclared_files(self) -> list[str]:
         """The names of collections in data files that neither configuration nor journal names."""

@@ -22,7 +22,7 @@ from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import Ownership, keep, of_a_new_store, share
-from hf_async_store.schema import CLAIM_COLLECTION, Schema
+from hf_async_store.schema import CLAIM_COLLECTION, SUBSCRIPTION_COLLECTION, Schema
 from hf_async_store.strategies.json.journal import USE_FILES, FileState
 
 log: Final = logging.getLogger("hf_async_store.json")
@@ -33,8 +33,14 @@ _GZIP_SUFFIX: Final = ".gz"
 _SPLIT_STEM: Final = "store"
 """The first part of the names of the journal and the lock files of split files."""
 
+SYSTEM_SECTIONS: Final = {each.name: each for each in (CLAIM_COLLECTION, SUBSCRIPTION_COLLECTION)}
+"""The collections that a JSON store needs in addition to the declared ones."""
+
 CLAIM_FILE: Final = f"{CLAIM_COLLECTION.name}.json"
 """With split files, the data file of claims, which exists once an entity was claimed."""
+
+_SUBSCRIPTION_FILE: Final = f"{SUBSCRIPTION_COLLECTION.name}.json"
+"""The same for the positions of named subscriptions to a change feed."""
 
 _RESERVED: Final = re.compile(
     r".*\.(journal|bak|damaged)\.\d+(\.gz)?|.*\.feed\.\d+-\d+"
@@ -109,6 +115,8 @@ class FileManager:
             configured: dict[str, str | None] = {config.filenames.single_file: None}
         else:
             configured = {file: name for name, file in config.files(schema).items()}
+            if any(each.feed for each in schema.values()):
+                configured[_SUBSCRIPTION_FILE] = SUBSCRIPTION_COLLECTION.name
         for name in configured:
             _refuse_reserved(name, single=self.single)
         # Absolute, since the working directory may change while the store is open.

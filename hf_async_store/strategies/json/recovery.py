@@ -21,9 +21,14 @@ import msgspec
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
 from hf_async_store.ordered_index import reclaim
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.schema import CLAIM_COLLECTION, Schema
+from hf_async_store.schema import Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable
-from hf_async_store.strategies.json.files import DataFile, FileManager, has_failed_sync
+from hf_async_store.strategies.json.files import (
+    SYSTEM_SECTIONS,
+    DataFile,
+    FileManager,
+    has_failed_sync,
+)
 from hf_async_store.strategies.json.journal import (
     USE_FILES,
     USE_UNDAMAGED,
@@ -107,11 +112,8 @@ class StoreLoader:
 
     def section(self, name: str) -> CollectionTable:
         """An empty table for a collection, which need not be declared."""
-        known = name in self._schema
-        # Not `get`: for an unknown name a schema raises an error.
-        collection = self._schema[name] if known else None
-        if name == CLAIM_COLLECTION.name:
-            collection = CLAIM_COLLECTION
+        # Not `get` of the schema, which raises an error for an unknown name.
+        collection = self._schema[name] if name in self._schema else SYSTEM_SECTIONS.get(name)
         return CollectionTable(collection, self._serializer, self._cache_size)
 
     def collections_of(self, name: str, state: StoreState) -> set[str]:
@@ -145,7 +147,7 @@ class StoreLoader:
         return state
 
     async def _load(self, state: StoreState, recover_from: str | None) -> None:
-        for name in (*self._schema, CLAIM_COLLECTION.name):
+        for name in (*self._schema, *SYSTEM_SECTIONS):
             state.sections[name] = self.section(name)
         journals: list[_Journal] = []
         if recover_from == "file":
