@@ -109,8 +109,9 @@ def merged(recorded: Iterable[Collection], declared: Iterable[Collection]) -> li
     """The recorded declarations, with those of a program added.
 
     Collections, fields, indexes, expiry and feeds that only other programs declare stay; of two retentions
-    of a feed the longer one counts. If a field or the expiry is declared differently, the program is followed; but an index stays unique, and its fields stay of
-    types that can be indexed. A collection that it declares with another key stays as it was.
+    of a feed the longer one counts. If a field or the expiry is declared differently, the program is
+    followed; but an index stays unique, and its fields stay of types that can be indexed. A collection that
+    it declares with another key stays as it was.
     """
     result = {each.name: each for each in recorded}
     for each in declared:
