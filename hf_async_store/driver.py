@@ -242,6 +242,8 @@ class QueryPlan(msgspec.Struct, frozen=True, kw_only=True):
 class FeedEntry(msgspec.Struct, frozen=True, gc=False):
     """One committed change of one entity, as `Engine.read_feed` returns it.
 
+    Its receiver does not modify the entities.
+
     Attributes:
         key: the key of the entity.
         before: the entity as it was; None if the change created it.

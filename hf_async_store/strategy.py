@@ -67,7 +67,7 @@ from hf_async_store.purging import LivingReader, Purging
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import read_only_session
 from hf_async_store.redaction import redact_texts
-from hf_async_store.repository import RepositoryInterface, operation_timeout
+from hf_async_store.repository import operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
 from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
@@ -75,6 +75,7 @@ from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key, Value
+from hf_async_store.watching import WatchedStore
 
 Result = TypeVar("Result")
 
@@ -100,7 +101,7 @@ class _Forks:
 os.register_at_fork(after_in_child=_Forks.increment)
 
 
-class StorageStrategy(RepositoryInterface):
+class StorageStrategy(WatchedStore):
     """A store. Open it with `async with`, or with `open()` and `close()`.
 
     Opening does no I/O; the first call does. A store belongs to the event loop that it was opened
@@ -115,9 +116,10 @@ class StorageStrategy(RepositoryInterface):
     transaction_type: ClassVar[type[Transaction]] = Transaction
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
-        super().__init__(Schema(schema.values()), SlowQueries())
+        super().__init__(engine, Schema(schema.values()), SlowQueries())
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
+        _refuse_feeds(schema, engine.capabilities)
         self._engine = engine
         self._purging = Purging(self, alone=not engine.capabilities.removes_expired)
         self._set_clock(None, self._purging.seconds)
@@ -200,6 +202,7 @@ class StorageStrategy(RepositoryInterface):
                 stack.push_async_callback(self._reads.drain)
             stack.push_async_callback(self._writes.drain)
             stack.push_async_callback(self._streams.close)
+            stack.push_async_callback(self._stop_watching)
             await self._purging.stop()
 
     def abandon(self) -> None:
@@ -316,6 +319,13 @@ class StorageStrategy(RepositoryInterface):
         except BaseException:
             self._record_attempts = attempts
             raise
+
+    async def _record_feeds(self) -> bool:
+        if not self._record_attempts:
+            return False
+        await self._engine.remember(self._schema.values())
+        self._record_attempts = 0
+        return True
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._select_stored(self._living_query(query))
@@ -857,6 +867,21 @@ def _refuse_unique(schema: Schema, engine: str) -> None:
             f"{name} declares a unique index, but the engine {engine!r} does not enforce any "
             "(see its capability unique_indexes)"
         )
+
+
+def _refuse_feeds(schema: Schema, capabilities: Capabilities) -> None:
+    longest = capabilities.max_feed_retention
+    for each in schema.values():
+        if each.feed is not None and not capabilities.feed:
+            raise ConfigurationError(
+                f"{each.name} declares a feed, but the engine {capabilities.engine!r} has none (see its "
+                "capability feed)"
+            )
+        if each.feed is not None and longest is not None and each.feed > longest:
+            raise ConfigurationError(
+                f"{each.name} declares a feed of {each.feed}, but the engine {capabilities.engine!r} "
+                f"keeps changes for at most {longest} (see its capability max_feed_retention)"
+            )
 
 
 def _key_of(change: Change) -> Key:

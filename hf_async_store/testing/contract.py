@@ -25,6 +25,7 @@ from hf_async_store.testing.declarations import DeclarationContract
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.expiry import ExpiryContract
 from hf_async_store.testing.expiry_of_owners import OwnerExpiryContract
+from hf_async_store.testing.feed import FeedContract
 from hf_async_store.testing.field_operations import FieldOperationContract
 from hf_async_store.testing.filtered_changes import FilteredChangeContract
 from hf_async_store.testing.groups import GroupContract
@@ -86,6 +87,7 @@ class StrategyContract(
     ClaimContract,
     ExpiryContract,
     OwnerExpiryContract,
+    FeedContract,
 ):
     """All cases of the contract."""
 
