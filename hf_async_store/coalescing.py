@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final, Generic, TypeAlias, TypeVar
+from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 
 from msgspec import Struct
 
@@ -25,7 +25,7 @@ from hf_async_store.values import Key
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
+Observed = TypeVar("Observed", contravariant=True)
 
 _NO_RESULT: Final = StorageError("there is no result yet")
 
@@ -43,6 +43,7 @@ class _Waiter(Struct, Generic[Item, Result], eq=False):
     started: bool = False  # an item is or was in a batch
     in_progress: int = 0  # the number of items that are in running batches
     batches_ended: asyncio.Future[None] | None = None
+    caller: object | None = None  # for the observer of batches
 
     def release(self) -> None:
         """Record that the batch of one of the items has ended."""
@@ -57,6 +58,23 @@ class _Waiter(Struct, Generic[Item, Result], eq=False):
             self.batches_ended = asyncio.get_running_loop().create_future()
             with suppress(asyncio.CancelledError):
                 await self.batches_ended
+
+
+class BatchObserver(Protocol[Observed, Result]):
+    """Observes the batches of a coalescer."""
+
+    @property
+    def caller(self) -> Callable[[], object | None]:
+        """Identifies the caller of `submit`; None if it need not be told to `run`."""
+
+    async def run(
+        self,
+        items: Sequence[Observed],
+        callers: Sequence[object],
+        work: Callable[[], Awaitable[Sequence[Result]]],
+    ) -> Sequence[Result]:
+        """Return what `work()` does, the results of a batch; `callers` has each of its callers once."""
+        ...
 
 
 async def _one_iteration() -> None:
@@ -92,6 +110,7 @@ class Coalescer(Generic[Item, Result]):
     Attributes:
         let_callers_run: what a lane awaits between two batches; by default, one iteration of the event
             loop.
+        observer: of the batches.
     """
 
     def __init__(
@@ -120,6 +139,12 @@ class Coalescer(Generic[Item, Result]):
         self._waiting: set[asyncio.Task[None]] = set()  # the tasks that call `wait`
         self._start_scheduled = False
         self.let_callers_run: Callable[[], Awaitable[None]] = _one_iteration
+        self.observer: BatchObserver[Item, Result] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many calls of `submit` wait for a batch, for all or the rest of their items."""
+        return len(self._queue)
 
     async def submit(
         self, items: Sequence[Item], timeout: float | None
@@ -139,6 +164,8 @@ class Coalescer(Generic[Item, Result]):
         waiter: _Waiter[Item, Result] = _Waiter(
             items, loop.create_future(), [_NO_RESULT] * count, count
         )
+        if self.observer is not None:
+            waiter.caller = self.observer.caller()
         self._queue.append((waiter, 0, count))
         self._schedule_start()
         timer = None
@@ -256,7 +283,12 @@ class Coalescer(Generic[Item, Result]):
         items = [waiter.items[index] for waiter, index in batch]
         blocked: _Batch[Item, Result] = []
         try:
-            results = await run(items)
+            if self.observer is None:
+                results = await run(items)
+            else:
+                callers = [each.caller for each, _ in batch if each.caller is not None]
+                distinct = list(dict.fromkeys(callers))
+                results = await self.observer.run(items, distinct, partial(run, items))
         except StorageError as exc:
             _deliver([(entry, exc.copy()) for entry in batch])
         except BaseException as exc:

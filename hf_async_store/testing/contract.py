@@ -21,6 +21,7 @@ from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
 from hf_async_store.testing.changed_declarations import ChangedDeclarationContract
 from hf_async_store.testing.claims import ClaimContract
+from hf_async_store.testing.clearing import ClearingContract
 from hf_async_store.testing.declarations import DeclarationContract
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.expiry import ExpiryContract
@@ -40,12 +41,14 @@ from hf_async_store.testing.references import ReferenceContract
 from hf_async_store.testing.rollout import RolloutContract
 from hf_async_store.testing.shared_databases import SharedDatabaseContract
 from hf_async_store.testing.streams import StreamContract
+from hf_async_store.testing.subscriptions import SubscriptionContract
 from hf_async_store.testing.transactions import TransactionContract
 from hf_async_store.testing.transformed_entities import TransformContract
 from hf_async_store.testing.type_changes import TypeChangeContract
 from hf_async_store.testing.unique_indexes import UniqueIndexContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
+from hf_async_store.testing.waiting import WaitingContract
 from hf_async_store.testing.wrong_arguments import ArgumentContract
 
 if TYPE_CHECKING:
@@ -87,7 +90,10 @@ class StrategyContract(
     ClaimContract,
     ExpiryContract,
     OwnerExpiryContract,
+    ClearingContract,
     FeedContract,
+    WaitingContract,
+    SubscriptionContract,
 ):
     """All cases of the contract."""
 

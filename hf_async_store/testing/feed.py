@@ -284,6 +284,23 @@ class FeedContract:
                 found = await all_before(store, changes)
         assert by_entity(briefly(found)) == {"a": [("put", 2), ("put", 3)]}
 
+    async def test_109_a_claim_that_waits_is_woken(self, harness: Harness) -> None:
+        feed_of(harness)
+        if not harness.capabilities.claims:
+            pytest.skip("the engine has no claims")
+        async with harness.store(COLLECTIONS) as store, second(harness, store) as other:
+            await store.create_entity("notes", {"note_id": "older", "label": "y"})
+            waiting = [
+                asyncio.create_task(store.claim_entities("notes", {"label": "x"}, wait=wait))
+                for wait in (HANG_SECONDS, 3.0)
+            ]
+            await asyncio.sleep(2.0)  # the intervals are long by now
+            await other.create_entity("notes", {"note_id": "a", "label": "x"})
+            await other.create_entity("notes", {"note_id": "b", "label": "x"})
+            found = await asyncio.gather(*waiting)
+            assert sorted(each.id for claims in found for each in claims) == ["a", "b"]
+            assert await store.claim_entities("notes", {"label": "x"}, wait=0.1) == []
+
     async def test_109_a_filter_matches_before_or_after(self, harness: Harness) -> None:
         feed_of(harness)
         async with (
