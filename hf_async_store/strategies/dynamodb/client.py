@@ -20,7 +20,12 @@ import msgspec
 
 from hf_async_store.config import DynamoDBConfig
 from hf_async_store.driver import run_to_completion
-from hf_async_store.errors import ConfigurationError, StorageError, StoreClosedError
+from hf_async_store.errors import (
+    ConfigurationError,
+    StorageError,
+    StoreClosedError,
+    UnavailableError,
+)
 from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
 from hf_async_store.strategies.dynamodb.request_retry import Retries, retry
 from hf_async_store.strategies.dynamodb.responses import read_response
@@ -53,7 +58,7 @@ class Client:
     async def connection(self) -> _Connection:
         """The connection, opened at the first call; concurrent callers wait for the same task."""
         if self._closed:
-            raise StoreClosedError("this store was closed")
+            raise _closed()
         if self._connection is not None:
             return self._connection
         if self._opening is None:
@@ -62,13 +67,16 @@ class Client:
             )
         opening = self._opening
         try:
-            self._connection = await asyncio.shield(opening)
+            connection = await asyncio.shield(opening)
         except asyncio.CancelledError:
             raise
         except BaseException:
             self._opening = None
             raise
-        return self._connection
+        if self._closed:  # meanwhile, and `close` closes the connection
+            raise _closed()
+        self._connection = connection
+        return connection
 
     async def call(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request once and return its response.
@@ -81,7 +89,12 @@ class Client:
 
     async def read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Send an idempotent request and return its response; transient failures are retried."""
-        return await retry(lambda: self.call(operation, params), self.retries())
+        try:
+            return await retry(lambda: self.call(operation, params), self.retries())
+        except UnavailableError as exc:
+            if self._closed:
+                raise _closed() from exc
+            raise
 
     def retries(self, seconds: float | None = None) -> Retries:
         """The retries of one operation, by default until `retry_timeout` has passed."""
@@ -102,6 +115,10 @@ class Client:
                 return
         if connection is not None:
             await run_to_completion(connection.close())
+
+
+def _closed() -> StoreClosedError:
+    return StoreClosedError("this store was closed")
 
 
 class _Connection:

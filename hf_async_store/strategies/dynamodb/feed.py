@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from hf_async_store.driver import FeedBatch, FeedEntry
 from hf_async_store.errors import FeedExpiredError, SchemaMismatchError, UnavailableError
 from hf_async_store.strategies.dynamodb.errors import (
+    IteratorExpired,
     RecordsTrimmed,
     StatementRefused,
     TableMissing,
@@ -51,6 +52,9 @@ _MAX_PAGES: Final = 10
 """So many pages without a change of an entity are read at once."""
 
 _MIN_RECORDS: Final = 10
+_MAX_EXACT: Final = 16
+"""A position of more shards does not contain their iterators, each of which has some hundred bytes."""
+
 _ROUNDED: Final = 1.0
 """The times of records are rounded down to seconds."""
 
@@ -99,12 +103,14 @@ class Feed:
         if stream is None:
             raise UnavailableError(f"the table {self._tables.name(collection)} was deleted")
         mark = Mark(since=time.time())
+        marks: list[Mark] = []
         with _public(collection):
             newest = await self._newest(stream)
+            exact = len(newest) <= _MAX_EXACT
             places = [Place(stream, each, mark) for each in newest]
             for part in chunks(places, PARALLEL):
-                await gather([self._shards.start_at_end(each) for each in part])
-        return Position(stream, dict.fromkeys(newest, mark)).text()
+                marks += await gather([self._shards.end_of(each, exact=exact) for each in part])
+        return Position(stream, dict(zip(newest, marks, strict=True))).text()
 
     async def _newest(self, stream: str) -> list[str]:
         """The shards that no other one continues."""
@@ -246,6 +252,8 @@ def _public(collection: str) -> Iterator[None]:
         raise FeedExpiredError(
             f"the feed of {collection} does not contain all changes after this position any more"
         ) from exc
+    except IteratorExpired as exc:  # a new one
+        raise UnavailableError("DynamoDB does not accept its iterators of a stream") from exc
     except StatementRefused as exc:
         raise invalid_position() from exc
 

@@ -24,11 +24,13 @@ class Mark(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
         number: a sequence number; "" for the beginning of the shard.
         is_next: the record with this number is the next one; else it is the last one before.
         since: skip records that were made before, in seconds since 1970; 0: none.
+        iterator: an iterator for this place, or "". It is exact, but soon expires.
     """
 
     number: str = ""
     is_next: bool = False
     since: float = 0.0
+    iterator: str = ""
 
 
 class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

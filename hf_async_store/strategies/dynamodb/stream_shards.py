@@ -11,6 +11,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from msgspec.structs import replace
+
 from hf_async_store.strategies.dynamodb.errors import IteratorExpired, RecordsTrimmed
 
 if TYPE_CHECKING:
@@ -81,9 +83,17 @@ class Shards:
                 return found
             params["ExclusiveStartShardId"] = last
 
-    async def start_at_end(self, place: Place) -> None:
-        """Let the place be the present end of its shard, as long as its iterator is kept."""
-        self._keep(place, await self._iterator(place, "LATEST"))
+    async def end_of(self, place: Place, *, exact: bool) -> Mark:
+        """The present end of the shard of a place, where it is until the iterator expires.
+
+        Args:
+            exact: the mark contains the iterator. Otherwise only this process has it.
+        """
+        iterator = await self._iterator(place, "LATEST")
+        if exact:
+            return replace(place.mark, iterator=iterator)
+        self._keep(place, iterator)
+        return place.mark
 
     async def read(self, place: Place, limit: int) -> Page:
         """The records after a place.
@@ -104,7 +114,9 @@ class Shards:
     async def _records(self, place: Place, limit: int) -> dict[str, Any]:
         number = min(limit, _MAX_RECORDS)
         iterator, kept_at = self._iterators.get(place, ("", 0.0))
-        if iterator and time.monotonic() - kept_at < _ITERATOR_SECONDS:
+        if time.monotonic() - kept_at > _ITERATOR_SECONDS:
+            iterator = place.mark.iterator
+        if iterator:
             with suppress(IteratorExpired):
                 params = {"ShardIterator": iterator, "Limit": number}
                 return await self._client.read("GetRecords", params)
