@@ -382,7 +382,7 @@ class Follower:
             with suppress(OSError):
                 os.close(fd)
             raise
-        previous = state.switch(fd, state.generation + 1, end, 1)
+        previous = state.switch(fd, head, end, 1)
         if previous >= 0:
             # In a thread: closing the last descriptor of a large deleted file frees its disk space.
             await run_to_completion(asyncio.to_thread(os.close, previous))

@@ -11,7 +11,7 @@ import msgspec
 
 from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.files import Signature
-from hf_async_store.strategies.json.journal import FileState, Images
+from hf_async_store.strategies.json.journal import FileState, Head, Images
 from hf_async_store.strategies.json.serializer import StoredEntity, parse_object
 
 Merged: TypeAlias = Mapping[str, "dict[str, StoredEntity]"]
@@ -66,6 +66,8 @@ class StoreState:
     offset: int = 0
     sequence: int = 0
     sealed: bool = False
+    feed: str = ""
+    """The random name of the current generation for the change feed; empty if it has none."""
     appending: PendingAppend | None = None
 
     @property
@@ -87,6 +89,10 @@ class StoreState:
         return self.failed_sync_generation > 0 and any(
             each.covers <= self.failed_sync_generation for each in self.content.values()
         )
+
+    async def before(self, images: Images) -> dict[str, dict[str, bytes | None]]:
+        """The entities that a commit is about to change, as they are; without those that it creates."""
+        return {name: await self.sections[name].stored(each) for name, each in images.items()}
 
     async def merged(self, images: Images) -> Merged:
         """Copies of the sections to which many of the images apply, for `apply`."""
@@ -143,7 +149,7 @@ class StoreState:
                 return members.get(entity_id)
         return None
 
-    def switch(self, fd: int, generation: int, offset: int, sequence: int) -> int:
+    def switch(self, fd: int, head: Head, offset: int, sequence: int) -> int:
         """Continue with another journal, which is not sealed.
 
         Returns:
@@ -152,7 +158,8 @@ class StoreState:
         previous, self.fd = self.fd, -1
         self.close()
         self.fd = fd
-        self.generation = generation
+        self.generation = head.generation
+        self.feed = head.feed
         self.offset = offset
         self.sequence = sequence
         self.sealed = False
