@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import sqlite3
 import time
+from base64 import urlsafe_b64decode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
@@ -19,7 +21,7 @@ import msgspec
 from hf_async_store import Collection, open_store
 from hf_async_store.strategies.sql.feed_state import decoded_state
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
-from tests.dynamodb.proxy import WRITES, Cut, Fault, Partly, Proxy, Request, throttled
+from tests.dynamodb.proxy import WRITES, Answer, Cut, Fault, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -372,6 +374,37 @@ class DynamoDBHarness:
 
         self._proxy.rule = rule
 
+    async def forget_feed(self, store: StorageStrategy, collection: str) -> None:
+        # An iterator of the test server contains the number of records before it.
+        position = await store.engine.feed_position(collection)
+        [[*_, end]] = json.loads(position)["shards"].values()
+        first = _records_before(end)
+
+        def rule(request: Request) -> Fault | None:
+            if request.operation != "GetRecords":
+                return None
+            if _records_before(request.params["ShardIterator"]) >= first:
+                return None
+            return Answer(400, {"__type": "TrimmedDataAccessException"})
+
+        self._proxy.rule = rule
+
+    async def disturb(self, store: StorageStrategy) -> None:
+        faults = iter(
+            [
+                Answer(400, {"__type": "ExpiredIteratorException"}),
+                throttled(),
+                Cut(applied=True),
+                Answer(500, {"__type": "InternalServerError"}),
+            ]
+        )
+
+        def rule(request: Request) -> Fault | None:
+            is_read = request.operation in ("GetRecords", "GetShardIterator")
+            return next(faults, None) if is_read else None
+
+        self._proxy.rule = rule
+
     def throttle(self, requests: int) -> None:
         left = requests
 
@@ -383,6 +416,11 @@ class DynamoDBHarness:
             return Partly() if left % 2 else throttled()
 
         self._proxy.rule = rule
+
+
+def _records_before(iterator: str) -> int:
+    number: int = json.loads(urlsafe_b64decode(iterator))["p"]
+    return number
 
 
 def _opened(
