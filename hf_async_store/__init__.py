@@ -54,6 +54,7 @@ from hf_async_store.errors import (
     StoreClosedError,
     StoreNotFoundError,
     StoreRelocatedError,
+    SubscriptionAdvancedError,
     TargetNotEmptyError,
     ThrottledError,
     TransactionAbortedError,
@@ -68,6 +69,7 @@ from hf_async_store.errors import (
     VerificationError,
 )
 from hf_async_store.expiry import Expire
+from hf_async_store.feed import Changes, EntityChange
 from hf_async_store.field_operations import add_to_set, append, increment, remove_from_set
 from hf_async_store.models import References, StoreVersion
 from hf_async_store.query import (
@@ -96,8 +98,15 @@ from hf_async_store.repository import RepositoryInterface
 from hf_async_store.schema import HOST_FACTORY, Collection, Field, Index
 from hf_async_store.strategies import open_store
 from hf_async_store.strategy import StorageStrategy
+from hf_async_store.subscriptions import Subscription, SubscriptionInfo
 from hf_async_store.transaction import Transaction
-from hf_async_store.typed import TypedCollection, TypedPage, Versioned
+from hf_async_store.typed import (
+    TypedChange,
+    TypedChanges,
+    TypedCollection,
+    TypedPage,
+    Versioned,
+)
 from hf_async_store.values import REMOVE, Entity, Value
 
 if TYPE_CHECKING:
@@ -133,6 +142,7 @@ __all__ = [
     "AuthenticationError",
     "BatchError",
     "Capabilities",
+    "Changes",
     "Claim",
     "ClaimInfo",
     "ClaimLostError",
@@ -144,6 +154,7 @@ __all__ = [
     "DiskFullError",
     "DynamoDBStorageStrategy",
     "Entity",
+    "EntityChange",
     "EntityMismatchError",
     "EntityNotFoundError",
     "EventLoopMismatchError",
@@ -185,6 +196,9 @@ __all__ = [
     "StoreNotFoundError",
     "StoreRelocatedError",
     "StoreVersion",
+    "Subscription",
+    "SubscriptionAdvancedError",
+    "SubscriptionInfo",
     "TargetNotEmptyError",
     "ThrottledError",
     "Transaction",
@@ -193,6 +207,8 @@ __all__ = [
     "TransactionError",
     "TransactionReentryError",
     "TransactionTooLargeError",
+    "TypedChange",
+    "TypedChanges",
     "TypedCollection",
     "TypedPage",
     "UnavailableError",

@@ -404,10 +404,13 @@ def check_name(name: str, what: str) -> str:
 
 
 async def until_claimed(
-    attempt: Callable[[], Awaitable[list[Claim]]], wait: float, longest: float = _LONGEST_PAUSE
+    attempt: Callable[[], Awaitable[list[Claim]]],
+    wait: float,
+    longest: float = _LONGEST_PAUSE,
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> list[Claim]:
     """What the first attempt that is not empty returns; [] if none is within `wait` seconds."""
-    backoff = Backoff(wait, first=_FIRST_PAUSE, longest=longest)
+    backoff = Backoff(wait, first=_FIRST_PAUSE, longest=longest, sleep=sleep)
     while True:
         claims = await attempt()
         if claims or not await backoff.pause():

@@ -21,6 +21,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     RetriesExhaustedError,
     StorageError,
+    SubscriptionAdvancedError,
     TransactionAbortedError,
 )
 from hf_async_store.values import Key
@@ -107,8 +108,10 @@ async def _wait(backoff: Backoff, ticket: Ticket | None, seconds: float, attempt
 def conflict_in(exc: BaseException | None) -> ConcurrencyConflictError | None:
     """The conflict that ended an attempt, directly or as the cause of an aborted transaction.
 
-    None for other errors, and for a conflict whose outcome is unknown.
+    None for other errors, for a conflict whose outcome is unknown, and where each attempt would end so.
     """
+    if isinstance(exc, SubscriptionAdvancedError):
+        return None
     if isinstance(exc, ConcurrencyConflictError):
         return None if exc.outcome_unknown else exc
     if isinstance(exc, TransactionAbortedError):

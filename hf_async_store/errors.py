@@ -215,6 +215,14 @@ class RetriesExhaustedError(ConcurrencyConflictError):
     """`run_transaction` or `modify_entity` met conflicts until `retry_seconds` had passed."""
 
 
+class SubscriptionAdvancedError(ConcurrencyConflictError):
+    """A named subscription was advanced by another consumer, or past this change already.
+
+    What would have been committed with it is in the store, so no transaction is run again because of this
+    error. To go on, leave the subscription and enter it anew.
+    """
+
+
 class ReferenceViolationError(StorageError):
     """A referenced parent does not exist, or a parent to be deleted still has children."""
 

@@ -56,7 +56,7 @@ class SharedFeed:
         self.end = ""
         self.generation = 0
         self._waiting: set[asyncio.Future[str | StorageError]] = set()
-        self._listeners: dict[str, set[Listener]] = {}
+        self._listeners: dict[str | None, set[Listener]] = {}  # by id; None: of all entities
         self._advancing = asyncio.Lock()
         self._begun = self._completed = 0  # the number of the last call of `advance`
         self._reading: dict[str, asyncio.Future[tuple[FeedBatch, int]]] = {}
@@ -150,8 +150,9 @@ class SharedFeed:
                 return
             self.generation += 1
             for entry in batch.entries:
-                for listener in tuple(self._listeners.get(entry.key.id, ())):
-                    listener(entry)
+                for entity_id in (entry.key.id, None):
+                    for listener in tuple(self._listeners.get(entity_id, ())):
+                        listener(entry)
             self._wake(start)
             await asyncio.sleep(0)  # they take it, and may wait again
 
@@ -197,8 +198,10 @@ class SharedFeed:
         self._listeners.clear()
 
     @asynccontextmanager
-    async def listening(self, entity_id: str, listener: Listener) -> AsyncGenerator[None, None]:
-        """Call a function for each change of an entity, from now on until the context is left."""
+    async def listening(
+        self, entity_id: str | None, listener: Listener
+    ) -> AsyncGenerator[None, None]:
+        """Call a function for each change of an entity, or of all, until the context is left."""
         await self.advance()
         self._reader.follow(self.collection)
         listeners = self._listeners.setdefault(entity_id, set())

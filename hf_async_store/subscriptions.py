@@ -21,6 +21,7 @@ from hf_async_store.errors import (
     CorruptionError,
     InvalidInputError,
     StorageError,
+    SubscriptionAdvancedError,
 )
 from hf_async_store.feed import Changes, EntityChange, position_in
 from hf_async_store.feed_reading import SharedFeed
@@ -141,10 +142,12 @@ class Subscription(Changes):
                 consumer writes in it.
 
         Raises:
-            ConcurrencyConflictError: another consumer has advanced it, or this one, to this change. In a
-                transaction, which is then rolled back: what it would have written is written already.
+            SubscriptionAdvancedError: another consumer has advanced it, or this one, to this change. A
+                transaction is then rolled back: what it would have written is written already.
             EntityNotFoundError: the subscription was dropped.
         """
+        if not isinstance(change, EntityChange):
+            raise InvalidInputError(f"change must be a change, not {type(change).__name__}")
         position_in(change.token, self.collection)
         repository = self._store if tx is None else tx
         [record] = await repository._fetch([Key(SUBSCRIPTIONS, self.name)], None)
@@ -158,7 +161,7 @@ class Subscription(Changes):
         except ConcurrencyConflictError as exc:
             if exc.retryable:
                 raise
-            raise ConcurrencyConflictError(
+            raise SubscriptionAdvancedError(
                 f"the subscription {self.name!r} was advanced past this change, by this consumer or "
                 "by another one"
             ) from exc

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 
 from hf_async_store.arguments import check_seconds
 from hf_async_store.changes import Delete
 from hf_async_store.claims import check_name
-from hf_async_store.driver import Engine
+from hf_async_store.driver import Engine, FeedEntry
 from hf_async_store.errors import (
     FeedExpiredError,
     InvalidCursorError,
@@ -20,7 +21,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.feed import Changes, position_in, token_of
 from hf_async_store.feed_reading import FeedReader
-from hf_async_store.query import Filter, Filters
+from hf_async_store.query import Filter, Filters, compile_filter
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import Schema
 from hf_async_store.slow_queries import SlowQueries
@@ -51,8 +52,8 @@ class WatchedStore(RepositoryInterface):
     def _refuse_unopened(self) -> None: ...
 
     @abstractmethod
-    async def _record_feeds(self) -> bool:
-        """Let the store record the declarations of this program; returns whether it had not yet."""
+    async def _record_feeds(self) -> None:
+        """Let the store record the declarations of this program."""
 
     # -- watching ----------------------------------------------------------------------------
 
@@ -115,8 +116,7 @@ class WatchedStore(RepositoryInterface):
         try:
             return await engine.feed_position(collection)
         except SchemaMismatchError:
-            if not await self._record_feeds():
-                raise
+            await self._record_feeds()
             return await engine.feed_position(collection)
 
     # -- waiting -----------------------------------------------------------------------------
@@ -171,6 +171,38 @@ class WatchedStore(RepositoryInterface):
         ):
             waiter.see((await self._fetch([key], None))[0])
             return await waiter.result()
+
+    @asynccontextmanager
+    async def _woken_by_changes(
+        self, collection: str, where: Filter
+    ) -> AsyncGenerator[Callable[[float], Awaitable[object]], None]:
+        """A function that sleeps for some seconds, or until an entity that matches has been written.
+
+        Of a collection without a feed, or whose feed cannot be read, it just sleeps.
+        """
+        if self._schema[collection].feed is None:
+            yield asyncio.sleep
+            return
+        written = asyncio.Event()
+        matches = compile_filter(where)
+
+        def listen(entry: FeedEntry | StorageError) -> None:
+            if isinstance(entry, FeedEntry) and entry.after and matches(entry.after.entity):
+                written.set()
+
+        async def sleep(seconds: float) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await written.wait()
+            written.clear()
+
+        async with AsyncExitStack() as stack:
+            with suppress(StorageError):
+                feed = await stack.enter_async_context(
+                    self._feeds.using(collection, self._feed_position)
+                )
+                await stack.enter_async_context(feed.listening(None, listen))
+            yield sleep
 
     # -- named subscriptions -----------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from hf_async_store import strategies
 from hf_async_store.expiry import PURGE_SECONDS
 from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.sync.calls import Stream
+from hf_async_store.sync.feed import Changes, Subscription
 from hf_async_store.sync.store import Claim, Repository, Snapshot, Store, Transaction
 from hf_async_store.sync.typed import TypedCollection
 
@@ -99,6 +100,7 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "Changes",
     "Claim",
     "DynamoDBStore",
     "JSONStore",
@@ -109,6 +111,7 @@ __all__ = [
     "Snapshot",
     "Store",
     "Stream",
+    "Subscription",
     "Transaction",
     "TypedCollection",
     "backup_store",

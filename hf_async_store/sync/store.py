@@ -26,6 +26,7 @@ from hf_async_store.sync.calls import (
     streaming,
 )
 from hf_async_store.sync.event_loop_thread import EventLoopThread, refuse_running_loop
+from hf_async_store.sync.feed import Changes, Subscription
 from hf_async_store.sync.typed import TypedCollection
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from hf_async_store.driver import Capabilities, Isolation, SchemaProgress
+    from hf_async_store.feed import EntityChange
     from hf_async_store.query import Filters, OrderBy
     from hf_async_store.schema import Collection
     from hf_async_store.transforms import Transforms
@@ -423,6 +425,30 @@ class Store(Repository):
 
     claims = blocking(strategy.StorageStrategy.claims)
     break_claim = blocking(strategy.StorageStrategy.break_claim)
+
+    # -- watching ----------------------------------------------------------------------------
+
+    @contextmanager
+    def watch(
+        self, collection: str, filters: Filters = None, *, since: str | None = None
+    ) -> Iterator[Changes[EntityChange]]:
+        """As `StorageStrategy.watch`, for use with `with`. Closing the store ends it."""
+        watched = self._target.watch(collection, filters, since=since)
+        with Context(self._opened(), watched) as changes:
+            yield Changes(changes, self._loop_thread)
+
+    @contextmanager
+    def subscribe(
+        self, name: str, collection: str, filters: Filters = None
+    ) -> Iterator[Subscription]:
+        """As `StorageStrategy.subscribe`, for use with `with`. Closing the store ends it."""
+        subscribed = self._target.subscribe(name, collection, filters)
+        with Context(self._opened(), subscribed) as changes:
+            yield Subscription(changes, self._loop_thread)
+
+    wait_for = blocking(strategy.StorageStrategy.wait_for)
+    subscriptions = blocking(strategy.StorageStrategy.subscriptions)
+    drop_subscription = blocking(strategy.StorageStrategy.drop_subscription)
 
     # -- declarations and health -------------------------------------------------------------
 

@@ -41,12 +41,14 @@ from hf_async_store.testing.references import ReferenceContract
 from hf_async_store.testing.rollout import RolloutContract
 from hf_async_store.testing.shared_databases import SharedDatabaseContract
 from hf_async_store.testing.streams import StreamContract
+from hf_async_store.testing.subscriptions import SubscriptionContract
 from hf_async_store.testing.transactions import TransactionContract
 from hf_async_store.testing.transformed_entities import TransformContract
 from hf_async_store.testing.type_changes import TypeChangeContract
 from hf_async_store.testing.unique_indexes import UniqueIndexContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
+from hf_async_store.testing.waiting import WaitingContract
 from hf_async_store.testing.wrong_arguments import ArgumentContract
 
 if TYPE_CHECKING:
@@ -90,6 +92,8 @@ class StrategyContract(
     OwnerExpiryContract,
     ClearingContract,
     FeedContract,
+    WaitingContract,
+    SubscriptionContract,
 ):
     """All cases of the contract."""
 

@@ -52,6 +52,7 @@ FUNCTIONS: dict[Any, tuple[dict[str, tuple[str, ...]], dict[str, object]]] = {
             "indexes": (),
             "open": ("boolean",),
             "expires": ("none",),
+            "feed": ("none", "integer", "float"),
         },
         {"name": "jobs", "key": "job_id"},
     ),
