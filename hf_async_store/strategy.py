@@ -81,7 +81,7 @@ from hf_async_store.values import Entity, Key, Value
 
 Result = TypeVar("Result")
 
-log: Final = logging.getLogger("hf_async_store")
+log: Final = logging.getLogger("hf_async_store.store")
 
 _RECORD_ATTEMPTS: Final = 3
 _MAX_SLOW_SHOWN: Final = 10
@@ -116,7 +116,7 @@ class StorageStrategy(RepositoryInterface):
     """
 
     transaction_type: ClassVar[type[Transaction]] = Transaction
-    claim_type: ClassVar[type[Claim]] = Claim
+    _claim_type: ClassVar[type[Claim]] = Claim
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
         super().__init__(Schema(schema.values()), SlowQueries())
@@ -207,6 +207,10 @@ class StorageStrategy(RepositoryInterface):
             raise StoreClosedError("this store is already open")
         self._loop = asyncio.get_running_loop()
         self._purging.start()
+        if log.isEnabledFor(logging.INFO):
+            described = self.describe() | {"collections": list(self._schema)}
+            del described["capabilities"]
+            log.info("opened a store: %s", described)
         return self
 
     async def close(self) -> None:
@@ -524,7 +528,8 @@ class StorageStrategy(RepositoryInterface):
                     kept += claimed
                     await self._record_declarations()
             return [
-                self.claim_type(self, each.record.key, each, terms.lease, since) for each in claimed
+                self._claim_type(self, each.record.key, each, terms.lease, since)
+                for each in claimed
             ]
 
         return await until_claimed(attempt, seconds)

@@ -1,8 +1,9 @@
-"""Case 148: what an observer of a store is told."""
+"""Cases 148 and 149: what an observer of a store is told, and what is logged."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from hf_async_store.errors import (
+    AlreadyExistsError,
     ClaimLostError,
     ConcurrencyConflictError,
     InvalidInputError,
@@ -17,6 +19,7 @@ from hf_async_store.errors import (
     UnknownCollectionError,
 )
 from hf_async_store.observer import Event, Observation, Observer, Operation, StoreObserver
+from hf_async_store.query import path
 from hf_async_store.strategies import open_store
 from hf_async_store.sync import blocking_store
 
@@ -106,7 +109,9 @@ def _observed(harness: Harness) -> tuple[StorageStrategy, Recorder]:
 
 
 class ObservationContract:
-    """What an observer is told, on each engine."""
+    """What an observer is told, and what is logged, on each engine."""
+
+    # 148 ------------------------------------------------------------------------------------
 
     async def test_148_methods_streams_and_transactions(self, harness: Harness) -> None:
         store, recorder = _observed(harness)
@@ -224,3 +229,46 @@ class ObservationContract:
         first, second = recorder.named("save_entity")
         assert first.parent is outer
         assert second.parent is recorder.only("transaction")
+
+    # 149 ------------------------------------------------------------------------------------
+
+    async def test_149_the_log_contains_no_ids_values_or_secrets(
+        self, harness: Harness, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG)  # of everything, drivers included
+        entity = {"item_id": SECRET, "label": SECRET, "data": {SECRET: SECRET}}
+        attempts = 0
+        async with harness.store() as store:
+            await store.create_entity("items", entity)
+
+            async def change(found: Entity) -> Entity:
+                nonlocal attempts
+                attempts += 1
+                if attempts == 1:
+                    await store.update_entity("items", SECRET, {"label": SECRET})
+                return found
+
+            await store.modify_entity("items", SECRET, change)
+            await store.query_entities("items", {"label": SECRET}, [path("data", "x"), "label"])
+            await store.update_where("items", {"label": SECRET}, {"data": SECRET})
+            async with store.begin_transaction() as tx:
+                await tx.save_entities("items", [entity])
+            with pytest.raises(AlreadyExistsError):
+                await store.create_entity("items", entity)
+            if harness.capabilities.claims:
+                [claim] = await store.claim_entities("items", owner=SECRET)
+                await store.break_claim("items", SECRET)
+                with pytest.raises(ClaimLostError):
+                    await claim.update({"label": SECRET})
+            await store.apply_schema()
+            await store.delete_entity("items", SECRET)
+        shown = "\n".join(map(logging.Formatter().format, caplog.records))
+        assert SECRET not in shown
+        own = {(each.name, each.levelname, each.getMessage()) for each in caplog.records}
+        retried = "trying again after a conflict in items"
+        assert ("hf_async_store.retries", "DEBUG", retried) in own
+        if harness.capabilities.claims:
+            assert ("hf_async_store.claims", "INFO", "a claim of items was lost") in own
+        [opened] = [each for each in caplog.records if each.name == "hf_async_store.store"]
+        assert opened.levelname == "INFO"
+        assert f"'engine': '{harness.capabilities.engine}'" in opened.getMessage()

@@ -21,6 +21,7 @@ import msgspec
 from hf_async_store.config import DynamoDBConfig
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, StorageError, StoreClosedError
+from hf_async_store.logs import hide_debug_messages
 from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
 from hf_async_store.strategies.dynamodb.request_retry import Retries, retry
 from hf_async_store.strategies.dynamodb.responses import read_response
@@ -206,6 +207,7 @@ def _create_session(config: DynamoDBConfig) -> Any:
 
     from hf_async_store.strategies.dynamodb.transport import Transport
 
+    hide_debug_messages("aiobotocore", "botocore")
     session = AioSession(profile=config.profile)
     session.set_default_client_config(
         AioConfig(
