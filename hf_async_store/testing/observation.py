@@ -235,7 +235,8 @@ class ObservationContract:
     async def test_149_the_log_contains_no_ids_values_or_secrets(
         self, harness: Harness, caplog: pytest.LogCaptureFixture
     ) -> None:
-        caplog.set_level(logging.DEBUG)  # of everything, drivers included
+        for name in (None, "hf_async_store"):  # of everything, drivers included
+            caplog.set_level(logging.DEBUG, name)
         entity = {"item_id": SECRET, "label": SECRET, "data": {SECRET: SECRET}}
         attempts = 0
         async with harness.store() as store:
