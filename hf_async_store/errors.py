@@ -102,6 +102,15 @@ class InvalidCursorError(InvalidInputError):
     """An invalid cursor, or the cursor of another query."""
 
 
+class FeedExpiredError(StorageError):
+    """The change feed does not contain any more what was committed after a token.
+
+    It was kept for the retention of the collection, or up to the limit of the engine; or the store was
+    restored from a copy, where the changes that followed the token may differ. To go on, read the
+    collection itself and watch it from then on.
+    """
+
+
 # -- state of the stored data ---------------------------------------------------------------
 
 

@@ -37,6 +37,7 @@ from hf_async_store.claims import (
     until_claimed,
     waiting_seconds,
 )
+from hf_async_store.clearing import Clearing
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
 from hf_async_store.driver import (
@@ -70,7 +71,7 @@ from hf_async_store.purging import LivingReader, Purging
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import read_only_session
 from hf_async_store.redaction import redact_texts
-from hf_async_store.repository import RepositoryInterface, operation_timeout
+from hf_async_store.repository import operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
 from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
@@ -78,6 +79,7 @@ from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key, Value
+from hf_async_store.watching import WatchedStore
 
 Result = TypeVar("Result")
 
@@ -103,7 +105,7 @@ class _Forks:
 os.register_at_fork(after_in_child=_Forks.increment)
 
 
-class StorageStrategy(RepositoryInterface):
+class StorageStrategy(WatchedStore):
     """A store. Open it with `async with`, or with `open()` and `close()`.
 
     Opening does no I/O; the first call does. A store belongs to the event loop that it was opened
@@ -119,10 +121,11 @@ class StorageStrategy(RepositoryInterface):
     _claim_type: ClassVar[type[Claim]] = Claim
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
-        super().__init__(Schema(schema.values()), SlowQueries())
+        super().__init__(engine, Schema(schema.values()), SlowQueries())
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
-        self._engine = engine
+        _refuse_feeds(schema, engine.capabilities)
+        self._use_engine(engine)
         self._purging = Purging(self, alone=not engine.capabilities.removes_expired)
         self._set_clock(None, self._purging.seconds)
         self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
@@ -133,6 +136,10 @@ class StorageStrategy(RepositoryInterface):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = _Forks.count
         self._closed = False
+
+    def _use_engine(self, engine: Engine) -> None:
+        """Use this engine; for tests also later, while there are no calls."""
+        self._engine = engine
         capabilities = engine.capabilities
         self._writes: Coalescer[Change, Outcome] = Coalescer(
             engine.write_unblocked,
@@ -235,6 +242,7 @@ class StorageStrategy(RepositoryInterface):
                 stack.push_async_callback(self._reads.drain)
             stack.push_async_callback(self._writes.drain)
             stack.push_async_callback(self._streams.close)
+            stack.push_async_callback(self._stop_watching)
             await self._purging.stop()
 
     def abandon(self) -> None:
@@ -351,6 +359,13 @@ class StorageStrategy(RepositoryInterface):
         except BaseException:
             self._record_attempts = attempts
             raise
+
+    async def _record_feeds(self) -> bool:
+        if not self._record_attempts:
+            return False
+        await self._engine.remember(self._schema.values())
+        self._record_attempts = 0
+        return True
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._select_stored(self._living_query(query))
@@ -699,6 +714,28 @@ class StorageStrategy(RepositoryInterface):
         self._usable()
         return await self._purging.run(collection, limit)
 
+    # -- everything --------------------------------------------------------------------------
+
+    async def clear(self, collection: str | None = None) -> int:
+        """Delete all entities of the declared collections; returns how many.
+
+        Those that have expired, too. They are deleted in batches, children before parents, each
+        independently, so that one that is created meanwhile may stay. Claims of entities end with them;
+        named locks, what is recorded of declarations, and collections of other programs are kept.
+
+        Args:
+            collection: only this one; None: all collections.
+
+        Raises:
+            PartialChangeError: one could not be deleted, for example because an entity of another
+                collection refers to it; those before it are deleted.
+        """
+        names = [*self._schema][::-1] if collection is None else [self._schema[collection].name]
+        clearing = Clearing(self._usable())
+        for each in names:
+            await clearing.clear(self._schema[each])
+        return clearing.done
+
     # -- declarations ------------------------------------------------------------------------
 
     async def recorded_collections(self) -> list[Collection]:
@@ -899,6 +936,21 @@ def _refuse_unique(schema: Schema, engine: str) -> None:
             f"{name} declares a unique index, but the engine {engine!r} does not enforce any "
             "(see its capability unique_indexes)"
         )
+
+
+def _refuse_feeds(schema: Schema, capabilities: Capabilities) -> None:
+    longest = capabilities.max_feed_retention
+    for each in schema.values():
+        if each.feed is not None and not capabilities.feed:
+            raise ConfigurationError(
+                f"{each.name} declares a feed, but the engine {capabilities.engine!r} has none (see its "
+                "capability feed)"
+            )
+        if each.feed is not None and longest is not None and each.feed > longest:
+            raise ConfigurationError(
+                f"{each.name} declares a feed of {each.feed}, but the engine {capabilities.engine!r} "
+                f"keeps changes for at most {longest} (see its capability max_feed_retention)"
+            )
 
 
 def _key_of(change: Change) -> Key:

@@ -362,6 +362,8 @@ class Store(Repository):
             yield Snapshot(reader, self._loop_thread)
 
     purge_expired = blocking(strategy.StorageStrategy.purge_expired)
+    clear = blocking(strategy.StorageStrategy.clear)
+
     # -- claims and locks --------------------------------------------------------------------
 
     def claim_entities(

@@ -21,10 +21,12 @@ from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
 from hf_async_store.testing.changed_declarations import ChangedDeclarationContract
 from hf_async_store.testing.claims import ClaimContract
+from hf_async_store.testing.clearing import ClearingContract
 from hf_async_store.testing.declarations import DeclarationContract
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.expiry import ExpiryContract
 from hf_async_store.testing.expiry_of_owners import OwnerExpiryContract
+from hf_async_store.testing.feed import FeedContract
 from hf_async_store.testing.field_operations import FieldOperationContract
 from hf_async_store.testing.filtered_changes import FilteredChangeContract
 from hf_async_store.testing.groups import GroupContract
@@ -88,6 +90,8 @@ class StrategyContract(
     ExpiryContract,
     OwnerExpiryContract,
     ObservationContract,
+    ClearingContract,
+    FeedContract,
 ):
     """All cases of the contract."""
 

@@ -1,8 +1,8 @@
-"""The pytest plugin of the contract suite: options for the seed and for a full run, the choice of variants,
-and a list of skipped engines.
+"""The pytest plugin: for applications, the fixtures of `testing.fixtures`; for the contract suite, options
+for the seed and for a full run, the choice of variants, and a list of skipped engines.
 
 Every pytest run in an environment in which this package is installed loads this module. So it
-imports only pytest, and does nothing until the suite is used.
+imports only pytest, and does nothing until the suite or a fixture is used.
 """
 
 from __future__ import annotations
@@ -16,11 +16,19 @@ from typing import Final
 
 import pytest
 
+from hf_async_store.testing import fixtures
+
+pytest_plugins = ("hf_async_store.testing.fixtures",)
+
 # Each module separately: the package `hf_async_store.testing` is imported already, because it contains
 # this module, and pytest cannot rewrite the assertions of imported modules.
 _MODULES: Final = sorted(each.stem for each in Path(__file__).parent.glob("*.py"))
 pytest.register_assert_rewrite(
-    *(f"hf_async_store.testing.{each}" for each in _MODULES if each not in ("__init__", "plugin"))
+    *(
+        f"hf_async_store.testing.{each}"
+        for each in _MODULES
+        if each not in ("__init__", "fixtures", "plugin")
+    )
 )
 
 LEFT_OUT: Final = "engine left out: "
@@ -55,6 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="repeat the cases of the contract suite as often as the contract states, not a fifth, "
         "and run all variants of a case, not a third",
     )
+    fixtures.add_options(parser, group)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -116,6 +116,7 @@ ACCEPTED: Final[Mapping[str, tuple[str, ...]]] = {
     "name": ("text",),
     "permits.limit": ("integer",),
     "purge_expired.collection": ("none",),
+    "clear.collection": ("none",),
     "expired": ("boolean",),
 }
 """The kinds that a parameter accepts, by its name or `METHOD.NAME`. All others must be refused."""

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import asyncpg
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
     from hf_async_store import Capabilities, StorageStrategy
+    from hf_async_store.strategies.memory import MemoryEngine
     from hf_async_store.testing.harness import Harness
     from hf_async_store_bench.servers import PostgresServer
 
@@ -40,6 +41,10 @@ class MemoryHarness:
 
     def url(self) -> None:
         return None
+
+    async def forget_feed(self, store: StorageStrategy, collection: str) -> None:
+        feed = cast("MemoryEngine", store.engine).feed(collection)
+        feed.remove(len(feed))
 
     def leaks(self) -> list[str]:
         return []

@@ -34,7 +34,6 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
     PermissionDeniedError,
-    PoolTimeoutError,
     ReadOnlyStoreError,
     SchemaMismatchError,
     StorageError,
@@ -63,7 +62,7 @@ from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.parameters import bind, check_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.rows import Table, Tables
-from hf_async_store.strategies.sql.session import SQLReader, SQLSession
+from hf_async_store.strategies.sql.session import SQLReader, SQLSession, once_more
 from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
@@ -218,10 +217,17 @@ class SQLEngine(Engine):
         if self._state is None and not self._dialect.exists():
             yield SQLReader(None, {})
             return
-        async with pool.lease() as lease:
-            tables = await self.tables(lease)
-            async with lease.reading(statements=statements):
-                yield SQLReader(lease, tables)
+
+        async def begun() -> tuple[SQLReader, AsyncExitStack]:
+            async with AsyncExitStack() as stack:
+                lease = await stack.enter_async_context(pool.lease())
+                tables = await self.tables(lease)
+                await stack.enter_async_context(lease.reading(statements=statements))
+                return SQLReader(lease, tables), stack.pop_all()
+
+        reader, stack = await once_more(begun)
+        async with stack:
+            yield reader
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Reader]:
@@ -234,23 +240,21 @@ class SQLEngine(Engine):
         if self._state is None and not self._dialect.exists():
             return [None] * len(keys)
         backoff = conflict_backoff(self._config.timeout)
-        reconnected = False
+
+        async def once() -> list[Record | None]:
+            async with self._readers.lease() as lease:
+                tables = await self.tables(lease)
+                if not self._dialect.needs_transactions:
+                    return await reading.fetch(lease, tables, keys)
+                async with lease.transaction():
+                    return await reading.fetch(lease, tables, keys)
+
         while True:
             try:
-                async with self._readers.lease() as lease:
-                    tables = await self.tables(lease)
-                    if not self._dialect.needs_transactions:
-                        return await reading.fetch(lease, tables, keys)
-                    async with lease.transaction():
-                        return await reading.fetch(lease, tables, keys)
+                return await once_more(once)
             except ConcurrencyConflictError:
                 if not await backoff.pause():
                     raise
-            except UnavailableError:
-                # A read can be repeated; the pooled connection may have been closed by the server.
-                if reconnected:
-                    raise
-                reconnected = True
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         rows = None if query.limit is None else await self._small(query)
@@ -309,12 +313,7 @@ class SQLEngine(Engine):
             async with self._queries.lease() as lease:
                 return await read(SQLReader(lease, await self.tables(lease)))
 
-        try:
-            return await once()
-        except PoolTimeoutError:
-            raise
-        except UnavailableError:
-            return await once()  # the server may have closed the connection
+        return await once_more(once)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         if not self._dialect.exists():

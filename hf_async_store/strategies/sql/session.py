@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import Isolation, Reader, Session
-from hf_async_store.errors import ConcurrencyConflictError
+from hf_async_store.errors import ConcurrencyConflictError, PoolTimeoutError, UnavailableError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.strategies.sql import reading
@@ -85,6 +85,19 @@ class SQLReader(Reader):
         return 0 if source is None else await reading.count(*source, query)
 
 
+async def once_more(work: Callable[[], Awaitable[Item]]) -> Item:
+    """What some work returns that changes nothing, such as beginning a transaction.
+
+    It is repeated if its connection was lost: the server may have closed it while it was not used.
+    """
+    try:
+        return await work()
+    except PoolTimeoutError:
+        raise
+    except UnavailableError:
+        return await work()
+
+
 class Connected(Protocol):
     """What a session needs of its engine."""
 
@@ -141,8 +154,7 @@ class SQLSession(SQLReader, Session):
 
     async def _write_lease(self) -> LeasedConnection:
         if self._lease is None:
-            lease = await self._stack.enter_async_context(self._engine.writing())
-            await self._stack.enter_async_context(lease.transaction(self._isolation))
+            lease = await once_more(self._begun)
             self._tables = self._engine.known_tables
             if self._read_absent and not await self._is_empty(lease):
                 raise ConcurrencyConflictError(
@@ -152,6 +164,13 @@ class SQLSession(SQLReader, Session):
                 )
             self._lease = lease
         return self._lease
+
+    async def _begun(self) -> LeasedConnection:
+        async with AsyncExitStack() as stack:
+            lease = await stack.enter_async_context(self._engine.writing())
+            await stack.enter_async_context(lease.transaction(self._isolation))
+            self._stack = stack.pop_all()
+        return lease
 
     async def _is_empty(self, lease: LeasedConnection) -> bool:
         """Whether all tables are empty."""
