@@ -299,6 +299,7 @@ def _program(text: str, *arguments: str) -> tuple[int, str, str]:
     return ended.returncode, ended.stdout, ended.stderr
 
 
+@pytest.mark.hf_sampled
 class BlockingContract:
     """Case 125."""
 

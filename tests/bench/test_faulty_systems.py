@@ -8,6 +8,8 @@ from faulty_systems import Measure, system
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.systems import chosen
 
+pytestmark = pytest.mark.hf_sampled(by="module")
+
 SAVE = Load(workload="save", tasks=8, entities=1000)
 
 

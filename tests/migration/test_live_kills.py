@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["crew", "short_leases"]
 
+pytestmark = pytest.mark.hf_sampled(by="module")
+
 JSON_TO_POSTGRESQL = ("json-single", "postgresql")
 SQLITE_TO_DYNAMODB = ("sqlite", "dynamodb")
 
