@@ -82,6 +82,7 @@ def test_machine(engine: str) -> None:
     run_machine(ENGINES[engine])
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize("collation", COLLATIONS)
 def test_machine_on_postgresql(postgres_server: PostgresServer, collation: str) -> None:
     run_machine(postgresql(postgres_server, collation))
