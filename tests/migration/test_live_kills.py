@@ -128,7 +128,7 @@ class Life:
 
     async def end(self) -> StorageStrategy:
         """End the applications and check their records; returns the store, which is closed."""
-        self.crew.end()
+        self.crew.end(count=50, transfer=20)
         store = await open_store(
             self.target, collections=COLLECTIONS, follow_moves=[self.source]
         ).open()

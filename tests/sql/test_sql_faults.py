@@ -299,9 +299,9 @@ async def test_71_a_missing_privilege(database: str) -> None:
 
 
 async def test_71_a_statement_timeout(database: str) -> None:
-    async with open_store(f"{database}?timeout=0.3") as store:
+    async with open_store(f"{database}?timeout=2") as store:
         with pytest.raises(StorageError) as caught:
-            await store.execute_with_lock("SELECT pg_sleep(5)")  # type: ignore[attr-defined]
+            await store.execute_with_lock("SELECT pg_sleep(60)")  # type: ignore[attr-defined]
         assert type(caught.value).__name__ == "OperationTimeoutError"
         await store.save_entity("templates", template("t"))
 
@@ -352,7 +352,7 @@ async def test_a_file_that_is_not_a_database(tmp_path: Path) -> None:
 
 async def test_71_another_process_holds_the_lock(tmp_path: Path) -> None:
     url = f"sqlite:{tmp_path}/store.db"
-    async with open_store(url) as store, open_store(f"{url}?timeout=0.2") as other:
+    async with open_store(url) as store, open_store(f"{url}?timeout=1") as other:
         await store.save_entity("templates", template("t"))
         async with store.begin_transaction() as tx:
             await tx.update_entity("templates", "t", {"name": "mine"})
