@@ -33,7 +33,7 @@ FULL_VARIABLE: Final = "HF_ASYNC_STORE_TEST_FULL"
 _MARKER: Final = (
     "hf_sampled(by='test'): in a run of whole files without --hf-full, a random sixth of the variants of "
     "each test is run, at least one; by='case': of all tests with the same number in the same class, "
-    "and always the first of them; by='module': of all marked tests of the module; "
+    "by='module': of all marked tests of the module; "
     "by='url': of the variants with the same value of this parameter or fixture"
 )
 STRIDE: Final = 6
@@ -85,8 +85,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         start = random_of(name).randrange(min(STRIDE, len(variants)))
         dropped.update(variants)
         dropped.difference_update(variants[start::STRIDE])
-        if "::case " in name:
-            dropped.discard(variants[0])
     if dropped:
         config.hook.pytest_deselected(items=[each for each in items if each in dropped])
         items[:] = [each for each in items if each not in dropped]
