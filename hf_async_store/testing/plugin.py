@@ -32,7 +32,7 @@ FULL_VARIABLE: Final = "HF_ASYNC_STORE_TEST_FULL"
 
 _MARKER: Final = (
     "hf_sampled(by='test'): in a run of whole files without --hf-full, a random sixth of the variants of "
-    "each test is run, at least one; by='case': of all tests with the same number in the same class, "
+    "each test is run, at least one; by='case': of all tests with the same number in the same class; "
     "by='module': of all marked tests of the module; "
     "by='url': of the variants with the same value of this parameter or fixture"
 )

@@ -127,6 +127,7 @@ def test_declaration_machine_on_postgresql(postgres_server: PostgresServer) -> N
 
 
 @pytest.mark.hf_sampled(by="module")
+@pytest.mark.timeout(1200)  # several thousand requests, perhaps on a busy machine
 def test_declaration_machine_on_dynamodb(dynamodb_server: DynamoDBServer) -> None:
     run_declaration_machine(dynamodb_at(dynamodb_server))
 
