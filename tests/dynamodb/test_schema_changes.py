@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hf_async_store import DynamoDBStorageStrategy
     from tests.dynamodb.proxy import Fault, Proxy, Request
 
+pytestmark = pytest.mark.hf_sampled
+
 FIELDS: Final = ["owner", Field("size", "integer"), Field("due_at", "timestamp")]
 BEFORE: Final = [Collection("jobs", key="job_id", fields=["owner"], indexes=["owner"])]
 AFTER: Final = [

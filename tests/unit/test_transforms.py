@@ -179,6 +179,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         server.drop(database)
 
 
+@pytest.mark.hf_sampled
 async def test_a_transform_that_is_killed_at_any_step_is_completed_by_the_next(url: str) -> None:
     count = 13  # two pages of two batches each
     steps = 8  # before and after each batch
