@@ -29,6 +29,9 @@ from tests.json.support import (
 )
 
 
+pytestmark = pytest.mark.hf_sampled
+
+
 @one_layout
 async def test_51_eight_processes_save_fifty_each(tmp_path: Path, layout: str) -> None:
     """All 400 saves are kept; the reference implementation kept 50."""
