@@ -28,7 +28,6 @@ from tests.json.support import (
     whole,
 )
 
-
 pytestmark = pytest.mark.hf_sampled
 
 
