@@ -357,12 +357,9 @@ class StorageStrategy(WatchedStore):
             self._record_attempts = attempts
             raise
 
-    async def _record_feeds(self) -> bool:
-        if not self._record_attempts:
-            return False
+    async def _record_feeds(self) -> None:
         await self._engine.remember(self._schema.values())
         self._record_attempts = 0
-        return True
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._select_stored(self._living_query(query))

@@ -52,8 +52,8 @@ class WatchedStore(RepositoryInterface):
     def _refuse_unopened(self) -> None: ...
 
     @abstractmethod
-    async def _record_feeds(self) -> bool:
-        """Let the store record the declarations of this program; returns whether it had not yet."""
+    async def _record_feeds(self) -> None:
+        """Let the store record the declarations of this program."""
 
     # -- watching ----------------------------------------------------------------------------
 
@@ -116,8 +116,7 @@ class WatchedStore(RepositoryInterface):
         try:
             return await engine.feed_position(collection)
         except SchemaMismatchError:
-            if not await self._record_feeds():
-                raise
+            await self._record_feeds()
             return await engine.feed_position(collection)
 
     # -- waiting -----------------------------------------------------------------------------

@@ -50,11 +50,12 @@ from hf_async_store.migration_routing import (
     migration_state_in,
     unrouted,
 )
-from hf_async_store.query import CursorPosition, build_query, eq
+from hf_async_store.query import CursorPosition, Query, build_query, eq
 from hf_async_store.schema import (
     HOST_FACTORY,
     MARKER_COLLECTION,
     MIGRATION_COLLECTIONS,
+    SUBSCRIPTION_COLLECTION,
     Collection,
     Schema,
 )
@@ -599,6 +600,7 @@ class LiveMigration:
                     while await self._catch_up_once(origin, copy):
                         pass
                     await self._verify(origin, copy)
+                    await _copy_subscriptions(origin, copy)
             except TimeoutError as exc:
                 await self._change_state(phase=before)
                 if attempt == _TRIES:
@@ -713,6 +715,21 @@ async def _free(origin: Engine, session: Session, refused: UniqueViolationError)
     freed = Record(owner, {**copied.entity, **dict.fromkeys(refused.fields)})
     marker = marker_of(owner)
     await _write_all(session, [_imported(freed), _imported(Record(marker.key, marker.entity))])
+
+
+async def _copy_subscriptions(origin: Engine, copy: Engine) -> None:
+    """Copy the positions of named subscriptions, which the feed of the copy does not continue.
+
+    A consumer that enters its subscription later learns by them that it missed the switch.
+    """
+    query = Query(SUBSCRIPTION_COLLECTION.name)
+    kept = [_imported(each) async for each in origin.select(query)]
+    keys = {each.key for each in kept}
+    gone = [Delete(each.key) async for each in copy.select(query) if each.key not in keys]
+    if kept or gone:
+        for outcome in await copy.write_each([*kept, *gone]):
+            if isinstance(outcome, StorageError):
+                raise outcome
 
 
 def _imported(record: Record) -> Put:
