@@ -263,7 +263,7 @@ class WaitingContract:
             ]
             await asyncio.sleep(1.5)
             allowed = 12.0 if jobs.feed is None else 0.0
-            rates = []
+            rates: list[float] = []
             while not rates or (rates[-1] > allowed and len(rates) < 20):
                 rates.append(await _reads_in_a_second(store))  # until all have looked at first
             assert rates[-1] <= allowed, rates
