@@ -13,7 +13,12 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
@@ -445,6 +450,11 @@ class SQLEngine(Engine):
 
     def session(self, isolation: Isolation | None) -> SQLSession:
         return SQLSession(self, isolation)
+
+    def changing(self, lease: LeasedConnection) -> AbstractAsyncContextManager[None]:
+        """See `Connected`."""
+        del lease
+        return nullcontext()
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """Apply the changes of a session, up to the first that fails."""

@@ -114,6 +114,10 @@ class Connected(Protocol):
         """A connection for writes."""
         ...
 
+    def changing(self, lease: LeasedConnection) -> AbstractAsyncContextManager[None]:
+        """Surrounds what happens in a transaction, inside it."""
+        ...
+
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """Apply the changes of a session, up to the first that fails."""
         ...
@@ -155,6 +159,7 @@ class SQLSession(SQLReader, Session):
     async def _write_lease(self) -> LeasedConnection:
         if self._lease is None:
             lease = await once_more(self._begun)
+            await self._stack.enter_async_context(self._engine.changing(lease))
             self._tables = self._engine.known_tables
             if self._read_absent and not await self._is_empty(lease):
                 raise ConcurrencyConflictError(

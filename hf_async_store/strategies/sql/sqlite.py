@@ -306,6 +306,8 @@ class SQLite(Dialect):
             claims=True,
             change_markers=True,
             unique_indexes=True,
+            feed=True,
+            feed_order=True,
             references=True,
             read_batch=1024,
             read_concurrency=2,
@@ -324,6 +326,9 @@ class SQLite(Dialect):
             pool_reset_on_return=None,
             pool_use_lifo=True,
         )
+
+    async def connect_alone(self) -> aiosqlite.Connection:
+        return await self._connect()
 
     async def _connect(self) -> aiosqlite.Connection:
         # The task may be cancelled while the thread of the driver opens the connection; the driver
