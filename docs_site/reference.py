@@ -49,6 +49,14 @@ SECTIONS: Final[Mapping[str, Section]] = {
         "What `claim_entities` and `claims` of a store return.",
         ("Claim", "ClaimInfo"),
     ),
+    "feed": Section(
+        "Change feed",
+        "The methods of a store that watch its changes or wait for one, and what they return.",
+        (
+            *("watching.WatchedStore", "Changes", "EntityChange"),
+            *("Subscription", "SubscriptionInfo"),
+        ),
+    ),
     "queries": Section(
         "Filters and orders",
         "The operators of filters, and the forms of `order_by`.",
@@ -73,7 +81,7 @@ SECTIONS: Final[Mapping[str, Section]] = {
     "typed": Section(
         "Typed collections",
         "The methods of one collection, with instances of a class instead of dicts.",
-        ("TypedCollection", "TypedPage", "Versioned"),
+        ("TypedCollection", "TypedPage", "Versioned", "TypedChanges", "TypedChange"),
     ),
     "capabilities": Section(
         "Capabilities, plans and schema changes",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -112,6 +113,8 @@ def shown(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, tuple):
         return ", ".join(f"`{each}`" for each in value)
+    if isinstance(value, timedelta):
+        return f"{value.total_seconds() / 3600:g} hours"
     return f"{value:,}" if isinstance(value, int) else f"`{value}`"
 
 

@@ -1,9 +1,10 @@
 """The change feed of a JSON store, which is read from its journals.
 
-A FED_COMMIT contains its changes as they were before and after. A position names such a record, or the
-HEAD of a generation, by its offset and its checksum, which no other record has: in a store that was
-restored from a copy, another record is there, or none. A HEAD names the generation that it continues, so
-what is missing between two journals is never skipped.
+A FED_COMMIT contains entities as they were before and after. A position names the last one that a reader
+knows, by its offset and its checksum, which no other record has: in a store that was restored from a
+copy, another record is there, or none. A HEAD names the last position before its generation. So changes
+that are missing between two journals are never skipped; and a reader that knows all changes needs none of
+the earlier journals.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from hf_async_store.changes import Record
-from hf_async_store.driver import FeedBatch, FeedEntry, run_to_completion
+from hf_async_store.driver import FeedBatch, FeedEntry
 from hf_async_store.errors import CorruptionError, FeedExpiredError, InvalidCursorError
 from hf_async_store.schema import Collection
 from hf_async_store.strategies.json.files import FileManager
 from hf_async_store.strategies.json.journal import (
     HEADER_SIZE,
     Entry,
+    FeedPosition,
     Head,
     Kind,
     RecordHeader,
@@ -50,42 +52,32 @@ _DECODED: Final = 128
 """How many changes are decoded in one step."""
 
 _MAX_TAILS: Final = 64
-_LARGE_TAIL: Final = 1 << 20
 
 
-class _Position(NamedTuple):
-    """A position after a record.
+class _Place(NamedTuple):
+    """Where a reader is.
 
     Attributes:
-        offset: of the record, from the beginning of its journal.
-        check: the checksum of its header.
-        done: after this number of its changes of the collection; None: after all.
+        position: the last record of which it knows changes.
+        done: it knows this number of its changes of the collection; None: all.
     """
 
-    generation: int
-    offset: int
-    check: int
+    position: FeedPosition
     done: int | None = None
 
     def text(self, feed: str) -> str:
-        done = "" if self.done is None else self.done
-        return f"{feed}-{self.generation}-{self.offset}-{self.check:08x}-{done}"
-
-    @property
-    def whole(self) -> _Position:
-        return self._replace(done=None)
+        generation, offset, check = self.position
+        return f"{feed}-{generation}-{offset}-{check:08x}-{'' if self.done is None else self.done}"
 
 
 class _Tail(NamedTuple):
-    """Where reading goes on after a position that no change followed when it was read last.
+    """The last record of the store that was read, when no changes followed a position.
 
     Attributes:
-        offset, check: of the last record that was read.
-        size, inode: of the file.
+        size, inode: of its journal.
     """
 
-    offset: int
-    check: int
+    record: FeedPosition
     size: int
     inode: int
 
@@ -102,7 +94,7 @@ class _Cut(NamedTuple):
     """The commit in which a batch ended, so that it is not parsed again for the next batch."""
 
     collection: str
-    position: _Position
+    position: FeedPosition
     changes: list[_Change]
 
 
@@ -132,29 +124,36 @@ class _Journal(NamedTuple):
                     return found
         return None
 
-    def head(self) -> tuple[Head, _Position] | None:
-        """The HEAD, and the position after it; None if there is none."""
+    def head(self) -> tuple[Head, RecordHeader] | None:
+        """The HEAD, and its header; None if there is none."""
         found = self.header(0)
         if found is None or found.kind != Kind.HEAD:
             return None
         data = os.pread(self.fd, HEADER_SIZE + found.length, self.begin)
         entry, _ = next(scan([data], str(self.path), self.begin, 0))
-        head = read_naming(Head, entry.payload, str(self.path))
-        return head, _Position(self.generation, 0, found.check)
+        return read_naming(Head, entry.payload, str(self.path)), found
 
-    def last_position(self, position: _Position, offset: int) -> tuple[_Position, _Tail]:
-        """The last position in the journal, by the headers of the records from `offset` on.
 
-        Args:
-            position: the last one before `offset`.
-        """
-        last, check = offset, 0
-        while (found := self.header(offset)) is not None:
-            if found.kind == Kind.FED_COMMIT:
-                position = _Position(self.generation, offset, found.check)
-            last, check = offset, found.check
-            offset += HEADER_SIZE + found.length
-        return position, _Tail(last, check, self.end, self.inode)
+class _Reached(NamedTuple):
+    """The last record that was read.
+
+    Attributes:
+        end, sequence: where the next one begins, and its sequence number.
+    """
+
+    record: FeedPosition
+    kind: int
+    end: int
+    sequence: int
+
+    @classmethod
+    def of(cls, record: FeedPosition, found: RecordHeader) -> _Reached:
+        end = record.offset + HEADER_SIZE + found.length
+        return cls(record, found.kind, end, found.sequence + 1)
+
+    def following(self, entry: Entry, end: int) -> _Reached:
+        record = FeedPosition(self.record.generation, self.end, entry.check)
+        return _Reached(record, entry.kind, end, self.sequence + 1)
 
 
 class ChangeFeed:
@@ -167,43 +166,10 @@ class ChangeFeed:
     def __init__(self, files: FileManager, serializer: JSONSerializer) -> None:
         self._files = files
         self._serializer = serializer
-        self._tails: dict[_Position, _Tail] = {}
+        self._tails: dict[FeedPosition, _Tail] = {}
         self._begins: tuple[Path, int, list[int]] | None = None
         """Path and inode of a file of merged journals, and where each of them begins."""
         self._cut: _Cut | None = None
-
-    # -- positions ---------------------------------------------------------------------------
-
-    async def end(self, collection: str, store: str) -> str | None:
-        """The position after everything that was committed; None if the current generation has no name.
-
-        Args:
-            store: the random name of the store.
-        """
-        generations = self._files.journals()
-        if not generations:
-            return None
-        with self._opened(generations[-1]) as journal:
-            head = journal.head()
-            if head is None or not head[0].feed:
-                return None
-            position, offset = self._known_position(journal) or (head[1], 0)
-            if journal.end - offset > _LARGE_TAIL:
-                hopping = asyncio.to_thread(journal.last_position, position, offset)
-                position, tail = await run_to_completion(hopping)
-            else:
-                position, tail = journal.last_position(position, offset)
-        self._remember(position, tail)
-        return position.text(_feed_name(store, collection))
-
-    def _known_position(self, journal: _Journal) -> tuple[_Position, int] | None:
-        """A position in a journal, and an offset behind which the next one is."""
-        for position, tail in reversed(self._tails.items()):
-            if position.generation == journal.generation:
-                found = journal.header(tail.offset)
-                if found is not None and found.check == tail.check:
-                    return position, tail.offset
-        return None
 
     def may_go_on(self, positions: Iterable[str]) -> bool:
         """Whether changes may have been committed after one of the positions."""
@@ -211,10 +177,10 @@ class ChangeFeed:
 
     def _may_go_on(self, text: str) -> bool:
         match = _TEXT.fullmatch(text)
-        tail = None if match is None else self._tails.get(_parsed(match))
-        if match is None or tail is None:
+        tail = None if match is None else self._tails.get(_place(match).position)
+        if tail is None:
             return True
-        generation = int(match[2])
+        generation = tail.record.generation
         try:
             status = os.stat(self._files.journal_path(generation))  # noqa: PTH116  # polled
         except OSError:
@@ -223,7 +189,7 @@ class ChangeFeed:
             return True
         return os.path.exists(self._files.journal_path(generation + 1))  # noqa: PTH110
 
-    def _remember(self, position: _Position, tail: _Tail) -> None:
+    def _remember(self, position: FeedPosition, tail: _Tail) -> None:
         self._tails.pop(position, None)
         self._tails[position] = tail
         if len(self._tails) > _MAX_TAILS:
@@ -232,86 +198,110 @@ class ChangeFeed:
     # -- changes -----------------------------------------------------------------------------
 
     async def read(self, collection: Collection, store: str, since: str, limit: int) -> FeedBatch:
-        """The changes after a position; see `Engine.read_feed`."""
+        """The changes after a position; see `Engine.read_feed`.
+
+        Args:
+            store: the random name of the store.
+        """
         feed = _feed_name(store, collection.name)
         match = _TEXT.fullmatch(since)
         if match is None or match[1] != feed:
             raise _invalid(collection)
-        start = position = after = _parsed(match)
+        start = place = after = _place(match)
         batch = _Batch(self._serializer, collection, feed, limit)
         cut = self._cut
-        if start.done is not None and cut is not None and cut[:2] == (collection.name, start.whole):
-            position = await batch.add(cut, start.done)
-            after = start.whole
+        if (
+            start.done is not None
+            and cut is not None
+            and cut[:2] == (collection.name, start.position)
+        ):
+            place = await batch.add(cut, start.done)
+            after = _Place(start.position)
         async with aclosing(self._records(after)) as records:
             while not batch.is_full and (record := await anext(records, None)) is not None:
-                cut = _Cut(collection.name, record[0], await _changes(collection.name, record[1]))
-                done = after.done or 0 if record[0] == after.whole else 0
-                position = await batch.add(cut, done)
-        self._cut = None if position.done is None else cut
-        return FeedBatch(batch.entries, since if position == start else position.text(feed))
+                position, entry = record
+                cut = _Cut(collection.name, position, await _changes(collection.name, entry))
+                done = after.done or 0 if position == after.position else 0
+                place = await batch.add(cut, done)
+        self._cut = None if place.done is None else cut
+        return FeedBatch(batch.entries, since if place == start else place.text(feed))
 
-    async def _records(
-        self, position: _Position
-    ) -> AsyncGenerator[tuple[_Position, Entry | None], None]:
-        """The commits with changes after a position, and the HEADs. If the position is within a commit,
-        that commit is the first."""
-        while True:
-            with self._opened(position.generation) as journal:
-                offset, sequence, last = self._start(journal, position)
-                entries = scan_file(
-                    journal.fd, journal.path, journal.end, journal.begin + offset, sequence
-                )
+    async def _records(self, place: _Place) -> AsyncGenerator[tuple[FeedPosition, Entry], None]:
+        """The commits with changes after a place; if it is within a commit, that commit is the first."""
+        position = place.position
+        reached: _Reached | None = self._start(place)
+        while reached is not None:
+            with self._opened(reached.record.generation) as journal:
+                begin = journal.begin + reached.end
+                entries = scan_file(journal.fd, journal.path, journal.end, begin, reached.sequence)
                 async with aclosing(entries):
                     async for entry, end in entries:
-                        last = _Last(entry.kind, offset, entry.check)
+                        reached = reached.following(entry, end - journal.begin)
                         if entry.before:
-                            position = _Position(journal.generation, offset, entry.check)
+                            position = reached.record
                             yield position, entry
-                        offset = end - journal.begin
-                successor = self._successor(journal) if last.kind == Kind.SEAL else None
-                if successor is None:
-                    if journal.ended and last.kind != Kind.SEAL:
-                        raise feed_expired()  # its last records were lost
-                    tail = _Tail(last.offset, last.check, journal.end, journal.inode)
-                    self._remember(position.whole, tail)
-                    return
-            position = successor
-            yield position, None
+            if reached.kind != Kind.SEAL and journal.ended:
+                raise feed_expired()  # its last records were lost
+            tail = _Tail(reached.record, journal.end, journal.inode)
+            reached = (
+                self._next(position, journal.generation) if reached.kind == Kind.SEAL else None
+            )
+        self._remember(position, tail)
 
-    def _start(self, journal: _Journal, position: _Position) -> tuple[int, int, _Last]:
-        """Where to read on after a position: offset and sequence number, and the record before that."""
-        offset = position.offset
-        found = journal.header(offset)
-        if found is None or found.check != position.check:
+    def _start(self, place: _Place) -> _Reached:
+        """Where to read on."""
+        position = place.position
+        if place.done is not None:
+            found = self._reached(position)
+            if found is not None and found.kind == Kind.FED_COMMIT:
+                return found._replace(end=position.offset, sequence=found.sequence - 1)
             raise feed_expired()
-        if position.done is not None:
-            if found.kind != Kind.FED_COMMIT:
-                raise feed_expired()
-            return offset, found.sequence, _Last(found.kind, offset, found.check)
         tail = self._tails.get(position)
-        later = None if tail is None else journal.header(tail.offset)
-        if tail is not None and later is not None and later.check == tail.check:
-            offset, found = tail.offset, later
-        end = offset + HEADER_SIZE + found.length
-        return end, found.sequence + 1, _Last(found.kind, offset, found.check)
+        found = None if tail is None else self._reached(tail.record)
+        if found is None:
+            # Without reading all that lies between, if nothing was changed.
+            newest = self._files.journals()[-1:]
+            found = self._continuing(newest[0], position) if newest else None
+        found = found or self._reached(position) or self._next(position, position.generation)
+        if found is None:
+            raise feed_expired()
+        return found
+
+    def _reached(self, record: FeedPosition) -> _Reached | None:
+        """A record; None if it is not there any more."""
+        with suppress(FeedExpiredError), self._opened(record.generation) as journal:
+            found = journal.header(record.offset)
+            if found is not None and found.check == record.check:
+                return _Reached.of(record, found)
+        return None
+
+    def _continuing(self, generation: int, position: FeedPosition) -> _Reached | None:
+        """The HEAD of a generation; None if changes were made between the position and it."""
+        with suppress(FeedExpiredError), self._opened(generation) as journal:
+            found = journal.head()
+            if found is not None and found[0].last == position:
+                return _Reached.of(FeedPosition(generation, 0, found[1].check), found[1])
+        return None
+
+    def _next(self, position: FeedPosition, generation: int) -> _Reached | None:
+        """The HEAD of the next generation after this one; None if it does not exist yet.
+
+        Args:
+            position: the last one before it.
+
+        Raises:
+            FeedExpiredError: changes that followed the position are missing.
+        """
+        for _ in range(_TRIES):
+            following = self._files.following_journal(generation)
+            if following is None:
+                return None
+            found = self._continuing(following, position)
+            if found is not None:
+                return found
+        raise feed_expired()
 
     # -- journals ----------------------------------------------------------------------------
-
-    def _successor(self, journal: _Journal) -> _Position | None:
-        """The position after the HEAD of the next generation; None if it does not exist yet."""
-        generation = journal.generation + 1
-        try:
-            with self._opened(generation) as successor:
-                found, own = successor.head(), journal.head()
-        except FeedExpiredError:
-            newer = [*self._files.journals(), *(last for _, last in self._files.kept_journals())]
-            if any(each >= generation for each in newer):
-                raise
-            return None
-        if found is None or own is None or found[0].continues != own[0].feed:
-            raise feed_expired()
-        return found[1]
 
     @contextmanager
     def _opened(self, generation: int) -> Iterator[_Journal]:
@@ -352,14 +342,6 @@ class ChangeFeed:
         return _Journal(generation, fd, path, status.st_ino, begin, end, ended=True)
 
 
-class _Last(NamedTuple):
-    """The last record that was read."""
-
-    kind: int
-    offset: int
-    check: int
-
-
 class _Batch:
     """The changes of one collection that are read."""
 
@@ -376,29 +358,28 @@ class _Batch:
     def is_full(self) -> bool:
         return len(self.entries) >= self._limit
 
-    async def add(self, commit: _Cut, done: int) -> _Position:
-        """Add the changes of a commit after the first `done`; returns the position after the last one
-        that was added."""
+    async def add(self, commit: _Cut, done: int) -> _Place:
+        """Add the changes of a commit after the first `done`; returns the place after the last one that
+        was added."""
         count = len(commit.changes)
         if done > count:
             raise _invalid(self._collection)
         for number, change in enumerate(commit.changes[done:], done + 1):
-            whole = commit.position
-            position = whole if number == count else whole._replace(done=number)
-            self.entries.append(self._entry(change, position))
+            place = _Place(commit.position, None if number == count else number)
+            self.entries.append(self._entry(change, place))
             if self.is_full:
-                return position
+                return place
             if not number % _DECODED:
                 await asyncio.sleep(0)
-        return commit.position
+        return _Place(commit.position)
 
-    def _entry(self, change: _Change, position: _Position) -> FeedEntry:
+    def _entry(self, change: _Change, place: _Place) -> FeedEntry:
         key = Key(self._collection.name, change.id)
         return FeedEntry(
             key,
             None if change.before is None else self._before(key, change.before),
             None if change.after is None else self._record(key, change.after),
-            position.text(self._feed),
+            place.text(self._feed),
         )
 
     def _record(self, key: Key, stored: bytes) -> Record:
@@ -412,10 +393,10 @@ class _Batch:
             return Record(key, {self._collection.key: key.id, VERSION: 0})
 
 
-async def _changes(collection: str, entry: Entry | None) -> list[_Change]:
+async def _changes(collection: str, entry: Entry) -> list[_Change]:
     """The changes of a collection in a commit."""
-    before = {} if entry is None else await images_in(entry.before)
-    if entry is None or collection not in before:
+    before = await images_in(entry.before)
+    if collection not in before:
         return []
     known = before[collection]
     images = (await images_in(entry.chunks)).get(collection, {})
@@ -441,9 +422,18 @@ def _feed_name(store: str, collection: str) -> str:
     return blake2s(f"{store}/{collection}".encode(), digest_size=6).hexdigest()
 
 
-def _parsed(match: re.Match[str]) -> _Position:
-    done = None if match[5] is None else int(match[5])
-    return _Position(int(match[2]), int(match[3]), int(match[4], 16), done)
+def _place(match: re.Match[str]) -> _Place:
+    position = FeedPosition(int(match[2]), int(match[3]), int(match[4], 16))
+    return _Place(position, None if match[5] is None else int(match[5]))
+
+
+def position_text(position: FeedPosition, store: str, collection: str) -> str:
+    """A position of the store as a position in the feed of a collection.
+
+    Args:
+        store: the random name of the store.
+    """
+    return _Place(position).text(_feed_name(store, collection))
 
 
 def _invalid(collection: Collection) -> InvalidCursorError:

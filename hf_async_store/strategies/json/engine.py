@@ -63,7 +63,7 @@ from hf_async_store.schema import (
     Index,
     Schema,
 )
-from hf_async_store.strategies.json.change_feed import ChangeFeed, feed_expired
+from hf_async_store.strategies.json.change_feed import ChangeFeed, feed_expired, position_text
 from hf_async_store.strategies.json.compaction import Compactor
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile, feeds_of
 from hf_async_store.strategies.json.files import (
@@ -75,7 +75,7 @@ from hf_async_store.strategies.json.files import (
 )
 from hf_async_store.strategies.json.folder_watch import FolderWatch
 from hf_async_store.strategies.json.follower import Follower
-from hf_async_store.strategies.json.journal import Images
+from hf_async_store.strategies.json.journal import FeedPosition, Images
 from hf_async_store.strategies.json.journal_writer import JournalWriter
 from hf_async_store.strategies.json.kept_journals import KeptJournals
 from hf_async_store.strategies.json.recovery import StoreLoader
@@ -306,33 +306,31 @@ class JSONEngine(Engine):
     # -- change feed -------------------------------------------------------------------------
 
     async def feed_position(self, collection: str) -> str:
-        self.follower.refuse_closed()
+        state = await self._current()
         await self._declarations.refresh(self.schema)
-        if collection in self._declarations.feeds and not await self._is_replaced():
-            found = await self._feed_end(collection)
-            if found is not None:
-                return found
+        end = state.feed_end
+        if collection not in self._declarations.feeds or end is None or state.replaced:
+            end = await self._begin_feed(collection)
+        return position_text(end, self._store_name(collection), collection)
+
+    async def _begin_feed(self, collection: str) -> FeedPosition:
         try:
             async with self.writing() as state:  # records the declared feeds
-                if not state.feed or state.replaced:
+                self._store_name(collection)
+                if state.feed_end is None or state.replaced:
                     await self.journal.start_generation(state)
+                if state.feed_end is not None:
+                    return state.feed_end
         except (PermissionDeniedError, ReadOnlyStoreError) as exc:
             raise _not_recorded(collection) from exc
-        found = await self._feed_end(collection)
-        if found is None:
-            raise feed_expired()  # files were removed meanwhile
-        return found
-
-    async def _feed_end(self, collection: str) -> str | None:
-        store = self._store_name(collection)
-        return await self._unlocked(partial(self._feed.end, collection, store))
+        raise _not_recorded(collection)
 
     async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
         self.follower.refuse_closed()
         await self._declarations.refresh(self.schema)
         store, declared = self._store_name(collection), self.schema[collection]
-        if await self._is_replaced():
-            raise feed_expired()
+        if self.follower.state is not None and (await self._current()).replaced:
+            raise feed_expired()  # otherwise the next write finds out
         return await self._unlocked(partial(self._feed.read, declared, store, since, limit))
 
     async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
@@ -343,11 +341,6 @@ class JSONEngine(Engine):
             return replaced or self._feed.may_go_on(positions.values())
 
         await self._folder_watch.wait(is_changed, seconds)
-
-    async def _is_replaced(self) -> bool:
-        """Whether a data file was replaced manually, as far as is known without reading the whole store;
-        otherwise the next write finds out."""
-        return self.follower.state is not None and bool((await self._current()).replaced)
 
     def _store_name(self, collection: str) -> str:
         """The random name of the store, which records the changes of this collection."""

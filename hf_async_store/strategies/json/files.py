@@ -226,6 +226,14 @@ class FileManager:
         found = (_KEPT.fullmatch(each, len(prefix)) for each in entries)
         return sorted((int(each[1]), int(each[2])) for each in found if each)
 
+    def following_journal(self, generation: int) -> int | None:
+        """The first generation after this one of which there is a journal, perhaps a kept one."""
+        found = [each for each in self.journals() if each > generation]
+        found += [
+            max(first, generation + 1) for first, last in self.kept_journals() if last > generation
+        ]
+        return min(found, default=None)
+
     def backups(self, name: str) -> list[Path]:
         """The backups of a data file, newest first."""
         numbered = [

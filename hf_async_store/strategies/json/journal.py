@@ -24,7 +24,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from itertools import islice
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 from zlib import crc32
 
 import msgspec
@@ -95,21 +95,42 @@ class FileState(msgspec.Struct, frozen=True):
         )
 
 
+class FeedPosition(NamedTuple):
+    """A record with changes: a FED_COMMIT, or the HEAD with which the feed began.
+
+    Attributes:
+        offset: of the record, from the beginning of its journal.
+        check: the checksum of its header.
+    """
+
+    generation: int
+    offset: int
+    check: int
+
+
 class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     """The first record of a generation.
 
     Attributes:
         files: the data files by name, as they were when the generation began.
         alone: journals before this generation are ignored: `checkpoint --recover-from` wrote this one.
-        feed: a random name of this generation, if the store has a change feed.
-        continues: the `feed` of the previous generation; empty if the feed does not go on from there.
+        feed: a random text, if the store has a change feed. By it, no other HEAD has the same checksum.
+        last: the last position of the feed before this generation; None if the feed begins here.
     """
 
     generation: int
     files: dict[str, FileState]
     alone: bool = False
     feed: str = ""
-    continues: str = ""
+    last: FeedPosition | None = None
+
+    def position(self, check: int) -> FeedPosition | None:
+        """The position of the feed at the beginning of this generation; None if the store has no feed.
+
+        Args:
+            check: the checksum of the header of this record.
+        """
+        return (self.last or FeedPosition(self.generation, 0, check)) if self.feed else None
 
 
 class Fold(msgspec.Struct, frozen=True):
@@ -170,6 +191,12 @@ def header(kind: Kind, payload: Sequence[bytes], sequence: int) -> bytes:
     length = sum(map(len, payload))
     fields = _HEADER.pack(_MAGIC, kind, length, _checksum(payload), sequence)
     return fields + _CHECK.pack(crc32(fields))
+
+
+def header_check(data: bytes) -> int:
+    """The checksum of the header with which a record begins."""
+    (check,) = _CHECK.unpack_from(data, _HEADER.size)
+    return int(check)
 
 
 def _checksum(chunks: Iterable[bytes]) -> int:
@@ -317,7 +344,7 @@ def read_header(data: bytes, name: str, offset: int) -> RecordHeader:
         NewerFormatError: a newer release wrote it.
     """
     magic, kind, length, payload_crc, number = _HEADER.unpack_from(data)
-    (check,) = _CHECK.unpack_from(data, _HEADER.size)
+    check = header_check(data)
     is_valid = check == crc32(data[: _HEADER.size])
     if is_valid and magic != _MAGIC and magic.startswith(_FAMILY):
         raise _newer(name, offset)

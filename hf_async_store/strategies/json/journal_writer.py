@@ -41,6 +41,7 @@ from hf_async_store.strategies.json.journal import (
     control,
     fed_payload,
     header,
+    header_check,
     record,
 )
 from hf_async_store.strategies.json.kept_journals import KeptJournals
@@ -99,7 +100,7 @@ class JournalWriter:
         """
         fed = [name for name in self._declarations.feeds if images.get(name)]
         unnamed = state.replaced or state.content.keys() - state.known.keys()
-        if not state.is_open or unnamed or (fed and not state.feed):
+        if not state.is_open or unnamed or (fed and state.feed_end is None):
             await self.start_generation(state)
         payload: list[bytes] = []
         for chunk in commit_payload(images):
@@ -142,8 +143,10 @@ class JournalWriter:
             head = await asyncio.to_thread(header, kind, payload, state.sequence)
             data = [head, *payload]
         else:
-            data = [b"".join((header(kind, payload, state.sequence), *payload))]
-        append = PendingAppend(images, merged, state.offset + HEADER_SIZE + size, size)
+            head = header(kind, payload, state.sequence)
+            data = [b"".join((head, *payload))]
+        check = header_check(head) if kind is Kind.FED_COMMIT else None
+        append = PendingAppend(images, merged, state.offset + HEADER_SIZE + size, size, check)
         path = self._files.journal_path(state.generation)
         job = _AppendJob(_writer(state, path), data, state.offset, self._is_synced(state, kind))
         self._threads.submit(job.run)
@@ -183,8 +186,8 @@ class JournalWriter:
             for name, content in state.content.items()
         }
         feed = self._new_feed()
-        continues = state.feed if feed and not state.replaced else ""
-        head = Head(generation, files, feed=feed, continues=continues)
+        last = None if state.replaced or not feed else state.feed_end
+        head = Head(generation, files, feed=feed, last=last)
         # Not interrupted by a cancellation: the state in memory must match the journals.
         await run_to_completion(self._begin(state, head))
 
@@ -223,7 +226,7 @@ class JournalWriter:
         data = record(*control(head), 0) + rest
         owned = self._files.ownership()
         try:
-            if head.feed and not head.continues:
+            if head.feed and head.last is None:
                 await self.in_thread(self._kept.remove_all)
             temporary, fd = await self.in_thread(prepare_file, path, data, owned)
             try:
@@ -236,7 +239,7 @@ class JournalWriter:
         except OSError as exc:
             raise translate_os_error(exc, f"write {path}") from exc
         state.close()
-        state.switch(fd, head, len(data), 2 if rest else 1)
+        state.switch(fd, head, header_check(data), len(data), 2 if rest else 1)
         state.replaced.clear()
         for name, content in head.files.items():
             state.content[name] = content

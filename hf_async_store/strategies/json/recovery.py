@@ -33,6 +33,7 @@ from hf_async_store.strategies.json.journal import (
     USE_FILES,
     USE_UNDAMAGED,
     Entry,
+    FeedPosition,
     FileState,
     Fold,
     Head,
@@ -72,7 +73,8 @@ class _Journal(NamedTuple):
     entries: list[Entry]
     named: list[Mapping[str, FileState]]
     end: int
-    head: Head
+    alone: bool
+    feed_end: FeedPosition | None
     complete: bool
 
 
@@ -222,7 +224,7 @@ class StoreLoader:
                 raise JournalMissing(f"generation {generation + 1} is missing", remains=needed)
             journal = await self._open_journal(state, generation, salvage, keep=not journals)
             journals.append(journal)
-            if journal.head.alone:
+            if journal.alone:
                 break
         journals.reverse()
         if journals:
@@ -250,7 +252,7 @@ class StoreLoader:
             state.generation = generation
             state.offset = journal.end
             state.sequence = len(journal.entries)
-            state.feed = journal.head.feed
+            state.feed_end = journal.feed_end
             state.sealed = bool(journal.entries) and journal.entries[-1].kind is Kind.SEAL
         else:
             os.close(fd)
@@ -262,23 +264,22 @@ class StoreLoader:
         entries: list[Entry] = []
         named: list[Mapping[str, FileState]] = []
         end = 0
-        head = Head(generation, {})
+        alone = False
+        feed_end: FeedPosition | None = None
         try:
             async for entry, position in scan_file(fd, path, os.fstat(fd).st_size):
                 if not entries:
                     if entry.kind is not Kind.HEAD:
                         break
-                    head = read_naming(Head, entry.payload, str(path))
-                    if head.generation != generation:
-                        raise CorruptionError(
-                            f"{path} contains generation {head.generation}, which does not match the "
-                            "number in its name. If the file was renamed, restore its name; "
-                            "otherwise restore a backup (`hf-async-store restore`)"
-                        )
+                    head = _head(entry, path, generation)
+                    alone = head.alone
+                    feed_end = head.position(entry.check)
                     named.append(head.files)
                 elif entry.kind is Kind.FOLD:
                     named.append(read_naming(Fold, entry.payload, str(path)).files)
-                entry.before.clear()
+                if entry.before:
+                    feed_end = FeedPosition(generation, end, entry.check)
+                    entry.before.clear()
                 entries.append(entry)
                 end = position
             if not entries:
@@ -293,8 +294,8 @@ class StoreLoader:
         except CorruptionError:
             if not salvage:
                 raise
-            return _Journal(generation, entries, named, end, head, complete=False)
-        return _Journal(generation, entries, named, end, head, complete=True)
+            return _Journal(generation, entries, named, end, alone, feed_end, complete=False)
+        return _Journal(generation, entries, named, end, alone, feed_end, complete=True)
 
     def _add_known(self, state: StoreState, files: Mapping[str, FileState]) -> None:
         for name, each in files.items():
@@ -588,6 +589,17 @@ class StoreLoader:
                 "entities into that member, or all out of it, or restore a backup (`hf-async-store "
                 "restore`)"
             )
+
+
+def _head(entry: Entry, path: Path, generation: int) -> Head:
+    head = read_naming(Head, entry.payload, str(path))
+    if head.generation != generation:
+        raise CorruptionError(
+            f"{path} contains generation {head.generation}, which does not match the number in its "
+            "name. If the file was renamed, restore its name; otherwise restore a backup "
+            "(`hf-async-store restore`)"
+        )
+    return head
 
 
 async def _members(data: StoredEntity, what: str, *, unique: bool) -> dict[str, msgspec.Raw]:

@@ -11,7 +11,7 @@ import msgspec
 
 from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.files import Signature
-from hf_async_store.strategies.json.journal import FileState, Head, Images
+from hf_async_store.strategies.json.journal import FeedPosition, FileState, Head, Images
 from hf_async_store.strategies.json.serializer import StoredEntity, parse_object
 
 Merged: TypeAlias = Mapping[str, "dict[str, StoredEntity]"]
@@ -25,12 +25,14 @@ class PendingAppend:
     Attributes:
         end: the offset of its end.
         size: the size of its payload.
+        check: of a FED_COMMIT, the checksum of its header.
     """
 
     images: Images
     merged: Merged
     end: int
     size: int
+    check: int | None
 
 
 @dataclass(slots=True)
@@ -66,8 +68,8 @@ class StoreState:
     offset: int = 0
     sequence: int = 0
     sealed: bool = False
-    feed: str = ""
-    """The random name of the current generation for the change feed; empty if it has none."""
+    feed_end: FeedPosition | None = None
+    """The last position of the change feed; None if the current generation has no feed."""
     appending: PendingAppend | None = None
 
     @property
@@ -115,6 +117,8 @@ class StoreState:
     def complete(self, append: PendingAppend) -> None:
         """Apply the record that is being appended, unless it was applied before."""
         if self.offset < append.end:
+            if append.check is not None:
+                self.feed_end = FeedPosition(self.generation, self.offset, append.check)
             self.offset = append.end
             self.sequence += 1
             if append.images:
@@ -149,8 +153,11 @@ class StoreState:
                 return members.get(entity_id)
         return None
 
-    def switch(self, fd: int, head: Head, offset: int, sequence: int) -> int:
+    def switch(self, fd: int, head: Head, check: int, offset: int, sequence: int) -> int:
         """Continue with another journal, which is not sealed.
+
+        Args:
+            check: the checksum of the header of its HEAD.
 
         Returns:
             The descriptor of the previous one, which the caller closes; -1 if there was none.
@@ -159,7 +166,7 @@ class StoreState:
         self.close()
         self.fd = fd
         self.generation = head.generation
-        self.feed = head.feed
+        self.feed_end = head.position(check)
         self.offset = offset
         self.sequence = sequence
         self.sealed = False

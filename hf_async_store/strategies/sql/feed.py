@@ -84,8 +84,8 @@ class Feed(ABC):
     old_sql: ClassVar[str]
     """The SELECT of the numbers of the changes before a place, which is its argument, the oldest first."""
 
-    place_column: ClassVar[str]
-    """The expression for the place of a change."""
+    mark_sql: ClassVar[str]
+    """The expressions for the place of a change, and for its mark."""
 
     lock: ClassVar[str]
     """The end of a SELECT that locks a row, unless another process has locked it."""
@@ -142,10 +142,9 @@ class Feed(ABC):
             new = state.marked(now, place, seconds)
             deleted = await self._delete_before(source, new.expired_before(now, seconds))
             if deleted:
-                horizon = Horizon(
-                    max(place for _, place in deleted),
-                    max(state.horizon.number, *(number for number, _ in deleted)),
-                )
+                last, mark = max((place, mark) for _, place, mark in deleted)
+                number = max(state.horizon.number, *(number for number, _, _ in deleted))
+                horizon = Horizon(last, number, mark)
                 new = msgspec.structs.replace(new, horizon=horizon)
             if new != state:
                 await self.store_state(source, new)
@@ -157,7 +156,7 @@ class Feed(ABC):
         old = self.old_sql.format(feed=source.feed)
         return await source.lease.rows(
             f"DELETE FROM {source.feed} WHERE seq IN ({old} LIMIT {_BATCH}) "
-            f"RETURNING seq, {self.place_column}",
+            f"RETURNING seq, {self.mark_sql}",
             (place,),
             writes=True,
         )

@@ -25,10 +25,12 @@ class Horizon(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         place: the last place of which a change was deleted; 0: none was.
         number: the greatest number of a deleted change.
+        mark: that of a change at the last place: see the positions of the engines.
     """
 
     place: int = 0
     number: int = 0
+    mark: int = 0
 
 
 class FeedState(msgspec.Struct, frozen=True, omit_defaults=True):

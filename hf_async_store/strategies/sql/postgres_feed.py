@@ -220,6 +220,10 @@ def _literal(text: str) -> str:
 # -- reading --------------------------------------------------------------------------------
 
 
+def _microseconds(column: str) -> str:
+    return f"(pg_catalog.date_part('epoch'::text, {column}) * 1000000::double precision)::bigint"
+
+
 class _Head(NamedTuple):
     """What a read sees of the feed as a whole."""
 
@@ -239,7 +243,7 @@ class PostgresFeed(Feed):
     old_sql: ClassVar[str] = (
         "SELECT f.seq FROM {feed} AS f WHERE f.xid < $1::bigint::text::xid8 ORDER BY f.xid, f.id"
     )
-    place_column: ClassVar[str] = "xid::text::bigint"
+    mark_sql: ClassVar[str] = f"xid::text::bigint, {_microseconds('at')}"
     lock: ClassVar[str] = " FOR UPDATE SKIP LOCKED"
     _identified: bool | None = None
 
@@ -267,12 +271,11 @@ class PostgresFeed(Feed):
     async def _head(self, source: Source, latest: _Mark | None) -> _Head:
         if self._identified is None:
             [[self._identified]] = await source.lease.rows(IDENTIFIED_SQL)
-        at = "(pg_catalog.date_part('epoch'::text, {}.at) * 1000000::double precision)::bigint"
         [[value, snapshot, recovering, home, xid, began, known]] = await source.lease.rows(
             f"SELECT {source.state}, pg_catalog.pg_current_snapshot()::text, "
             f"pg_catalog.pg_is_in_recovery(), {home_sql(source.feed, identified=self._identified)}, "
-            f"m.xid::text::bigint, {at.format('m')}, EXISTS (SELECT 1 FROM {source.feed} AS k "
-            f"WHERE k.xid = $1::bigint::text::xid8 AND {at.format('k')} = $2::bigint) "
+            f"m.xid::text::bigint, {_microseconds('m.at')}, EXISTS (SELECT 1 FROM {source.feed} AS k "
+            f"WHERE k.xid = $1::bigint::text::xid8 AND {_microseconds('k.at')} = $2::bigint) "
             f"FROM (SELECT 1) AS one LEFT JOIN LATERAL "
             f"(SELECT f.xid, f.at FROM {source.feed} AS f ORDER BY f.xid DESC LIMIT 1) AS m ON TRUE",
             (0, 0) if latest is None else (latest.xid, latest.at),
@@ -283,10 +286,11 @@ class PostgresFeed(Feed):
                 "transactions are in progress"
             )
         state = decoded_state(value, source.collection)
-        last, at_last = (
-            (xid, began) if (xid or 0) > state.horizon.place else (state.horizon.place, 0)
-        )
-        mark = _Mark(reduced(snapshot, last), last, at_last)
+        end = state.horizon
+        last, at = (xid, began) if (xid or 0) > end.place else (end.place, end.mark)
+        if latest is not None and latest.xid == end.place:
+            known = latest.at == end.mark
+        mark = _Mark(reduced(snapshot, last), last, at)
         return _Head(state, _same_home(state.home, home), mark, known)
 
     async def _window(self, source: Source, position: _Position, until: _Mark) -> _Position:
@@ -345,6 +349,7 @@ class PostgresFeed(Feed):
         if self._dialect.needs_transactions:  # through a pooler, no notification arrives
             await asyncio.sleep(seconds)
             return
+        hints: tuple[type[Exception], ...] = (StorageError, *self._dialect.driver_errors)
         try:
             async with asyncio.timeout(seconds):
                 if await self._listen(tables):
@@ -354,7 +359,7 @@ class PostgresFeed(Feed):
                 self._signal.clear()
         except TimeoutError:
             pass
-        except (*self._dialect.driver_errors, StorageError):
+        except hints:
             # It is only a hint; the next read fails if the server cannot be reached.
             await self._waiting.close()
             await asyncio.sleep(seconds)
@@ -418,7 +423,7 @@ def _check_kept(source: Source, position: _Position, head: _Head) -> None:
         head.is_home
         and position.epoch == head.state.epoch
         and (position.since.oldest > end.place or passed)
-        and (position.latest.xid <= end.place or head.known)
+        and (position.latest.xid < end.place or head.known)
     ):
         raise expired(source.collection)
 

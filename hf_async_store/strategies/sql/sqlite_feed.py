@@ -52,7 +52,7 @@ class _Position(msgspec.Struct, frozen=True, array_like=True):
     collection: str
     epoch: str
     seq: int
-    mark: int | None
+    mark: int
 
     def text(self) -> str:
         return msgspec.json.encode(self).decode()
@@ -65,8 +65,9 @@ class _Position(msgspec.Struct, frozen=True, array_like=True):
         """
         if (self.store, self.collection) != (source.store, source.collection):
             raise foreign(source.collection)
-        end = state.horizon.number
-        if self.epoch != state.epoch or self.seq < end or (self.seq > end and self.mark != mark):
+        end = state.horizon
+        found = end.mark if self.seq == end.number else mark
+        if self.epoch != state.epoch or self.seq < end.number or self.mark != found:
             raise expired(source.collection)
 
 
@@ -148,7 +149,7 @@ class SQLiteFeed(Feed):
         "(julianday('now') - 2440587.5) * 86400.0, (SELECT coalesce(max(f.seq), 0) + 1 FROM {feed} AS f)"
     )
     old_sql: ClassVar[str] = "SELECT f.seq FROM {feed} AS f WHERE f.seq < ?1 ORDER BY f.seq"
-    place_column: ClassVar[str] = "seq"
+    mark_sql: ClassVar[str] = "seq, mark"
     lock: ClassVar[str] = ""
     _version: int = 0
 
@@ -167,8 +168,9 @@ class SQLiteFeed(Feed):
             f"(SELECT seq, mark FROM {source.feed} ORDER BY seq DESC LIMIT 1) AS f"
         )
         state = decoded_state(value, source.collection)
-        place = state.horizon.number if seq is None else seq
-        return _Position(source.store, source.collection, state.epoch, place, mark).text()
+        if seq is None:
+            seq, mark = state.horizon.number, state.horizon.mark
+        return _Position(source.store, source.collection, state.epoch, seq, mark).text()
 
     async def read(self, source: Source, since: str, limit: int) -> FeedBatch:
         position = decoded_position(since, _Position)
