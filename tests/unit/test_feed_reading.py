@@ -191,3 +191,28 @@ async def test_113_a_fault_of_an_engine_leaves_nobody_waiting() -> None:
     async with asyncio.timeout(20):
         with pytest.raises(UnavailableError, match="KeyError"):
             await watch()
+
+
+async def test_113_large_changes_are_read_few_at_a_time() -> None:
+    scenario = Scenario(3)
+    engine, reader = scenario.engine, scenario.reader
+    limits: list[int] = []
+
+    async def read_feed(collection: str, since: str, limit: int) -> FeedBatch:
+        limits.append(limit)
+        place = int(since.partition(".")[0])
+        return FeedBatch(engine.entries[place : place + limit], f"{place + limit}.0")
+
+    cast("Any", engine).read_feed = read_feed
+    for _ in range(300):
+        engine.append()
+        cast("Any", engine.entries[-1].after).entity["text"] = "x" * 300_000
+    async with reader.using("jobs", engine.feed_position) as feed:
+        changes = Changes(feed, "0.0", EVERYTHING, lambda: None)
+        for number in range(200):
+            change = await anext(changes)
+            assert change.version == number
+        assert limits[0] == 100
+        assert set(limits[1:]) == {3}
+        kept = cast("Any", feed)._kept
+        assert sum(len(each.entries) for each in kept.values()) * 300_000 <= 2**23
