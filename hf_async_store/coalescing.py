@@ -146,6 +146,15 @@ class Coalescer(Generic[Item, Result]):
         """How many calls of `submit` wait for a batch, for all or the rest of their items."""
         return len(self._queue)
 
+    def use(
+        self,
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        wait: Callable[[list[Item]], Awaitable[Sequence[Result]]] | None = None,
+    ) -> None:
+        """Replace the functions that run batches, while there are none."""
+        self._run = run
+        self._wait = wait
+
     async def submit(
         self, items: Sequence[Item], timeout: float | None
     ) -> list[Result | StorageError]:
