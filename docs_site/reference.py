@@ -93,6 +93,14 @@ SECTIONS: Final[Mapping[str, Section]] = {
         "The methods of one collection, with instances of a class instead of dicts.",
         ("TypedCollection", "TypedPage", "Versioned", "TypedChanges", "TypedChange"),
     ),
+    "observation": Section(
+        "Observation",
+        "What an observer of a store is told, in `hf_async_store.observer`, and the one for OpenTelemetry.",
+        (
+            *("observer.Observer", "observer.StoreObserver", "observer.Observation"),
+            *("observer.Operation", "integrations.opentelemetry.OpenTelemetryObserver"),
+        ),
+    ),
     "capabilities": Section(
         "Capabilities, plans and schema changes",
         "What a store tells about itself.",

@@ -84,7 +84,7 @@ from hf_async_store.watching import WatchedStore
 
 Result = TypeVar("Result")
 
-log: Final = logging.getLogger("hf_async_store")
+log: Final = logging.getLogger("hf_async_store.store")
 
 _RECORD_ATTEMPTS: Final = 3
 _MAX_SLOW_SHOWN: Final = 10
@@ -119,7 +119,7 @@ class StorageStrategy(WatchedStore):
     """
 
     transaction_type: ClassVar[type[Transaction]] = Transaction
-    claim_type: ClassVar[type[Claim]] = Claim
+    _claim_type: ClassVar[type[Claim]] = Claim
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
         super().__init__(engine, Schema(schema.values()), SlowQueries())
@@ -218,6 +218,10 @@ class StorageStrategy(WatchedStore):
             raise StoreClosedError("this store is already open")
         self._loop = asyncio.get_running_loop()
         self._purging.start()
+        if log.isEnabledFor(logging.INFO):
+            described = self.describe() | {"collections": list(self._schema)}
+            del described["capabilities"]
+            log.info("opened a store: %s", described)
         return self
 
     async def close(self) -> None:
@@ -541,7 +545,8 @@ class StorageStrategy(WatchedStore):
                     kept += claimed
                     await self._record_declarations()
             return [
-                self.claim_type(self, each.record.key, each, terms.lease, since) for each in claimed
+                self._claim_type(self, each.record.key, each, terms.lease, since)
+                for each in claimed
             ]
 
         claimed = await attempt()
