@@ -16,19 +16,13 @@ from typing import Final
 
 import pytest
 
-from hf_async_store.testing import fixtures
-
 pytest_plugins = ("hf_async_store.testing.fixtures",)
 
 # Each module separately: the package `hf_async_store.testing` is imported already, because it contains
 # this module, and pytest cannot rewrite the assertions of imported modules.
 _MODULES: Final = sorted(each.stem for each in Path(__file__).parent.glob("*.py"))
 pytest.register_assert_rewrite(
-    *(
-        f"hf_async_store.testing.{each}"
-        for each in _MODULES
-        if each not in ("__init__", "fixtures", "plugin")
-    )
+    *(f"hf_async_store.testing.{each}" for each in _MODULES if each not in ("__init__", "plugin"))
 )
 
 LEFT_OUT: Final = "engine left out: "
@@ -63,7 +57,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="repeat the cases of the contract suite as often as the contract states, not a fifth, "
         "and run all variants of a case, not a third",
     )
-    fixtures.add_options(parser, group)
 
 
 def pytest_configure(config: pytest.Config) -> None:
