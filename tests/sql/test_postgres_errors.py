@@ -229,8 +229,9 @@ def test_an_invalid_sqlstate_leaves_the_outcome_of_a_write_unknown() -> None:
 
 async def test_each_sqlstate_raised_by_the_server(database: str) -> None:
     """A trigger raises each state. States that end the connection are tested only with the table."""
-    async with open_store(f"{database}?timeout=0.3") as store:
+    async with open_store(database) as store:  # to create the table takes longer
         await store.save_entity("templates", template("t"))
+    async with open_store(f"{database}?timeout=0.3") as store:
         execute(
             database,
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
