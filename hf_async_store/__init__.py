@@ -11,6 +11,7 @@ is imported when one of its stores is opened or its class is accessed.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
@@ -117,6 +118,8 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql import SQLStorageStrategy
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _LAZY_IMPORTS: Final = {
     "DynamoDBStorageStrategy": "hf_async_store.strategies.dynamodb",

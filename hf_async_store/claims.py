@@ -54,7 +54,7 @@ LOCKS: Final = LOCK_COLLECTION.name
 class ClaimingStore(Protocol):
     """What a claim needs of its store."""
 
-    claim_type: ClassVar[type[Claim]]
+    _claim_type: ClassVar[type[Claim]]
 
     def _usable(self) -> Engine: ...
 
@@ -165,6 +165,7 @@ class Claim:
         """The claim was lost, which its store is told once."""
         if not self._is_lost:
             self._is_lost = True
+            log.info("a claim of %s was lost", self.collection)
             self._store._note_lost_claim(self.collection)
 
     async def delete(self) -> None:
@@ -443,7 +444,7 @@ async def acquired_name(
         claimed = await store._usable().claim_name(keys, terms)
         if claimed is None:
             return []
-        return [store.claim_type(store, claimed.record.key, claimed, terms.lease, since)]
+        return [store._claim_type(store, claimed.record.key, claimed, terms.lease, since)]
 
     seconds = float("inf") if timeout is None else float(timeout)
     found = await until_claimed(attempt, seconds, _LONGEST_LOCK_PAUSE)

@@ -9,11 +9,13 @@ a timer or anything to tune.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from time import perf_counter
 from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 
 from msgspec import Struct
@@ -28,6 +30,11 @@ Result = TypeVar("Result")
 Observed = TypeVar("Observed", contravariant=True)
 
 _NO_RESULT: Final = StorageError("there is no result yet")
+
+log: Final = logging.getLogger("hf_async_store.slow")
+
+_SLOW_SECONDS: Final = 0.1
+"""A batch that takes at least this time is logged."""
 
 _MAX_WAITING: Final = 4
 """How many calls of `wait` may run at once."""
@@ -145,6 +152,15 @@ class Coalescer(Generic[Item, Result]):
     def waiting(self) -> int:
         """How many calls of `submit` wait for a batch, for all or the rest of their items."""
         return len(self._queue)
+
+    def use(
+        self,
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        wait: Callable[[list[Item]], Awaitable[Sequence[Result]]] | None = None,
+    ) -> None:
+        """Replace the functions that run batches, while there are none."""
+        self._run = run
+        self._wait = wait
 
     async def submit(
         self, items: Sequence[Item], timeout: float | None
@@ -283,12 +299,7 @@ class Coalescer(Generic[Item, Result]):
         items = [waiter.items[index] for waiter, index in batch]
         blocked: _Batch[Item, Result] = []
         try:
-            if self.observer is None:
-                results = await run(items)
-            else:
-                callers = [each.caller for each, _ in batch if each.caller is not None]
-                distinct = list(dict.fromkeys(callers))
-                results = await self.observer.run(items, distinct, partial(run, items))
+            results = await self._results(batch, items, run)
         except StorageError as exc:
             _deliver([(entry, exc.copy()) for entry in batch])
         except BaseException as exc:
@@ -311,6 +322,25 @@ class Coalescer(Generic[Item, Result]):
             self._busy.update(self._keys(blocked))
             self._blocked += blocked
             self._start_waiting()
+
+    async def _results(
+        self,
+        batch: _Batch[Item, Result],
+        items: list[Item],
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+    ) -> Sequence[Result]:
+        """What `run(items)` returns, observed, and logged if it is slow."""
+        started = perf_counter()
+        try:
+            if self.observer is None:
+                return await run(items)
+            callers = [each.caller for each, _ in batch if each.caller is not None]
+            return await self.observer.run(items, list(dict.fromkeys(callers)), partial(run, items))
+        finally:
+            seconds = perf_counter() - started
+            if seconds >= _SLOW_SECONDS:
+                what = "commit" if self._writes else "read"
+                log.debug("a shared %s of %d took %.3f s", what, len(items), seconds)
 
     # -- items that wait for a lock ----------------------------------------------------------
 

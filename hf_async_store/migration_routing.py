@@ -15,6 +15,7 @@ it; `strategies/routing.py` creates it where a store is opened.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 import time
@@ -74,6 +75,8 @@ from hf_async_store.schema import (
     Index,
 )
 from hf_async_store.values import VERSION, Entity, Key, Value, utc_now
+
+log: Final = logging.getLogger("hf_async_store.migration")
 
 Item = TypeVar("Item")
 
@@ -286,6 +289,10 @@ class MigrationRouter(Engine):
             if not route.is_equivalent(self._route):
                 self._route = route
                 self._active = self.engine_of(route)
+                log.info(
+                    "following a live migration: the active engine is %s",
+                    self._active.capabilities.engine,
+                )
             self._begin_until = started + LEASE_SECONDS - _LEASE_MARGIN_SECONDS
             self._valid_until = started + LEASE_SECONDS
             return self._route

@@ -69,14 +69,14 @@ class _Method(Struct, frozen=True):
 def observed_store(kind: Kind, observer: StoreObserver) -> Kind:
     """The type of an observed store, with those of its transactions and claims."""
     names = {each: each for each in _asynchronous(kind)} | {"_acquired": "lock"}
-    claims = {each: f"claim.{each}" for each in _asynchronous(kind.claim_type)}
+    claims = {each: f"claim.{each}" for each in _asynchronous(kind._claim_type)}
     return _observed_type(
         kind,
         observer,
         names,
         lambda name: name not in _SHARED,
         transaction_type=_observed_transaction(kind.transaction_type, observer),
-        claim_type=_observed_type(kind.claim_type, observer, claims, lambda name: True),
+        _claim_type=_observed_type(kind._claim_type, observer, claims, lambda name: True),
     )
 
 

@@ -104,7 +104,7 @@ Modification: TypeAlias = Callable[
     [Entity], "Mapping[str, object] | Awaitable[Mapping[str, object]]"
 ]
 
-log: Final = logging.getLogger("hf_async_store.conflicts")
+log: Final = logging.getLogger("hf_async_store.retries")
 
 _CHUNK_SIZE: Final = 128
 """The number of entities validated one by one between two iterations of the event loop."""

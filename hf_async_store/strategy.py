@@ -84,7 +84,7 @@ from hf_async_store.watching import WatchedStore
 
 Result = TypeVar("Result")
 
-log: Final = logging.getLogger("hf_async_store")
+log: Final = logging.getLogger("hf_async_store.store")
 
 _RECORD_ATTEMPTS: Final = 3
 _MAX_SLOW_SHOWN: Final = 10
@@ -119,14 +119,14 @@ class StorageStrategy(WatchedStore):
     """
 
     transaction_type: ClassVar[type[Transaction]] = Transaction
-    claim_type: ClassVar[type[Claim]] = Claim
+    _claim_type: ClassVar[type[Claim]] = Claim
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
         super().__init__(engine, Schema(schema.values()), SlowQueries())
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
         _refuse_feeds(schema, engine.capabilities)
-        self._use_engine(engine)
+        self._engine = engine
         self._purging = Purging(self, alone=not engine.capabilities.removes_expired)
         self._set_clock(None, self._purging.seconds)
         self._record_attempts = _RECORD_ATTEMPTS if self._schema else 0
@@ -137,10 +137,6 @@ class StorageStrategy(WatchedStore):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = _Forks.count
         self._closed = False
-
-    def _use_engine(self, engine: Engine) -> None:
-        """Use this engine; for tests also later, while there are no calls."""
-        self._engine = engine
         capabilities = engine.capabilities
         self._writes: Coalescer[Change, Outcome] = Coalescer(
             engine.write_unblocked,
@@ -170,6 +166,13 @@ class StorageStrategy(WatchedStore):
     def capabilities(self) -> Capabilities:
         """The capabilities of the engine."""
         return self._engine.capabilities
+
+    def _use_engine(self, engine: Engine) -> None:
+        """Use another engine with the same capabilities; for tests, while there are no calls."""
+        self._engine = engine
+        self._writes.use(engine.write_unblocked, wait=engine.write_each)
+        if self._reads is not None:
+            self._reads.use(engine.fetch)
 
     def _set_clock(self, source: TimeSource | None, purge_seconds: float | None) -> None:
         """See `open_store`; before the store is opened."""
@@ -215,6 +218,10 @@ class StorageStrategy(WatchedStore):
             raise StoreClosedError("this store is already open")
         self._loop = asyncio.get_running_loop()
         self._purging.start()
+        if log.isEnabledFor(logging.INFO):
+            described = self.describe() | {"collections": list(self._schema)}
+            del described["capabilities"]
+            log.info("opened a store: %s", described)
         return self
 
     async def close(self) -> None:
@@ -538,7 +545,8 @@ class StorageStrategy(WatchedStore):
                     kept += claimed
                     await self._record_declarations()
             return [
-                self.claim_type(self, each.record.key, each, terms.lease, since) for each in claimed
+                self._claim_type(self, each.record.key, each, terms.lease, since)
+                for each in claimed
             ]
 
         claimed = await attempt()

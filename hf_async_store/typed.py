@@ -14,9 +14,7 @@ from collections.abc import (
 )
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import deepcopy
-from datetime import datetime
 from difflib import get_close_matches
-from types import NoneType
 from typing import Final, Generic, Literal, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
 
 from hf_async_store.arguments import check_callable, check_listed, check_mapping
@@ -512,13 +510,13 @@ class TypedCollection(Generic[Model]):
         """An update with the values as they are stored."""
         check_mapping(changes, "changes")
         return {
-            name: value if isinstance(value, _UNCHANGED) else self._codec.value(value)
+            name: value if isinstance(value, _UNCHANGED) else self._codec.value(name, value)
             for name, value in changes.items()
         }
 
 
-_UNCHANGED: Final = (str, bool, int, float, NoneType, datetime, Operation, Removed)
-"""What the store itself converts or computes."""
+_UNCHANGED: Final = (Operation, Removed)
+"""What the store itself computes."""
 
 _OVERTAKEN: Final = (ConcurrencyConflictError, AlreadyExistsError, EntityNotFoundError)
 """The errors of a save whose entity another task changed, created or deleted after it was read."""

@@ -1,7 +1,7 @@
 """HTTP without a framework: errors as problem documents, versions as entity tags, links between pages.
 
-`integrations.starlette` answers requests with these. Headers of requests are mappings that ignore case, or
-have names in lower case.
+It needs no other package; `integrations.starlette` answers requests with it. Headers of requests are
+mappings that ignore case, or have names in lower case.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     DiskFullError,
     EntityNotFoundError,
+    FeedExpiredError,
     InvalidInputError,
     LockTimeoutError,
     OperationTimeoutError,
@@ -60,6 +61,7 @@ _STATUSES: Final[tuple[tuple[type[StorageError], int], ...]] = (
     (ReferenceViolationError, 409),
     (ConcurrencyConflictError, 409),
     (ClaimLostError, 409),
+    (FeedExpiredError, 410),
     (PreconditionFailedError, 412),
     (TransactionTooLargeError, 413),
     (InvalidInputError, 422),

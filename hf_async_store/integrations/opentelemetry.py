@@ -15,7 +15,9 @@ recorded.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from time import perf_counter
 from typing import Final, cast
@@ -38,8 +40,13 @@ _SYSTEMS: Final = {
 _SECONDS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 """The boundaries of the buckets of durations, by the conventions."""
 
-_NOT_SAMPLED: Final = trace.NonRecordingSpan(trace.SpanContext(1, 1, is_remote=False))
-"""The current span in a commit of which no operation is recorded."""
+_NOT_SAMPLED: Final = trace.set_span_in_context(
+    trace.NonRecordingSpan(trace.SpanContext(1, 1, is_remote=False)), contexts.Context()
+)
+"""The context of a commit of which no operation is recorded."""
+
+_PENDING_DURATIONS: Final = 32
+"""How many durations are recorded together, which takes a fraction of the time that each alone does."""
 
 
 _RUNNING: Final[ContextVar[trace.Span | None]] = ContextVar("running", default=None)
@@ -68,7 +75,7 @@ class OpenTelemetryObserver(Observer):
         self.root_spans = root_spans
         self.tracer = trace.get_tracer(name, version, tracer_provider, _SCHEMA_URL)
         meter = metrics.get_meter(name, version, meter_provider, _SCHEMA_URL)
-        self.duration = meter.create_histogram(
+        self._histogram = meter.create_histogram(
             "db.client.operation.duration",
             unit="s",
             description="Duration of database client operations.",
@@ -87,10 +94,11 @@ class OpenTelemetryObserver(Observer):
         }
         meter.create_observable_gauge(
             "hf_async_store.waiting_calls",
-            [self._observe_waiting],
+            [self._collect],
             "{call}",
             "Calls that wait for a shared commit or round trip.",
         )
+        self._durations: deque[tuple[float, Mapping[str, str], contexts.Context | None]] = deque()
         self._stores: WeakSet[_ObservedStore] = WeakSet()
         self._lock = threading.Lock()  # metrics are collected in another thread
 
@@ -100,8 +108,23 @@ class OpenTelemetryObserver(Observer):
             self._stores.add(store)
         return store
 
-    def _observe_waiting(self, options: metrics.CallbackOptions) -> Iterable[metrics.Observation]:
+    def measure(
+        self, seconds: float, attributes: Mapping[str, str], context: contexts.Context | None
+    ) -> None:
+        """Record the duration of an operation, at the latest when the metrics are collected."""
+        self._durations.append((seconds, attributes, context))
+        if len(self._durations) >= _PENDING_DURATIONS:
+            self._record_durations()
+
+    def _record_durations(self) -> None:
+        with suppress(IndexError):  # another thread may do the same
+            while True:
+                self._histogram.record(*self._durations.popleft())
+
+    def _collect(self, options: metrics.CallbackOptions) -> Iterable[metrics.Observation]:
+        """The numbers of calls that wait. Such functions are called before histograms are collected."""
         del options
+        self._record_durations()
         with self._lock:
             stores = list(self._stores)
         numbers: dict[tuple[str, str], int] = {}
@@ -140,9 +163,10 @@ class _ObservedStore(StoreObserver):
     def records(self, within: Observation | None) -> bool:
         if within is not None:
             return cast("_Operation", within).is_recorded
-        if not contexts.get_current():  # what follows takes six times as long
+        context = contexts.get_current()
+        if not context:  # what follows takes several times as long
             return self.observer.root_spans
-        span = trace.get_current_span()
+        span = trace.get_current_span(context)
         if span.is_recording():
             return True
         parent = span.get_span_context()  # perhaps that of another process
@@ -186,7 +210,7 @@ class _Operation(Observation):
         if self.is_recorded:
             self.span = self._new_span()
             if current:
-                self._attach(self.span)
+                self._attach(trace.set_span_in_context(self.span), self.span)
 
     def _new_span(self) -> trace.Span:
         name, collection, size = (
@@ -204,9 +228,8 @@ class _Operation(Observation):
             attributes,
         )
 
-    def _attach(self, span: trace.Span) -> None:
-        attached = contexts.attach(trace.set_span_in_context(span))
-        self._tokens = attached, _RUNNING.set(span)
+    def _attach(self, context: contexts.Context, span: trace.Span | None) -> None:
+        self._tokens = contexts.attach(context), _RUNNING.set(span)
 
     def end(self, error: BaseException | None) -> None:
         kind = None if error is None else type(error).__qualname__
@@ -215,7 +238,8 @@ class _Operation(Observation):
             attributes = self._store.attributes(operation.name, operation.collection)
             if kind is not None:
                 attributes = {**attributes, "error.type": kind}
-            self._store.observer.duration.record(perf_counter() - self._started, attributes)
+            context = None if self.span is None else trace.set_span_in_context(self.span)
+            self._store.observer.measure(perf_counter() - self._started, attributes, context)
         if self._tokens is not None:
             contexts.detach(self._tokens[0])
             _RUNNING.reset(self._tokens[1])
@@ -240,8 +264,9 @@ class _SharedOperation(_Operation):
     def start(self, *, current: bool) -> None:
         super().start(current=current)
         if self.span is None:
-            # The context is that of a method which happened to be the first, long ago.
-            self._attach(_NOT_SAMPLED)
+            # The context is that of the method that once happened to be the first.
+            if contexts.get_current():
+                self._attach(_NOT_SAMPLED, None)
             return
         own = self.span.get_span_context()
         for each in self._callers:

@@ -25,6 +25,8 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
+from starlette.status import WS_1011_INTERNAL_ERROR, WS_1013_TRY_AGAIN_LATER
+from starlette.websockets import WebSocket
 
 from hf_async_store.errors import ConfigurationError, StorageError
 from hf_async_store.integrations.http import (
@@ -97,22 +99,28 @@ def store_of(connection: HTTPConnection) -> StorageStrategy:
 # -- answers --------------------------------------------------------------------------------
 
 
-async def storage_error_response(request: Request, error: Exception) -> Response:
+async def storage_error_response(connection: HTTPConnection, error: Exception) -> Response | None:
     """The answer to a request that ended in a `StorageError`: see `http.problem_of`.
 
-    Those with status 500 and above are logged, as `hf_async_store.http`.
+    Those with status 500 and above are logged, as `hf_async_store.http`. A WebSocket is closed, with 1013
+    (try again later) if the error is retryable, else 1011.
     """
     assert isinstance(error, StorageError)
-    problem = problem_of(error, request.headers)
+    problem = problem_of(error, connection.headers)
+    what = connection.scope.get("method", "WebSocket"), connection.scope["path"]
     if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        log.error("%s %r failed", *what, exc_info=error)
     elif problem.status > HTTPStatus.INTERNAL_SERVER_ERROR:
-        log.warning("%s %s failed: %s", request.method, request.url.path, error)
+        log.warning("%s %r failed: %s", *what, error)
+    if isinstance(connection, WebSocket):
+        code = WS_1013_TRY_AGAIN_LATER if error.retryable else WS_1011_INTERNAL_ERROR
+        await connection.close(code)
+        return None
     return Response(msgspec.json.encode(problem.document), problem.status, problem.headers)
 
 
 EXCEPTION_HANDLERS: Final[
-    dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]]
+    dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Any]]]
 ] = {StorageError: storage_error_response}
 """The `exception_handlers` of an application."""
 

@@ -9,6 +9,7 @@ suspended for too long, writes nothing.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
@@ -66,6 +67,8 @@ from hf_async_store.values import VERSION, Key, canonical, utc_now, with_canonic
 if TYPE_CHECKING:
     from hf_async_store.config import ConfigSource
     from hf_async_store.driver import Engine, Session
+
+log: Final = logging.getLogger("hf_async_store.migration")
 
 _MARGIN: Final = 0.25
 """Seconds added to a lease, because a process returns some time after it last read the clock."""
@@ -291,6 +294,7 @@ class LiveMigration:
                 "a switch that took too long; run the action again"
             ) from exc
         self._state = await self._read_state(self._source)
+        log.info("live migration: %s", self._current().phase)
 
     async def _begin(self) -> None:
         """Create the records in both stores, if needed, and become the coordinator."""

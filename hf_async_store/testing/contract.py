@@ -34,6 +34,7 @@ from hf_async_store.testing.independent_changes import IndependentChangeContract
 from hf_async_store.testing.isolation import IsolationContract
 from hf_async_store.testing.lifecycle import LifecycleContract
 from hf_async_store.testing.limits import LimitContract
+from hf_async_store.testing.observation import ObservationContract
 from hf_async_store.testing.planted_records import PlantedRecordContract
 from hf_async_store.testing.queries import QueryContract
 from hf_async_store.testing.read_only_transactions import ReadOnlyTransactionContract
@@ -90,6 +91,7 @@ class StrategyContract(
     ClaimContract,
     ExpiryContract,
     OwnerExpiryContract,
+    ObservationContract,
     ClearingContract,
     FeedContract,
     WaitingContract,

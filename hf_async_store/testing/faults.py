@@ -59,10 +59,6 @@ class Faults:
         error = UnavailableError(lost, retryable=False, outcome_unknown=True)
         self._faults.append(_Fault(error, executed=True))
 
-    def forget(self) -> None:
-        """Forget the faults that no write has met yet."""
-        self._faults.clear()
-
     @asynccontextmanager
     async def _around_write(self) -> AsyncGenerator[None, None]:
         """The context in which a write is executed."""

@@ -9,11 +9,13 @@ The options `--hf-store-url` and `--hf-store-collections`, and the settings of t
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import pytest
 
@@ -28,6 +30,7 @@ NewStore: TypeAlias = "Callable[[], StorageStrategy]"
 URL: Final = "hf_store_url"
 COLLECTIONS: Final = "hf_store_collections"
 
+MEMORY: Final = "memory:"
 TMP_PATH: Final = "{tmp_path}"
 WORKER: Final = "{worker}"
 
@@ -36,7 +39,8 @@ _SEEN: Final = pytest.StashKey[set[str]]()
 """The URLs that had no entities before the first test."""
 
 
-def add_options(parser: pytest.Parser, group: pytest.OptionGroup) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hf_async_store")
     for name, metavar, text in (
         (
             URL,
@@ -61,7 +65,11 @@ def _setting(config: pytest.Config, name: str) -> str:
 @pytest.fixture
 def hf_store_url(pytestconfig: pytest.Config) -> str:
     """Where the store of the tests is; to be replaced by a fixture of the project's own."""
-    return _setting(pytestconfig, URL) or "memory:"
+    url = _setting(pytestconfig, URL) or MEMORY
+    is_shared = url != MEMORY and TMP_PATH not in url and WORKER not in url
+    if is_shared and _WORKER_VARIABLE in os.environ:
+        raise pytest.UsageError(f"{URL} needs {WORKER} or {TMP_PATH}: each worker needs its store")
+    return url
 
 
 @pytest.fixture
@@ -93,8 +101,9 @@ def hf_new_store(
     hf_store_url: str,
     hf_store_collections: Iterable[Collection],
     hf_clock: SettableClock,
+    pytestconfig: pytest.Config,
     tmp_path: Path,
-) -> NewStore:
+) -> Iterator[NewStore]:
     """A function that returns a new store on the data of the test, not opened yet: for an application
     that opens its store itself, and for several stores on the same data."""
     from hf_async_store import open_store
@@ -109,7 +118,41 @@ def hf_new_store(
         hf_clock.set_in(store)
         return store
 
-    return new_store
+    if TMP_PATH in hf_store_url or not new_store().capabilities.durable:
+        yield new_store
+        return
+    seen = pytestconfig.stash.setdefault(_SEEN, set())
+    if url not in seen:
+        _run_in_thread(_refuse_entities(new_store()))
+        seen.add(url)
+    yield new_store
+    _run_in_thread(_clear(new_store()))
+
+
+async def _refuse_entities(store: StorageStrategy) -> None:
+    """Refuse a store that has entities before the first test: it may not be one for tests.
+
+    Raises:
+        UsageError: it has.
+    """
+    async with store:
+        for each in store.collections:
+            if await store.query_entities(each, limit=1):
+                raise pytest.UsageError(
+                    f"the store of {URL} has entities of {each}, which these tests would delete. If they "
+                    "may be deleted, `await store.clear()` does so"
+                )
+
+
+async def _clear(store: StorageStrategy) -> None:
+    async with store:
+        await store.clear()
+
+
+def _run_in_thread(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine in an event loop of its own, whatever loops the plugins of the run have."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, work).result()
 
 
 @pytest.fixture
@@ -121,13 +164,11 @@ def hf_store(request: pytest.FixtureRequest, hf_new_store: NewStore) -> StorageS
 
 
 @pytest.fixture
-def hf_faults(hf_store: StorageStrategy) -> Iterator[Faults]:
+def hf_faults(hf_store: StorageStrategy) -> Faults:
     """Lets writes of `hf_store` fail."""
     from hf_async_store.testing.faults import Faults
 
-    faults = Faults(hf_store)
-    yield faults
-    faults.forget()
+    return Faults(hf_store)
 
 
 # -- event loops ----------------------------------------------------------------------------
@@ -149,38 +190,11 @@ def _loop_of(request: pytest.FixtureRequest) -> str:
 def _opening() -> Callable[..., AsyncGenerator[StorageStrategy, None]]:
     """A function of its own for each event loop, because pytest-asyncio notes the loop in it."""
 
-    async def opened(
-        request: pytest.FixtureRequest, hf_new_store: NewStore, hf_store_url: str
-    ) -> AsyncGenerator[StorageStrategy, None]:
+    async def opened(hf_new_store: NewStore) -> AsyncGenerator[StorageStrategy, None]:
         async with hf_new_store() as store:
-            if not store.capabilities.durable or TMP_PATH in hf_store_url:
-                yield store
-                return
-            await _refuse_foreign_entities(store, hf_store_url, request.config.stash)
             yield store
-            await store.clear()
 
     return opened
-
-
-async def _refuse_foreign_entities(store: StorageStrategy, url: str, stash: pytest.Stash) -> None:
-    """Refuse a store that is not one for tests, because it would be cleared.
-
-    Raises:
-        UsageError: it has entities before the first test, or the workers of pytest-xdist share it.
-    """
-    if _WORKER_VARIABLE in os.environ and WORKER not in url:
-        raise pytest.UsageError(f"{URL} needs {WORKER} or {TMP_PATH}: each worker needs its store")
-    seen = stash.setdefault(_SEEN, set())
-    if url in seen:
-        return
-    for each in store.collections:
-        if await store.query_entities(each, limit=1):
-            raise pytest.UsageError(
-                f"the store of {URL} has entities of {each}, which these tests would delete. If they "
-                "may be deleted, `await store.clear()` does so"
-            )
-    seen.add(url)
 
 
 _hf_store_in_anyio_loop = pytest.fixture(_opening(), name="_hf_store_in_anyio_loop")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 import hf_async_store
@@ -51,6 +54,7 @@ STATUSES = {
     "ConcurrencyConflictError": 409,
     "DiskFullError": 503,
     "EntityNotFoundError": 404,
+    "FeedExpiredError": 410,
     "InvalidCursorError": 422,
     "InvalidFieldError": 422,
     "InvalidInputError": 422,
@@ -72,6 +76,8 @@ STATUSES = {
     "UnsupportedValueError": 422,
 }
 """All others are 500."""
+
+PAGE = Path(__file__).parents[2] / "docs/web.md"
 
 WITHOUT_A_STATUS = {"BatchError", "PartialChangeError", "TransactionAbortedError"}
 """Their status is that of their cause."""
@@ -96,6 +102,25 @@ def test_the_status_of_every_error(name: str) -> None:
     assert ("detail" in problem.document) is (problem.status < 500)
     assert "somebody" not in str(problem)
     assert "Retry-After" not in problem.headers
+
+
+def test_the_table_of_the_page() -> None:
+    rows = re.findall(r"^\| (\d{3}) \| (.*?) \|", PAGE.read_text("utf-8"), re.MULTILINE)
+    listed = {
+        (name, int(status)) for status, text in rows for name in re.findall(r"`(\w+Error)`", text)
+    }
+    assert listed >= {(name, status) for name, status in STATUSES.items() if is_listed(name)}
+    conditional = {"PreconditionFailedError", "ConcurrencyConflictError", "AlreadyExistsError"}
+    for name, status in listed - {(each, 412) for each in conditional}:
+        assert STATUSES.get(name, 500) == status, name
+
+
+def is_listed(name: str) -> bool:
+    """Whether an error is not only a subclass of one that the table lists."""
+    return not any(
+        name != other and issubclass(getattr(hf_async_store, name), getattr(hf_async_store, other))
+        for other in STATUSES
+    )
 
 
 def test_what_may_be_repeated_says_when() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,6 +27,7 @@ from hf_async_store import (
     StorageStrategy,
     UnavailableError,
 )
+from hf_async_store.sync import blocking_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 
     from hf_async_store.testing.faults import Faults
     from hf_async_store.testing.settable_clock import SettableClock
+    from hf_async_store_bench.servers import PostgresServer
+
+pytestmark = pytest.mark.hf_sampled
 
 SESSIONS = Collection(
     "sessions",
@@ -46,9 +52,31 @@ def hf_store_collections() -> Iterable[Collection]:
     return (*HOST_FACTORY, SESSIONS)
 
 
-@pytest.fixture(params=["memory:", "json:{tmp_path}/store", "sqlite:{tmp_path}/store.db"])
-def hf_store_url(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="session")
+def shared_urls(request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """Stores on servers, each for all tests, by engine."""
+
+    @cache
+    def url_of(engine: str) -> str:
+        if engine == "postgresql":
+            server: PostgresServer = request.getfixturevalue("postgres_server")
+            return server.database("")
+        endpoint = request.getfixturevalue("dynamodb_server").endpoint_url
+        return f"dynamodb://us-east-1/fixtures{secrets.token_hex(4)}?endpoint_url={endpoint}"
+
+    return url_of
+
+
+FILES = {
+    "memory": "memory:",
+    "json": "json:{tmp_path}/store",
+    "sqlite": "sqlite:{tmp_path}/store.db",
+}
+
+
+@pytest.fixture(params=[*FILES, "postgresql", "dynamodb"])
+def hf_store_url(request: pytest.FixtureRequest, shared_urls: Callable[[str], str]) -> str:
+    return FILES.get(request.param) or shared_urls(request.param)
 
 
 async def created(store: RepositoryInterface, entity_id: str = "t") -> int:
@@ -93,7 +121,13 @@ async def test_an_application_that_opens_its_store(
     async with hf_new_store() as store:
         await created(store)
         async with hf_new_store() as other:
-            assert await other.count_entities("templates") == int(store.capabilities.durable)
+            shared = store.capabilities.durable
+            assert (await other.get_entity("templates", "t") is not None) is shared
+
+
+def test_a_test_without_asyncio(hf_new_store: Callable[[], StorageStrategy]) -> None:
+    with blocking_store(hf_new_store()) as store:
+        assert store.create_entity("templates", {"template_id": "t"}) == 1
 
 
 # -- the clock ------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ FUNCTIONS: dict[Any, tuple[dict[str, tuple[str, ...]], dict[str, object]]] = {
             "follow_moves": (),
             "clock": ("none", "function"),
             "purge_seconds": ("none", "integer", "float"),
+            "observer": ("none",),
         },
         {"config": MEMORY},
     ),

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, PositiveInt
 
 from hf_async_store import (
@@ -23,6 +26,7 @@ from hf_async_store import (
     open_store,
 )
 from hf_async_store.integrations.http import check_preconditions, expected_version
+from hf_async_store.integrations.server_sent_events import ChangesResponse, last_event_id
 from hf_async_store.integrations.starlette import (
     EXCEPTION_HANDLERS,
     entity_response,
@@ -38,9 +42,11 @@ COLLECTIONS = (
         key="machine_id",
         fields=["status", Field("request_id", references="requests")],
         indexes=["request_id", Index("request_id", "status")],
+        feed=timedelta(hours=1),
     ),
 )
 
+PAGE = Path(__file__).with_name("live.html")
 Store = Annotated[StorageStrategy, Depends(store_of)]
 router = APIRouter()
 
@@ -54,7 +60,7 @@ class Status(BaseModel):
 
 
 def open_configured() -> StorageStrategy:
-    return open_store(os.environ.get("MACHINES_STORE", "json:machines"), collections=COLLECTIONS)
+    return open_store(os.environ.get("MACHINES_STORE", "memory:"), collections=COLLECTIONS)
 
 
 def create_app(open_it: Callable[[], StorageStrategy] = open_configured) -> FastAPI:
@@ -123,6 +129,19 @@ async def list_machines(
         "machines", filters, order_by="machine_id", limit=limit, cursor=cursor, timeout=10
     )
     return page_response(request, page)
+
+
+@router.get("/requests/{request_id}/changes")
+async def follow_machines(request: Request, store: Store, request_id: str) -> Response:
+    """The changes of these machines from now on, or after the last one that the client has seen."""
+    since = last_event_id(request)
+    return ChangesResponse(store.watch("machines", {"request_id": request_id}, since=since))
+
+
+@router.get("/requests/{request_id}/live")
+async def show_machines(request_id: str) -> Response:
+    """A page that shows them as they are."""
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
 
 @router.get("/machines/{machine_id}")

@@ -65,11 +65,11 @@ async def test_a_change_of_what_the_client_has_read(client: httpx.AsyncClient) -
     tag = (await client.get(machine)).headers["etag"]
     unchanged = await client.get(machine, headers={"If-None-Match": tag})
     assert (unchanged.status_code, unchanged.content) == (304, b"")
-    sent = {"json": {"status": "RUNNING"}, "headers": {"If-Match": tag}}
-    changed = await client.patch(machine, **sent)
+    sent = {"status": "RUNNING"}
+    changed = await client.patch(machine, json=sent, headers={"If-Match": tag})
     assert (changed.status_code, changed.json()["status"]) == (200, "RUNNING")
     assert changed.headers["etag"] != tag
-    late = await client.patch(machine, **sent)
+    late = await client.patch(machine, json=sent, headers={"If-Match": tag})
     assert (late.status_code, late.json()["error"]) == (412, "ConcurrencyConflictError")
 
 

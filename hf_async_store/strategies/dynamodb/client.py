@@ -26,6 +26,7 @@ from hf_async_store.errors import (
     StoreClosedError,
     UnavailableError,
 )
+from hf_async_store.logs import hide_debug_messages
 from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
 from hf_async_store.strategies.dynamodb.request_retry import Retries, retry
 from hf_async_store.strategies.dynamodb.responses import read_response
@@ -234,6 +235,7 @@ def _create_session(config: DynamoDBConfig, service: str) -> Any:
 
     from hf_async_store.strategies.dynamodb.transport import Transport
 
+    hide_debug_messages("aiobotocore", "botocore")
     session = AioSession(profile=config.profile)
     session.set_default_client_config(
         AioConfig(

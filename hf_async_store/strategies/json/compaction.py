@@ -245,6 +245,7 @@ class Compactor:
 
     async def _compact(self) -> bool:
         while True:
+            began = time.monotonic()
             async with self._writing() as state:
                 self._files.clean()
                 resuming = self.is_behind(state)
@@ -257,6 +258,10 @@ class Compactor:
                 async with self._writing() as current:
                     if current is state and state.generation == generation:
                         await run_to_completion(self._replace(written, state))
+                        log.info(
+                            "compacted the journal in %s into the data files in %.3f s",
+                            *(self._files.folder, time.monotonic() - began),
+                        )
                     elif current.replaced or not _contain(current, generation):
                         return False
                     # Otherwise another process has written the files meanwhile.

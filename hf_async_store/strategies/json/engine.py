@@ -504,6 +504,7 @@ class JSONEngine(Engine):
             try:
                 await self.journal.start_alone(state)
                 await self.compactor.renew(state)
+                log.info("recovered the store in %s from %s", self.files.folder, recover_from)
             except BaseException:
                 follower.discard()  # it may differ from the files, which are read again
                 raise

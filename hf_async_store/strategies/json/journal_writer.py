@@ -366,6 +366,7 @@ def _writer(state: StoreState, path: str) -> int:
             # The incomplete record of an interrupted append is truncated first: readers that compare
             # the file size must not mistake it for this record.
             os.ftruncate(state.write_fd, state.offset)
+            log.info("removed an incomplete record, of an interrupted append, from %s", path)
         return state.write_fd
     except OSError as exc:
         raise translate_os_error(exc, f"write {path}") from exc

@@ -67,7 +67,7 @@ from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.parameters import bind, check_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.rows import Table, Tables
-from hf_async_store.strategies.sql.session import SQLReader, SQLSession, once_more
+from hf_async_store.strategies.sql.session import SQLReader, SQLSession, on_live_connection
 from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
@@ -181,8 +181,7 @@ class SQLEngine(Engine):
             return False
         if not self._dialect.exists():
             return True
-        async with self._main.lease() as lease:
-            return await self._sync.read(lease) is None
+        return await self._reading_catalogue(self._sync.read) is None
 
     # -- connections -------------------------------------------------------------------------
 
@@ -230,7 +229,7 @@ class SQLEngine(Engine):
                 await stack.enter_async_context(lease.reading(statements=statements))
                 return SQLReader(lease, tables), stack.pop_all()
 
-        reader, stack = await once_more(begun)
+        reader, stack = await on_live_connection(begun)
         async with stack:
             yield reader
 
@@ -256,7 +255,7 @@ class SQLEngine(Engine):
 
         while True:
             try:
-                return await once_more(once)
+                return await on_live_connection(once)
             except ConcurrencyConflictError:
                 if not await backoff.pause():
                     raise
@@ -318,15 +317,13 @@ class SQLEngine(Engine):
             async with self._queries.lease() as lease:
                 return await read(SQLReader(lease, await self.tables(lease)))
 
-        return await once_more(once)
+        return await on_live_connection(once)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         if not self._dialect.exists():
             return None
-        return await self._retried(lambda: self._fetch_undeclared(collection, entity_id))
 
-    async def _fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        async with self._main.lease() as lease:
+        async def read(lease: LeasedConnection) -> Record | None:
             catalogue = await self._sync.read(lease)
             entry = catalogue.entries.get(collection.name) if catalogue is not None else None
             if entry is None:
@@ -334,7 +331,9 @@ class SQLEngine(Engine):
             table = self._table(collection.name, entry)
             for row in await lease.rows(table.fetch_one, [entity_id]):
                 return Record(Key(collection.name, entity_id), table.entity(row))
-        return None
+            return None
+
+        return await self._retried(lambda: self._reading_catalogue(read))
 
     # -- the existing store ------------------------------------------------------------------
 
@@ -345,8 +344,18 @@ class SQLEngine(Engine):
         """The catalogue, read now; None if the store does not exist."""
         if not self._dialect.exists():
             return None
-        async with self._main.lease() as lease:
-            return await self._sync.read(lease)
+        return await self._reading_catalogue(self._sync.read)
+
+    async def _reading_catalogue(
+        self, read: Callable[[LeasedConnection], Awaitable[Result]]
+    ) -> Result:
+        """What a function reads on a connection of the main pool."""
+
+        async def once() -> Result:
+            async with self._main.lease() as lease:
+                return await read(lease)
+
+        return await on_live_connection(once)
 
     async def is_same_store(self, other: Engine) -> bool:
         if not isinstance(other, SQLEngine) or type(other._dialect) is not type(self._dialect):
@@ -368,7 +377,8 @@ class SQLEngine(Engine):
     async def undeclared(self) -> list[str]:
         if not self._dialect.exists():
             return []
-        async with self._main.lease() as lease:
+
+        async def read(lease: LeasedConnection) -> list[str]:
             tables = self._tables_of(await self._sync.read(lease) or Catalogue())
             system = [each.name for each in SYSTEM_COLLECTIONS]
             return [
@@ -378,6 +388,8 @@ class SQLEngine(Engine):
                 and name not in system
                 and await lease.rows(f"SELECT 1 FROM {tables[name].name} LIMIT 1")
             ]
+
+        return await self._reading_catalogue(read)
 
     async def declarations(self) -> list[Collection]:
         catalogue = await self._catalogue() or Catalogue()
@@ -392,14 +404,12 @@ class SQLEngine(Engine):
     async def schema_changes(self) -> list[SchemaChange]:
         if not self._dialect.exists():
             return self._sync.changes_from(Catalogue(), {})
-        async with self._main.lease() as lease:
-            return await self._sync.changes(lease)
+        return await self._reading_catalogue(self._sync.changes)
 
     async def unenforced(self) -> list[tuple[str, Index]]:
         if not self.schema.unique or not self._dialect.exists():
             return []
-        async with self._main.lease() as lease:
-            return await self._sync.unenforced(lease)
+        return await self._reading_catalogue(self._sync.unenforced)
 
     async def apply_schema(
         self, *, progress: SchemaProgress | None = None, complete: bool = False
@@ -514,11 +524,14 @@ class SQLEngine(Engine):
     async def explain(self, query: Query) -> QueryPlan:
         if self._state is None and not self._dialect.exists():
             return await self._explain_absent(None, query)
-        async with self._main.lease() as lease:
+
+        async def read(lease: LeasedConnection) -> QueryPlan:
             table = (await self.tables(lease)).get(query.collection)
             if table is None:
                 return await self._explain_absent(lease.driver, query)
             return await self._explain(lease.driver, table, query)
+
+        return await self._reading_catalogue(read)
 
     async def _explain(self, driver: Any, table: Table, query: Query) -> QueryPlan:
         compiled = await reading.compiled_query(table, query)

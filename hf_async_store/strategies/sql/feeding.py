@@ -20,7 +20,7 @@ from hf_async_store.strategies.sql.claiming import ClaimingSQLEngine
 from hf_async_store.strategies.sql.feed import Feed, Source
 from hf_async_store.strategies.sql.feed_state import STEPS
 from hf_async_store.strategies.sql.rows import Tables
-from hf_async_store.strategies.sql.session import once_more
+from hf_async_store.strategies.sql.session import on_live_connection
 from hf_async_store.values import Key
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class FeedingSQLEngine(ClaimingSQLEngine):
         self._retention = Retention(self)
 
     async def feed_position(self, collection: str) -> str:
-        return await once_more(lambda: self._feed_position(collection))
+        return await on_live_connection(lambda: self._feed_position(collection))
 
     async def _feed_position(self, collection: str) -> str:
         self._check_exists(collection)
@@ -59,7 +59,7 @@ class FeedingSQLEngine(ClaimingSQLEngine):
             return await self._feed.position(await self._source(lease, collection))
 
     async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
-        return await once_more(lambda: self._read_feed(collection, since, limit))
+        return await on_live_connection(lambda: self._read_feed(collection, since, limit))
 
     async def _read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
         self._check_exists(collection)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from asyncio import sleep
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from itertools import count
+from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import Isolation, Reader, Session
@@ -85,17 +88,32 @@ class SQLReader(Reader):
         return 0 if source is None else await reading.count(*source, query)
 
 
-async def once_more(work: Callable[[], Awaitable[Item]]) -> Item:
+_LOST_CONNECTIONS: Final = 3
+
+_REPEAT_SECONDS: Final = 1.0
+"""After this time, it is repeated only once: for example, the server cannot be reached."""
+
+_NOTICE_SECONDS: Final = 0.01
+"""In this time, the event loop notices which other connections the server has closed."""
+
+
+async def on_live_connection(work: Callable[[], Awaitable[Item]]) -> Item:
     """What some work returns that changes nothing, such as beginning a transaction.
 
-    It is repeated if its connection was lost: the server may have closed it while it was not used.
+    It is repeated if its connection was lost: the server may have closed the connections that were not in
+    use.
     """
-    try:
-        return await work()
-    except PoolTimeoutError:
-        raise
-    except UnavailableError:
-        return await work()
+    until = monotonic() + _REPEAT_SECONDS
+    for attempt in count(1):
+        try:
+            return await work()
+        except PoolTimeoutError:
+            raise
+        except UnavailableError:
+            if attempt > _LOST_CONNECTIONS or (attempt > 1 and monotonic() > until):
+                raise
+        await sleep(_NOTICE_SECONDS)
+    raise AssertionError  # not reached
 
 
 class Connected(Protocol):
@@ -158,7 +176,7 @@ class SQLSession(SQLReader, Session):
 
     async def _write_lease(self) -> LeasedConnection:
         if self._lease is None:
-            lease = await once_more(self._begun)
+            lease = await on_live_connection(self._begun)
             await self._stack.enter_async_context(self._engine.changing(lease))
             self._tables = self._engine.known_tables
             if self._read_absent and not await self._is_empty(lease):
