@@ -147,9 +147,13 @@ class SharedFeed:
                 return
             self._begun += 1
             await self._read_on()
-            if not self.is_awaited:
-                self.end = await self._position(self.collection)
-                self.generation += 1
+            while not self.is_awaited:
+                position = await self._position(self.collection)
+                if not self.is_awaited:
+                    self.end = position
+                    self.generation += 1
+                    break
+                await self._read_on()  # for a watcher that has come meanwhile
             self._completed = self._begun
 
     async def follow(self) -> None:
