@@ -22,7 +22,7 @@ from hf_async_store.errors import StorageError, StoreClosedError, UnavailableErr
 
 Result = TypeVar("Result")
 
-log: Final = logging.getLogger("hf_async_store")
+log: Final = logging.getLogger("hf_async_store.feed")
 
 _BATCH_SIZE: Final = 100
 """How many changes are read at once."""
