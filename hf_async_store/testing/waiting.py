@@ -282,6 +282,8 @@ class WaitingContract:
                 store.wait_for("jobs", "a", {"status": "DONE"}, timeout=HANG_SECONDS)
             )
             await asyncio.sleep(0.2)
+            while jobs.feed is not None and await _reads_in_a_second(store):
+                pass  # until it has looked for the second time
 
             async def fail(number: int) -> None:
                 if number < 3:
