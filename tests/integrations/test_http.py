@@ -68,6 +68,7 @@ STATUSES = {
     "ReferenceViolationError": 409,
     "RetriesExhaustedError": 409,
     "StoreClosedError": 503,
+    "SubscriptionAdvancedError": 409,
     "ThrottledError": 503,
     "TransactionTooLargeError": 413,
     "UnavailableError": 503,

@@ -24,9 +24,13 @@ from hf_async_store.integrations.server_sent_events import ChangesResponse, last
 from hf_async_store.integrations.starlette import EXCEPTION_HANDLERS, set_store, store_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Iterable, Iterator
 
     from starlette.types import Message
+
+    from hf_async_store_bench.servers import PostgresServer
+
+pytestmark = pytest.mark.hf_sampled
 
 SECONDS = 20
 MACHINES = Collection("machines", key="machine_id", fields=["status"], feed=3600)
@@ -35,6 +39,19 @@ MACHINES = Collection("machines", key="machine_id", fields=["status"], feed=3600
 @pytest.fixture
 def hf_store_collections() -> Iterable[Collection]:
     return [MACHINES]
+
+
+@pytest.fixture(
+    params=["memory:", "json:{tmp_path}/store", "sqlite:{tmp_path}/store.db", "postgresql"]
+)
+def hf_store_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param != "postgresql":
+        yield request.param
+        return
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    url = server.database("")
+    yield url
+    server.drop(url)
 
 
 async def changes(request: Request) -> ChangesResponse:

@@ -248,17 +248,12 @@ def run_example(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-NO_FEED: Final = pytest.mark.xfail(strict=True, reason="the engine has no change feed yet")
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
         [],
-        pytest.param(["--hf-store-url=sqlite:{tmp_path}/machines.db"], marks=NO_FEED),
-        pytest.param(
-            ["-n2", "--hf-store-url=json:machines-{worker}?sync_writes=false"], marks=NO_FEED
-        ),
+        ["--hf-store-url=sqlite:{tmp_path}/machines.db"],
+        ["-n2", "--hf-store-url=json:machines-{worker}?sync_writes=false"],
     ],
     ids=["memory", "sqlite", "json, two workers"],
 )
@@ -303,7 +298,7 @@ def address_in(log: Path, server: subprocess.Popen[bytes]) -> str:
 def test_the_example_as_a_real_process(tmp_path: Path) -> None:
     application = ("--factory", "machines:create_app")
     with (
-        served(tmp_path, *application, MACHINES_STORE="memory:") as url,
+        served(tmp_path, *application, MACHINES_STORE=f"sqlite:{tmp_path}/machines.db") as url,
         httpx.Client(base_url=url) as client,
     ):
         created = client.put("/requests/r-1", json={"machine_count": 3})

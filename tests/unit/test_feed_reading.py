@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from hf_async_store import Collection, open_store
 from hf_async_store.changes import Record
 from hf_async_store.driver import FeedBatch, FeedEntry
-from hf_async_store.errors import FeedExpiredError, StorageError, UnavailableError
+from hf_async_store.errors import (
+    FeedExpiredError,
+    SchemaMismatchError,
+    StorageError,
+    UnavailableError,
+)
 from hf_async_store.feed import Changes
 from hf_async_store.feed_reading import FeedReader
 from hf_async_store.query import EVERYTHING
@@ -149,12 +155,35 @@ async def test_110_watchers_get_everything_once_and_in_order(seed: int) -> None:
     scenario = Scenario(seed)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         group.create_task(scenario.write())
-        for _ in range(6):
+        for _ in range(1 + seed % 4):
             group.create_task(scenario.watch())
-        for _ in range(3):
+        for _ in range(seed % 3):
             group.create_task(scenario.listen())
     assert scenario.engine.waiting == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_110_a_watcher_that_comes_while_the_end_is_looked_up() -> None:
+    scenario = Scenario(4)
+    engine, reader = scenario.engine, scenario.reader
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def slow_position(collection: str) -> str:
+        asked.set()
+        await answered.wait()
+        return f"{len(engine.entries)}.0"
+
+    async with asyncio.timeout(20), reader.using("jobs", slow_position) as feed:
+        advancing = asyncio.create_task(feed.advance())
+        await asked.wait()
+        changes = Changes(feed, "0.0", EVERYTHING, lambda: None)
+        waiting = asyncio.ensure_future(cast("Any", anext(changes)))
+        while not feed.is_awaited:
+            await asyncio.sleep(0)
+        engine.append()
+        answered.set()
+        await advancing
+        assert (await waiting).version == 0
 
 
 async def test_113_all_end_with_an_error_of_their_own() -> None:
@@ -216,3 +245,26 @@ async def test_113_large_changes_are_read_few_at_a_time() -> None:
         assert set(limits[1:]) == {3}
         kept = cast("Any", feed)._kept
         assert sum(len(each.entries) for each in kept.values()) * 300_000 <= 2**23
+
+
+@pytest.mark.parametrize("error", [SchemaMismatchError, FeedExpiredError])
+async def test_112_without_its_feed_an_entity_is_waited_for_by_reads(
+    error: type[StorageError],
+) -> None:
+    async def failing(*given: object) -> None:
+        raise error("no feed")
+
+    jobs = Collection("jobs", key="job_id", fields=["status"], feed=60)
+    async with open_store("memory:", collections=[jobs]) as store:
+        await store.create_entity("jobs", {"job_id": "a"})
+        for name in ("feed_position", "read_feed"):
+            setattr(store.engine, name, failing)
+        waiting = asyncio.create_task(store.wait_for("jobs", "a", {"status": "DONE"}, timeout=20))
+        claiming = asyncio.create_task(store.claim_entities("jobs", {"status": "DONE"}, wait=20))
+        await asyncio.sleep(0.05)
+        with pytest.raises(error):
+            async with store.watch("jobs"):
+                pass
+        await store.update_entity("jobs", "a", {"status": "DONE"})
+        assert (await waiting)["version"] == 2
+        assert [each.id for each in await claiming] == ["a"]

@@ -60,7 +60,7 @@ class Status(BaseModel):
 
 
 def open_configured() -> StorageStrategy:
-    return open_store(os.environ.get("MACHINES_STORE", "memory:"), collections=COLLECTIONS)
+    return open_store(os.environ.get("MACHINES_STORE", "json:machines"), collections=COLLECTIONS)
 
 
 def create_app(open_it: Callable[[], StorageStrategy] = open_configured) -> FastAPI:

@@ -145,6 +145,8 @@ def feed_statements(names: Names, table: Table, schema: str, *, identified: bool
         "new_version bigint, new_doc jsonb, UNIQUE (xid, id)) "
         "WITH (toast_tuple_target = 8160)",  # two documents are not compressed because they are two
         _function(place, table, schema),
+        # Else others could call it for tables of their own, and so write to the feed.
+        f"REVOKE ALL ON FUNCTION {place}() FROM PUBLIC",
         *(f"DROP TRIGGER IF EXISTS {each} ON {table.name}" for each in triggers),
         *(
             f"CREATE TRIGGER {each} {sql.format(table.name)} FOR EACH STATEMENT "
