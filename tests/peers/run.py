@@ -1,0 +1,203 @@
+"""Runs the suites of other projects on stores of this one, through the adapters in `docs/examples`.
+
+    python tests/peers/run.py --python PEERS/bin/python --suites FOLDER [--engine E]... [--peer P]...
+
+The folder of suites holds a checkout or an unpacked source archive of each project. A suite is copied, our
+fixtures are added to the copy, and pytest runs it with the interpreter in whose environment the projects
+are installed. A project or suite that is not there is skipped, and the last lines say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hf_async_store_bench.servers import ServerUnavailable, dynamodb, postgres
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+ROOT: Final = Path(__file__).parents[2]
+FIXTURES: Final = Path(__file__).with_name("suites")
+ENGINES: Final = ("memory", "json", "sqlite", "postgresql", "dynamodb")
+SUITE_SECONDS: Final = 900
+OPTIONS: Final = [
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:hf_async_store",
+    "-W",
+    "ignore",
+    "--tb=short",
+    "-rfEs",
+]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A project whose suite is run.
+
+    Attributes:
+        requirement: what pip installs.
+        module: what is imported to see that it is installed.
+        source: where its suite comes from.
+        marker: a file by which the suite is found.
+        imports: what is imported at the end of files of the copy: one of our modules of fixtures.
+        arguments: what pytest is given.
+    """
+
+    requirement: str
+    module: str
+    source: str
+    marker: str
+    imports: Mapping[str, str]
+    arguments: Sequence[str] = field(default=())
+
+
+PEERS: Final = {
+    "py-key-value": Peer(
+        "py-key-value-aio",
+        "key_value.aio",
+        "a checkout of strawgate/py-key-value",
+        "tests/stores/base.py",
+        {"tests/stores/test_entities.py": "peer_key_value"},
+        ("tests/stores/test_entities.py", "-o", "asyncio_mode=auto"),
+    ),
+    "limits": Peer(
+        "limits",
+        "limits.aio",
+        "the source archive of limits, or a checkout of alisaifee/limits",
+        "tests/aio/test_storage.py",
+        {"tests/conftest.py": "peer_rate_limits"},
+        ("tests/aio", "-o", "asyncio_mode=auto", "--deselect=tests/aio/storage"),
+    ),
+    "fastapi-users": Peer(
+        "fastapi-users",
+        "fastapi_users",
+        "the source archive of fastapi-users-db-sqlalchemy",
+        "tests/test_access_token.py",
+        {"tests/test_users.py": "peer_users", "tests/test_access_token.py": "peer_users"},
+        ("tests", "-o", "asyncio_mode=auto"),
+    ),
+    "apscheduler": Peer(
+        "apscheduler==4.0.0a6",
+        "apscheduler.abc",
+        "the source archive of apscheduler 4.0.0a6",
+        "tests/test_datastores.py",
+        {"tests/conftest.py": "peer_scheduler"},
+        (
+            *("tests/test_datastores.py", "tests/test_schedulers.py"),
+            *("-p", "no:asyncio", "-m", "not external_service", "-k", "not TestRepr"),
+        ),
+    ),
+}
+
+
+def suite_of(peer: Peer, suites: Path) -> Path | None:
+    """The folder of a suite, in the folder of all of them."""
+    for pattern in ("*/", "*/libs/*/"):
+        for found in sorted(suites.glob(pattern + peer.marker)):
+            return found.parents[len(Path(peer.marker).parts) - 1]
+    return None
+
+
+def copied(peer: Peer, suite: Path, folder: Path) -> Path:
+    """A copy of the tests of a suite, with our fixtures in place of its own."""
+    shutil.copytree(suite / "tests", folder / "tests")
+    for name, module in peer.imports.items():
+        with (folder / name).open("a", encoding="utf-8") as file:
+            file.write(f"\nfrom {module} import *\n")
+    return folder
+
+
+def run_suite(peer: Peer, suite: Path, url: str, python: str) -> tuple[int, str]:
+    """Run a suite on the store of a URL; returns the exit code and what pytest has written."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = copied(peer, suite, Path(folder))
+        path = os.pathsep.join(map(str, (work, ROOT / "docs", FIXTURES, ROOT)))
+        done = subprocess.run(
+            [
+                python,
+                *f"-m pytest -q -c {os.devnull} --rootdir {work}".split(),
+                *OPTIONS,
+                *peer.arguments,
+            ],
+            cwd=work,
+            env={**os.environ, "PYTHONPATH": path, "HF_ASYNC_STORE_PEERS_URL": url},
+            capture_output=True,
+            text=True,
+            timeout=SUITE_SECONDS,
+            check=False,
+        )
+    return done.returncode, done.stdout + done.stderr
+
+
+def is_installed(peer: Peer, python: str) -> bool:
+    command = [python, "-c", f"import {peer.module}"]
+    return not subprocess.run(command, capture_output=True, check=False).returncode
+
+
+def url_of(engine: str, servers: ExitStack, addresses: dict[str, str]) -> str:
+    """The URL of a store that no other run uses; starts the server that the engine needs."""
+    if engine == "postgresql":
+        if engine not in addresses:
+            addresses[engine] = servers.enter_context(postgres()).database()
+        return f"{addresses[engine]}?table_prefix=p{secrets.token_hex(3)}"
+    if engine == "dynamodb":
+        if engine not in addresses:
+            addresses[engine] = servers.enter_context(dynamodb()).endpoint_url
+        return f"dynamodb://us-east-1/p{secrets.token_hex(3)}?endpoint_url={addresses[engine]}"
+    return {"memory": "memory:", "json": "json:{folder}/s.json", "sqlite": "sqlite:{folder}/s.db"}[
+        engine
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--python", default=sys.executable, help="where the projects are installed")
+    parser.add_argument("--suites", type=Path, required=True, help="the folder of the suites")
+    parser.add_argument("--engine", action="append", choices=ENGINES)
+    parser.add_argument("--peer", action="append", choices=list(PEERS))
+    parser.add_argument("--verbose", action="store_true", help="everything that pytest writes")
+    options = parser.parse_args()
+    lines, failed = [], False
+    addresses: dict[str, str] = {}
+    with ExitStack() as servers:
+        for name in options.peer or PEERS:
+            peer = PEERS[name]
+            suite = suite_of(peer, options.suites)
+            if suite is None or not is_installed(peer, options.python):
+                missing = peer.source if suite is None else f"pip install {peer.requirement}"
+                lines.append(f"SKIPPED {name}: needs {missing}, in {options.suites.resolve()}")
+                continue
+            for engine in options.engine or ENGINES:
+                try:
+                    url = url_of(engine, servers, addresses)
+                except ServerUnavailable as exc:
+                    lines.append(f"SKIPPED {name} on {engine}: {exc}")
+                    continue
+                code, output = run_suite(peer, suite, url, options.python)
+                failed = failed or code != 0
+                if code or options.verbose:
+                    print(output)
+                last = re.sub("=+", "", output.strip().splitlines()[-1]).strip()
+                lines.append(f"{name} on {engine}: {last}")
+                print(lines[-1], flush=True)
+    print("\n".join(["", "Suites of other projects:", *lines]))
+    return failed
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("AWS_ACCESS_KEY_ID", "test")
+    os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "test")
+    sys.exit(main())
