@@ -1,7 +1,6 @@
 """py-key-value-aio over hf_async_store: its interface, and so every library that takes it, on each engine.
 
-    async with open_store("sqlite:cache.db", collections=COLLECTIONS) as store:
-        values = EntityKeyValueStore(store)
+    async with EntityKeyValueStore("sqlite:cache.db") as values:
         await values.put("ada", {"visits": 1}, collection="sessions", ttl=3600)
 
 A value is kept as the JSON text that py-key-value makes of it, so that it comes back as from every other of
@@ -18,6 +17,7 @@ from typing import Final
 from key_value.aio._utils.managed_entry import load_from_json
 from key_value.aio.errors import SerializationError
 from key_value.aio.stores.base import (
+    BaseContextManagerStore,
     BaseCullStore,
     BaseDestroyCollectionStore,
     BaseDestroyStore,
@@ -33,6 +33,7 @@ from hf_async_store import (
     Field,
     StorageStrategy,
     UnsupportedValueError,
+    open_store,
 )
 
 ENTRIES: Final = "key_value_entries"
@@ -53,17 +54,28 @@ class EntityKeyValueStore(
     BaseDestroyCollectionStore,
     BaseDestroyStore,
     BaseCullStore,
+    BaseContextManagerStore,
 ):
-    """A store of py-key-value, on an open store that declares `COLLECTIONS`.
+    """A store of py-key-value.
 
     Args:
-        store: who opened it closes it.
+        store: the URL of a store, which is opened by the first call and closed with this one; or an open
+            store that declares `COLLECTIONS`, which is left open.
         default_collection: the collection of calls that name none.
     """
 
-    def __init__(self, store: StorageStrategy, *, default_collection: str | None = None) -> None:
-        self._store = store
-        super().__init__(default_collection=default_collection, stable_api=True)
+    def __init__(
+        self, store: str | StorageStrategy, *, default_collection: str | None = None
+    ) -> None:
+        is_open = isinstance(store, StorageStrategy)
+        self._store = store if is_open else open_store(store, collections=COLLECTIONS)
+        super().__init__(
+            default_collection=default_collection, client_provided_by_user=is_open, stable_api=True
+        )
+
+    async def _setup(self) -> None:
+        if not self._client_provided_by_user:
+            await self._exit_stack.enter_async_context(self._store)
 
     async def _get_managed_entry(self, *, collection: str, key: str) -> ManagedEntry | None:
         return _entry(await self._store.get_entity(ENTRIES, _id(collection, key)))

@@ -31,16 +31,9 @@ ROOT: Final = Path(__file__).parents[2]
 FIXTURES: Final = Path(__file__).with_name("suites")
 ENGINES: Final = ("memory", "json", "sqlite", "postgresql", "dynamodb")
 SUITE_SECONDS: Final = 900
-OPTIONS: Final = [
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:hf_async_store",
-    "-W",
-    "ignore",
-    "--tb=short",
-    "-rfEs",
-]
+OPTIONS: Final = (
+    *["-p", "no:cacheprovider", "-p", "no:hf_async_store", "-W", "ignore", "--tb=short", "-rfEs"],
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Peer:
         requirement: what pip installs.
         module: what is imported to see that it is installed.
         source: where its suite comes from.
-        marker: a file by which the suite is found.
+        marker: a file by which the suite is found; empty if the project installs its suite.
         imports: what is imported at the end of files of the copy: one of our modules of fixtures.
         arguments: what pytest is given.
     """
@@ -100,11 +93,29 @@ PEERS: Final = {
             *("-p", "no:asyncio", "-m", "not external_service", "-k", "not TestRepr"),
         ),
     ),
+    "langgraph-checkpoints": Peer(
+        "langgraph-checkpoint-conformance",
+        "langgraph.checkpoint.conformance",
+        "",
+        "",
+        {"test_conformance.py": "peer_langgraph_saver"},
+        ("test_conformance.py", "-o", "asyncio_mode=auto"),
+    ),
+    "langgraph-store": Peer(
+        "langgraph-checkpoint-sqlite",
+        "langgraph.store.sqlite",
+        "the source archive of langgraph-checkpoint-sqlite, or a checkout of langchain-ai/langgraph",
+        "tests/test_aiosqlite.py",
+        {"tests/test_async_store.py": "peer_langgraph_store"},
+        ("tests/test_async_store.py", "-o", "asyncio_mode=auto"),
+    ),
 }
 
 
 def suite_of(peer: Peer, suites: Path) -> Path | None:
     """The folder of a suite, in the folder of all of them."""
+    if not peer.marker:
+        return suites
     for pattern in ("*/", "*/libs/*/"):
         for found in sorted(suites.glob(pattern + peer.marker)):
             return found.parents[len(Path(peer.marker).parts) - 1]
@@ -113,7 +124,8 @@ def suite_of(peer: Peer, suites: Path) -> Path | None:
 
 def copied(peer: Peer, suite: Path, folder: Path) -> Path:
     """A copy of the tests of a suite, with our fixtures in place of its own."""
-    shutil.copytree(suite / "tests", folder / "tests")
+    if peer.marker:
+        shutil.copytree(suite / "tests", folder / "tests")
     for name, module in peer.imports.items():
         with (folder / name).open("a", encoding="utf-8") as file:
             file.write(f"\nfrom {module} import *\n")

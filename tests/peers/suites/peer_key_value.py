@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
 from examples.key_value_store import COLLECTIONS, EntityKeyValueStore
-from peer_store import empty_store
-from tests.stores.base import BaseStoreTests
+from peer_store import empty_url
+from tests.stores.base import BaseStoreTests, ContextManagerStoreTestMixin
 
 
-class TestEntityKeyValueStore(BaseStoreTests):
+class TestEntityKeyValueStore(ContextManagerStoreTestMixin, BaseStoreTests):
     @pytest.fixture
-    async def store(self, tmp_path: Path) -> AsyncGenerator[EntityKeyValueStore, None]:
-        async with empty_store(COLLECTIONS, tmp_path) as store:
-            yield EntityKeyValueStore(store)
+    async def store(self, tmp_path: Path) -> EntityKeyValueStore:
+        return EntityKeyValueStore(await empty_url(COLLECTIONS, tmp_path))
 
     @pytest.mark.skip(reason="for stores that drop old entries; those of databases skip it, too")
     async def test_not_unbounded(self) -> None: ...

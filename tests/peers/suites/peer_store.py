@@ -13,13 +13,21 @@ from hf_async_store import Collection, StorageStrategy, open_store
 URL_VARIABLE: Final = "HF_ASYNC_STORE_PEERS_URL"
 
 
+async def empty_url(collections: Sequence[Collection], folder: Path) -> str:
+    """The URL of a store that holds no entities of these collections."""
+    url = os.environ[URL_VARIABLE]
+    if "{folder}" not in url:
+        async with open_store(url, collections=collections) as store:
+            for each in reversed(collections):  # children before their parents
+                await store.delete_where(each.name, {})
+    return url.format(folder=folder)
+
+
 @asynccontextmanager
 async def empty_store(
     collections: Sequence[Collection], folder: Path
 ) -> AsyncGenerator[StorageStrategy, None]:
-    """An open store that declares these collections, without entities."""
-    url = os.environ[URL_VARIABLE].format(folder=folder)
+    """An open store without entities, which has not read the clock yet: tests set it back."""
+    url = await empty_url(collections, folder)
     async with open_store(url, collections=collections) as store:
-        for each in reversed(collections):  # children before their parents
-            await store.delete_where(each.name, {})
         yield store
