@@ -67,10 +67,12 @@ class EntityKeyValueStore(
     def __init__(
         self, store: str | StorageStrategy, *, default_collection: str | None = None
     ) -> None:
-        is_open = isinstance(store, StorageStrategy)
-        self._store = store if is_open else open_store(store, collections=COLLECTIONS)
+        given = None if isinstance(store, str) else store
+        self._store = given or open_store(str(store), collections=COLLECTIONS)
         super().__init__(
-            default_collection=default_collection, client_provided_by_user=is_open, stable_api=True
+            default_collection=default_collection,
+            client_provided_by_user=given is not None,
+            stable_api=True,
         )
 
     async def _setup(self) -> None:

@@ -9,6 +9,7 @@ meaning compares the vectors of all items of a namespace, which is good for some
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -29,6 +30,7 @@ from langgraph.store.base import (
     ensure_embeddings,
     get_text_at_path,
     tokenize_path,
+    validate_op_namespace,
 )
 from langgraph.store.base.batch import AsyncBatchedBaseStore
 
@@ -59,8 +61,8 @@ COLLECTIONS: Final = (
         expires=Expire("expires_at"),
     ),
 )
-_END: Final = "\x1f"
-"""Ends each part of a namespace, so that `("a",)` is no prefix of `("ab",)`."""
+_END: Final = "."
+"""Ends each label of a namespace, so that `("a",)` is no prefix of `("ab",)`; none contains it."""
 _OPERATORS: Final = {"$eq": eq, "$ne": ne, "$gt": gt, "$gte": gte, "$lt": lt, "$lte": lte}
 
 
@@ -81,26 +83,24 @@ class EntityMemoryStore(AsyncBatchedBaseStore):
         self._embeddings = None if index is None else ensure_embeddings(index["embed"])
         self._fields = ["$"] if index is None else index.get("fields") or ["$"]
 
-    def batch(self, ops: Iterable[Op]) -> list[Result]:
-        raise NotImplementedError("use the asynchronous methods")
-
     async def abatch(self, ops: Iterable[Op]) -> list[Result]:
         """What is read is as it was before the changes of the batch; of several, the last one counts."""
         given = list(ops)
-        results: list[Result] = [None] * len(given)
+        for op in given:
+            validate_op_namespace(op)
         gets = [(at, op) for at, op in enumerate(given) if isinstance(op, GetOp)]
-        for (at, _), item in zip(gets, await self._get([op for _, op in gets]), strict=True):
+        results: list[Result] = await asyncio.gather(*map(self._read, given))
+        items = await self._get([op for _, op in gets])
+        for (at, _), item in zip(gets, items, strict=True):
             results[at] = item
-        searches: dict[str, Result] = {}  # the same ones of a batch are answered once
-        for at, op in enumerate(given):
-            if isinstance(op, SearchOp | ListNamespacesOp):
-                if repr(op) not in searches:
-                    search = self._search(op) if isinstance(op, SearchOp) else self._namespaces(op)
-                    searches[repr(op)] = await search
-                results[at] = searches[repr(op)]
         puts = {_id(op.namespace, op.key): op for op in given if isinstance(op, PutOp)}
         await self._put(puts)
         return results
+
+    async def _read(self, op: Op) -> Result:
+        if isinstance(op, SearchOp):
+            return await self._search(op)
+        return await self._namespaces(op) if isinstance(op, ListNamespacesOp) else None
 
     async def _get(self, ops: Sequence[GetOp]) -> list[Item | None]:
         if not ops:

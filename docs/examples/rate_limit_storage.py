@@ -145,12 +145,10 @@ class EntityStorage(
     async def acquire_sliding_window_entry(
         self, key: str, limit: int, expiry: int, amount: int = 1
     ) -> bool:
-        now = time.time()
-        before, _, hits, _ = await self._windows(key, expiry, now)
-        weight = before * _part_of_window_left(now, expiry)
+        (_, current), before, hits, left = await self._windows(key, expiry)
+        weight = before * left / expiry
         if amount > limit or floor(weight + hits) + amount > limit:
             return False
-        current = self.sliding_window_keys(key, expiry, now)[1]
         if floor(weight + await self.incr(current, 2 * expiry, amount)) <= limit:
             return True
         # Another task was faster.
@@ -158,17 +156,21 @@ class EntityStorage(
         return False
 
     async def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        return await self._windows(key, expiry, time.time())
+        _, before, hits, left = await self._windows(key, expiry)
+        return before, left if before else 0.0, hits, left + expiry
 
     async def clear_sliding_window(self, key: str, expiry: int) -> None:
         keys = self.sliding_window_keys(key, expiry, time.time())
         await self._store.delete_entities(COUNTERS, keys)
 
-    async def _windows(self, key: str, expiry: int, now: float) -> tuple[int, float, int, float]:
-        keys = self.sliding_window_keys(key, expiry, now)
-        before, hits = map(_hits, await self._store.get_entities(COUNTERS, keys))
-        left = _part_of_window_left(now, expiry) * expiry
-        return before, left if before else 0.0, hits, left + expiry
+    async def _windows(self, key: str, expiry: int) -> tuple[tuple[str, str], int, int, float]:
+        """The keys and the hits of the last window and of this one, and how long this one goes on."""
+        while True:
+            keys = self.sliding_window_keys(key, expiry, time.time())
+            before, hits = map(_hits, await self._store.get_entities(COUNTERS, keys))
+            now = time.time()
+            if self.sliding_window_keys(key, expiry, now) == keys:  # they have not moved meanwhile
+                return keys, before, hits, (1 - now / expiry % 1) * expiry
 
 
 def _hits(counter: Entity | None) -> int:
@@ -179,10 +181,6 @@ def _since(start: float, window: Entity | None) -> list[tuple[float, int]]:
     """The hits of a window from `start` on, the newest first: when, and how many."""
     hits = cast("Iterable[tuple[float, int]]", (window or {}).get("hits", ()))
     return [(at, count) for at, count in hits if at >= start]
-
-
-def _part_of_window_left(now: float, expiry: int) -> float:
-    return 1 - now / expiry % 1
 
 
 def _at(seconds: float) -> datetime:

@@ -22,29 +22,8 @@ from logging import Logger
 from typing import Any, Final, cast
 from uuid import UUID
 
+import apscheduler as ap
 import attrs
-from apscheduler import (
-    ConflictingIdError,
-    ConflictPolicy,
-    DeserializationError,
-    Event,
-    Job,
-    JobAcquired,
-    JobAdded,
-    JobOutcome,
-    JobReleased,
-    JobResult,
-    Schedule,
-    ScheduleAdded,
-    ScheduleRemoved,
-    ScheduleResult,
-    ScheduleUpdated,
-    Task,
-    TaskAdded,
-    TaskLookupError,
-    TaskRemoved,
-    TaskUpdated,
-)
 from apscheduler.abc import EventBroker
 from apscheduler.datastores.base import BaseExternalDataStore
 
@@ -58,6 +37,7 @@ from hf_async_store import (
     Index,
     StorageStrategy,
     Transaction,
+    and_,
     gt,
     gte,
     in_,
@@ -127,36 +107,36 @@ class EntityDataStore(BaseExternalDataStore):
             for each in COLLECTIONS:
                 await self._store.delete_where(each.name, {})
 
-    async def _publish(self, events: Iterable[Event]) -> None:
+    async def _publish(self, events: Iterable[ap.Event]) -> None:
         for each in events:
             await self._event_broker.publish(each)
 
     # -- tasks -------------------------------------------------------------------------------
 
-    async def add_task(self, task: Task) -> None:
+    async def add_task(self, task: ap.Task) -> None:
         stored = _stored(task.marshal(self.serializer))
         is_new = await self._store.save_entity(TASKS, stored) == 1
-        await self._publish([(TaskAdded if is_new else TaskUpdated)(task_id=task.id)])
+        await self._publish([(ap.TaskAdded if is_new else ap.TaskUpdated)(task_id=task.id)])
 
     async def remove_task(self, task_id: str) -> None:
         if not await self._store.delete_entity(TASKS, task_id):
-            raise TaskLookupError(task_id)
-        await self._publish([TaskRemoved(task_id=task_id)])
+            raise ap.TaskLookupError(task_id)
+        await self._publish([ap.TaskRemoved(task_id=task_id)])
 
-    async def get_task(self, task_id: str) -> Task:
+    async def get_task(self, task_id: str) -> ap.Task:
         entity = await self._store.get_entity(TASKS, task_id)
         if entity is None:
-            raise TaskLookupError(task_id)
+            raise ap.TaskLookupError(task_id)
         return await self._task(entity)
 
-    async def get_tasks(self) -> list[Task]:
+    async def get_tasks(self) -> list[ap.Task]:
         return [
             await self._task(each)
             for each in await self._store.query_entities(TASKS, order_by="id")
         ]
 
-    async def _task(self, entity: Entity) -> Task:
-        task = Task.unmarshal(self.serializer, _loaded(Task, entity))
+    async def _task(self, entity: Entity) -> ap.Task:
+        task = ap.Task.unmarshal(self.serializer, _loaded(ap.Task, entity))
         task.running_jobs = await self._running(task.id, _now())
         return task
 
@@ -166,18 +146,18 @@ class EntityDataStore(BaseExternalDataStore):
 
     # -- schedules ---------------------------------------------------------------------------
 
-    async def add_schedule(self, schedule: Schedule, conflict_policy: ConflictPolicy) -> None:
+    async def add_schedule(self, schedule: ap.Schedule, conflict_policy: ap.ConflictPolicy) -> None:
         stored = _stored({"acquired_by": None, **schedule.marshal(self.serializer)})
         try:
-            if conflict_policy is ConflictPolicy.replace:
+            if conflict_policy is ap.ConflictPolicy.replace:
                 version = await self._store.save_entity(SCHEDULES, stored)
             else:
                 version = await self._store.create_entity(SCHEDULES, stored)
         except AlreadyExistsError as exc:
-            if conflict_policy is ConflictPolicy.exception:
-                raise ConflictingIdError(schedule.id) from exc
+            if conflict_policy is ap.ConflictPolicy.exception:
+                raise ap.ConflictingIdError(schedule.id) from exc
             return
-        event = ScheduleAdded if version == 1 else ScheduleUpdated
+        event = ap.ScheduleAdded if version == 1 else ap.ScheduleUpdated
         next_time = schedule.next_fire_time
         await self._publish(
             [event(schedule_id=schedule.id, task_id=schedule.task_id, next_fire_time=next_time)]
@@ -188,24 +168,26 @@ class EntityDataStore(BaseExternalDataStore):
             SCHEDULES, {"id": in_(list(ids))}, order_by="id", returning=True
         )
         await self._publish(
-            ScheduleRemoved(schedule_id=each["id"], task_id=each["task_id"], finished=finished)
+            ap.ScheduleRemoved(
+                schedule_id=str(each["id"]), task_id=str(each["task_id"]), finished=finished
+            )
             for each in removed
         )
 
-    async def get_schedules(self, ids: set[str] | None = None) -> list[Schedule]:
+    async def get_schedules(self, ids: set[str] | None = None) -> list[ap.Schedule]:
         some = {"id": in_(list(ids))} if ids else None
         found = await self._store.query_entities(SCHEDULES, some, order_by="id")
         return list(map(self._schedule, found))
 
-    def _schedule(self, entity: Entity) -> Schedule:
-        return Schedule.unmarshal(self.serializer, _loaded(Schedule, entity))
+    def _schedule(self, entity: Entity) -> ap.Schedule:
+        return ap.Schedule.unmarshal(self.serializer, _loaded(ap.Schedule, entity))
 
     async def acquire_schedules(
         self, scheduler_id: str, lease_duration: timedelta, limit: int
-    ) -> list[Schedule]:
+    ) -> list[ap.Schedule]:
         now = _now()
-        free = [{"acquired_by": None}, {"acquired_until": lt(now)}, {"acquired_by": scheduler_id}]
-        due = or_(*({"next_fire_time": lte(now), "paused": False, **each} for each in free))
+        is_free = or_({"acquired_by": in_([None, scheduler_id])}, {"acquired_until": lt(now)})
+        due = and_({"next_fire_time": lte(now), "paused": False}, is_free)
         claims = await self._store.claim_entities(
             SCHEDULES, due, order_by="next_fire_time", limit=limit, owner=scheduler_id
         )
@@ -213,8 +195,10 @@ class EntityDataStore(BaseExternalDataStore):
         await _finish(claims, lease)
         return [self._schedule({**each.entity, **_stored(lease)}) for each in claims]
 
-    async def release_schedules(self, scheduler_id: str, results: Sequence[ScheduleResult]) -> None:
-        async def release(result: ScheduleResult) -> None:
+    async def release_schedules(
+        self, scheduler_id: str, results: Sequence[ap.ScheduleResult]
+    ) -> None:
+        async def release(result: ap.ScheduleResult) -> None:
             mine = {"id": result.schedule_id, "acquired_by": scheduler_id}
             changes = {
                 "trigger": self.serializer.serialize(result.trigger),
@@ -227,7 +211,7 @@ class EntityDataStore(BaseExternalDataStore):
 
         await asyncio.gather(*map(release, results))
         await self._publish(
-            ScheduleUpdated(
+            ap.ScheduleUpdated(
                 schedule_id=each.schedule_id,
                 task_id=each.task_id,
                 next_fire_time=each.next_fire_time,
@@ -250,30 +234,30 @@ class EntityDataStore(BaseExternalDataStore):
 
     # -- jobs --------------------------------------------------------------------------------
 
-    async def add_job(self, job: Job) -> None:
+    async def add_job(self, job: ap.Job) -> None:
         entity = {"acquired_by": None, "free_at": job.created_at, **job.marshal(self.serializer)}
         await self._store.create_entity(JOBS, _stored(entity))
-        event = JobAdded(job_id=job.id, task_id=job.task_id, schedule_id=job.schedule_id)
+        event = ap.JobAdded(job_id=job.id, task_id=job.task_id, schedule_id=job.schedule_id)
         await self._publish([event])
 
-    async def get_jobs(self, ids: Iterable[UUID] | None = None) -> list[Job]:
+    async def get_jobs(self, ids: Iterable[UUID] | None = None) -> list[ap.Job]:
         some = None if ids is None else {"id": in_([str(each) for each in ids])}
         found = await self._store.query_entities(JOBS, some, order_by="free_at")
         return [self._job(each) for each in found]
 
-    def _job(self, entity: Entity, *, with_arguments: bool = True) -> Job:
-        fields = _loaded(Job, entity)
+    def _job(self, entity: Entity, *, with_arguments: bool = True) -> ap.Job:
+        fields = _loaded(ap.Job, entity)
         if not with_arguments:
             fields |= {"args": (), "kwargs": {}}
-        return Job.unmarshal(self.serializer, fields)
+        return ap.Job.unmarshal(self.serializer, fields)
 
     async def acquire_jobs(
         self, scheduler_id: str, lease_duration: timedelta, limit: int | None = None
-    ) -> list[Job]:
+    ) -> list[ap.Job]:
         now, most = _now(), limit or _MOST_JOBS
         until = now + lease_duration
         lease = {"acquired_by": scheduler_id, "acquired_until": until, "free_at": until + _INSTANT}
-        acquired: list[Job] = []
+        acquired: list[ap.Job] = []
         full: set[str] = set()  # the tasks of which no more jobs may run
         while len(acquired) < most:
             free: dict[str, object] = {"free_at": lte(now)}
@@ -290,43 +274,45 @@ class EntityDataStore(BaseExternalDataStore):
         for job in acquired:
             job.acquired_by, job.acquired_until = scheduler_id, until
         await self._publish(
-            JobAcquired.from_job(each, scheduler_id=scheduler_id) for each in acquired
+            ap.JobAcquired.from_job(each, scheduler_id=scheduler_id) for each in acquired
         )
         return acquired
 
     async def _runnable(
         self, scheduler_id: str, claims: Iterable[Claim], now: datetime
-    ) -> list[tuple[Claim, Job]]:
+    ) -> list[tuple[Claim, ap.Job]]:
         """The jobs of claims. Those that cannot be run are released, with a result that says why."""
         runnable = []
         for claim in claims:
             try:
                 job = self._job(claim.entity)
-            except DeserializationError as exc:
+            except ap.DeserializationError as exc:
                 job = self._job(claim.entity, with_arguments=False)
-                failed = JobOutcome.deserialization_failed
-                result = JobResult.from_job(job, failed, finished_at=now, exception=exc)
+                failed = ap.JobOutcome.deserialization_failed
+                result = ap.JobResult.from_job(job, failed, finished_at=now, exception=exc)
             else:
                 if job.start_deadline is None or job.start_deadline >= now:
                     runnable.append((claim, job))
                     continue
-                result = JobResult.from_job(job, JobOutcome.missed_start_deadline, finished_at=now)
+                result = ap.JobResult.from_job(
+                    job, ap.JobOutcome.missed_start_deadline, finished_at=now
+                )
             await self.release_job(scheduler_id, job, result)
         return runnable
 
     async def _take(
         self,
-        claimed: Iterable[tuple[Claim, Job]],
+        claimed: Iterable[tuple[Claim, ap.Job]],
         lease: Mapping[str, object],
         now: datetime,
         full: set[str],
-    ) -> list[Job]:
+    ) -> list[ap.Job]:
         """Write a lease into claimed jobs, as far as their tasks permit; returns those jobs."""
         by_task = defaultdict(list)
         for each in claimed:
             by_task[each[1].task_id].append(each)
         tasks = await self._store.get_entities(TASKS, list(by_task))
-        taken: list[Job] = []
+        taken: list[ap.Job] = []
         for (task_id, those), task in zip(by_task.items(), tasks, strict=True):
             most = None if task is None else task["max_running_jobs"]
             slots = len(those)
@@ -342,7 +328,7 @@ class EntityDataStore(BaseExternalDataStore):
             taken += [job for _, job in those[:slots]]
         return taken
 
-    async def release_job(self, scheduler_id: str, job: Job, result: JobResult) -> None:
+    async def release_job(self, scheduler_id: str, job: ap.Job, result: ap.JobResult) -> None:
         job_id = str(result.job_id)
         if result.expires_at > result.finished_at:
             stored = _stored(result.marshal(self.serializer))
@@ -354,16 +340,16 @@ class EntityDataStore(BaseExternalDataStore):
             await self._store.run_transaction(released)
         else:
             await self._store.delete_entity(JOBS, job_id)
-        event = JobReleased.from_result(
+        event = ap.JobReleased.from_result(
             result, scheduler_id, job.task_id, job.schedule_id, job.scheduled_fire_time
         )
         await self._publish([event])
 
-    async def get_job_result(self, job_id: UUID) -> JobResult | None:
+    async def get_job_result(self, job_id: UUID) -> ap.JobResult | None:
         found = await self._store.delete_where(RESULTS, {"job_id": str(job_id)}, returning=True)
         if not found:
             return None
-        return JobResult.unmarshal(self.serializer, _loaded(JobResult, found[0]))
+        return ap.JobResult.unmarshal(self.serializer, _loaded(ap.JobResult, found[0]))
 
     async def extend_acquired_job_leases(
         self, scheduler_id: str, job_ids: set[UUID], duration: timedelta
@@ -379,7 +365,7 @@ class EntityDataStore(BaseExternalDataStore):
     async def _abandon(self, filters: Mapping[str, object]) -> None:
         for each in await self._store.query_entities(JOBS, filters):
             job = self._job(each, with_arguments=False)
-            result = JobResult.from_job(job, JobOutcome.abandoned, finished_at=_now())
+            result = ap.JobResult.from_job(job, ap.JobOutcome.abandoned, finished_at=_now())
             await self.release_job(str(job.acquired_by), job, result)
 
     async def cleanup(self) -> None:
@@ -424,11 +410,11 @@ def _value(value: object) -> object:
 def _loaded(kind: type[Any], entity: Entity) -> dict[str, Any]:
     """The fields of an object of APScheduler, as it marshals them."""
     names = (each.name for each in attrs.fields(kind))
-    fields = {name: entity[name] for name in names if name in entity}
+    fields: dict[str, Any] = {name: entity[name] for name in names if name in entity}
     for name in ("trigger", "args", "kwargs", "exception", "return_value"):
         if isinstance(value := fields.get(name), str):
             fields[name] = b64decode(value)
     for name in ("id", "job_id"):
-        if name in fields and kind in (Job, JobResult):
+        if name in fields and kind in (ap.Job, ap.JobResult):
             fields[name] = UUID(fields[name])
     return fields

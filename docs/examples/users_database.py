@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Generic, TypeVar
 from uuid import UUID, uuid4
 
@@ -63,7 +63,7 @@ class AccessToken:
 
     token: str
     user_id: Annotated[UUID, References("users")]
-    created_at: datetime | None = None
+    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 UserType = TypeVar("UserType", bound=User)
@@ -144,7 +144,7 @@ class EntityUserDatabase(BaseUserDatabase[UserType, UUID], Generic[UserType]):
         return await self._store.run_transaction(added)
 
     async def update_oauth_account(
-        self, user: UserType, oauth_account: OAuthAccount, update_dict: Mapping[str, Any]
+        self, user: UserType, oauth_account: Any, update_dict: Mapping[str, Any]
     ) -> UserType:
         def changed(stored: UserType) -> UserType:
             for each in stored.oauth_accounts:
@@ -164,14 +164,14 @@ class EntityAccessTokenDatabase(AccessTokenDatabase[AccessToken]):
 
     async def get_by_token(self, token: str, max_age: datetime | None = None) -> AccessToken | None:
         found = await self._tokens.get(token)
-        if found is None or found.created_at is None or max_age is None:
+        if found is None or max_age is None:
             return found
         return found if found.created_at >= max_age else None
 
     async def create(self, create_dict: Mapping[str, Any]) -> AccessToken:
         token = AccessToken(**create_dict)
         await self._tokens.create(token)
-        return await self._tokens.get(token.token) or token
+        return token
 
     async def update(
         self, access_token: AccessToken, update_dict: Mapping[str, Any]
