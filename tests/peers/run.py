@@ -1,6 +1,7 @@
 """Runs the suites of other projects on stores of this one, through the adapters in `docs/examples`.
 
     python tests/peers/run.py --python PEERS/bin/python --suites FOLDER [--engine E]... [--peer P]...
+    python tests/peers/run.py --python PEERS/bin/python --throughput
 
 The folder of suites holds a checkout or an unpacked source archive of each project. A suite is copied, our
 fixtures are added to the copy, and pytest runs it with the interpreter in whose environment the projects
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import secrets
 import shutil
 import subprocess
@@ -132,11 +132,16 @@ def copied(peer: Peer, suite: Path, folder: Path) -> Path:
     return folder
 
 
+def paths(*first: Path) -> dict[str, str]:
+    """The environment in which the projects find our package, the adapters and our fixtures."""
+    found = os.pathsep.join(map(str, (*first, ROOT / "docs", FIXTURES, ROOT)))
+    return {**os.environ, "PYTHONPATH": found}
+
+
 def run_suite(peer: Peer, suite: Path, url: str, python: str) -> tuple[int, str]:
     """Run a suite on the store of a URL; returns the exit code and what pytest has written."""
     with tempfile.TemporaryDirectory() as folder:
         work = copied(peer, suite, Path(folder))
-        path = os.pathsep.join(map(str, (work, ROOT / "docs", FIXTURES, ROOT)))
         done = subprocess.run(
             [
                 python,
@@ -145,7 +150,7 @@ def run_suite(peer: Peer, suite: Path, url: str, python: str) -> tuple[int, str]
                 *peer.arguments,
             ],
             cwd=work,
-            env={**os.environ, "PYTHONPATH": path, "HF_ASYNC_STORE_PEERS_URL": url},
+            env=paths(work) | {"HF_ASYNC_STORE_PEERS_URL": url},
             capture_output=True,
             text=True,
             timeout=SUITE_SECONDS,
@@ -159,54 +164,106 @@ def is_installed(peer: Peer, python: str) -> bool:
     return not subprocess.run(command, capture_output=True, check=False).returncode
 
 
-def url_of(engine: str, servers: ExitStack, addresses: dict[str, str]) -> str:
-    """The URL of a store that no other run uses; starts the server that the engine needs."""
-    if engine == "postgresql":
-        if engine not in addresses:
-            addresses[engine] = servers.enter_context(postgres()).database()
-        return f"{addresses[engine]}?table_prefix=p{secrets.token_hex(3)}"
-    if engine == "dynamodb":
-        if engine not in addresses:
-            addresses[engine] = servers.enter_context(dynamodb()).endpoint_url
-        return f"dynamodb://us-east-1/p{secrets.token_hex(3)}?endpoint_url={addresses[engine]}"
-    return {"memory": "memory:", "json": "json:{folder}/s.json", "sqlite": "sqlite:{folder}/s.db"}[
-        engine
+class Servers:
+    """The servers that engines need, each started when it is first asked for."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._urls: dict[str, str] = {}
+
+    def url(self, engine: str) -> str:
+        """The URL of a store that no other run uses."""
+        if engine == "postgresql":
+            url = self._urls.get(engine) or self._stack.enter_context(postgres()).database()
+            self._urls[engine] = url
+            return f"{url}?table_prefix=p{secrets.token_hex(3)}"
+        if engine == "dynamodb":
+            url = self._urls.get(engine) or self._stack.enter_context(dynamodb()).endpoint_url
+            self._urls[engine] = url
+            return f"dynamodb://us-east-1/p{secrets.token_hex(3)}?endpoint_url={url}"
+        local = {"memory": "memory:", "json": "json:{folder}/s.json"}
+        return local.get(engine, "sqlite:{folder}/s.db")
+
+
+def measure(python: str) -> int:
+    """Run `throughput.py` with a PostgreSQL server that waits for the disk."""
+    with postgres(durable=True) as server:
+        command = [python, "-W", "ignore", str(Path(__file__).with_name("throughput.py"))]
+        command += ["--postgresql", server.database()]
+        return subprocess.run(command, env=paths(), check=False).returncode
+
+
+def smoke_tests(python: str) -> tuple[int, str]:
+    """Run `test_adapters.py` where the projects are installed."""
+    command = [python, *f"-m pytest -q -c {os.devnull} --noconftest --rootdir {ROOT}".split()]
+    command += [
+        *OPTIONS,
+        "-o",
+        "asyncio_mode=auto",
+        str(Path(__file__).with_name("test_adapters.py")),
     ]
+    done = subprocess.run(command, env=paths(), capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+class Report:
+    """What was run, and how it ended."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        self._verbose = verbose
+        self.lines: list[str] = []
+        self.failed = False
+
+    def add(self, name: str, code: int, output: str) -> None:
+        self.failed = self.failed or code != 0
+        if code or self._verbose:
+            print(output)
+        last = output.strip().splitlines()[-1].strip("= ")
+        self.lines.append(f"{name}: {last}")
+        print(self.lines[-1], flush=True)
+
+    def skip(self, what: str, why: str) -> None:
+        self.lines.append(f"SKIPPED {what}: {why}")
+
+
+def run_peer(name: str, options: argparse.Namespace, servers: Servers, report: Report) -> None:
+    """Run the suite of a project on each engine."""
+    peer = PEERS[name]
+    suite = suite_of(peer, options.suites)
+    if suite is None:
+        report.skip(name, f"it needs {peer.source} in {options.suites.resolve()}")
+        return
+    if not is_installed(peer, options.python):
+        report.skip(name, f"pip install {peer.requirement}")
+        return
+    for engine in options.engine or ENGINES:
+        try:
+            url = servers.url(engine)
+        except ServerUnavailable as exc:
+            report.skip(f"{name} on {engine}", str(exc))
+        else:
+            report.add(f"{name} on {engine}", *run_suite(peer, suite, url, options.python))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--python", default=sys.executable, help="where the projects are installed")
-    parser.add_argument("--suites", type=Path, required=True, help="the folder of the suites")
+    parser.add_argument("--suites", type=Path, default=Path("suites"), help="where the suites are")
     parser.add_argument("--engine", action="append", choices=ENGINES)
     parser.add_argument("--peer", action="append", choices=list(PEERS))
     parser.add_argument("--verbose", action="store_true", help="everything that pytest writes")
+    parser.add_argument("--throughput", action="store_true", help="measure instead")
     options = parser.parse_args()
-    lines, failed = [], False
-    addresses: dict[str, str] = {}
-    with ExitStack() as servers:
+    if options.throughput:
+        return measure(options.python)
+    report = Report(verbose=options.verbose)
+    report.add("smoke tests", *smoke_tests(options.python))
+    with ExitStack() as stack:
+        servers = Servers(stack)
         for name in options.peer or PEERS:
-            peer = PEERS[name]
-            suite = suite_of(peer, options.suites)
-            if suite is None or not is_installed(peer, options.python):
-                missing = peer.source if suite is None else f"pip install {peer.requirement}"
-                lines.append(f"SKIPPED {name}: needs {missing}, in {options.suites.resolve()}")
-                continue
-            for engine in options.engine or ENGINES:
-                try:
-                    url = url_of(engine, servers, addresses)
-                except ServerUnavailable as exc:
-                    lines.append(f"SKIPPED {name} on {engine}: {exc}")
-                    continue
-                code, output = run_suite(peer, suite, url, options.python)
-                failed = failed or code != 0
-                if code or options.verbose:
-                    print(output)
-                last = re.sub("=+", "", output.strip().splitlines()[-1]).strip()
-                lines.append(f"{name} on {engine}: {last}")
-                print(lines[-1], flush=True)
-    print("\n".join(["", "Suites of other projects:", *lines]))
-    return failed
+            run_peer(name, options, servers, report)
+    print("\n".join(["", "Suites of other projects:", *report.lines]))
+    return report.failed
 
 
 if __name__ == "__main__":
