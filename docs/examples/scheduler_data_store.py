@@ -30,6 +30,7 @@ from apscheduler.datastores.base import BaseExternalDataStore
 from hf_async_store import (
     AlreadyExistsError,
     Claim,
+    ClaimLostError,
     Collection,
     Entity,
     Expire,
@@ -192,8 +193,8 @@ class EntityDataStore(BaseExternalDataStore):
             SCHEDULES, due, order_by="next_fire_time", limit=limit, owner=scheduler_id
         )
         lease = {"acquired_by": scheduler_id, "acquired_until": now + lease_duration}
-        await _finish(claims, lease)
-        return [self._schedule({**each.entity, **_stored(lease)}) for each in claims]
+        kept = await _kept(claims, lease)
+        return [self._schedule({**each.entity, **_stored(lease)}) for each in kept]
 
     async def release_schedules(
         self, scheduler_id: str, results: Sequence[ap.ScheduleResult]
@@ -280,9 +281,9 @@ class EntityDataStore(BaseExternalDataStore):
 
     async def _runnable(
         self, scheduler_id: str, claims: Iterable[Claim], now: datetime
-    ) -> list[tuple[Claim, ap.Job]]:
+    ) -> dict[Claim, ap.Job]:
         """The jobs of claims. Those that cannot be run are released, with a result that says why."""
-        runnable = []
+        runnable = {}
         for claim in claims:
             try:
                 job = self._job(claim.entity)
@@ -292,7 +293,7 @@ class EntityDataStore(BaseExternalDataStore):
                 result = ap.JobResult.from_job(job, failed, finished_at=now, exception=exc)
             else:
                 if job.start_deadline is None or job.start_deadline >= now:
-                    runnable.append((claim, job))
+                    runnable[claim] = job
                     continue
                 result = ap.JobResult.from_job(
                     job, ap.JobOutcome.missed_start_deadline, finished_at=now
@@ -302,31 +303,29 @@ class EntityDataStore(BaseExternalDataStore):
 
     async def _take(
         self,
-        claimed: Iterable[tuple[Claim, ap.Job]],
+        claimed: Mapping[Claim, ap.Job],
         lease: Mapping[str, object],
         now: datetime,
         full: set[str],
     ) -> list[ap.Job]:
         """Write a lease into claimed jobs, as far as their tasks permit; returns those jobs."""
         by_task = defaultdict(list)
-        for each in claimed:
-            by_task[each[1].task_id].append(each)
+        for claim, job in claimed.items():
+            by_task[job.task_id].append(claim)
         tasks = await self._store.get_entities(TASKS, list(by_task))
-        taken: list[ap.Job] = []
+        kept: list[Claim] = []
         for (task_id, those), task in zip(by_task.items(), tasks, strict=True):
             most = None if task is None else task["max_running_jobs"]
-            slots = len(those)
             if most is None:
-                await _finish((claim for claim, _ in those), lease)
-            else:
-                async with self._store.lock(f"ap {task_id}"):
-                    slots = max(cast("int", most) - await self._running(task_id, now), 0)
-                    await _finish((claim for claim, _ in those[:slots]), lease)
-                if slots < len(those):
-                    full.add(task_id)
-                    await asyncio.gather(*(claim.release() for claim, _ in those[slots:]))
-            taken += [job for _, job in those[:slots]]
-        return taken
+                kept += await _kept(those, lease)
+                continue
+            async with self._store.lock(f"ap {task_id}"):
+                slots = max(cast("int", most) - await self._running(task_id, now), 0)
+                kept += await _kept(those[:slots], lease)
+            if slots < len(those):
+                full.add(task_id)
+                await asyncio.gather(*(each.release() for each in those[slots:]))
+        return [claimed[each] for each in kept]
 
     async def release_job(self, scheduler_id: str, job: ap.Job, result: ap.JobResult) -> None:
         job_id = str(result.job_id)
@@ -389,9 +388,18 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-async def _finish(claims: Iterable[Claim], changes: Mapping[str, object]) -> None:
-    """Change the claimed entities, and end the claims in the same commit."""
-    await asyncio.gather(*(each.finish(changes) for each in claims))
+async def _kept(claims: Sequence[Claim], lease: Mapping[str, object]) -> list[Claim]:
+    """Write a lease, and end the claims in the same commits; returns those that were still held."""
+
+    async def is_kept(claim: Claim) -> bool:
+        try:
+            await claim.finish(lease)
+        except ClaimLostError:
+            return False
+        return True
+
+    kept = await asyncio.gather(*map(is_kept, claims))
+    return [claim for claim, is_held in zip(claims, kept, strict=True) if is_held]
 
 
 def _stored(fields: Mapping[str, object]) -> dict[str, Any]:
