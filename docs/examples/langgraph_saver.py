@@ -187,7 +187,9 @@ class EntitySaver(BaseCheckpointSaver[int]):
             await self._store.delete_where(collection, {"thread_id": thread_id})
 
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
-        await self._delete({"run_id": in_(list(run_ids))})
+        of_runs = {"run_id": in_(list(run_ids))}
+        found = await self._store.query_entities(CHECKPOINTS, of_runs, fields=["key"])
+        await self._delete([str(each["key"]) for each in found])
 
     async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         if strategy == "delete":
@@ -201,13 +203,9 @@ class EntitySaver(BaseCheckpointSaver[int]):
             fields=["branch"],
         )
         latest = {each["branch"]: each["key"] for each in found}.values()
-        await self._delete_keys([str(each["key"]) for each in found if each["key"] not in latest])
+        await self._delete([str(each["key"]) for each in found if each["key"] not in latest])
 
-    async def _delete(self, filters: Mapping[str, object]) -> None:
-        found = await self._store.query_entities(CHECKPOINTS, filters, fields=["key"])
-        await self._delete_keys([str(each["key"]) for each in found])
-
-    async def _delete_keys(self, keys: Sequence[str]) -> None:
+    async def _delete(self, keys: Sequence[str]) -> None:
         await self._store.delete_where(WRITES, {"checkpoint": in_(keys)})
         await self._store.delete_entities(CHECKPOINTS, keys)
 

@@ -126,7 +126,7 @@ async def our_hits(engine: str, place: Place) -> dict[str, float]:
 # -- fastapi-users --------------------------------------------------------------------------
 
 
-async def users(database: Callable[[], Any], count: int = 600) -> dict[str, float]:
+async def users(database: Callable[[], Any], count: int = 300) -> dict[str, float]:
     async def create(number: int) -> None:
         async with database() as users:
             await users.create({"email": f"{number}@example.com", "hashed_password": "x"})
@@ -183,7 +183,7 @@ async def our_users(engine: str, place: Place) -> dict[str, float]:
 # -- APScheduler ----------------------------------------------------------------------------
 
 
-async def jobs(stores: list[Any], count: int = 800) -> dict[str, float]:
+async def jobs(stores: list[Any], count: int = 480) -> dict[str, float]:
     """Workers acquire jobs and release them with a result, as a scheduler does."""
     from apscheduler import Job, JobOutcome, JobResult, Task
     from apscheduler.eventbrokers.local import LocalEventBroker
