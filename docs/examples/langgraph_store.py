@@ -9,7 +9,6 @@ meaning compares the vectors of all items of a namespace, which is good for some
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -89,18 +88,18 @@ class EntityMemoryStore(AsyncBatchedBaseStore):
         for op in given:
             validate_op_namespace(op)
         gets = [(at, op) for at, op in enumerate(given) if isinstance(op, GetOp)]
-        results: list[Result] = await asyncio.gather(*map(self._read, given))
+        results: list[Result] = [None] * len(given)
         items = await self._get([op for _, op in gets])
         for (at, _), item in zip(gets, items, strict=True):
             results[at] = item
+        for at, op in enumerate(given):
+            if isinstance(op, SearchOp):
+                results[at] = await self._search(op)
+            elif isinstance(op, ListNamespacesOp):
+                results[at] = await self._namespaces(op)
         puts = {_id(op.namespace, op.key): op for op in given if isinstance(op, PutOp)}
         await self._put(puts)
         return results
-
-    async def _read(self, op: Op) -> Result:
-        if isinstance(op, SearchOp):
-            return await self._search(op)
-        return await self._namespaces(op) if isinstance(op, ListNamespacesOp) else None
 
     async def _get(self, ops: Sequence[GetOp]) -> list[Item | None]:
         if not ops:

@@ -121,16 +121,16 @@ class EntityStorage(
     # -- moving windows ----------------------------------------------------------------------
 
     async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        now = time.time()
-
         def hit(window: Entity) -> dict[str, object]:
+            now = time.time()
             recent = _since(now - expiry, window)
             if sum(count for _, count in recent) + amount > limit:
                 raise _FullError
             return {**window, "hits": [(now, amount), *recent], "expires_at": _at(now + expiry)}
 
         try:
-            await self._store.modify_entity(WINDOWS, key, hit, default={"expires_at": _at(now)})
+            new = {"expires_at": _at(time.time())}
+            await self._store.modify_entity(WINDOWS, key, hit, default=new)
         except _FullError:
             return False
         return True
