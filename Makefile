@@ -22,8 +22,8 @@ OPTIONS ?=
 demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes, one killed
 	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
 
-test: $(STAMP)  ## every test but the long sweeps, with a third of its variants
-	$(PYTEST) -n 4
+test: $(STAMP)  ## every test but the long sweeps, with a sixth of its variants
+	$(PYTEST) -n 4 --dist worksteal
 
 test-long: $(STAMP)  ## all variants, and the long sweeps, too
 	$(PYTEST) --hf-full -m "long or not long"

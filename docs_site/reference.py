@@ -28,6 +28,16 @@ ERRORS: Final = tuple(
     if name.endswith("Error") and issubclass(getattr(hf_async_store, name), Exception)
 )
 
+STARLETTE_NAMES: Final = (
+    *("store_lifespan", "set_store", "store_of", "EXCEPTION_HANDLERS", "storage_error_response"),
+    *("entity_response", "page_response"),
+)
+EVENT_NAMES: Final = ("ChangesResponse", "last_event_id")
+HTTP_NAMES: Final = (
+    *("problem_of", "status_of", "Problem", "PreconditionFailedError", "entity_tag"),
+    *("expected_version", "check_preconditions", "is_match", "is_none_match", "page_headers"),
+)
+
 SECTIONS: Final[Mapping[str, Section]] = {
     "store": Section(
         "The store",
@@ -48,6 +58,14 @@ SECTIONS: Final[Mapping[str, Section]] = {
         "Claims",
         "What `claim_entities` and `claims` of a store return.",
         ("Claim", "ClaimInfo"),
+    ),
+    "feed": Section(
+        "Change feed",
+        "The methods of a store that watch its changes or wait for one, and what they return.",
+        (
+            *("watching.WatchedStore", "Changes", "EntityChange"),
+            *("Subscription", "SubscriptionInfo"),
+        ),
     ),
     "queries": Section(
         "Filters and orders",
@@ -73,7 +91,15 @@ SECTIONS: Final[Mapping[str, Section]] = {
     "typed": Section(
         "Typed collections",
         "The methods of one collection, with instances of a class instead of dicts.",
-        ("TypedCollection", "TypedPage", "Versioned"),
+        ("TypedCollection", "TypedPage", "Versioned", "TypedChanges", "TypedChange"),
+    ),
+    "observation": Section(
+        "Observation",
+        "What an observer of a store is told, in `hf_async_store.observer`, and the one for OpenTelemetry.",
+        (
+            *("observer.Observer", "observer.StoreObserver", "observer.Observation"),
+            *("observer.Operation", "integrations.opentelemetry.OpenTelemetryObserver"),
+        ),
     ),
     "capabilities": Section(
         "Capabilities, plans and schema changes",
@@ -112,6 +138,21 @@ SECTIONS: Final[Mapping[str, Section]] = {
         "The functions of `hf_async_store.sync`. The methods of its stores are those of the asynchronous "
         "store, without `await`.",
         ("sync.open_store", "sync.blocking_store"),
+    ),
+    "web": Section(
+        "Web applications",
+        "Import these names from the modules `starlette`, `server_sent_events` and `http` of "
+        "`hf_async_store.integrations`. Examples are on the page Web applications.",
+        (
+            *(f"integrations.starlette.{each}" for each in STARLETTE_NAMES),
+            *(f"integrations.server_sent_events.{each}" for each in EVENT_NAMES),
+            *(f"integrations.http.{each}" for each in HTTP_NAMES),
+        ),
+    ),
+    "test suites": Section(
+        "Tests of applications",
+        "Examples are on the page Testing an application, and so are the fixtures.",
+        ("testing.settable_clock.SettableClock", "testing.faults.Faults"),
     ),
     "errors": Section(
         "Errors",

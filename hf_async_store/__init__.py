@@ -11,6 +11,7 @@ is imported when one of its stores is opened or its class is accessed.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +32,7 @@ from hf_async_store.errors import (
     EntityMismatchError,
     EntityNotFoundError,
     EventLoopMismatchError,
+    FeedExpiredError,
     InvalidCursorError,
     InvalidFieldError,
     InvalidInputError,
@@ -53,6 +55,7 @@ from hf_async_store.errors import (
     StoreClosedError,
     StoreNotFoundError,
     StoreRelocatedError,
+    SubscriptionAdvancedError,
     TargetNotEmptyError,
     ThrottledError,
     TransactionAbortedError,
@@ -67,6 +70,7 @@ from hf_async_store.errors import (
     VerificationError,
 )
 from hf_async_store.expiry import Expire
+from hf_async_store.feed import Changes, EntityChange
 from hf_async_store.field_operations import add_to_set, append, increment, remove_from_set
 from hf_async_store.models import References, StoreVersion
 from hf_async_store.query import (
@@ -95,8 +99,15 @@ from hf_async_store.repository import RepositoryInterface
 from hf_async_store.schema import HOST_FACTORY, Collection, Field, Index
 from hf_async_store.strategies import open_store
 from hf_async_store.strategy import StorageStrategy
+from hf_async_store.subscriptions import Subscription, SubscriptionInfo
 from hf_async_store.transaction import Transaction
-from hf_async_store.typed import TypedCollection, TypedPage, Versioned
+from hf_async_store.typed import (
+    TypedChange,
+    TypedChanges,
+    TypedCollection,
+    TypedPage,
+    Versioned,
+)
 from hf_async_store.values import REMOVE, Entity, Value
 
 if TYPE_CHECKING:
@@ -107,6 +118,8 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql import SQLStorageStrategy
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _LAZY_IMPORTS: Final = {
     "DynamoDBStorageStrategy": "hf_async_store.strategies.dynamodb",
@@ -132,6 +145,7 @@ __all__ = [
     "AuthenticationError",
     "BatchError",
     "Capabilities",
+    "Changes",
     "Claim",
     "ClaimInfo",
     "ClaimLostError",
@@ -143,10 +157,12 @@ __all__ = [
     "DiskFullError",
     "DynamoDBStorageStrategy",
     "Entity",
+    "EntityChange",
     "EntityMismatchError",
     "EntityNotFoundError",
     "EventLoopMismatchError",
     "Expire",
+    "FeedExpiredError",
     "Field",
     "Index",
     "InvalidCursorError",
@@ -183,6 +199,9 @@ __all__ = [
     "StoreNotFoundError",
     "StoreRelocatedError",
     "StoreVersion",
+    "Subscription",
+    "SubscriptionAdvancedError",
+    "SubscriptionInfo",
     "TargetNotEmptyError",
     "ThrottledError",
     "Transaction",
@@ -191,6 +210,8 @@ __all__ = [
     "TransactionError",
     "TransactionReentryError",
     "TransactionTooLargeError",
+    "TypedChange",
+    "TypedChanges",
     "TypedCollection",
     "TypedPage",
     "UnavailableError",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from random import uniform
 from time import monotonic
+from typing import Final
+
+log: Final = logging.getLogger("hf_async_store.retries")
 
 
 class Backoff:
@@ -17,6 +21,7 @@ class Backoff:
     Args:
         seconds: no attempt begins later than this after the first one.
         jitter: returns a random number between two others.
+        what: the operation, for the log; without it, the pauses are not logged.
     """
 
     def __init__(
@@ -28,7 +33,9 @@ class Backoff:
         clock: Callable[[], float] = monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         jitter: Callable[[float, float], float] = uniform,
+        what: str = "",
     ) -> None:
+        self._what = what
         self._clock = clock
         self._sleep = sleep
         self._jitter = jitter
@@ -53,5 +60,7 @@ class Backoff:
         seconds = self._jitter(0, min(up_to, self._longest))
         if seconds >= self.remaining:
             return False
+        if self._what:
+            log.debug("%s failed; the next attempt is in %.3f s", self._what, seconds)
         await self._sleep(seconds)
         return True

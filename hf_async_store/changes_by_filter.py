@@ -125,6 +125,7 @@ class ChangesByFilter:
                     return
                 if not await backoff.pause():
                     raise conflict
+                self._store._note_retry(self._collection.name)
                 entities = await self._matching(stale)
             except StorageError as exc:
                 raise PartialChangeError(self.done, exc, self.entities) from exc

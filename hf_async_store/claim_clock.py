@@ -12,7 +12,7 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import ClassVar, Final, NamedTuple, Protocol
 
 _CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 """On macOS, CLOCK_MONOTONIC continues while the machine is suspended."""
@@ -53,10 +53,17 @@ class BootClock:
 
 
 class WallClock:
-    """The wall clock, for stores that several machines share and that have no clock of their own."""
+    """The wall clock, for stores that several machines share and that have no clock of their own.
+
+    It never runs backwards within a process: if the wall clock is set back, it stands still until that has
+    reached its time again.
+    """
+
+    _latest: ClassVar[float] = 0.0
 
     def now(self) -> Moment:
-        return Moment("", time.time())
+        WallClock._latest = max(WallClock._latest, time.time())
+        return Moment("", WallClock._latest)
 
 
 class ServerClock:

@@ -12,12 +12,12 @@ import logging
 import os
 import random
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import ClassVar, Final, Protocol, Self
 
 from hf_async_store.arguments import check_seconds
 from hf_async_store.backoff import Backoff
@@ -34,7 +34,7 @@ from hf_async_store.schema import LOCK_COLLECTION
 from hf_async_store.transaction import Transaction
 from hf_async_store.values import NOT_UTF8, Entity, Key
 
-log: Final = logging.getLogger("hf_async_store")
+log: Final = logging.getLogger("hf_async_store.claims")
 
 LEASE_SECONDS: Final = 30.0
 _MAX_LEASE_SECONDS: Final = 30 * 86_400.0
@@ -54,6 +54,8 @@ LOCKS: Final = LOCK_COLLECTION.name
 class ClaimingStore(Protocol):
     """What a claim needs of its store."""
 
+    _claim_type: ClassVar[type[Claim]]
+
     def _usable(self) -> Engine: ...
 
     async def _claiming_engine(self, claim: Claim) -> Engine: ...
@@ -63,6 +65,8 @@ class ClaimingStore(Protocol):
     async def _delete_claimed(self, claim: Claim) -> None: ...
 
     def _claimed_transaction(self, claim: Claim) -> Transaction: ...
+
+    def _note_lost_claim(self, collection: str) -> None: ...
 
 
 class Claim:
@@ -99,6 +103,7 @@ class Claim:
         self.lease = lease
         self._skew: Final = claimed.skew
         self._ended = False
+        self._is_lost = False
         self._block: _RenewedBlock | None = None
         self._renewed_at(since)
 
@@ -144,8 +149,24 @@ class Claim:
                 await self._update(changes, ends=True)
 
     async def _update(self, changes: UpdateMap, *, ends: bool) -> int:
-        self.version = await self._store._update_claimed(self, changes, ends=ends)
+        with self._noticing_loss():
+            self.version = await self._store._update_claimed(self, changes, ends=ends)
         return self.version
+
+    @contextmanager
+    def _noticing_loss(self) -> Iterator[None]:
+        try:
+            yield
+        except ClaimLostError:
+            self._note_loss()
+            raise
+
+    def _note_loss(self) -> None:
+        """The claim was lost, which its store is told once."""
+        if not self._is_lost:
+            self._is_lost = True
+            log.info("a claim of %s was lost", self.collection)
+            self._store._note_lost_claim(self.collection)
 
     async def delete(self) -> None:
         """Delete the claimed entity, which ends the claim.
@@ -174,8 +195,9 @@ class Claim:
         """
         seconds = self.lease if lease is None else check_lease(lease)
         since = boot_seconds()
-        engine = await self._store._claiming_engine(self)
-        await engine.renew_claim(self.key, self.token, seconds)
+        with self._noticing_loss():
+            engine = await self._store._claiming_engine(self)
+            await engine.renew_claim(self.key, self.token, seconds)
         self.lease = seconds
         self._renewed_at(since)
         if self._block is not None:
@@ -202,7 +224,8 @@ class Claim:
         # Before it has ended, because a renewal may be refused before this call returns.
         self._ended = True
         try:
-            yield
+            with self._noticing_loss():
+                yield
         except BaseException:
             self._ended = False
             raise
@@ -252,7 +275,9 @@ class Claim:
         try:
             await run_to_completion(self.release())
         except StorageError as failure:
-            log.info("%r could not be released: %s", self, failure)
+            log.info(
+                "a claim of %s could not be released: %s", self.collection, type(failure).__name__
+            )
 
 
 class _RenewedBlock:
@@ -307,6 +332,7 @@ class _RenewedBlock:
         """Cancel the block."""
         if not self._claim._ended and self._lost is None:
             self._lost = exc
+            self._claim._note_loss()
             if self._task is not None:
                 self._task.cancel()
 
@@ -379,10 +405,13 @@ def check_name(name: str, what: str) -> str:
 
 
 async def until_claimed(
-    attempt: Callable[[], Awaitable[list[Claim]]], wait: float, longest: float = _LONGEST_PAUSE
+    attempt: Callable[[], Awaitable[list[Claim]]],
+    wait: float,
+    longest: float = _LONGEST_PAUSE,
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> list[Claim]:
     """What the first attempt that is not empty returns; [] if none is within `wait` seconds."""
-    backoff = Backoff(wait, first=_FIRST_PAUSE, longest=longest)
+    backoff = Backoff(wait, first=_FIRST_PAUSE, longest=longest, sleep=sleep)
     while True:
         claims = await attempt()
         if claims or not await backoff.pause():
@@ -415,7 +444,7 @@ async def acquired_name(
         claimed = await store._usable().claim_name(keys, terms)
         if claimed is None:
             return []
-        return [Claim(store, claimed.record.key, claimed, terms.lease, since)]
+        return [store._claim_type(store, claimed.record.key, claimed, terms.lease, since)]
 
     seconds = float("inf") if timeout is None else float(timeout)
     found = await until_claimed(attempt, seconds, _LONGEST_LOCK_PAUSE)

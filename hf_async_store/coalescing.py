@@ -9,12 +9,14 @@ a timer or anything to tune.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final, Generic, TypeAlias, TypeVar
+from time import perf_counter
+from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 
 from msgspec import Struct
 
@@ -25,9 +27,14 @@ from hf_async_store.values import Key
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
+Observed = TypeVar("Observed", contravariant=True)
 
 _NO_RESULT: Final = StorageError("there is no result yet")
+
+log: Final = logging.getLogger("hf_async_store.slow")
+
+_SLOW_SECONDS: Final = 0.1
+"""A batch that takes at least this time is logged."""
 
 _MAX_WAITING: Final = 4
 """How many calls of `wait` may run at once."""
@@ -43,6 +50,7 @@ class _Waiter(Struct, Generic[Item, Result], eq=False):
     started: bool = False  # an item is or was in a batch
     in_progress: int = 0  # the number of items that are in running batches
     batches_ended: asyncio.Future[None] | None = None
+    caller: object | None = None  # for the observer of batches
 
     def release(self) -> None:
         """Record that the batch of one of the items has ended."""
@@ -57,6 +65,23 @@ class _Waiter(Struct, Generic[Item, Result], eq=False):
             self.batches_ended = asyncio.get_running_loop().create_future()
             with suppress(asyncio.CancelledError):
                 await self.batches_ended
+
+
+class BatchObserver(Protocol[Observed, Result]):
+    """Observes the batches of a coalescer."""
+
+    @property
+    def caller(self) -> Callable[[], object | None]:
+        """Identifies the caller of `submit`; None if it need not be told to `run`."""
+
+    async def run(
+        self,
+        items: Sequence[Observed],
+        callers: Sequence[object],
+        work: Callable[[], Awaitable[Sequence[Result]]],
+    ) -> Sequence[Result]:
+        """Return what `work()` does, the results of a batch; `callers` has each of its callers once."""
+        ...
 
 
 async def _one_iteration() -> None:
@@ -92,6 +117,7 @@ class Coalescer(Generic[Item, Result]):
     Attributes:
         let_callers_run: what a lane awaits between two batches; by default, one iteration of the event
             loop.
+        observer: of the batches.
     """
 
     def __init__(
@@ -120,6 +146,21 @@ class Coalescer(Generic[Item, Result]):
         self._waiting: set[asyncio.Task[None]] = set()  # the tasks that call `wait`
         self._start_scheduled = False
         self.let_callers_run: Callable[[], Awaitable[None]] = _one_iteration
+        self.observer: BatchObserver[Item, Result] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many calls of `submit` wait for a batch, for all or the rest of their items."""
+        return len(self._queue)
+
+    def use(
+        self,
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        wait: Callable[[list[Item]], Awaitable[Sequence[Result]]] | None = None,
+    ) -> None:
+        """Replace the functions that run batches, while there are none."""
+        self._run = run
+        self._wait = wait
 
     async def submit(
         self, items: Sequence[Item], timeout: float | None
@@ -139,6 +180,8 @@ class Coalescer(Generic[Item, Result]):
         waiter: _Waiter[Item, Result] = _Waiter(
             items, loop.create_future(), [_NO_RESULT] * count, count
         )
+        if self.observer is not None:
+            waiter.caller = self.observer.caller()
         self._queue.append((waiter, 0, count))
         self._schedule_start()
         timer = None
@@ -256,7 +299,7 @@ class Coalescer(Generic[Item, Result]):
         items = [waiter.items[index] for waiter, index in batch]
         blocked: _Batch[Item, Result] = []
         try:
-            results = await run(items)
+            results = await self._results(batch, items, run)
         except StorageError as exc:
             _deliver([(entry, exc.copy()) for entry in batch])
         except BaseException as exc:
@@ -279,6 +322,25 @@ class Coalescer(Generic[Item, Result]):
             self._busy.update(self._keys(blocked))
             self._blocked += blocked
             self._start_waiting()
+
+    async def _results(
+        self,
+        batch: _Batch[Item, Result],
+        items: list[Item],
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+    ) -> Sequence[Result]:
+        """What `run(items)` returns, observed, and logged if it is slow."""
+        started = perf_counter()
+        try:
+            if self.observer is None:
+                return await run(items)
+            callers = [each.caller for each, _ in batch if each.caller is not None]
+            return await self.observer.run(items, list(dict.fromkeys(callers)), partial(run, items))
+        finally:
+            seconds = perf_counter() - started
+            if seconds >= _SLOW_SECONDS:
+                what = "commit" if self._writes else "read"
+                log.debug("a shared %s of %d took %.3f s", what, len(items), seconds)
 
     # -- items that wait for a lock ----------------------------------------------------------
 

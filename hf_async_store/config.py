@@ -181,6 +181,8 @@ class JSONConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
             process, or "after each commit", before it is acknowledged.
         sync_writes: a commit is written to the disk before it is acknowledged.
         backup_enabled, backup_count: keep this number of earlier generations of the file(s).
+        feed_bytes: the size of the journals that are kept for change feeds; beyond it, and after the
+            retention of the collections, the oldest are removed.
         lock_timeout: seconds to wait for the lock between processes.
         enforce_references: refuse missing parents, and deleting a parent that has children.
     """
@@ -195,6 +197,7 @@ class JSONConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sync_writes: bool = True
     backup_enabled: bool = True
     backup_count: Count = 5
+    feed_bytes: Count = 256_000_000
     lock_timeout: Seconds = 30.0
     enforce_references: bool = True
 

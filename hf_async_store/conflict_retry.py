@@ -21,6 +21,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     RetriesExhaustedError,
     StorageError,
+    SubscriptionAdvancedError,
     TransactionAbortedError,
 )
 from hf_async_store.values import Key
@@ -43,13 +44,17 @@ the current one may be waiting for something else, even for a task behind it in 
 
 
 async def retry_conflicts(
-    attempt: Callable[[], Awaitable[Result]], seconds: float, ticket: Ticket | None = None
+    attempt: Callable[[], Awaitable[Result]],
+    seconds: float,
+    ticket: Ticket | None = None,
+    before_retry: Callable[[str | None], object] | None = None,
 ) -> Result:
     """Await `attempt()`, and again after each conflict, with pauses of random length (full jitter).
 
     Args:
         ticket: queues after a conflict, and before the first attempt if there is a queue for the key
             already. None: pauses only.
+        before_retry: called before each further attempt with the collection of the conflict, if known.
 
     Raises:
         RetriesExhaustedError: there were conflicts until `seconds` had passed; the last one is the
@@ -65,7 +70,7 @@ async def retry_conflicts(
         try:
             return await attempt()
         except StorageError as exc:
-            conflict = _conflict_in(exc)
+            conflict = conflict_in(exc)
             if conflict is None:
                 raise
             if not await _wait(backoff, ticket, monotonic() - started, attempts):
@@ -80,6 +85,8 @@ async def retry_conflicts(
                     current=conflict.current,
                     retryable=True,
                 ) from exc
+            if before_retry is not None:
+                before_retry(conflict.collection)
 
 
 async def _wait(backoff: Backoff, ticket: Ticket | None, seconds: float, attempts: int) -> bool:
@@ -98,15 +105,17 @@ async def _wait(backoff: Backoff, ticket: Ticket | None, seconds: float, attempt
     return await backoff.pause(seconds * min(2 * attempts, factor))
 
 
-def _conflict_in(exc: StorageError) -> ConcurrencyConflictError | None:
+def conflict_in(exc: BaseException | None) -> ConcurrencyConflictError | None:
     """The conflict that ended an attempt, directly or as the cause of an aborted transaction.
 
-    None for other errors, and for a conflict whose outcome is unknown.
+    None for other errors, for a conflict whose outcome is unknown, and where each attempt would end so.
     """
+    if isinstance(exc, SubscriptionAdvancedError):
+        return None
     if isinstance(exc, ConcurrencyConflictError):
         return None if exc.outcome_unknown else exc
-    if isinstance(exc, TransactionAbortedError) and isinstance(exc.__cause__, StorageError):
-        return _conflict_in(exc.__cause__)
+    if isinstance(exc, TransactionAbortedError):
+        return conflict_in(exc.__cause__)
     return None
 
 
@@ -126,17 +135,24 @@ class FairRetryQueue:
         return bool(self._queues)
 
     async def retry_transaction(
-        self, attempt: Callable[[TransactionTicket], Awaitable[Result]], seconds: float
+        self,
+        attempt: Callable[[TransactionTicket], Awaitable[Result]],
+        seconds: float,
+        before_retry: Callable[[str | None], object] | None = None,
     ) -> Result:
         """`retry_conflicts` for a transaction, whose entity is known only after a conflict."""
         ticket = TransactionTicket(self._queues, None, seconds)
         try:
-            return await retry_conflicts(lambda: ticket.run(attempt), seconds, ticket)
+            return await retry_conflicts(lambda: ticket.run(attempt), seconds, ticket, before_retry)
         finally:
             ticket.release()
 
     async def retry(
-        self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
+        self,
+        key: Key,
+        attempt: Callable[[], Awaitable[Result]],
+        seconds: float,
+        before_retry: Callable[[str | None], object] | None = None,
     ) -> Result:
         """`retry_conflicts`, queued with the other calls for this key after a conflict.
 
@@ -144,7 +160,7 @@ class FairRetryQueue:
         """
         ticket = Ticket(self._queues, key)
         try:
-            return await retry_conflicts(attempt, seconds, ticket)
+            return await retry_conflicts(attempt, seconds, ticket, before_retry)
         finally:
             ticket.release()
 
@@ -230,7 +246,7 @@ class TransactionTicket(Ticket, eq=False):
         try:
             return await attempt(self)
         except StorageError as exc:
-            conflict = _conflict_in(exc)
+            conflict = conflict_in(exc)
             if conflict is not None:
                 self._choose(conflict)
             raise

@@ -1,12 +1,13 @@
 """The declarations that a store remembers: their JSON form, and how those of several programs are merged.
 
-A declaration that was read from a store is data: names, types, keys, references, indexes, expiry. It is
-checked like a declaration of a program, and nothing in it is run, opened or expanded.
+A declaration that was read from a store is data: names, types, keys, references, indexes, expiry, feeds.
+It is checked like a declaration of a program, and nothing in it is run, opened or expanded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from itertools import chain
 from typing import Final, cast
 
@@ -17,8 +18,9 @@ from hf_async_store.recorded_expiry import RecordedExpire, declared_expire, reco
 from hf_async_store.schema import Collection, Field, Index, Schema
 from hf_async_store.values import Entity
 
-FORMAT: Final = 2
-"""Format 2 contains unique indexes. Declarations without any are written in format 1."""
+FORMAT: Final = 3
+"""Format 2 contains unique indexes, format 3 change feeds. Declarations are written in the lowest format
+that can express them."""
 
 
 class _Recorded(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -29,6 +31,7 @@ class _Recorded(msgspec.Struct, frozen=True, omit_defaults=True):
     fields: list[Field]
     indexes: list[Index]
     expires: RecordedExpire | None = None
+    feed: timedelta | None = None
 
     def declared(self) -> Collection:
         declared = Collection(
@@ -37,6 +40,7 @@ class _Recorded(msgspec.Struct, frozen=True, omit_defaults=True):
             fields=self.fields,
             indexes=self.indexes,
             expires=declared_expire(self.expires),
+            feed=self.feed,
         )
         recorded_expire(declared)  # validates its filter
         return declared
@@ -53,8 +57,16 @@ class _Header(msgspec.Struct, frozen=True):
 def encoded(collections: Iterable[Collection]) -> Entity:
     """The JSON form of declarations."""
     recorded = [_recorded(each) for each in collections]
-    number = FORMAT if any(i.unique for each in recorded for i in each.indexes) else 1
-    return {"format": number, **cast("Entity", msgspec.to_builtins(_Document(recorded)))}
+    return {
+        "format": _format_of(recorded),
+        **cast("Entity", msgspec.to_builtins(_Document(recorded))),
+    }
+
+
+def _format_of(recorded: Iterable[_Recorded]) -> int:
+    if any(each.feed is not None for each in recorded):
+        return 3
+    return 2 if any(index.unique for each in recorded for index in each.indexes) else 1
 
 
 def _recorded(collection: Collection) -> _Recorded:
@@ -65,6 +77,7 @@ def _recorded(collection: Collection) -> _Recorded:
         fields,
         list(collection.indexes),
         recorded_expire(collection),
+        collection.feed,
     )
 
 
@@ -95,9 +108,10 @@ def decoded(document: object, where: str) -> list[Collection]:
 def merged(recorded: Iterable[Collection], declared: Iterable[Collection]) -> list[Collection]:
     """The recorded declarations, with those of a program added.
 
-    Collections, fields, indexes and expiry that only other programs declare stay. If a field or the expiry
-    is declared differently, the program is followed; but an index stays unique, and its fields stay of
-    types that can be indexed. A collection that it declares with another key stays as it was.
+    Collections, fields, indexes, expiry and feeds that only other programs declare stay; of two retentions
+    of a feed the longer one counts. If a field or the expiry is declared differently, the program is
+    followed; but an index stays unique, and its fields stay of types that can be indexed. A collection that
+    it declares with another key stays as it was.
     """
     result = {each.name: each for each in recorded}
     for each in declared:
@@ -133,7 +147,13 @@ def _merged(recorded: Collection, declared: Collection) -> Collection:
         fields=fields.values(),
         indexes=usable,
         expires=expires,
+        feed=longest([recorded.feed, declared.feed]),
     )
+
+
+def longest(retentions: Iterable[timedelta | None]) -> timedelta | None:
+    """The longest retention of a feed; None if there is none."""
+    return max((each for each in retentions if each is not None), default=None)
 
 
 def are_equal(first: Iterable[Collection], second: Iterable[Collection]) -> bool:
@@ -161,6 +181,7 @@ def schema_of_recorded(collections: Sequence[Collection]) -> Schema:
                 ],
                 indexes=each.indexes,
                 expires=each.expires,
+                feed=each.feed,
             )
             for each in collections
         )

@@ -22,6 +22,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from datetime import timedelta
 from typing import Final, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -98,6 +99,8 @@ __all__ = [
     "Delete",
     "Engine",
     "Entity",
+    "FeedBatch",
+    "FeedEntry",
     "FieldChange",
     "Isolation",
     "Key",
@@ -169,6 +172,11 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
             before the deletion is refused even if the versions are equal.
         removes_expired: it removes the entities of a declaration with `expires` itself, some time after
             they have expired.
+        feed: it keeps the changes of collections declared with `feed` (`Engine.read_feed`). A store of
+            another engine refuses their declaration.
+        feed_order: the feed of a collection is in the order of the commits; else the changes of each
+            entity are in the order of its versions, and those of different entities in any order.
+        max_feed_retention: the longest `feed` that a collection may declare; None: any.
         default_order: "id" where a query without order_by returns entities sorted by id, else "none".
         conflict_entity: a version conflict carries the stored entity.
         max_transaction_changes, max_transaction_bytes: limits of one transaction; None: limited only
@@ -195,6 +203,9 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     change_markers: bool = False
     detects_recreation: bool = False
     removes_expired: bool = False
+    feed: bool = False
+    feed_order: bool = False
+    max_feed_retention: timedelta | None = None
     default_order: Literal["id", "none"] = "id"
     conflict_entity: bool = True
     max_transaction_changes: int | None = None
@@ -226,6 +237,37 @@ class QueryPlan(msgspec.Struct, frozen=True, kw_only=True):
     consistent: bool = True
     detail: str = ""
     advice: str | None = None
+
+
+class FeedEntry(msgspec.Struct, frozen=True, gc=False):
+    """One committed change of one entity, as `Engine.read_feed` returns it.
+
+    Its receiver does not modify the entities.
+
+    Attributes:
+        key: the key of the entity.
+        before: the entity as it was; None if the change created it.
+        after: the entity as it is since then; None if the change deleted it.
+        position: where the feed goes on after this change.
+    """
+
+    key: Key
+    before: Record | None
+    after: Record | None
+    position: str
+
+
+class FeedBatch(msgspec.Struct, frozen=True):
+    """A part of a change feed.
+
+    Attributes:
+        entries: the changes, in the order of the feed.
+        position: where the feed goes on after them. If nothing was committed since, it is the position that
+            was given, so that readers at the same place have the same position.
+    """
+
+    entries: list[FeedEntry]
+    position: str
 
 
 class SchemaChange(msgspec.Struct, frozen=True):
@@ -572,6 +614,51 @@ class Engine(Reader):
         """The claims of a collection, by id. Nothing is created."""
         async with self.session(None) as session:
             return await claim_records.listed(session, collection, self.claim_clock)
+
+    # -- feed ----------------------------------------------------------------------------------
+    #
+    # Only with the capability `feed`. The feed of a collection contains every commit that changed one of
+    # its entities since the store recorded a declaration with `feed` (`remember`), by whichever program
+    # and verb, imports, expiry and migrations included, for at least the time of the retention. A position
+    # is a text that only the engine understands; it is valid in every process, and in no other store.
+
+    async def feed_position(self, collection: str) -> str:
+        """The end of the feed: from there, `read_feed` returns what is committed after this call.
+
+        Raises:
+            SchemaMismatchError: the store does not record the changes of this collection yet; the message
+                tells what to do.
+        """
+        raise self._no_feed()
+
+    async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
+        """What was committed after a position. Returns at once, also when there is nothing.
+
+        Nothing that is committed later is ever put before the returned position.
+
+        Args:
+            since: a position of this collection.
+            limit: return about this many changes at most. All changes of one entity in one commit are one.
+
+        Raises:
+            FeedExpiredError: not all of it is kept any more.
+            InvalidCursorError: it is not a position of this feed: malformed, or of another store or
+                collection.
+            SchemaMismatchError: as for `feed_position`.
+        """
+        raise self._no_feed()
+
+    async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        """Wait until the feed of a collection may go on after its position, at most `seconds`.
+
+        It may return early; it is only a hint for when to call `read_feed`. Changes of other processes end
+        the wait as well, as soon as the engine can notice them. One call is made at a time, for all
+        watchers of a store.
+        """
+        raise self._no_feed()
+
+    def _no_feed(self) -> InvalidInputError:
+        return InvalidInputError(f"the engine {self.capabilities.engine} has no change feed")
 
     # -- schema and health -------------------------------------------------------------------
 

@@ -102,6 +102,15 @@ class InvalidCursorError(InvalidInputError):
     """An invalid cursor, or the cursor of another query."""
 
 
+class FeedExpiredError(StorageError):
+    """The change feed does not contain any more what was committed after a token.
+
+    It was kept for the retention of the collection, or up to the limit of the engine; or the store was
+    restored from a copy, where the changes that followed the token may differ. To go on, read the
+    collection itself and watch it from then on.
+    """
+
+
 # -- state of the stored data ---------------------------------------------------------------
 
 
@@ -204,6 +213,14 @@ class ConcurrencyConflictError(StorageError):
 
 class RetriesExhaustedError(ConcurrencyConflictError):
     """`run_transaction` or `modify_entity` met conflicts until `retry_seconds` had passed."""
+
+
+class SubscriptionAdvancedError(ConcurrencyConflictError):
+    """A named subscription was advanced by another consumer, or past this change already.
+
+    What would have been committed with it is in the store, so no transaction is run again because of this
+    error. To go on, leave the subscription and enter it anew.
+    """
 
 
 class ReferenceViolationError(StorageError):

@@ -15,6 +15,7 @@ it; `strategies/routing.py` creates it where a store is opened.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 import time
@@ -45,6 +46,8 @@ from hf_async_store.driver import (
     ClaimInfo,
     ClaimTerms,
     Engine,
+    FeedBatch,
+    FeedEntry,
     Isolation,
     QueryPlan,
     Reader,
@@ -55,6 +58,8 @@ from hf_async_store.driver import (
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     CorruptionError,
+    FeedExpiredError,
+    InvalidCursorError,
     StorageError,
     StoreClosedError,
     StoreRelocatedError,
@@ -62,8 +67,16 @@ from hf_async_store.errors import (
 )
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
-from hf_async_store.schema import MARKER_COLLECTION, MIGRATION_COLLECTION, Collection, Index
+from hf_async_store.schema import (
+    MARKER_COLLECTION,
+    MIGRATION_COLLECTION,
+    SUBSCRIPTION_COLLECTION,
+    Collection,
+    Index,
+)
 from hf_async_store.values import VERSION, Entity, Key, Value, utc_now
+
+log: Final = logging.getLogger("hf_async_store.migration")
 
 Item = TypeVar("Item")
 
@@ -276,6 +289,10 @@ class MigrationRouter(Engine):
             if not route.is_equivalent(self._route):
                 self._route = route
                 self._active = self.engine_of(route)
+                log.info(
+                    "following a live migration: the active engine is %s",
+                    self._active.capabilities.engine,
+                )
             self._begin_until = started + LEASE_SECONDS - _LEASE_MARGIN_SECONDS
             self._valid_until = started + LEASE_SECONDS
             return self._route
@@ -509,6 +526,40 @@ class MigrationRouter(Engine):
 
     async def claims(self, collection: str) -> list[ClaimInfo]:
         return await (await self.in_use()).claims(collection)
+
+    # A position of a feed belongs to one store, and to the time between two switches: what was committed
+    # in another time is in the feed of the other store.
+
+    async def feed_position(self, collection: str) -> str:
+        route = await self.current_route()
+        return _marked(await self.engine_of(route).feed_position(collection), route.term)
+
+    async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
+        route = await self.current_route()
+        position = _unmarked(since, route.term)
+        try:
+            batch = await self.engine_of(route).read_feed(collection, position, limit)
+        except InvalidCursorError as exc:
+            if self._was_in_migration:
+                raise _other_feed() from exc
+            raise
+        if not route.term:
+            return batch
+        entries = [
+            FeedEntry(each.key, each.before, each.after, _marked(each.position, route.term))
+            for each in batch.entries
+        ]
+        return FeedBatch(entries, _marked(batch.position, route.term))
+
+    async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        route = await self.current_route()
+        try:
+            inner = {name: _unmarked(each, route.term) for name, each in positions.items()}
+        except FeedExpiredError:
+            return  # the next read raises it
+        if route.engine is not None:
+            seconds = min(seconds, LEASE_SECONDS)
+        await self.engine_of(route).feed_changed(inner, seconds)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         return await self.original.fetch_undeclared(collection, entity_id)
@@ -789,16 +840,48 @@ def _not_permitted(location: str) -> StoreRelocatedError:
 
 def _with_markers(changes: Sequence[Change]) -> list[Change]:
     return [
-        msgspec.structs.replace(each, mark=marker_of(each.key)) if each.mark is None else each
+        msgspec.structs.replace(each, mark=marker_of(each.key))
+        if each.mark is None and each.key.collection != SUBSCRIPTION_COLLECTION.name
+        else each
         for each in changes
     ]
+
+
+_MARKED_POSITION: Final = re.compile(r"switch ([0-9]{1,18}) (.*)", re.DOTALL)
+
+
+def _marked(position: str, term: int) -> str:
+    """The position of a feed, with the number of switches before it; a plain one before the first."""
+    return f"switch {term} {position}" if term else position
+
+
+def _unmarked(position: str, term: int) -> str:
+    """The position as the active engine knows it.
+
+    Raises:
+        FeedExpiredError: there was a switch since.
+    """
+    marked = _MARKED_POSITION.fullmatch(position)
+    number, plain = (0, position) if marked is None else (int(marked[1]), marked[2])
+    if term and number != term:
+        raise _other_feed()
+    # Without a migration, or after the end of one, the engine recognises its own positions.
+    return plain
+
+
+def _other_feed() -> FeedExpiredError:
+    return FeedExpiredError(
+        "a live migration has switched to another store since: what was committed there first is not in "
+        "its feed"
+    )
 
 
 async def _write_markers(route: Route, changes: Sequence[Change]) -> None:
     """Write the change markers of changes that were written without them."""
     assert route.engine is not None, "a live migration is running"
     puts: list[Change] = []
-    for key in {each.key for each in changes}:
+    keys = {each.key for each in changes if each.key.collection != SUBSCRIPTION_COLLECTION.name}
+    for key in keys:
         marker = marker_of(key)
         entity = {name: value for name, value in marker.entity.items() if name != VERSION}
         puts.append(

@@ -97,6 +97,7 @@ class ModelCodec(Generic[Model]):
         self._library = library
         self.fields, self.version, self._version_attribute = _described(model, library)
         self.attributes: Final = {each.attribute: each.name for each in self.fields}
+        self._attributes: Final = {name: each for each, name in self.attributes.items()}
         self.names: Final = frozenset([*self.attributes.values(), *library.tags(model)])
         self._checked = tuple(
             (each.name, each.attribute)
@@ -139,18 +140,21 @@ class ModelCodec(Generic[Model]):
         held = getattr(instance, self._version_attribute)
         return None if held is msgspec.UNSET else cast("int | None", held)
 
-    def value(self, value: object) -> object:
+    def value(self, name: str, value: object) -> object:
         """A value of a field as it is stored, in an update.
+
+        Args:
+            name: the stored name of the field, which may be unknown to the model.
 
         Raises:
             UnsupportedValueError: it cannot be stored.
         """
-        name = type(value).__name__
+        kind = type(value).__name__
         try:
-            _refuse_what_is_lost(value, name)
-            return self._library.dump_value(value)
+            _refuse_what_is_lost(value, kind)
+            return self._library.dump_value(self.model, self._attributes.get(name), value)
         except (TypeError, ValueError, RecursionError) as exc:
-            raise _not_stored(name, exc) from exc
+            raise _not_stored(kind, exc) from exc
 
     def instance(self, collection: str, entity_id: str, entity: Entity) -> Model:
         """The instance for a stored entity. Fields that are unknown to the model are left out.
@@ -198,9 +202,10 @@ class _Library:
         return () if tag is None else (tag,)
 
     def dump(self, instance: object) -> dict[str, object]:
-        return cast("dict[str, object]", self.dump_value(instance))
+        return cast("dict[str, object]", msgspec.to_builtins(instance, str_keys=True))
 
-    def dump_value(self, value: object) -> object:
+    def dump_value(self, model: type, attribute: str | None, value: object) -> object:
+        """A value of a field; the attribute is None if the model does not have it."""
         return msgspec.to_builtins(value, str_keys=True)
 
     def load(self, model: type, entity: Mapping[str, object]) -> object:
@@ -254,9 +259,17 @@ class _Pydantic(_Library):
         _refuse_masked(vars(instance).values(), fields)
         return fields
 
-    def dump_value(self, value: object) -> object:
-        to_json: Callable[..., object] = sys.modules["pydantic_core"].to_jsonable_python
-        stored = to_json(value, by_alias=True)
+    def dump_value(self, model: Any, attribute: str | None, value: object) -> object:
+        stored: object
+        if attribute is None:
+            stored = sys.modules["pydantic_core"].to_jsonable_python(value, by_alias=True)
+        else:
+            # By the serializer of the model, because its fields may have serializers of their own.
+            instance = model.model_construct()
+            vars(instance)[attribute] = value
+            [stored] = model.__pydantic_serializer__.to_python(
+                instance, mode="json", by_alias=True, include={attribute}, warnings="none"
+            ).values()
         _refuse_masked([value], {type(value).__name__: stored})
         return stored
 
@@ -316,8 +329,7 @@ def _refuse_masked(values: Iterable[Any], fields: Mapping[str, object]) -> None:
     for name, stored in fields.items():
         if isinstance(stored, str) and stored in masked and not stored.strip("*"):
             raise UnsupportedValueError(
-                f"{name}: a secret, which would be stored as asterisks: give its field a "
-                "field_serializer, and updates the value itself"
+                f"{name}: a secret, which would be stored as asterisks: give its field a field_serializer"
             )
 
 

@@ -12,12 +12,10 @@ from __future__ import annotations
 import asyncio
 import heapq
 import operator
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from enum import Enum
 from functools import partial
-from hashlib import blake2b
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -26,6 +24,7 @@ import msgspec
 from hf_async_store.errors import InvalidCursorError, InvalidQueryError, UnsupportedValueError
 from hf_async_store.event_loop import Chunks, computed
 from hf_async_store.field_checks import OPERATOR_CALLS, operand_problem, type_of, usual_operands
+from hf_async_store.sealed_text import sealed, unsealed
 from hf_async_store.values import (
     FIXED_FORM,
     VERSION,
@@ -1048,11 +1047,6 @@ def project(entity: Entity, fields: tuple[str, ...] | None) -> Entity:
 
 # -- cursors --------------------------------------------------------------------------------
 
-# The key is not a secret, because the checksum only detects mistakes: a forged cursor is another
-# position in a query that the caller is allowed to run.
-_CURSOR_KEY: Final = b"hf_async_store cursor 1"
-_DIGEST_BYTES: Final = 12
-
 
 class _CursorPayload(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """An encoded position: each value in a list of its own, which is empty for a missing value."""
@@ -1081,24 +1075,13 @@ def encode_cursor(query: Query, entity_id: str, entity: Entity) -> str:
     values = [[] if each is MISSING else [each] for each in position.values]
     any_order = query.paged and not query.order and not query.by_id
     payload = _CursorPayload(values, entity_id, any_order)
-    body = msgspec.json.encode(payload)
-    return urlsafe_b64encode(_digest(query, body) + body).decode().rstrip("=")
+    return sealed(msgspec.json.encode(payload), _seal(query))
 
 
 def _decode_cursor(query: Query, cursor: object) -> tuple[CursorPosition, bool]:
     """The position, and whether the pages without an order of the query are in the order by id."""
-    if not isinstance(cursor, str):
-        raise InvalidCursorError(f"a cursor must be a string, not {type(cursor).__name__}")
     try:
-        raw = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
-        # The decoder ignores invalid characters and spare bits; only the canonical encoding is valid.
-        if urlsafe_b64encode(raw).decode().rstrip("=") != cursor:
-            raise InvalidCursorError("invalid cursor")
-        digest, body = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
-        if _digest(query, body) != digest:
-            raise InvalidCursorError(
-                "invalid cursor, or the cursor of another collection, filter or order"
-            )
+        body = unsealed(cursor, _seal(query), "cursor of another collection, filter or order")
         payload = _decode_payload(body)
         values = [normalise(each[0]) if each else MISSING for each in payload.values]
         normalise(payload.id)
@@ -1110,21 +1093,20 @@ def _decode_cursor(query: Query, cursor: object) -> tuple[CursorPosition, bool]:
     return CursorPosition(tuple(values), payload.id), by_id
 
 
-def _digest(query: Query, body: bytes) -> bytes:
+def _seal(query: Query) -> bytes:
     order = msgspec.json.encode(query.order)
     # JSON contains no NUL, so the concatenation is unambiguous.
-    content = b"\0".join((query.collection.encode(), _fingerprint(query.where), order, body))
-    return blake2b(content, digest_size=_DIGEST_BYTES, key=_CURSOR_KEY).digest()
+    return b"\0".join((query.collection.encode(), fingerprint(query.where), order))
 
 
-def _fingerprint(where: Filter) -> bytes:
+def fingerprint(where: Filter) -> bytes:
     """Bytes that identify a filter, regardless of the order of its parts."""
     if isinstance(where, Comparison):
         triple = (where.path, where.op, where.value)
         return msgspec.json.encode(triple, order="deterministic")
     if isinstance(where, Not):
-        return b"not(" + _fingerprint(where.part) + b")"
-    parts = b",".join(sorted(map(_fingerprint, where.parts)))
+        return b"not(" + fingerprint(where.part) + b")"
+    parts = b",".join(sorted(map(fingerprint, where.parts)))
     return (b"and(" if isinstance(where, And) else b"or(") + parts + b")"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import (
     AsyncGenerator,
@@ -102,6 +103,8 @@ Done = TypeVar("Done", int, bool, Entity)
 Modification: TypeAlias = Callable[
     [Entity], "Mapping[str, object] | Awaitable[Mapping[str, object]]"
 ]
+
+log: Final = logging.getLogger("hf_async_store.retries")
 
 _CHUNK_SIZE: Final = 128
 """The number of entities validated one by one between two iterations of the event loop."""
@@ -715,6 +718,10 @@ class RepositoryInterface(ABC):
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
         """Await `attempt()`, and again after each conflict on the entity of this key."""
+
+    def _note_retry(self, collection: str | None) -> None:
+        """Something is tried again after a conflict."""
+        log.debug("trying again after a conflict in %s", collection or "a transaction")
 
     # -- changes by filter -------------------------------------------------------------------
 

@@ -35,6 +35,8 @@ class Primitives(Protocol):
 
     async def _first_page(self, query: Query) -> Query: ...
 
+    def _note_retry(self, collection: str | None) -> None: ...
+
 
 class ReturningUpdates:
     """Independent updates of different entities.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from types import MappingProxyType, NoneType
 from typing import Final, Self
 
@@ -43,6 +44,8 @@ from hf_async_store.values import (
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,47}\Z")
 _RESERVED: Final = frozenset({"doc", "version"})
+_MAX_SECONDS: Final = 1e9
+"""About 31 years: what a timedelta, and every engine, can add to a time."""
 
 MAX_UNIQUE_BYTES: Final = 1024
 """The UTF-8 of a text in a field of a unique index has at most this many bytes."""
@@ -227,6 +230,7 @@ class Collection:
         open: queries may name undeclared fields without `path`. By default such a name is an error,
             because it may be misspelt.
         expires: when its entities expire; None: never.
+        feed: for how long its changes are kept for `watch`, as a timedelta or in seconds; None: not at all.
 
     Example:
         `Collection("accounts", key="account_id", fields=["owner"], indexes=["owner"])`
@@ -253,6 +257,8 @@ class Collection:
     """The class of its entities, if it was declared by `from_model`."""
     expires: Expire | None
     """When its entities expire."""
+    feed: timedelta | None
+    """For how long its changes are kept."""
 
     def __init__(
         self,
@@ -263,6 +269,7 @@ class Collection:
         indexes: Iterable[Index | str] = (),
         open: bool = False,  # noqa: A002  # as an argument it reads best
         expires: Expire | None = None,
+        feed: timedelta | float | None = None,
     ) -> None:
         self.name = _checked_name(name, "collection name")
         if not isinstance(open, bool):
@@ -275,6 +282,7 @@ class Collection:
                 f"collection {name!r}: expires must be an Expire, not {type(expires).__name__}"
             )
         self.expires = expires
+        self.feed = _checked_feed(self.name, feed)
         declared = _with_timestamps(
             [
                 Field(key, required=True),
@@ -315,6 +323,7 @@ class Collection:
         indexes: Iterable[Index | str] = (),
         open: bool = False,  # noqa: A002  # as in the constructor
         expires: Expire | None = None,
+        feed: timedelta | float | None = None,
     ) -> Self:
         """The declaration of a collection whose entities are instances of a class.
 
@@ -348,6 +357,7 @@ class Collection:
             indexes=indexes,
             open=open,
             expires=expires,
+            feed=feed,
         )
         if key not in codec.names:
             raise ConfigurationError(f"{model.__name__} has no field {key!r}, which is the key")
@@ -518,6 +528,20 @@ class Collection:
         return entity
 
 
+def _checked_feed(collection: str, feed: object) -> timedelta | None:
+    if feed is None or isinstance(feed, timedelta):
+        retention = feed
+    elif isinstance(feed, int | float) and not isinstance(feed, bool) and 0 < feed < _MAX_SECONDS:
+        retention = timedelta(seconds=feed)
+    else:
+        raise ConfigurationError(
+            f"collection {collection!r}: feed must be a timedelta or seconds, not {feed!r}"
+        )
+    if retention is not None and retention <= timedelta():
+        raise ConfigurationError(f"collection {collection!r}: feed must be longer than 0")
+    return retention
+
+
 def _with_timestamps(declared: list[Field], others: Iterable[str] = ()) -> list[Field]:
     names = {each.name for each in declared}
     wanted = dict.fromkeys([*others, CREATED_AT, UPDATED_AT])
@@ -683,27 +707,28 @@ CATALOGUE_COLLECTION: Final = Collection("hf_catalogue", key="name")
 UNIQUE_COLLECTION: Final = Collection("hf_unique", key="value", fields=["owner"])
 CLAIM_COLLECTION: Final = Collection("hf_claims", key="claim_id")
 LOCK_COLLECTION: Final = Collection("hf_locks", key="name")
+SUBSCRIPTION_COLLECTION: Final = Collection("hf_subscriptions", key="name")
 SYSTEM_COLLECTIONS: Final = (
     *MIGRATION_COLLECTIONS,
     CATALOGUE_COLLECTION,
     UNIQUE_COLLECTION,
     CLAIM_COLLECTION,
     LOCK_COLLECTION,
+    SUBSCRIPTION_COLLECTION,
 )
 """The collections that a store itself needs, in addition to the declared ones: those of a live migration,
 the declarations that the store remembers (`Engine.remember`), the owners of unique values, where the
-engine itself has no unique indexes, claims (`claim_records`), and named locks, which are claims without
-entities."""
+engine itself has no unique indexes, claims (`claim_records`), named locks, which are claims without
+entities, and the positions of named subscriptions to a change feed (`feed.py`)."""
 
 _UNLISTED: Final = {
-    each.name: each
-    for each in (CATALOGUE_COLLECTION, UNIQUE_COLLECTION, CLAIM_COLLECTION, LOCK_COLLECTION)
+    each.name: each for each in SYSTEM_COLLECTIONS if each not in MIGRATION_COLLECTIONS
 }
 
 
 class EngineSchema(Schema):
     """The schema that an engine gets: looking up a name also finds the collections of the declarations,
-    of the owners of unique values, of the claims and of the locks.
+    of the owners of unique values, of the claims, of the locks and of the subscriptions.
 
     They are not listed, so they have no entities for a store, a backup or a migration.
     """

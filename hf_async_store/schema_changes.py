@@ -19,6 +19,7 @@ type, and is only counted here. The changes have these kinds:
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Final
@@ -34,6 +35,8 @@ from hf_async_store.schema import Collection, Field, Index, Schema
 from hf_async_store.transforms import Transforms, transform
 from hf_async_store.unique import digest
 from hf_async_store.values import Entity, Key, Value, is_canonical_timestamp, parse_timestamp
+
+log: Final = logging.getLogger("hf_async_store.schema")
 
 REFUSED: Final = frozenset({"key", "required", "unique"})
 """The kinds of changes that `apply` refuses."""
@@ -103,6 +106,8 @@ async def apply(
         for name, function in transforms.items():
             await transform(engine, schema[name], function, report)
     changes = await compared(engine, schema)
+    for each in changes:
+        log.info("to do: %s of %s", each.kind, _place(each))
     _refuse(changes, "no more was changed" if transforms else "nothing was changed")
     await engine.apply_schema(progress=progress, complete=complete)
     for name in {each.collection: None for each in changes if each.kind == "form"}:
@@ -113,6 +118,7 @@ async def apply(
     for each in changes:
         if each.kind in ("collection", "field", "index", "expiry"):
             report(each, 1, 1)
+    log.info("the store agrees with the declared collections")
 
 
 def _refuse(changes: Iterable[SchemaChange], state: str) -> None:

@@ -5,6 +5,7 @@ Only a query that takes long is recorded, so that all others cost no more than a
 
 from __future__ import annotations
 
+import logging
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +16,8 @@ from hf_async_store.values import join_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+log: Final = logging.getLogger("hf_async_store.slow")
 
 SLOW_SECONDS: Final = 0.020
 """A query that takes at least this time is recorded."""
@@ -77,6 +80,12 @@ class SlowQueries:
 
     def _add(self, query: Query, seconds: float, rows: int) -> None:
         shape = Query(query.collection, _without_values(query.where), query.order)
+        if log.isEnabledFor(logging.DEBUG):
+            shown = SlowShape(shape)
+            log.debug(
+                "a query of %s took %.3f s: %s; order %s; %d rows",
+                *(query.collection, seconds, shown.filter_text or "all", shown.order_by, rows),
+            )
         if shape not in self._shapes and len(self._shapes) == _MAX_SHAPES:
             del self._shapes[self.slowest()[-1].query]
         found = self._shapes.setdefault(shape, SlowShape(shape))

@@ -14,8 +14,10 @@ import time
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from operator import attrgetter
 from types import TracebackType
-from typing import ClassVar, Final, Self, TypeVar
+from typing import ClassVar, Final, Self, TypeVar, cast
 
 from msgspec.structs import replace
 
@@ -36,6 +38,7 @@ from hf_async_store.claims import (
     until_claimed,
     waiting_seconds,
 )
+from hf_async_store.clearing import Clearing
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
 from hf_async_store.driver import (
@@ -63,11 +66,13 @@ from hf_async_store.field_operations import UpdateMap
 from hf_async_store.index_advice import advice, advice_by_declaration
 from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
 from hf_async_store.models import Model
+from hf_async_store.observer import Observer, StoreObserver, check_observer
+from hf_async_store.observing import SharedOperations, observed_store
 from hf_async_store.purging import LivingReader, Purging
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import read_only_session
 from hf_async_store.redaction import redact_texts
-from hf_async_store.repository import RepositoryInterface, operation_timeout
+from hf_async_store.repository import operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
 from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
@@ -75,10 +80,11 @@ from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key, Value
+from hf_async_store.watching import WatchedStore
 
 Result = TypeVar("Result")
 
-log: Final = logging.getLogger("hf_async_store")
+log: Final = logging.getLogger("hf_async_store.store")
 
 _RECORD_ATTEMPTS: Final = 3
 _MAX_SLOW_SHOWN: Final = 10
@@ -100,7 +106,7 @@ class _Forks:
 os.register_at_fork(after_in_child=_Forks.increment)
 
 
-class StorageStrategy(RepositoryInterface):
+class StorageStrategy(WatchedStore):
     """A store. Open it with `async with`, or with `open()` and `close()`.
 
     Opening does no I/O; the first call does. A store belongs to the event loop that it was opened
@@ -113,11 +119,13 @@ class StorageStrategy(RepositoryInterface):
     """
 
     transaction_type: ClassVar[type[Transaction]] = Transaction
+    _claim_type: ClassVar[type[Claim]] = Claim
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
-        super().__init__(Schema(schema.values()), SlowQueries())
+        super().__init__(engine, Schema(schema.values()), SlowQueries())
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
+        _refuse_feeds(schema, engine.capabilities)
         self._engine = engine
         self._purging = Purging(self, alone=not engine.capabilities.removes_expired)
         self._set_clock(None, self._purging.seconds)
@@ -125,6 +133,7 @@ class StorageStrategy(RepositoryInterface):
         self._transactions = TransactionManager()
         self._retry_queue = FairRetryQueue()
         self._streams = OpenStreams()
+        self._observer: StoreObserver | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forks = _Forks.count
         self._closed = False
@@ -158,6 +167,13 @@ class StorageStrategy(RepositoryInterface):
         """The capabilities of the engine."""
         return self._engine.capabilities
 
+    def _use_engine(self, engine: Engine) -> None:
+        """Use another engine with the same capabilities; for tests, while there are no calls."""
+        self._engine = engine
+        self._writes.use(engine.write_unblocked, wait=engine.write_each)
+        if self._reads is not None:
+            self._reads.use(engine.fetch)
+
     def _set_clock(self, source: TimeSource | None, purge_seconds: float | None) -> None:
         """See `open_store`; before the store is opened."""
         clock = Clock(source)
@@ -165,6 +181,32 @@ class StorageStrategy(RepositoryInterface):
         lifetimes = Lifetimes(self._schema.values(), clock, references=references)
         self._clock, self._lifetimes = clock, lifetimes or None
         self._purging.seconds = purge_seconds
+
+    # -- observation -------------------------------------------------------------------------
+
+    def _observe(self, observer: Observer) -> None:
+        """See `open_store`; before the store is opened."""
+        check_observer(observer)
+        writes, reads = self._writes, self._reads
+
+        def waiting() -> dict[str, int]:
+            found = {"commit": writes.waiting}
+            return found if reads is None else {**found, "fetch": reads.waiting}
+
+        self._observer = told = observer.observe(self.capabilities.engine, waiting)
+        writes.observer = SharedOperations(told, "commit", attrgetter("key.collection"))
+        if reads is not None:
+            reads.observer = SharedOperations(told, "fetch", attrgetter("collection"))
+        self.__class__ = observed_store(type(self), told)
+
+    def _note_retry(self, collection: str | None) -> None:
+        super()._note_retry(collection)
+        if self._observer is not None:
+            self._observer.count("retry", collection)
+
+    def _note_lost_claim(self, collection: str) -> None:
+        if self._observer is not None:
+            self._observer.count("lost claim", collection)
 
     # -- lifecycle ---------------------------------------------------------------------------
 
@@ -176,6 +218,10 @@ class StorageStrategy(RepositoryInterface):
             raise StoreClosedError("this store is already open")
         self._loop = asyncio.get_running_loop()
         self._purging.start()
+        if log.isEnabledFor(logging.INFO):
+            described = self.describe() | {"collections": list(self._schema)}
+            del described["capabilities"]
+            log.info("opened a store: %s", described)
         return self
 
     async def close(self) -> None:
@@ -200,6 +246,7 @@ class StorageStrategy(RepositoryInterface):
                 stack.push_async_callback(self._reads.drain)
             stack.push_async_callback(self._writes.drain)
             stack.push_async_callback(self._streams.close)
+            stack.push_async_callback(self._stop_watching)
             await self._purging.stop()
 
     def abandon(self) -> None:
@@ -317,6 +364,10 @@ class StorageStrategy(RepositoryInterface):
             self._record_attempts = attempts
             raise
 
+    async def _record_feeds(self) -> None:
+        await self._engine.remember(self._schema.values())
+        self._record_attempts = 0
+
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._select_stored(self._living_query(query))
 
@@ -336,7 +387,7 @@ class StorageStrategy(RepositoryInterface):
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
         self._usable()  # raises before waiting in the queue
-        return await self._retry_queue.retry(key, attempt, seconds)
+        return await self._retry_queue.retry(key, attempt, seconds, self._note_retry)
 
     # -- transactions ------------------------------------------------------------------------
 
@@ -443,7 +494,7 @@ class StorageStrategy(RepositoryInterface):
                     )
                 return await result
 
-        return await self._retry_queue.retry_transaction(attempt, retry_seconds)
+        return await self._retry_queue.retry_transaction(attempt, retry_seconds, self._note_retry)
 
     # -- claims and locks --------------------------------------------------------------------
 
@@ -470,7 +521,8 @@ class StorageStrategy(RepositoryInterface):
             limit: the maximum number of entities.
             lease: after how many seconds a claim ends, unless it is renewed.
             owner: who claims, for `claims`; by default host and process.
-            wait: if nothing can be claimed, try again for this many seconds.
+            wait: if nothing can be claimed, try again for this many seconds: in intervals, and at once
+                when an entity that matches is written in a collection with a feed.
             max_attempts: leave entities alone that were claimed this often, by anybody, without a claim
                 being finished: they may be what kills its workers.
 
@@ -492,9 +544,16 @@ class StorageStrategy(RepositoryInterface):
                 async with giving_back(engine) as kept:
                     kept += claimed
                     await self._record_declarations()
-            return [Claim(self, each.record.key, each, terms.lease, since) for each in claimed]
+            return [
+                self._claim_type(self, each.record.key, each, terms.lease, since)
+                for each in claimed
+            ]
 
-        return await until_claimed(attempt, seconds)
+        claimed = await attempt()
+        if claimed or seconds <= 0:
+            return claimed
+        async with self._woken_by_changes(collection, query.where) as sleep:
+            return await until_claimed(attempt, seconds, sleep=sleep)
 
     async def claims(self, collection: str) -> list[ClaimInfo]:
         """The claims of a collection, by id: those that are held, and those that are kept because the
@@ -538,7 +597,10 @@ class StorageStrategy(RepositoryInterface):
         """
         self._refuse_without_claims()
         names = [check_name(name, "name")]
-        return held(lambda: acquired_name(self, names, lease, timeout))
+        return held(lambda: self._acquired(names, lease, timeout))
+
+    async def _acquired(self, names: Sequence[str], lease: float, timeout: float | None) -> Claim:
+        return await acquired_name(self, names, lease, timeout)
 
     def permits(
         self,
@@ -554,7 +616,7 @@ class StorageStrategy(RepositoryInterface):
         """
         self._refuse_without_claims()
         names = permit_names(name, limit)
-        return held(lambda: acquired_name(self, names, lease, timeout))
+        return held(lambda: self._acquired(names, lease, timeout))
 
     def _refuse_without_claims(self) -> None:
         if not self.capabilities.claims:
@@ -572,10 +634,11 @@ class StorageStrategy(RepositoryInterface):
 
     @asynccontextmanager
     async def _claimed_session(self, claim: Claim) -> AsyncGenerator[Session, None]:
-        async with self._engine.claimed_session(claim.key, claim.token) as session:
-            if self._may_expire(claim):
-                _refuse_expired(claim.key, self._living(await session.fetch([claim.key])))
-            yield session
+        with claim._noticing_loss():
+            async with self._engine.claimed_session(claim.key, claim.token) as session:
+                if self._may_expire(claim):
+                    _refuse_expired(claim.key, self._living(await session.fetch([claim.key])))
+                yield session
 
     async def _claiming_engine(self, claim: Claim) -> Engine:
         """The engine, to change a claim of an entity that has not expired.
@@ -656,6 +719,28 @@ class StorageStrategy(RepositoryInterface):
         """
         self._usable()
         return await self._purging.run(collection, limit)
+
+    # -- everything --------------------------------------------------------------------------
+
+    async def clear(self, collection: str | None = None) -> int:
+        """Delete all entities of the declared collections; returns how many.
+
+        Those that have expired, too. They are deleted in batches, children before parents, each
+        independently, so that one that is created meanwhile may stay. Claims of entities end with them;
+        named locks, what is recorded of declarations, and collections of other programs are kept.
+
+        Args:
+            collection: only this one; None: all collections.
+
+        Raises:
+            PartialChangeError: one could not be deleted, for example because an entity of another
+                collection refers to it; those before it are deleted.
+        """
+        names = [*self._schema][::-1] if collection is None else [self._schema[collection].name]
+        clearing = Clearing(self._usable())
+        for each in names:
+            await clearing.clear(self._schema[each])
+        return clearing.done
 
     # -- declarations ------------------------------------------------------------------------
 
@@ -840,11 +925,9 @@ class StorageStrategy(RepositoryInterface):
         return {
             "engine": capabilities.engine,
             "capabilities": {
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in (
-                    (each, getattr(capabilities, each)) for each in capabilities.__struct_fields__
-                )
-                if name != "engine"
+                each: _plain(getattr(capabilities, each))
+                for each in capabilities.__struct_fields__
+                if each != "engine"
             },
             "collections": {name: _description(each) for name, each in self._schema.items()},
             **redact_texts(self._engine.describe()),
@@ -859,8 +942,30 @@ def _refuse_unique(schema: Schema, engine: str) -> None:
         )
 
 
+def _refuse_feeds(schema: Schema, capabilities: Capabilities) -> None:
+    longest = capabilities.max_feed_retention
+    for each in schema.values():
+        if each.feed is not None and not capabilities.feed:
+            raise ConfigurationError(
+                f"{each.name} declares a feed, but the engine {capabilities.engine!r} has none (see its "
+                "capability feed)"
+            )
+        if each.feed is not None and longest is not None and each.feed > longest:
+            raise ConfigurationError(
+                f"{each.name} declares a feed of {each.feed}, but the engine {capabilities.engine!r} "
+                f"keeps changes for at most {longest} (see its capability max_feed_retention)"
+            )
+
+
 def _key_of(change: Change) -> Key:
     return change.key
+
+
+def _plain(value: object) -> Value:
+    """The value of a capability as JSON; a duration in seconds."""
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    return cast("Value", list(value) if isinstance(value, tuple) else value)
 
 
 def _description(collection: Collection) -> dict[str, Value]:
@@ -872,6 +977,7 @@ def _description(collection: Collection) -> dict[str, Value]:
         },
         "indexes": [each.name for each in collection.indexes],
         **({} if collection.expires is None else {"expires": str(collection.expires)}),
+        **({} if collection.feed is None else {"feed": collection.feed.total_seconds()}),
     }
 
 

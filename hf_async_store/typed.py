@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from copy import deepcopy
-from datetime import datetime
 from difflib import get_close_matches
-from types import NoneType
-from typing import Final, Generic, NamedTuple, TypeAlias
+from typing import Final, Generic, Literal, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
 
 from hf_async_store.arguments import check_callable, check_listed, check_mapping
 from hf_async_store.backoff import Backoff
@@ -26,6 +33,7 @@ from hf_async_store.errors import (
     StorageError,
 )
 from hf_async_store.event_loop import Chunks
+from hf_async_store.feed import Changes
 from hf_async_store.field_operations import Operation, UpdateMap
 from hf_async_store.generators import Owned
 from hf_async_store.models import Model, ModelCodec, codec_of
@@ -68,6 +76,60 @@ class TypedPage(NamedTuple, Generic[Model]):
     items: list[Model]
     cursor: str | None
     invalid: list[EntityMismatchError]
+
+
+class TypedChange(NamedTuple, Generic[Model]):
+    """A change of an instance: as `EntityChange`; `instance` is None for a delete."""
+
+    kind: Literal["put", "delete"]
+    id: str
+    version: int
+    instance: Model | None
+    token: str
+
+
+class TypedChanges(AsyncIterator[TypedChange[Model]], Generic[Model]):
+    """As `Changes`, with instances."""
+
+    def __init__(self, changes: Changes, instance: Callable[[Entity], Model]) -> None:
+        self._changes = changes
+        self._instance = instance
+
+    @property
+    def token(self) -> str:
+        """As `Changes.token`."""
+        return self._changes.token
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TypedChange[Model]:
+        """The next change; waits for it.
+
+        Raises:
+            EntityMismatchError: the entity does not fit the model. The next call continues after it.
+        """
+        change = await anext(self._changes)
+        instance = None if change.entity is None else self._instance(change.entity)
+        return TypedChange(change.kind, change.id, change.version, instance, change.token)
+
+
+@runtime_checkable
+class _Watchable(Protocol):
+    """A store, in contrast to a transaction."""
+
+    def watch(
+        self, collection: str, filters: Filters = None, *, since: str | None = None
+    ) -> AbstractAsyncContextManager[Changes]: ...
+
+    async def wait_for(
+        self,
+        collection: str,
+        entity_id: str,
+        filters: Filters = None,
+        *,
+        timeout: float | None,  # as everywhere
+    ) -> Entity: ...
 
 
 class TypedCollection(Generic[Model]):
@@ -286,6 +348,29 @@ class TypedCollection(Generic[Model]):
         """`delete` for each id, in one batch. See `delete_entities`."""
         return await self._repository.delete_entities(self._name, ids, timeout=timeout)
 
+    # -- watching ----------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def watch(
+        self, filters: Filters = None, *, since: str | None = None
+    ) -> AsyncGenerator[TypedChanges[Model], None]:
+        """The committed changes of the instances. See `StorageStrategy.watch`."""
+        watched = self._watchable().watch(self._name, filters, since=since)
+        async with watched as changes:
+            yield TypedChanges(changes, self._instance)
+
+    async def wait_for(
+        self, entity_id: str, filters: Filters = None, *, timeout: float | None
+    ) -> Model:
+        """Wait until an instance matches. See `StorageStrategy.wait_for`."""
+        store = self._watchable()
+        return self._instance(await store.wait_for(self._name, entity_id, filters, timeout=timeout))
+
+    def _watchable(self) -> _Watchable:
+        if not isinstance(self._repository, _Watchable):
+            raise InvalidInputError("changes are watched by a store, not in a transaction")
+        return self._repository
+
     # -- queries -----------------------------------------------------------------------------
 
     async def query(
@@ -425,13 +510,13 @@ class TypedCollection(Generic[Model]):
         """An update with the values as they are stored."""
         check_mapping(changes, "changes")
         return {
-            name: value if isinstance(value, _UNCHANGED) else self._codec.value(value)
+            name: value if isinstance(value, _UNCHANGED) else self._codec.value(name, value)
             for name, value in changes.items()
         }
 
 
-_UNCHANGED: Final = (str, bool, int, float, NoneType, datetime, Operation, Removed)
-"""What the store itself converts or computes."""
+_UNCHANGED: Final = (Operation, Removed)
+"""What the store itself computes."""
 
 _OVERTAKEN: Final = (ConcurrencyConflictError, AlreadyExistsError, EntityNotFoundError)
 """The errors of a save whose entity another task changed, created or deleted after it was read."""

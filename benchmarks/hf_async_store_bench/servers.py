@@ -323,7 +323,8 @@ def dynamodb() -> Iterator[DynamoDBServer]:
     with _folder("dynamodb") as folder:
         port = _free_port()
         environment = {"BIND_HOST": _HOST, "MINISTACK_HOST": _HOST, "GATEWAY_PORT": str(port)}
-        environment |= {"SERVICES": "dynamodb", "LOG_LEVEL": "ERROR", "TMPDIR": str(folder)}
+        services = "dynamodb,dynamodbstreams"
+        environment |= {"SERVICES": services, "LOG_LEVEL": "ERROR", "TMPDIR": str(folder)}
         # With uvicorn: its own HTTP server takes twice the processor time for a request.
         words = f"-m uvicorn ministack.app:app --host {_HOST} --port {port} --http httptools"
         words += " --timeout-keep-alive 75 --no-access-log"

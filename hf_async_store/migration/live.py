@@ -9,6 +9,7 @@ suspended for too long, writes nothing.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
@@ -50,11 +51,12 @@ from hf_async_store.migration_routing import (
     migration_state_in,
     unrouted,
 )
-from hf_async_store.query import CursorPosition, build_query, eq
+from hf_async_store.query import CursorPosition, Query, build_query, eq
 from hf_async_store.schema import (
     HOST_FACTORY,
     MARKER_COLLECTION,
     MIGRATION_COLLECTIONS,
+    SUBSCRIPTION_COLLECTION,
     Collection,
     Schema,
 )
@@ -65,6 +67,8 @@ from hf_async_store.values import VERSION, Key, canonical, utc_now, with_canonic
 if TYPE_CHECKING:
     from hf_async_store.config import ConfigSource
     from hf_async_store.driver import Engine, Session
+
+log: Final = logging.getLogger("hf_async_store.migration")
 
 _MARGIN: Final = 0.25
 """Seconds added to a lease, because a process returns some time after it last read the clock."""
@@ -290,6 +294,7 @@ class LiveMigration:
                 "a switch that took too long; run the action again"
             ) from exc
         self._state = await self._read_state(self._source)
+        log.info("live migration: %s", self._current().phase)
 
     async def _begin(self) -> None:
         """Create the records in both stores, if needed, and become the coordinator."""
@@ -599,6 +604,7 @@ class LiveMigration:
                     while await self._catch_up_once(origin, copy):
                         pass
                     await self._verify(origin, copy)
+                    await _copy_subscriptions(origin, copy)
             except TimeoutError as exc:
                 await self._change_state(phase=before)
                 if attempt == _TRIES:
@@ -713,6 +719,21 @@ async def _free(origin: Engine, session: Session, refused: UniqueViolationError)
     freed = Record(owner, {**copied.entity, **dict.fromkeys(refused.fields)})
     marker = marker_of(owner)
     await _write_all(session, [_imported(freed), _imported(Record(marker.key, marker.entity))])
+
+
+async def _copy_subscriptions(origin: Engine, copy: Engine) -> None:
+    """Copy the positions of named subscriptions, which the feed of the copy does not continue.
+
+    A consumer that enters its subscription later learns by them that it missed the switch.
+    """
+    query = Query(SUBSCRIPTION_COLLECTION.name)
+    kept = [_imported(each) async for each in origin.select(query)]
+    keys = {each.key for each in kept}
+    gone = [Delete(each.key) async for each in copy.select(query) if each.key not in keys]
+    if kept or gone:
+        for outcome in await copy.write_each([*kept, *gone]):
+            if isinstance(outcome, StorageError):
+                raise outcome
 
 
 def _imported(record: Record) -> Put:

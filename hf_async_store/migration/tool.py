@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -56,6 +57,8 @@ from hf_async_store.values import Entity, Key, canonical, version_of
 
 if TYPE_CHECKING:
     from hf_async_store.config import ConfigSource
+
+log: Final = logging.getLogger("hf_async_store.migration")
 
 _CHUNK_SIZE: Final = 500
 _MAX_SHOWN: Final = 3
@@ -437,6 +440,7 @@ class MigrationTool:
             return
         try:
             report.backup = await self.create_backup()
+            log.info("migration: the source was backed up")
         except StorageError as exc:
             raise _failed("the backup failed, so nothing was migrated", exc) from exc
 
@@ -479,6 +483,7 @@ class MigrationTool:
             await self._file.wait_written()
             result.written, result.unchanged, result.kept = msgspec.structs.astuple(copier.merged)
             result.read, result.digest = copier.digest.count, str(copier.digest)
+        log.info("migration: copied %s, %d entities", name, result.read)
 
     async def _save_progress(self, checkpoint: Checkpoint, name: str, progress: Progress) -> None:
         checkpoint.collections[name] = progress
@@ -542,6 +547,7 @@ class MigrationTool:
                 exc,
             ) from exc
         report.verified = True
+        log.info("migration: verified")
 
     async def _verify_merge(self, rule: MergeRule) -> None:
         """Check that the target holds every entity of the source, or another one that the rule

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hf_async_store.config import ConfigSource, StorageConfig
+    from hf_async_store.observer import Observer
     from hf_async_store.strategy import StorageStrategy
 
 GROUP: Final = "hf_async_store.strategies"
@@ -39,6 +40,7 @@ def open_store(
     follow_moves: Iterable[ConfigSource] = (),
     clock: Callable[[], datetime] | None = None,
     purge_seconds: float | None = PURGE_SECONDS,
+    observer: Observer | None = None,
 ) -> StorageStrategy:
     """Create the store of a configuration, for use with `async with`.
 
@@ -55,6 +57,8 @@ def open_store(
             earlier call counts as that one.
         purge_seconds: how long the store, while it is open, pauses between two removals of expired
             entities in the background; None: it does not remove them.
+        observer: is told what the store does, for traces and metrics, such as an
+            `integrations.opentelemetry.OpenTelemetryObserver`.
 
     Raises:
         ConfigurationError: names the path of the invalid key and what is expected there.
@@ -79,6 +83,8 @@ def open_store(
             raise InvalidInputError("purge_seconds must be greater than 0, or None")
     store = strategy_type(loaded.strategy)(loaded, collections=collections)
     store._set_clock(clock, purge_seconds)
+    if observer is not None:
+        store._observe(observer)
     return store
 
 

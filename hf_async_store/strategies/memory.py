@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.changes import Change, Outcome, Record
@@ -12,13 +15,20 @@ from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
 from hf_async_store.driver import (
     Capabilities,
     Engine,
+    FeedBatch,
+    FeedEntry,
     Isolation,
     Overlay,
     QueryPlan,
     Reader,
     Session,
 )
-from hf_async_store.errors import StorageError, StoreClosedError
+from hf_async_store.errors import (
+    FeedExpiredError,
+    InvalidCursorError,
+    StorageError,
+    StoreClosedError,
+)
 from hf_async_store.event_loop import Chunks
 from hf_async_store.locks import ReaderWriterLock
 from hf_async_store.query import MISSING, Missing, Query
@@ -167,6 +177,68 @@ class _MemorySession(_OverlayReader, Session):
             yield self
 
 
+class _Feed:
+    """The changes of one collection, kept for at least its retention.
+
+    A position is the number of changes before it, behind a prefix that only this feed has.
+    """
+
+    def __init__(self, collection: str, retention: float) -> None:
+        self._retention = retention
+        self._prefix = f"{secrets.token_hex(8)}.{collection}."
+        self._entries: list[FeedEntry] = []
+        self._times: list[float] = []  # of the commits
+        self._removed = 0  # the number of changes that are not kept any more
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def _end(self) -> int:
+        return self._removed + len(self._entries)
+
+    @property
+    def position(self) -> str:
+        """The end of the feed."""
+        return f"{self._prefix}{self._end}"
+
+    def entry(
+        self, offset: int, key: Key, before: Entity | None, after: Entity | None
+    ) -> FeedEntry:
+        """The entry of a change that is not the next one, but as many later as `offset` says."""
+        return FeedEntry(
+            key,
+            None if before is None else Record(key, before),
+            None if after is None else Record(key, after),
+            f"{self._prefix}{self._end + offset + 1}",
+        )
+
+    def append(self, entries: Sequence[FeedEntry]) -> None:
+        """Add the entries of a commit."""
+        now = time.monotonic()
+        self._entries += entries
+        self._times += [now] * len(entries)
+        half = len(self._entries) // 2
+        if half and self._times[half - 1] < now - self._retention:
+            self.remove(half)
+
+    def remove(self, number: int) -> None:
+        """Remove the oldest entries."""
+        del self._entries[:number], self._times[:number]
+        self._removed += number
+
+    def read(self, since: str, limit: int) -> FeedBatch:
+        """See `Engine.read_feed`."""
+        number = since.removeprefix(self._prefix)
+        if not re.fullmatch(r"[0-9]{1,18}", number) or int(number) > self._end:
+            raise InvalidCursorError("it is not a position of this feed")
+        first = int(number) - self._removed
+        if first < 0:
+            raise FeedExpiredError("what was committed after this position is not kept any more")
+        entries = self._entries[first : first + limit]
+        return FeedBatch(entries, entries[-1].position if entries else since)
+
+
 class MemoryEngine(Engine):
     """Stores the entities in a table for each collection; sessions and single writes acquire one lock."""
 
@@ -177,6 +249,8 @@ class MemoryEngine(Engine):
         claims=True,
         change_markers=True,
         unique_indexes=True,
+        feed=True,
+        feed_order=True,
     )
 
     def __init__(self, schema: Schema, config: MemoryConfig) -> None:
@@ -184,6 +258,12 @@ class MemoryEngine(Engine):
         self._schema = schema
         self._references = config.enforce_references
         self._lock = ReaderWriterLock()
+        self._feeds = {
+            name: _Feed(name, each.feed.total_seconds())
+            for name, each in schema.items()
+            if each.feed is not None
+        }
+        self._fed = asyncio.Event()  # set by each commit that adds to a feed
         self._closed = False
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
@@ -261,9 +341,12 @@ class MemoryEngine(Engine):
         """Apply the changes to the tables. The write lock is held."""
         self._refuse_closed()
         images: dict[str, dict[str, Entity | None]] = {}
+        entries: dict[str, list[FeedEntry]] = {name: [] for name in self._feeds}
         async for chunk in Chunks(overlay.changes.items(), _CHUNK_SIZE):
             for key, entity in chunk:
                 images.setdefault(key.collection, {})[key.id] = entity
+                if key.collection in entries:
+                    self._note(entries[key.collection], key, entity)
         tables = {name: self._stored.table(name) for name in images}
         merged = {
             name: await tables[name].merged(each)
@@ -273,6 +356,34 @@ class MemoryEngine(Engine):
         self._refuse_closed()  # it may have been closed during one of the awaits
         for name, each in images.items():
             tables[name].apply(each, merged.get(name))
+        for name, added in entries.items():
+            if added:
+                self._feeds[name].append(added)
+                self._fed.set()
+
+    def _note(self, entries: list[FeedEntry], key: Key, after: Entity | None) -> None:
+        """Add a change to the entries of a commit, unless it created and deleted the entity."""
+        before = self._stored.get(key)
+        if before is not None or after is not None:
+            entries.append(self._feeds[key.collection].entry(len(entries), key, before, after))
+
+    async def feed_position(self, collection: str) -> str:
+        return self.feed(collection).position
+
+    async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
+        return self.feed(collection).read(since, limit)
+
+    def feed(self, collection: str) -> _Feed:
+        """The feed of a collection."""
+        self._refuse_closed()
+        return self._feeds[collection]
+
+    async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        if all(self.feed(name).position == each for name, each in positions.items()):
+            self._fed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._fed.wait()
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -287,6 +398,8 @@ class MemoryEngine(Engine):
     async def close(self) -> None:
         self._closed = True
         self._stored = _Stored(Schema(()))
+        self._feeds.clear()
+        self._fed.set()
 
 
 async def _records(keys: Sequence[Key], get: Callable[[Key], Entity | None]) -> list[Record | None]:

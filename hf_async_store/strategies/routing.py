@@ -33,7 +33,8 @@ def routed(
         reopen: opens another engine on the same data, with other collections.
 
     Raises:
-        ConfigurationError: the engine lacks one of the capabilities.
+        ConfigurationError: the engine lacks one of the capabilities, or a store of `follow_moves` cannot
+            have the change feeds of the schema.
     """
     capabilities = engine.capabilities
     if not (capabilities.multi_process and capabilities.durable):
@@ -43,6 +44,10 @@ def routed(
         )
     system = (each for each in MIGRATION_COLLECTIONS if each.name not in schema)
     declared = EngineSchema([*schema.values(), *system])
+
+    if any(each.feed is not None for each in schema.values()):
+        for move in config.follow_moves:
+            open_store(move, collections=declared.values())  # raises if it cannot have these feeds
 
     def open_engine(location: str | None) -> Engine | None:
         if location is None:

@@ -19,6 +19,7 @@ from hf_async_store import strategies
 from hf_async_store.expiry import PURGE_SECONDS
 from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.sync.calls import Stream
+from hf_async_store.sync.feed import Changes, Subscription
 from hf_async_store.sync.store import Claim, Repository, Snapshot, Store, Transaction
 from hf_async_store.sync.typed import TypedCollection
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hf_async_store.config import ConfigSource, StorageConfig
+    from hf_async_store.observer import Observer
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.sync.dynamodb import DynamoDBStore
     from hf_async_store.sync.json import JSONStore
@@ -65,6 +67,7 @@ def open_store(
     follow_moves: Iterable[ConfigSource] = (),
     clock: Callable[[], datetime] | None = None,
     purge_seconds: float | None = PURGE_SECONDS,
+    observer: Observer | None = None,
 ) -> Store:
     """As `hf_async_store.open_store`, for use with `with`.
 
@@ -77,6 +80,7 @@ def open_store(
             follow_moves=follow_moves,
             clock=clock,
             purge_seconds=purge_seconds,
+            observer=observer,
         )
     )
 
@@ -96,6 +100,7 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "Changes",
     "Claim",
     "DynamoDBStore",
     "JSONStore",
@@ -106,6 +111,7 @@ __all__ = [
     "Snapshot",
     "Store",
     "Stream",
+    "Subscription",
     "Transaction",
     "TypedCollection",
     "backup_store",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextvars
 import inspect
 import os
 import threading
@@ -20,6 +21,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from hf_async_store.errors import EventLoopMismatchError, InvalidInputError, StoreClosedError
@@ -113,6 +115,18 @@ def _raising(exc: Exception) -> Callable[[], Any]:
     return reply
 
 
+async def _in_context(
+    context: contextvars.Context, work: Callable[[], Awaitable[Result]]
+) -> Result:
+    """Await `work()` with the values of another context."""
+    before = [(variable, variable.set(value)) for variable, value in context.items()]
+    try:
+        return await work()
+    finally:
+        for variable, token in before:
+            variable.reset(token)
+
+
 class Caller:
     """A thread that makes calls, and its task in the event loop."""
 
@@ -132,6 +146,8 @@ class Caller:
         An exception that a signal handler raises meanwhile, such as KeyboardInterrupt, cancels it, and
         propagates when `work` has ended, at the latest after `_CANCEL_SECONDS`.
         """
+        if self._loop_thread.passes_context:
+            work = partial(_in_context, contextvars.copy_context(), work)
         call = _Call(work)
         try:
             while not call.ended:
@@ -233,6 +249,9 @@ class EventLoopThread:
     """The event loop of the blocking stores of this process.
 
     It starts when the first store is opened and ends when the last one is closed.
+
+    Attributes:
+        passes_context: each call has the context variables of its thread, for the observer of a store.
     """
 
     _current: ClassVar[EventLoopThread | None] = None
@@ -240,6 +259,7 @@ class EventLoopThread:
 
     def __init__(self) -> None:
         self.is_ending = False
+        self.passes_context = False
         self.callers: set[Caller] = set()
         self.sources: weakref.WeakSet[AsyncGenerator[Any, None]] = weakref.WeakSet()  # of streams
         self.stores: weakref.WeakSet[StorageStrategy] = weakref.WeakSet()

@@ -26,6 +26,7 @@ from hf_async_store.sync.calls import (
     streaming,
 )
 from hf_async_store.sync.event_loop_thread import EventLoopThread, refuse_running_loop
+from hf_async_store.sync.feed import Changes, Subscription
 from hf_async_store.sync.typed import TypedCollection
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from hf_async_store.driver import Capabilities, Isolation, SchemaProgress
+    from hf_async_store.feed import EntityChange
     from hf_async_store.query import Filters, OrderBy
     from hf_async_store.schema import Collection
     from hf_async_store.transforms import Transforms
@@ -256,6 +258,8 @@ class Store(Repository):
             if self._loop_thread is not None:
                 raise StoreClosedError("this store is already open")
             loop_thread = EventLoopThread.acquire(self._target)
+            if self._target._observer is not None:
+                loop_thread.passes_context = True
             try:
                 loop_thread.caller().run(self._target.open)
             except BaseException:
@@ -360,6 +364,8 @@ class Store(Repository):
             yield Snapshot(reader, self._loop_thread)
 
     purge_expired = blocking(strategy.StorageStrategy.purge_expired)
+    clear = blocking(strategy.StorageStrategy.clear)
+
     # -- claims and locks --------------------------------------------------------------------
 
     def claim_entities(
@@ -414,11 +420,35 @@ class Store(Repository):
             yield claim
 
     def _acquired(self, names: list[str], lease: float, timeout: float | None) -> Claim:
-        acquire = partial(claims.acquired_name, self._target, names, lease, timeout)
+        acquire = partial(self._target._acquired, names, lease, timeout)
         return self._claim(self._run(acquire))
 
     claims = blocking(strategy.StorageStrategy.claims)
     break_claim = blocking(strategy.StorageStrategy.break_claim)
+
+    # -- watching ----------------------------------------------------------------------------
+
+    @contextmanager
+    def watch(
+        self, collection: str, filters: Filters = None, *, since: str | None = None
+    ) -> Iterator[Changes[EntityChange]]:
+        """As `StorageStrategy.watch`, for use with `with`. Closing the store ends it."""
+        watched = self._target.watch(collection, filters, since=since)
+        with Context(self._opened(), watched) as changes:
+            yield Changes(changes, self._loop_thread)
+
+    @contextmanager
+    def subscribe(
+        self, name: str, collection: str, filters: Filters = None
+    ) -> Iterator[Subscription]:
+        """As `StorageStrategy.subscribe`, for use with `with`. Closing the store ends it."""
+        subscribed = self._target.subscribe(name, collection, filters)
+        with Context(self._opened(), subscribed) as changes:
+            yield Subscription(changes, self._loop_thread)
+
+    wait_for = blocking(strategy.StorageStrategy.wait_for)
+    subscriptions = blocking(strategy.StorageStrategy.subscriptions)
+    drop_subscription = blocking(strategy.StorageStrategy.drop_subscription)
 
     # -- declarations and health -------------------------------------------------------------
 

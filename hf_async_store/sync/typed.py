@@ -6,7 +6,8 @@ generic class, type checkers other than mypy do not know the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Generic
 
 from hf_async_store import typed
@@ -15,8 +16,16 @@ from hf_async_store.conflict_retry import RETRY_SECONDS
 from hf_async_store.models import Model
 from hf_async_store.query import Filters, OrderBy
 from hf_async_store.schema import Collection
-from hf_async_store.sync.calls import Blocking, Stream, blocking, calling_back, streaming
-from hf_async_store.typed import OnInvalid, TypedPage, Versioned
+from hf_async_store.sync.calls import (
+    Blocking,
+    Context,
+    Stream,
+    blocking,
+    calling_back,
+    streaming,
+)
+from hf_async_store.sync.feed import Changes
+from hf_async_store.typed import OnInvalid, TypedChange, TypedPage, Versioned
 
 _get = blocking(typed.TypedCollection.get)
 _get_versioned = blocking(typed.TypedCollection.get_versioned)
@@ -29,6 +38,7 @@ _save_many = blocking(typed.TypedCollection.save_many)
 _query = calling_back(typed.TypedCollection.query)
 _stream = streaming(typed.TypedCollection.stream)
 _page = blocking(typed.TypedCollection.page)
+_wait_for = blocking(typed.TypedCollection.wait_for)
 
 
 class TypedCollection(Blocking, Generic[Model]):
@@ -148,3 +158,16 @@ class TypedCollection(Blocking, Generic[Model]):
     ) -> TypedPage[Model]:
         """As `typed.TypedCollection.page`."""
         return _page(self, filters, order_by, limit, cursor=cursor, timeout=timeout)
+
+    @contextmanager
+    def watch(
+        self, filters: Filters = None, *, since: str | None = None
+    ) -> Iterator[Changes[TypedChange[Model]]]:
+        """As `typed.TypedCollection.watch`, for use with `with`."""
+        with Context(self._opened(), self._target.watch(filters, since=since)) as changes:
+            yield Changes(changes, self._loop_thread)
+
+    def wait_for(self, entity_id: str, filters: Filters = None, *, timeout: float | None) -> Model:
+        """As `typed.TypedCollection.wait_for`."""
+        instance: Model = _wait_for(self, entity_id, filters, timeout=timeout)
+        return instance

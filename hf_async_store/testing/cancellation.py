@@ -164,6 +164,7 @@ VERBS: Final[Mapping[str, _Verb]] = {
     "delete where": _Verb(
         lambda store: store.delete_where("items", {"item_id": "a"}, order_by="label")
     ),
+    "clear": _Verb(lambda store: store.clear("items"), atomic=False),
     "count by": _Verb(lambda store: store.count_by("items", "label"), reads=True),
     "delete many": _Verb(
         lambda store: store.delete_entities("items", ["a", "b", "c"]), atomic=False

@@ -120,7 +120,7 @@ def _ending(task: asyncio.Task[Any]) -> str:
 
 def turns() -> Iterator[int]:
     """The event-loop iterations to cancel at: each of the first 40, later ones more sparsely; unless
-    the run is a full one, every third of them."""
+    the run is a full one, every sixth of them."""
     return iter(sampled(_all_turns()))
 
 

@@ -577,18 +577,19 @@ class ClaimContract:
         self, harness: Harness, store: StorageStrategy
     ) -> None:
         _claims(harness)
-        async with store.lock("a b/c", lease=_SHORT) as claim:
+        async with store.lock("a b/c") as claim:
             with pytest.raises(LockTimeoutError):
                 async with store.lock("a b/c", timeout=0.05):
                     pytest.fail("the lock is held")
-            async with store.lock("another", timeout=0.05):
+            async with store.lock("another", timeout=5.0):
                 pass
             async with claim.transaction() as tx:
                 await tx.create_entity("items", {"item_id": "a"})
         with pytest.raises(ClaimLostError):
-            async with store.lock("a b/c", lease=_SHORT) as claim:
+            # The loss is noticed by a renewal, after a third of the lease.
+            async with store.lock("a b/c", lease=3.0) as claim:
                 assert await store.break_claim("hf_locks", "a b/c")
-                async with store.lock("a b/c", timeout=0.05):
+                async with store.lock("a b/c", timeout=5.0):
                     with pytest.raises(ClaimLostError):
                         async with claim.transaction() as tx:
                             await tx.create_entity("items", {"item_id": "b"})

@@ -21,10 +21,12 @@ from hf_async_store.testing.bulk import BulkContract
 from hf_async_store.testing.cancellation import CancellationContract
 from hf_async_store.testing.changed_declarations import ChangedDeclarationContract
 from hf_async_store.testing.claims import ClaimContract
+from hf_async_store.testing.clearing import ClearingContract
 from hf_async_store.testing.declarations import DeclarationContract
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.expiry import ExpiryContract
 from hf_async_store.testing.expiry_of_owners import OwnerExpiryContract
+from hf_async_store.testing.feed import FeedContract
 from hf_async_store.testing.field_operations import FieldOperationContract
 from hf_async_store.testing.filtered_changes import FilteredChangeContract
 from hf_async_store.testing.groups import GroupContract
@@ -32,6 +34,7 @@ from hf_async_store.testing.independent_changes import IndependentChangeContract
 from hf_async_store.testing.isolation import IsolationContract
 from hf_async_store.testing.lifecycle import LifecycleContract
 from hf_async_store.testing.limits import LimitContract
+from hf_async_store.testing.observation import ObservationContract
 from hf_async_store.testing.planted_records import PlantedRecordContract
 from hf_async_store.testing.queries import QueryContract
 from hf_async_store.testing.read_only_transactions import ReadOnlyTransactionContract
@@ -39,12 +42,14 @@ from hf_async_store.testing.references import ReferenceContract
 from hf_async_store.testing.rollout import RolloutContract
 from hf_async_store.testing.shared_databases import SharedDatabaseContract
 from hf_async_store.testing.streams import StreamContract
+from hf_async_store.testing.subscriptions import SubscriptionContract
 from hf_async_store.testing.transactions import TransactionContract
 from hf_async_store.testing.transformed_entities import TransformContract
 from hf_async_store.testing.type_changes import TypeChangeContract
 from hf_async_store.testing.unique_indexes import UniqueIndexContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
+from hf_async_store.testing.waiting import WaitingContract
 from hf_async_store.testing.wrong_arguments import ArgumentContract
 
 if TYPE_CHECKING:
@@ -86,6 +91,11 @@ class StrategyContract(
     ClaimContract,
     ExpiryContract,
     OwnerExpiryContract,
+    ObservationContract,
+    ClearingContract,
+    FeedContract,
+    WaitingContract,
+    SubscriptionContract,
 ):
     """All cases of the contract."""
 

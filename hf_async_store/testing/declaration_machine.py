@@ -54,11 +54,16 @@ _PAUSE_SECONDS: Final = 0.1
 
 
 def run_declaration_machine(
-    make: MakeStores, *, long: bool = False, shared_references: bool = False
+    make: MakeStores,
+    *,
+    long: bool = False,
+    shared_references: bool = False,
+    examples: int = 8,
 ) -> None:
     """Test an engine with many random runs, as `run_machine`.
 
     Args:
+        examples: the number of runs, unless the test is a long one.
         shared_references: a reference that one program has recorded is enforced by all programs.
 
     Raises:
@@ -69,7 +74,7 @@ def run_declaration_machine(
         make_stores = staticmethod(make)
         shares_references = shared_references
 
-    profile = settings(LONG, max_examples=100) if long else settings(SHORT, max_examples=8)
+    profile = settings(LONG, max_examples=100) if long else settings(SHORT, max_examples=examples)
     run_state_machine_as_test(Machine, settings=profile)
 
 

@@ -138,6 +138,33 @@ class SharesDatabase(Protocol):
         ...
 
 
+@runtime_checkable
+class HasStranger(Protocol):
+    """A harness that can make a store on other data, which is no neighbour (see `SharesDatabase`)."""
+
+    def stranger(self, collections: Iterable[Collection]) -> StorageStrategy:
+        """A store on other data than that of this test, not opened yet."""
+        ...
+
+
+@runtime_checkable
+class ForgetsFeed(Protocol):
+    """A harness that can let the retention of a change feed pass."""
+
+    async def forget_feed(self, store: StorageStrategy, collection: str) -> None:
+        """Let the engine remove from the feed what is in it now, as when its retention has passed."""
+        ...
+
+
+@runtime_checkable
+class DisturbsFeeds(Protocol):
+    """A harness that can do to a store what may happen to it at any time."""
+
+    async def disturb(self, store: StorageStrategy) -> None:
+        """Compact or vacuum the data, end all connections, or the like, while the store is in use."""
+        ...
+
+
 def skip_engine(engine: str, reason: str) -> NoReturn:
     """Skip the test because its engine is not available; the summary of the run names the engine.
 

@@ -1,8 +1,8 @@
-"""The pytest plugin of the contract suite: options for the seed and for a full run, the choice of variants,
-and a list of skipped engines.
+"""The pytest plugin: for applications, the fixtures of `testing.fixtures`; for the contract suite, options
+for the seed and for a full run, the choice of variants, and a list of skipped engines.
 
 Every pytest run in an environment in which this package is installed loads this module. So it
-imports only pytest, and does nothing until the suite is used.
+imports only pytest, and does nothing until the suite or a fixture is used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from random import Random, SystemRandom
 from typing import Final
 
 import pytest
+
+pytest_plugins = ("hf_async_store.testing.fixtures",)
 
 # Each module separately: the package `hf_async_store.testing` is imported already, because it contains
 # this module, and pytest cannot rewrite the assertions of imported modules.
@@ -31,12 +33,13 @@ SEED_VARIABLE: Final = "HF_ASYNC_STORE_TEST_SEED"
 FULL_VARIABLE: Final = "HF_ASYNC_STORE_TEST_FULL"
 
 _MARKER: Final = (
-    "hf_sampled(by='test'): in a run of whole files without --hf-full, a random third of the variants of "
-    "each test is run, at least one; by='case': of all tests with the same number in the same class, "
-    "and always the first of them; "
+    "hf_sampled(by='test'): in a run of whole files without --hf-full, a random sixth of the variants of "
+    "each test is run, at least one; by='case': of all tests with the same number in the same class; "
+    "by='module': of all marked tests of the module; "
     "by='url': of the variants with the same value of this parameter or fixture"
 )
-_STRIDE: Final = 3
+STRIDE: Final = 6
+"""Of so many variants, a plain run draws one."""
 
 _SUCCESSFUL: Final = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
@@ -52,8 +55,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--hf-full",
         action="store_true",
-        help="repeat the cases of the contract suite as often as the contract states, not a fifth, "
-        "and run all variants of a case, not a third",
+        help="repeat the cases of the contract suite as often as the contract states, not a tenth, "
+        "and run all variants of a case, not a sixth",
     )
 
 
@@ -81,11 +84,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             groups.setdefault(_group(each, markers), []).append(each)
     dropped: set[pytest.Item] = set()
     for name, variants in groups.items():
-        start = random_of(name).randrange(min(_STRIDE, len(variants)))
+        start = random_of(name).randrange(min(STRIDE, len(variants)))
         dropped.update(variants)
-        dropped.difference_update(variants[start::_STRIDE])
-        if "::case " in name:
-            dropped.discard(variants[0])
+        dropped.difference_update(variants[start::STRIDE])
     if dropped:
         config.hook.pytest_deselected(items=[each for each in items if each in dropped])
         items[:] = [each for each in items if each not in dropped]
@@ -97,6 +98,8 @@ def _group(item: pytest.Item, markers: Iterable[pytest.Mark]) -> str:
     for by in (marker.kwargs.get("by", "test") for marker in markers):
         if by == "case":
             name = re.sub(r"::test_(\d+)_.*", r"::case \1", name)
+        elif by == "module":
+            name = item.nodeid.partition("::")[0]
         elif by != "test":
             name += f" {item.callspec.params.get(by)}" if hasattr(item, "callspec") else ""
     return name

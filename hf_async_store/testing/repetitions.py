@@ -6,15 +6,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from itertools import islice
+from operator import length_hint
 from random import Random
 from typing import Final, TypeVar
 
-from hf_async_store.testing.plugin import FULL_VARIABLE, random_of
+from hf_async_store.testing.plugin import FULL_VARIABLE, STRIDE, random_of
 
 Item = TypeVar("Item")
 
-_FRACTION: Final = 5
-_STRIDE: Final = 3
+_FRACTION: Final = 10
 
 
 def repetitions(full: int, short: int = 0) -> int:
@@ -23,20 +23,22 @@ def repetitions(full: int, short: int = 0) -> int:
     Args:
         full: the number that the contract states; it applies if the environment variable
             HF_ASYNC_STORE_TEST_FULL is set, as `pytest --hf-full` does.
-        short: the number in other runs; 0: a fifth of `full`.
+        short: the number in other runs; 0: a tenth of `full`, at least 2.
     """
     return full if os.environ.get(FULL_VARIABLE) else short or max(2, full // _FRACTION)
 
 
-def sampled(items: Iterable[Item], one_in: int = _STRIDE) -> Iterable[Item]:
-    """All items in a full run (see `repetitions`), otherwise every third one, from a random one on.
+def sampled(items: Iterable[Item], one_in: int = STRIDE) -> Iterable[Item]:
+    """All items in a full run (see `repetitions`), otherwise every sixth one, from a random one on; at
+    least one of a list.
 
     Args:
-        one_in: the distance of the items instead of 3.
+        one_in: the distance of the items instead of 6.
     """
     if os.environ.get(FULL_VARIABLE):
         return items
-    return islice(items, random_of_test().randrange(one_in), None, one_in)
+    first = random_of_test().randrange(max(1, min(one_in, length_hint(items, one_in))))
+    return islice(items, first, None, one_in)
 
 
 def random_of_test() -> Random:

@@ -116,7 +116,10 @@ ACCEPTED: Final[Mapping[str, tuple[str, ...]]] = {
     "name": ("text",),
     "permits.limit": ("integer",),
     "purge_expired.collection": ("none",),
+    "clear.collection": ("none",),
     "expired": ("boolean",),
+    "since": ("none",),
+    "subscribe.collection": (),
 }
 """The kinds that a parameter accepts, by its name or `METHOD.NAME`. All others must be refused."""
 
@@ -135,6 +138,7 @@ _VALID: Final[Mapping[str, object]] = {
     "conditional_update.fields": {"label": "x"},
     "model": dict,
     "claim_entities.collection": "counters",
+    "timeout": 0.01,
     "name": "x",
     "permits.limit": 3,
     "sql": "SELECT 1",

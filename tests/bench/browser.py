@@ -12,8 +12,8 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
-def browse(page: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Open a page without a network, so that missing resources are noticed."""
+def browse(page: Path | str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Open a page, without a network but for 127.0.0.1, so that missing resources are noticed."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         if os.environ.get("HF_ASYNC_STORE_REQUIRE_ENGINES") == "all":
@@ -25,9 +25,9 @@ def browse(page: Path, folder: Path, *options: str) -> subprocess.CompletedProce
         "--no-sandbox",
         "--disable-gpu",
         "--hide-scrollbars",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         f"--user-data-dir={folder / 'browser'}",
         *options,
-        page.as_uri(),
+        page if isinstance(page, str) else page.as_uri(),
     ]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

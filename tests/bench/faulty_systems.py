@@ -41,15 +41,15 @@ class Good(StoreAdapter):
 
 
 class Slow(Good):
-    """Each save takes a millisecond more."""
+    """Each save takes ten milliseconds more."""
 
     async def save(self, machine: Entity) -> None:
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
         await super().save(machine)
 
 
 class Stalling(Good):
-    """Blocks for a fifth of each second, and is otherwise as fast as the memory engine."""
+    """Blocks for two fifths of each half second, and is otherwise as fast as the memory engine."""
 
     async def save(self, machine: Entity) -> None:
         part = time.monotonic() % 0.5
@@ -94,25 +94,25 @@ class Losing(Good):
 
 
 class Lying(Good):
-    """Occasionally returns another machine from a get."""
+    """Returns another machine from one in fifty gets."""
 
     asked = 0
 
     async def get(self, machine: str) -> Mapping[str, Any] | None:
         self.asked += 1
-        if self.asked % 1000 == 0:
+        if self.asked % 50 == 0:
             machine = "i-00000000000000000"
         return await super().get(machine)
 
 
 class Refusing(Good):
-    """Fails one in a thousand saves."""
+    """Fails one in fifty saves, of which a busy machine makes few."""
 
     asked = 0
 
     async def save(self, machine: Entity) -> None:
         self.asked += 1
-        if self.asked % 1000 == 0:
+        if self.asked % 50 == 0:
             raise RuntimeError("no")
         await super().save(machine)
 

@@ -16,6 +16,7 @@ from hf_async_store_bench.worker_group import SkippedError
 COUNT = 40
 
 
+@pytest.mark.hf_sampled
 # Competitors emit warnings of their own.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", [each.name for each in (*BASELINES, *COMPETITORS)])

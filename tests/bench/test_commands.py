@@ -31,6 +31,7 @@ def called(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.hf_sampled(by="module")
 def test_a_run_writes_its_report_and_two_can_be_compared(tmp_path: Path) -> None:
     for name in ("old", "new"):
         chosen = ["--only", "json split", "--only", "group commit by hand", "--workload", "save"]
@@ -48,6 +49,7 @@ def test_a_run_writes_its_report_and_two_can_be_compared(tmp_path: Path) -> None
     assert {json.loads(each)["system"] for each in lines} == {"json split", "group commit by hand"}
 
 
+@pytest.mark.hf_sampled(by="module")
 def test_a_store_given_by_url_is_measured_in_a_separate_folder(tmp_path: Path) -> None:
     done = called(
         "bench", *SMALL, "--only", "memory", "--workload", "get", "--json",
@@ -175,6 +177,7 @@ def test_the_short_run_uses_known_systems() -> None:
     assert not {"tinydb", "aiosqlite each"} & short
 
 
+@pytest.mark.hf_sampled(by="module")
 @pytest.mark.parametrize(("ending", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_stops_its_processes(
     tmp_path: Path, ending: signal.Signals, code: int

@@ -47,6 +47,7 @@ async def test_a_copy_is_another_store_with_the_same_machines(tmp_path: Path, na
         assert not Path(copies[0].environment.folder).exists()
 
 
+@pytest.mark.hf_sampled(by="module")
 @pytest.mark.parametrize(
     "name",
     [
@@ -66,6 +67,7 @@ async def test_engines_on_servers_are_read_and_written(measure: Measure, name: s
     assert saves.written > 100
 
 
+@pytest.mark.hf_sampled(by="module")
 @pytest.mark.parametrize(
     "name",
     ["sqlite3 batched by hand", pytest.param("asyncpg batched by hand", marks=pytest.mark.long)],
@@ -125,6 +127,7 @@ async def test_remaining_time_is_used_for_uncertain_results(measure: Measure) ->
     assert max(len(cell.rounds) for cell in results.cells) <= 8
 
 
+@pytest.mark.hf_sampled(by="module")
 async def test_a_competitor_that_loses_writes_is_skipped_and_reported(measure: Measure) -> None:
     losing = system("Losing", role="competitor")
     results = await measure([system("Good"), losing], SAVE, rounds=2, steady=0.0)

@@ -8,6 +8,8 @@ from faulty_systems import Measure, system
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.systems import chosen
 
+pytestmark = pytest.mark.hf_sampled(by="module")
+
 SAVE = Load(workload="save", tasks=8, entities=1000)
 
 
@@ -17,17 +19,17 @@ async def test_a_slow_engine_has_lower_throughput_and_higher_latency(measure: Me
     assert good is not None
     assert slow is not None
     assert results.failures == []
-    # Eight tasks that wait a millisecond each do at most 8,000 operations per second.
-    assert slow.rate < 8000
+    # Eight tasks that wait ten milliseconds each do at most 800 operations per second.
+    assert slow.rate < 800
     assert good.rate > 1.5 * slow.rate
-    assert slow.calm.percentile(0.5) > 0.001
+    assert slow.calm.percentile(0.5) > 0.01
 
 
 async def test_a_stall_affects_the_latency_of_all_waiting_operations(
     measure: Measure,
 ) -> None:
     results = await measure(
-        [system("Good"), system("Stalling")], SAVE, rate=500.0, duration=0.3, steady=1.0
+        [system("Good"), system("Stalling")], SAVE, rate=500.0, duration=0.5, steady=1.0
     )
     good, stalling = (results.cell(each, SAVE.name) for each in ("Good", "Stalling"))
     assert good is not None
@@ -37,7 +39,7 @@ async def test_a_stall_affects_the_latency_of_all_waiting_operations(
     # only the eight running operations would have been affected.
     assert stalling.calm.percentile(0.9) > 0.1
     assert stalling.calm.percentile(0.99) > 0.17
-    assert good.calm.percentile(0.9) < 0.1
+    assert good.calm.percentile(0.9) < stalling.calm.percentile(0.9)
     assert stalling.rate < 0.9 * good.rate
 
 
@@ -85,7 +87,8 @@ async def test_every_workload_passes_and_does_its_work(measure: Measure) -> None
         if each != "one-shot"
     ]
     systems = chosen(["json"])[:1]
-    results = await measure(systems, *loads, rounds=1, duration=0.1, steady=0.1)
+    # At a given rate, because half of the measured one may be too slow to be tried on a busy machine.
+    results = await measure(systems, *loads, rounds=1, duration=0.1, steady=0.1, rate=100.0)
     assert results.failures == []
     for load in loads:
         cell = results.cell("json", load.name)

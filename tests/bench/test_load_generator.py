@@ -30,12 +30,12 @@ class Work:
 
 async def test_the_open_loop_runs_all_scheduled_operations() -> None:
     work = Work(0.001)
-    stats = await open_loop(work.one, slots=16, seconds=0.5, rate=200)
+    stats = await open_loop(work.one, slots=16, seconds=2.0, rate=50)
     assert work.done == stats.operations == stats.latencies.count == 100
     assert stats.units == 300
     assert stats.unserved == 0
-    assert 0.45 < stats.seconds < 1.0
-    assert stats.latencies.percentile(0.5) < 0.1
+    assert 1.9 < stats.seconds < 4.0
+    assert stats.latencies.percentile(0.5) < 0.5
 
 
 async def test_the_open_loop_measures_operations_delayed_by_a_stall() -> None:

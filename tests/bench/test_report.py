@@ -124,6 +124,7 @@ def test_markdown_says_the_same(written: dict[str, Path], results: Results) -> N
     assert "## Not measured" in text
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize("width", [1400, 400])
 def test_a_browser_shows_the_page(written: dict[str, Path], tmp_path: Path, width: int) -> None:
     size = f"--window-size={width},2400"

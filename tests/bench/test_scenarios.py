@@ -22,6 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SCENARIOS, name, each._replace(sizes=sizes, runs=min(each.runs, 2)))
 
 
+@pytest.mark.hf_sampled(by="module")
 @pytest.mark.parametrize(
     "name",
     [
@@ -45,6 +46,7 @@ async def test_a_json_scenario_returns_figures(measure: Measure, name: str) -> N
     assert any(each.target for each in results.figures)
 
 
+@pytest.mark.hf_sampled(by="module")
 @pytest.mark.parametrize(
     ("name", "by_hand"),
     [
@@ -75,6 +77,7 @@ async def test_a_query_that_finds_too_little_is_a_wrong_answer() -> None:
         await queries._seconds(queries.QUERIES[1], side, nothing)
 
 
+@pytest.mark.hf_sampled(by="module")
 async def test_a_backup_is_compared_with_plain_compression(measure: Measure) -> None:
     results = await measure(
         [named("json"), named("sqlite")], scenarios=("backup", "backup of sqlite")
@@ -93,6 +96,7 @@ def test_the_larger_of_two_sizes_is_scaled_to_the_smaller() -> None:
     assert "200 against 100 machines" in figure.what
 
 
+@pytest.mark.hf_sampled(by="module")
 async def test_a_scenario_that_raises_is_a_failure(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +105,7 @@ async def test_a_scenario_that_raises_is_a_failure(
     assert any("KeyError" in each for each in results.failures)
 
 
+@pytest.mark.hf_sampled(by="module")
 async def test_scenarios_beyond_the_time_budget_are_skipped(measure: Measure) -> None:
     results = await measure([named("json")], scenarios=("memory",), budget=1.0)
     assert [each.what for each in results.skipped] == ["scenario memory"]

@@ -45,6 +45,7 @@ def _exists(url: str) -> bool:
     return asyncio.run(ask())
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_mistyped_store_is_reported_and_not_created(engine: str, url: Url, cli: Cli) -> None:
     place = url(engine)
@@ -76,6 +77,7 @@ def test_a_mistyped_store_is_reported_and_not_created(engine: str, url: Url, cli
     assert [each for each in os.listdir() if each.startswith(("x", "b", "target"))] == []
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_first_put_reports_that_it_created_a_store(engine: str, url: Url, cli: Cli) -> None:
     place = url(engine)
@@ -116,6 +118,7 @@ async def _application(place: str) -> None:
         await store.save_entity("orders", {"order_id": "o-1"})
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize("engine", ENGINES)
 def test_undeclared_collections_need_an_option(engine: str, url: Url, cli: Cli) -> None:
     place = url(engine)
@@ -146,6 +149,7 @@ def test_undeclared_collections_need_an_option(engine: str, url: Url, cli: Cli) 
     assert cli("verify", "--from", place, *to, *leave_out, *spec).code == 0
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_programs_declared_is_backed_up_and_migrated(engine: str, url: Url, cli: Cli) -> None:
     place = url(engine)

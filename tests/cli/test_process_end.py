@@ -22,6 +22,8 @@ from hf_async_store.locks import FileLock
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.hf_sampled
+
 SCRIPT = str(Path(sys.executable).with_name("hf-async-store"))
 MANY = b"".join(b'{"machine_id": "m-%05d"}\n' % each for each in range(5000))
 

@@ -109,6 +109,7 @@ def _check(cli: Cli, url: str) -> None:
     assert "declared are: jobs, samples" in ran.message
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize(("source", "target"), list(pairwise(ENGINES)))
 def test_129_all_applications_of_a_store(
     cli: Cli, new_url: Callable[[str], str], tmp_path: Path, source: str, target: str

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import secrets
 import sqlite3
 import time
+from base64 import urlsafe_b64decode
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import asyncpg
+import msgspec
 
 from hf_async_store import Collection, open_store
+from hf_async_store.strategies.sql.feed_state import decoded_state
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
-from tests.dynamodb.proxy import WRITES, Cut, Fault, Partly, Proxy, Request, throttled
+from tests.dynamodb.proxy import WRITES, Answer, Cut, Fault, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
-    from hf_async_store import Capabilities, StorageStrategy
+    from hf_async_store import Capabilities, JSONStorageStrategy, StorageStrategy
+    from hf_async_store.strategies.memory import MemoryEngine
+    from hf_async_store.strategies.sql.strategy import SQLStorageStrategy
     from hf_async_store.testing.harness import Harness
     from hf_async_store_bench.servers import PostgresServer
 
@@ -41,6 +48,10 @@ class MemoryHarness:
     def url(self) -> None:
         return None
 
+    async def forget_feed(self, store: StorageStrategy, collection: str) -> None:
+        feed = cast("MemoryEngine", store.engine).feed(collection)
+        feed.remove(len(feed))
+
     def leaks(self) -> list[str]:
         return []
 
@@ -53,6 +64,7 @@ class JSONHarness:
     """
 
     def __init__(self, tmp_path: Path, name: str) -> None:
+        self._tmp_path = tmp_path
         self._path = tmp_path / "data" / name
         self._folder = self._path.parent if name.endswith(".json") else self._path
         self.capabilities = _capabilities_of(self)
@@ -67,6 +79,19 @@ class JSONHarness:
 
     def touched(self) -> bool:
         return self._path.exists() or self._folder.exists()
+
+    def stranger(self, collections: Iterable[Collection]) -> StorageStrategy:
+        return JSONHarness(self._tmp_path / "stranger", self._path.name).store(collections)
+
+    async def disturb(self, store: StorageStrategy) -> None:
+        await cast("JSONStorageStrategy", store).checkpoint()
+
+    async def forget_feed(self, store: StorageStrategy, collection: str) -> None:
+        del collection
+        await self.disturb(store)
+        for each in self._folder.glob("*.feed.*"):
+            os.utime(each, (0, 0))
+        await self.disturb(store)
 
     def leaks(self) -> list[str]:
         return [*self._temporary_files(), *open_files(self._folder)]
@@ -88,6 +113,18 @@ def open_files(folder: Path) -> list[str]:
     return found
 
 
+async def forget_feed(store: StorageStrategy, collection: str) -> None:
+    """Let the retention of a feed in SQL pass: all that is in it now is old."""
+    engine = cast("SQLStorageStrategy", store)._sql
+    async with engine.writing() as lease, lease.transaction():
+        source = await engine._source(lease, collection)
+        [[value]] = await lease.rows(f"SELECT {source.state}")
+        state = decoded_state(value, collection)
+        old = msgspec.structs.replace(state, marks=((0.0, 1 << 62),))
+        await engine._feed.store_state(source, old)
+    await engine.prune_feeds(lambda: True)
+
+
 class SQLiteHarness:
     """A database file in a separate folder."""
 
@@ -102,6 +139,16 @@ class SQLiteHarness:
 
     def url(self) -> str:
         return f"sqlite:{self._path}"
+
+    async def forget_feed(self, store: StorageStrategy, collection: str) -> None:
+        await forget_feed(store, collection)
+
+    async def disturb(self, store: StorageStrategy) -> None:
+        del store
+        with closing(sqlite3.connect(self._path, isolation_level=None)) as connection:
+            with suppress(sqlite3.OperationalError):  # locked, while a task writes
+                connection.execute("VACUUM")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def refuse_label(self, label: str) -> None:
         stored = "NEW.doc ->> '$.label'"
@@ -166,6 +213,22 @@ class PostgreSQLHarness:
                     entity_id,
                 )
                 yield
+        finally:
+            await connection.close()
+
+    async def forget_feed(self, store: StorageStrategy, collection: str) -> None:
+        await forget_feed(store, collection)
+
+    async def disturb(self, store: StorageStrategy) -> None:
+        del store
+        connection = await asyncpg.connect(self._url)
+        try:
+            await connection.execute('VACUUM FULL "notes-feed"')
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND query LIKE '%pg_advisory_lock_shared%'"
+                "AND pid <> pg_backend_pid()"
+            )
         finally:
             await connection.close()
 
@@ -311,6 +374,37 @@ class DynamoDBHarness:
 
         self._proxy.rule = rule
 
+    async def forget_feed(self, store: StorageStrategy, collection: str) -> None:
+        # An iterator of the test server contains the number of records before it.
+        position = await store.engine.feed_position(collection)
+        [[*_, end]] = json.loads(position)["shards"].values()
+        first = _records_before(end)
+
+        def rule(request: Request) -> Fault | None:
+            if request.operation != "GetRecords":
+                return None
+            if _records_before(request.params["ShardIterator"]) >= first:
+                return None
+            return Answer(400, {"__type": "TrimmedDataAccessException"})
+
+        self._proxy.rule = rule
+
+    async def disturb(self, store: StorageStrategy) -> None:
+        faults = iter(
+            [
+                Answer(400, {"__type": "ExpiredIteratorException"}),
+                throttled(),
+                Cut(applied=True),
+                Answer(500, {"__type": "InternalServerError"}),
+            ]
+        )
+
+        def rule(request: Request) -> Fault | None:
+            is_read = request.operation in ("GetRecords", "GetShardIterator")
+            return next(faults, None) if is_read else None
+
+        self._proxy.rule = rule
+
     def throttle(self, requests: int) -> None:
         left = requests
 
@@ -322,6 +416,11 @@ class DynamoDBHarness:
             return Partly() if left % 2 else throttled()
 
         self._proxy.rule = rule
+
+
+def _records_before(iterator: str) -> int:
+    number: int = json.loads(urlsafe_b64decode(iterator))["p"]
+    return number
 
 
 def _opened(

@@ -131,6 +131,7 @@ def _check(harness: Harness, log: Path, number: int) -> None:
     assert pool.killed + pool.stopped > 0
 
 
+@pytest.mark.hf_sampled
 def test_105_no_item_is_worked_on_twice_at_once(harness: Harness, tmp_path: Path) -> None:
     _check(harness, tmp_path / "log", 60)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import shutil
 import signal
@@ -14,7 +13,7 @@ import pytest
 
 from hf_async_store import gte, open_store, path
 from hf_async_store.testing.declarations import check_answers
-from hf_async_store.testing.plugin import FULL_VARIABLE
+from hf_async_store.testing.repetitions import sampled
 from hf_async_store.testing.rollout_programs import NEW, OLD
 from hf_async_store.values import VERSION
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from hf_async_store_bench.servers import DynamoDBServer, PostgresServer
 
 COUNT: Final = 30
-SHARES: Final = 3
-"""At this many of the steps, evenly distributed, a process is killed, unless the run is full."""
 
 
 async def filled(url: str) -> str:
@@ -70,12 +67,11 @@ async def check_complete(url: str) -> None:
 
 
 async def sweep(fresh: Callable[[], str]) -> None:
-    """Kill a process at many steps, each on a store of its own."""
+    """Kill a process at every step, each on a store of its own; at a random one unless the run is full."""
     total = await run_apply(await asyncio.to_thread(fresh))
     assert total is not None
     assert total > 5
-    every = 1 if os.environ.get(FULL_VARIABLE) else total // SHARES
-    for step in range(1, total + 1)[::-every]:
+    for step in sampled(range(1, total + 1), one_in=total):
         url = await asyncio.to_thread(fresh)
         # Its number of steps may differ a little, for example by a file that is removed at the end.
         if await run_apply(url, step) is not None:

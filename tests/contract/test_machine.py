@@ -82,6 +82,7 @@ def test_machine(engine: str) -> None:
     run_machine(ENGINES[engine])
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize("collation", COLLATIONS)
 def test_machine_on_postgresql(postgres_server: PostgresServer, collation: str) -> None:
     run_machine(postgresql(postgres_server, collation))
@@ -114,17 +115,21 @@ def test_machine_on_dynamodb_long(dynamodb_server: DynamoDBServer) -> None:
 # -- declarations that change ---------------------------------------------------------------
 
 
+@pytest.mark.hf_sampled(by="module")
 @pytest.mark.parametrize("engine", [each for each in ENGINES if each != "memory"])
 def test_declaration_machine(engine: str) -> None:
     run_declaration_machine(ENGINES[engine], shared_references=engine == "sqlite")
 
 
+@pytest.mark.hf_sampled(by="module")
 def test_declaration_machine_on_postgresql(postgres_server: PostgresServer) -> None:
     run_declaration_machine(postgresql(postgres_server, "C"), shared_references=True)
 
 
+@pytest.mark.hf_sampled(by="module")
 def test_declaration_machine_on_dynamodb(dynamodb_server: DynamoDBServer) -> None:
-    run_declaration_machine(dynamodb_at(dynamodb_server))
+    # A run makes a thousand requests.
+    run_declaration_machine(dynamodb_at(dynamodb_server), examples=3)
 
 
 @pytest.mark.long

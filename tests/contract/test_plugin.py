@@ -74,7 +74,7 @@ _VARIANTS = """
 import pytest
 
 @pytest.mark.hf_sampled
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(18))
 def test_of_variants(number):
     pass
 
@@ -82,6 +82,15 @@ def test_of_variants(number):
 @pytest.mark.parametrize("engine", ["one", "other"])
 @pytest.mark.parametrize("number", range(3))
 def test_of_engines(engine, number):
+    pass
+
+@pytest.mark.hf_sampled(by="module")
+def test_of_a_module():
+    pass
+
+@pytest.mark.hf_sampled(by="module")
+@pytest.mark.parametrize("number", range(2))
+def test_of_the_same_module(number):
     pass
 
 @pytest.mark.hf_sampled(by="case")
@@ -116,14 +125,14 @@ def passed(tmp_path: Path, *arguments: str) -> list[str]:
     return [test.partition(" PASSED")[0] for _, _, test in lines if " PASSED" in test]
 
 
-def test_a_third_of_the_variants_is_run(tmp_path: Path) -> None:
+def test_a_sixth_of_the_variants_is_run(tmp_path: Path) -> None:
     found = passed(tmp_path, "--hf-seed=7")
-    numbers = [int(each[-2]) for each in found if "of_variants" in each]
-    assert numbers in ([0, 3, 6], [1, 4, 7], [2, 5, 8])
+    numbers = [int(each[:-1].rpartition("[")[2]) for each in found if "of_variants" in each]
+    assert numbers == list(range(numbers[0], 18, 6))
+    assert len([each for each in found if "module" in each]) == 1
     engines = [each.rstrip("]").rpartition("-")[2] for each in found if "of_engines" in each]
     assert sorted(engines) == ["one", "other"]
-    assert "TestCases::test_1_first" in found
-    assert len([each for each in found if "test_1_" in each]) in (2, 3)
+    assert len([each for each in found if "test_1_" in each]) == 1
     assert "TestCases::test_2_other" in found
     assert len([each for each in found if "not_sampled" in each]) == 2
     assert passed(tmp_path, "--hf-seed=7") == found, "the same seed makes the same choice"
@@ -133,7 +142,7 @@ def test_a_third_of_the_variants_is_run(tmp_path: Path) -> None:
 def test_all_variants_are_run_if_they_are_named_or_in_a_full_run(
     tmp_path: Path, how: list[str]
 ) -> None:
-    assert len(passed(tmp_path, *how)) == 9 + 6 + 5 + 2
+    assert len(passed(tmp_path, *how)) == 18 + 6 + 3 + 5 + 2
 
 
 def test_nothing_is_reported_if_no_engine_was_skipped(tmp_path: Path) -> None:

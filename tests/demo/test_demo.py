@@ -52,6 +52,7 @@ def test_random_sizes_are_reproducible_and_contain_a_burst() -> None:
 # -- runs that pass --------------------------------------------------------------------------
 
 
+@pytest.mark.hf_sampled
 async def test_three_processes_on_data_from_the_field(
     field_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,6 +215,7 @@ def running_demo() -> Iterator[subprocess.Popen[str]]:
         demo.communicate()
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize(
     ("ending", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],

@@ -201,6 +201,7 @@ def settings(**more: object) -> Settings:
     return Settings(**given)  # type: ignore[arg-type]
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize("liar", LIARS)
 async def test_a_fault_is_detected(liar: str, capsys: pytest.CaptureFixture[str]) -> None:
     opening, broken = LIARS[liar]

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from hf_async_store import DynamoDBStorageStrategy
     from tests.dynamodb.proxy import Proxy
 
+pytestmark = pytest.mark.hf_sampled
+
 GSI = "template_id-created_at-index"
 
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from hf_async_store import Collection
     from tests.dynamodb.proxy import Proxy
 
+pytestmark = pytest.mark.hf_sampled
+
 VALUES = {
     "timestamp": "2024-01-02T00:00:00.000000Z",
     "text": "a",

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from tests.dynamodb.proxy import Proxy
 
 
+pytestmark = pytest.mark.hf_sampled
+
+
 async def described(store: DynamoDBStorageStrategy, table: str) -> dict[str, Any]:
     answer = await store._dynamodb.client.call("DescribeTable", {"TableName": table})
     found: dict[str, Any] = answer["Table"]

@@ -91,6 +91,21 @@ async def saver(store: JSONStorageStrategy, *, name: str, times: int) -> list[in
     return [await store.save_entity("machines", row) for row in rows]
 
 
+async def feeder(store: JSONStorageStrategy, *, name: str, times: int) -> int:
+    """Save and delete entities that all processes use, and own ones; returns the number of changes."""
+    changes = 0
+    for number in range(times):
+        if number % 5 == 4:
+            changes += await store.delete_entity("machines", f"m-{number % 3}")
+        elif number % 7 == 6:
+            rows = [{"machine_id": f"{name}-{number}-{each}"} for each in range(20)]
+            changes += len(await store.save_entities("machines", rows))
+        else:
+            await store.save_entity("machines", {"machine_id": f"m-{number % 3}", "by": name})
+            changes += 1
+    return changes
+
+
 async def counter(store: JSONStorageStrategy, *, times: int) -> int:
     """Increment by compare and set; returns the number of conflicts."""
     lost = 0
@@ -209,6 +224,7 @@ ROLES: Final[dict[str, Callable[..., Awaitable[object]]]] = {
     each.__name__: each
     for each in (
         saver,
+        feeder,
         counter,
         pairs,
         teller,

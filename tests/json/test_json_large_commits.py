@@ -31,6 +31,8 @@ from tests.json.support import (
     without_times,
 )
 
+pytestmark = pytest.mark.hf_sampled
+
 COUNT: Final = 6000
 """More entities than are ever applied one by one."""
 

@@ -28,6 +28,8 @@ from tests.json.support import (
     whole,
 )
 
+pytestmark = pytest.mark.hf_sampled
+
 
 @one_layout
 async def test_51_eight_processes_save_fifty_each(tmp_path: Path, layout: str) -> None:

@@ -98,7 +98,14 @@ class Crew:
         process.wait()
         self._close(process)
 
-    def end(self) -> None:
+    def end(self, **least: int) -> None:
+        """End the processes, as soon as they have recorded more than so many writes of each kind."""
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            done = Counter(each["what"] for each in self.notes())
+            if all(done[what] > number for what, number in least.items()):
+                break
+            time.sleep(0.2)
         for each in self._running:
             if each.poll() is None:
                 assert each.stdin is not None
@@ -235,7 +242,7 @@ async def test_nothing_acknowledged_is_lost_through_switch_rollback_and_finalize
     time.sleep(0.3)
     moved("finalize", source, target)
     time.sleep(0.5)
-    crew.end()
+    crew.end(count=200, transfer=100)
     notes = crew.notes()
     async with open_store(target, collections=COLLECTIONS, follow_moves=[source]) as store:
         done = await audit(store, notes)

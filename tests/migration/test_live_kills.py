@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["crew", "short_leases"]
 
+pytestmark = pytest.mark.hf_sampled(by="module")
+
 JSON_TO_POSTGRESQL = ("json-single", "postgresql")
 SQLITE_TO_DYNAMODB = ("sqlite", "dynamodb")
 
@@ -126,7 +128,7 @@ class Life:
 
     async def end(self) -> StorageStrategy:
         """End the applications and check their records; returns the store, which is closed."""
-        self.crew.end()
+        self.crew.end(count=50, transfer=20)
         store = await open_store(
             self.target, collections=COLLECTIONS, follow_moves=[self.source]
         ).open()

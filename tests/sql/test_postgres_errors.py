@@ -30,6 +30,7 @@ from hf_async_store import (
     UnsupportedValueError,
     open_store,
 )
+from hf_async_store.query import Query
 from hf_async_store.strategies.sql import errors
 from hf_async_store.strategies.sql.errors import postgres_error
 from tests.contract.harnesses import execute
@@ -228,8 +229,9 @@ def test_an_invalid_sqlstate_leaves_the_outcome_of_a_write_unknown() -> None:
 
 async def test_each_sqlstate_raised_by_the_server(database: str) -> None:
     """A trigger raises each state. States that end the connection are tested only with the table."""
-    async with open_store(f"{database}?timeout=0.3") as store:
+    async with open_store(database) as store:  # to create the table takes longer
         await store.save_entity("templates", template("t"))
+    async with open_store(f"{database}?timeout=0.3") as store:
         execute(
             database,
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
@@ -403,6 +405,40 @@ async def test_sessions_that_an_administrator_ended_while_idle(database: str) ->
             )
             assert await store.get_entity("templates", "t") is not None
             assert await store.update_entity("templates", "t", {"n": n}) == n + 1
+
+
+@pytest.mark.parametrize(
+    "verb", ["transaction", "snapshot", "stream", "query", "explain", "schema"]
+)
+async def test_what_begins_after_sessions_were_ended_begins_on_others(
+    database: str, verb: str
+) -> None:
+    name = urlsplit(database).path[1:]
+    async with open_store(database) as store:
+        await store.save_entities("templates", [template(f"t{n}", n=n) for n in range(700)])
+
+        async def read() -> int:
+            if verb == "transaction":
+                async with store.begin_transaction() as tx:
+                    return await tx.count_entities("templates")
+            if verb == "snapshot":
+                async with store.snapshot() as snapshot:
+                    return await snapshot.count(Query("templates"))
+            if verb == "explain":
+                return 700 * ((await store.explain_query("templates")).access == "scan")
+            if verb == "schema":
+                return 700 + len(await store.schema_changes())
+            if verb == "stream":
+                return len([each async for each in store.stream_entities("templates")])
+            return len(await store.query_entities("templates"))
+
+        for _ in range(2):
+            assert await read() == 700
+            execute(
+                database.replace(f"/{name}", "/postgres"),
+                f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{name}'",
+            )
+        assert await read() == 700
 
 
 @pytest.mark.parametrize("verb", ["query", "count"])

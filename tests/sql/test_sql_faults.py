@@ -184,7 +184,7 @@ async def test_73_cancellations_leave_all_connections_usable(database: str) -> N
 
 
 async def test_71_an_exhausted_pool_names_its_settings(url: str) -> None:
-    more = "pool_size=1&max_overflow=1&pool_timeout=0.2&max_streams=2"
+    more = "pool_size=1&max_overflow=1&pool_timeout=1&max_streams=2"
     async with open_store(f"{url}?{more}") as store:
         await store.save_entities("templates", [template(f"t{n}") for n in range(600)])
         async with AsyncExitStack() as held:
@@ -199,7 +199,7 @@ async def test_71_an_exhausted_pool_names_its_settings(url: str) -> None:
                 await store.query_entities("templates", limit=1)
             with pytest.raises(PoolTimeoutError):
                 await store.count_entities("templates")
-            assert time.monotonic() - started < 0.7, "each waits once"
+            assert time.monotonic() - started < 3.5, "each waits once"
         assert no.value.retryable
         assert not no.value.outcome_unknown
         assert await store.count_entities("templates") == 600
@@ -210,7 +210,7 @@ async def test_71_an_exhausted_pool_names_its_settings(url: str) -> None:
         started = time.monotonic()
         with pytest.raises(PoolTimeoutError, match="max_streams") as no:
             await anext(store.stream_entities("templates"))
-        assert time.monotonic() - started < 0.2, "at once"
+        assert time.monotonic() - started < 1, "at once"
         assert no.value.retryable
         await streams.pop().aclose()
         assert len([each async for each in store.stream_entities("templates")]) == 600
@@ -299,9 +299,9 @@ async def test_71_a_missing_privilege(database: str) -> None:
 
 
 async def test_71_a_statement_timeout(database: str) -> None:
-    async with open_store(f"{database}?timeout=0.3") as store:
+    async with open_store(f"{database}?timeout=2") as store:
         with pytest.raises(StorageError) as caught:
-            await store.execute_with_lock("SELECT pg_sleep(5)")  # type: ignore[attr-defined]
+            await store.execute_with_lock("SELECT pg_sleep(60)")  # type: ignore[attr-defined]
         assert type(caught.value).__name__ == "OperationTimeoutError"
         await store.save_entity("templates", template("t"))
 
@@ -352,7 +352,7 @@ async def test_a_file_that_is_not_a_database(tmp_path: Path) -> None:
 
 async def test_71_another_process_holds_the_lock(tmp_path: Path) -> None:
     url = f"sqlite:{tmp_path}/store.db"
-    async with open_store(url) as store, open_store(f"{url}?timeout=0.2") as other:
+    async with open_store(url) as store, open_store(f"{url}?timeout=1") as other:
         await store.save_entity("templates", template("t"))
         async with store.begin_transaction() as tx:
             await tx.update_entity("templates", "t", {"name": "mine"})

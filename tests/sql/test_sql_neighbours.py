@@ -290,7 +290,7 @@ async def test_many_blocked_changes_wait_together(database: str, created: bool) 
 async def test_a_single_change_of_a_locked_row_waits_until_its_timeout(
     database: str,
 ) -> None:
-    async with open_store(database) as other, open_store(f"{database}?timeout=0.5") as store:
+    async with open_store(database) as other, open_store(f"{database}?timeout=2") as store:
         await other.save_entity("templates", template("x"))
         async with other.begin_transaction() as tx:
             await tx.update_entity("templates", "x", {"n": 9})

@@ -1,4 +1,5 @@
-"""Runs `mypy --strict` over the Python examples of pages: a file for each page, with the same lines.
+"""Runs `mypy --strict` over the Python examples of pages, a file for each page, with the same lines; and
+over the examples that are applications.
 
 python tests/type_checks/pages.py
 """
@@ -17,6 +18,8 @@ PAGES: Final = (
     ROOT / "README.md",
     *(each for each in sorted((ROOT / "docs").rglob("*.md")) if "```python" in each.read_text()),
 )
+
+APPLICATIONS: Final = (ROOT / "docs/examples/machines",)
 
 
 def module_of(page: str) -> str:
@@ -45,7 +48,7 @@ def main() -> int:
             files[str(path)] = name
         options = ["--strict", "--no-error-summary", "--no-pretty", "--config-file="]
         done = subprocess.run(
-            [sys.executable, "-m", "mypy", *options, *files],
+            [sys.executable, "-m", "mypy", *options, *files, *map(str, APPLICATIONS)],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -54,7 +57,7 @@ def main() -> int:
     output = done.stdout + done.stderr
     for file, name in files.items():
         output = output.replace(file, name)
-    print(output or f"examples of {len(PAGES)} pages: no errors of types")
+    print(output or f"examples of {len(PAGES)} pages and applications: no errors of types")
     return done.returncode
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import selectors
+import time
 from collections import deque
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -318,3 +319,11 @@ def test_105_a_machine_whose_starts_have_no_identity(monkeypatch: pytest.MonkeyP
     assert before.seconds is not None
     assert after.seconds is not None
     assert before.seconds <= after.seconds
+
+
+def test_the_wall_clock_never_runs_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim_clock.WallClock, "_latest", 0.0)
+    shown = iter([100.0, 90.0, 99.0, 101.0])
+    monkeypatch.setattr(time, "time", lambda: next(shown))
+    read = [claim_clock.WallClock().now().seconds for _ in range(4)]
+    assert read == [100.0, 100.0, 100.0, 101.0]

@@ -166,6 +166,7 @@ async def test_in_a_loop(postgres_server):
 """
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize(
     "test", ["test_in_a_loop", pytest.param("test_in_a_call", marks=pytest.mark.long)]
 )

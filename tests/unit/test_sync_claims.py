@@ -44,8 +44,8 @@ def test_106_a_block_updates_and_finishes(store: sync.Store) -> None:
 
 
 def test_105_a_block_is_renewed_and_released(store: sync.Store) -> None:
-    with _claim(store, lease=0.6):
-        time.sleep(1)
+    with _claim(store, lease=1.5):
+        time.sleep(2)
         assert store.claims("jobs")[0].state == "held"
     assert store.claims("jobs")[0].state == "free"
 

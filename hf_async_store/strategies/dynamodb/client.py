@@ -1,4 +1,4 @@
-"""The connection of a store: one aiobotocore client, created at the first use.
+"""The connection of a store: one aiobotocore client, created at the first use; another one for Streams.
 
 Requests to the data plane do not use the methods of the client, because these take 500 to 700
 microseconds of CPU time for each request, whatever its size, to build, validate, sign and parse
@@ -20,7 +20,13 @@ import msgspec
 
 from hf_async_store.config import DynamoDBConfig
 from hf_async_store.driver import run_to_completion
-from hf_async_store.errors import ConfigurationError, StorageError, StoreClosedError
+from hf_async_store.errors import (
+    ConfigurationError,
+    StorageError,
+    StoreClosedError,
+    UnavailableError,
+)
+from hf_async_store.logs import hide_debug_messages
 from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
 from hf_async_store.strategies.dynamodb.request_retry import Retries, retry
 from hf_async_store.strategies.dynamodb.responses import read_response
@@ -29,16 +35,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _ENCODE: Final = msgspec.json.Encoder().encode
-_SERVICE: Final = "dynamodb"
+_SIGNED_AS: Final = "dynamodb"
+_TARGETS: Final = {"dynamodb": "DynamoDB_20120810", "dynamodbstreams": "DynamoDBStreams_20120810"}
 _LARGE_BODY: Final = 2**20
 
 
 class Client:
-    """Sends requests to DynamoDB; raises failures as errors of the store."""
+    """Sends requests to DynamoDB; raises failures as errors of the store.
 
-    def __init__(self, config: DynamoDBConfig) -> None:
+    Args:
+        service: "dynamodb" or "dynamodbstreams", which has an endpoint of its own.
+    """
+
+    def __init__(self, config: DynamoDBConfig, service: str = "dynamodb") -> None:
         check_endpoint(config.endpoint_url)
         self.config = config
+        self._service = service
         self._opening: asyncio.Task[_Connection] | None = None
         self._connection: _Connection | None = None
         self._closing = asyncio.Event()
@@ -47,20 +59,25 @@ class Client:
     async def connection(self) -> _Connection:
         """The connection, opened at the first call; concurrent callers wait for the same task."""
         if self._closed:
-            raise StoreClosedError("this store was closed")
+            raise _closed()
         if self._connection is not None:
             return self._connection
         if self._opening is None:
-            self._opening = asyncio.get_running_loop().create_task(_connect(self.config))
+            self._opening = asyncio.get_running_loop().create_task(
+                _connect(self.config, self._service)
+            )
         opening = self._opening
         try:
-            self._connection = await asyncio.shield(opening)
+            connection = await asyncio.shield(opening)
         except asyncio.CancelledError:
             raise
         except BaseException:
             self._opening = None
             raise
-        return self._connection
+        if self._closed:  # meanwhile, and `close` closes the connection
+            raise _closed()
+        self._connection = connection
+        return connection
 
     async def call(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request once and return its response.
@@ -73,7 +90,12 @@ class Client:
 
     async def read(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Send an idempotent request and return its response; transient failures are retried."""
-        return await retry(lambda: self.call(operation, params), self.retries())
+        try:
+            return await retry(lambda: self.call(operation, params), self.retries())
+        except UnavailableError as exc:
+            if self._closed:
+                raise _closed() from exc
+            raise
 
     def retries(self, seconds: float | None = None) -> Retries:
         """The retries of one operation, by default until `retry_timeout` has passed."""
@@ -96,15 +118,22 @@ class Client:
             await run_to_completion(connection.close())
 
 
+def _closed() -> StoreClosedError:
+    return StoreClosedError("this store was closed")
+
+
 class _Connection:
     """An open aiobotocore client and the parts of it that every request uses."""
 
-    def __init__(self, client: Any, credentials: Any, stack: AsyncExitStack, session: Any) -> None:
+    def __init__(
+        self, client: Any, target: str, credentials: Any, stack: AsyncExitStack, session: Any
+    ) -> None:
         from botocore.auth import SigV4Auth  # type: ignore[import-untyped]  # it has no types
         from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
 
         self.client = client
         self.session = session
+        self._target = target
         self._stack = stack
         self._credentials = credentials
         self._send = client._endpoint.http_session.send
@@ -133,12 +162,12 @@ class _Connection:
             method="POST",
             url=self._url,
             headers={
-                "X-Amz-Target": f"DynamoDB_20120810.{operation}",
+                "X-Amz-Target": f"{self._target}.{operation}",
                 "Content-Type": "application/x-amz-json-1.0",
             },
             data=_ENCODE(params),
         )
-        self._signer(credentials, _SERVICE, self._region).add_auth(request)
+        self._signer(credentials, _SIGNED_AS, self._region).add_auth(request)
         prepared = request.prepare()
         if len(prepared.body) > _LARGE_BODY:
             prepared.body = BytesIO(prepared.body)  # aiohttp sends it in chunks
@@ -165,14 +194,14 @@ def check_endpoint(url: str | None) -> None:
         )
 
 
-async def _connect(config: DynamoDBConfig) -> _Connection:
+async def _connect(config: DynamoDBConfig, service: str) -> _Connection:
     """Open a client. botocore's imports and file reads run in a thread."""
     async with AsyncExitStack() as stack:
         try:
-            session = await asyncio.to_thread(_create_session, config)
+            session = await asyncio.to_thread(_create_session, config, service)
             client = await stack.enter_async_context(
                 session.create_client(
-                    _SERVICE, region_name=config.region, endpoint_url=config.endpoint
+                    service, region_name=config.region, endpoint_url=config.endpoint
                 )
             )
             credentials = await session.get_credentials()
@@ -182,7 +211,7 @@ async def _connect(config: DynamoDBConfig) -> _Connection:
                 raise NoCredentialsError
         except Exception as exc:
             raise before_sending(exc) from exc
-        return _Connection(client, credentials, stack.pop_all(), session)
+        return _Connection(client, _TARGETS[service], credentials, stack.pop_all(), session)
 
 
 @lru_cache
@@ -196,7 +225,7 @@ def _loader(data_path: str | None) -> Any:
     return create_loader(data_path)
 
 
-def _create_session(config: DynamoDBConfig) -> Any:
+def _create_session(config: DynamoDBConfig, service: str) -> Any:
     """Create a session and load the service model into its cache, which is slow and blocks.
 
     All clients of the session, including those that request credentials, use `Transport`.
@@ -206,6 +235,7 @@ def _create_session(config: DynamoDBConfig) -> Any:
 
     from hf_async_store.strategies.dynamodb.transport import Transport
 
+    hide_debug_messages("aiobotocore", "botocore")
     session = AioSession(profile=config.profile)
     session.set_default_client_config(
         AioConfig(
@@ -219,8 +249,8 @@ def _create_session(config: DynamoDBConfig) -> Any:
     )
     loader = _loader(session.get_config_variable("data_path"))
     session.register_component("data_loader", loader)
-    loader.load_service_model(_SERVICE, "service-2")
-    loader.load_service_model(_SERVICE, "endpoint-rule-set-1")
+    loader.load_service_model(service, "service-2")
+    loader.load_service_model(service, "endpoint-rule-set-1")
     for name in ("endpoints", "partitions", "sdk-default-configuration"):
         loader.load_data(name)
     return session

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import timedelta
 from typing import Final
 
 from hf_async_store.changes import Change, Outcome, Patch, Record
@@ -15,6 +16,7 @@ from hf_async_store.driver import (
     ClaimInfo,
     ClaimTerms,
     Engine,
+    FeedBatch,
     Isolation,
     QueryPlan,
     SchemaChange,
@@ -37,10 +39,12 @@ from hf_async_store.strategies.dynamodb.errors import (
     public,
     public_errors,
 )
+from hf_async_store.strategies.dynamodb.feed import Feed
 from hf_async_store.strategies.dynamodb.independent_writes import MAX_STATEMENTS, Writes
 from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
 from hf_async_store.strategies.dynamodb.reading import MAX_KEYS, Reading
 from hf_async_store.strategies.dynamodb.schema_changes import SchemaApplication
+from hf_async_store.strategies.dynamodb.stream_shards import RETENTION_SECONDS
 from hf_async_store.strategies.dynamodb.tables import Tables
 from hf_async_store.strategies.dynamodb.transactions import (
     MAX_ACTIONS,
@@ -68,6 +72,8 @@ class DynamoDBEngine(Engine):
         queries_in_transaction="own_writes",
         references=False,
         removes_expired=True,
+        feed=True,
+        max_feed_retention=timedelta(seconds=RETENTION_SECONDS),
         default_order="none",
         max_transaction_changes=MAX_ACTIONS,
         max_transaction_bytes=MAX_BYTES,
@@ -89,6 +95,8 @@ class DynamoDBEngine(Engine):
         self.writes = Writes(self.client, self.tables, self.reading, self._write_cache)
         self.claim_clock = WallClock()
         self._claiming = Claiming(self.client, self.tables, self.reading, self.writes)
+        self._streams = Client(config, "dynamodbstreams")
+        self._feed = Feed(self._streams, self.tables)
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         with public_errors():
@@ -182,6 +190,19 @@ class DynamoDBEngine(Engine):
     async def claims(self, collection: str) -> list[ClaimInfo]:
         with public_errors():
             return await self._claiming.listed(collection, self.claim_clock.now())
+
+    # -- feed --------------------------------------------------------------------------------
+
+    async def feed_position(self, collection: str) -> str:
+        with public_errors():
+            return await self._feed.end(collection)
+
+    async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
+        with public_errors():
+            return await self._feed.read(collection, since, limit)
+
+    async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        await self._feed.changed(positions, seconds)
 
     # -- the existing store ------------------------------------------------------------------
 
@@ -304,6 +325,8 @@ class DynamoDBEngine(Engine):
         }
 
     async def close(self) -> None:
+        self._streams.end_retries()
+        await self._streams.close()
         await self.tables.close()
         if self._cache is not None:
             await self._cache.close()

@@ -117,6 +117,14 @@ def public_errors(*passed_through: type[StorageError]) -> Iterator[None]:
         raise converted from exc
 
 
+class RecordsTrimmed(StorageError):  # noqa: N818  # as above
+    """A stream does not contain the requested records any more."""
+
+
+class IteratorExpired(StorageError):  # noqa: N818  # as above
+    """An iterator of a stream is too old to be used."""
+
+
 # -- responses of DynamoDB ---------------------------------------------------------------------
 
 
@@ -225,6 +233,10 @@ def translate(code: str, message: str, status: int, body: Mapping[str, Any]) -> 
         return conflict()
     if code in ("ResourceNotFound", "TableNotFound", "IndexNotFound"):
         return TableMissing(f"the table or index does not exist: {message[:300]}")
+    if code == "TrimmedDataAccess":
+        return RecordsTrimmed("the stream does not contain the requested records any more")
+    if code == "ExpiredIterator":
+        return IteratorExpired("the iterator of the stream has expired")
     spec = CODES.get(code)
     if spec is None and status >= 500:
         spec = _FAILED

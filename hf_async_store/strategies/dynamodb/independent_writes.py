@@ -11,6 +11,8 @@ Most changes become one PartiQL statement each, and up to 25 statements share a
 * If there are several changes, the items of such saves are read first, because PartiQL has no upsert.
   Each becomes an insert, or an update of the attributes that differ on condition that the token is
   unchanged; it is repeated if another write came first.
+* If the table has a stream, each attempt is a request of its own, PutItem, UpdateItem or DeleteItem with
+  the same condition: not every server records statements in streams.
 * A change that no statement can express (very long names, a change with a mark, an entity near its
   limits) reads the item and writes it as a whole on condition that the token is unchanged.
 
@@ -207,7 +209,12 @@ class Writes:
 
     def _op(self, change: Change) -> WriteOp:
         name = change.key.collection
-        return WriteOp(change, self._tables.mappings[name], self._tables.name(name))
+        return WriteOp(
+            change,
+            self._tables.mappings[name],
+            self._tables.name(name),
+            by_item=self._tables.has_stream(name),
+        )
 
     def _conditional(
         self,
@@ -257,9 +264,10 @@ class Writes:
 
     async def _probe_support(self, ops: Sequence[WriteOp]) -> None:
         """Before many deletes: test with a probe item whether a delete returns the deleted item."""
-        if sum(isinstance(each.change, Delete) for each in ops) <= _MAX_DELETES_WITHOUT_PROBE:
+        deletes = [each for each in ops if isinstance(each.change, Delete) and not each.by_item]
+        if len(deletes) <= _MAX_DELETES_WITHOUT_PROBE:
             return
-        table, (name, _) = ops[0].table, ops[0].key
+        table, (name, _) = deletes[0].table, deletes[0].key
         key = {name: {"S": probe_id()}}
         statement = delete(table, (name, key[name]["S"]), ConditionBuilder())
         try:
@@ -277,14 +285,14 @@ class Writes:
         reads_first = time.monotonic() < self._read_first_until
         for op in ops:
             if op.state == "start":
-                self._start(op, alone=len(ops) == 1, reads_first=reads_first)
+                self._start(op, alone=len(ops) == 1 or op.by_item, reads_first=reads_first)
         await self._read_current([each for each in ops if each.state == "read"])
         statements: list[WriteOp] = []
         imports: list[WriteOp] = []
         separate: list[WriteOp] = []
         for op in ops:
             if self._has_statement(op):
-                statements.append(op)
+                (separate if op.by_item else statements).append(op)
             elif op.state == "import":
                 imports.append(op)
             elif op.state in ATTEMPTS:
@@ -307,12 +315,18 @@ class Writes:
         is_save = op.intent == "save"
         op.state = first_state(
             op.intent,
-            whole=op.whole or (isinstance(change, Delete) and not self._support.returns_items),
+            whole=op.whole or (isinstance(change, Delete) and not self._returns_item(op)),
             is_cached=receipt is not None,
             alone=alone,
             # The response to a save that is sent alone always returns the version.
-            reads_first=reads_first or (self._support.returns_items is False and not is_save),
+            reads_first=reads_first or (self._returns_item(op) is False and not is_save),
         )
+
+    def _returns_item(self, op: WriteOp) -> bool | None:
+        """Whether the response to an attempt without a read contains the item; None: not known yet."""
+        if op.by_item:
+            return not isinstance(op.change, Delete)
+        return self._support.returns_items
 
     async def _read_current(self, ops: Sequence[WriteOp]) -> None:
         if not ops:
@@ -327,7 +341,10 @@ class Writes:
             op.respond_with(item)
 
     def _has_statement(self, op: WriteOp) -> bool:
-        """Set the statement of the next attempt; return False if it needs another request."""
+        """Set the statement of the next attempt; return False if it needs another request.
+
+        For a write by items, it is an UpdateItem request.
+        """
         while op.state in STATEMENTS and not op.whole:
             try:
                 op.statement = statement_of(op, self._support)
@@ -440,6 +457,8 @@ class Writes:
         return None
 
     async def _separate_request(self, op: WriteOp) -> tuple[str, dict[str, Any]]:
+        if op.by_item and op.state in STATEMENTS and not op.whole:
+            return "UpdateItem", cast("dict[str, Any]", op.statement)
         if op.state == "upsert":
             return "UpdateItem", upsert_item(op)
         if isinstance(op, ConditionalUpdate):

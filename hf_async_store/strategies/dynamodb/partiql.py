@@ -47,15 +47,22 @@ class ConditionBuilder:
     """The condition of an update or delete, in addition to its key.
 
     Attributes:
-        expression: the condition, with `?` for its values; "" if there is none.
-        values: the parameters of the condition.
+        comparisons: the names of attributes, each with an operator; all must hold.
+        values: what they are compared with.
     """
 
-    __slots__ = ("expression", "values")
+    __slots__ = ("comparisons", "values")
 
-    def __init__(self, expression: str = "", values: Sequence[Attribute] = ()) -> None:
-        self.expression = expression
+    def __init__(
+        self, comparisons: Sequence[tuple[str, str]] = (), values: Sequence[Attribute] = ()
+    ) -> None:
+        self.comparisons = tuple(comparisons)
         self.values = list(values)
+
+    @property
+    def expression(self) -> str:
+        """The condition, with `?` for its values; "" if there is none."""
+        return " AND ".join([f'"{name}" {operator} ?' for name, operator in self.comparisons])
 
     @classmethod
     def version(cls, version: int, requested_at: str) -> ConditionBuilder:
@@ -64,24 +71,23 @@ class ConditionBuilder:
         Otherwise, a delayed attempt could be applied after the entity was deleted and created
         again, when it has the same version.
         """
-        expression = f'"{VERSION}" = ? AND "{UPDATED_AT}" < ?'
-        return cls(expression, [{"N": str(version)}, {"S": requested_at}])
+        comparisons = ((VERSION, "="), (UPDATED_AT, "<"))
+        return cls(comparisons, [{"N": str(version)}, {"S": requested_at}])
 
     @classmethod
     def token(cls, token: str) -> ConditionBuilder:
-        return cls(f'"{TOKEN}" = ?', [{"S": token}])
+        return cls(((TOKEN, "="),), [{"S": token}])
 
     def and_declaration(self, digest: Attribute) -> ConditionBuilder:
         """Add the condition that the item was written with this declaration."""
-        return self._and(f'"{DECLARATION_DIGEST}" = ?', digest)
+        return self._and(DECLARATION_DIGEST, "=", digest)
 
     def and_size_at_most(self, max_size: int) -> ConditionBuilder:
         """Add the condition that the stored size is at most `max_size`."""
-        return self._and(f'"{SIZE}" <= ?', {"N": str(max_size)})
+        return self._and(SIZE, "<=", {"N": str(max_size)})
 
-    def _and(self, comparison: str, value: Attribute) -> ConditionBuilder:
-        expression = f"{self.expression} AND {comparison}" if self.expression else comparison
-        return ConditionBuilder(expression, [*self.values, value])
+    def _and(self, name: str, operator: str, value: Attribute) -> ConditionBuilder:
+        return ConditionBuilder([*self.comparisons, (name, operator)], [*self.values, value])
 
 
 def update(
@@ -159,7 +165,7 @@ def delete(table: str, key: tuple[str, str], condition: ConditionBuilder) -> Sta
     """Delete an item if it exists and satisfies `condition`; the response returns the deleted item."""
     # The names of tables and keys are validated where they are declared; all else is a parameter.
     statement = f'DELETE FROM "{table}" WHERE "{key[0]}" = ?'  # noqa: S608
-    if condition.expression:
+    if condition.comparisons:
         statement += f" AND {condition.expression}"
     return {
         "Statement": f"{statement} RETURNING ALL OLD *",

@@ -28,7 +28,13 @@ class Retries(Backoff):
     """
 
     def __init__(self, seconds: float, closing: asyncio.Event) -> None:
-        super().__init__(seconds, first=_FIRST_PAUSE, longest=_MAX_PAUSE_SECONDS, sleep=self._wait)
+        super().__init__(
+            seconds,
+            first=_FIRST_PAUSE,
+            longest=_MAX_PAUSE_SECONDS,
+            sleep=self._wait,
+            what="a request",
+        )
         self._closing = closing
         self._bad_responses = 0
 

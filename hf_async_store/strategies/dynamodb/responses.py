@@ -101,10 +101,27 @@ _TABLE: Final = _object(
     ItemCount=int,
     TableSizeBytes=int,
     Replicas=_list(_object(RegionName=str)),
+    StreamSpecification=_object(StreamEnabled=bool, StreamViewType=_STRING) | None,
+    LatestStreamArn=_STRING,
 )
 _RECOVERY: Final = _object(PointInTimeRecoveryStatus=str)
 _BACKUPS: Final = _object(PointInTimeRecoveryDescription=_RECOVERY)
 _TIME_TO_LIVE: Final = _object(TimeToLiveStatus=_STRING, AttributeName=_STRING)
+_SHARD: Final = _object(
+    "ShardId",
+    ShardId=str,
+    ParentShardId=_STRING,
+    SequenceNumberRange=_object(StartingSequenceNumber=_STRING),
+)
+_STREAM: Final = _object("Shards", Shards=_list(_SHARD), LastEvaluatedShardId=_STRING)
+_STREAM_RECORD: Final = _object(
+    "SequenceNumber",
+    SequenceNumber=str,
+    ApproximateCreationDateTime=float,
+    OldImage=_ITEM,
+    NewImage=_ITEM,
+)
+_RECORDS: Final = _list(_object("dynamodb", dynamodb=_STREAM_RECORD))
 _REASON: Final = _object(Code=_STRING, Message=_STRING, Item=_ITEM)
 _FAILURE: Final = _object(
     "__type",
@@ -139,6 +156,9 @@ _SHAPES: Final[dict[str, Any]] = {
     "UpdateContinuousBackups": _object(),
     "DescribeTimeToLive": _object("TimeToLiveDescription", TimeToLiveDescription=_TIME_TO_LIVE),
     "UpdateTimeToLive": _object(),
+    "DescribeStream": _object("StreamDescription", StreamDescription=_STREAM),
+    "GetShardIterator": _object("ShardIterator", ShardIterator=str),
+    "GetRecords": _object("Records", Records=_RECORDS, NextShardIterator=_STRING),
 }
 _DECODE: Final[dict[str, Callable[[bytes], Any]]] = {
     operation: msgspec.json.Decoder(shape).decode for operation, shape in _SHAPES.items()

@@ -25,6 +25,7 @@ from hf_async_store.strategies.dynamodb.items import (
     ItemMapping,
 )
 from hf_async_store.strategies.dynamodb.partitions import PARALLEL, counted, gather
+from hf_async_store.strategies.dynamodb.table_stream import problem_with, view_of
 from hf_async_store.strategies.dynamodb.tables import (
     active_indexes,
     incomplete_message,
@@ -83,7 +84,14 @@ class SchemaApplication:
                 # Otherwise nothing depends on it which declaration an item was written with.
                 found += await self._item_changes(collection, table) if indexes else ()
                 found += await self._removal_changes(collection)
+                found += self._feed_changes(collection, table)
         return found
+
+    def _feed_changes(self, collection: str, table: Mapping[str, Any]) -> list[SchemaChange]:
+        problem = problem_with(table, self._tables.name(collection))
+        if not self._tables.is_fed(collection) or not problem:
+            return []
+        return [SchemaChange("feed", collection, "", problem)]
 
     async def _removal_changes(self, collection: str) -> list[SchemaChange]:
         expires = self._tables.schema[collection].expires
@@ -142,7 +150,8 @@ class SchemaApplication:
         """As `Engine.apply_schema`.
 
         Raises:
-            SchemaMismatchError: an existing index does not match its declaration; nothing was changed.
+            SchemaMismatchError: an existing index does not match its declaration, or a stream cannot be a
+                change feed; nothing was changed.
             CorruptionError: another program wrote an item that cannot be rewritten.
         """
         existing: list[str] = []
@@ -151,7 +160,9 @@ class SchemaApplication:
             if table is not None:
                 existing.append(collection)
                 self._check_indexes(collection, table)
+                self._check_stream(collection, table)
         for collection in existing:
+            await self._enable_stream(collection, progress)
             for change in await self._removal_changes(collection):
                 await self._tables.enable_time_to_live(collection)
                 progress(change, 1, 1)
@@ -161,6 +172,17 @@ class SchemaApplication:
             if complete:
                 await self._enforce(collection, progress)
             await self._tables.refresh(collection)
+
+    def _check_stream(self, collection: str, table: Mapping[str, Any]) -> None:
+        if view_of(table) is not None:
+            for each in self._feed_changes(collection, table):
+                raise SchemaMismatchError(each.detail)
+
+    async def _enable_stream(self, collection: str, progress: SchemaProgress) -> None:
+        table = await self._tables.described(collection)
+        for change in self._feed_changes(collection, table) if table is not None else ():
+            await self._tables.enable_stream(collection)
+            progress(change, 1, 1)
 
     def _check_indexes(self, collection: str, table: Mapping[str, Any]) -> None:
         missing = self._tables.missing(collection, table)

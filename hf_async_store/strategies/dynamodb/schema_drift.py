@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from hf_async_store.strategies.dynamodb.table_stream import VIEW, view_of
 from hf_async_store.strategies.dynamodb.tables import billing_mode
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ async def _compared(tables: Tables, collection: str) -> dict[str, Value]:
     else:
         existing = _shape(table, billing_mode(table))
         existing["point_in_time_recovery"] = await tables.has_recovery(name)
+        if tables.is_fed(collection):
+            existing["stream"] = view_of(table) or "off"
         if tables.scaling is not None:
             existing["auto_scaling"] = await tables.scaling_bounds(collection)
         differences = list(_differences(declared, existing, name))
@@ -46,6 +49,8 @@ def _declared(tables: Tables, collection: str) -> dict[str, Any]:
     request = tables.request(collection)
     properties = _shape(request, request["BillingMode"])
     properties["point_in_time_recovery"] = tables.recovery
+    if tables.is_fed(collection):
+        properties["stream"] = VIEW
     scaling = tables.scaling
     if scaling is not None:
         bounds = {

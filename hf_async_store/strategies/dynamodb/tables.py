@@ -18,6 +18,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.schema import (
     LOCK_COLLECTION,
+    SUBSCRIPTION_COLLECTION,
     SYSTEM_COLLECTIONS,
     UNIQUE_COLLECTION,
     Index,
@@ -44,6 +45,7 @@ from hf_async_store.strategies.dynamodb.index_state import (
     state_of,
 )
 from hf_async_store.strategies.dynamodb.items import TIME_TO_LIVE, ItemMapping, probe_id
+from hf_async_store.strategies.dynamodb.table_stream import SPECIFICATION, problem_with, view_of
 from hf_async_store.strategy import schema_of
 from hf_async_store.unique import Fields
 from hf_async_store.values import MAX_KEY_BYTES
@@ -89,7 +91,7 @@ class Tables:
         self.mappings: dict[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
         }
-        for each in (UNIQUE_COLLECTION, LOCK_COLLECTION):
+        for each in (UNIQUE_COLLECTION, LOCK_COLLECTION, SUBSCRIPTION_COLLECTION):
             self.mappings.setdefault(each.name, ItemMapping(each))
         self._declared = dict(self.mappings)
         prefix = client.config.table_prefix
@@ -107,6 +109,7 @@ class Tables:
                 _check_name(index.name, f"collection {collection}", "index")
         self._ready: dict[str, frozenset[str]] = {}
         self._unique: dict[str, tuple[Fields, ...]] = {}
+        self._with_stream: dict[str, bool] = {}
         self._opening: dict[tuple[str, bool], asyncio.Task[frozenset[str] | None]] = {}
         self._creating: set[asyncio.Task[object]] = set()
 
@@ -124,6 +127,18 @@ class Tables:
 
     def is_ready(self, collection: str) -> bool:
         return collection in self._ready
+
+    @property
+    def max_clock_skew(self) -> float:
+        return self._config.max_clock_skew
+
+    def has_stream(self, collection: str) -> bool:
+        """Whether the table had a stream when this process looked; before, whether one is declared."""
+        return self._with_stream.get(collection, self.is_fed(collection))
+
+    def is_fed(self, collection: str) -> bool:
+        """Whether a change feed is declared."""
+        return self.schema[collection].feed is not None
 
     async def ensure(self, collection: str) -> frozenset[str]:
         """Create the table if it is missing, wait until it is active, and return its usable indexes.
@@ -257,6 +272,7 @@ class Tables:
         mapping = ItemMapping(self.schema[collection], keys_of_table(table))
         if mapping.digest != self.mappings[collection].digest:
             self.mappings[collection] = mapping
+        self._with_stream[collection] = view_of(table) is not None
         return self._usable(collection, table, state)
 
     async def _finish_creation(self, collection: str) -> None:
@@ -481,8 +497,8 @@ class Tables:
         """Create the missing declared tables and indexes; return a message for each.
 
         Waits until tables and indexes are active. Existing tables and indexes are not deleted or
-        changed, except that auto scaling and point-in-time recovery are set as configured, and time to
-        live is enabled for collections that expire.
+        changed, except that auto scaling and point-in-time recovery are set as configured, time to live is
+        enabled for collections that expire, and a stream for those with a change feed.
         """
         messages: list[str] = []
         system = [UNIQUE_COLLECTION.name] if self.schema.unique else []
@@ -499,6 +515,9 @@ class Tables:
         for index in self.missing(collection, table):
             await self.add_index(collection, index)
             messages.append(f"created {index.name} of {name}")
+        if self.is_fed(collection) and view_of(table) is None:
+            await self.enable_stream(collection)
+            messages.append(f"enabled the stream of {name}")
         await self.wait_until_active(collection)
         await self._configure(collection)
         self._ready.pop(collection, None)
@@ -605,6 +624,8 @@ class Tables:
         ]
         if table["TableStatus"] != "ACTIVE":
             problems.append(f"{name} is {table['TableStatus']}")
+        if self.is_fed(collection):
+            problems += filter(None, [problem_with(table, name)])
         key = [each["AttributeName"] for each in table["KeySchema"]]
         if key != [self.schema[collection].key]:
             problems.append(
@@ -660,6 +681,8 @@ class Tables:
             params["GlobalSecondaryIndexes"] = [
                 self._index(collection, each) for each in declared.indexes
             ]
+        if self.is_fed(collection):
+            params["StreamSpecification"] = SPECIFICATION
         return params
 
     async def _create(self, collection: str) -> bool:
@@ -723,19 +746,35 @@ class Tables:
         was declared.
         """
         await self.change_state(collection, lambda state: state.without({index.name}))
-        retries = self._client.retries()
         params = {
             "TableName": self.name(collection),
             "AttributeDefinitions": self._attributes(collection, (index,)),
             "GlobalSecondaryIndexUpdates": [{"Create": self._index(collection, index)}],
         }
+        await self._update(
+            collection, params, lambda table: index not in self.missing(collection, table), seen
+        )
+
+    async def enable_stream(self, collection: str) -> None:
+        """Let the table have a stream of its changes."""
+        params = {"TableName": self.name(collection), "StreamSpecification": SPECIFICATION}
+        await self._update(collection, params, lambda table: view_of(table) is not None)
+
+    async def _update(
+        self,
+        collection: str,
+        params: Mapping[str, Any],
+        is_done: Callable[[Mapping[str, Any]], bool],
+        seen: SeeTable = _ignore,
+    ) -> None:
+        """Send UpdateTable until it is done, by this process or another one; wait until it is active."""
+        retries = self._client.retries()
         while True:
             try:
                 await self._client.call("UpdateTable", params)
             except (UnavailableError, StatementRefused) as exc:
-                # Another process may be creating the same index: check the table.
-                table = await self.wait_until_active(collection, seen)
-                if index not in self.missing(collection, table):
+                # Another process may be making the same change: check the table.
+                if is_done(await self.wait_until_active(collection, seen)):
                     return
                 is_refused = isinstance(exc, StatementRefused)
                 if not await (retries.pause() if is_refused else retries.pause_after(exc)):

@@ -56,13 +56,17 @@ class WriteOp:
         statement: the statement of the next attempt.
         new_version: the version that the attempt writes, or that of the entity that it deletes; None if
             the response contains it.
+        by_item: no statements are used, see `independent_writes`.
         requested_at: the timestamp of the request, if a version is expected; otherwise "".
         receipt: the written state, if it is known.
         outcome: the outcome, valid once `is_done` is true.
     """
 
-    def __init__(self, change: Change, mapping: ItemMapping, table: str) -> None:
+    def __init__(
+        self, change: Change, mapping: ItemMapping, table: str, *, by_item: bool = False
+    ) -> None:
         self.change = change
+        self.by_item = by_item
         self.mapping = mapping
         self.table = table
         self.token = new_token()

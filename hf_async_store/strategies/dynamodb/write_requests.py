@@ -68,7 +68,8 @@ class StatementSupport:
 
 
 def statement_of(op: WriteOp, support: StatementSupport) -> Statement | None:
-    """The statement for the next attempt; None if no statement can express it.
+    """The statement for the next attempt, or for a write by items the UpdateItem request; None if none
+    can express it.
 
     Sets `new_version` and `receipt` of the write.
 
@@ -77,10 +78,11 @@ def statement_of(op: WriteOp, support: StatementSupport) -> Statement | None:
     """
     op.receipt = op.new_version = None
     if op.state == "insert":
-        return _insert(op, whole=support.inserts_as_parameter)
+        return None if op.by_item else _insert(op, whole=support.inserts_as_parameter)
     is_delete = isinstance(op.change, Delete)
     # A delete of a missing item succeeds, too; only a returned item shows that it existed.
-    condition = _condition(op) if not is_delete or support.returns_items else None
+    is_known = not is_delete or (support.returns_items and not op.by_item)
+    condition = _condition(op) if is_known else None
     if condition is None:
         return None
     return delete(op.table, op.key, condition) if is_delete else _update(op, condition)
@@ -149,7 +151,7 @@ def _replace(op: WriteOp, put: Put, condition: ConditionBuilder) -> Statement | 
     assigned: dict[Path, Attribute] = {(TOKEN,): {"S": op.token}}
     assigned.update({(name,): each for name, each in attributes.items()})
     removed = [(each,) for each in names]
-    return update(op.table, op.key, assigned, removed, condition, version=version, added_size=None)
+    return _update_with(op, assigned, removed, condition, None)
 
 
 def _patch(op: WriteOp, patch: Patch, condition: ConditionBuilder) -> Statement | None:
@@ -169,15 +171,39 @@ def _patch(op: WriteOp, patch: Patch, condition: ConditionBuilder) -> Statement 
         added_size = None
     else:
         condition = condition.and_size_at_most(MAX_ENTITY_BYTES - added_size)
-    return update(
-        op.table,
-        op.key,
-        assigned,
-        removed,
-        condition,
-        version=op.new_version,
-        added_size=added_size,
-    )
+    return _update_with(op, assigned, removed, condition, added_size)
+
+
+def _update_with(
+    op: WriteOp,
+    assigned: dict[Path, Attribute],
+    removed: Sequence[Path],
+    condition: ConditionBuilder,
+    added_size: int | None,
+) -> Statement | None:
+    """The update of an existing item; see `partiql.update`."""
+    version = op.new_version
+    if not op.by_item:
+        return update(
+            op.table, op.key, assigned, removed, condition, version=version, added_size=added_size
+        )
+    names = Names()
+    sets = [f"{names.path(path)} = {names.value(each)}" for path, each in assigned.items()]
+    if version is None:
+        sets.append(_added(names, VERSION, 1))
+    else:
+        sets.append(f"{names.name(VERSION)} = {names.value({'N': str(version)})}")
+    if added_size is not None:
+        sets.append(_added(names, SIZE, added_size))
+    conditions = [f"attribute_exists({names.name(op.mapping.key)})"]
+    for (name, operator), value in zip(condition.comparisons, condition.values, strict=True):
+        conditions.append(f"{names.name(name)} {operator} {names.value(value)}")
+    return _update_request(op, names, sets, removed, " AND ".join(conditions))
+
+
+def _added(names: Names, attribute: str, number: int) -> str:
+    name = names.name(attribute)
+    return f"{name} = {name} + {names.value({'N': str(number)})}"
 
 
 def _known_size(op: WriteOp) -> int:
@@ -295,8 +321,7 @@ def update_item(
     version, stored = names.name(VERSION), names.name(SIZE)
     assignments = [f"{names.path(path)} = {names.value(each)}" for path, each in sets.items()]
     assignments.append(f"{names.name(TOKEN)} = {names.value({'S': op.token})}")
-    assignments.append(f"{version} = {version} + {names.value({'N': '1'})}")
-    assignments.append(f"{stored} = {stored} + {names.value({'N': str(added_size)})}")
+    assignments += [_added(names, VERSION, 1), _added(names, SIZE, added_size)]
     conditions = [
         f"attribute_exists({names.name(op.mapping.key)})",
         f"({condition})",

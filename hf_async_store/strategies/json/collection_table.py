@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -18,6 +19,8 @@ from hf_async_store.strategies.json.serializer import (
 )
 from hf_async_store.table import Table
 from hf_async_store.values import Entity, Value
+
+_CHUNK_SIZE: Final = 1024
 
 
 class CollectionTable(Table[StoredEntity]):
@@ -71,6 +74,26 @@ class CollectionTable(Table[StoredEntity]):
             known = self._serializer.normalize(self.collection, entity_id, stored)
             self._normalized[entity_id] = known
         return known
+
+    async def stored(self, entity_ids: Iterable[str]) -> dict[str, bytes | None]:
+        """The canonical bytes of those of the entities that are stored, for the change feed.
+
+        One that another program wrote and that is damaged is represented by its id, with version 0.
+        """
+        found: dict[str, bytes | None] = {}
+        for number, entity_id in enumerate(entity_ids, 1):
+            if entity_id in self.entities:
+                try:
+                    found[entity_id] = self.canonical(entity_id)
+                except CorruptionError:
+                    found[entity_id] = self._identified(entity_id)
+            if not number % _CHUNK_SIZE:
+                await asyncio.sleep(0)
+        return found
+
+    def _identified(self, entity_id: str) -> bytes:
+        assert self.collection is not None, "no caller can name an undeclared collection"
+        return self._serializer.encode({self.collection.key: entity_id}, 0)
 
     def _put(
         self, entities: dict[str, StoredEntity], images: Mapping[str, StoredEntity | None]

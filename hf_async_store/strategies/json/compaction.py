@@ -25,8 +25,7 @@ from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import DataFileConflictError, LockTimeoutError, StorageError
 from hf_async_store.locks import FileLock
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.schema import CLAIM_COLLECTION
-from hf_async_store.strategies.json.files import FileManager
+from hf_async_store.strategies.json.files import SYSTEM_SECTIONS, FileManager
 from hf_async_store.strategies.json.follower import Follower
 from hf_async_store.strategies.json.journal import FileState, Fold
 from hf_async_store.strategies.json.journal_writer import JournalWriter
@@ -230,6 +229,7 @@ class Compactor:
                 return False
             try:
                 done = await self._compact()
+                await self._journal.tidy_kept()
                 self.failure, self._failures = None, 0
                 return done
             except StorageError as exc:
@@ -245,6 +245,7 @@ class Compactor:
 
     async def _compact(self) -> bool:
         while True:
+            began = time.monotonic()
             async with self._writing() as state:
                 self._files.clean()
                 resuming = self.is_behind(state)
@@ -257,6 +258,10 @@ class Compactor:
                 async with self._writing() as current:
                     if current is state and state.generation == generation:
                         await run_to_completion(self._replace(written, state))
+                        log.info(
+                            "compacted the journal in %s into the data files in %.3f s",
+                            *(self._files.folder, time.monotonic() - began),
+                        )
                     elif current.replaced or not _contain(current, generation):
                         return False
                     # Otherwise another process has written the files meanwhile.
@@ -273,7 +278,7 @@ class Compactor:
         caller then calls `consider`, by which it is repeated.
         """
         try:
-            self._clean()
+            await self.tidy()
             while contents := await self._begin(state):
                 await self._write_and_replace(contents, state)
             self.failure, self._failures = None, 0
@@ -282,11 +287,13 @@ class Compactor:
             self._last_end = time.monotonic()
             log.warning("a commit could not be written to the data files", exc_info=True)
 
-    def _clean(self) -> None:
-        """Remove temporary files of processes that died, unless a compaction is writing some."""
+    async def tidy(self) -> None:
+        """Remove temporary files of processes that died, unless a compaction is writing some, and
+        journals that were kept long enough. The write lock is held."""
         if self._lock.held is None and self._lock.try_lock(exclusive=True):
             try:
                 self._files.clean()
+                await self._journal.tidy_kept()
             finally:
                 self._lock.unlock()
 
@@ -341,8 +348,8 @@ class Compactor:
     def _content(self, name: str, state: StoreState) -> _FileContent:
         """The future content of a file. The dicts are shallow copies, since commits continue."""
         collections = self._follower.loader.collections_of(name, state)
-        # Without claims, a file of all collections has no section for them.
-        unused = (CLAIM_COLLECTION.name,) if self._files.names[name] is None else ()
+        # Without claims or subscriptions, a file of all collections has no section for them.
+        unused = SYSTEM_SECTIONS if self._files.names[name] is None else ()
         return _FileContent(
             {
                 each: dict(section.entities)
@@ -415,7 +422,7 @@ class Compactor:
 
     async def _drop_journals(self, state: StoreState) -> None:
         covers = [each.covers for each in state.content.values()]
-        await self._journal.drop_journals(min(covers, default=0))
+        await self._journal.release_journals(min(covers, default=0))
 
 
 # -- content of the files --------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 It is replaced atomically, under the write lock, and it is not part of the data: without it, every
 entity is still there, and each program records its own declarations again. It also contains the unique
-indexes that every program enforces, so a writer looks whether it was replaced.
+indexes that every program enforces, and the collections whose changes it keeps, so a writer looks
+whether it was replaced.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import asyncio
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import msgspec
 
-from hf_async_store.declarations import are_equal, decoded, encoded, merged
+from hf_async_store.declarations import are_equal, decoded, encoded, longest, merged
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import (
     CorruptionError,
@@ -30,10 +32,16 @@ from hf_async_store.strategies.json.files import FileManager, sync_data, sync_fo
 from hf_async_store.unique import Fields
 
 
-class _Enforced(msgspec.Struct, frozen=True):
-    """The part of the file about unique indexes: by collection, the fields of each that is enforced."""
+class _OwnPart(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the file contains beside the declarations.
+
+    Attributes:
+        enforced: by collection, the fields of each unique index that is enforced.
+        store: a random name of the store, for the positions of its change feed.
+    """
 
     enforced: dict[str, tuple[Fields, ...]] = {}
+    store: str = ""
 
 
 class DeclarationsFile:
@@ -41,40 +49,60 @@ class DeclarationsFile:
 
     Attributes:
         enforced: by collection, the unique indexes that every program enforces, as they were read last.
+        feeds: by collection, for how long every program keeps its changes, as it was read last.
+        store: a random name of the store; empty if it keeps no changes.
     """
 
     def __init__(self, files: FileManager) -> None:
         self._files = files
         self.path = files.declarations()
         self.enforced: Mapping[str, tuple[Fields, ...]] = {}
+        self.feeds: Mapping[str, timedelta] = {}
+        self.store = ""
         self._signature: tuple[int, ...] | None = None
 
-    async def refresh(self, own: Mapping[str, tuple[Fields, ...]]) -> None:
-        """Read `enforced` again, if the file was replaced.
+    @property
+    def retention(self) -> timedelta | None:
+        """For how long journals are kept for the change feed; None: not at all."""
+        return longest(self.feeds.values())
 
-        If it is damaged, which `health` reports, what was read before is enforced, and what this program
-        itself declares.
+    def keeps(self, feeds: Mapping[str, timedelta]) -> bool:
+        """Whether every program keeps these changes for at least this time."""
+        known = self.feeds
+        return all(each in known and feeds[each] <= known[each] for each in feeds)
 
-        Args:
-            own: by collection, the unique indexes that this program declares.
+    async def refresh(self, own: Schema) -> None:
+        """Read `enforced` and `feeds` again, if the file was replaced.
+
+        If it is damaged, which `health` reports, what was read before counts, and what this program itself
+        declares.
         """
         try:
             status = self.path.stat()
         except FileNotFoundError:
-            self._signature, self.enforced = None, {}
+            self._signature = None
+            self._set([], _OwnPart())
             return
         except OSError as exc:
             raise translate_os_error(exc, f"read {self.path}") from exc
         signature = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
         if signature != self._signature:
             try:
-                self.enforced = (await self._read())[1]
+                self._set(*await self._read())
             except (CorruptionError, NewerFormatError):
                 self.enforced = {
-                    name: tuple(dict.fromkeys([*self.enforced.get(name, ()), *own.get(name, ())]))
-                    for name in {**self.enforced, **own}
+                    name: tuple(
+                        dict.fromkeys([*self.enforced.get(name, ()), *own.unique.get(name, ())])
+                    )
+                    for name in {**self.enforced, **own.unique}
                 }
+                self.feeds = {**feeds_of(own.values()), **self.feeds}
             self._signature = signature
+
+    def _set(self, collections: Iterable[Collection], own: _OwnPart) -> None:
+        self.enforced = own.enforced
+        self.feeds = feeds_of(collections)
+        self.store = own.store
 
     async def read(self) -> list[Collection]:
         """The recorded declarations; none if the file does not exist.
@@ -84,14 +112,13 @@ class DeclarationsFile:
         """
         return (await self._read())[0]
 
-    async def _read(self) -> tuple[list[Collection], dict[str, tuple[Fields, ...]]]:
-        """The recorded declarations, and the unique indexes that are enforced."""
+    async def _read(self) -> tuple[list[Collection], _OwnPart]:
         try:
             content = await asyncio.to_thread(_content, self.path)
         except OSError as exc:
             raise translate_os_error(exc, f"read {self.path}") from exc
         if content is None:
-            return [], {}
+            return [], _OwnPart()
         where = f"{self.path} (if it is deleted, each program records its own again)"
         try:
             document = msgspec.json.decode(content)
@@ -99,7 +126,7 @@ class DeclarationsFile:
             raise CorruptionError(f"the declarations in {where} are not JSON: {exc}") from exc
         collections = decoded(document, where)
         try:
-            return collections, msgspec.convert(document, _Enforced).enforced
+            return collections, msgspec.convert(document, _OwnPart)
         except msgspec.ValidationError as exc:
             raise CorruptionError(f"the declarations in {where} are invalid: {exc}") from exc
 
@@ -133,13 +160,13 @@ class DeclarationsFile:
         """
         recorded, already = await self._read()
         wanted = merged(recorded, collections)
-        if enforced is None or enforced == already:
-            enforced = already
-            if are_equal(recorded, wanted):
-                return
-        document = encoded(wanted)
-        if enforced:
-            document["enforced"] = msgspec.to_builtins(enforced)
+        own = _OwnPart(
+            already.enforced if enforced is None else dict(enforced),
+            already.store or (os.urandom(8).hex() if feeds_of(wanted) else ""),
+        )
+        if own == already and are_equal(recorded, wanted):
+            return
+        document = {**encoded(wanted), **msgspec.to_builtins(own)}
         content = msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n"
         # Not interrupted by a cancellation: the lock is held until the file is complete.
         writing = asyncio.to_thread(_replace, self.path, content, self._files.ownership())
@@ -147,6 +174,12 @@ class DeclarationsFile:
             await run_to_completion(writing)
         except OSError as exc:
             raise translate_os_error(exc, f"write {self.path}") from exc
+        self._set(wanted, own)
+
+
+def feeds_of(collections: Iterable[Collection]) -> dict[str, timedelta]:
+    """By collection, for how long its changes are kept."""
+    return {each.name: each.feed for each in collections if each.feed is not None}
 
 
 def _content(path: Path) -> bytes | None:

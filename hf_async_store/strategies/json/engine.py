@@ -13,11 +13,20 @@ import asyncio
 import errno
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import JSONConfig, redacted
@@ -27,6 +36,7 @@ from hf_async_store.driver import (
     Claimed,
     ClaimTerms,
     Engine,
+    FeedBatch,
     Isolation,
     QueryPlan,
     Reader,
@@ -39,6 +49,7 @@ from hf_async_store.errors import (
     LockTimeoutError,
     PermissionDeniedError,
     ReadOnlyStoreError,
+    SchemaMismatchError,
     StorageError,
 )
 from hf_async_store.generators import Owned
@@ -52,17 +63,21 @@ from hf_async_store.schema import (
     Index,
     Schema,
 )
+from hf_async_store.strategies.json.change_feed import ChangeFeed, feed_expired, position_text
 from hf_async_store.strategies.json.compaction import Compactor
-from hf_async_store.strategies.json.declarations_file import DeclarationsFile
+from hf_async_store.strategies.json.declarations_file import DeclarationsFile, feeds_of
 from hf_async_store.strategies.json.files import (
     CLAIM_FILE,
+    SYSTEM_SECTIONS,
     FileManager,
     sync_data,
     write_all,
 )
+from hf_async_store.strategies.json.folder_watch import FolderWatch
 from hf_async_store.strategies.json.follower import Follower
-from hf_async_store.strategies.json.journal import Images
+from hf_async_store.strategies.json.journal import FeedPosition, Images
 from hf_async_store.strategies.json.journal_writer import JournalWriter
+from hf_async_store.strategies.json.kept_journals import KeptJournals
 from hf_async_store.strategies.json.recovery import StoreLoader
 from hf_async_store.strategies.json.serializer import JSONSerializer, holds_entities
 from hf_async_store.strategies.json.session_view import SessionView
@@ -71,12 +86,17 @@ from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.unique import Fields
 from hf_async_store.values import Entity, Key, Value
 
+Result = TypeVar("Result")
+
 log: Final = logging.getLogger("hf_async_store.json")
 
 _HEALTH_CHUNK: Final = 1 << 16
 """How many bytes of entities are checked in one step: about 1 ms."""
 
 _HEALTH_LOCK_SECONDS: Final = 5.0
+
+_FEED_TRIES: Final = 3
+"""How often the change feed is read without the lock before the read lock is acquired."""
 
 _YIELD_MASK: Final = 0x7F
 """One of 128 reads returns control to the event loop: reads from memory never wait otherwise."""
@@ -92,6 +112,8 @@ class JSONEngine(Engine):
         claims=True,
         change_markers=True,
         unique_indexes=True,
+        feed=True,
+        feed_order=True,
     )
 
     def __init__(self, config: JSONConfig, schema: Schema) -> None:
@@ -104,11 +126,20 @@ class JSONEngine(Engine):
         )
         loader = StoreLoader(self.files, schema, self.serializer, config.cache_size)
         self.follower = Follower(self.files, loader, self.locks, self.view)
-        self.journal = JournalWriter(self.files, sync_commits=config.sync_writes)
-        self.compactor = Compactor(config, self.files, self.follower, self.journal, self.writing)
         self._declarations = DeclarationsFile(self.files)
+        self.journal = JournalWriter(
+            self.files,
+            self._declarations,
+            KeptJournals(self.files, config.feed_bytes),
+            sync_commits=config.sync_writes,
+        )
+        self.compactor = Compactor(config, self.files, self.follower, self.journal, self.writing)
+        self._feed = ChangeFeed(self.files, self.serializer)
+        self._folder_watch = FolderWatch(self.files.folder)
         self._unique = schema.unique
+        self._feeds = feeds_of(schema.values())
         self._keys_checked = False
+        self._tidied = False
         self._reads = 0
 
     def _location(self, collection: str) -> str:
@@ -148,9 +179,7 @@ class JSONEngine(Engine):
         return await self.view(await self.follower.current()).count(query)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        # `current` may wait for the read lock; a task that holds a lock must not.
-        follower = self.follower
-        state = await (follower.refresh_locked() if self.locks.holds() else follower.current())
+        state = await self._current()
         raw = state.raw_entity(collection.name, entity_id)
         if raw is None:
             return None
@@ -158,6 +187,11 @@ class JSONEngine(Engine):
         return Record(
             Key(collection.name, entity_id), self.serializer.entity(collection, entity_id, encoded)
         )
+
+    async def _current(self) -> StoreState:
+        # `current` may wait for the read lock; a task that holds a lock must not.
+        follower = self.follower
+        return await (follower.refresh_locked() if self.locks.holds() else follower.current())
 
     async def exists(self) -> bool:
         self.follower.refuse_closed()
@@ -174,7 +208,7 @@ class JSONEngine(Engine):
     async def undeclared(self) -> list[str]:
         state = await self.follower.current()
         names = {*self._undeclared_sections(state), *await self._undeclared_files()}
-        return sorted(names - {*self.schema, CLAIM_COLLECTION.name})
+        return sorted(names - {*self.schema, *SYSTEM_SECTIONS})
 
     async def _undeclared_files(self) -> list[str]:
         """The names of collections in data files that neither configuration nor journal names."""
@@ -234,13 +268,12 @@ class JSONEngine(Engine):
         for name, index in indexes:
             enforced[name] = (*enforced.get(name, ()), index.fields)
         await self._declarations.add(self.schema.values(), enforced)
-        await self._declarations.refresh(self._unique)
 
     async def unenforced(self) -> list[tuple[str, Index]]:
         if not self._unique:
             return []
         state = await self.follower.current()
-        await self._declarations.refresh(self._unique)
+        await self._declarations.refresh(self.schema)
         return [each for each in self._unenforced() if state.sections[each[0]].entities]
 
     async def apply_schema(
@@ -269,6 +302,65 @@ class JSONEngine(Engine):
             references=self.config.enforce_references,
             unique=self._declarations.enforced,
         )
+
+    # -- change feed -------------------------------------------------------------------------
+
+    async def feed_position(self, collection: str) -> str:
+        state = await self._current()
+        await self._declarations.refresh(self.schema)
+        end = state.feed_end
+        if collection not in self._declarations.feeds or end is None or state.replaced:
+            end = await self._begin_feed(collection)
+        return position_text(end, self._store_name(collection), collection)
+
+    async def _begin_feed(self, collection: str) -> FeedPosition:
+        try:
+            async with self.writing() as state:  # records the declared feeds
+                self._store_name(collection)
+                if state.feed_end is None or state.replaced:
+                    await self.journal.start_generation(state)
+                if state.feed_end is not None:
+                    return state.feed_end
+        except (PermissionDeniedError, ReadOnlyStoreError) as exc:
+            raise _not_recorded(collection) from exc
+        raise _not_recorded(collection)
+
+    async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
+        self.follower.refuse_closed()
+        await self._declarations.refresh(self.schema)
+        store, declared = self._store_name(collection), self.schema[collection]
+        if self.follower.state is not None and (await self._current()).replaced:
+            raise feed_expired()  # otherwise the next write finds out
+        return await self._unlocked(partial(self._feed.read, declared, store, since, limit))
+
+    async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        def is_changed() -> bool:
+            self.follower.refuse_closed()
+            state = self.follower.state
+            replaced = state is not None and self.follower.files_changed(state)
+            return replaced or self._feed.may_go_on(positions.values())
+
+        await self._folder_watch.wait(is_changed, seconds)
+
+    def _store_name(self, collection: str) -> str:
+        """The random name of the store, which records the changes of this collection."""
+        if collection not in self._declarations.feeds or not self._declarations.store:
+            raise _not_recorded(collection)
+        return self._declarations.store
+
+    async def _unlocked(self, read: Callable[[], Awaitable[Result]]) -> Result:
+        """Read the journal: without a lock, or if an append disturbs it with the read lock."""
+        try:
+            for _ in range(_FEED_TRIES):
+                with suppress(CorruptionError):
+                    return await read()
+                await asyncio.sleep(0)
+            if self.locks.holds():
+                return await read()
+            async with self.locks.shared():
+                return await read()
+        except OSError as exc:
+            raise translate_os_error(exc, f"read the journals in {self.files.folder}") from exc
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -314,10 +406,7 @@ class JSONEngine(Engine):
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
-        # A task that holds the write lock must not wait for the read lock.
-        follower = self.follower
-        state = await (follower.refresh_locked() if self.locks.holds() else follower.current())
-        reader = SnapshotReader(state)
+        reader = SnapshotReader(await self._current())
         try:
             yield reader
         finally:
@@ -361,9 +450,15 @@ class JSONEngine(Engine):
         if state is None or not follower.is_unchanged(state):
             state = await follower.refresh_locked()
         follower.write_locked = True
-        await self._declarations.refresh(self._unique)
+        await self._declarations.refresh(self.schema)
         if self._unique:
             await self._enforce_new(state)
+        if self._feeds and not self._declarations.keeps(self._feeds):
+            await self._declarations.add(self.schema.values())
+        if self._declarations.feeds and not self._tidied:
+            self._tidied = True
+            with suppress(StorageError):
+                await self.compactor.tidy()
         if state.superseded:
             # Old journals of an interrupted recovery; another process may still have them open.
             await self.journal.drop_journals(state.first)
@@ -409,6 +504,7 @@ class JSONEngine(Engine):
             try:
                 await self.journal.start_alone(state)
                 await self.compactor.renew(state)
+                log.info("recovered the store in %s from %s", self.files.folder, recover_from)
             except BaseException:
                 follower.discard()  # it may differ from the files, which are read again
                 raise
@@ -545,6 +641,7 @@ class JSONEngine(Engine):
 
     def _release(self) -> None:
         self.follower.close()
+        self._folder_watch.close()
         self.compactor.release()
         self.locks.close()
         self.journal.close()
@@ -554,6 +651,13 @@ class JSONEngine(Engine):
         # It may not have been initialized, or was closed, or never used.
         if hasattr(self, "compactor") and self.follower.state is not None:
             self._release()
+
+
+def _not_recorded(collection: str) -> SchemaMismatchError:
+    return SchemaMismatchError(
+        f"the store does not keep the changes of {collection!r} yet. The first write of a program that "
+        "declares the collection with `feed` lets it do so from then on"
+    )
 
 
 class _JSONSession(Session):

@@ -21,8 +21,8 @@ from hf_async_store.config import JSONConfig
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.ownership import Ownership, keep, of_a_new_store
-from hf_async_store.schema import CLAIM_COLLECTION, Schema
+from hf_async_store.ownership import Ownership, keep, of_a_new_store, share
+from hf_async_store.schema import CLAIM_COLLECTION, SUBSCRIPTION_COLLECTION, Schema
 from hf_async_store.strategies.json.journal import USE_FILES, FileState
 
 log: Final = logging.getLogger("hf_async_store.json")
@@ -33,13 +33,23 @@ _GZIP_SUFFIX: Final = ".gz"
 _SPLIT_STEM: Final = "store"
 """The first part of the names of the journal and the lock files of split files."""
 
+SYSTEM_SECTIONS: Final = {each.name: each for each in (CLAIM_COLLECTION, SUBSCRIPTION_COLLECTION)}
+"""The collections that a JSON store needs in addition to the declared ones."""
+
 CLAIM_FILE: Final = f"{CLAIM_COLLECTION.name}.json"
 """With split files, the data file of claims, which exists once an entity was claimed."""
 
+_SUBSCRIPTION_FILE: Final = f"{SUBSCRIPTION_COLLECTION.name}.json"
+"""The same for the positions of named subscriptions to a change feed."""
+
 _RESERVED: Final = re.compile(
-    r".*\.(journal|bak|damaged)\.\d+(\.gz)?|\..*\.lock(\..*)?|\..*\.(declarations|tmp)", re.DOTALL
+    r".*\.(journal|bak|damaged)\.\d+(\.gz)?|.*\.feed\.\d+-\d+"
+    r"|\..*\.lock(\..*)?|\..*\.(declarations|tmp)",
+    re.DOTALL,
 )
 """Names of journals, backups, locks, recorded declarations and temporary files."""
+
+_KEPT: Final = re.compile(r"(\d+)-(\d+)")
 
 _DECOMPRESS_CHUNK: Final = 1 << 20
 _MIN_DECOMPRESS_LIMIT: Final = 64 << 20
@@ -105,6 +115,8 @@ class FileManager:
             configured: dict[str, str | None] = {config.filenames.single_file: None}
         else:
             configured = {file: name for name, file in config.files(schema).items()}
+            if any(each.feed for each in schema.values()):
+                configured[_SUBSCRIPTION_FILE] = SUBSCRIPTION_COLLECTION.name
         for name in configured:
             _refuse_reserved(name, single=self.single)
         # Absolute, since the working directory may change while the store is open.
@@ -202,6 +214,25 @@ class FileManager:
             if number is not None:
                 generations.append(number)
         return sorted(generations)
+
+    def kept_journal(self, first: int, last: int) -> Path:
+        """The path of the journals of these generations that are kept for the change feed."""
+        return self.folder / f"{self._stem}.feed.{first:08d}-{last:08d}"
+
+    def kept_journals(self) -> list[tuple[int, int]]:
+        """The first and last generation of each file of kept journals, oldest first."""
+        prefix = f"{self._stem}.feed."
+        entries = (each for each in self._entries() if each.startswith(prefix))
+        found = (_KEPT.fullmatch(each, len(prefix)) for each in entries)
+        return sorted((int(each[1]), int(each[2])) for each in found if each)
+
+    def following_journal(self, generation: int) -> int | None:
+        """The first generation after this one of which there is a journal, perhaps a kept one."""
+        found = [each for each in self.journals() if each > generation]
+        found += [
+            max(first, generation + 1) for first, last in self.kept_journals() if last > generation
+        ]
+        return min(found, default=None)
 
     def backups(self, name: str) -> list[Path]:
         """The backups of a data file, newest first."""
@@ -478,7 +509,7 @@ class FileManager:
         names = "|".join(map(re.escape, self._collections))
         stem = re.escape(self._stem)
         temporary = re.compile(
-            rf"\.((?:{names})|{stem}\.journal\.\d+|{stem}\.(declarations|lock(\.[a-z]+)?))\.[0-9a-f]{{8}}\.tmp"
+            rf"\.((?:{names})|{stem}\.journal\.\d+|{stem}\.feed\.\d+-\d+|{stem}\.(declarations|lock(\.[a-z]+)?))\.[0-9a-f]{{8}}\.tmp"
         )
         for entry in self._entries():
             if temporary.fullmatch(entry):
@@ -730,6 +761,27 @@ def sync_data(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
     else:
         os.fdatasync(fd)
+
+
+def prepare_file(path: Path, data: bytes, owned: Ownership | None) -> tuple[Path, int]:
+    """Write and sync a file under a temporary name; returns its path, and an open descriptor."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}{_TEMPORARY}")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+    try:
+        if owned is not None:
+            share(fd, owned)
+        write_all(fd, data, 0)
+        os.fsync(fd)
+    except BaseException:
+        discard_file(temporary, fd)
+        raise
+    return temporary, fd
+
+
+def discard_file(temporary: Path, fd: int) -> None:
+    os.close(fd)
+    with suppress(OSError):
+        temporary.unlink()
 
 
 def write_all(fd: int, data: bytes, offset: int) -> None:

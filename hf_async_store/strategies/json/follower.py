@@ -29,6 +29,7 @@ from hf_async_store.strategies.json.files import FileManager, Signature, has_fai
 from hf_async_store.strategies.json.journal import (
     USE_FILES,
     USE_UNDAMAGED,
+    FeedPosition,
     Fold,
     Head,
     Kind,
@@ -357,6 +358,8 @@ class Follower:
                 state.sealed = True
             elif entry.kind is Kind.FOLD:
                 self.loader.announce(state, read_naming(Fold, entry.payload, str(path)).files)
+            if entry.before:
+                state.feed_end = FeedPosition(state.generation, state.offset, entry.check)
             state.offset = end
             state.sequence += 1
             await state.reclaim()
@@ -382,7 +385,7 @@ class Follower:
             with suppress(OSError):
                 os.close(fd)
             raise
-        previous = state.switch(fd, state.generation + 1, end, 1)
+        previous = state.switch(fd, head, entry.check, end, 1)
         if previous >= 0:
             # In a thread: closing the last descriptor of a large deleted file frees its disk space.
             await run_to_completion(asyncio.to_thread(os.close, previous))

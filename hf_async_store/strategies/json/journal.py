@@ -1,15 +1,17 @@
 """The journal: the format of its records, and how they are read.
 
 A journal file is a sequence of records. Each has a header of 28 bytes (big endian) and a payload
-of JSON:
+of JSON (except in a FED_COMMIT):
 
     magic "HFJ1" | kind u8 | 3 zero bytes | payload length u32 | payload CRC u32
     | sequence u64 | header CRC u32
 
 The first record is the HEAD. It names the generation and the data files to which the journal belongs.
 A COMMIT contains full post-images, so replaying it twice, or over a file that already contains it, is
-harmless. A SEAL ends a generation. A FOLD names the data files that contain everything before its own
-generation; a compaction writes it.
+harmless. A FED_COMMIT also contains the pre-images of collections with a change feed: its payload begins
+with 8 random bytes, by which no other record has the same checksum, and the length of the post-images;
+both parts have the form of a COMMIT. A SEAL ends a generation. A FOLD names the data files that contain
+everything before its own generation; a compaction writes it.
 
 Header and payload have separate checksums. An incomplete last record is the effect of an interrupted
 append, and is distinguished from damage: any other invalid record is corruption.
@@ -17,11 +19,12 @@ append, and is distinguished from damage: any other invalid record is corruption
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from itertools import islice
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 from zlib import crc32
 
 import msgspec
@@ -32,6 +35,7 @@ _FAMILY: Final = b"HFJ"
 _MAGIC: Final = _FAMILY + b"1"
 _HEADER: Final = struct.Struct(">4sB3xIIQ")
 _CHECK: Final = struct.Struct(">I")
+_FED_COMMIT: Final = struct.Struct(">8sI")
 HEADER_SIZE: Final = _HEADER.size + _CHECK.size
 
 USE_FILES: Final = (
@@ -53,6 +57,10 @@ class Kind(IntEnum):
     COMMIT = 2
     SEAL = 3
     FOLD = 4
+    FED_COMMIT = 5
+
+
+COMMITS: Final = frozenset({Kind.COMMIT, Kind.FED_COMMIT})
 
 
 class FileState(msgspec.Struct, frozen=True):
@@ -87,17 +95,42 @@ class FileState(msgspec.Struct, frozen=True):
         )
 
 
-class Head(msgspec.Struct, frozen=True):
+class FeedPosition(NamedTuple):
+    """A record with changes: a FED_COMMIT, or the HEAD with which the feed began.
+
+    Attributes:
+        offset: of the record, from the beginning of its journal.
+        check: the checksum of its header.
+    """
+
+    generation: int
+    offset: int
+    check: int
+
+
+class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     """The first record of a generation.
 
     Attributes:
         files: the data files by name, as they were when the generation began.
         alone: journals before this generation are ignored: `checkpoint --recover-from` wrote this one.
+        feed: a random text, if the store has a change feed. By it, no other HEAD has the same checksum.
+        last: the last position of the feed before this generation; None if the feed begins here.
     """
 
     generation: int
     files: dict[str, FileState]
     alone: bool = False
+    feed: str = ""
+    last: FeedPosition | None = None
+
+    def position(self, check: int) -> FeedPosition | None:
+        """The position of the feed at the beginning of this generation; None if the store has no feed.
+
+        Args:
+            check: the checksum of the header of this record.
+        """
+        return (self.last or FeedPosition(self.generation, 0, check)) if self.feed else None
 
 
 class Fold(msgspec.Struct, frozen=True):
@@ -116,12 +149,17 @@ class Entry(msgspec.Struct, frozen=True):
     """A record that was read.
 
     Attributes:
+        kind: a FED_COMMIT is read as a COMMIT that has `before`.
         chunks: its payload. A large payload has several chunks, so that 30 MB are never copied, or
             freed, in one step.
+        before: the pre-images of a FED_COMMIT, in chunks.
+        check: the checksum of its header.
     """
 
     kind: Kind
     chunks: list[bytes]
+    before: list[bytes]
+    check: int
 
     @property
     def payload(self) -> bytes:
@@ -155,6 +193,12 @@ def header(kind: Kind, payload: Sequence[bytes], sequence: int) -> bytes:
     return fields + _CHECK.pack(crc32(fields))
 
 
+def header_check(data: bytes) -> int:
+    """The checksum of the header with which a record begins."""
+    (check,) = _CHECK.unpack_from(data, _HEADER.size)
+    return int(check)
+
+
 def _checksum(chunks: Iterable[bytes]) -> int:
     checksum = 0
     for chunk in chunks:
@@ -186,6 +230,18 @@ def commit_payload(images: Images) -> Iterator[bytes]:
             )
             comma = b",\n"
     yield b"\n}}"
+
+
+def fed_payload(payload: Sequence[bytes], before: Images) -> Iterator[bytes]:
+    """The payload of a FED_COMMIT in chunks.
+
+    Args:
+        payload: that of a COMMIT with the same post-images.
+        before: the pre-images, with at least one collection.
+    """
+    yield _FED_COMMIT.pack(os.urandom(8), sum(map(len, payload)))
+    yield from payload
+    yield from commit_payload(before)
 
 
 def read_commit(payload: bytes) -> dict[str, dict[str, bytes | None]]:
@@ -266,15 +322,35 @@ class _Chunks:
         return found
 
 
-def _read_header(data: bytes, name: str, offset: int) -> tuple[int, int, int, int]:
-    """Kind, payload length, payload checksum and sequence number in a header."""
+class RecordHeader(msgspec.Struct, frozen=True):
+    """The header of a record.
+
+    Attributes:
+        check: its own checksum.
+    """
+
+    kind: int
+    length: int
+    payload_crc: int
+    sequence: int
+    check: int
+
+
+def read_header(data: bytes, name: str, offset: int) -> RecordHeader:
+    """Read the header of the record at an offset of a file.
+
+    Raises:
+        CorruptionError: it is damaged.
+        NewerFormatError: a newer release wrote it.
+    """
     magic, kind, length, payload_crc, number = _HEADER.unpack_from(data)
-    is_valid = _CHECK.unpack_from(data, _HEADER.size) == (crc32(data[: _HEADER.size]),)
+    check = header_check(data)
+    is_valid = check == crc32(data[: _HEADER.size])
     if is_valid and magic != _MAGIC and magic.startswith(_FAMILY):
         raise _newer(name, offset)
     if magic != _MAGIC or not is_valid:
         raise _damaged(name, offset, "the header of a record is damaged")
-    return kind, length, payload_crc, number
+    return RecordHeader(kind, length, payload_crc, number, check)
 
 
 def scan(
@@ -297,22 +373,45 @@ def scan(
     data = _Chunks(chunks, offset)
     while len(start := b"".join(data.read(HEADER_SIZE))) == HEADER_SIZE:
         begin = data.offset - HEADER_SIZE
-        kind, length, payload_crc, number = _read_header(start, name, begin)
-        payload = data.read(length)
-        if sum(map(len, payload)) < length:
+        found = read_header(start, name, begin)
+        payload = data.read(found.length)
+        if sum(map(len, payload)) < found.length:
             return
-        if payload_crc != _checksum(payload):
+        if found.payload_crc != _checksum(payload):
             raise _damaged(name, begin + HEADER_SIZE, "the payload of a record is damaged")
-        if number != sequence:
+        if found.sequence != sequence:
             raise _damaged(
-                name, begin, f"record {number} follows, but record {sequence} is expected"
+                name, begin, f"record {found.sequence} follows, but record {sequence} is expected"
             )
-        if kind not in _KINDS:
+        if found.kind not in _KINDS:
             raise _newer(name, begin)
         sequence += 1
-        yield Entry(Kind(kind), payload), data.offset
+        if found.kind == Kind.FED_COMMIT and found.length < _FED_COMMIT.size:
+            raise _damaged(name, begin, "a record is too short, although its checksum is valid")
+        yield _entry(found, payload), data.offset
     if not _MAGIC.startswith(start[: len(_MAGIC)]):
         raise _damaged(name, data.offset - len(start), "no record begins here")
+
+
+def _entry(found: RecordHeader, payload: list[bytes]) -> Entry:
+    if found.kind != Kind.FED_COMMIT:
+        return Entry(Kind(found.kind), payload, [], found.check)
+    size = _FED_COMMIT.size
+    _, length = _FED_COMMIT.unpack(b"".join(_cut(payload, 0, size)))
+    before = _cut(payload, size + length, found.length)
+    return Entry(Kind.COMMIT, _cut(payload, size, size + length), before, found.check)
+
+
+def _cut(chunks: Iterable[bytes], begin: int, end: int) -> list[bytes]:
+    """A part of chunks, in chunks."""
+    found = []
+    position = 0
+    for chunk in chunks:
+        part = chunk[max(begin - position, 0) : max(end - position, 0)]
+        if part:
+            found.append(part)
+        position += len(chunk)
+    return found
 
 
 def _newer(name: str, offset: int) -> NewerFormatError:

@@ -18,16 +18,19 @@ from typing import Final, TypeVar
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import StorageError
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.ownership import Ownership, share
+from hf_async_store.strategies.json.declarations_file import DeclarationsFile
 from hf_async_store.strategies.json.files import (
     FileManager,
+    discard_file,
     mark_sync_failed,
+    prepare_file,
     sync_data,
     sync_folder,
     sync_parents,
     write_all,
 )
 from hf_async_store.strategies.json.journal import (
+    COMMITS,
     HEADER_SIZE,
     Fold,
     Head,
@@ -36,9 +39,12 @@ from hf_async_store.strategies.json.journal import (
     Seal,
     commit_payload,
     control,
+    fed_payload,
     header,
+    header_check,
     record,
 )
+from hf_async_store.strategies.json.kept_journals import KeptJournals
 from hf_async_store.strategies.json.store_state import Merged, PendingAppend, StoreState
 
 Result = TypeVar("Result")
@@ -53,6 +59,7 @@ class JournalWriter:
     """Writes the journal of one store.
 
     Args:
+        kept: the journals that are kept for the change feed.
         sync_commits: whether a commit is synced to the disk before it is acknowledged.
 
     Attributes:
@@ -60,9 +67,18 @@ class JournalWriter:
             first writes all data files again.
     """
 
-    def __init__(self, files: FileManager, *, sync_commits: bool) -> None:
+    def __init__(
+        self,
+        files: FileManager,
+        declarations: DeclarationsFile,
+        kept: KeptJournals,
+        *,
+        sync_commits: bool,
+    ) -> None:
         self.sync_failed = False
         self._files = files
+        self._declarations = declarations
+        self._kept = kept
         self._sync_commits = sync_commits
         # Two threads: a commit never waits for a compaction that is writing.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="hf-async-store-json")
@@ -82,17 +98,23 @@ class JournalWriter:
             DiskFullError, ReadOnlyStoreError, PermissionDeniedError, UnavailableError: nothing was
                 written; or, with `outcome_unknown`, the record may be lost in a power failure.
         """
+        fed = [name for name in self._declarations.feeds if images.get(name)]
         unnamed = state.replaced or state.content.keys() - state.known.keys()
-        if not state.is_open or unnamed:
+        if not state.is_open or unnamed or (fed and state.feed_end is None):
             await self.start_generation(state)
         payload: list[bytes] = []
         for chunk in commit_payload(images):
             payload.append(chunk)
             if len(chunk) > _LARGE_CHUNK:
                 await asyncio.sleep(0)
+        kind = Kind.COMMIT
+        if fed:
+            kind = Kind.FED_COMMIT
+            before = await state.before({name: images[name] for name in fed})
+            payload = await _fed_payload(payload, before)
         merged = await state.merged(images)
         try:
-            await self._append(state, Kind.COMMIT, payload, images, merged)
+            await self._append(state, kind, payload, images, merged)
         finally:
             await state.reclaim()
 
@@ -121,8 +143,10 @@ class JournalWriter:
             head = await asyncio.to_thread(header, kind, payload, state.sequence)
             data = [head, *payload]
         else:
-            data = [b"".join((header(kind, payload, state.sequence), *payload))]
-        append = PendingAppend(images, merged, state.offset + HEADER_SIZE + size, size)
+            head = header(kind, payload, state.sequence)
+            data = [b"".join((head, *payload))]
+        check = header_check(head) if kind is Kind.FED_COMMIT else None
+        append = PendingAppend(images, merged, state.offset + HEADER_SIZE + size, size, check)
         path = self._files.journal_path(state.generation)
         job = _AppendJob(_writer(state, path), data, state.offset, self._is_synced(state, kind))
         self._threads.submit(job.run)
@@ -144,7 +168,7 @@ class JournalWriter:
             raise failure  # a programming error, or a MemoryError
 
     def _is_synced(self, state: StoreState, kind: Kind) -> bool:
-        if kind is Kind.COMMIT:
+        if kind in COMMITS:
             return self._sync_commits
         # After a failed sync the SEAL need not be durable: only current readers need it.
         sync_failed = self.sync_failed or state.failed_sync_generation == state.generation
@@ -161,8 +185,14 @@ class JournalWriter:
             )
             for name, content in state.content.items()
         }
+        feed = self._new_feed()
+        last = None if state.replaced or not feed else state.feed_end
+        head = Head(generation, files, feed=feed, last=last)
         # Not interrupted by a cancellation: the state in memory must match the journals.
-        await run_to_completion(self._begin(state, Head(generation, files)))
+        await run_to_completion(self._begin(state, head))
+
+    def _new_feed(self) -> str:
+        return os.urandom(8).hex() if self._declarations.feeds else ""
 
     async def start_alone(self, state: StoreState) -> None:
         """Begin a journal for the data files of a recovery, which makes all earlier ones invalid. Its
@@ -181,7 +211,7 @@ class JournalWriter:
                 await asyncio.to_thread(self._files.keep_damaged, state.unread)
         except OSError as exc:
             raise translate_os_error(exc, f"copy a journal in {self._files.folder}") from exc
-        await self._begin(state, Head(generation, files, alone=True), rest)
+        await self._begin(state, Head(generation, files, alone=True, feed=self._new_feed()), rest)
         state.known = {name: [content] for name, content in files.items()}
         state.pending = {generation: dict.fromkeys(images, len(rest))} if rest else {}
         await self.drop_journals(generation)
@@ -196,18 +226,20 @@ class JournalWriter:
         data = record(*control(head), 0) + rest
         owned = self._files.ownership()
         try:
-            temporary, fd = await self.in_thread(_prepare_journal, path, data, owned)
+            if head.feed and head.last is None:
+                await self.in_thread(self._kept.remove_all)
+            temporary, fd = await self.in_thread(prepare_file, path, data, owned)
             try:
                 if state.is_open and not head.alone:
                     await self.append_control(state, Seal(head.generation))
                 await self.in_thread(_name_journal, temporary, path, head.generation == 1)
             except BaseException:
-                _discard(temporary, fd)
+                discard_file(temporary, fd)
                 raise
         except OSError as exc:
             raise translate_os_error(exc, f"write {path}") from exc
         state.close()
-        state.switch(fd, head.generation, len(data), 2 if rest else 1)
+        state.switch(fd, head, header_check(data), len(data), 2 if rest else 1)
         state.replaced.clear()
         for name, content in head.files.items():
             state.content[name] = content
@@ -217,9 +249,27 @@ class JournalWriter:
 
     async def drop_journals(self, before: int) -> None:
         """Remove the journals before generation `before`."""
+        await self._end_journals(self._files.drop_journals, before)
+
+    async def release_journals(self, before: int) -> None:
+        """The same, but keep them for the change feed, if the store has one."""
+        keeps = bool(self._declarations.feeds)
+        await self._end_journals(self._kept.keep if keeps else self._files.drop_journals, before)
+
+    async def tidy_kept(self) -> None:
+        """Remove and merge journals that are kept for the change feed. The compaction lock is held."""
+        retention = self._declarations.retention
+        if retention is None:
+            return
+        try:
+            await run_to_completion(asyncio.to_thread(self._kept.tidy, retention))
+        except OSError as exc:
+            raise translate_os_error(exc, "remove or merge a kept journal") from exc
+
+    async def _end_journals(self, end: Callable[[int], None], before: int) -> None:
         try:
             # In a thread: freeing the disk space of a large file takes time.
-            await run_to_completion(asyncio.to_thread(self._files.drop_journals, before))
+            await run_to_completion(asyncio.to_thread(end, before))
         except OSError as exc:
             raise translate_os_error(exc, "remove a journal") from exc
 
@@ -316,6 +366,7 @@ def _writer(state: StoreState, path: str) -> int:
             # The incomplete record of an interrupted append is truncated first: readers that compare
             # the file size must not mistake it for this record.
             os.ftruncate(state.write_fd, state.offset)
+            log.info("removed an incomplete record, of an interrupted append, from %s", path)
         return state.write_fd
     except OSError as exc:
         raise translate_os_error(exc, f"write {path}") from exc
@@ -325,7 +376,7 @@ def _append_error(failure: OSError, path: str, kind: Kind, *, written: bool) -> 
     if not written:
         return translate_os_error(failure, f"write {path}")
     error = translate_os_error(failure, f"sync {path} to the disk")
-    error.outcome_unknown = kind is Kind.COMMIT
+    error.outcome_unknown = kind in COMMITS
     return error
 
 
@@ -333,26 +384,14 @@ def _commit_record(images: Images) -> bytes:
     return record(Kind.COMMIT, b"".join(commit_payload(images)), 1)
 
 
-def _prepare_journal(path: Path, data: bytes, owned: Ownership | None) -> tuple[Path, int]:
-    """Write and sync a journal that begins with `data`, under a temporary name; returns its path, and
-    an open descriptor."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        if owned is not None:
-            share(fd, owned)
-        write_all(fd, data, 0)
-        os.fsync(fd)
-    except BaseException:
-        _discard(temporary, fd)
-        raise
-    return temporary, fd
-
-
-def _discard(temporary: Path, fd: int) -> None:
-    os.close(fd)
-    with suppress(OSError):
-        temporary.unlink()
+async def _fed_payload(payload: Sequence[bytes], before: Images) -> list[bytes]:
+    """The payload of a FED_COMMIT, from that of a COMMIT."""
+    chunks: list[bytes] = []
+    for chunk in fed_payload(payload, before):
+        chunks.append(chunk)
+        if len(chunk) > _LARGE_CHUNK:
+            await asyncio.sleep(0)
+    return chunks
 
 
 def _name_journal(temporary: Path, path: Path, first: bool) -> None:

@@ -21,13 +21,19 @@ import msgspec
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
 from hf_async_store.ordered_index import reclaim
 from hf_async_store.os_errors import translate_os_error
-from hf_async_store.schema import CLAIM_COLLECTION, Schema
+from hf_async_store.schema import Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable
-from hf_async_store.strategies.json.files import DataFile, FileManager, has_failed_sync
+from hf_async_store.strategies.json.files import (
+    SYSTEM_SECTIONS,
+    DataFile,
+    FileManager,
+    has_failed_sync,
+)
 from hf_async_store.strategies.json.journal import (
     USE_FILES,
     USE_UNDAMAGED,
     Entry,
+    FeedPosition,
     FileState,
     Fold,
     Head,
@@ -68,6 +74,7 @@ class _Journal(NamedTuple):
     named: list[Mapping[str, FileState]]
     end: int
     alone: bool
+    feed_end: FeedPosition | None
     complete: bool
 
 
@@ -107,11 +114,8 @@ class StoreLoader:
 
     def section(self, name: str) -> CollectionTable:
         """An empty table for a collection, which need not be declared."""
-        known = name in self._schema
-        # Not `get`: for an unknown name a schema raises an error.
-        collection = self._schema[name] if known else None
-        if name == CLAIM_COLLECTION.name:
-            collection = CLAIM_COLLECTION
+        # Not `get` of the schema, which raises an error for an unknown name.
+        collection = self._schema[name] if name in self._schema else SYSTEM_SECTIONS.get(name)
         return CollectionTable(collection, self._serializer, self._cache_size)
 
     def collections_of(self, name: str, state: StoreState) -> set[str]:
@@ -145,7 +149,7 @@ class StoreLoader:
         return state
 
     async def _load(self, state: StoreState, recover_from: str | None) -> None:
-        for name in (*self._schema, CLAIM_COLLECTION.name):
+        for name in (*self._schema, *SYSTEM_SECTIONS):
             state.sections[name] = self.section(name)
         journals: list[_Journal] = []
         if recover_from == "file":
@@ -248,6 +252,7 @@ class StoreLoader:
             state.generation = generation
             state.offset = journal.end
             state.sequence = len(journal.entries)
+            state.feed_end = journal.feed_end
             state.sealed = bool(journal.entries) and journal.entries[-1].kind is Kind.SEAL
         else:
             os.close(fd)
@@ -260,22 +265,21 @@ class StoreLoader:
         named: list[Mapping[str, FileState]] = []
         end = 0
         alone = False
+        feed_end: FeedPosition | None = None
         try:
             async for entry, position in scan_file(fd, path, os.fstat(fd).st_size):
                 if not entries:
                     if entry.kind is not Kind.HEAD:
                         break
-                    head = read_naming(Head, entry.payload, str(path))
-                    if head.generation != generation:
-                        raise CorruptionError(
-                            f"{path} contains generation {head.generation}, which does not match the "
-                            "number in its name. If the file was renamed, restore its name; "
-                            "otherwise restore a backup (`hf-async-store restore`)"
-                        )
+                    head = _head(entry, path, generation)
                     alone = head.alone
+                    feed_end = head.position(entry.check)
                     named.append(head.files)
                 elif entry.kind is Kind.FOLD:
                     named.append(read_naming(Fold, entry.payload, str(path)).files)
+                if entry.before:
+                    feed_end = FeedPosition(generation, end, entry.check)
+                    entry.before.clear()
                 entries.append(entry)
                 end = position
             if not entries:
@@ -290,8 +294,8 @@ class StoreLoader:
         except CorruptionError:
             if not salvage:
                 raise
-            return _Journal(generation, entries, named, end, alone, complete=False)
-        return _Journal(generation, entries, named, end, alone, complete=True)
+            return _Journal(generation, entries, named, end, alone, feed_end, complete=False)
+        return _Journal(generation, entries, named, end, alone, feed_end, complete=True)
 
     def _add_known(self, state: StoreState, files: Mapping[str, FileState]) -> None:
         for name, each in files.items():
@@ -362,7 +366,7 @@ class StoreLoader:
             recovering: add the images that were applied to `state.replayed`.
         """
         try:
-            images = await _images(entry)
+            images = await images_in(entry.chunks)
         except CorruptionError as exc:
             raise CorruptionError(
                 f"{self._files.journal(state.generation)}: {exc}. {USE_UNDAMAGED}"
@@ -587,6 +591,17 @@ class StoreLoader:
             )
 
 
+def _head(entry: Entry, path: Path, generation: int) -> Head:
+    head = read_naming(Head, entry.payload, str(path))
+    if head.generation != generation:
+        raise CorruptionError(
+            f"{path} contains generation {head.generation}, which does not match the number in its "
+            "name. If the file was renamed, restore its name; otherwise restore a backup "
+            "(`hf-async-store restore`)"
+        )
+    return head
+
+
 async def _members(data: StoredEntity, what: str, *, unique: bool) -> dict[str, msgspec.Raw]:
     """The same as `parse_object`, but it returns control to the event loop in between."""
     try:
@@ -662,12 +677,12 @@ def _fill(batch: list[tuple[Entry, int]], entries: Iterator[tuple[Entry, int]]) 
     return False
 
 
-async def _images(entry: Entry) -> dict[str, dict[str, bytes | None]]:
-    """The post-images in a COMMIT record."""
-    if entry.size > CHUNK_BYTES:
+async def images_in(chunks: Sequence[bytes]) -> dict[str, dict[str, bytes | None]]:
+    """The images in the payload of a COMMIT."""
+    if sum(map(len, chunks)) > CHUNK_BYTES:
         with suppress(OtherLayout):
-            return await parse_commit(entry.chunks)
-    return read_commit(entry.payload)
+            return await parse_commit(chunks)
+    return read_commit(b"".join(chunks))
 
 
 async def parse_commit(chunks: Sequence[bytes]) -> dict[str, dict[str, bytes | None]]:
@@ -744,9 +759,10 @@ async def reclaim_images(entry: Entry, images: Mapping[str, dict[str, bytes | No
         return
     for each in images.values():
         await reclaim(each)
-    while entry.chunks:
-        del entry.chunks[-_FREE_CHUNK:]
-        await asyncio.sleep(0)
+    for chunks in (entry.before, entry.chunks):
+        while chunks:
+            del chunks[-_FREE_CHUNK:]
+            await asyncio.sleep(0)
 
 
 def _section_name(line: bytes) -> str:

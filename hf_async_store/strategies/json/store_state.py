@@ -11,7 +11,7 @@ import msgspec
 
 from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.files import Signature
-from hf_async_store.strategies.json.journal import FileState, Images
+from hf_async_store.strategies.json.journal import FeedPosition, FileState, Head, Images
 from hf_async_store.strategies.json.serializer import StoredEntity, parse_object
 
 Merged: TypeAlias = Mapping[str, "dict[str, StoredEntity]"]
@@ -25,12 +25,14 @@ class PendingAppend:
     Attributes:
         end: the offset of its end.
         size: the size of its payload.
+        check: of a FED_COMMIT, the checksum of its header.
     """
 
     images: Images
     merged: Merged
     end: int
     size: int
+    check: int | None
 
 
 @dataclass(slots=True)
@@ -66,6 +68,8 @@ class StoreState:
     offset: int = 0
     sequence: int = 0
     sealed: bool = False
+    feed_end: FeedPosition | None = None
+    """The last position of the change feed; None if the current generation has no feed."""
     appending: PendingAppend | None = None
 
     @property
@@ -88,6 +92,10 @@ class StoreState:
             each.covers <= self.failed_sync_generation for each in self.content.values()
         )
 
+    async def before(self, images: Images) -> dict[str, dict[str, bytes | None]]:
+        """The entities that a commit is about to change, as they are; without those that it creates."""
+        return {name: await self.sections[name].stored(each) for name, each in images.items()}
+
     async def merged(self, images: Images) -> Merged:
         """Copies of the sections to which many of the images apply, for `apply`."""
         return {
@@ -109,6 +117,8 @@ class StoreState:
     def complete(self, append: PendingAppend) -> None:
         """Apply the record that is being appended, unless it was applied before."""
         if self.offset < append.end:
+            if append.check is not None:
+                self.feed_end = FeedPosition(self.generation, self.offset, append.check)
             self.offset = append.end
             self.sequence += 1
             if append.images:
@@ -143,8 +153,11 @@ class StoreState:
                 return members.get(entity_id)
         return None
 
-    def switch(self, fd: int, generation: int, offset: int, sequence: int) -> int:
+    def switch(self, fd: int, head: Head, check: int, offset: int, sequence: int) -> int:
         """Continue with another journal, which is not sealed.
+
+        Args:
+            check: the checksum of the header of its HEAD.
 
         Returns:
             The descriptor of the previous one, which the caller closes; -1 if there was none.
@@ -152,7 +165,8 @@ class StoreState:
         previous, self.fd = self.fd, -1
         self.close()
         self.fd = fd
-        self.generation = generation
+        self.generation = head.generation
+        self.feed_end = head.position(check)
         self.offset = offset
         self.sequence = sequence
         self.sealed = False

@@ -5,12 +5,14 @@ It is the table `hf_catalogue (name, value)`, whose name has the prefix of the s
 - `layout`: the number of the layout of the tables;
 - `store_id`: a random identity;
 - `generation`: a number that increases with every change of the catalogue;
-- `collection:NAME`: a JSON object, the `Entry` of a collection whose table exists.
+- `collection:NAME`: a JSON object, the `Entry` of a collection whose table exists;
+- `feed:NAME`: a JSON object, the state of the change feed of a collection: see `feed_state`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import Final
 
 import msgspec
@@ -83,6 +85,18 @@ class DeclaredUnique(msgspec.Struct, frozen=True, omit_defaults=True):
     enforced: bool = False
 
 
+class DeclaredFeed(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The change feed of a collection.
+
+    Attributes:
+        seconds: for how long its changes are kept: the longest time that a program declared.
+        ready: triggers record the changes.
+    """
+
+    seconds: float
+    ready: bool = True
+
+
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     """A collection whose table exists.
 
@@ -92,6 +106,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
         generation: the least generation of a row that contains all key columns.
         unique: the unique indexes.
         expires: when its entities expire for the programs that declare it. No other program is affected.
+        feed: the change feed, if some program declared it.
     """
 
     key: str
@@ -101,6 +116,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     generation: int = 1
     unique: tuple[DeclaredUnique, ...] = ()
     expires: RecordedExpire | None = None
+    feed: DeclaredFeed | None = None
 
     def indexed(self, fields: Sequence[str]) -> tuple[str, ...]:
         """The fields of an index that precede the id, which ends every index."""
@@ -128,6 +144,21 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     def unique_columns(self) -> tuple[tuple[str, ...], ...]:
         """The fields of the unique indexes whose columns every program writes."""
         return tuple(each.fields for each in self.unique if each.column)
+
+    @property
+    def has_feed(self) -> bool:
+        """Whether triggers record the changes."""
+        return self.feed is not None and self.feed.ready
+
+    @property
+    def lacks_feed(self) -> bool:
+        """Whether a change feed is only declared."""
+        return self.feed is not None and not self.feed.ready
+
+    def feeding(self) -> Entry:
+        """With the declared change feed ready."""
+        feed = None if self.feed is None else DeclaredFeed(self.feed.seconds)
+        return msgspec.structs.replace(self, feed=feed)
 
     @property
     def unenforced(self) -> tuple[tuple[str, ...], ...]:
@@ -249,8 +280,9 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
             tuple(map(DeclaredIndex, indexes)),
             unique=tuple(map(DeclaredUnique, unique)),
             expires=recorded_expire(collection),
+            feed=_feed(None, collection),
         )
-        return msgspec.structs.replace(new.completed().enforcing(unique), generation=1)
+        return msgspec.structs.replace(new.completed().enforcing(unique).feeding(), generation=1)
     if known.key != collection.key:
         raise SchemaMismatchError(
             f"the key of the collection {collection.name!r} is {known.key!r} in this store, but "
@@ -274,7 +306,17 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
         indexes=(*known.indexes, *more),
         unique=(*known.unique, *more_unique),
         expires=_expires(known, collection, latest),
+        feed=_feed(known.feed, collection),
     )
+
+
+def _feed(known: DeclaredFeed | None, collection: Collection) -> DeclaredFeed | None:
+    if collection.feed is None:
+        return known
+    here = DeclaredFeed(collection.feed.total_seconds(), ready=False)
+    if known is None:
+        return here
+    return msgspec.structs.replace(known, seconds=max(known.seconds, here.seconds))
 
 
 def _expires(known: Entry, collection: Collection, latest: bool) -> RecordedExpire | None:
@@ -301,6 +343,7 @@ def _collection(name: str, entry: Entry) -> Collection:
         ],
         indexes=[Index.of(each.fields, unique=each.fields in unique) for each in entry.indexes],
         expires=_usable_expire(entry),
+        feed=None if entry.feed is None else timedelta(seconds=entry.feed.seconds),
     )
 
 

@@ -6,8 +6,10 @@ cancellation while waiting cannot lose a connection, and a `PoolTimeoutError` na
 too small. A lease is one connection, checked out for some time; its statements are sent to the driver
 directly, without the overhead of SQLAlchemy for each statement.
 
-The pool would close a connection beyond its size as soon as it is returned, so that repeated bursts
-would open and close one connection per call. Therefore these connections are kept here for some time.
+A connection that was used is kept here, checked out, for the next caller, and returned to the pool only
+when it was idle for some time: checking one out costs several times what a small statement does in this
+process, and the pool would close one beyond its size as soon as it is returned, so that repeated bursts
+would open and close one connection per call.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ _MAX_BROKEN_CONNECTIONS: Final = 32
 """How many broken connections, beyond the maximum of the pool, a checkout replaces before it fails."""
 
 _IDLE_SECONDS: Final = 10.0
-"""How long a connection beyond the size of the pool is kept open while it is not needed."""
+"""How long a connection is kept checked out while it is not needed."""
 
 Result = TypeVar("Result")
 _Work: TypeAlias = "Coroutine[Any, Any, None]"
@@ -74,7 +76,7 @@ class LeasedConnection:
         if writes and not self._transactions:
             # The statement commits by itself, so it completes before a cancellation is raised: a
             # write must not be applied after its task has ended.
-            return await run_to_completion(self._autocommit(sql, args, doing))
+            return await run_to_completion(self.autocommit(sql, args, doing))
         return await self._rows(sql, args, doing, writes=False)
 
     async def _rows(
@@ -92,7 +94,7 @@ class LeasedConnection:
             self.state_unknown = True
             raise
 
-    async def _autocommit(
+    async def autocommit(
         self, sql: str, args: Sequence[object], doing: str
     ) -> Sequence[Sequence[Any]]:
         self.commit_done.clear()
@@ -314,7 +316,9 @@ class Connections:
         self._engine = dialect.engine(size=size, overflow=most - size, isolation=isolation)
         self._leased: set[LeasedConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # open connections, or close idle ones
-        self._idle: list[LeasedConnection] = []  # idle connections beyond the size of the pool
+        self._idle: list[LeasedConnection] = []  # checked out and not used
+        # If the store is not closed, SQLAlchemy would log the error that these were not returned.
+        weakref.finalize(self, _detach, self._idle)
         self._unused_since_check = (
             0  # how many of these were idle all the time since the last check
         )
@@ -344,10 +348,10 @@ class Connections:
         leases: list[LeasedConnection] = []
         try:
             self._check_open()
-            if self._pool().checkedin():
-                await self._check_out(leases)  # it never suspends
-            elif (kept := self._pop_idle()) is not None:
+            if (kept := self._pop_idle()) is not None:
                 leases.append(kept)
+            elif self._pool().checkedin():
+                await self._check_out(leases)  # it never suspends
             else:
                 await run_to_completion(self._start(self._check_out(leases)))
         except BaseException:
@@ -359,7 +363,7 @@ class Connections:
         return leases[0]
 
     def _pop_idle(self) -> LeasedConnection | None:
-        """An idle connection beyond the size of the pool, or None."""
+        """The idle connection that was used last, or None."""
         while self._idle:
             kept = self._idle.pop()
             self._unused_since_check = min(self._unused_since_check, len(self._idle))
@@ -445,11 +449,8 @@ class Connections:
             await run_to_completion(lease.return_task)
         elif check or lease.session_altered:
             await run_to_completion(self._start_return(lease, self._return_or_discard(lease)))
-        elif self._pool().overflow() > 0:
-            self._keep_idle(lease)
         else:
-            lease.connection.close()
-            self._forget(lease)
+            self._keep_idle(lease)
 
     def _start_return(self, lease: LeasedConnection, work: _Work) -> asyncio.Task[None]:
         assert lease.return_task is None, "a connection is returned once"
@@ -495,7 +496,8 @@ class Connections:
 
     def _keep_idle(self, lease: LeasedConnection) -> None:
         self._forget(lease)
-        if time.monotonic() - lease.checked_out_at > self._config.pool_recycle:
+        age = time.monotonic() - lease.checked_out_at
+        if self._closed or age > self._config.pool_recycle:
             self._start(self._discard(lease.connection, lease.driver))
             return
         self._idle.append(lease)
@@ -508,14 +510,17 @@ class Connections:
         self._timer = loop.call_later(_IDLE_SECONDS, self._close_unused)
 
     def _close_unused(self) -> None:
-        """Close the connections that were idle all the time since the last check."""
+        """Return the connections to the pool that were idle all the time since the last check, and close
+        those beyond its size."""
         self._timer = None
-        unused, self._idle = (
-            self._idle[: self._unused_since_check],
-            self._idle[self._unused_since_check :],
-        )
-        for each in unused:
-            self._start(self._discard(each.connection, each.driver))
+        unused = self._idle[: self._unused_since_check]
+        del self._idle[: self._unused_since_check]
+        overflow = self._pool().overflow()
+        for number, each in enumerate(unused):
+            if number < overflow:
+                self._start(self._discard(each.connection, each.driver))
+            else:
+                each.connection.close()
         if self._idle:
             self._unused_since_check = len(self._idle)
             self._schedule_check()
@@ -550,6 +555,7 @@ class Connections:
                 ends.add(lease.return_task)
         for lease in self._idle:
             self._start(self._discard(lease.connection, lease.driver))
+        self._idle.clear()
         for tasks in (ends, self._tasks):
             if tasks:
                 await asyncio.wait(tasks)
@@ -575,6 +581,13 @@ class Connections:
     def __del__(self) -> None:
         if self._has_connected and not self._closed:
             self.warn_unclosed()
+
+
+def _detach(idle: list[LeasedConnection]) -> None:
+    """Take connections away from their pool, which does not close them then."""
+    for each in idle:
+        each.connection.detach()
+    idle.clear()
 
 
 _OPEN_POOLS: Final[weakref.WeakSet[Connections]] = weakref.WeakSet()

@@ -100,7 +100,10 @@ class SchemaSync(ABC):
 
     def _refuse_foreign(self, name: str, relations: Mapping[str, Relation]) -> None:
         """Refuse a collection whose names something else has that this store did not create."""
-        for each in (self.names.view(name), self.names.table(name)):
+        own = [self.names.view(name), self.names.table(name)]
+        if self.schema[name].feed is not None:
+            own.append(self.names.feed(name))
+        for each in own:
             if each in relations:
                 raise foreign(relations[each].kind, each, name)
 
@@ -222,13 +225,20 @@ class SchemaSync(ABC):
 
     async def create(self, driver: Any, name: str, entry: Entry) -> Entry:
         """Create a table with its indexes."""
-        complete = entry.completed().enforcing(entry.unenforced)
+        complete = entry.completed().enforcing(entry.unenforced).feeding()
         await self._run(driver, self.create_table(Table(name, complete, self.grammar, self.names)))
         for fields in complete.wanted_indexes():
             await self._run(driver, self.index_ddl(name, complete, fields))
         for fields in complete.unique_columns:
             await self._run(driver, self.unique_index_ddl(name, fields))
+        if complete.feed is not None:
+            for each in await self.feed_ddl(driver, name, complete):
+                await self._run(driver, each)
         return complete
+
+    @abstractmethod
+    async def feed_ddl(self, driver: Any, name: str, entry: Entry) -> list[str]:
+        """The statements that create the change feed of a collection, whose table exists."""
 
     async def _is_empty(self, driver: Any, name: str) -> bool:
         sql = f"SELECT 1 FROM {quoted(self.names.table(name))} LIMIT 1"
@@ -390,10 +400,19 @@ class SchemaSync(ABC):
             for fields in entry.wanted_indexes()
             if self.index_kind(name, fields, relations) is None
         ]
+        if self.lacks_feed(name, entry, relations):
+            detail = "its changes are not recorded: triggers that do are created"
+            found.append(SchemaChange("feed", name, "", detail))
         if self._lacks_view(name, known, entry, relations):
             detail = f"the view {self.names.view(name)} lacks declared fields"
             found.append(SchemaChange("replace view", name, "", detail))
         return found
+
+    def lacks_feed(self, name: str, entry: Entry, relations: Mapping[str, Relation]) -> bool:
+        """Whether the declared change feed of a collection is missing."""
+        return entry.feed is not None and (
+            entry.lacks_feed or self.names.feed(name) not in relations
+        )
 
     def _lacks_view(
         self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, Relation]

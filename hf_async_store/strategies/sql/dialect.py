@@ -66,6 +66,10 @@ class Dialect(ABC):
     def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
         """An engine with a pool of connections, none of them open yet."""
 
+    @abstractmethod
+    async def connect_alone(self) -> Any:
+        """A connection that belongs to no pool. The caller closes it."""
+
     def exists(self) -> bool:
         """Whether the file of the store exists. For a server, always true: only connecting shows it."""
         return True

@@ -13,7 +13,12 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
@@ -34,7 +39,6 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
     PermissionDeniedError,
-    PoolTimeoutError,
     ReadOnlyStoreError,
     SchemaMismatchError,
     StorageError,
@@ -63,7 +67,7 @@ from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.parameters import bind, check_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.rows import Table, Tables
-from hf_async_store.strategies.sql.session import SQLReader, SQLSession
+from hf_async_store.strategies.sql.session import SQLReader, SQLSession, on_live_connection
 from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
@@ -177,8 +181,7 @@ class SQLEngine(Engine):
             return False
         if not self._dialect.exists():
             return True
-        async with self._main.lease() as lease:
-            return await self._sync.read(lease) is None
+        return await self._reading_catalogue(self._sync.read) is None
 
     # -- connections -------------------------------------------------------------------------
 
@@ -218,10 +221,17 @@ class SQLEngine(Engine):
         if self._state is None and not self._dialect.exists():
             yield SQLReader(None, {})
             return
-        async with pool.lease() as lease:
-            tables = await self.tables(lease)
-            async with lease.reading(statements=statements):
-                yield SQLReader(lease, tables)
+
+        async def begun() -> tuple[SQLReader, AsyncExitStack]:
+            async with AsyncExitStack() as stack:
+                lease = await stack.enter_async_context(pool.lease())
+                tables = await self.tables(lease)
+                await stack.enter_async_context(lease.reading(statements=statements))
+                return SQLReader(lease, tables), stack.pop_all()
+
+        reader, stack = await on_live_connection(begun)
+        async with stack:
+            yield reader
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Reader]:
@@ -234,23 +244,21 @@ class SQLEngine(Engine):
         if self._state is None and not self._dialect.exists():
             return [None] * len(keys)
         backoff = conflict_backoff(self._config.timeout)
-        reconnected = False
+
+        async def once() -> list[Record | None]:
+            async with self._readers.lease() as lease:
+                tables = await self.tables(lease)
+                if not self._dialect.needs_transactions:
+                    return await reading.fetch(lease, tables, keys)
+                async with lease.transaction():
+                    return await reading.fetch(lease, tables, keys)
+
         while True:
             try:
-                async with self._readers.lease() as lease:
-                    tables = await self.tables(lease)
-                    if not self._dialect.needs_transactions:
-                        return await reading.fetch(lease, tables, keys)
-                    async with lease.transaction():
-                        return await reading.fetch(lease, tables, keys)
+                return await on_live_connection(once)
             except ConcurrencyConflictError:
                 if not await backoff.pause():
                     raise
-            except UnavailableError:
-                # A read can be repeated; the pooled connection may have been closed by the server.
-                if reconnected:
-                    raise
-                reconnected = True
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         rows = None if query.limit is None else await self._small(query)
@@ -309,20 +317,13 @@ class SQLEngine(Engine):
             async with self._queries.lease() as lease:
                 return await read(SQLReader(lease, await self.tables(lease)))
 
-        try:
-            return await once()
-        except PoolTimeoutError:
-            raise
-        except UnavailableError:
-            return await once()  # the server may have closed the connection
+        return await on_live_connection(once)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         if not self._dialect.exists():
             return None
-        return await self._retried(lambda: self._fetch_undeclared(collection, entity_id))
 
-    async def _fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        async with self._main.lease() as lease:
+        async def read(lease: LeasedConnection) -> Record | None:
             catalogue = await self._sync.read(lease)
             entry = catalogue.entries.get(collection.name) if catalogue is not None else None
             if entry is None:
@@ -330,7 +331,9 @@ class SQLEngine(Engine):
             table = self._table(collection.name, entry)
             for row in await lease.rows(table.fetch_one, [entity_id]):
                 return Record(Key(collection.name, entity_id), table.entity(row))
-        return None
+            return None
+
+        return await self._retried(lambda: self._reading_catalogue(read))
 
     # -- the existing store ------------------------------------------------------------------
 
@@ -341,8 +344,18 @@ class SQLEngine(Engine):
         """The catalogue, read now; None if the store does not exist."""
         if not self._dialect.exists():
             return None
-        async with self._main.lease() as lease:
-            return await self._sync.read(lease)
+        return await self._reading_catalogue(self._sync.read)
+
+    async def _reading_catalogue(
+        self, read: Callable[[LeasedConnection], Awaitable[Result]]
+    ) -> Result:
+        """What a function reads on a connection of the main pool."""
+
+        async def once() -> Result:
+            async with self._main.lease() as lease:
+                return await read(lease)
+
+        return await on_live_connection(once)
 
     async def is_same_store(self, other: Engine) -> bool:
         if not isinstance(other, SQLEngine) or type(other._dialect) is not type(self._dialect):
@@ -364,7 +377,8 @@ class SQLEngine(Engine):
     async def undeclared(self) -> list[str]:
         if not self._dialect.exists():
             return []
-        async with self._main.lease() as lease:
+
+        async def read(lease: LeasedConnection) -> list[str]:
             tables = self._tables_of(await self._sync.read(lease) or Catalogue())
             system = [each.name for each in SYSTEM_COLLECTIONS]
             return [
@@ -374,6 +388,8 @@ class SQLEngine(Engine):
                 and name not in system
                 and await lease.rows(f"SELECT 1 FROM {tables[name].name} LIMIT 1")
             ]
+
+        return await self._reading_catalogue(read)
 
     async def declarations(self) -> list[Collection]:
         catalogue = await self._catalogue() or Catalogue()
@@ -388,14 +404,12 @@ class SQLEngine(Engine):
     async def schema_changes(self) -> list[SchemaChange]:
         if not self._dialect.exists():
             return self._sync.changes_from(Catalogue(), {})
-        async with self._main.lease() as lease:
-            return await self._sync.changes(lease)
+        return await self._reading_catalogue(self._sync.changes)
 
     async def unenforced(self) -> list[tuple[str, Index]]:
         if not self.schema.unique or not self._dialect.exists():
             return []
-        async with self._main.lease() as lease:
-            return await self._sync.unenforced(lease)
+        return await self._reading_catalogue(self._sync.unenforced)
 
     async def apply_schema(
         self, *, progress: SchemaProgress | None = None, complete: bool = False
@@ -446,6 +460,11 @@ class SQLEngine(Engine):
 
     def session(self, isolation: Isolation | None) -> SQLSession:
         return SQLSession(self, isolation)
+
+    def changing(self, lease: LeasedConnection) -> AbstractAsyncContextManager[None]:
+        """See `Connected`."""
+        del lease
+        return nullcontext()
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """Apply the changes of a session, up to the first that fails."""
@@ -505,11 +524,14 @@ class SQLEngine(Engine):
     async def explain(self, query: Query) -> QueryPlan:
         if self._state is None and not self._dialect.exists():
             return await self._explain_absent(None, query)
-        async with self._main.lease() as lease:
+
+        async def read(lease: LeasedConnection) -> QueryPlan:
             table = (await self.tables(lease)).get(query.collection)
             if table is None:
                 return await self._explain_absent(lease.driver, query)
             return await self._explain(lease.driver, table, query)
+
+        return await self._reading_catalogue(read)
 
     async def _explain(self, driver: Any, table: Table, query: Query) -> QueryPlan:
         compiled = await reading.compiled_query(table, query)

@@ -63,6 +63,14 @@ class Names(msgspec.Struct, frozen=True):
         """The table of the claims of a collection."""
         return self._of(collection, "-claims")
 
+    def feed(self, collection: str) -> str:
+        """The table of the changes of a collection; on PostgreSQL, also the function that writes it."""
+        return self._of(collection, "-feed")
+
+    def feed_trigger(self, collection: str, event: str) -> str:
+        """The trigger of a collection that writes its changes."""
+        return self._of(collection, f"-feed-{event}")
+
     def _of(self, name: str, ending: str = "") -> str:
         return limited(f"{sql_name(self.prefix + name)}{ending}")
 

@@ -36,6 +36,7 @@ from hf_async_store.strategies.sql.names import (
     quoted,
     unique_column,
 )
+from hf_async_store.strategies.sql.postgres_feed import IDENTIFIED_SQL, feed_statements
 from hf_async_store.strategies.sql.postgres_jsonb import array_text, optional_bytes_array_text
 from hf_async_store.strategies.sql.postgresql import INVALID, PostgreSQL
 from hf_async_store.strategies.sql.rows import Table
@@ -82,6 +83,13 @@ class PostgresSchema(SchemaSync):
         """See `SchemaSync`: only the declaration is recorded."""
         del name, relations
         return entry, []
+
+    async def feed_ddl(self, driver: Any, name: str, entry: Entry) -> list[str]:
+        """See `SchemaSync`."""
+        table = Table(name, entry, self.grammar, self.names)
+        [[identified]] = await self.dialect.rows(driver, IDENTIFIED_SQL, ())
+        schema = await self._server.schema_name(driver)
+        return feed_statements(self.names, table, schema, identified=identified)
 
     async def ensure(self, lease: LeasedConnection, *, latest: bool) -> Catalogue:
         """See `SchemaSync`. Others may read a view for long; nothing waits behind this for longer than
@@ -233,6 +241,8 @@ class PostgresSchema(SchemaSync):
             return
         for each in changes:
             progress(each, 0, None)
+        if self.lacks_feed(name, entry, relations):
+            await self._add_feed(driver, name, entry)
         columns = [each for each in changes if each.kind in ("add key column", "unique index")]
         if columns:
             await self._add_columns(driver, name, unique)
@@ -266,6 +276,17 @@ class PostgresSchema(SchemaSync):
             )
             return changed, [self._extended(name, entry, changed, is_empty=False)]
 
+        await self._change_patiently(driver, name, change)
+
+    async def _add_feed(self, driver: Any, name: str, entry: Entry) -> None:
+        """Create the change feed: every transaction that commits from then on is in it."""
+        statements = await self.feed_ddl(driver, name, entry)
+        await self._change_patiently(driver, name, lambda old: (old.feeding(), statements))
+
+    async def _change_patiently(
+        self, driver: Any, name: str, change: Callable[[Entry], tuple[Entry, list[str]]]
+    ) -> None:
+        """As `_change`, repeated while others have locked the table."""
         backoff = Backoff(_LOCK_SECONDS, first=0.02, longest=1.0)
         while True:
             try:

@@ -165,6 +165,7 @@ class PostgreSQL(Dialect):
             claims=True,
             change_markers=True,
             unique_indexes=True,
+            feed=True,
             isolations=(first, *(each for each in others if each != first)),
             read_conflict_policy="ordered",
             read_batch=512,
@@ -185,6 +186,9 @@ class PostgreSQL(Dialect):
             pool_reset_on_return=None,
             pool_use_lifo=True,
         )
+
+    async def connect_alone(self) -> Any:
+        return await self._connect(None)
 
     async def _connect(self, isolation: Isolation | None) -> Any:
         """A new connection; a cancellation waits for it.
@@ -659,9 +663,14 @@ class PostgreSQL(Dialect):
     async def view_reads(self, driver: Any, view: str, table: str) -> bool:
         return bool(await self.rows(driver, _VIEW_READS, (view, table)))
 
+    async def schema_name(self, driver: Any) -> str:
+        """The name of the schema in which the tables are."""
+        [schema] = await self._row(driver, "SELECT current_schema()::text")
+        return str(schema)
+
     async def lock_key(self, driver: Any, purpose: str) -> int:
         """The key of an advisory lock: that of a purpose, for this store in its database."""
-        [schema] = await self._row(driver, "SELECT current_schema()::text")
+        schema = await self.schema_name(driver)
         place = f"{purpose}\0{schema}\0{self.names.prefix}".encode()
         return int.from_bytes(blake2b(place, digest_size=8).digest(), "big", signed=True)
 

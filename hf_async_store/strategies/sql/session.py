@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from asyncio import sleep
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from itertools import count
+from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import Isolation, Reader, Session
-from hf_async_store.errors import ConcurrencyConflictError
+from hf_async_store.errors import ConcurrencyConflictError, PoolTimeoutError, UnavailableError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.strategies.sql import reading
@@ -85,6 +88,34 @@ class SQLReader(Reader):
         return 0 if source is None else await reading.count(*source, query)
 
 
+_LOST_CONNECTIONS: Final = 3
+
+_REPEAT_SECONDS: Final = 1.0
+"""After this time, it is repeated only once: for example, the server cannot be reached."""
+
+_NOTICE_SECONDS: Final = 0.01
+"""In this time, the event loop notices which other connections the server has closed."""
+
+
+async def on_live_connection(work: Callable[[], Awaitable[Item]]) -> Item:
+    """What some work returns that changes nothing, such as beginning a transaction.
+
+    It is repeated if its connection was lost: the server may have closed the connections that were not in
+    use.
+    """
+    until = monotonic() + _REPEAT_SECONDS
+    for attempt in count(1):
+        try:
+            return await work()
+        except PoolTimeoutError:
+            raise
+        except UnavailableError:
+            if attempt > _LOST_CONNECTIONS or (attempt > 1 and monotonic() > until):
+                raise
+        await sleep(_NOTICE_SECONDS)
+    raise AssertionError  # not reached
+
+
 class Connected(Protocol):
     """What a session needs of its engine."""
 
@@ -99,6 +130,10 @@ class Connected(Protocol):
 
     def writing(self) -> AbstractAsyncContextManager[LeasedConnection]:
         """A connection for writes."""
+        ...
+
+    def changing(self, lease: LeasedConnection) -> AbstractAsyncContextManager[None]:
+        """Surrounds what happens in a transaction, inside it."""
         ...
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
@@ -141,8 +176,8 @@ class SQLSession(SQLReader, Session):
 
     async def _write_lease(self) -> LeasedConnection:
         if self._lease is None:
-            lease = await self._stack.enter_async_context(self._engine.writing())
-            await self._stack.enter_async_context(lease.transaction(self._isolation))
+            lease = await on_live_connection(self._begun)
+            await self._stack.enter_async_context(self._engine.changing(lease))
             self._tables = self._engine.known_tables
             if self._read_absent and not await self._is_empty(lease):
                 raise ConcurrencyConflictError(
@@ -152,6 +187,13 @@ class SQLSession(SQLReader, Session):
                 )
             self._lease = lease
         return self._lease
+
+    async def _begun(self) -> LeasedConnection:
+        async with AsyncExitStack() as stack:
+            lease = await stack.enter_async_context(self._engine.writing())
+            await stack.enter_async_context(lease.transaction(self._isolation))
+            self._stack = stack.pop_all()
+        return lease
 
     async def _is_empty(self, lease: LeasedConnection) -> bool:
         """Whether all tables are empty."""

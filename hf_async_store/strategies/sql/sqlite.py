@@ -32,6 +32,7 @@ from hf_async_store.errors import (
     StoreNotFoundError,
     UnavailableError,
 )
+from hf_async_store.logs import hide_debug_messages
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.sql.dialect import Dialect, Relation, Result
 from hf_async_store.strategies.sql.errors import sqlite_error
@@ -291,6 +292,7 @@ class SQLite(Dialect):
                 f"SQLite {'.'.join(map(str, _MIN_VERSION))} or newer is needed, but this Python uses "
                 f"SQLite {sqlite3.sqlite_version}"
             )
+        hide_debug_messages("aiosqlite")
         self._config = config
         # SQLite does not distinguish the case of ASCII letters, and only of these, in names.
         self.names = Names(config.table_prefix.encode().lower().decode())
@@ -306,6 +308,8 @@ class SQLite(Dialect):
             claims=True,
             change_markers=True,
             unique_indexes=True,
+            feed=True,
+            feed_order=True,
             references=True,
             read_batch=1024,
             read_concurrency=2,
@@ -324,6 +328,9 @@ class SQLite(Dialect):
             pool_reset_on_return=None,
             pool_use_lifo=True,
         )
+
+    async def connect_alone(self) -> aiosqlite.Connection:
+        return await self._connect()
 
     async def _connect(self) -> aiosqlite.Connection:
         # The task may be cancelled while the thread of the driver opens the connection; the driver

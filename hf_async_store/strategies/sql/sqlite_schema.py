@@ -13,6 +13,7 @@ from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import Relation
 from hf_async_store.strategies.sql.names import DOC, key_column, quoted, unique_column
 from hf_async_store.strategies.sql.rows import Table
+from hf_async_store.strategies.sql.sqlite_feed import feed_statements
 from hf_async_store.unique import Fields, cannot_be_unique
 from hf_async_store.values import VERSION
 
@@ -33,7 +34,7 @@ class SQLiteSchema(SchemaSync):
     def extension(
         self, name: str, entry: Entry, relations: Mapping[str, Relation]
     ) -> tuple[Entry, list[str]]:
-        """See `SchemaSync`: all missing key columns, filled, and indexes."""
+        """See `SchemaSync`: all missing key columns, filled, indexes, and a change feed."""
         table, complete = quoted(self.names.table(name)), entry.completed()
         new = {
             quoted(key_column(each)): f"hf_fill({DOC}, '{each}')"
@@ -52,7 +53,16 @@ class SQLiteSchema(SchemaSync):
             for fields in complete.wanted_indexes()
             if self.index_kind(name, fields, relations) is None
         ]
+        if self.lacks_feed(name, entry, relations):
+            complete = complete.feeding()
+            statements += feed_statements(
+                self.names, Table(name, complete, self.grammar, self.names)
+            )
         return complete, statements
+
+    async def feed_ddl(self, driver: Any, name: str, entry: Entry) -> list[str]:
+        """See `SchemaSync`."""
+        return feed_statements(self.names, Table(name, entry, self.grammar, self.names))
 
     async def enforce(
         self, driver: Any, name: str, entry: Entry, unique: Sequence[Fields]

@@ -39,6 +39,7 @@ from hf_async_store.strategies.sql.decisions import (
 )
 from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.names import DOC, quoted
+from hf_async_store.strategies.sql.sqlite_feed import last_changes, merge_changes
 from hf_async_store.strategies.sql.writer import Writer
 from hf_async_store.unique import violation
 from hf_async_store.values import CREATED_AT, VERSION, Key
@@ -132,7 +133,12 @@ class SQLiteWriter(Writer):
         try:
             connection.execute("BEGIN IMMEDIATE")
             self._check_catalogue(connection)
-            outcomes = _Batch(self, connection).run(changes, all_or_none=False)
+            feeds = self._feeds({each.key.collection for each in changes})
+            since = last_changes(connection, feeds) if feeds else {}
+            batch = _Batch(self, connection)
+            outcomes = batch.run(changes, all_or_none=False)
+            if since and batch.repeats:
+                merge_changes(connection, since)
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -143,9 +149,18 @@ class SQLiteWriter(Writer):
                 connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
         return outcomes
 
+    def _feeds(self, collections: Iterable[str]) -> list[str]:
+        """The tables of changes of some collections."""
+        names = self.tables.names
+        return [names.feed(each) for each in collections if self.tables[each].entry.has_feed]
+
 
 class _Batch:
-    """The rows that one batch read, and those that it must write."""
+    """The rows that one batch read, and those that it must write.
+
+    Attributes:
+        repeats: a row may have been written several times.
+    """
 
     def __init__(self, writer: SQLiteWriter, connection: sqlite3.Connection) -> None:
         self._schema = writer.schema
@@ -160,6 +175,7 @@ class _Batch:
         self._claims: dict[tuple[str, int, bytes], list[str]] = {}
         self._recreated: set[Key] = set()  # the rows of expired entities that new ones replace
         self._written = False
+        self.repeats = False
 
     def run(self, changes: Sequence[Change], *, all_or_none: bool) -> list[Outcome]:
         """Decide the changes in order, and write the accepted ones."""
@@ -380,6 +396,7 @@ class _Batch:
                     keys = tuple([keys[each] for each in changed])
                 args = writes.setdefault((key.collection, changed), [])
                 args.append((key.id, version, doc, *keys))
+        self.repeats = self._written or bool(self._recreated)
         self._before.clear()
         self._recreated.clear()
         self._written = True

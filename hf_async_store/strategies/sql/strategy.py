@@ -19,7 +19,7 @@ from hf_async_store.config import (
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategies.routing import routed
 from hf_async_store.strategies.sql.claim_sql import PostgresClaimSQL, SQLiteClaimSQL
-from hf_async_store.strategies.sql.claiming import ClaimingSQLEngine
+from hf_async_store.strategies.sql.feeding import FeedingSQLEngine
 from hf_async_store.strategies.sql.session import SQLSession
 from hf_async_store.strategy import StorageStrategy, schema_of
 from hf_async_store.transaction import Transaction
@@ -74,7 +74,7 @@ class SQLStorageStrategy(StorageStrategy):
         loaded = anchored(load_config(config))
         sql = strategy_config(loaded, SQLConfig)
 
-        def opened(declared: Schema) -> ClaimingSQLEngine:
+        def opened(declared: Schema) -> FeedingSQLEngine:
             return _engine(sql, declared, password)
 
         self._sql = opened(schema)
@@ -102,16 +102,25 @@ class SQLStorageStrategy(StorageStrategy):
 
 def _engine(
     config: SQLConfig, schema: Schema, password: PasswordProvider | None
-) -> ClaimingSQLEngine:
+) -> FeedingSQLEngine:
     # Each module imports its driver, which may not be installed.
     if config.type == "sqlite":
         from hf_async_store.strategies.sql.sqlite import SQLite
+        from hf_async_store.strategies.sql.sqlite_feed import SQLiteFeed
         from hf_async_store.strategies.sql.sqlite_schema import SQLiteSchema
         from hf_async_store.strategies.sql.sqlite_writer import SQLiteWriter
 
-        return ClaimingSQLEngine(
-            SQLiteClaimSQL, None, config, schema, SQLite(config), SQLiteSchema, SQLiteWriter
+        return FeedingSQLEngine(
+            SQLiteFeed,
+            SQLiteClaimSQL,
+            None,
+            config,
+            schema,
+            SQLite(config),
+            SQLiteSchema,
+            SQLiteWriter,
         )
+    from hf_async_store.strategies.sql.postgres_feed import PostgresFeed
     from hf_async_store.strategies.sql.postgres_schema import PostgresSchema
     from hf_async_store.strategies.sql.postgresql import PostgreSQL
     from hf_async_store.strategies.sql.statement_writer import StatementWriter
@@ -119,6 +128,13 @@ def _engine(
     dialect, claimers = PostgreSQL(config, password), None
     if not config.pgbouncer:
         claimers = PostgreSQL(msgspec.structs.replace(config, isolation="read_committed"), password)
-    return ClaimingSQLEngine(
-        PostgresClaimSQL, claimers, config, schema, dialect, PostgresSchema, StatementWriter
+    return FeedingSQLEngine(
+        PostgresFeed,
+        PostgresClaimSQL,
+        claimers,
+        config,
+        schema,
+        dialect,
+        PostgresSchema,
+        StatementWriter,
     )

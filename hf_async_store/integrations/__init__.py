@@ -1,0 +1,1 @@
+"""Connections to other packages. Each module needs the extra of its name; nothing else imports it."""

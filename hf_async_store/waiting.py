@@ -1,0 +1,165 @@
+"""Tasks that wait until an entity matches a filter, woken by a change feed or by reads that they share."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from time import monotonic
+from typing import Final, TypeAlias
+
+from hf_async_store.changes import Record
+from hf_async_store.driver import FeedEntry, run_to_completion
+from hf_async_store.errors import EntityNotFoundError, StorageError
+from hf_async_store.feed_reading import as_storage_error, closed
+from hf_async_store.lifetimes import Lifetimes
+from hf_async_store.query import Filter, compile_filter
+from hf_async_store.values import Entity, Key, copy_entity
+
+_FIRST_PAUSE: Final = 0.01
+_LONGEST_PAUSE: Final = 1.0
+_PAUSES_PER_AGE: Final = 4
+_EXPIRY_SECONDS: Final = 1.0
+"""How often a waiter looks whether its entity has expired."""
+
+Fetch: TypeAlias = Callable[[Sequence[Key]], Awaitable[list[Record | None]]]
+
+
+class Waiter:
+    """A task that waits until an entity matches a filter."""
+
+    def __init__(self, key: Key, where: Filter, lifetimes: Lifetimes | None) -> None:
+        self.key: Final = key
+        self._matches = compile_filter(where)
+        self._lifetimes = lifetimes if lifetimes and key.collection in lifetimes else None
+        self._seen: Entity | None = None
+        self._outcome: asyncio.Future[Entity | StorageError] = asyncio.Future()
+
+    def see(self, record: Record | None) -> None:
+        """Tell the state of the entity."""
+        entity = None if record is None else record.entity
+        if entity is None or self._is_over(entity):
+            self._end(EntityNotFoundError(self.key.collection, self.key.id))
+        elif self._matches(entity):
+            self._end(copy_entity(entity))
+        else:
+            self._seen = entity
+
+    def hear(self, entry: FeedEntry | StorageError) -> None:
+        """Tell a change of the entity, or why no more will be told."""
+        if isinstance(entry, StorageError):
+            self._end(entry)
+        else:
+            self.see(entry.after)
+
+    def _is_over(self, entity: Entity) -> bool:
+        return self._lifetimes is not None and self._lifetimes.is_over(self.key.collection, entity)
+
+    def _end(self, outcome: Entity | StorageError) -> None:
+        if not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the entity matches, or never will."""
+        return self._outcome.done()
+
+    async def result(self) -> Entity:
+        """The entity, as soon as it matches.
+
+        Raises:
+            EntityNotFoundError: it does not exist, was deleted, or has expired.
+        """
+        while self._lifetimes is not None and not self._outcome.done():
+            await asyncio.wait([self._outcome], timeout=_EXPIRY_SECONDS)
+            if self._seen is not None and self._is_over(self._seen):
+                self.see(None)
+        outcome = await self._outcome
+        if isinstance(outcome, StorageError):
+            raise outcome
+        return outcome
+
+
+class Polling:
+    """Reads, in rounds, what the waiters of a store wait for.
+
+    A waiter is read the less often the longer it has waited. The moments are multiples of its pause, so
+    that all waiters of about the same age are read at once.
+    """
+
+    def __init__(self) -> None:
+        self._begun: dict[Waiter, float] = {}
+        self._due: dict[Waiter, float] = {}
+        self._added = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def wait(self, waiter: Waiter, fetch: Fetch) -> Entity:
+        """The result of a waiter.
+
+        Args:
+            fetch: reads the entities of keys; of the same store in all calls.
+        """
+        self._begun[waiter] = self._due[waiter] = monotonic()
+        self._added.set()
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._poll(fetch))
+        try:
+            return await waiter.result()
+        finally:
+            self._begun.pop(waiter, None)
+            self._due.pop(waiter, None)
+            if not self._due:
+                await self._stop()
+
+    async def _stop(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await run_to_completion(asyncio.wait([task]))
+
+    async def close(self) -> None:
+        """Let all waiters end with StoreClosedError."""
+        self._fail(list(self._due), closed())
+        await self._stop()
+
+    async def _poll(self, fetch: Fetch) -> None:
+        while True:
+            now = monotonic()
+            due = [each for each, time in self._due.items() if time <= now]
+            if due:
+                await self._round(due, fetch)
+                continue
+            self._added.clear()
+            pause = min(self._due.values()) - now if self._due else None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._added.wait()
+
+    async def _round(self, waiters: Sequence[Waiter], fetch: Fetch) -> None:
+        keys = list(dict.fromkeys(each.key for each in waiters))
+        try:
+            records = dict(zip(keys, await fetch(keys), strict=True))
+        except Exception as exc:  # noqa: BLE001  # the waiters must not hang
+            if not isinstance(exc, StorageError) or not exc.retryable:
+                self._fail(waiters, as_storage_error(exc))
+        else:
+            for each in waiters:
+                each.see(records[each.key])
+        now = monotonic()
+        for each in waiters:
+            if each.has_ended:
+                self._due.pop(each, None)
+            elif each in self._due:
+                self._due[each] = _next_moment(now, now - self._begun[each])
+
+    def _fail(self, waiters: Sequence[Waiter], error: StorageError) -> None:
+        for each in waiters:
+            each.hear(error.copy())
+
+
+def _next_moment(now: float, age: float) -> float:
+    """When a waiter of some age is read again."""
+    pause = min(max(age / _PAUSES_PER_AGE, _FIRST_PAUSE), _LONGEST_PAUSE)
+    step: float = _FIRST_PAUSE * 2 ** math.floor(math.log2(pause / _FIRST_PAUSE))
+    return (math.floor(now / step) + 1) * step

@@ -1,0 +1,159 @@
+"""Case 110 with processes: a reader that is killed again and again misses nothing of what eight writers
+commit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from hf_async_store.testing.feed import COLLECTIONS, by_entity, feed_of
+from hf_async_store.testing.harness import DisturbsFeeds
+from tests.contract.feed_worker import SHARED
+from tests.contract.harnesses import (
+    DynamoDBHarness,
+    JSONHarness,
+    PostgreSQLHarness,
+    SQLiteHarness,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hf_async_store.testing.harness import Harness
+
+_WRITERS: Final = 8
+_LAST: Final = "the-last-one"
+_SECONDS: Final = 120.0
+_WORKER: Final = Path(__file__).with_name("feed_worker.py")
+
+
+@pytest.fixture(params=["json", "json split", "sqlite", "postgresql", "dynamodb"])
+def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
+    name = str(request.param)
+    if name.startswith("json"):
+        yield JSONHarness(tmp_path, "store.json" if name == "json" else "store")
+    elif name == "sqlite":
+        yield SQLiteHarness(tmp_path)
+    elif name == "dynamodb":
+        yield DynamoDBHarness(request.getfixturevalue("dynamodb_proxy"))
+    else:
+        made = PostgreSQLHarness(request.getfixturevalue("postgres_server"))
+        yield made
+        made.close()
+
+
+class _Processes:
+    """Worker processes by id."""
+
+    def __init__(self) -> None:
+        self.running: set[int] = set()
+
+    def start(self, *arguments: object) -> int:
+        command = [sys.executable, str(_WORKER), *map(str, arguments)]
+        pid = os.posix_spawn(sys.executable, command, dict(os.environ))
+        self.running.add(pid)
+        return pid
+
+    def has_ended(self, pid: int) -> bool:
+        changed, status = os.waitpid(pid, os.WNOHANG)
+        if changed:
+            self.running.discard(pid)
+            assert os.waitstatus_to_exitcode(status) == 0
+        return bool(changed)
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        self.running.discard(pid)
+
+    def end(self) -> None:
+        for each in list(self.running):
+            self.kill(each)
+
+
+async def _begin(harness: Harness) -> str:
+    """The token before everything that the workers write."""
+    async with harness.store(COLLECTIONS) as store, store.watch("notes") as changes:
+        return changes.token
+
+
+async def _create_last(harness: Harness) -> None:
+    async with harness.store(COLLECTIONS) as store:
+        await store.create_entity("notes", {"note_id": _LAST})
+
+
+async def _disturb(harness: Harness) -> None:
+    if isinstance(harness, DisturbsFeeds):
+        async with harness.store(COLLECTIONS) as store:
+            await store.get_entity("notes", "x")
+            await harness.disturb(store)
+
+
+def _rows(log: Path) -> list[tuple[str, str, int]]:
+    rows = [each.split() for each in log.read_text().splitlines()[1:]]
+    return [(row[0], row[1], int(row[2])) for row in rows]
+
+
+def _check(harness: Harness, folder: Path, number: int) -> None:
+    url = harness.url()
+    assert url is not None
+    random = Random(number)
+    read, processes = folder / "read", _Processes()
+    read.write_text(f"{asyncio.run(_begin(harness))}\n")
+    logs = {f"w{each}": folder / f"w{each}" for each in range(_WRITERS)}
+    for log in logs.values():
+        log.write_text("-\n")
+    try:
+        writers = [processes.start("write", url, log, name, number) for name, log in logs.items()]
+        _follow(processes, writers, harness, random, read)
+    finally:
+        processes.end()
+    told = by_entity(_rows(read))
+    for log in logs.values():
+        own = [each for each in _rows(log) if each[1] not in SHARED]
+        for entity_id, versions in by_entity(own).items():
+            assert told.get(entity_id) == versions
+    for each in SHARED:
+        versions = sorted(v for log in logs.values() for _, i, v in _rows(log) if i == each)
+        assert told.get(each, []) == [("put", v) for v in versions]
+
+
+def _follow(
+    processes: _Processes, writers: list[int], harness: Harness, random: Random, read: Path
+) -> None:
+    """Let a reader read until the end, and kill it now and then as long as the writers run."""
+    url = harness.url()
+    deadline = time.monotonic() + _SECONDS
+    reader = processes.start("read", url, read, _LAST, 0)
+    while writers:
+        time.sleep(random.uniform(0.5, 1.5))
+        assert time.monotonic() < deadline, "the writers hang"
+        processes.kill(reader)
+        asyncio.run(_disturb(harness))
+        reader = processes.start("read", url, read, _LAST, 0)
+        writers = [each for each in writers if not processes.has_ended(each)]
+    asyncio.run(_create_last(harness))
+    while not processes.has_ended(reader):
+        assert time.monotonic() < deadline, "the reader hangs"
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(300)
+def test_110_a_killed_reader_misses_nothing(harness: Harness, tmp_path: Path) -> None:
+    feed_of(harness)
+    _check(harness, tmp_path, 60)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_110_a_killed_reader_misses_nothing_of_much(harness: Harness, tmp_path: Path) -> None:
+    feed_of(harness)
+    _check(harness, tmp_path, 300)
