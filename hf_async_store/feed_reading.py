@@ -147,10 +147,18 @@ class SharedFeed:
                 return
             self._begun += 1
             await self._read_on()
-            if not self.is_awaited:
-                self.end = await self._position(self.collection)
-                self.generation += 1
+            while not self.is_awaited and not await self._skip():
+                await self._read_on()
             self._completed = self._begun
+
+    async def _skip(self) -> bool:
+        """Move the shared end without reading; False if somebody has begun to wait there meanwhile."""
+        position = await self._position(self.collection)
+        if self.is_awaited:
+            return False
+        self.end = position
+        self.generation += 1
+        return True
 
     async def follow(self) -> None:
         """Read what follows the shared end, for those who wait there."""

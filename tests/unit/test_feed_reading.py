@@ -155,12 +155,35 @@ async def test_110_watchers_get_everything_once_and_in_order(seed: int) -> None:
     scenario = Scenario(seed)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         group.create_task(scenario.write())
-        for _ in range(6):
+        for _ in range(1 + seed % 4):
             group.create_task(scenario.watch())
-        for _ in range(3):
+        for _ in range(seed % 3):
             group.create_task(scenario.listen())
     assert scenario.engine.waiting == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_110_a_watcher_that_comes_while_the_end_is_looked_up() -> None:
+    scenario = Scenario(4)
+    engine, reader = scenario.engine, scenario.reader
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def slow_position(collection: str) -> str:
+        asked.set()
+        await answered.wait()
+        return f"{len(engine.entries)}.0"
+
+    async with asyncio.timeout(20), reader.using("jobs", slow_position) as feed:
+        advancing = asyncio.create_task(feed.advance())
+        await asked.wait()
+        changes = Changes(feed, "0.0", EVERYTHING, lambda: None)
+        waiting = asyncio.ensure_future(cast("Any", anext(changes)))
+        while not feed.is_awaited:
+            await asyncio.sleep(0)
+        engine.append()
+        answered.set()
+        await advancing
+        assert (await waiting).version == 0
 
 
 async def test_113_all_end_with_an_error_of_their_own() -> None:
