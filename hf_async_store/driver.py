@@ -264,10 +264,13 @@ class FeedBatch(msgspec.Struct, frozen=True):
         entries: the changes, in the order of the feed.
         position: where the feed goes on after them. If nothing was committed since, it is the position that
             was given, so that readers at the same place have the same position.
+        is_end: without entries, nothing was committed after the position that was given. False if there
+            may be more, which is found only by further reads.
     """
 
     entries: list[FeedEntry]
     position: str
+    is_end: bool = True
 
 
 class SchemaChange(msgspec.Struct, frozen=True):

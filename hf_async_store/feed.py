@@ -139,7 +139,7 @@ class Changes(AsyncIterator[EntityChange]):
             self._next_position = batch.position
             return
         self._position = batch.position
-        if await feed.may_wait(batch.position, generation):
+        if batch.is_end and await feed.may_wait(batch.position, generation):
             self._position = await feed.changed()
 
     def end(self) -> None:

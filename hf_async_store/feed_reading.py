@@ -174,7 +174,9 @@ class SharedFeed:
                 continue
             self.end = batch.position
             if not batch.entries:
-                return
+                if batch.is_end:
+                    return
+                continue
             self.generation += 1
             for entry in batch.entries:
                 for entity_id in (entry.key.id, None):

@@ -549,7 +549,7 @@ class MigrationRouter(Engine):
             FeedEntry(each.key, each.before, each.after, _marked(each.position, route.term))
             for each in batch.entries
         ]
-        return FeedBatch(entries, _marked(batch.position, route.term))
+        return FeedBatch(entries, _marked(batch.position, route.term), batch.is_end)
 
     async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
         route = await self.current_route()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +23,7 @@ from hf_async_store import (
 )
 from hf_async_store.strategies.dynamodb.feed_positions import Mark, Position, position_in
 from hf_async_store.values import Key
-from tests.dynamodb.proxy import Changed, Cut, throttled
+from tests.dynamodb.proxy import Answer, Changed, Cut, throttled
 from tests.dynamodb.support import new_prefix, store_at
 from tests.dynamodb.virtual_shards import VirtualShards
 
@@ -458,3 +459,53 @@ async def test_damaged_answers_are_errors(proxy: Proxy) -> None:
         with pytest.raises(Exception, match="not a response to GetRecords") as caught:
             await store._dynamodb.read_feed("jobs", begin, 10)
         assert type(caught.value).__name__ == "ProtocolError"
+
+
+async def test_a_watcher_that_goes_on_at_the_end_of_a_shard_reads_what_others_have_read(
+    proxy: Proxy,
+) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix, FED) as store:
+        await store.create_entity("jobs", {"job_id": "old"})
+        shards = VirtualShards(proxy, f"{prefix}_jobs")
+        async with store.watch("jobs") as first:
+            await store.create_entity("jobs", {"job_id": "a"})
+            token = (await anext(first)).token
+            shards.split()
+            ids = {"b", "c", "d"}
+            await store.create_entities("jobs", [{"job_id": each} for each in ids])
+            assert {(await anext(first)).id for _ in ids} == ids
+            waiting = asyncio.create_task(anext(first))
+            await asyncio.sleep(0.5)
+            async with asyncio.timeout(10), store.watch("jobs", since=token) as second:
+                assert {(await anext(second)).id for _ in ids} == ids
+            waiting.cancel()
+
+
+async def test_empty_pages_before_records_are_not_the_end(proxy: Proxy) -> None:
+    """GetRecords may have to be called several times before it returns the next records."""
+    prefix = new_prefix()
+    empty = 0
+
+    def rule(request: Request) -> Any:
+        nonlocal empty
+        if request.operation != "GetRecords" or not empty:
+            return None
+        empty -= 1
+        iterator = request.params["ShardIterator"]
+        return Answer(200, {"Records": [], "NextShardIterator": iterator})
+
+    proxy.rule = rule
+    async with store_at(proxy.url, prefix, FED) as store:
+        async with store.watch("jobs") as first:
+            ids = [f"j{each}" for each in range(20)]  # more batches than are kept for others
+            tokens = []
+            for each in ids:
+                await store.create_entity("jobs", {"job_id": each})
+                tokens.append((await anext(first)).token)
+            waiting = asyncio.create_task(anext(first))
+            await asyncio.sleep(0.5)
+            empty = 3
+            async with asyncio.timeout(10), store.watch("jobs", since=tokens[0]) as second:
+                assert [(await anext(second)).id for _ in ids[1:]] == ids[1:]
+            waiting.cancel()

@@ -150,7 +150,10 @@ class Feed:
         with _public(collection):
             for some in chunks(places, PARALLEL):
                 parts += await gather([self._read_shard(collection, each, most) for each in some])
-            return await self._batch(collection, position, dict(zip(places, parts, strict=True)))
+            batch = await self._batch(collection, position, dict(zip(places, parts, strict=True)))
+        if not batch.is_end and batch.position == since:
+            await asyncio.sleep(_FIRST_PAUSE)
+        return batch
 
     async def _check_stream(self, collection: str, position: Position) -> None:
         """Check that a position is in the present stream of the collection.
@@ -185,7 +188,10 @@ class Feed:
         ended = [each.shard for each, part in parts.items() if part.has_ended]
         if ended:
             await self._go_on(collection, position, marks, ended)
-        return FeedBatch(entries, Position(position.stream, marks).text())
+        is_end = (
+            not entries and marks == position.shards and not any(map(self._shards.is_behind, parts))
+        )
+        return FeedBatch(entries, Position(position.stream, marks).text(), is_end)
 
     async def _go_on(
         self, collection: str, position: Position, marks: dict[str, Mark], ended: Sequence[str]

@@ -68,6 +68,7 @@ class Shards:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._iterators: dict[Place, tuple[str, float]] = {}
+        self._latest: dict[tuple[str, str], int] = {}  # by shard, the latest record that was read
 
     async def listed(self, stream: str) -> dict[str, Shard]:
         """The shards that the stream still contains, by id."""
@@ -110,7 +111,27 @@ class Shards:
         elif following:
             number = records[-1]["dynamodb"]["SequenceNumber"]
             self._keep(place._replace(mark=type(place.mark)(number)), following)
+        if records:
+            self._note_latest(place, int(records[-1]["dynamodb"]["SequenceNumber"]))
         return Page(records, not following)
+
+    def is_behind(self, place: Place) -> bool:
+        """Whether records after a place were read before.
+
+        A page without records is no proof that none follow: several may have to be read first.
+        """
+        mark = place.mark
+        if mark.since and not mark.number:
+            return False  # the place is that of an iterator, or of a time
+        number = int(mark.number or 0)
+        latest = self._latest.get(place[:2], -1)
+        return number <= latest if mark.is_next else number < latest
+
+    def _note_latest(self, place: Place, number: int) -> None:
+        shard = place[:2]
+        self._latest[shard] = max(self._latest.pop(shard, -1), number)
+        if len(self._latest) > _MAX_ITERATORS:
+            del self._latest[next(iter(self._latest))]
 
     async def _records(self, place: Place, limit: int) -> dict[str, Any]:
         number = min(limit, _MAX_RECORDS)
