@@ -139,9 +139,14 @@ def _has_failed_precondition(error: StorageError, headers: Headers) -> bool:
 
 
 def _detail(error: StorageError) -> str:
-    if isinstance(error, UniqueViolationError):  # its message names another entity
-        return f"another entity of {error.collection} has the same {error.field}"
-    return str(error)
+    text = str(error)
+    quoted: BaseException | None = error  # also an error in whose text it is
+    while quoted is not None:
+        if isinstance(quoted, UniqueViolationError):  # its message names another entity
+            shown = f"another entity of {quoted.collection} has the same {quoted.field}"
+            text = text.replace(str(quoted), shown)
+        quoted = quoted.__cause__
+    return text
 
 
 def _place(error: StorageError) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from hf_async_store import (
     ABSENT,
     AlreadyExistsError,
     BatchError,
+    Collection,
     ConcurrencyConflictError,
     CorruptionError,
     EntityNotFoundError,
+    Field,
+    Index,
     InvalidInputError,
     InvalidQueryError,
     LockTimeoutError,
@@ -25,6 +29,7 @@ from hf_async_store import (
     TransactionAbortedError,
     UnavailableError,
     UniqueViolationError,
+    open_store,
 )
 from hf_async_store.driver import ANY
 from hf_async_store.integrations.http import (
@@ -146,6 +151,37 @@ def test_the_entity_is_named_and_another_one_is_not() -> None:
         "retryable": False,
         "outcome_unknown": False,
     }
+
+
+async def test_another_entity_is_not_named_by_an_error_that_quotes_one_about_it() -> None:
+    users = Collection(
+        "users", key="id", fields=[Field("n", "integer")], indexes=[Index("n", unique=True)]
+    )
+    new = [{"id": "u-1", "n": 1}, {"id": "u-2", "n": 1}]
+    errors: list[StorageError] = []
+
+    async def in_a_transaction(store: StorageStrategy) -> None:
+        async with store.begin_transaction() as tx:
+            with suppress(UniqueViolationError):
+                await tx.create_entities("users", new)
+
+    async with open_store("memory:", collections=[users]) as store:
+        await store.create_entity("users", {"id": "secret", "n": 1})
+        with pytest.raises(BatchError) as batch:
+            await store.create_entities("users", new)
+        errors.append(batch.value)
+        with pytest.raises(TransactionAbortedError) as aborted:
+            await in_a_transaction(store)
+        errors.append(aborted.value)
+        await store.save_entity("users", {"id": "u-1", "n": 2})
+        with pytest.raises(PartialChangeError) as partial:
+            await store.update_where("users", {"n": 2}, {"n": 1})
+        errors.append(partial.value)
+    for each in errors:
+        assert "'secret'" in str(each)
+        document = problem_of(each).document
+        assert "secret" not in repr(document)
+        assert "another entity of users has the same n" in document["detail"]
 
 
 def test_a_conflict_is_412_if_the_client_sent_the_version() -> None:
