@@ -727,7 +727,8 @@ class StorageStrategy(WatchedStore):
 
         Those that have expired, too. They are deleted in batches, children before parents, each
         independently, so that one that is created meanwhile may stay. Claims of entities end with them;
-        named locks, what is recorded of declarations, and collections of other programs are kept.
+        named locks and subscriptions, what is recorded of declarations, and collections of other programs
+        are kept.
 
         Args:
             collection: only this one; None: all collections.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -35,8 +35,8 @@ TMP_PATH: Final = "{tmp_path}"
 WORKER: Final = "{worker}"
 
 _WORKER_VARIABLE: Final = "PYTEST_XDIST_WORKER"
-_SEEN: Final = pytest.StashKey[set[str]]()
-"""The URLs that had no entities before the first test."""
+_SEEN: Final = pytest.StashKey[dict[str, set[str]]]()
+"""By URL, the collections that had no entities before the first test that declares them."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -121,32 +121,48 @@ def hf_new_store(
     if TMP_PATH in hf_store_url or not new_store().capabilities.durable:
         yield new_store
         return
-    seen = pytestconfig.stash.setdefault(_SEEN, set())
-    if url not in seen:
-        _run_in_thread(_refuse_entities(new_store()))
-        seen.add(url)
+    seen = pytestconfig.stash.setdefault(_SEEN, {}).setdefault(url, set())
+    store = new_store()
+    new = {*store.collections} - seen
+    if new:
+        _run_in_thread(_refuse_data(store, new))
+        seen |= new
     yield new_store
     _run_in_thread(_clear(new_store()))
 
 
-async def _refuse_entities(store: StorageStrategy) -> None:
-    """Refuse a store that has entities before the first test: it may not be one for tests.
+async def _refuse_data(store: StorageStrategy, collections: Set[str]) -> None:
+    """Refuse a store that has entities or subscriptions before the first test: it may not be for tests.
 
     Raises:
         UsageError: it has.
     """
     async with store:
-        for each in store.collections:
-            if await store.query_entities(each, limit=1):
-                raise pytest.UsageError(
-                    f"the store of {URL} has entities of {each}, which these tests would delete. If they "
-                    "may be deleted, `await store.clear()` does so"
-                )
+        found = [
+            f"entities of {each}"
+            for each in collections
+            if await store.query_entities(each, limit=1)
+        ]
+        found += [f"the subscription {each!r}" for each in await _subscriptions(store, collections)]
+    if found:
+        raise pytest.UsageError(
+            f"the store of {URL} has {found[0]}, which these tests would delete. If they may be deleted, "
+            "`await store.clear()` and `await store.drop_subscription(name)` do so"
+        )
 
 
 async def _clear(store: StorageStrategy) -> None:
     async with store:
         await store.clear()
+        for each in await _subscriptions(store, store.collections):
+            await store.drop_subscription(each)
+
+
+async def _subscriptions(store: StorageStrategy, collections: Container[str]) -> list[str]:
+    """The names of the subscriptions to these collections."""
+    if not store.capabilities.feed:
+        return []
+    return [each.name for each in await store.subscriptions() if each.collection in collections]
 
 
 def _run_in_thread(work: Coroutine[Any, Any, None]) -> None:

@@ -309,6 +309,45 @@ def test_data_of_somebody_else_is_not_deleted(tmp_path: Path) -> None:
     assert data.read_text() == content
 
 
+SEVERAL = """
+import pytest
+from hf_async_store import Collection, InvalidInputError
+
+pytestmark = pytest.mark.asyncio
+
+JOBS = Collection("jobs", key="job_id", feed=60)
+PEOPLE = Collection("people", key="person_id")
+
+
+@pytest.fixture
+def hf_store_collections(request):
+    return [PEOPLE] if "people" in request.node.name else [JOBS]
+
+
+@pytest.mark.parametrize("turn", range(2))
+async def test_jobs(hf_store, turn):
+    async with hf_store.subscribe("consumer", "jobs") as changes:
+        await hf_store.create_entity("jobs", {"job_id": f"j-{turn}"})
+        change = await anext(changes)
+        assert change.id == f"j-{turn}"
+        await changes.advance(change)
+
+
+async def test_people(hf_store):
+    await hf_store.create_entity("people", {"person_id": "new"})
+"""
+
+
+def test_nothing_is_left_of_a_test_and_no_collection_is_cleared_unseen(tmp_path: Path) -> None:
+    content = '{"people": {"p-1": {"person_id": "p-1", "version": 1}}}'
+    data = tmp_path / "data.json"
+    data.write_text(content)
+    (tmp_path / "test_several.py").write_text(SEVERAL)
+    done = run(tmp_path, f"--hf-store-url=json:{data}", "test_several.py")
+    assert "has entities of people, which these tests would delete" in done.stdout, done.stdout
+    assert "2 passed, 1 error" in done.stdout, done.stdout
+
+
 def test_workers_do_not_share_a_store(tmp_path: Path) -> None:
     shared = run(tmp_path, "-n2", "--dist=each", f"--hf-store-url=json:{tmp_path}/data")
     assert "each worker needs its store" in shared.stdout
