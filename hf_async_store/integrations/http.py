@@ -38,7 +38,7 @@ from hf_async_store.errors import (
     UniqueViolationError,
 )
 from hf_async_store.query import Page
-from hf_async_store.values import CREATED_AT, Entity, version_of
+from hf_async_store.values import CREATED_AT, UPDATED_AT, Entity, version_of
 
 Headers: TypeAlias = Mapping[str, str]
 
@@ -159,7 +159,8 @@ def _place(error: StorageError) -> dict[str, Any]:
 # -- entity tags ----------------------------------------------------------------------------
 #
 # A tag is a strong validator (RFC 9110, section 8.8.1): it is another one after every change. The version
-# alone begins again at 1 if an entity is deleted and created again, so its time of creation is part of it.
+# alone begins again at 1 if an entity is deleted and created again, so the times of its creation, which the
+# caller may give, and of its last change are part of it.
 
 _TAG: Final = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 _TAGS: Final = re.compile(rf"\s*{_TAG.pattern}\s*(?:,\s*(?:{_TAG.pattern}\s*)?)*")
@@ -169,8 +170,8 @@ _ANYTHING: Final = "*"
 
 def entity_tag(entity: Entity) -> str:
     """The ETag of an entity, which is another one after every change of the entity."""
-    created = blake2s(repr(entity.get(CREATED_AT)).encode(), digest_size=6).hexdigest()
-    return f'"{version_of(entity)}-{created}"'
+    times = repr((entity.get(CREATED_AT), entity.get(UPDATED_AT)))
+    return f'"{version_of(entity)}-{blake2s(times.encode(), digest_size=6).hexdigest()}"'
 
 
 def expected_version(headers: Headers) -> int | Expect:

@@ -224,10 +224,13 @@ def test_what_an_error_says_of_the_server_is_not_shown() -> None:
 # -- entity tags ----------------------------------------------------------------------------
 
 
-async def test_a_tag_is_another_one_after_every_change(hf_store: StorageStrategy) -> None:
+@pytest.mark.parametrize("given", [{}, {"created_at": "2026-01-01T00:00:00Z"}])
+async def test_a_tag_is_another_one_after_every_change(
+    hf_store: StorageStrategy, given: dict[str, str]
+) -> None:
     seen = []
     for _ in range(2):
-        await hf_store.create_entity("templates", {"template_id": "t"})
+        await hf_store.create_entity("templates", {"template_id": "t", **given})
         for name in ("x", "y"):
             await hf_store.update_entity("templates", "t", {"name": name})
             entity = await hf_store.get_entity("templates", "t")
