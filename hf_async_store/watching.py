@@ -97,12 +97,22 @@ class WatchedStore(RepositoryInterface):
         self._usable()
         if position is None:
             position = await self._feed_position(collection)
+        else:
+            await self._check_kept(collection, position)
         async with self._feeds.using(collection, self._feed_position) as feed:
             changes = Changes(feed, position, where, self._refuse_unopened)
             try:
                 yield changes
             finally:
                 changes.end()
+
+    async def _check_kept(self, collection: str, position: str) -> None:
+        """Raise at once the error that would end a watch from a position."""
+        try:
+            await self._feeds.engine.read_feed(collection, position, 1)
+        except StorageError as exc:
+            if not exc.retryable:
+                raise
 
     def _refuse_without_feed(self, collection: str) -> None:
         if self._schema[collection].feed is None:

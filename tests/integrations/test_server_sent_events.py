@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from starlette.applications import Starlette
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Message
 
+    from hf_async_store.strategies.memory import MemoryEngine
     from hf_async_store_bench.servers import PostgresServer
 
 pytestmark = pytest.mark.hf_sampled
@@ -239,6 +240,29 @@ async def test_errors_before_and_after_the_first_event(
             while not client.ended:
                 await asyncio.sleep(0)
     assert client.status == status
+
+
+async def test_a_token_whose_changes_are_not_kept_or_of_another_store_is_an_error() -> None:
+    app = Starlette(routes=[Route("/changes", changes)], exception_handlers=EXCEPTION_HANDLERS)
+    tokens = []
+    for _ in range(2):
+        async with open_store("memory:", collections=[MACHINES]) as store:
+            async with store.watch("machines") as watch:
+                tokens.append(watch.token)
+                await write(store, "a")
+            if len(tokens) == 1:
+                continue
+            feed = cast("MemoryEngine", store.engine).feed("machines")
+            feed.remove(len(feed))
+            set_store(app, store)
+            statuses = []
+            for token in tokens:
+                async with connected(app, last_event_id=token) as client:
+                    async with asyncio.timeout(SECONDS):
+                        while not client.ended:
+                            await asyncio.sleep(0)
+                    statuses.append(client.status)
+            assert statuses == [422, 410]
 
 
 async def test_a_closed_store_ends_the_stream() -> None:
