@@ -163,7 +163,7 @@ def _place(error: StorageError) -> dict[str, Any]:
 # caller may give, and of its last change are part of it.
 
 _TAG: Final = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
-_TAGS: Final = re.compile(rf"\s*{_TAG.pattern}\s*(?:,\s*(?:{_TAG.pattern}\s*)?)*")
+_TAGS: Final = re.compile(rf"[\s,]*{_TAG.pattern}\s*(?:,\s*(?:{_TAG.pattern}\s*)?)*")
 _VERSION: Final = re.compile(r'"(\d{1,18})-[0-9a-f]{12}"')
 _ANYTHING: Final = "*"
 
@@ -224,7 +224,7 @@ def is_match(headers: Headers, entity: Entity | None) -> bool:
     match = headers.get("if-match")
     if match is None or entity is None:
         return match is None
-    return match.strip() == _ANYTHING or entity_tag(entity) in _strong_tags(match)
+    return match.strip() == _ANYTHING or entity_tag(entity) in _tags(match)
 
 
 def is_none_match(headers: Headers, entity: Entity | None) -> bool:

@@ -302,6 +302,19 @@ def test_preconditions_on_an_entity() -> None:
     assert not is_match({"if-match": f"W/{TAG}"}, entity)
 
 
+@pytest.mark.parametrize("header", ["if-match", "if-none-match"])
+@pytest.mark.parametrize("value", ["3", f"x{TAG}", f"{TAG} x", f"{TAG} {TAG}", ""])
+def test_malformed_preconditions_are_refused(header: str, value: str) -> None:
+    with pytest.raises(InvalidInputError):
+        check_preconditions({header: value}, ENTITY)  # type: ignore[arg-type]
+
+
+def test_empty_elements_of_a_list_are_ignored() -> None:
+    for value in (f", {TAG}", f" ,, {TAG},", f'"other",,{TAG}'):
+        check_preconditions({"if-match": value}, ENTITY)  # type: ignore[arg-type]
+    assert expected_version({"if-match": f", {TAG} ,"}) == 3
+
+
 # -- pages ----------------------------------------------------------------------------------
 
 
