@@ -33,6 +33,8 @@ class Faults:
     A write is one request to the engine or one commit: the changes of a batch fail together, and so do
     those of tasks that share a commit. A transaction fails at its end. Claiming, renewing and releasing
     are no writes in this sense; what is changed under a claim is, and so is what it is finished with.
+    Statements and conditions in the language of the engine (`execute_with_lock`, `condition_expression`)
+    do not meet faults.
     """
 
     def __init__(self, store: StorageStrategy) -> None:
