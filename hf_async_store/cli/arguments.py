@@ -367,6 +367,46 @@ _QUERY: Final = (
     _repeatable("--fields", "A,B", "show only these fields, the key and the version"),
     _flag("--explain", "show the query plan instead of running the query"),
 )
+_FORMAT: Final = _argument(
+    "--format", "csv|jsonl", "the format of the file", choices=("csv", "jsonl"), required=True
+)
+_EXPORT: Final = (
+    _COLLECTION,
+    _FILTERS,
+    _FORMAT,
+    _ORDER,
+    _argument("--limit", "N", "maximum number of entities", type=_integer),
+    _repeatable("--fields", "A,B", "write only these fields, the key and the version"),
+    _argument("--output", "FILE", "write to this file instead of stdout"),
+)
+
+
+def _existing(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    for option, constant, text in (
+        ("--update", "update", "set the fields of the row in entities that exist; others are kept"),
+        ("--replace", "replace", "replace entities that exist as a whole"),
+        ("--skip-existing", "skip", "leave entities that exist as they are"),
+    ):
+        group.add_argument(option, dest="existing", action="store_const", const=constant, help=text)
+
+
+_IMPORT: Final = (
+    _COLLECTION,
+    _argument("file", "FILE | -", "the file, or - to read stdin"),
+    _FORMAT,
+    _argument("--key", "NAME", "the column or field that holds the id (default: the key field)"),
+    _existing,
+    _flag("--keep-versions", "store the versions and timestamps of the file, as a restore does"),
+    _flag("--dry-run", "write nothing; check each row, and whether its entity exists"),
+    _argument(
+        "--from-line",
+        "N",
+        "skip the rows that begin before this line of the file",
+        type=_at_least_one,
+        default=1,
+    ),
+)
 _CHECKPOINT: Final = _argument(
     "--recover-from",
     "file|journal|salvage",
@@ -599,6 +639,38 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"deleted entities is shown.\n\n{_FILTER_HELP}\n"
         f"  {PROGRAM} delete-where requests status=COMPLETED completed_at:lt=2025-01-01\n"
         f"  {PROGRAM} delete-where machines status=TERMINATED --order updated_at --limit 1000\n",
+    ),
+    "export": Command(
+        "export COLLECTION [FILTER...] --format csv|jsonl [OPTIONS]",
+        "write the entities that match all filters to a file, or to stdout",
+        f"{_CLI}.transfer_commands:export",
+        _EXPORT,
+        "A file of JSON lines holds an entity in each line. A CSV file has a column for the key, for each\n"
+        "declared field and for the version, and the column *: a JSON object of all other fields. An\n"
+        "empty cell is a field that the entity does not have. Text and timestamps are written as they\n"
+        'are, unless they are empty, null or begin with "; everything else is written as JSON. So\n'
+        "`import` reads equal entities. A file gets its name when it is complete. To copy a store as a\n"
+        f"whole, use `backup`.\n\n{_FILTER_HELP}\n"
+        f"  {PROGRAM} export machines --format csv --output machines.csv\n"
+        f"  {PROGRAM} export machines status=RUNNING --format jsonl --fields name | gzip > m.gz\n",
+    ),
+    "import": Command(
+        "import COLLECTION FILE --format csv|jsonl [OPTIONS]",
+        "create entities from a file of `export`, or of another program",
+        f"{_CLI}.transfer_commands:import_",
+        _IMPORT,
+        "The file may have any size: it is read and written in batches of 1,000 rows. `export --help`\n"
+        "describes the format; the first line of a CSV file names the columns. Names that are not\n"
+        "declared become fields, too; their cells are text if they are not JSON.\n\n"
+        "A row that is not valid, or whose entity exists, is refused and reported with its line; the\n"
+        "others are imported. The versions of the file are ignored, unless --keep-versions is given.\n"
+        "--dry-run does not check references.\n\n"
+        "Ctrl-C ends the import after the batch that is being written, and the command says how to go\n"
+        "on; a second Ctrl-C ends it at once.\n\n"
+        f"  {PROGRAM} import machines machines.csv --format csv --dry-run\n"
+        f"  {PROGRAM} import machines hosts.csv --format csv --key hostname --update\n"
+        f"  {PROGRAM} export machines --format jsonl | \\\n"
+        f"      {PROGRAM} import machines - --format jsonl --keep-versions --store json:copy.json\n",
     ),
     "purge": Command(
         "purge [COLLECTION] [OPTIONS]",

@@ -17,6 +17,9 @@ NOT_FOUND: Final = 1
 USAGE: Final = 2
 CONFLICT: Final = 3
 STORAGE: Final = 4
+INTERRUPTED: Final = 130
+BROKEN_PIPE: Final = 141
+"""The exit codes that shells use for programs that a signal ended: 128 + the signal number."""
 
 _MAX_SHOWN: Final = 10
 """Maximum number of errors of a batch that are reported one by one."""
