@@ -742,6 +742,19 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"  {PROGRAM} claims list requests\n"
         f"  {PROGRAM} claims break requests req-1\n",
     ),
+    "shell": Command(
+        "shell [OPTIONS]",
+        "an interactive Python prompt with the store opened",
+        f"{_CLI}.shell_command:shell",
+        (_flag("--read-only", "`store` has no methods that write, as a protection from mistakes"),),
+        "`store` is the opened store, and all names of hf_async_store are imported. Statements may\n"
+        "contain `await`. Ctrl-C ends the statement, Ctrl-D the shell. The history is kept in\n"
+        "$XDG_STATE_HOME/hf-async-store/shell_history (~/.local/state). If stdin is not a terminal, its\n"
+        "statements are run until one fails. A statement without `await` runs outside of the event loop.\n"
+        "--timeout is not used.\n\n"
+        f"  {PROGRAM} shell\n"
+        f"  {PROGRAM} shell --read-only <<< 'await store.count_entities(\"machines\")'\n",
+    ),
     "checkpoint": Command(
         "checkpoint [OPTIONS]",
         "write all commits from the journal to the data files (JSON stores)",
