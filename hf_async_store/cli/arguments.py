@@ -105,9 +105,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         InvalidInputError: the arguments are not valid.
         SystemExit: after `--help` or `--version`.
     """
-    arguments = _top_parser().parse_args(_join_order(argv))
+    arguments = top_parser().parse_args(_join_order(argv))
     name = arguments.command or ""
-    command = COMMANDS.get(name) or _of_another_package(name)
+    command = command_of(name)
     if command is None:
         raise InvalidInputError(_no_command(name))
     parser = parser_of(name, command)
@@ -136,7 +136,8 @@ def parser_of(name: str, command: Command) -> argparse.ArgumentParser:
     return parser
 
 
-def _top_parser() -> argparse.ArgumentParser:
+def top_parser() -> argparse.ArgumentParser:
+    """The parser that finds the command."""
     width = _name_width()
     names = "\n".join(f"  {name:<{width}}{each.summary}" for name, each in COMMANDS.items())
     parser = _TopParser(
@@ -166,9 +167,10 @@ class _TopParser(_Parser):
         return super().format_help()
 
 
-def _of_another_package(name: str) -> Command | None:
-    if not name:
-        return None
+def command_of(name: str) -> Command | None:
+    """The command with this name, of this or of another package; None if there is none."""
+    if name in COMMANDS or not name:
+        return COMMANDS.get(name)
     from hf_async_store.cli.extensions import find
 
     return find(name)
@@ -754,6 +756,53 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "--timeout is not used.\n\n"
         f"  {PROGRAM} shell\n"
         f"  {PROGRAM} shell --read-only <<< 'await store.count_entities(\"machines\")'\n",
+    ),
+    "top": Command(
+        "top [OPTIONS]",
+        "watch what happens in the store: entities, changes, claims, sizes, problems",
+        f"{_CLI}.top_command:top",
+        (
+            _argument(
+                "--interval",
+                "SECONDS",
+                "time between two looks (default: 2; 60 if counting reads all entities, as on DynamoDB)",
+                type=_seconds,
+            ),
+            _flag("--once", "look for one interval, show what was seen, and end"),
+        ),
+        "For each collection: the number of entities, by how much it changes, the changes per second if\n"
+        "it has a feed, and the claims that are held, with the one that this command has seen for the\n"
+        "longest time. Besides: named locks, sizes, connections, and what `health` reports, every 30\n"
+        "seconds. `slow here` are queries of this command itself: programs report their own by\n"
+        "`health()`. q or Ctrl-C ends it. If stdout is not a terminal, or with --json, each look is a\n"
+        "line of JSON. --timeout is that of one look. With --once, the exit code is 4 if there is a\n"
+        "problem.\n\n"
+        f"  {PROGRAM} top\n"
+        f"  {PROGRAM} top --once --json --interval 10\n",
+    ),
+    "completion": Command(
+        "completion bash|zsh|fish",
+        "print a script by which a shell completes command lines",
+        f"{_CLI}.completion_command:completion",
+        (
+            _argument(
+                "action",
+                "SHELL",
+                "bash, zsh or fish; or `words`, which the scripts use",
+                choices=("bash", "zsh", "fish", "words"),
+            ),
+            _argument(
+                "words",
+                "WORD",
+                "words: those typed so far, the last of which may be empty",
+                nargs="*",
+            ),
+        ),
+        "Commands, options, their choices and collections are completed. Collections are those that the\n"
+        "configuration names, or that a JSON or SQLite store remembers: no server is asked.\n\n"
+        f"  bash: add to ~/.bashrc              source <({PROGRAM} completion bash)\n"
+        f"  zsh:  add to ~/.zshrc, after compinit  source <({PROGRAM} completion zsh)\n"
+        f"  fish: {PROGRAM} completion fish > ~/.config/fish/completions/{PROGRAM}.fish\n",
     ),
     "checkpoint": Command(
         "checkpoint [OPTIONS]",

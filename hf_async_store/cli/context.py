@@ -63,7 +63,7 @@ class Context:
         self, arguments: Namespace, *, also: Iterable[Collection] = (), tolerant: bool = False
     ) -> None:
         self.arguments = arguments
-        self.config = _config_of(arguments)
+        self.config = config_of(arguments)
         try:
             self.schema = declared_schema(arguments, self.config, also=also)
         except StorageError as exc:
@@ -255,7 +255,8 @@ def path_of(argument: str) -> Path:
 # -- configuration --------------------------------------------------------------------------
 
 
-def _config_of(arguments: Namespace) -> StorageConfig:
+def config_of(arguments: Namespace) -> StorageConfig:
+    """The configuration that the arguments or the environment name."""
     if arguments.store is not None and arguments.config is not None:
         raise ConfigurationError("give either --store or --config, not both")
     if arguments.config is not None:
