@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import StorageError
+from hf_async_store.event_loop import in_thread
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile
 from hf_async_store.strategies.json.files import (
@@ -107,14 +108,14 @@ class JournalWriter:
             payload.append(chunk)
             if len(chunk) > _LARGE_CHUNK:
                 await asyncio.sleep(0)
-        kind = Kind.COMMIT
+        kind, size = Kind.COMMIT, sum(map(len, payload))
         if fed:
             kind = Kind.FED_COMMIT
             before = await state.before({name: images[name] for name in fed})
             payload = await _fed_payload(payload, before)
         merged = await state.merged(images)
         try:
-            await self._append(state, kind, payload, images, merged)
+            await self._append(state, kind, payload, images, merged, size)
         finally:
             await state.reclaim()
 
@@ -123,7 +124,7 @@ class JournalWriter:
         sequence = state.sequence
         try:
             kind, payload = control(body)
-            await self._append(state, kind, [payload], {}, {})
+            await self._append(state, kind, [payload], {}, {}, 0)
         finally:
             # Even if its sync failed: readers find the SEAL in the file.
             if isinstance(body, Seal) and state.sequence > sequence:
@@ -136,17 +137,19 @@ class JournalWriter:
         payload: Sequence[bytes],
         images: Images,
         merged: Merged,
+        images_size: int,
     ) -> None:
         size = sum(map(len, payload))
         if size > _LARGE_RECORD:
             # Computing its checksum, or joining its chunks, would block the event loop.
-            head = await asyncio.to_thread(header, kind, payload, state.sequence)
+            head = await in_thread(header, kind, payload, state.sequence)
             data = [head, *payload]
         else:
             head = header(kind, payload, state.sequence)
             data = [b"".join((head, *payload))]
         check = header_check(head) if kind is Kind.FED_COMMIT else None
-        append = PendingAppend(images, merged, state.offset + HEADER_SIZE + size, size, check)
+        end = state.offset + HEADER_SIZE + size
+        append = PendingAppend(images, merged, end, images_size, check)
         path = self._files.journal_path(state.generation)
         job = _AppendJob(_writer(state, path), data, state.offset, self._is_synced(state, kind))
         self._threads.submit(job.run)
@@ -205,10 +208,10 @@ class JournalWriter:
         images, state.replayed = state.replayed, {}
         rest = b""
         if any(images.values()):
-            rest = await asyncio.to_thread(_commit_record, images)
+            rest = await in_thread(_commit_record, images)
         try:
             if state.unread:
-                await asyncio.to_thread(self._files.keep_damaged, state.unread)
+                await in_thread(self._files.keep_damaged, state.unread)
         except OSError as exc:
             raise translate_os_error(exc, f"copy a journal in {self._files.folder}") from exc
         await self._begin(state, Head(generation, files, alone=True, feed=self._new_feed()), rest)
@@ -262,14 +265,14 @@ class JournalWriter:
         if retention is None:
             return
         try:
-            await run_to_completion(asyncio.to_thread(self._kept.tidy, retention))
+            await run_to_completion(in_thread(self._kept.tidy, retention))
         except OSError as exc:
             raise translate_os_error(exc, "remove or merge a kept journal") from exc
 
     async def _end_journals(self, end: Callable[[int], None], before: int) -> None:
         try:
             # In a thread: freeing the disk space of a large file takes time.
-            await run_to_completion(asyncio.to_thread(end, before))
+            await run_to_completion(in_thread(end, before))
         except OSError as exc:
             raise translate_os_error(exc, "remove a journal") from exc
 
