@@ -100,10 +100,7 @@ class Context:
                     async with operation_timeout(timeout):
                         self.existed = await store.exists()
                 if needs_store and not self.existed:
-                    raise StoreNotFoundError(
-                        f"there is no store at {self.location()}; correct --store or --config, or "
-                        f"create an empty store with `{PROGRAM} init`"
-                    )
+                    raise self.not_found()
                 async with operation_timeout(None if writes else timeout):
                     return await abandonable(work(store))
 
@@ -137,6 +134,13 @@ class Context:
         if writes and not outcome_unknown:
             message += "; nothing further was written"
         return OperationTimeoutError(message, outcome_unknown=outcome_unknown)
+
+    def not_found(self) -> StoreNotFoundError:
+        """The error that the store does not exist."""
+        return StoreNotFoundError(
+            f"there is no store at {self.location()}; correct --store or --config, or create an empty "
+            f"store with `{PROGRAM} init`"
+        )
 
     async def with_timeout(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run work that may write and that has no `timeout=` argument within the remaining time."""

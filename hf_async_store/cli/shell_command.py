@@ -66,6 +66,8 @@ _READING: Final = frozenset(
 def shell(arguments: Namespace) -> int:
     context = Context(arguments)
     with warnings_logged(verbose=arguments.verbose), _opened(context.store) as caller:
+        if not caller.run(context.store.exists):
+            raise context.not_found()
         store = ReadOnly(context.store) if arguments.read_only else context.store
         _Prompt(store, caller).run(_banner(context) if _is_interactive() else "")
     return 0

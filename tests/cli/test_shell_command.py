@@ -150,6 +150,12 @@ def test_a_terminal(workplace: Path) -> None:
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
 
 
+def test_a_store_that_does_not_exist() -> None:
+    code, out, err = statements("1", words=("--store", "json:nope.json"))
+    assert (code, out) == (1, [])
+    assert "there is no store at nope.json" in err
+
+
 def test_exit_ends_the_shell(filled: Cli) -> None:
     assert filled("count", "machines").code == 0
     assert statements("1", "exit()", "2")[:2] == (0, ["1"])
