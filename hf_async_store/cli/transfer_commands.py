@@ -209,7 +209,7 @@ class _Import:
                     self._log_place()
                 raise
             except (asyncio.CancelledError, StorageError):
-                self._log_place("and possibly some of the next batch ")
+                self._log_place(unknown=True)
                 raise
         return self._finish(interrupted=interruption.requested)
 
@@ -359,12 +359,19 @@ class _Import:
 
     # -- the end -----------------------------------------------------------------------------
 
-    def _log_place(self, more: str = "") -> None:
+    def _log_place(self, *, unknown: bool = False) -> None:
+        """Say how far the import came.
+
+        Args:
+            unknown: some of the rows after the last batch may have been written, too.
+        """
         if self._arguments.dry_run:
             return
+        more = ", and possibly some of the next 1,000," if unknown else ""
+        skip = " --skip-existing" if unknown and self._arguments.existing is None else ""
         output.log_line(
-            f"the rows up to line {self._done_to:,} of {self._source} {more}are done; go on with "
-            f"--from-line {self._done_to + 1}"
+            f"the rows up to line {self._done_to:,} of {self._source}{more} are done; go on with "
+            f"--from-line {self._done_to + 1}{skip}"
         )
 
     def _finish(self, *, interrupted: bool) -> int:
