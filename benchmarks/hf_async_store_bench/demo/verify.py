@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, cast
 
-from hf_async_store import Collection, Entity, StorageStrategy, begins_with
+import msgspec
+
+from hf_async_store import Collection, Entity, EntityChange, StorageStrategy, begins_with
 from hf_async_store.values import Key
 from hf_async_store_bench.acked_writes import AckedWrites
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, settled_count
 from hf_async_store_bench.demo.data import Entities, streamed
+from hf_async_store_bench.demo.recorder import WATCHED, EntityKey, what_came
 from hf_async_store_bench.demo.write_log import Answer, Hold, Operation, ProcessLog, Write
 
-EntityKey: TypeAlias = tuple[str, str]  # a collection and an id
 _OF_THE_STORE: Final = frozenset({"version", "created_at", "updated_at"})
 
 
@@ -57,6 +58,11 @@ class EntityHistory:
             if answer in self.versions:
                 self.twice.append(answer)
             self.versions[answer] = write
+
+    @property
+    def acknowledged(self) -> set[Answer]:
+        """All that was acknowledged, as it was."""
+        return {*self.versions, "deleted"} if self.deleted else {*self.versions}
 
     def may(self, *kinds: str) -> list[Write]:
         """The writes of these kinds that may have been applied."""
@@ -148,8 +154,9 @@ class Verifier:
 
     def invariants(self) -> list[Invariant]:
         """Every invariant, checked."""
-        polls = "a poll that sees PENDING finds every machine"
-        reads = sum(len(each.reads) for each in self.logs)
+        complete = "whoever claims a PENDING request finds every machine"
+        waits = "whoever waited for a request got it completed"
+        reads = Counter(read.work for each in self.logs for read in each.reads)
         writes = sum(len(each.operations) for each in self.logs)
         return [
             *self._entity_by_entity(),
@@ -158,10 +165,53 @@ class Verifier:
             self._transactions(),
             self._orphans(),
             self._holders(),
-            self._noted("pollers", polls, reads),
+            self._noted("machines", complete, reads["look"]),
+            self._noted("waiters", waits, reads["wait"]),
             self._finished(),
             self._noted("errors", "no error but conflicts", writes),
         ]
+
+    def to_come(self) -> set[tuple[EntityKey, Answer]]:
+        """All that was acknowledged in the collections that are watched."""
+        histories = self._histories.items()
+        watched = [each for each in histories if each[0][0] in WATCHED]
+        return {(place, each) for place, history in watched for each in history.acknowledged}
+
+    def changes(self, heard: Mapping[EntityKey, Sequence[EntityChange]]) -> Invariant:
+        """What came through the feeds, against what was acknowledged."""
+        text = "no change was missed by a watcher, and none came that nobody made"
+        invariant = self._noted("changes", text)
+        for place in {*heard, *self._histories}:
+            ours = place in self._histories or place[1].startswith(self.prefix) or self._was(place)
+            if place[0] in WATCHED and ours:
+                history = self._histories.get(place, EntityHistory())
+                changes = heard.get(place, ())
+                wrong = self._disordered(place, changes) or _unlike(history, changes)
+                invariant.check(place, wrong or self._misquoted(place, history, changes))
+        return invariant
+
+    def _disordered(self, place: EntityKey, changes: Sequence[EntityChange]) -> str | None:
+        """Each change may come again, but the versions have one order without a gap."""
+        last: tuple[str, int] = ("put", _version(self._was(place)))
+        for each in changes:
+            this = each.kind, each.version
+            follows = last[0] == "put" and each.version - last[1] == (each.kind == "put")
+            if this != last and not follows:
+                return f"{each.kind} of version {each.version} came after {last[0]} of {last[1]}"
+            last = this
+        return None
+
+    def _misquoted(
+        self, place: EntityKey, history: EntityHistory, changes: Sequence[EntityChange]
+    ) -> str | None:
+        for each in changes:
+            write = history.versions.get(each.version)
+            if write and each.entity:
+                for name, value in write.fields.items():
+                    if not self._same(place, name, value, each.entity):
+                        came = f"version {each.version} came with {name} {each.entity.get(name)!r}"
+                        return f"{came}; {value!r} was acknowledged"
+        return None
 
     def applied(self, unanswered: Iterable[Operation]) -> int:
         """How many of the writes whose answer nobody got show in the store."""
@@ -377,7 +427,7 @@ class Verifier:
         known, found = self.collections[place[0]].fields.get(name), stored.get(name)
         if known is not None and known.type == "timestamp":
             return _moment(value) == _moment(found)
-        one, other = (json.dumps(each, sort_keys=True) for each in (value, found))
+        one, other = (msgspec.json.encode(each, order="sorted") for each in (value, found))
         return one == other
 
     def _mine(self, kind: str) -> Iterator[Entity]:
@@ -390,6 +440,20 @@ class Verifier:
 
     def _was(self, place: EntityKey) -> Entity | None:
         return self.base[place[0]].get(place[1])
+
+
+def _unlike(history: EntityHistory, changes: Iterable[EntityChange]) -> str | None:
+    """What did not come, or was not to come: at most what may have been written beside it."""
+    came = {what_came(each) for each in changes}
+    if missed := history.acknowledged - came:
+        return f"{missed.pop()} was acknowledged, and did not come"
+    extra = came - history.acknowledged
+    deletes = extra & {"deleted"}
+    if len(deletes) > len(history.may("delete")):
+        return "its delete came, and nobody deleted it"
+    if len(extra - deletes) > len(history.may("create", "update", "add")):
+        return f"version {max(extra - deletes, key=str)} came, and nobody wrote it"
+    return None
 
 
 def _version(entity: Entity | None) -> int:
