@@ -14,18 +14,24 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Final, TypeAlias, TypeVar
 
+import msgspec
+
 from hf_async_store.backoff import Backoff
 from hf_async_store.driver import Engine, FeedBatch, FeedEntry, run_to_completion
 from hf_async_store.errors import StorageError, StoreClosedError, UnavailableError
 
 Result = TypeVar("Result")
 
-log: Final = logging.getLogger("hf_async_store")
+log: Final = logging.getLogger("hf_async_store.feed")
 
 _BATCH_SIZE: Final = 100
 """How many changes are read at once."""
 
+_BATCH_BYTES: Final = 2**20
 _KEPT_BATCHES: Final = 16
+_KEPT_BYTES: Final = 2**23
+"""Limits of the memory for what was read; a single batch may exceed them once, if its changes are large."""
+
 _IDLE_SECONDS: Final = 5.0
 """The longest wait for changes before the feed is read anyway."""
 
@@ -60,7 +66,10 @@ class SharedFeed:
         self._advancing = asyncio.Lock()
         self._begun = self._completed = 0  # the number of the last call of `advance`
         self._reading: dict[str, asyncio.Future[tuple[FeedBatch, int]]] = {}
+        self._batch_size = _BATCH_SIZE
         self._kept: OrderedDict[str, FeedBatch] = OrderedDict()
+        self._sizes: dict[str, int] = {}  # of those that are kept
+        self._kept_bytes = 0
 
     @property
     def is_awaited(self) -> bool:
@@ -107,13 +116,23 @@ class SharedFeed:
     async def _read(self, position: str) -> FeedBatch:
         engine = self._reader.engine
         batch = await self._reader.retried(
-            lambda: engine.read_feed(self.collection, position, _BATCH_SIZE)
+            lambda: engine.read_feed(self.collection, position, self._batch_size)
         )
         if batch.entries:
-            self._kept[position] = batch
-            if len(self._kept) > _KEPT_BATCHES:
-                self._kept.popitem(last=False)
+            self._keep(position, batch)
         return batch
+
+    def _keep(self, position: str, batch: FeedBatch) -> None:
+        """Keep a batch for others, within the limits of memory, which also decide about the next size."""
+        self._kept_bytes -= self._sizes.pop(position, 0)
+        self._kept.pop(position, None)
+        size = sum(map(_size_of, batch.entries))
+        self._batch_size = max(1, min(_BATCH_SIZE, _BATCH_BYTES * len(batch.entries) // size))
+        self._kept[position], self._sizes[position] = batch, size
+        self._kept_bytes += size
+        while len(self._kept) > _KEPT_BATCHES or self._kept_bytes > _KEPT_BYTES:
+            oldest, _ = self._kept.popitem(last=False)
+            self._kept_bytes -= self._sizes.pop(oldest)
 
     # -- at the shared end -------------------------------------------------------------------
 
@@ -128,10 +147,18 @@ class SharedFeed:
                 return
             self._begun += 1
             await self._read_on()
-            if not self.is_awaited:
-                self.end = await self._position(self.collection)
-                self.generation += 1
+            while not self.is_awaited and not await self._skip():
+                await self._read_on()
             self._completed = self._begun
+
+    async def _skip(self) -> bool:
+        """Move the shared end without reading; False if somebody has begun to wait there meanwhile."""
+        position = await self._position(self.collection)
+        if self.is_awaited:
+            return False
+        self.end = position
+        self.generation += 1
+        return True
 
     async def follow(self) -> None:
         """Read what follows the shared end, for those who wait there."""
@@ -327,6 +354,12 @@ class FeedReader:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._closed.wait()
+
+
+def _size_of(entry: FeedEntry) -> int:
+    """About the bytes of a change."""
+    records = (each for each in (entry.before, entry.after) if each is not None)
+    return sum(len(msgspec.json.encode(each.entity)) for each in records)
 
 
 def closed() -> StoreClosedError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
 from msgspec import Struct
@@ -68,7 +68,8 @@ class _Method(Struct, frozen=True):
 
 def observed_store(kind: Kind, observer: StoreObserver) -> Kind:
     """The type of an observed store, with those of its transactions and claims."""
-    names = {each: each for each in _asynchronous(kind)} | {"_acquired": "lock"}
+    plain: type = kind  # a type variable is not hashable for mypy
+    names = {each: each for each in _asynchronous(plain)} | {"_acquired": "lock"}
     claims = {each: f"claim.{each}" for each in _asynchronous(kind._claim_type)}
     return _observed_type(
         kind,
@@ -105,6 +106,7 @@ def _observed_type(
     return made
 
 
+@cache
 def _asynchronous(kind: type) -> list[str]:
     """The names of the public methods that are awaited, or iterated over by `async for`."""
     return [
@@ -116,10 +118,17 @@ def _asynchronous(kind: type) -> list[str]:
     ]
 
 
+@cache
+def _first_arguments(method: Callable[..., Any]) -> tuple[str, str]:
+    """The names of the first two arguments after `self`; "" for each that there is not."""
+    names = [*inspect.signature(method).parameters, "", ""]
+    return names[1], names[2]
+
+
 def _observing(
     method: Callable[..., Any], observer: StoreObserver, name: str, measured: bool
 ) -> Callable[..., Any]:
-    first, second = [*inspect.signature(method).parameters, "", ""][1:3]
+    first, second = _first_arguments(method)
     many = second if second in _MANY else None
     records = observer.records
     begin = _Method(observer, name, measured, first == "collection", many).begin

@@ -42,6 +42,7 @@ exit codes:
   2    wrong usage or configuration
   3    conflict: another version, already exists, references, target holds other data, stores differ
   4    the store failed, or `health` found problems
+  5    `wait`: the entity did not match within --timeout
   130  interrupted (Ctrl-C)
   141  broken pipe
 """
@@ -562,6 +563,33 @@ COMMANDS: Final[Mapping[str, Command]] = {
         ),
         f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n"
         f"  {PROGRAM} count machines --by status\n",
+    ),
+    "watch": Command(
+        "watch COLLECTION [FILTER...] [OPTIONS]",
+        "write the changes of a collection as they are committed, as JSON lines",
+        f"{_CLI}.feed_commands:watch",
+        (
+            _COLLECTION,
+            _FILTERS,
+            _argument("--since", "TOKEN", "go on after the change with this token"),
+            _argument("--limit", "N", "end after this number of changes", type=_integer),
+        ),
+        "The collection must be declared with a feed. A change is written if the entity matched all\n"
+        "filters before or after it: kind (put or delete), id, version, entity (null after a delete)\n"
+        "and token. Without --since, it begins with what is committed from now on; the first line on\n"
+        "stderr has the token for that. It ends with Ctrl-C, or after --limit.\n\n"
+        f"{_FILTER_HELP}\n"
+        f"  {PROGRAM} watch machines request_id=req-1\n"
+        f'  {PROGRAM} watch machines --since "$TOKEN" --limit 1\n',
+    ),
+    "wait": Command(
+        "wait COLLECTION ID [FILTER...]",
+        "wait until an entity matches all filters, and show it",
+        f"{_CLI}.feed_commands:wait",
+        (_COLLECTION, _argument("id", "ID", "the id of the entity"), _FILTERS),
+        "The collection needs no feed. The exit code is 1 if the entity does not exist or is deleted\n"
+        f"meanwhile, and 5 if it does not match within --timeout.\n\n{_FILTER_HELP}\n"
+        f"  {PROGRAM} wait requests req-1 status:in=COMPLETED,FAILED --timeout 60\n",
     ),
     "update-where": Command(
         "update-where COLLECTION FILTER... --set FIELD=VALUE [OPTIONS]",

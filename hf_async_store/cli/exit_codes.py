@@ -17,6 +17,7 @@ NOT_FOUND: Final = 1
 USAGE: Final = 2
 CONFLICT: Final = 3
 STORAGE: Final = 4
+TIMED_OUT: Final = 5
 
 _MAX_SHOWN: Final = 10
 """Maximum number of errors of a batch that are reported one by one."""
@@ -55,6 +56,10 @@ _HINTS: Final[tuple[tuple[type[StorageError], str | None], ...]] = (
     ),
     (errors.LockTimeoutError, "try again, or find the process that holds the lock"),
     (errors.ThrottledError, "try again later"),
+    (
+        errors.FeedExpiredError,
+        "`watch` without --since from now on, and `query` for what was before",
+    ),
     (errors.OperationTimeoutError, "allow more time with --timeout"),
     (errors.AuthenticationError, "correct the user name or the password"),
     (errors.PermissionDeniedError, "check the owner and mode of the files and of their folder"),

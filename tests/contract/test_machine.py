@@ -13,6 +13,7 @@ import pytest
 from hf_async_store import open_store
 from hf_async_store.testing.claim_machine import run_claim_machine
 from hf_async_store.testing.declaration_machine import run_declaration_machine
+from hf_async_store.testing.feed_machine import run_feed_machine
 from hf_async_store.testing.state_machine import Stores, run_machine
 from tests.contract.harnesses import execute
 
@@ -110,6 +111,29 @@ def test_machine_on_postgresql_long(postgres_server: PostgresServer, collation: 
 @pytest.mark.timeout(3600)
 def test_machine_on_dynamodb_long(dynamodb_server: DynamoDBServer) -> None:
     run_machine(dynamodb_at(dynamodb_server), long=True)
+
+
+# -- change feeds ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_feed_machine(engine: str) -> None:
+    run_feed_machine(ENGINES[engine])
+
+
+def test_feed_machine_on_postgresql(postgres_server: PostgresServer) -> None:
+    run_feed_machine(postgresql(postgres_server, "C"))
+
+
+def test_feed_machine_on_dynamodb(dynamodb_server: DynamoDBServer) -> None:
+    run_feed_machine(dynamodb_at(dynamodb_server))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_feed_machine_long(engine: str) -> None:
+    run_feed_machine(ENGINES[engine], long=True)
 
 
 # -- declarations that change ---------------------------------------------------------------

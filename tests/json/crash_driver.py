@@ -25,11 +25,18 @@ from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from hf_async_store import JSONStorageStrategy, StorageStrategy, open_store
+from hf_async_store import (
+    HOST_FACTORY,
+    Collection,
+    JSONStorageStrategy,
+    StorageStrategy,
+    open_store,
+)
 from hf_async_store.errors import CorruptionError, DataFileConflictError, StorageError
 from hf_async_store.strategies.json import compaction as folding
+from hf_async_store.strategies.json import kept_journals
 from hf_async_store.strategies.json.journal import HEADER_SIZE, Kind, record
-from hf_async_store.values import Key
+from hf_async_store.values import Entity, Key
 from tests.json.support import (
     WHOLE,
     Call,
@@ -62,6 +69,7 @@ class Spec(msgspec.Struct, frozen=True):
             is written; 0: none. A process that closes the store while another one reads does not
             compact it, and so makes fewer calls; a kill at a call that is missing for this reason is
             repeated without a reader.
+        feed: the collections have a change feed, which must contain every change.
     """
 
     folder: str
@@ -72,6 +80,21 @@ class Spec(msgspec.Struct, frozen=True):
     lane: int = 0
     lanes: int = 1
     readers: int = 0
+    feed: bool = False
+
+    @property
+    def collections(self) -> list[Collection]:
+        return [_fed(each) for each in HOST_FACTORY] if self.feed else [*HOST_FACTORY]
+
+    @property
+    def positions(self) -> Path:
+        """The file with the first position in each feed, which the preparation writes."""
+        return Path(self.folder, "positions")
+
+
+def _fed(each: Collection) -> Collection:
+    fields = [field for field in each.fields.values() if field.name != each.key]
+    return Collection(each.name, key=each.key, fields=fields, indexes=each.indexes, feed=3600)
 
 
 Step: TypeAlias = "Callable[[StorageStrategy], Awaitable[object]]"
@@ -235,6 +258,11 @@ async def _shown(store: StorageStrategy) -> Stored:
 
 async def prepare(spec: Spec, folder: Path) -> None:
     """Create the initial store, if the workload needs one."""
+    if spec.feed:
+        async with open_json(folder, spec.layout, collections=spec.collections) as store:
+            names = [*store.collections]
+            positions = {each: await store._json.feed_position(each) for each in names}
+        spec.positions.write_text(json.dumps(positions))
     if spec.workload not in ("take over", "adopt"):
         return
     settings = {name: each for name, each in spec.settings.items() if name != "enable_compression"}
@@ -269,6 +297,7 @@ def run_child(spec: Spec, folder: Path, kill_at: int, *, part: bool, acks: int) 
     """
     # On a slow machine a compaction of the idle store would change the numbers of all later calls.
     folding._IDLE_SECONDS = sys.maxsize
+    kept_journals._MERGED = 2  # so that they are merged
 
     def hook(call: Call, size: int) -> int:
         if call.number == kill_at + part:
@@ -279,7 +308,8 @@ def run_child(spec: Spec, folder: Path, kill_at: int, *, part: bool, acks: int) 
         return size // 2 if part and call.number == kill_at and size > 1 else WHOLE
 
     async def work() -> None:
-        async with open_json(folder, spec.layout, **spec.settings) as store:
+        store = open_json(folder, spec.layout, collections=spec.collections, **spec.settings)
+        async with store:
             if spec.adopt:
                 await store.checkpoint(recover_from=spec.adopt)
                 os.write(acks, b".")
@@ -312,7 +342,27 @@ async def check_after_kill(spec: Spec, folder: Path, states: list[Stored], acks:
         raise AssertionError(f"after {acked} steps there is {first}, not one of {allowed}")
     second = await reopened(folder, spec.layout, **spec.settings)
     assert second == first, f"a second read returned {second}, the first {first}"
+    if spec.feed:
+        await _check_feed(spec, folder, first)
     await _check_usable(spec, folder, first)
+
+
+async def _check_feed(spec: Spec, folder: Path, stored: Stored) -> None:
+    """Check that the changes in the feed lead to the content of the store, without a gap."""
+    store = await open_json(folder, spec.layout, collections=spec.collections).open()
+    try:
+        for name, position in json.loads(spec.positions.read_text()).items():
+            replayed: dict[str, Entity] = {}
+            while (batch := await store._json.read_feed(name, position, 3)).entries:
+                for each in batch.entries:
+                    before = None if each.before is None else each.before.entity
+                    assert replayed.pop(each.key.id, None) == before, f"a gap before {each}"
+                    if each.after is not None:
+                        replayed[each.key.id] = each.after.entity
+                position = batch.position
+            assert replayed == stored[name], f"the feed leads to {replayed}, not {stored[name]}"
+    finally:
+        await abandon(store)
 
 
 async def _resolve_conflict(spec: Spec, folder: Path, acked: int) -> None:
@@ -480,8 +530,9 @@ def sweep(spec: Spec) -> dict[str, object]:
     begun = base / "begun"
     begun.mkdir()
     start: Stored = {}
-    if spec.workload in ("take over", "adopt"):
+    if spec.feed or spec.workload in ("take over", "adopt"):
         assert not os.waitpid(in_child(lambda: asyncio.run(prepare(spec, begun))), 0)[1]
+    if spec.workload in ("take over", "adopt"):
         start = _start(spec, begun)
     states = asyncio.run(model(WORKLOADS[spec.workload], start))
     if spec.adopt:
@@ -490,7 +541,7 @@ def sweep(spec: Spec) -> dict[str, object]:
 
     def kill(kill_at: int, *, part: bool, reader: bool) -> bool:
         folder = base / f"{kill_at}{'p' if part else ''}{'r' if reader else ''}"
-        if start:
+        if start or spec.feed:
             shutil.copytree(begun, folder)
         killed, found = kill_once(spec, folder, states, kill_at, part=part, reader=reader)
         problems.extend(f"{folder.name}: {each}" for each in found)

@@ -112,6 +112,28 @@ async def test_82_killed_while_each_commit_updates_the_files(every: int) -> None
     await _swept("script", "split_files", at_least=150, every=every, settings=settings)
 
 
+@pytest.mark.parametrize("every", _EVERY)
+async def test_110_killed_while_the_changes_are_kept(every: int) -> None:
+    await _swept("script", "split_files", at_least=120, every=every, readers=2, feed=True)
+
+
+@pytest.mark.parametrize("every", _EVERY)
+async def test_110_killed_while_each_commit_updates_the_files(every: int) -> None:
+    settings = {"update_files": "after each commit"}
+    await _swept("script", "single_file", at_least=120, every=every, settings=settings, feed=True)
+
+
+@pytest.mark.parametrize("every", _EVERY)
+async def test_110_killed_after_a_failed_sync(every: int) -> None:
+    await _swept("failed sync", "single_file", at_least=90, every=every, feed=True)
+
+
+@pytest.mark.long
+async def test_110_killed_with_concurrent_tasks() -> None:
+    settings = {"write_buffer_size": 300}
+    await _swept("crowd", "split_files", at_least=90, settings=settings, feed=True)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["single_file", "split_files"])
 async def test_82_killed_at_every_step_with_compression(layout: str) -> None:

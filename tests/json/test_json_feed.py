@@ -209,6 +209,9 @@ async def test_one_large_commit_is_delivered_in_parts(tmp_path: Path, layout: st
         expected = [(each["job_id"], None, 1) for each in many]
         expected += [(each["job_id"], 1, 7) for each in many]  # type: ignore[misc]
         assert await changes_since(store, start, 700) == expected
+        end = (await read(store, await position(store))).position
+        assert not store._json._feed.may_go_on([end])
+        assert store._json._feed.may_go_on([(await read(store, start, 3001)).position])
         # A position within the commit is valid in another process, and after a compaction.
         batch = await read(store, start, 1234)
         await other.checkpoint()

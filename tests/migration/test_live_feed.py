@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 JOBS = [Collection("jobs", key="job_id", fields=["status"], feed=3600)]
 _SECONDS = 20.0
 
-PAIRS = [("json:a.json", "json:b"), ("json:b", "json:a.json")]
+PAIRS = [("json:a.json", "sqlite:b.db"), ("sqlite:b.db", "json:a")]
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)

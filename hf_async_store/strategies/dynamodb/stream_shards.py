@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from math import inf
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from msgspec.structs import replace
@@ -113,7 +114,7 @@ class Shards:
 
     async def _records(self, place: Place, limit: int) -> dict[str, Any]:
         number = min(limit, _MAX_RECORDS)
-        iterator, kept_at = self._iterators.get(place, ("", 0.0))
+        iterator, kept_at = self._iterators.get(place, ("", -inf))
         if time.monotonic() - kept_at > _ITERATOR_SECONDS:
             iterator = place.mark.iterator
         if iterator:

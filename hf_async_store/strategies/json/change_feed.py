@@ -90,8 +90,8 @@ class _Change(NamedTuple):
     after: bytes | None
 
 
-class _Cut(NamedTuple):
-    """The commit in which a batch ended, so that it is not parsed again for the next batch."""
+class _Commit(NamedTuple):
+    """The changes of one collection in a commit."""
 
     collection: str
     position: FeedPosition
@@ -169,7 +169,8 @@ class ChangeFeed:
         self._tails: dict[FeedPosition, _Tail] = {}
         self._begins: tuple[Path, int, list[int]] | None = None
         """Path and inode of a file of merged journals, and where each of them begins."""
-        self._cut: _Cut | None = None
+        self._cut: _Commit | None = None
+        """The commit within which a batch ended, so that it is not parsed again for the next one."""
 
     def may_go_on(self, positions: Iterable[str]) -> bool:
         """Whether changes may have been committed after one of the positions."""
@@ -177,7 +178,8 @@ class ChangeFeed:
 
     def _may_go_on(self, text: str) -> bool:
         match = _TEXT.fullmatch(text)
-        tail = None if match is None else self._tails.get(_place(match).position)
+        place = None if match is None else _place(match)
+        tail = None if place is None or place.done is not None else self._tails.get(place.position)
         if tail is None:
             return True
         generation = tail.record.generation
@@ -220,7 +222,7 @@ class ChangeFeed:
         async with aclosing(self._records(after)) as records:
             while not batch.is_full and (record := await anext(records, None)) is not None:
                 position, entry = record
-                cut = _Cut(collection.name, position, await _changes(collection.name, entry))
+                cut = _Commit(collection.name, position, await _changes(collection.name, entry))
                 done = after.done or 0 if position == after.position else 0
                 place = await batch.add(cut, done)
         self._cut = None if place.done is None else cut
@@ -257,7 +259,7 @@ class ChangeFeed:
                 return found._replace(end=position.offset, sequence=found.sequence - 1)
             raise feed_expired()
         tail = self._tails.get(position)
-        found = None if tail is None else self._reached(tail.record)
+        found = None if tail is None else self._reached(tail.record, tail.inode)
         if found is None:
             # Without reading all that lies between, if nothing was changed.
             newest = self._files.journals()[-1:]
@@ -267,11 +269,16 @@ class ChangeFeed:
             raise feed_expired()
         return found
 
-    def _reached(self, record: FeedPosition) -> _Reached | None:
-        """A record; None if it is not there any more."""
+    def _reached(self, record: FeedPosition, inode: int | None = None) -> _Reached | None:
+        """A record; None if it is not there any more.
+
+        Args:
+            inode: of its file, for a record whose checksum another one may have.
+        """
         with suppress(FeedExpiredError), self._opened(record.generation) as journal:
             found = journal.header(record.offset)
-            if found is not None and found.check == record.check:
+            is_same = inode in (None, journal.inode)
+            if found is not None and found.check == record.check and is_same:
                 return _Reached.of(record, found)
         return None
 
@@ -358,7 +365,7 @@ class _Batch:
     def is_full(self) -> bool:
         return len(self.entries) >= self._limit
 
-    async def add(self, commit: _Cut, done: int) -> _Place:
+    async def add(self, commit: _Commit, done: int) -> _Place:
         """Add the changes of a commit after the first `done`; returns the place after the last one that
         was added."""
         count = len(commit.changes)

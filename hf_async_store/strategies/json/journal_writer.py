@@ -107,14 +107,14 @@ class JournalWriter:
             payload.append(chunk)
             if len(chunk) > _LARGE_CHUNK:
                 await asyncio.sleep(0)
-        kind = Kind.COMMIT
+        kind, size = Kind.COMMIT, sum(map(len, payload))
         if fed:
             kind = Kind.FED_COMMIT
             before = await state.before({name: images[name] for name in fed})
             payload = await _fed_payload(payload, before)
         merged = await state.merged(images)
         try:
-            await self._append(state, kind, payload, images, merged)
+            await self._append(state, kind, payload, images, merged, size)
         finally:
             await state.reclaim()
 
@@ -123,7 +123,7 @@ class JournalWriter:
         sequence = state.sequence
         try:
             kind, payload = control(body)
-            await self._append(state, kind, [payload], {}, {})
+            await self._append(state, kind, [payload], {}, {}, 0)
         finally:
             # Even if its sync failed: readers find the SEAL in the file.
             if isinstance(body, Seal) and state.sequence > sequence:
@@ -136,6 +136,7 @@ class JournalWriter:
         payload: Sequence[bytes],
         images: Images,
         merged: Merged,
+        images_size: int,
     ) -> None:
         size = sum(map(len, payload))
         if size > _LARGE_RECORD:
@@ -146,7 +147,8 @@ class JournalWriter:
             head = header(kind, payload, state.sequence)
             data = [b"".join((head, *payload))]
         check = header_check(head) if kind is Kind.FED_COMMIT else None
-        append = PendingAppend(images, merged, state.offset + HEADER_SIZE + size, size, check)
+        end = state.offset + HEADER_SIZE + size
+        append = PendingAppend(images, merged, end, images_size, check)
         path = self._files.journal_path(state.generation)
         job = _AppendJob(_writer(state, path), data, state.offset, self._is_synced(state, kind))
         self._threads.submit(job.run)

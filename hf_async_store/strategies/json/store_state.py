@@ -24,7 +24,7 @@ class PendingAppend:
 
     Attributes:
         end: the offset of its end.
-        size: the size of its payload.
+        size: the size of its post-images. Pre-images do not count for compactions, which write none.
         check: of a FED_COMMIT, the checksum of its header.
     """
 

@@ -373,7 +373,7 @@ async def _take_at_once(
     claimed: list[Claimed],
 ) -> bool:
     """Run the statement of `_at_once_sql`; returns whether there was any candidate."""
-    rows = await lease.autocommit(*at_once, "claim entities")
+    rows = await lease.rows(*at_once, doing="claim entities", writes=True)
     claimed += [_claimed(table, row[:3], *row[3:]) for row in rows if row[3] is not None]
     return bool(rows)
 

@@ -90,6 +90,9 @@ class SchemaSync(ABC):
         first. Its policies, triggers and checks would run with the privileges of this role.
         """
         own = [self.names.catalogue, *(self.names.table(each.name) for each in SYSTEM_COLLECTIONS)]
+        own += [
+            self.names.feed(name) for name, each in self.schema.items() if each.feed is not None
+        ]
         trusted = [table for each in self.schema if (table := self.names.table(each)) not in own]
         for table, owner in (await self.dialect.untrusted_owners(driver, own, trusted)).items():
             raise PermissionDeniedError(
@@ -235,6 +238,14 @@ class SchemaSync(ABC):
             for each in await self.feed_ddl(driver, name, complete):
                 await self._run(driver, each)
         return complete
+
+    def refuse_foreign_feed(
+        self, name: str, entry: Entry, relations: Mapping[str, Relation]
+    ) -> None:
+        """Refuse to record changes in something that this store did not create."""
+        found = relations.get(self.names.feed(name))
+        if entry.lacks_feed and found is not None:
+            raise foreign(found.kind, self.names.feed(name), name)
 
     @abstractmethod
     async def feed_ddl(self, driver: Any, name: str, entry: Entry) -> list[str]:

@@ -142,8 +142,11 @@ def feed_statements(names: Names, table: Table, schema: str, *, identified: bool
         f"CREATE TABLE IF NOT EXISTS {feed} (seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, "
         f"xid xid8 NOT NULL, id {table.grammar.text_type} NOT NULL, "
         "at timestamptz NOT NULL DEFAULT pg_catalog.now(), old_version bigint, old_doc jsonb, "
-        "new_version bigint, new_doc jsonb, UNIQUE (xid, id))",
+        "new_version bigint, new_doc jsonb, UNIQUE (xid, id)) "
+        "WITH (toast_tuple_target = 8160)",  # two documents are not compressed because they are two
         _function(place, table, schema),
+        # Else others could call it for tables of their own, and so write to the feed.
+        f"REVOKE ALL ON FUNCTION {place}() FROM PUBLIC",
         *(f"DROP TRIGGER IF EXISTS {each} ON {table.name}" for each in triggers),
         *(
             f"CREATE TRIGGER {each} {sql.format(table.name)} FOR EACH STATEMENT "

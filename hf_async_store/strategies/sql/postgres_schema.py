@@ -242,6 +242,7 @@ class PostgresSchema(SchemaSync):
         for each in changes:
             progress(each, 0, None)
         if self.lacks_feed(name, entry, relations):
+            self.refuse_foreign_feed(name, entry, relations)
             await self._add_feed(driver, name, entry)
         columns = [each for each in changes if each.kind in ("add key column", "unique index")]
         if columns:

@@ -11,6 +11,7 @@ import secrets
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
     from hf_async_store.strategies.sql.rows import Table
 
-_FIRST_PAUSE: Final = 0.001
-_LONGEST_PAUSE: Final = 0.01
-"""How often SQLite is asked whether the file was changed."""
+_PAUSE: Final = 0.008
+"""Between two looks whether the file was changed."""
+
+_LOOK_SECONDS: Final = 0.1
+"""How long the thread of the connection looks before it returns."""
 
 _COLUMNS: Final = "id, old_version, old_doc, new_version, new_doc"
 
@@ -192,10 +195,9 @@ class SQLiteFeed(Feed):
             async with asyncio.timeout(seconds):
                 driver, is_new = await self._waiting.use()
                 self._dialect.check_file(driver)
-                pause = _FIRST_PAUSE
-                while (version := await self._data_version(driver)) == self._version and not is_new:
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 1.5, _LONGEST_PAUSE)
+                before = None if is_new else self._version
+                while (version := await self._look(driver, before)) == before:
+                    pass
                 self._version = version
         except TimeoutError:
             pass
@@ -204,9 +206,19 @@ class SQLiteFeed(Feed):
         finally:
             self._waiting.unused()
 
-    async def _data_version(self, driver: Any) -> int:
-        [[version]] = await self._dialect.rows(driver, "PRAGMA data_version", ())
-        return int(version)
+    async def _look(self, driver: Any, before: int | None) -> int:
+        """The version of the data, as soon as it is another one; also after some time."""
+
+        def look(connection: sqlite3.Connection) -> int:
+            end = monotonic() + _LOOK_SECONDS
+            while True:
+                [version] = connection.execute("PRAGMA data_version").fetchone()
+                if version != before or monotonic() > end:
+                    return int(version)
+                sleep(_PAUSE)
+
+        # In the thread of the connection: each call of it takes longer than a look.
+        return await self._dialect.job(driver, look)
 
 
 def _entry(source: Source, since: _Position, row: Sequence[Any]) -> FeedEntry:

@@ -54,6 +54,7 @@ class SQLiteSchema(SchemaSync):
             if self.index_kind(name, fields, relations) is None
         ]
         if self.lacks_feed(name, entry, relations):
+            self.refuse_foreign_feed(name, entry, relations)
             complete = complete.feeding()
             statements += feed_statements(
                 self.names, Table(name, complete, self.grammar, self.names)

@@ -1,0 +1,270 @@
+"""The shared reading of feeds under random schedules, on an engine that has several positions for one
+place, answers late, and wakes too early."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from random import Random
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from hf_async_store import Collection, open_store
+from hf_async_store.changes import Record
+from hf_async_store.driver import FeedBatch, FeedEntry
+from hf_async_store.errors import (
+    FeedExpiredError,
+    SchemaMismatchError,
+    StorageError,
+    UnavailableError,
+)
+from hf_async_store.feed import Changes
+from hf_async_store.feed_reading import FeedReader
+from hf_async_store.query import EVERYTHING
+from hf_async_store.values import Key
+
+if TYPE_CHECKING:
+    from hf_async_store.driver import Engine
+
+_NUMBER = 40
+
+
+class ScriptedEngine:
+    """A feed of numbers, whose calls take a random number of steps of the event loop."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.entries: list[FeedEntry] = []
+        self.changed = asyncio.Event()
+        self.calls = 0
+        self.waiting = 0
+        self.fails = False
+
+    async def steps(self, most: int = 4) -> None:
+        for _ in range(self.random.randrange(most)):
+            await asyncio.sleep(0)
+
+    def _position(self, place: int) -> str:
+        return f"{place}.{self.random.randrange(3)}"
+
+    def append(self) -> None:
+        number = len(self.entries)
+        key = Key("jobs", f"{number % 5}")
+        after = Record(key, {"job_id": key.id, "version": number})
+        self.entries.append(FeedEntry(key, None, after, self._position(number + 1)))
+        self.changed.set()
+
+    async def feed_position(self, collection: str) -> str:
+        assert collection == "jobs"
+        await self.steps()
+        place = len(self.entries)
+        await self.steps()
+        return self._position(place)
+
+    async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
+        self.calls += 1
+        assert collection == "jobs"
+        await self.steps()
+        if self.fails:
+            raise FeedExpiredError("gone")
+        if self.random.random() < 0.02:
+            raise UnavailableError("lost")
+        place = int(since.partition(".")[0])
+        found = self.entries[place : place + self.random.randint(1, min(limit, 7))]
+        await self.steps()
+        if found:
+            return FeedBatch(found, self._position(place + len(found)))
+        return FeedBatch([], since if self.random.random() < 0.5 else self._position(place))
+
+    async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        self.waiting += 1
+        assert self.waiting == 1, "one call at a time"
+        try:
+            place = int(positions["jobs"].partition(".")[0])
+            while place >= len(self.entries) and self.random.random() < 0.8:
+                self.changed.clear()
+                await self.changed.wait()
+            await self.steps()
+        finally:
+            self.waiting -= 1
+
+
+class Scenario:
+    """Watchers of one feed, which is written meanwhile."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = Random(seed)
+        self.engine = ScriptedEngine(self.random)
+        self.reader = FeedReader(cast("Engine", self.engine))
+        cast("Any", self.reader)._sleep = lambda seconds: asyncio.sleep(0)
+
+    async def write(self) -> None:
+        for _ in range(_NUMBER):
+            await self.engine.steps(12)
+            self.engine.append()
+
+    async def watch(self) -> None:
+        await self.engine.steps(200)
+        position = await self.engine.feed_position("jobs")
+        await self.engine.steps(20)
+        expected = int(position.partition(".")[0])
+        async with self.reader.using("jobs", self.engine.feed_position) as feed:
+            changes = Changes(feed, position, EVERYTHING, lambda: None)
+            while expected < _NUMBER:
+                change = await self._next(changes)
+                if change is not None:
+                    assert change.version == expected
+                    expected += 1
+                await self.engine.steps(self.random.choice([1, 3, 40]))
+
+    async def _next(self, changes: Changes) -> Any:
+        """The next change; None if the wait for it is cancelled."""
+        if self.random.random() < 0.8:
+            return await anext(changes)
+        waiting = asyncio.ensure_future(cast("Any", anext(changes)))
+        await self.engine.steps(8)
+        waiting.cancel()
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            return None
+
+    async def listen(self) -> None:
+        """Everything after the call began, or after a look that follows it, is heard."""
+        await self.engine.steps(200)
+        heard: list[int] = []
+
+        def listener(entry: FeedEntry | StorageError) -> None:
+            assert isinstance(entry, FeedEntry)
+            assert entry.after is not None
+            heard.append(entry.after.version)
+
+        async with self.reader.using("jobs", self.engine.feed_position) as feed:
+            before = len(self.engine.entries)
+            async with feed.listening(None, listener):
+                looked = len(self.engine.entries)
+                while looked < _NUMBER and heard[-1:] != [_NUMBER - 1]:
+                    await asyncio.sleep(0)
+                assert heard == list(range(min(heard, default=looked), _NUMBER))
+                assert min(heard, default=looked) in range(before, looked + 1)
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_110_watchers_get_everything_once_and_in_order(seed: int) -> None:
+    scenario = Scenario(seed)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(scenario.write())
+        for _ in range(1 + seed % 4):
+            group.create_task(scenario.watch())
+        for _ in range(seed % 3):
+            group.create_task(scenario.listen())
+    assert scenario.engine.waiting == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_110_a_watcher_that_comes_while_the_end_is_looked_up() -> None:
+    scenario = Scenario(4)
+    engine, reader = scenario.engine, scenario.reader
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def slow_position(collection: str) -> str:
+        asked.set()
+        await answered.wait()
+        return f"{len(engine.entries)}.0"
+
+    async with asyncio.timeout(20), reader.using("jobs", slow_position) as feed:
+        advancing = asyncio.create_task(feed.advance())
+        await asked.wait()
+        changes = Changes(feed, "0.0", EVERYTHING, lambda: None)
+        waiting = asyncio.ensure_future(cast("Any", anext(changes)))
+        while not feed.is_awaited:
+            await asyncio.sleep(0)
+        engine.append()
+        answered.set()
+        await advancing
+        assert (await waiting).version == 0
+
+
+async def test_113_all_end_with_an_error_of_their_own() -> None:
+    scenario = Scenario(1)
+    engine, reader = scenario.engine, scenario.reader
+
+    async def watch() -> None:
+        async with reader.using("jobs", engine.feed_position) as feed:
+            changes = Changes(feed, "0.0", EVERYTHING, lambda: None)
+            while True:
+                await anext(changes)
+
+    watchers = [asyncio.create_task(watch()) for _ in range(5)]
+    await asyncio.sleep(0.05)
+    engine.fails = True
+    engine.append()
+    ended = await asyncio.gather(*watchers, return_exceptions=True)
+    assert [type(each) for each in ended] == 5 * [FeedExpiredError]
+    assert len({id(each) for each in ended}) == 5
+
+
+async def test_113_a_fault_of_an_engine_leaves_nobody_waiting() -> None:
+    scenario = Scenario(2)
+    engine, reader = scenario.engine, scenario.reader
+
+    async def failing(*given: object) -> None:
+        raise KeyError("a fault")
+
+    async def watch() -> None:
+        async with reader.using("jobs", engine.feed_position) as feed:
+            await anext(Changes(feed, "0.0", EVERYTHING, lambda: None))
+
+    cast("Any", engine).feed_changed = failing
+    async with asyncio.timeout(20):
+        with pytest.raises(UnavailableError, match="KeyError"):
+            await watch()
+
+
+async def test_113_large_changes_are_read_few_at_a_time() -> None:
+    scenario = Scenario(3)
+    engine, reader = scenario.engine, scenario.reader
+    limits: list[int] = []
+
+    async def read_feed(collection: str, since: str, limit: int) -> FeedBatch:
+        limits.append(limit)
+        place = int(since.partition(".")[0])
+        return FeedBatch(engine.entries[place : place + limit], f"{place + limit}.0")
+
+    cast("Any", engine).read_feed = read_feed
+    for _ in range(300):
+        engine.append()
+        cast("Any", engine.entries[-1].after).entity["text"] = "x" * 300_000
+    async with reader.using("jobs", engine.feed_position) as feed:
+        changes = Changes(feed, "0.0", EVERYTHING, lambda: None)
+        for number in range(200):
+            change = await anext(changes)
+            assert change.version == number
+        assert limits[0] == 100
+        assert set(limits[1:]) == {3}
+        kept = cast("Any", feed)._kept
+        assert sum(len(each.entries) for each in kept.values()) * 300_000 <= 2**23
+
+
+@pytest.mark.parametrize("error", [SchemaMismatchError, FeedExpiredError])
+async def test_112_without_its_feed_an_entity_is_waited_for_by_reads(
+    error: type[StorageError],
+) -> None:
+    async def failing(*given: object) -> None:
+        raise error("no feed")
+
+    jobs = Collection("jobs", key="job_id", fields=["status"], feed=60)
+    async with open_store("memory:", collections=[jobs]) as store:
+        await store.create_entity("jobs", {"job_id": "a"})
+        for name in ("feed_position", "read_feed"):
+            setattr(store.engine, name, failing)
+        waiting = asyncio.create_task(store.wait_for("jobs", "a", {"status": "DONE"}, timeout=20))
+        claiming = asyncio.create_task(store.claim_entities("jobs", {"status": "DONE"}, wait=20))
+        await asyncio.sleep(0.05)
+        with pytest.raises(error):
+            async with store.watch("jobs"):
+                pass
+        await store.update_entity("jobs", "a", {"status": "DONE"})
+        assert (await waiting)["version"] == 2
+        assert [each.id for each in await claiming] == ["a"]
