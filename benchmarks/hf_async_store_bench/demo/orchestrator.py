@@ -214,10 +214,12 @@ class Orchestrator:
             async with self._store.watch("machines", {"request_id": claim.id}) as changes:
                 waiting = await self._look(claim)  # after it is watched: so nothing is between
                 names = {str(each["machine_id"]) for each in waiting}
-                seen = partial(self._see_running, claim.id, changes, names)
-                await side_by_side(lambda each: each(), (seen, partial(self._start_all, waiting)))
+                seeing = partial(self._see_running, claim.id, changes, names)
+                await side_by_side(lambda each: each(), (seeing, partial(self._start_all, waiting)))
         except _LeftError:
             return False
+        if names:
+            return False  # whoever claims it next looks again
         fields = {"status": "COMPLETED", "completed_at": _now()}
 
         async def finish() -> int:
@@ -287,7 +289,7 @@ class Orchestrator:
             except TimeoutError:
                 what = f"{len(waiting)} of its machines were not seen running, as {min(waiting)}"
                 self._log.note(Broken("changes", f"requests/{request}", what))
-                raise _LeftError from None
+                return
             if change.entity is None or not _is_pending(change.entity):
                 waiting.discard(change.id)
 
