@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Any, Final, cast
 
 import msgspec
@@ -16,7 +17,7 @@ from hf_async_store_bench.acked_writes import AckedWrites
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, settled_count
 from hf_async_store_bench.demo.data import Entities, streamed
-from hf_async_store_bench.demo.recorder import WATCHED, EntityKey, what_came
+from hf_async_store_bench.demo.recorder import WATCHED, EntityKey
 from hf_async_store_bench.demo.write_log import Answer, Hold, Operation, ProcessLog, Write
 
 _OF_THE_STORE: Final = frozenset({"version", "created_at", "updated_at"})
@@ -58,11 +59,6 @@ class EntityHistory:
             if answer in self.versions:
                 self.twice.append(answer)
             self.versions[answer] = write
-
-    @property
-    def acknowledged(self) -> set[Answer]:
-        """All that was acknowledged, as it was."""
-        return {*self.versions, "deleted"} if self.deleted else {*self.versions}
 
     def may(self, *kinds: str) -> list[Write]:
         """The writes of these kinds that may have been applied."""
@@ -173,9 +169,9 @@ class Verifier:
 
     def to_come(self) -> set[tuple[EntityKey, Answer]]:
         """All that was acknowledged in the collections that are watched."""
-        histories = self._histories.items()
-        watched = [each for each in histories if each[0][0] in WATCHED]
-        return {(place, each) for place, history in watched for each in history.acknowledged}
+        watched = [each for each in self._histories.items() if each[0][0] in WATCHED]
+        versions = {(place, version) for place, history in watched for version in history.versions}
+        return versions | {(place, "deleted") for place, history in watched if history.deleted}
 
     def changes(self, heard: Mapping[EntityKey, Sequence[EntityChange]]) -> Invariant:
         """What came through the feeds, against what was acknowledged."""
@@ -184,21 +180,27 @@ class Verifier:
         for place in {*heard, *self._histories}:
             ours = place in self._histories or place[1].startswith(self.prefix) or self._was(place)
             if place[0] in WATCHED and ours:
-                history = self._histories.get(place, EntityHistory())
-                changes = heard.get(place, ())
-                wrong = self._disordered(place, changes) or _unlike(history, changes)
+                history, changes = self._histories[place], heard.get(place, ())
+                wrong = self._misheard(place, history, changes)
                 invariant.check(place, wrong or self._misquoted(place, history, changes))
         return invariant
 
-    def _disordered(self, place: EntityKey, changes: Sequence[EntityChange]) -> str | None:
+    def _misheard(
+        self, place: EntityKey, history: EntityHistory, changes: Sequence[EntityChange]
+    ) -> str | None:
         """Each change may come again, but the versions have one order without a gap."""
-        last: tuple[str, int] = ("put", _version(self._was(place)))
-        for each in changes:
-            this = each.kind, each.version
-            follows = last[0] == "put" and each.version - last[1] == (each.kind == "put")
-            if this != last and not follows:
-                return f"{each.kind} of version {each.version} came after {last[0]} of {last[1]}"
-            last = this
+        came = [each for each, _ in groupby((each.kind, each.version) for each in changes)]
+        first = _version(self._was(place))
+        last = first + sum(kind == "put" for kind, _ in came)
+        deletes = sum(kind == "delete" for kind, _ in came)
+        puts = [("put", each) for each in range(first + 1, last + 1)]
+        if came != [*puts, *[("delete", last)] * deletes]:
+            return f"came in a wrong order: {came}"
+        if max(history.versions, default=0) > last or deletes < history.deleted:
+            return f"was acknowledged after version {last} as well, and that did not come"
+        written = history.writes("create", "update", "add").tried
+        if len(puts) > written or deletes > history.deleted + len(history.may("delete")):
+            return f"{came[-1][0]} of version {last} came, and nobody made it"
         return None
 
     def _misquoted(
@@ -206,11 +208,9 @@ class Verifier:
     ) -> str | None:
         for each in changes:
             write = history.versions.get(each.version)
-            if write and each.entity:
-                for name, value in write.fields.items():
-                    if not self._same(place, name, value, each.entity):
-                        came = f"version {each.version} came with {name} {each.entity.get(name)!r}"
-                        return f"{came}; {value!r} was acknowledged"
+            for name, value in write.fields.items() if write and each.entity else ():
+                if not self._same(place, name, value, each.entity):
+                    return f"version {each.version} came without {name} {value!r}, as acknowledged"
         return None
 
     def applied(self, unanswered: Iterable[Operation]) -> int:
@@ -440,20 +440,6 @@ class Verifier:
 
     def _was(self, place: EntityKey) -> Entity | None:
         return self.base[place[0]].get(place[1])
-
-
-def _unlike(history: EntityHistory, changes: Iterable[EntityChange]) -> str | None:
-    """What did not come, or was not to come: at most what may have been written beside it."""
-    came = {what_came(each) for each in changes}
-    if missed := history.acknowledged - came:
-        return f"{missed.pop()} was acknowledged, and did not come"
-    extra = came - history.acknowledged
-    deletes = extra & {"deleted"}
-    if len(deletes) > len(history.may("delete")):
-        return "its delete came, and nobody deleted it"
-    if len(extra - deletes) > len(history.may("create", "update", "add")):
-        return f"version {max(extra - deletes, key=str)} came, and nobody wrote it"
-    return None
 
 
 def _version(entity: Entity | None) -> int:
