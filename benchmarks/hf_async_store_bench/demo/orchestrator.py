@@ -29,6 +29,7 @@ from hf_async_store_bench.demo.plan import Plan
 from hf_async_store_bench.demo.write_log import Answer, Broken, Hold, Read, Write, WriteLog, answer
 
 _FLOWS: Final = 12  # requests that one process has under way at once
+_FEW: Final = 4  # the same where each watcher reads a feed of several parts by itself
 _LEASE: Final = 3.0  # seconds after which the claims of a killed process end
 _WAIT: Final = 0.05  # seconds for which a flow looks for something to claim
 _IDLE: Final = 0.5  # the same when nothing is left to ask for
@@ -40,7 +41,7 @@ _PIECEMEAL_EVERY: Final = 4  # of so many requests one gets its machines in batc
 _BATCH: Final = 100
 _READY: Final = 0.7  # the share of the waiting machines that start in a round
 _RETURNED: Final = 0.6
-_DRAIN_SECONDS: Final = 30.0  # how long what was begun may take beyond the time of the run
+_DRAIN_SECONDS: Final = 60.0  # how long what was begun may take beyond the time of the run
 _STUCK_SECONDS: Final = 15.0  # how long after that a call counts as stuck
 _NORMAL: Final = (hfas.ConcurrencyConflictError, hfas.EntityNotFoundError, hfas.ClaimLostError)
 
@@ -85,7 +86,7 @@ class Orchestrator:
         with suppress(TimeoutError):
             async with asyncio.timeout(patience) as self._patience, self._tasks as tasks:
                 tasks.create_task(self._adopt())
-                for _ in range(_FLOWS):
+                for _ in range(_FLOWS if self._store.capabilities.feed_order else _FEW):
                     tasks.create_task(self._serve_all(waiting))
 
     async def sweep(self) -> int:

@@ -33,7 +33,7 @@ Opening: TypeAlias = Callable[[Plan], StorageStrategy]
 
 PASSED, FAILED = 0, 4
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_DYNAMODB", "AWS_ENDPOINT_URL")
-_END_SECONDS: Final = 60.0  # how long a worker may take beyond its time before it counts as stuck
+_END_SECONDS: Final = 90.0  # how long a worker may take beyond its time before it counts as stuck
 
 
 async def run_demo(settings: Settings, opening: Opening = Plan.open) -> int:
