@@ -33,9 +33,7 @@ _FEW: Final = 4  # the same where each watcher reads a feed of several parts by 
 _LEASE: Final = 3.0  # seconds after which the claims of a killed process end
 _WAIT: Final = 0.05  # seconds for which a flow looks for something to claim
 _IDLE: Final = 0.5  # the same when nothing is left to ask for
-_LATE: Final = (
-    30.0  # seconds without a change after which those that are waited for count as missed
-)
+_LATE: Final = 60.0  # seconds without a change after which what was expected is missing
 _LEFT: Final = 0.2  # the share of the rounds after which whoever claims the request next goes on
 _PIECEMEAL_EVERY: Final = 4  # of so many requests one gets its machines in batches in any case
 _BATCH: Final = 100

@@ -83,8 +83,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def _watched(old: Collection, expires: Expire | None = None) -> Collection:
     fields = list(old.fields.values())[1:-2]  # a collection declares its key and its times itself
-    more = {"indexes": old.indexes, "expires": expires, "feed": _FEED}
-    return Collection(old.name, key=old.key, fields=fields, **more)
+    return Collection(
+        old.name, key=old.key, fields=fields, indexes=old.indexes, expires=expires, feed=_FEED
+    )
 
 
 def draw_sizes(seed: int, process: int, requests: int) -> list[int]:

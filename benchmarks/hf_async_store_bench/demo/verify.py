@@ -207,9 +207,9 @@ class Verifier:
         self, place: EntityKey, history: EntityHistory, changes: Sequence[EntityChange]
     ) -> str | None:
         for each in changes:
-            write = history.versions.get(each.version)
-            for name, value in write.fields.items() if write and each.entity else ():
-                if not self._same(place, name, value, each.entity):
+            entity, write = each.entity or {}, history.versions.get(each.version)
+            for name, value in write.fields.items() if write and entity else ():
+                if not self._same(place, name, value, entity):
                     return f"version {each.version} came without {name} {value!r}, as acknowledged"
         return None
 
