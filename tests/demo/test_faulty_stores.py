@@ -361,9 +361,9 @@ FEEDS: dict[str, tuple[bool, Altered, str]] = {
     "a put is absent": (False, lambda one, gone: [], "wrong order|as well, and that did not come"),
     "a delete is absent": (True, lambda one, gone: [], "as well, and that did not come"),
     "other fields": (False, lambda one, gone: [_other(one)], "came without status 'running'"),
-    "a wrong order": (False, lambda one, gone: [_later(one), one], "came in a wrong order"),
+    "a wrong order": (False, lambda one, gone: [_later(one), one], "in a wrong order"),
     "nobody's delete": (False, lambda one, gone: [one, gone], "wrong order|nobody made it"),
-    "nobody's change": (True, lambda one, gone: [_later(one), gone], "came in a wrong order"),
+    "nobody's change": (True, lambda one, gone: [_later(one), gone], "in a wrong order"),
 }
 
 

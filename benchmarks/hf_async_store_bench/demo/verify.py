@@ -195,7 +195,7 @@ class Verifier:
         deletes = sum(kind == "delete" for kind, _ in came)
         puts = [("put", each) for each in range(first + 1, last + 1)]
         if came != [*puts, *[("delete", last)] * deletes]:
-            return f"came in a wrong order: {came}"
+            return f"came with a gap, or in a wrong order: {came}"
         if max(history.versions, default=0) > last or deletes < history.deleted:
             return f"was acknowledged after version {last} as well, and that did not come"
         written = history.writes("create", "update", "add").tried
