@@ -139,10 +139,9 @@ class Orchestrator:
             found = await self._store.wait_for("requests", request, wanted, timeout=left)
             self._log.note(Read("wait", perf_counter() - started))
             asked = {"request_id": request, "machine_count": size, **wanted}
-            if not found["completed_at"] or any(found[name] != asked[name] for name in asked):
-                self._log.note(
-                    Broken("waiters", f"requests/{request}", f"was awaited, and is {found}")
-                )
+            if not found["completed_at"] or {**found, **asked} != found:
+                what = f"was awaited, and is {found}"
+                self._log.note(Broken("waiters", f"requests/{request}", what))
         self._awaited.discard(request)
 
     async def _work(self, wanted: Mapping[str, object], wait: float = 0.0) -> bool:
@@ -321,8 +320,8 @@ class Orchestrator:
             answers = await self._write("status write", write, updates)
             if self._random.random() < _LEFT or not self._in_time():
                 raise _LeftError
-            refused = [i for i, each in zip(versions, answers, strict=True) if each == "refused"]
-            again = await self._store.get_entities("machines", refused)
+            doubtful = [i for i, v in zip(versions, answers, strict=True) if not isinstance(v, int)]
+            again = await self._store.get_entities("machines", doubtful)
             waiting += [each for each in again if each and _is_pending(each)]
 
     async def _count_up(self, template: str) -> None:
