@@ -49,7 +49,10 @@ FED: Final = Collection(
 )
 UNFED: Final = Collection("drafts", key="draft_id", fields=["label"])
 COLLECTIONS: Final = (FED, UNFED)
+TWO_FED: Final = (FED, Collection("memos", key="memo_id", feed=timedelta(hours=1)))
 _LAST: Final = "the last one"
+_PROMPT_SECONDS: Final = 3.0
+"""Longer than any engine takes to notice a change, but shorter than the pauses between reads without one."""
 
 
 def feed_of(harness: Harness) -> None:
@@ -425,6 +428,28 @@ class FeedContract:
             found += briefly(await all_before(store, changes))
         assert found == [("put", f"{each}", 1) for each in (1, 3, 5, 7, 9)]
 
+    async def test_109_a_watcher_that_did_not_wait_is_not_late(self, harness: Harness) -> None:
+        # The wait for changes, which all watchers share, ends because of what nobody reads then.
+        feed_of(harness)
+        async with harness.store(TWO_FED) as store, store.watch("notes") as changes:
+            other = asyncio.create_task(_counted(store, None, 1, asyncio.Semaphore(), "memos"))
+            for number in range(2):
+                waiting = asyncio.create_task(taken(changes, 1))
+                await asyncio.sleep(0.3)
+                if number:
+                    waiting.cancel()
+                await store.create_entity("notes", {"note_id": f"{number} at once"})
+                if not number:
+                    await waiting
+                await asyncio.sleep(0.5)
+                await store.create_entity("notes", {"note_id": f"{number} later"})
+                await asyncio.sleep(0.5)
+                async with asyncio.timeout(_PROMPT_SECONDS):
+                    found = [await anext(changes) for _ in range(1 + number)]
+                assert found[-1].id == f"{number} later"
+            await store.create_entity("memos", {"memo_id": "a"})
+            await other
+
     # -- gaps --------------------------------------------------------------------------------
 
     async def test_110_a_reader_that_ends_goes_on_after_its_token(self, harness: Harness) -> None:
@@ -734,10 +759,14 @@ def _calls_of(store: StorageStrategy, name: str) -> _Calls:
 
 
 async def _counted(
-    store: StorageStrategy, since: str | None, number: int, ready: asyncio.Semaphore
+    store: StorageStrategy,
+    since: str | None,
+    number: int,
+    ready: asyncio.Semaphore,
+    collection: str = "notes",
 ) -> list[EntityChange]:
     """The first changes of a watcher, which releases `ready` when it watches."""
-    async with store.watch("notes", since=since) as changes:
+    async with store.watch(collection, since=since) as changes:
         ready.release()
         return [await anext(changes) for _ in range(number)]
 
