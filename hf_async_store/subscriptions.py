@@ -126,7 +126,7 @@ class Subscription(Changes):
         kept: _Kept,
         feed: SharedFeed,
         where: Filter,
-        check: Callable[[], None],
+        check: Callable[[], object],
     ) -> None:
         super().__init__(feed, position_in(kept.token, kept.collection), where, check)
         self.name: Final = name

@@ -19,6 +19,7 @@ from hf_async_store.errors import (
     InvalidInputError,
     StorageError,
     StoreClosedError,
+    TransactionReentryError,
     UnavailableError,
     UnknownCollectionError,
 )
@@ -52,7 +53,7 @@ COLLECTIONS: Final = (FED, UNFED)
 TWO_FED: Final = (FED, Collection("memos", key="memo_id", feed=timedelta(hours=1)))
 _LAST: Final = "the last one"
 _PROMPT_SECONDS: Final = 3.0
-"""Longer than any engine takes to notice a change, but shorter than the pauses between reads without one."""
+"""Longer than any engine takes to notice a change, but shorter than the pauses between reads."""
 
 
 def feed_of(harness: Harness) -> None:
@@ -313,6 +314,37 @@ class FeedContract:
             found = await asyncio.gather(*waiting)
             assert sorted(each.id for claims in found for each in claims) == ["a", "b"]
             assert await store.claim_entities("notes", {"label": "x"}, wait=0.1) == []
+
+    async def test_109_a_claim_does_not_wait_for_the_feed(self, harness: Harness) -> None:
+        feed_of(harness)
+        if not harness.capabilities.claims:
+            pytest.skip("the engine has no claims")
+        async with harness.store(COLLECTIONS) as store:
+            await store.create_entity("notes", {"note_id": "a"})
+            watcher = asyncio.create_task(_counted(store, None, 1, asyncio.Semaphore()))
+            await asyncio.sleep(0.2)
+
+            async def failing(collection: str, since: str, limit: int) -> FeedBatch:
+                raise UnavailableError("lost")
+
+            read, cast("Any", store.engine).read_feed = store.engine.read_feed, failing
+            async with asyncio.timeout(HANG_SECONDS):
+                assert await store.claim_entities("notes", {"label": "x"}, wait=0.5) == []
+            cast("Any", store.engine).read_feed = read
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
+    async def test_109_not_inside_a_transaction(self, harness: Harness) -> None:
+        feed_of(harness)
+        async with harness.store(COLLECTIONS) as store, store.watch("notes") as changes:
+            async with store.begin_transaction() as tx:
+                await tx.create_entity("notes", {"note_id": "a"})
+                with pytest.raises(TransactionReentryError):
+                    await anext(changes)
+                with pytest.raises(TransactionReentryError):
+                    async with store.watch("notes"):
+                        pass
+            assert briefly(await taken(changes, 1)) == [("put", "a", 1)]
 
     async def test_109_a_filter_matches_before_or_after(self, harness: Harness) -> None:
         feed_of(harness)

@@ -87,6 +87,14 @@ def run(url: str, *statements: str) -> None:
             connection.execute(each)
 
 
+def number_of_changes(url: str) -> int:
+    count = 'SELECT count(*) FROM "hosts-feed"'
+    if not url.startswith("sqlite:"):
+        return int(ask(url, count)[0])
+    with closing(sqlite3.connect(url.removeprefix("sqlite:"))) as connection:
+        return int(connection.execute(count).fetchone()[0])
+
+
 async def test_an_existing_table_gets_its_triggers(url: str) -> None:
     async with opened(url, PLAIN) as (store, _):
         await store.save_entity("hosts", {"host_id": "a"})
@@ -279,6 +287,50 @@ async def test_the_retention_passes(url: str) -> None:
                 assert len(await entries(engine, since)) == 1
                 await asyncio.sleep(0.05)
         assert 0.4 < time.monotonic() - began < 25
+
+
+@pytest.mark.parametrize("applies", [True, False])
+async def test_the_retention_of_a_feed_that_comes_later(url: str, applies: bool) -> None:
+    fed = [Collection("hosts", key="host_id", fields=["name"], feed=0.5)]
+    async with opened(url, PLAIN) as (store, _):
+        await store.save_entity("hosts", {"host_id": "a"})
+    # It has written before the feed is there, and it does not watch.
+    async with opened(url, fed if applies else PLAIN) as (writer, engine):
+        await writer.save_entity("hosts", {"host_id": "a"})
+        async with opened(url, fed) as (store, _):
+            await store.apply_schema()
+        if not applies:
+            await writer.schema_changes()
+            async with engine._main.lease() as lease:
+                await engine._read_again(lease)
+        await writer.save_entity("hosts", {"host_id": "a"})
+        async with asyncio.timeout(30):
+            while number_of_changes(url):
+                await asyncio.sleep(0.1)
+
+
+async def test_the_retention_after_a_cancelled_first_write(url: str) -> None:
+    fed = [Collection("hosts", key="host_id", fields=["name"], feed=0.5)]
+    async with opened(url, fed) as (store, _):
+        await store.save_entity("hosts", {"host_id": "a"})
+    async with open_store(url, collections=fed) as store:
+        engine = engine_of(store)
+        pruning = asyncio.Event()
+        prune = engine.prune_feeds
+
+        async def slow_prune(*given: Any) -> None:
+            pruning.set()
+            await asyncio.sleep(30)
+
+        cast("Any", engine).prune_feeds = slow_prune
+        preparing = asyncio.create_task(engine._prepare())
+        await pruning.wait()
+        preparing.cancel()
+        await asyncio.gather(preparing, return_exceptions=True)
+        cast("Any", engine).prune_feeds = prune
+        async with asyncio.timeout(30):
+            while number_of_changes(url):
+                await asyncio.sleep(0.1)
 
 
 def test_marks_are_few_and_never_early() -> None:
