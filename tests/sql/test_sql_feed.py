@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -22,6 +23,7 @@ from hf_async_store import (
     SchemaMismatchError,
     open_store,
 )
+from hf_async_store.strategies.sql.connections import LeasedConnection
 from hf_async_store.strategies.sql.feed_state import FeedState
 from hf_async_store.strategies.sql.postgres_feed import reduced
 from tests.contract.harnesses import ask, execute, forget_feed
@@ -462,6 +464,34 @@ async def test_a_page_ends_inside_a_window_and_others_commit_meanwhile(database:
         await transaction.commit()
         rest = brief(await entries(engine, batch.position, 2))
         assert rest == [("2", None, 1), ("3", None, 1), ("mine", None, 1)]
+
+
+async def test_a_transaction_that_stays_open_does_not_make_reads_slow(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, tuple[object, ...]]] = []
+    rows = LeasedConnection.rows
+
+    async def recorded(lease: Any, sql: str, args: Any = (), **others: Any) -> Any:
+        read.append((sql, args))
+        return await rows(lease, sql, args, **others)
+
+    async with opened(database) as (store, engine), session(database) as connection:
+        since = await engine.feed_position("hosts")
+        async with connection.transaction():
+            await connection.execute(inserted("mine"))
+            for _ in range(3):
+                await store.save_entities("hosts", [{"host_id": f"{n}"} for n in range(1000)])
+            await connection.execute('ANALYZE "hosts-feed"')
+            assert len(await entries(engine, since, 1000)) == 3000
+            since = await engine.feed_position("hosts")
+            monkeypatch.setattr(LeasedConnection, "rows", recorded)
+            assert await entries(engine, since) == []
+            [(sql, args)] = [each for each in read if "min(w.seq)" in each[0]]
+            plan = await connection.fetch(f"EXPLAIN (ANALYZE, TIMING OFF) {sql}", *args)
+            found = re.findall(r"actual rows=(\d+)|Removed by \w+ *\w*: (\d+)", str(plan))
+            # "mine", which is visible here because this is its transaction
+            assert sum(int(rows or removed) for rows, removed in found) < 10
 
 
 async def test_truncate_deletes_every_entity(database: str) -> None:

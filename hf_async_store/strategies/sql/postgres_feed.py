@@ -298,12 +298,15 @@ class PostgresFeed(Feed):
 
     async def _window(self, source: Source, position: _Position, until: _Mark) -> _Position:
         """The position from which a page up to a snapshot is read."""
-        # Without OFFSET, the server might read all changes in the order of their numbers up to the first.
+        # What a snapshot does not contain: later transactions, and those that were running. The others are
+        # not read: while a transaction stays open, there may be many. Without OFFSET, the server might read
+        # all changes in the order of their numbers up to the first.
+        _, end, running = position.since.snapshot.split(":")
+        changes = f"SELECT f.seq FROM {source.feed} AS f WHERE f.xid"
         [[first]] = await source.lease.rows(
-            f"SELECT pg_catalog.min(w.seq) FROM (SELECT f.seq FROM {source.feed} AS f "
-            "WHERE f.xid >= $1::bigint::text::xid8 "
-            "AND NOT pg_catalog.pg_visible_in_snapshot(f.xid, $2::text::pg_snapshot) OFFSET 0) AS w",
-            (position.since.oldest, position.since.snapshot),
+            f"SELECT pg_catalog.min(w.seq) FROM (({changes} >= $1::bigint::text::xid8 OFFSET 0) "
+            f"UNION ALL ({changes} = ANY ($2::text::xid8[]) OFFSET 0)) AS w",
+            (int(end), f"{{{running}}}"),
         )
         if first is None:
             return msgspec.structs.replace(position, since=until)
