@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.bench-installed
 DIST_STAMP := $(VENV)/.dist-installed
 DOCS_STAMP := $(VENV)/.docs-installed
+PEERS := $(VENV)/peers
+SUITES := $(PEERS)/suites
+PEERS_STAMP = $(PEERS)/.installed
 # Bytecode is written even where the environment forbids it: each of some thousand processes would
 # compile again what was changed.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
@@ -14,7 +17,7 @@ DATA ?=
 BASE ?=
 OPTIONS ?=
 
-.PHONY: demo test test-long check format bench bench-full bench-queries bench-compare dist docs clean
+.PHONY: demo test test-long test-peers check format bench bench-full bench-queries bench-compare dist docs clean
 
 demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes, one killed
 	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
@@ -24,6 +27,9 @@ test: $(STAMP)  ## every test but the long sweeps, with a sixth of its variants
 
 test-long: $(STAMP)  ## all variants, and the long sweeps, too
 	$(PYTEST) --hf-full -m "long or not long"
+
+test-peers: $(STAMP) $(PEERS_STAMP)  ## the suites of other projects on the adapters in docs/examples; see docs/adapters.md
+	$(BIN)/python tests/peers/run.py --python $(PEERS)/bin/python --suites $(SUITES) $(OPTIONS)
 
 check: $(STAMP)  ## style, types by three checkers, and which layer may import which
 	$(BIN)/ruff check .
@@ -75,6 +81,18 @@ $(BENCH_STAMP): $(STAMP)
 $(DIST_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group release
 	touch $(DIST_STAMP)
+
+# The other projects have an environment of their own, and so have no say in the versions of ours. Their
+# suites are in the source archives, except that of py-key-value.
+$(PEERS_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(PEERS)/bin/python -m pip install --quiet --group peers --editable ".[all]"
+	$(PEERS)/bin/python -m pip install --quiet --no-deps fastapi-users-db-sqlalchemy==7.0.0
+	mkdir -p $(SUITES)
+	$(PEERS)/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest $(SUITES) apscheduler==4.0.0a6 fastapi-users-db-sqlalchemy==7.0.0 langgraph-checkpoint-sqlite limits
+	for each in $(SUITES)/*.tar.gz; do tar -xzf $$each -C $(SUITES); done
+	touch $(PEERS_STAMP)
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs

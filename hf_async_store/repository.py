@@ -701,6 +701,10 @@ class RepositoryInterface(ABC):
                 version = await self._write_one(put, remaining())
             except AlreadyExistsError as exc:
                 raise ConcurrencyConflictError(str(exc), retryable=True) from exc
+            except EntityNotFoundError as exc:  # it was deleted, or has expired, since it was read
+                if default is None:
+                    raise
+                raise ConcurrencyConflictError(str(exc), retryable=True) from exc
             written = changed(put, stored)
             assert written is not None, "only a delete writes nothing"
             return {**written, VERSION: version}

@@ -321,9 +321,8 @@ def dynamodb() -> Iterator[DynamoDBServer]:
     if not (_SERVERS / "bin" / "ministack").exists():
         raise ServerUnavailable("ministack, the DynamoDB test server, is not installed")
     with _folder("dynamodb") as folder:
-        port = _free_port()
+        port, services = _free_port(), "dynamodb,dynamodbstreams"
         environment = {"BIND_HOST": _HOST, "MINISTACK_HOST": _HOST, "GATEWAY_PORT": str(port)}
-        services = "dynamodb,dynamodbstreams"
         environment |= {"SERVICES": services, "LOG_LEVEL": "ERROR", "TMPDIR": str(folder)}
         # With uvicorn: its own HTTP server takes twice the processor time for a request.
         words = f"-m uvicorn ministack.app:app --host {_HOST} --port {port} --http httptools"

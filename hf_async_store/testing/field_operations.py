@@ -377,6 +377,22 @@ class FieldOperationContract:
         assert sorted(versions) == list(range(1, 21))
         assert (await get_existing(store, "counters", "a"))["n"] == 20
 
+    async def test_130_modify_begins_with_the_default_after_a_deletion(
+        self, store: StorageStrategy
+    ) -> None:
+        seen: list[object] = []
+
+        async def add(entity: Entity) -> Entity:
+            seen.append(entity["n"])
+            await store.delete_entity("counters", "a")  # as another task might meanwhile
+            return {**entity, "n": entity["n"] + 1}  # type: ignore[operator]
+
+        await store.create_entity("counters", {"counter_id": "a", "n": 7})
+        assert await store.modify_entity("counters", "a", add, default={"n": 0}) == 1
+        assert seen == [7, 0]
+        with pytest.raises(EntityNotFoundError):
+            await store.modify_entity("counters", "a", add)
+
     async def test_130_create_if_absent(self, store: StorageStrategy) -> None:
         await store.create_entity("items", {"item_id": "a", "label": "old"})
         new = [{"item_id": each, "label": "new"} for each in "abcb"]

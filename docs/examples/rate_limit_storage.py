@@ -1,0 +1,187 @@
+"""`limits` over hf_async_store: rate limits that all processes of a store share, with all its strategies.
+
+    async with open_store("sqlite:limits.db", collections=COLLECTIONS) as store:
+        limiter = MovingWindowRateLimiter(EntityStorage(store=store))
+        await limiter.hit(parse("10/minute"), "ada")
+
+A counter is an entity with an `increment`. The moving window of a key is one entity with the times of its
+hits, changed by compare-and-set. Both expire.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from math import floor
+from typing import Final, cast
+
+from limits.aio.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage
+from limits.storage.base import TimestampedSlidingWindow
+
+from hf_async_store import (
+    AlreadyExistsError,
+    Collection,
+    Entity,
+    EntityNotFoundError,
+    Expire,
+    Field,
+    StorageError,
+    StorageStrategy,
+    increment,
+)
+
+COUNTERS: Final = "rate_limit_counters"
+WINDOWS: Final = "rate_limit_windows"
+_EXPIRES: Final = Field("expires_at", "timestamp", required=True)
+COLLECTIONS: Final = (
+    Collection(
+        COUNTERS,
+        key="limit_key",
+        fields=[Field("hits", "integer", required=True), _EXPIRES],
+        indexes=["expires_at"],
+        expires=Expire("expires_at"),
+    ),
+    Collection(
+        WINDOWS,
+        key="limit_key",
+        fields=[Field("hits", "json"), _EXPIRES],
+        indexes=["expires_at"],
+        expires=Expire("expires_at"),
+    ),
+)
+
+
+class _FullError(Exception):
+    """The window holds as many hits as it may."""
+
+
+class EntityStorage(
+    Storage, MovingWindowSupport, SlidingWindowCounterSupport, TimestampedSlidingWindow
+):
+    """A storage of `limits`, on an open store that declares `COLLECTIONS`.
+
+    Args:
+        store: who opened it closes it.
+        uri, wrap_exceptions: as of every storage of `limits`.
+    """
+
+    STORAGE_SCHEME = ["async+hf-async-store"]  # noqa: RUF012  # as `limits` declares it
+
+    def __init__(
+        self, uri: str | None = None, wrap_exceptions: bool = False, *, store: StorageStrategy
+    ) -> None:
+        super().__init__(uri, wrap_exceptions=wrap_exceptions)
+        self._store = store
+
+    @property
+    def base_exceptions(self) -> type[Exception]:
+        return StorageError
+
+    # -- counters ----------------------------------------------------------------------------
+
+    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
+        while True:
+            try:
+                counter = await self._store.update_entity(
+                    COUNTERS, key, {"hits": increment(amount)}, returning=True
+                )
+            except EntityNotFoundError:
+                new = {"limit_key": key, "hits": amount, "expires_at": _at(time.time() + expiry)}
+                try:
+                    await self._store.create_entity(COUNTERS, new)
+                except AlreadyExistsError:
+                    continue  # another task has begun the counter
+                return amount
+            return _hits(counter)
+
+    async def get(self, key: str) -> int:
+        return _hits(await self._store.get_entity(COUNTERS, key))
+
+    async def get_expiry(self, key: str) -> float:
+        counter = await self._store.get_entity(COUNTERS, key)
+        if counter is None:
+            return time.time()
+        return datetime.fromisoformat(str(counter["expires_at"])).timestamp()
+
+    async def clear(self, key: str) -> None:
+        await self._store.delete_entity(COUNTERS, key)
+        await self._store.delete_entity(WINDOWS, key)
+
+    async def reset(self) -> int | None:
+        return sum([await self._store.delete_where(each.name, {}) for each in COLLECTIONS])
+
+    async def check(self) -> bool:
+        try:
+            await self._store.test_connection()
+        except StorageError:
+            return False
+        return True
+
+    # -- moving windows ----------------------------------------------------------------------
+
+    async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        def hit(window: Entity) -> dict[str, object]:
+            now = time.time()
+            recent = _since(now - expiry, window)
+            if sum(count for _, count in recent) + amount > limit:
+                raise _FullError
+            return {**window, "hits": [(now, amount), *recent], "expires_at": _at(now + expiry)}
+
+        try:
+            new = {"expires_at": _at(time.time())}
+            await self._store.modify_entity(WINDOWS, key, hit, default=new)
+        except _FullError:
+            return False
+        return True
+
+    async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        now = time.time()
+        recent = _since(now - expiry, await self._store.get_entity(WINDOWS, key))
+        return (recent[-1][0], sum(count for _, count in recent)) if recent else (now, 0)
+
+    # -- sliding windows ---------------------------------------------------------------------
+
+    async def acquire_sliding_window_entry(
+        self, key: str, limit: int, expiry: int, amount: int = 1
+    ) -> bool:
+        (_, current), before, hits, left = await self._windows(key, expiry)
+        weight = before * left / expiry
+        if amount > limit or floor(weight + hits) + amount > limit:
+            return False
+        if floor(weight + await self.incr(current, 2 * expiry, amount)) <= limit:
+            return True
+        # Another task was faster.
+        await self._store.update_entity(COUNTERS, current, {"hits": increment(-amount)})
+        return False
+
+    async def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
+        _, before, hits, left = await self._windows(key, expiry)
+        return before, left if before else 0.0, hits, left + expiry
+
+    async def clear_sliding_window(self, key: str, expiry: int) -> None:
+        keys = self.sliding_window_keys(key, expiry, time.time())
+        await self._store.delete_entities(COUNTERS, keys)
+
+    async def _windows(self, key: str, expiry: int) -> tuple[tuple[str, str], int, int, float]:
+        """The keys and the hits of the last window and of this one, and how long this one goes on."""
+        while True:
+            keys = self.sliding_window_keys(key, expiry, time.time())
+            before, hits = map(_hits, await self._store.get_entities(COUNTERS, keys))
+            now = time.time()
+            if self.sliding_window_keys(key, expiry, now) == keys:  # they have not moved meanwhile
+                return keys, before, hits, (1 - now / expiry % 1) * expiry
+
+
+def _hits(counter: Entity | None) -> int:
+    return 0 if counter is None else cast("int", counter["hits"])
+
+
+def _since(start: float, window: Entity | None) -> list[tuple[float, int]]:
+    """The hits of a window from `start` on, the newest first: when, and how many."""
+    hits = cast("Iterable[tuple[float, int]]", (window or {}).get("hits", ()))
+    return [(at, count) for at, count in hits if at >= start]
+
+
+def _at(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
