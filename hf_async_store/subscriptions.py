@@ -137,6 +137,8 @@ class Subscription(Changes):
     async def advance(self, change: EntityChange, tx: RepositoryInterface | None = None) -> None:
         """Move the subscription past a change, and past all before it.
 
+        To be called in the order of the changes: an earlier one moves it back.
+
         Args:
             tx: a transaction of this store: the subscription is moved by its commit, together with what the
                 consumer writes in it.
