@@ -225,6 +225,10 @@ async def test_positions_that_are_none(url: str) -> None:
         epoch = position.split('"')[5]
         with pytest.raises(FeedExpiredError):
             await engine.read_feed("hosts", position.replace(epoch, "0" * 16), 10)
+        for number in re.finditer(r"(?<=[,\[])-?\d+(?=[,\]])", position):
+            bad = f"{position[: number.start()]}{2**63}{position[number.end() :]}"
+            with pytest.raises(InvalidCursorError):
+                await engine.read_feed("hosts", bad, 10)
         snapshots = ("0:1:", "5:1:", "1:5:5", "1:5:3,2", "1:5:0", f"1:{10**19 - 1}:", "1:5")
         for bad in snapshots if url.startswith("postgresql:") else ():
             with pytest.raises(InvalidCursorError):

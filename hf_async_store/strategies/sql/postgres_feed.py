@@ -26,6 +26,7 @@ from hf_async_store.errors import InvalidCursorError, ReadOnlyStoreError, Storag
 from hf_async_store.strategies.sql.feed import Feed, Source
 from hf_async_store.strategies.sql.feed_state import (
     FeedState,
+    Integer,
     decoded_position,
     decoded_state,
     expired,
@@ -59,8 +60,8 @@ class _Mark(msgspec.Struct, frozen=True, array_like=True):
     """
 
     snapshot: str
-    xid: int
-    at: int
+    xid: Integer
+    at: Integer
 
     @property
     def oldest(self) -> int:
@@ -93,7 +94,7 @@ class _Position(msgspec.Struct, frozen=True, array_like=True):
     epoch: str
     since: _Mark
     until: _Mark | None = None
-    seq: int = 0
+    seq: Integer = 0
 
     @property
     def latest(self) -> _Mark:
