@@ -656,7 +656,8 @@ class Engine(Reader):
 
         It may return early; it is only a hint for when to call `read_feed`. Changes of other processes end
         the wait as well, as soon as the engine can notice them. One call is made at a time, for all
-        watchers of a store.
+        watchers of a store. After each, all feeds are read before they are waited for again, so it need
+        not end because of changes that were committed before an earlier call has ended.
         """
         raise self._no_feed()
 

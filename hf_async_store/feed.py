@@ -76,11 +76,11 @@ class Changes(AsyncIterator[EntityChange]):
     Args:
         position: what is committed after it is returned.
         where: the filter.
-        check: raises if the store cannot be used.
+        check: raises if the caller may not use the store.
     """
 
     def __init__(
-        self, feed: SharedFeed, position: str, where: Filter, check: Callable[[], None]
+        self, feed: SharedFeed, position: str, where: Filter, check: Callable[[], object]
     ) -> None:
         self._feed = feed
         self._position = position
@@ -109,6 +109,8 @@ class Changes(AsyncIterator[EntityChange]):
         Raises:
             FeedExpiredError: what follows is not kept any more.
             StoreClosedError: the store was closed.
+            TransactionReentryError: it is called inside a transaction of the same task, which may prevent
+                the commits that it would wait for.
         """
         while True:
             if self._has_ended:

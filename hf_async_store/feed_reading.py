@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final, TypeAlias, TypeVar
 
@@ -52,6 +52,7 @@ class SharedFeed:
     Attributes:
         end: where the shared reading is. If no watcher waits there, it is not read.
         generation: how often the shared reading has moved past changes.
+        read_after: of how many waits for changes it is known whether they ended because of this feed.
     """
 
     def __init__(self, reader: FeedReader, collection: str, position: PositionOf) -> None:
@@ -61,6 +62,7 @@ class SharedFeed:
         self.users = 0
         self.end = ""
         self.generation = 0
+        self.read_after = reader.waits
         self._waiting: set[asyncio.Future[str | StorageError]] = set()
         self._listeners: dict[str | None, set[Listener]] = {}  # by id; None: of all entities
         self._advancing = asyncio.Lock()
@@ -168,15 +170,16 @@ class SharedFeed:
     async def _read_on(self) -> None:
         """Read until nothing follows, or nobody waits any more."""
         while self.is_awaited:
-            start = self.end
+            start, waits = self.end, self._reader.waits
             batch = await self._read(start)
             if self.end != start:  # moved by `may_wait`
                 continue
             self.end = batch.position
             if not batch.entries:
-                if batch.is_end:
-                    return
-                continue
+                if not batch.is_end:
+                    continue
+                self.read_after = waits
+                return
             self.generation += 1
             for entry in batch.entries:
                 for entity_id in (entry.key.id, None):
@@ -248,6 +251,7 @@ class FeedReader:
 
     def __init__(self, engine: Engine) -> None:
         self.engine: Final = engine
+        self.waits = 0  # how often a wait for changes has ended
         self._feeds: dict[str, SharedFeed] = {}
         self._task: asyncio.Task[None] | None = None
         self._one_call = asyncio.Lock()  # of `feed_changed` at a time
@@ -310,15 +314,22 @@ class FeedReader:
                 if not feeds:
                     await self._awaited.wait()
                     continue
-                self._followed = {each.collection: each.end for each in feeds}
-                try:
-                    await self.retried(self._changed)
-                except Exception as exc:  # noqa: BLE001  # its watchers must not hang
-                    for each in feeds:
-                        each.fail(as_storage_error(exc))
-                else:
-                    for each in feeds:
-                        await self._read(each)
+                # Also a feed that nobody awaited when a wait ended: the next one need not end because of
+                # the same changes.
+                unread = [each for each in feeds if each.read_after < self.waits]
+                for each in unread:
+                    await self._read(each)
+                if not unread:
+                    await self._wait(feeds)
+
+    async def _wait(self, feeds: Sequence[SharedFeed]) -> None:
+        self._followed = {each.collection: each.end for each in feeds}
+        try:
+            await self.retried(self._changed)
+        except Exception as exc:  # noqa: BLE001  # its watchers must not hang
+            for each in feeds:
+                each.fail(as_storage_error(exc))
+        self.waits += 1
 
     async def _changed(self) -> None:
         try:

@@ -552,8 +552,9 @@ class StorageStrategy(WatchedStore):
         claimed = await attempt()
         if claimed or seconds <= 0:
             return claimed
-        async with self._woken_by_changes(collection, query.where) as sleep:
-            return await until_claimed(attempt, seconds, sleep=sleep)
+        end = time.monotonic() + seconds
+        async with self._woken_by_changes(collection, query.where, seconds) as sleep:
+            return await until_claimed(attempt, max(end - time.monotonic(), 0), sleep=sleep)
 
     async def claims(self, collection: str) -> list[ClaimInfo]:
         """The claims of a collection, by id: those that are held, and those that are kept because the

@@ -126,7 +126,7 @@ class Subscription(Changes):
         kept: _Kept,
         feed: SharedFeed,
         where: Filter,
-        check: Callable[[], None],
+        check: Callable[[], object],
     ) -> None:
         super().__init__(feed, position_in(kept.token, kept.collection), where, check)
         self.name: Final = name
@@ -136,6 +136,8 @@ class Subscription(Changes):
 
     async def advance(self, change: EntityChange, tx: RepositoryInterface | None = None) -> None:
         """Move the subscription past a change, and past all before it.
+
+        To be called in the order of the changes: an earlier one moves it back.
 
         Args:
             tx: a transaction of this store: the subscription is moved by its commit, together with what the

@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 
 from hf_async_store.changes import Record
 from hf_async_store.driver import FeedEntry, run_to_completion
-from hf_async_store.errors import EntityNotFoundError, StorageError
+from hf_async_store.errors import CorruptionError, EntityNotFoundError, StorageError
 from hf_async_store.feed_reading import as_storage_error, closed
 from hf_async_store.lifetimes import Lifetimes
 from hf_async_store.query import Filter, compile_filter
@@ -137,21 +137,30 @@ class Polling:
                     await self._added.wait()
 
     async def _round(self, waiters: Sequence[Waiter], fetch: Fetch) -> None:
-        keys = list(dict.fromkeys(each.key for each in waiters))
-        try:
-            records = dict(zip(keys, await fetch(keys), strict=True))
-        except Exception as exc:  # noqa: BLE001  # the waiters must not hang
-            if not isinstance(exc, StorageError) or not exc.retryable:
-                self._fail(waiters, as_storage_error(exc))
-        else:
-            for each in waiters:
-                each.see(records[each.key])
+        await self._look(waiters, fetch)
         now = monotonic()
         for each in waiters:
             if each.has_ended:
                 self._due.pop(each, None)
             elif each in self._due:
                 self._due[each] = _next_moment(now, now - self._begun[each])
+
+    async def _look(self, waiters: Sequence[Waiter], fetch: Fetch) -> None:
+        keys = list(dict.fromkeys(each.key for each in waiters))
+        try:
+            records = dict(zip(keys, await fetch(keys), strict=True))
+        except CorruptionError as exc:
+            if len(keys) > 1:  # it ends the wait for the damaged entity, but not for the others
+                for key in keys:
+                    await self._look([each for each in waiters if each.key == key], fetch)
+                return
+            self._fail(waiters, exc)
+        except Exception as exc:  # noqa: BLE001  # the waiters must not hang
+            if not isinstance(exc, StorageError) or not exc.retryable:
+                self._fail(waiters, as_storage_error(exc))
+        else:
+            for each in waiters:
+                each.see(records[each.key])
 
     def _fail(self, waiters: Sequence[Waiter], error: StorageError) -> None:
         for each in waiters:

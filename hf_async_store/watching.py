@@ -49,9 +49,6 @@ class WatchedStore(RepositoryInterface):
         """The engine; raises if the caller may not use the store."""
 
     @abstractmethod
-    def _refuse_unopened(self) -> None: ...
-
-    @abstractmethod
     async def _record_feeds(self) -> None:
         """Let the store record the declarations of this program."""
 
@@ -100,7 +97,7 @@ class WatchedStore(RepositoryInterface):
         else:
             await self._check_kept(collection, position)
         async with self._feeds.using(collection, self._feed_position) as feed:
-            changes = Changes(feed, position, where, self._refuse_unopened)
+            changes = Changes(feed, position, where, self._usable)
             try:
                 yield changes
             finally:
@@ -184,11 +181,11 @@ class WatchedStore(RepositoryInterface):
 
     @asynccontextmanager
     async def _woken_by_changes(
-        self, collection: str, where: Filter
+        self, collection: str, where: Filter, seconds: float
     ) -> AsyncGenerator[Callable[[float], Awaitable[object]], None]:
         """A function that sleeps for some seconds, or until an entity that matches has been written.
 
-        Of a collection without a feed, or whose feed cannot be read, it just sleeps.
+        Of a collection without a feed, or whose feed cannot be read within `seconds`, it just sleeps.
         """
         if self._schema[collection].feed is None:
             yield asyncio.sleep
@@ -207,11 +204,12 @@ class WatchedStore(RepositoryInterface):
             written.clear()
 
         async with AsyncExitStack() as stack:
-            with suppress(StorageError):
-                feed = await stack.enter_async_context(
-                    self._feeds.using(collection, self._feed_position)
-                )
-                await stack.enter_async_context(feed.listening(None, listen))
+            with suppress(StorageError, TimeoutError):
+                async with asyncio.timeout(seconds):
+                    feed = await stack.enter_async_context(
+                        self._feeds.using(collection, self._feed_position)
+                    )
+                    await stack.enter_async_context(feed.listening(None, listen))
             yield sleep
 
     # -- named subscriptions -----------------------------------------------------------------
@@ -254,7 +252,7 @@ class WatchedStore(RepositoryInterface):
         self._usable()
         record = await kept(self, name, collection, where, now)
         async with self._feeds.using(collection, self._feed_position) as feed:
-            changes = Subscription(self, name, record, feed, where, self._refuse_unopened)
+            changes = Subscription(self, name, record, feed, where, self._usable)
             try:
                 yield changes
             finally:

@@ -19,6 +19,7 @@ from hf_async_store.errors import (
     InvalidInputError,
     StorageError,
     StoreClosedError,
+    TransactionReentryError,
     UnavailableError,
     UnknownCollectionError,
 )
@@ -49,7 +50,10 @@ FED: Final = Collection(
 )
 UNFED: Final = Collection("drafts", key="draft_id", fields=["label"])
 COLLECTIONS: Final = (FED, UNFED)
+TWO_FED: Final = (FED, Collection("memos", key="memo_id", feed=timedelta(hours=1)))
 _LAST: Final = "the last one"
+_PROMPT_SECONDS: Final = 3.0
+"""Longer than any engine takes to notice a change, but shorter than the pauses between reads."""
 
 
 def feed_of(harness: Harness) -> None:
@@ -311,6 +315,37 @@ class FeedContract:
             assert sorted(each.id for claims in found for each in claims) == ["a", "b"]
             assert await store.claim_entities("notes", {"label": "x"}, wait=0.1) == []
 
+    async def test_109_a_claim_does_not_wait_for_the_feed(self, harness: Harness) -> None:
+        feed_of(harness)
+        if not harness.capabilities.claims:
+            pytest.skip("the engine has no claims")
+        async with harness.store(COLLECTIONS) as store:
+            await store.create_entity("notes", {"note_id": "a"})
+            watcher = asyncio.create_task(_counted(store, None, 1, asyncio.Semaphore()))
+            await asyncio.sleep(0.2)
+
+            async def failing(collection: str, since: str, limit: int) -> FeedBatch:
+                raise UnavailableError("lost")
+
+            read, cast("Any", store.engine).read_feed = store.engine.read_feed, failing
+            async with asyncio.timeout(HANG_SECONDS):
+                assert await store.claim_entities("notes", {"label": "x"}, wait=0.5) == []
+            cast("Any", store.engine).read_feed = read
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
+    async def test_109_not_inside_a_transaction(self, harness: Harness) -> None:
+        feed_of(harness)
+        async with harness.store(COLLECTIONS) as store, store.watch("notes") as changes:
+            async with store.begin_transaction() as tx:
+                await tx.create_entity("notes", {"note_id": "a"})
+                with pytest.raises(TransactionReentryError):
+                    await anext(changes)
+                with pytest.raises(TransactionReentryError):
+                    async with store.watch("notes"):
+                        pass
+            assert briefly(await taken(changes, 1)) == [("put", "a", 1)]
+
     async def test_109_a_filter_matches_before_or_after(self, harness: Harness) -> None:
         feed_of(harness)
         async with (
@@ -424,6 +459,28 @@ class FeedContract:
                 found += [] if isinstance(ended, BaseException) else briefly(ended)
             found += briefly(await all_before(store, changes))
         assert found == [("put", f"{each}", 1) for each in (1, 3, 5, 7, 9)]
+
+    async def test_109_a_watcher_that_did_not_wait_is_not_late(self, harness: Harness) -> None:
+        # The wait for changes, which all watchers share, ends because of what nobody reads then.
+        feed_of(harness)
+        async with harness.store(TWO_FED) as store, store.watch("notes") as changes:
+            other = asyncio.create_task(_counted(store, None, 1, asyncio.Semaphore(), "memos"))
+            for number in range(2):
+                waiting = asyncio.create_task(taken(changes, 1))
+                await asyncio.sleep(0.3)
+                if number:
+                    waiting.cancel()
+                await store.create_entity("notes", {"note_id": f"{number} at once"})
+                if not number:
+                    await waiting
+                await asyncio.sleep(0.5)
+                await store.create_entity("notes", {"note_id": f"{number} later"})
+                await asyncio.sleep(0.5)
+                async with asyncio.timeout(_PROMPT_SECONDS):
+                    found = [await anext(changes) for _ in range(1 + number)]
+                assert found[-1].id == f"{number} later"
+            await store.create_entity("memos", {"memo_id": "a"})
+            await other
 
     # -- gaps --------------------------------------------------------------------------------
 
@@ -734,10 +791,14 @@ def _calls_of(store: StorageStrategy, name: str) -> _Calls:
 
 
 async def _counted(
-    store: StorageStrategy, since: str | None, number: int, ready: asyncio.Semaphore
+    store: StorageStrategy,
+    since: str | None,
+    number: int,
+    ready: asyncio.Semaphore,
+    collection: str = "notes",
 ) -> list[EntityChange]:
     """The first changes of a watcher, which releases `ready` when it watches."""
-    async with store.watch("notes", since=since) as changes:
+    async with store.watch(collection, since=since) as changes:
         ready.release()
         return [await anext(changes) for _ in range(number)]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import pytest
 
 from hf_async_store.errors import (
+    CorruptionError,
     EntityNotFoundError,
     InvalidInputError,
     InvalidKeyError,
@@ -44,14 +45,25 @@ def _before_reads(
     store: StorageStrategy, act: Callable[[int], Awaitable[object]]
 ) -> Callable[[], None]:
     """Call a function before each read by key, with the number of the read; returns what ends this."""
-    engine = cast("Any", unrouted(store.engine))
-    fetch: Callable[[Sequence[Key]], Awaitable[list[Record | None]]] = engine.fetch
     number = 0
 
-    async def acting(keys: Sequence[Key]) -> list[Record | None]:
+    async def numbered(keys: Sequence[Key]) -> None:
         nonlocal number
         number += 1
         await act(number)
+
+    return _before_reads_of(store, numbered)
+
+
+def _before_reads_of(
+    store: StorageStrategy, act: Callable[[Sequence[Key]], Awaitable[object]]
+) -> Callable[[], None]:
+    """The same with the keys that are read."""
+    engine = cast("Any", unrouted(store.engine))
+    fetch: Callable[[Sequence[Key]], Awaitable[list[Record | None]]] = engine.fetch
+
+    async def acting(keys: Sequence[Key]) -> list[Record | None]:
+        await act(keys)
         return await fetch(keys)
 
     # The requests of a store may be shared, by what has the method already.
@@ -300,6 +312,32 @@ class WaitingContract:
             end()
             await store.update_entity("jobs", "a", {"status": "DONE"})
             assert (await waiting)["status"] == "DONE"
+
+    async def test_112_a_damaged_entity_ends_only_its_own_wait(
+        self, harness: Harness, jobs: Collection
+    ) -> None:
+        async with harness.store([jobs]) as store:
+            await store.create_entities("jobs", [{"job_id": each} for each in "ab"])
+            damaged, whole = (
+                asyncio.create_task(
+                    store.wait_for("jobs", each, {"status": "DONE"}, timeout=HANG_SECONDS)
+                )
+                for each in "ab"
+            )
+            await _looked_at(store, jobs)
+
+            async def fail(keys: Sequence[Key]) -> None:
+                if any(each.id == "a" for each in keys):
+                    raise CorruptionError("a is damaged")
+
+            end = _before_reads_of(store, fail)
+            if jobs.feed is None:
+                with pytest.raises(CorruptionError):
+                    await damaged
+            damaged.cancel()
+            await store.update_where("jobs", {"job_id": "b"}, {"status": "DONE"})
+            assert (await whole)["version"] == 2
+            end()
 
     async def test_112_not_inside_a_transaction(self, harness: Harness, jobs: Collection) -> None:
         async with harness.store([jobs]) as store:

@@ -603,6 +603,29 @@ async def test_a_commit_ends_the_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("watching")
+async def test_a_slow_compaction_is_not_polled_without_pause(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        here = await at_end(store)
+        await store.save_entity("jobs", job(1))
+        here = (await read(store, here)).position
+        put_in_place = store._json.files.put_in_place
+
+        def slowly(*given: Any) -> None:
+            put_in_place(*given)
+            time.sleep(0.5)
+
+        store._json.files.put_in_place = slowly
+        compacting = asyncio.create_task(store.checkpoint())
+        waits = 0
+        while not compacting.done():
+            await store._json.feed_changed({"jobs": here}, 0.1)
+            here = (await read(store, here)).position
+            waits += 1
+        await compacting
+        assert waits < 40
+
+
+@pytest.mark.usefixtures("watching")
 async def test_a_wait_that_ends_early(tmp_path: Path) -> None:
     before = open_files(tmp_path), len(os.listdir("/proc/self/fd"))
     async with opened(tmp_path) as store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -22,6 +23,7 @@ from hf_async_store import (
     SchemaMismatchError,
     open_store,
 )
+from hf_async_store.strategies.sql.connections import LeasedConnection
 from hf_async_store.strategies.sql.feed_state import FeedState
 from hf_async_store.strategies.sql.postgres_feed import reduced
 from tests.contract.harnesses import ask, execute, forget_feed
@@ -85,6 +87,14 @@ def run(url: str, *statements: str) -> None:
     with closing(sqlite3.connect(url.removeprefix("sqlite:"))) as connection, connection:
         for each in statements:
             connection.execute(each)
+
+
+def number_of_changes(url: str) -> int:
+    count = 'SELECT count(*) FROM "hosts-feed"'
+    if not url.startswith("sqlite:"):
+        return int(ask(url, count)[0])
+    with closing(sqlite3.connect(url.removeprefix("sqlite:"))) as connection:
+        return int(connection.execute(count).fetchone()[0])
 
 
 async def test_an_existing_table_gets_its_triggers(url: str) -> None:
@@ -215,6 +225,10 @@ async def test_positions_that_are_none(url: str) -> None:
         epoch = position.split('"')[5]
         with pytest.raises(FeedExpiredError):
             await engine.read_feed("hosts", position.replace(epoch, "0" * 16), 10)
+        for number in re.finditer(r"(?<=[,\[])-?\d+(?=[,\]])", position):
+            bad = f"{position[: number.start()]}{2**63}{position[number.end() :]}"
+            with pytest.raises(InvalidCursorError):
+                await engine.read_feed("hosts", bad, 10)
         snapshots = ("0:1:", "5:1:", "1:5:5", "1:5:3,2", "1:5:0", f"1:{10**19 - 1}:", "1:5")
         for bad in snapshots if url.startswith("postgresql:") else ():
             with pytest.raises(InvalidCursorError):
@@ -279,6 +293,50 @@ async def test_the_retention_passes(url: str) -> None:
                 assert len(await entries(engine, since)) == 1
                 await asyncio.sleep(0.05)
         assert 0.4 < time.monotonic() - began < 25
+
+
+@pytest.mark.parametrize("applies", [True, False])
+async def test_the_retention_of_a_feed_that_comes_later(url: str, applies: bool) -> None:
+    fed = [Collection("hosts", key="host_id", fields=["name"], feed=0.5)]
+    async with opened(url, PLAIN) as (store, _):
+        await store.save_entity("hosts", {"host_id": "a"})
+    # It has written before the feed is there, and it does not watch.
+    async with opened(url, fed if applies else PLAIN) as (writer, engine):
+        await writer.save_entity("hosts", {"host_id": "a"})
+        async with opened(url, fed) as (store, _):
+            await store.apply_schema()
+        if not applies:
+            await writer.schema_changes()
+            async with engine._main.lease() as lease:
+                await engine._read_again(lease)
+        await writer.save_entity("hosts", {"host_id": "a"})
+        async with asyncio.timeout(30):
+            while number_of_changes(url):
+                await asyncio.sleep(0.1)
+
+
+async def test_the_retention_after_a_cancelled_first_write(url: str) -> None:
+    fed = [Collection("hosts", key="host_id", fields=["name"], feed=0.5)]
+    async with opened(url, fed) as (store, _):
+        await store.save_entity("hosts", {"host_id": "a"})
+    async with open_store(url, collections=fed) as store:
+        engine = engine_of(store)
+        pruning = asyncio.Event()
+        prune = engine.prune_feeds
+
+        async def slow_prune(*given: Any) -> None:
+            pruning.set()
+            await asyncio.sleep(30)
+
+        cast("Any", engine).prune_feeds = slow_prune
+        preparing = asyncio.create_task(engine._prepare())
+        await pruning.wait()
+        preparing.cancel()
+        await asyncio.gather(preparing, return_exceptions=True)
+        cast("Any", engine).prune_feeds = prune
+        async with asyncio.timeout(30):
+            while number_of_changes(url):
+                await asyncio.sleep(0.1)
 
 
 def test_marks_are_few_and_never_early() -> None:
@@ -410,6 +468,34 @@ async def test_a_page_ends_inside_a_window_and_others_commit_meanwhile(database:
         await transaction.commit()
         rest = brief(await entries(engine, batch.position, 2))
         assert rest == [("2", None, 1), ("3", None, 1), ("mine", None, 1)]
+
+
+async def test_a_transaction_that_stays_open_does_not_make_reads_slow(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, tuple[object, ...]]] = []
+    rows = LeasedConnection.rows
+
+    async def recorded(lease: Any, sql: str, args: Any = (), **others: Any) -> Any:
+        read.append((sql, args))
+        return await rows(lease, sql, args, **others)
+
+    async with opened(database) as (store, engine), session(database) as connection:
+        since = await engine.feed_position("hosts")
+        async with connection.transaction():
+            await connection.execute(inserted("mine"))
+            for _ in range(3):
+                await store.save_entities("hosts", [{"host_id": f"{n}"} for n in range(1000)])
+            await connection.execute('ANALYZE "hosts-feed"')
+            assert len(await entries(engine, since, 1000)) == 3000
+            since = await engine.feed_position("hosts")
+            monkeypatch.setattr(LeasedConnection, "rows", recorded)
+            assert await entries(engine, since) == []
+            [(sql, args)] = [each for each in read if "min(w.seq)" in each[0]]
+            plan = await connection.fetch(f"EXPLAIN (ANALYZE, TIMING OFF) {sql}", *args)
+            found = re.findall(r"actual rows=(\d+)|Removed by \w+ *\w*: (\d+)", str(plan))
+            # "mine", which is visible here because this is its transaction
+            assert sum(int(rows or removed) for rows, removed in found) < 10
 
 
 async def test_truncate_deletes_every_entity(database: str) -> None:

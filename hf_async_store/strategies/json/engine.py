@@ -99,6 +99,10 @@ _HEALTH_LOCK_SECONDS: Final = 5.0
 _FEED_TRIES: Final = 3
 """How often the change feed is read without the lock before the read lock is acquired."""
 
+_REPLACED_PAUSE: Final = 0.02
+"""Before the change feed is read because a data file was replaced: mostly by a compaction, which may need
+a moment until the file is known."""
+
 _YIELD_MASK: Final = 0x7F
 """One of 128 reads returns control to the event loop: reads from memory never wait otherwise."""
 
@@ -335,13 +339,20 @@ class JSONEngine(Engine):
         return await self._unlocked(partial(self._feed.read, declared, store, since, limit))
 
     async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        is_replaced = False
+
         def is_changed() -> bool:
+            nonlocal is_replaced
             self.follower.refuse_closed()
+            if self._feed.may_go_on(positions.values()):
+                return True
             state = self.follower.state
-            replaced = state is not None and self.follower.files_changed(state)
-            return replaced or self._feed.may_go_on(positions.values())
+            is_replaced = state is not None and self.follower.files_changed(state)
+            return is_replaced
 
         await self._folder_watch.wait(is_changed, seconds)
+        if is_replaced:
+            await asyncio.sleep(_REPLACED_PAUSE)
 
     def _store_name(self, collection: str) -> str:
         """The random name of the store, which records the changes of this collection."""

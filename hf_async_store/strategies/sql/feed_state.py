@@ -6,7 +6,7 @@ PostgreSQL that of a transaction.
 
 from __future__ import annotations
 
-from typing import Final, TypeVar
+from typing import Annotated, Final, TypeAlias, TypeVar
 
 import msgspec
 
@@ -14,6 +14,9 @@ from hf_async_store.errors import CorruptionError, FeedExpiredError, InvalidCurs
 from hf_async_store.strategies.sql.names import Names, quoted
 
 Position = TypeVar("Position")
+
+Integer: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""An integer that the databases accept, in a position, which anybody may have written."""
 
 STEPS: Final = 16
 """Changes are kept for the retention, and at most by one of so many parts of it longer."""

@@ -139,16 +139,22 @@ class FeedingSQLEngine(ClaimingSQLEngine):
 
     # -- retention ---------------------------------------------------------------------------
 
+    def _use(self, catalogue: Catalogue) -> Tables:
+        tables = super()._use(catalogue)
+        self._retention.schedule()
+        return tables
+
     async def _prepare(self) -> None:
         if not self._ready:
             await super()._prepare()
             await self._retention.start()
 
     def shortest_retention(self) -> float | None:
-        """The shortest time, in seconds, for which changes are kept; None if there are no feeds."""
-        return min(
-            (each.entry.feed.seconds for each in self._fed() if each.entry.feed), default=None
-        )
+        """The shortest time, in seconds, for which changes are kept, or will be according to the
+        declarations of this program; None if there are no feeds."""
+        kept = [each.entry.feed.seconds for each in self._fed() if each.entry.feed]
+        declared = [each.feed.total_seconds() for each in self.schema.values() if each.feed]
+        return min((*kept, *declared), default=None)
 
     def _fed(self) -> list[Table]:
         tables = {} if self._state is None else self._state.tables
@@ -156,6 +162,10 @@ class FeedingSQLEngine(ClaimingSQLEngine):
 
     async def prune_feeds(self, may_continue: Callable[[], bool]) -> None:
         """Delete the changes that were kept long enough."""
+        known = {each.collection for each in self._fed()}
+        if any(each.feed and each.name not in known for each in self.schema.values()):
+            async with self._main.lease() as lease:  # `schema apply` may have run since
+                await self._read_again(lease)
         for each in self._fed():
             more = True
             while more and may_continue():
@@ -182,6 +192,7 @@ class Retention:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._started = self._stopped = False
+        self._is_scheduled = False  # until the run has ended
 
     async def start(self) -> None:
         """Begin, unless it has begun already."""
@@ -189,12 +200,19 @@ class Retention:
         if not self._started and engine is not None:
             self._started = True
             batches = iter([True])
-            await self._prune(engine, lambda: next(batches, False))
-            self._schedule(engine)
+            try:
+                await self._prune(engine, lambda: next(batches, False))
+            finally:
+                self.schedule()
 
-    def _schedule(self, engine: FeedingSQLEngine) -> None:
+    def schedule(self) -> None:
+        """Let the next run begin after some time, if it has begun and there are feeds."""
+        engine = self._engine()
+        if engine is None or not self._started or self._stopped or self._is_scheduled:
+            return
         seconds = engine.shortest_retention()
-        if seconds is not None and not self._stopped:
+        if seconds is not None:
+            self._is_scheduled = True
             pause = min(seconds / STEPS, _LONGEST_PAUSE)
             self._timer = asyncio.get_running_loop().call_later(pause, self._begin)
 
@@ -204,9 +222,12 @@ class Retention:
             self._task = asyncio.get_running_loop().create_task(self._run(engine))
 
     async def _run(self, engine: FeedingSQLEngine) -> None:
-        await self._prune(engine, lambda: not self._stopped)
-        self._task = None
-        self._schedule(engine)
+        try:
+            await self._prune(engine, lambda: not self._stopped)
+        finally:
+            self._task = None
+            self._is_scheduled = False
+            self.schedule()
 
     async def _prune(self, engine: FeedingSQLEngine, may_continue: Callable[[], bool]) -> None:
         try:

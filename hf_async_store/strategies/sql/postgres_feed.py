@@ -26,6 +26,7 @@ from hf_async_store.errors import InvalidCursorError, ReadOnlyStoreError, Storag
 from hf_async_store.strategies.sql.feed import Feed, Source
 from hf_async_store.strategies.sql.feed_state import (
     FeedState,
+    Integer,
     decoded_position,
     decoded_state,
     expired,
@@ -59,8 +60,8 @@ class _Mark(msgspec.Struct, frozen=True, array_like=True):
     """
 
     snapshot: str
-    xid: int
-    at: int
+    xid: Integer
+    at: Integer
 
     @property
     def oldest(self) -> int:
@@ -93,7 +94,7 @@ class _Position(msgspec.Struct, frozen=True, array_like=True):
     epoch: str
     since: _Mark
     until: _Mark | None = None
-    seq: int = 0
+    seq: Integer = 0
 
     @property
     def latest(self) -> _Mark:
@@ -298,12 +299,15 @@ class PostgresFeed(Feed):
 
     async def _window(self, source: Source, position: _Position, until: _Mark) -> _Position:
         """The position from which a page up to a snapshot is read."""
-        # Without OFFSET, the server might read all changes in the order of their numbers up to the first.
+        # What a snapshot does not contain: later transactions, and those that were running. The others are
+        # not read: while a transaction stays open, there may be many. Without OFFSET, the server might read
+        # all changes in the order of their numbers up to the first.
+        _, end, running = position.since.snapshot.split(":")
+        changes = f"SELECT f.seq FROM {source.feed} AS f WHERE f.xid"
         [[first]] = await source.lease.rows(
-            f"SELECT pg_catalog.min(w.seq) FROM (SELECT f.seq FROM {source.feed} AS f "
-            "WHERE f.xid >= $1::bigint::text::xid8 "
-            "AND NOT pg_catalog.pg_visible_in_snapshot(f.xid, $2::text::pg_snapshot) OFFSET 0) AS w",
-            (position.since.oldest, position.since.snapshot),
+            f"SELECT pg_catalog.min(w.seq) FROM (({changes} >= $1::bigint::text::xid8 OFFSET 0) "
+            f"UNION ALL ({changes} = ANY ($2::text::xid8[]) OFFSET 0)) AS w",
+            (int(end), f"{{{running}}}"),
         )
         if first is None:
             return msgspec.structs.replace(position, since=until)

@@ -20,6 +20,7 @@ from hf_async_store.driver import FeedBatch, FeedEntry
 from hf_async_store.strategies.sql.feed import Feed, Source
 from hf_async_store.strategies.sql.feed_state import (
     FeedState,
+    Integer,
     decoded_position,
     decoded_state,
     encoded_state,
@@ -54,8 +55,8 @@ class _Position(msgspec.Struct, frozen=True, array_like=True):
     store: str
     collection: str
     epoch: str
-    seq: int
-    mark: int
+    seq: Integer
+    mark: Integer
 
     def text(self) -> str:
         return msgspec.json.encode(self).decode()
