@@ -57,12 +57,18 @@ def check_seconds(seconds: object, what: str) -> None:
 
 
 def check_declared(
-    items: object, kind: type[Item], what: str, named: Callable[[str], Item] | None = None
+    items: object,
+    kind: type[Item],
+    what: str,
+    named: Callable[[str], Item] | None = None,
+    *,
+    form: str = "",
 ) -> tuple[Item, ...]:
     """The items of a declaration or configuration.
 
     Args:
         named: makes an item of its name; None: names are not accepted.
+        form: how an item is written that is often written in another way.
 
     Raises:
         ConfigurationError: says what was expected.
@@ -73,5 +79,5 @@ def check_declared(
     listed = [named(each) if named and isinstance(each, str) else each for each in items]
     for each in listed:
         if not isinstance(each, kind):
-            raise ConfigurationError(f"{expected}, but an item is {type(each).__name__}")
+            raise ConfigurationError(f"{expected}, but an item is {type(each).__name__}{form}")
     return tuple(listed)

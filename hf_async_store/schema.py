@@ -291,7 +291,13 @@ class Collection:
             [] if expires is None else [expires.field],
         )
         self.fields = MappingProxyType({each.name: each for each in declared})
-        self.indexes = check_declared(indexes, Index, f"the indexes of {name!r}", Index)
+        self.indexes = check_declared(
+            indexes,
+            Index,
+            f"the indexes of {name!r}",
+            Index,
+            form='; one of two fields is Index("status", "created_at")',
+        )
         self.references = tuple(
             each for each in declared if each.references is not None and each.enforced
         )
@@ -570,7 +576,12 @@ class Schema(Mapping[str, Collection]):
     """By collection with unique indexes: the fields of each."""
 
     def __init__(self, collections: Iterable[Collection]) -> None:
-        declared = check_declared(collections, Collection, "collections")
+        declared = check_declared(
+            collections,
+            Collection,
+            "collections",
+            form="; a class is declared by Collection.from_model",
+        )
         by_name = {each.name: each for each in declared}
         if len(by_name) != len(declared):
             names = [each.name for each in declared]

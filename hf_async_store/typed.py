@@ -224,6 +224,8 @@ class TypedCollection(Generic[Model]):
     async def patch(self, entity_id: str, /, **fields: object) -> int:
         """Change only the given fields of the model; returns the new version. See `update_entity`.
 
+        All names are those of fields: for `expected_version`, call `update_entity` of the store.
+
         Example:
             `await jobs.patch("j-1", status=Status.DONE, attempts=increment(1))`
         """
@@ -502,6 +504,8 @@ class TypedCollection(Generic[Model]):
             if name is None:
                 nearest = get_close_matches(attribute, self._codec.attributes, 1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+                if attribute in ("expected_version", "timeout"):
+                    hint = f"; `update_entity` of the store takes {attribute}"
                 raise InvalidFieldError(f"{self._model.__name__} has no field {attribute!r}{hint}")
             named[name] = value
         return dict(self._stored(named))

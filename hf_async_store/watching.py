@@ -16,6 +16,7 @@ from hf_async_store.errors import (
     FeedExpiredError,
     InvalidCursorError,
     InvalidInputError,
+    OperationTimeoutError,
     SchemaMismatchError,
     StorageError,
 )
@@ -155,8 +156,11 @@ class WatchedStore(RepositoryInterface):
             check_seconds(timeout, "timeout")
         query = await self._built_query(collection, filters, None, None, None)
         self._usable()
-        async with operation_timeout(timeout):
-            return await self._awaited(key, query.where)
+        try:
+            async with operation_timeout(timeout):
+                return await self._awaited(key, query.where)
+        except OperationTimeoutError as exc:
+            raise exc.at(f"{collection} {entity_id!r}") from exc
 
     async def _awaited(self, key: Key, where: Filter) -> Entity:
         waiter = Waiter(key, where, self._lifetimes)

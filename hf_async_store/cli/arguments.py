@@ -320,7 +320,7 @@ _COLLECTION: Final = _argument(
 )
 _IDS: Final = _argument("ids", "ID", "one or more ids", nargs="+")
 _FILTERS: Final = _argument(
-    "filters", "FILTER", "a condition, see below; all must match", nargs="*"
+    "filters", "FILTER", "a condition, see below; all must match", nargs="*", default=[]
 )
 _EXPECTED_VERSION: Final = _argument(
     "--expected-version", "N", "write only if the stored entity has version N", type=_version

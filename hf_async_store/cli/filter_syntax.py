@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from hf_async_store.schema import Collection
     from hf_async_store.values import FieldType
 
-OPERATORS: Final[tuple[OpName, ...]] = get_args(OpName)
+OPERATORS: Final[tuple[OpName, ...]] = tuple(
+    each
+    for each in get_args(OpName)
+    if each != "timestamp_lte"  # it is part of expiry, and not of filters
+)
 _LISTS: Final = ("in", "not_in", "between")
 _STRING_OPERATORS: Final = tuple(
     each for each in OPERATORS if each.startswith(("contains", "begins_with"))

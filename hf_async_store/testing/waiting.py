@@ -198,6 +198,7 @@ class WaitingContract:
                     await store.wait_for("jobs", "a", {"status": "DONE"}, timeout=timeout)
                 assert caught.value.retryable
                 assert not caught.value.outcome_unknown
+                assert "jobs 'a'" in str(caught.value)
 
     async def test_112_a_change_between_the_look_and_the_subscription(
         self, harness: Harness, jobs: Collection

@@ -367,6 +367,8 @@ def test_a_filter_that_is_wrong(filled: Cli, command: str) -> None:
     ran = filled(command, "machines", "statu:equals=x")
     assert ran.code == 2
     assert "unknown operator 'equals'; the operators are: eq, ne, lt" in ran.message
+    assert "timestamp_lte" not in ran.message
+    assert "required: COLLECTION (see" in filled(command).message
 
 
 # -- where there is no store ----------------------------------------------------------------

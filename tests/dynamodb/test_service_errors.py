@@ -119,6 +119,12 @@ def test_a_failure_before_sending_has_no_unknown_outcome() -> None:
         assert type(error) is getattr(public_errors, type(error).__name__)
 
 
+def test_a_driver_that_is_not_installed() -> None:
+    error = before_sending(ModuleNotFoundError("?", name="aiobotocore"))
+    assert type(error) is ConfigurationError
+    assert "pip install 'hf_async_store[dynamodb]'" in str(error)
+
+
 def test_a_failure_after_sending_has_an_unknown_outcome() -> None:
     for name in ("ReadTimeoutError", "ConnectionClosedError", "HTTPClientError"):
         exc = getattr(botocore.exceptions, name)(endpoint_url="http://x", error=Exception("?"))

@@ -184,6 +184,8 @@ async def test_a_patch_writes_only_what_is_named(opened: Any) -> None:
     )
     with pytest.raises(InvalidFieldError, match="no field 'statsu'; did you mean 'status'"):
         await jobs.patch("j", statsu=Status.DONE)
+    with pytest.raises(InvalidFieldError, match="`update_entity` of the store takes exp"):
+        await jobs.patch("j", attempts=1, expected_version=2)
     with pytest.raises(EntityNotFoundError):
         await jobs.patch("nobody", attempts=1)
 

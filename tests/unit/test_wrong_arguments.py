@@ -158,6 +158,11 @@ async def test_127_the_methods_of_a_migration(
         (lambda: Collection("jobs", key="j", fields="n"), "not str"),
         (lambda: Collection("jobs", key="j", fields=[("n", "integer")]), "an item is tuple"),
         (lambda: Collection("jobs", key="j", indexes="n"), "the indexes of 'jobs'"),
+        (
+            lambda: Collection("jobs", key="j", indexes=[("status", "created_at")]),
+            'one of two fields is Index("status", "created_at")',
+        ),
+        (lambda: open_store("memory:", collections=[dict]), "declared by Collection.from_model"),
         (lambda: Field("n", int), "the types are: text, integer, number"),
         (lambda: Field("n", required="yes"), "must be True or False"),
     ],

@@ -360,6 +360,10 @@ def before_sending(exc: Exception) -> StorageError:
         )
     if isinstance(exc, OSError) or name in _NETWORK:
         return UnavailableError(f"AWS credentials are temporarily unavailable: {name}")
+    if isinstance(exc, ImportError) and exc.name in ("aiobotocore", "botocore"):
+        return ConfigurationError(
+            "DynamoDB needs the package aiobotocore: pip install 'hf_async_store[dynamodb]'"
+        )
     return ConfigurationError(
         f"dynamodb_strategy: the AWS configuration or credentials cannot be used: {name}"
     )
