@@ -48,7 +48,9 @@ if TYPE_CHECKING:
 FOLLOW_MOVES: Final = "follow_moves"
 COLLECTIONS: Final = "collections"
 
-NO_STRATEGY: Final = "strategy: required, because no strategy is named"
+NO_STRATEGY: Final = (
+    "strategy: required, because no strategy is named (json, sql, dynamodb or memory)"
+)
 
 STRATEGY_GROUP: Final = "hf_async_store.strategies"
 """The entry-point group under which other packages register a strategy by name."""

@@ -160,7 +160,11 @@ class WatchedStore(RepositoryInterface):
             async with operation_timeout(timeout):
                 return await self._awaited(key, query.where)
         except OperationTimeoutError as exc:
-            raise exc.at(f"{collection} {entity_id!r}") from exc
+            raise OperationTimeoutError(
+                f"{collection} {entity_id!r}: {exc}",
+                retryable=exc.retryable,
+                outcome_unknown=exc.outcome_unknown,
+            ) from exc
 
     async def _awaited(self, key: Key, where: Filter) -> Entity:
         waiter = Waiter(key, where, self._lifetimes)
