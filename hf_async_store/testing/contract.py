@@ -23,6 +23,7 @@ from hf_async_store.testing.changed_declarations import ChangedDeclarationContra
 from hf_async_store.testing.claims import ClaimContract
 from hf_async_store.testing.clearing import ClearingContract
 from hf_async_store.testing.declarations import DeclarationContract
+from hf_async_store.testing.driver_interface import DriverContract
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.expiry import ExpiryContract
 from hf_async_store.testing.expiry_of_owners import OwnerExpiryContract
@@ -96,6 +97,7 @@ class StrategyContract(
     FeedContract,
     WaitingContract,
     SubscriptionContract,
+    DriverContract,
 ):
     """All cases of the contract."""
 
