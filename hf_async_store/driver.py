@@ -505,7 +505,8 @@ class Engine(Reader):
     async def remember(self, collections: Iterable[Collection]) -> None:
         """Record these declarations, merged with the recorded ones (`declarations.merged`), atomically.
 
-        Called after the first write of a store, and outside of transactions. The default reads, and
+        Called with the schema of the engine, after the first write of a store, and outside of
+        transactions. The default reads, and
         if something is new writes, one entity of a collection of its own, `hf_catalogue`. It is for
         an engine that can store entities of any collection that its schema (`schema_of`) can look
         up. An engine that cannot calls `remember_in` with an engine whose only collection is that one.

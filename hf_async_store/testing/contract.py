@@ -35,6 +35,7 @@ from hf_async_store.testing.independent_changes import IndependentChangeContract
 from hf_async_store.testing.isolation import IsolationContract
 from hf_async_store.testing.lifecycle import LifecycleContract
 from hf_async_store.testing.limits import LimitContract
+from hf_async_store.testing.lost_connections import LostConnectionContract
 from hf_async_store.testing.observation import ObservationContract
 from hf_async_store.testing.planted_records import PlantedRecordContract
 from hf_async_store.testing.queries import QueryContract
@@ -98,6 +99,7 @@ class StrategyContract(
     WaitingContract,
     SubscriptionContract,
     DriverContract,
+    LostConnectionContract,
 ):
     """All cases of the contract."""
 
