@@ -294,7 +294,9 @@ async def _run(case: str, harness: Harness) -> None:
     """Run a case of the contract."""
     method = getattr(StrategyContract(), case)
     wanted = inspect.signature(method).parameters
-    given: dict[str, object] = {each: harness for each in ("harness", "lasting") if each in wanted}
+    given: dict[str, object] = {
+        each: harness for each in ("harness", "enforcing") if each in wanted
+    }
     async with asyncio.timeout(_SECONDS):
         if "store" not in wanted:
             await method(**given)
@@ -398,3 +400,12 @@ class _Optimistic(MemoryEngine):
 @pytest.mark.parametrize("case", [_FIRST_CLAIM, "test_106_renew_extends_and_release_frees"])
 async def test_the_defaults_of_claims_try_again_after_a_conflict(case: str) -> None:
     await _run(case, _WrongHarness(_Optimistic))
+
+
+def test_no_part_of_the_contract_hides_a_fixture_or_a_test_of_another() -> None:
+    owners: dict[str, list[str]] = {}
+    for part in StrategyContract.__bases__:
+        for name in vars(part):
+            if not name.startswith("__"):
+                owners.setdefault(name, []).append(part.__name__)
+    assert {name: parts for name, parts in owners.items() if len(parts) > 1} == {}
