@@ -70,6 +70,7 @@ from hf_async_store.query import Query, compile_filter, ordered
 from hf_async_store.schema import (
     CATALOGUE_COLLECTION,
     LOCK_COLLECTION,
+    SYSTEM_COLLECTIONS,
     Collection,
     Index,
     Schema,
@@ -89,6 +90,7 @@ __all__ = [
     "ABSENT",
     "ANY",
     "PRESENT",
+    "SYSTEM_COLLECTIONS",
     "BootClock",
     "Capabilities",
     "Change",
@@ -384,8 +386,8 @@ class Engine(Reader):
 
     There is no network or disk I/O before the first call. Preconditions are checked atomically with
     the write. Any await may be cancelled: a write is then applied completely or not at all, and
-    no resource leaks. Errors of drivers are raised as `StorageError`s with the original chained; a
-    missing entity is never an error. Tasks call the methods concurrently.
+    no resource leaks (see `run_to_completion`). Errors of drivers are raised as `StorageError`s with
+    the original chained; a missing entity is never an error. Tasks call the methods concurrently.
 
     Attributes:
         capabilities: required.
@@ -430,7 +432,7 @@ class Engine(Reader):
         """Release all resources; no acknowledged write is lost. Called once.
 
         Sessions, snapshots and reads may still be open: the next call of each, and a commit, then raise
-        StoreClosedError.
+        StoreClosedError, and so does `probe`.
         """
 
     # -- defaults ----------------------------------------------------------------------------
@@ -484,12 +486,18 @@ class Engine(Reader):
         Raises:
             StorageError: it cannot be determined.
         """
+        if self.capabilities.multi_process:
+            raise NotImplementedError(
+                "an engine with the capability 'multi_process' needs `is_same_store`"
+            )
         return other is self
 
     async def undeclared(self) -> list[str]:
         """The stored collections and fields that are not declared, which queries would therefore miss.
 
-        Sorted; `"jobs"` is a collection, `"machines.owner"` a field. Nothing is created.
+        Sorted; `"jobs"` is a collection, `"machines.owner"` a field, of an engine whose queries miss
+        undeclared fields. Those of `SYSTEM_COLLECTIONS` are left out. Nothing is created. The default is
+        for an engine without the capabilities `durable` and `multi_process`.
         """
         return []
 
@@ -730,7 +738,12 @@ class Engine(Reader):
         """Write, read back and delete a value that is not an entity; raise if that fails.
 
         The default does nothing: it is for an engine without the capability `durable`.
+
+        Raises:
+            StoreClosedError: the engine was closed.
         """
+        if self.capabilities.durable:
+            raise NotImplementedError("an engine with the capability 'durable' needs `probe`")
 
     async def health(self) -> Mapping[str, Value]:
         """The engine's part of `health()`; its `problems` lists the conditions that require action."""
