@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hf_async_store.driver import Engine, Reader
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.testing.harness import Harness
+    from hf_async_store.values import Entity
 
 _MARKS: Final = Collection("marks", key="mark_id")
 _LATER: Final = Collection("later", key="later_id")
@@ -34,10 +35,11 @@ _SOON: Final = 5.0
 """Within so many seconds, a wait of a minute must notice a change."""
 
 
-def _put(entity_id: str, mark: str, **expected: int) -> Put:
-    """A change of an item with a change marker."""
-    marker = ChangeMarker(Key("marks", mark), {"mark_id": mark, "of": entity_id, "version": 1})
-    entity = {"item_id": entity_id, "updated_at": utc_now()}
+def _put(entity_id: str, mark: str | None = None, **expected: int) -> Put:
+    """A change of an item, with a change marker if it is named."""
+    entity: Entity = {"item_id": entity_id, "label": "even", "updated_at": utc_now()}
+    marked: Entity = {"mark_id": mark, "of": entity_id, "version": 1}
+    marker = None if mark is None else ChangeMarker(Key("marks", mark), marked)
     put = Put(Key("items", entity_id), entity, utc_now(), mark=marker)
     return msgspec.structs.replace(put, **expected)
 
@@ -73,8 +75,7 @@ class DriverContract:
         query = Query("items", Comparison(("label",), "eq", "even"))
         async with store.engine.session(None) as session:
             for each in ("0", "2"):
-                entity = {"item_id": each, "label": "even", "updated_at": utc_now()}
-                assert await session.write([Put(Key("items", each), entity, utc_now())]) == [1]
+                assert await session.write([_put(each)]) == [1]
             await _check_reader(session, query, "items", ["0", "2"])
 
     # -- declarations --------------------------------------------------------------------------
@@ -207,8 +208,7 @@ class DriverContract:
         async with harness.store() as store, AsyncExitStack() as stack:
             await store.save_entity("items", {"item_id": "a"})
             session = await stack.enter_async_context(store.engine.session(None))
-            entity = {"item_id": "b", "updated_at": utc_now()}
-            await session.write([Put(Key("items", "b"), entity, utc_now())])
+            await session.write([_put("b")])
             await store.close()
             with pytest.raises(StoreClosedError):
                 await stack.aclose()

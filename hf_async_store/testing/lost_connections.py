@@ -23,7 +23,8 @@ class LostConnectionContract:
         if not isinstance(harness, CutsConnections):
             skip_fault(harness, CutsConnections)
         await store.save_entity("items", {"item_id": "first"})
-        acknowledged, unknown = {"first"}, set()
+        acknowledged = {"first"}
+        unknown: set[str] = set()
 
         async def write(name: str) -> None:
             for number in range(15):

@@ -557,7 +557,10 @@ class UniqueIndexContract:
         async with enforcing.store(PLAIN) as old:
             await old.save_entity("things", thing("t0", "x"))
             await old.save_entity("things", thing("long", "z" * 2000))
-        async with enforcing.store(things(BY_NAME)) as new, enforcing.store(things(BY_NAME)) as tool:
+        async with (
+            enforcing.store(things(BY_NAME)) as new,
+            enforcing.store(things(BY_NAME)) as tool,
+        ):
             await new.create_entity("things", thing("t1", "y"))
             async with new.begin_transaction() as tx:
                 await tx.update_entity("things", "long", {"zone": "z"})
@@ -569,7 +572,9 @@ class UniqueIndexContract:
                     error = await refusal_of(store.create_entity("things", thing("new", name)))
                     assert error.owner_id == owner
 
-    async def test_96_a_program_that_does_not_declare_it_may_apply(self, enforcing: Harness) -> None:
+    async def test_96_a_program_that_does_not_declare_it_may_apply(
+        self, enforcing: Harness
+    ) -> None:
         async with enforcing.store(PLAIN) as store:
             for entity_id in ("t0", "t1"):
                 await store.save_entity("things", thing(entity_id, "x", zone="z"))
