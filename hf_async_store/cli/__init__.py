@@ -7,19 +7,21 @@ Imports take half of the run time of a short command.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from hf_async_store.cli import output
 from hf_async_store.cli.arguments import parse
-from hf_async_store.cli.exit_codes import report, report_defect, report_os_error
+from hf_async_store.cli.exit_codes import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    report,
+    report_defect,
+    report_os_error,
+)
 from hf_async_store.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-INTERRUPTED: Final = 130
-BROKEN_PIPE: Final = 141
-"""The exit codes that shells use for programs that a signal ended: 128 + the signal number."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

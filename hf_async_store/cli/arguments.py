@@ -106,9 +106,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         InvalidInputError: the arguments are not valid.
         SystemExit: after `--help` or `--version`.
     """
-    arguments = _top_parser().parse_args(_join_order(argv))
+    arguments = top_parser().parse_args(_join_order(argv))
     name = arguments.command or ""
-    command = COMMANDS.get(name) or _of_another_package(name)
+    command = command_of(name)
     if command is None:
         raise InvalidInputError(_no_command(name))
     parser = parser_of(name, command)
@@ -137,7 +137,8 @@ def parser_of(name: str, command: Command) -> argparse.ArgumentParser:
     return parser
 
 
-def _top_parser() -> argparse.ArgumentParser:
+def top_parser() -> argparse.ArgumentParser:
+    """The parser that finds the command."""
     width = _name_width()
     names = "\n".join(f"  {name:<{width}}{each.summary}" for name, each in COMMANDS.items())
     parser = _TopParser(
@@ -167,9 +168,10 @@ class _TopParser(_Parser):
         return super().format_help()
 
 
-def _of_another_package(name: str) -> Command | None:
-    if not name:
-        return None
+def command_of(name: str) -> Command | None:
+    """The command with this name, of this or of another package; None if there is none."""
+    if name in COMMANDS or not name:
+        return COMMANDS.get(name)
     from hf_async_store.cli.extensions import find
 
     return find(name)
@@ -367,6 +369,46 @@ _QUERY: Final = (
     _argument("--limit", "N", "maximum number of entities", type=_integer),
     _repeatable("--fields", "A,B", "show only these fields, the key and the version"),
     _flag("--explain", "show the query plan instead of running the query"),
+)
+_FORMAT: Final = _argument(
+    "--format", "csv|jsonl", "the format of the file", choices=("csv", "jsonl"), required=True
+)
+_EXPORT: Final = (
+    _COLLECTION,
+    _FILTERS,
+    _FORMAT,
+    _ORDER,
+    _argument("--limit", "N", "maximum number of entities", type=_integer),
+    _repeatable("--fields", "A,B", "write only these fields, the key and the version"),
+    _argument("--output", "FILE", "write to this file instead of stdout"),
+)
+
+
+def _existing(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    for option, constant, text in (
+        ("--update", "update", "set the fields of the row in entities that exist; others are kept"),
+        ("--replace", "replace", "replace entities that exist as a whole"),
+        ("--skip-existing", "skip", "leave entities that exist as they are"),
+    ):
+        group.add_argument(option, dest="existing", action="store_const", const=constant, help=text)
+
+
+_IMPORT: Final = (
+    _COLLECTION,
+    _argument("file", "FILE | -", "the file, or - to read stdin"),
+    _FORMAT,
+    _argument("--key", "NAME", "the column or field that holds the id (default: the key field)"),
+    _existing,
+    _flag("--keep-versions", "store the versions and timestamps of the file, as a restore does"),
+    _flag("--dry-run", "write nothing; check each row, and whether its entity exists"),
+    _argument(
+        "--from-line",
+        "N",
+        "skip the rows that begin before this line of the file",
+        type=_at_least_one,
+        default=1,
+    ),
 )
 _CHECKPOINT: Final = _argument(
     "--recover-from",
@@ -628,6 +670,38 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"  {PROGRAM} delete-where requests status=COMPLETED completed_at:lt=2025-01-01\n"
         f"  {PROGRAM} delete-where machines status=TERMINATED --order updated_at --limit 1000\n",
     ),
+    "export": Command(
+        "export COLLECTION [FILTER...] --format csv|jsonl [OPTIONS]",
+        "write the entities that match all filters to a file, or to stdout",
+        f"{_CLI}.transfer_commands:export",
+        _EXPORT,
+        "A file of JSON lines holds an entity in each line. A CSV file has a column for the key, for each\n"
+        "declared field and for the version, and the column *: a JSON object of all other fields. An\n"
+        "empty cell is a field that the entity does not have. Text and timestamps are written as they\n"
+        'are, unless they are empty, null or begin with "; everything else is written as JSON. So\n'
+        "`import` reads equal entities. A file gets its name when it is complete. To copy a store as a\n"
+        f"whole, use `backup`.\n\n{_FILTER_HELP}\n"
+        f"  {PROGRAM} export machines --format csv --output machines.csv\n"
+        f"  {PROGRAM} export machines status=RUNNING --format jsonl --fields name | gzip > m.gz\n",
+    ),
+    "import": Command(
+        "import COLLECTION FILE --format csv|jsonl [OPTIONS]",
+        "create entities from a file of `export`, or of another program",
+        f"{_CLI}.transfer_commands:import_",
+        _IMPORT,
+        "The file may have any size: it is read and written in batches of 1,000 rows. `export --help`\n"
+        "describes the format; the first line of a CSV file names the columns. Names that are not\n"
+        "declared become fields, too; their cells are text if they are not JSON.\n\n"
+        "A row that is not valid, or whose entity exists, is refused and reported with its line; the\n"
+        "others are imported. The versions of the file are ignored, unless --keep-versions is given.\n"
+        "--dry-run does not check references.\n\n"
+        "Ctrl-C ends the import after the batch that is being written, and the command says how to go\n"
+        "on; a second Ctrl-C ends it at once.\n\n"
+        f"  {PROGRAM} import machines machines.csv --format csv --dry-run\n"
+        f"  {PROGRAM} import machines hosts.csv --format csv --key hostname --update\n"
+        f"  {PROGRAM} export machines --format jsonl | \\\n"
+        f"      {PROGRAM} import machines - --format jsonl --keep-versions --store json:copy.json\n",
+    ),
     "purge": Command(
         "purge [COLLECTION] [OPTIONS]",
         "remove expired entities",
@@ -697,6 +771,66 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "         from then on. If an entity has no claim, the exit code is 1\n\n"
         f"  {PROGRAM} claims list requests\n"
         f"  {PROGRAM} claims break requests req-1\n",
+    ),
+    "shell": Command(
+        "shell [OPTIONS]",
+        "an interactive Python prompt with the store opened",
+        f"{_CLI}.shell_command:shell",
+        (_flag("--read-only", "`store` has no methods that write, as a protection from mistakes"),),
+        "`store` is the opened store, and all names of hf_async_store are imported. Statements may\n"
+        "contain `await`. Ctrl-C ends the statement, Ctrl-D the shell. The history is kept in\n"
+        "$XDG_STATE_HOME/hf-async-store/shell_history (~/.local/state). If stdin is not a terminal, its\n"
+        "statements are run until one fails. A statement without `await` runs outside of the event loop.\n"
+        "--timeout is not used.\n\n"
+        f"  {PROGRAM} shell\n"
+        f"  {PROGRAM} shell --read-only <<< 'await store.count_entities(\"machines\")'\n",
+    ),
+    "top": Command(
+        "top [OPTIONS]",
+        "watch what happens in the store: entities, changes, claims, sizes, problems",
+        f"{_CLI}.top_command:top",
+        (
+            _argument(
+                "--interval",
+                "SECONDS",
+                "time between two looks (default: 2; 60 if counting reads all entities, as on DynamoDB)",
+                type=_seconds,
+            ),
+            _flag("--once", "look for one interval, show what was seen, and end"),
+        ),
+        "For each collection: the number of entities, by how much it changes, the changes per second if\n"
+        "it has a feed, and the claims that are held, with the one that this command has seen for the\n"
+        "longest time. Besides: named locks, sizes, connections, and what `health` reports, every 30\n"
+        "seconds. `slow here` are queries of this command itself: programs report their own by\n"
+        "`health()`. q or Ctrl-C ends it. If stdout is not a terminal, or with --json, each look is a\n"
+        "line of JSON. --timeout is that of one look. With --once, the exit code is 4 if there is a\n"
+        "problem.\n\n"
+        f"  {PROGRAM} top\n"
+        f"  {PROGRAM} top --once --json --interval 10\n",
+    ),
+    "completion": Command(
+        "completion bash|zsh|fish",
+        "print a script by which a shell completes command lines",
+        f"{_CLI}.completion_command:completion",
+        (
+            _argument(
+                "action",
+                "SHELL",
+                "bash, zsh or fish; or `words`, which the scripts use",
+                choices=("bash", "zsh", "fish", "words"),
+            ),
+            _argument(
+                "words",
+                "WORD",
+                "words: those typed so far, the last of which may be empty",
+                nargs="*",
+            ),
+        ),
+        "Commands, options, their choices and collections are completed. Collections are those that the\n"
+        "configuration names, or that a JSON or SQLite store remembers: no server is asked.\n\n"
+        f"  bash: add to ~/.bashrc              source <({PROGRAM} completion bash)\n"
+        f"  zsh:  add to ~/.zshrc, after compinit  source <({PROGRAM} completion zsh)\n"
+        f"  fish: {PROGRAM} completion fish > ~/.config/fish/completions/{PROGRAM}.fish\n",
     ),
     "checkpoint": Command(
         "checkpoint [OPTIONS]",

@@ -63,7 +63,7 @@ class Context:
         self, arguments: Namespace, *, also: Iterable[Collection] = (), tolerant: bool = False
     ) -> None:
         self.arguments = arguments
-        self.config = _config_of(arguments)
+        self.config = config_of(arguments)
         try:
             self.schema = declared_schema(arguments, self.config, also=also)
         except StorageError as exc:
@@ -100,10 +100,7 @@ class Context:
                     async with operation_timeout(timeout):
                         self.existed = await store.exists()
                 if needs_store and not self.existed:
-                    raise StoreNotFoundError(
-                        f"there is no store at {self.location()}; correct --store or --config, or "
-                        f"create an empty store with `{PROGRAM} init`"
-                    )
+                    raise self.not_found()
                 async with operation_timeout(None if writes else timeout):
                     return await abandonable(work(store))
 
@@ -137,6 +134,13 @@ class Context:
         if writes and not outcome_unknown:
             message += "; nothing further was written"
         return OperationTimeoutError(message, outcome_unknown=outcome_unknown)
+
+    def not_found(self) -> StoreNotFoundError:
+        """The error that the store does not exist."""
+        return StoreNotFoundError(
+            f"there is no store at {self.location()}; correct --store or --config, or create an empty "
+            f"store with `{PROGRAM} init`"
+        )
 
     async def with_timeout(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run work that may write and that has no `timeout=` argument within the remaining time."""
@@ -255,7 +259,8 @@ def path_of(argument: str) -> Path:
 # -- configuration --------------------------------------------------------------------------
 
 
-def _config_of(arguments: Namespace) -> StorageConfig:
+def config_of(arguments: Namespace) -> StorageConfig:
+    """The configuration that the arguments or the environment name."""
     if arguments.store is not None and arguments.config is not None:
         raise ConfigurationError("give either --store or --config, not both")
     if arguments.config is not None:

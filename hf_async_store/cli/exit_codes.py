@@ -18,6 +18,9 @@ USAGE: Final = 2
 CONFLICT: Final = 3
 STORAGE: Final = 4
 TIMED_OUT: Final = 5
+INTERRUPTED: Final = 130
+BROKEN_PIPE: Final = 141
+"""The exit codes that shells use for programs that a signal ended: 128 + the signal number."""
 
 _MAX_SHOWN: Final = 10
 """Maximum number of errors of a batch that are reported one by one."""

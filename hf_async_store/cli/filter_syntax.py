@@ -130,9 +130,9 @@ def _operand(word: str, operator: OpName, parsed: _ParsedWord, collection: Colle
         is_string = operator != "contains" or field_type in _STRING_TYPES
         return value if is_string else _json_or_string(value)
     if operator not in _LISTS:
-        return _typed(value, field_type, word)
+        return value_of(value, field_type, word)
     return _checked_list(
-        word, operator, [_typed(each.strip(), field_type, word) for each in value.split(",")]
+        word, operator, [value_of(each.strip(), field_type, word) for each in value.split(",")]
     )
 
 
@@ -256,7 +256,7 @@ def _assignment(word: str, collection: Collection) -> tuple[str | Path, Value]:
         )
     if parsed.is_json:
         return target, _json(parsed.value, word)
-    return target, _typed(parsed.value, _type_of(parsed.steps, collection), word)
+    return target, value_of(parsed.value, _type_of(parsed.steps, collection), word)
 
 
 # -- arguments ------------------------------------------------------------------------------
@@ -346,8 +346,15 @@ def _type_of(steps: Steps, collection: Collection) -> FieldType:
     return "integer" if steps == (VERSION,) else "json"
 
 
-def _typed(string: str, field_type: FieldType, word: str) -> Value:
-    """Convert a string to a value of the type of its field."""
+def value_of(string: str, field_type: FieldType, word: str) -> Value:
+    """Convert a string to a value of the type of its field.
+
+    Args:
+        word: what the string is a part of, for the error.
+
+    Raises:
+        InvalidFieldError: it is no value of the type.
+    """
     if field_type == "text":
         return string
     if field_type == "json":

@@ -41,12 +41,12 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def json_line(value: object) -> None:
     """Write a value as one line of JSON, in UTF-8 regardless of the locale, as JSON requires."""
-    _write(msgspec.json.encode(value) + b"\n")
+    write(msgspec.json.encode(value) + b"\n")
 
 
 def line(text: str) -> None:
     """Write one line of text."""
-    _write(f"{printable(text)}\n".encode(errors="backslashreplace"))
+    write(f"{printable(text)}\n".encode(errors="backslashreplace"))
 
 
 def value(arguments: Namespace, shown: object) -> None:
@@ -64,7 +64,8 @@ def result(arguments: Namespace, values: Mapping[str, Any], sentence: str) -> No
         json_line(values)
 
 
-def _write(data: bytes) -> None:
+def write(data: bytes) -> None:
+    """Write bytes."""
     if sys.stdout is None:  # the program was started with stdout closed
         return
     try:

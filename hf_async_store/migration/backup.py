@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from hf_async_store.errors import InvalidInputError, StorageError
+from hf_async_store.event_loop import in_thread
 from hf_async_store.migration.backup_format import read_header, write_portable
 from hf_async_store.migration.store_checks import (
     check_leave_out,
@@ -78,7 +78,7 @@ async def backup_store(
         ConfigurationError: the store holds undeclared collections or fields.
         StorageError: the store could not be read, or the file could not be written.
     """
-    path, is_dated = await asyncio.to_thread(_destination, str(location), stem)
+    path, is_dated = await in_thread(_destination, str(location), stem)
     if keep is not None and (keep < 1 or not is_dated):
         raise InvalidInputError(
             "keep must be >= 1, and the destination must be a folder of dated backups"
@@ -93,12 +93,12 @@ async def backup_store(
     removed: list[Path] = []
     spared: list[Path] = []
     if keep is not None:
-        older = await asyncio.to_thread(_older_backups, path, stem)
+        older = await in_thread(_older_backups, path, stem)
         surplus = older[keep - 1 :]
         if surplus and not allow_smaller:
             spared = await _far_larger(sum(counts.values()), older, keep)
         removed = [each for each in surplus if each not in spared]
-        await asyncio.to_thread(_remove, removed)
+        await in_thread(_remove, removed)
     return BackupResult(
         str(path),
         counts,

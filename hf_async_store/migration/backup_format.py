@@ -30,6 +30,7 @@ import msgspec
 from hf_async_store.declarations import decoded, encoded
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import CorruptionError, InvalidInputError
+from hf_async_store.event_loop import in_thread
 from hf_async_store.migration.digest import Digest
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.query import build_query
@@ -101,10 +102,10 @@ async def write_portable(
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
+        await in_thread(path.parent.mkdir, parents=True, exist_ok=True)
         try:
             digests = await _PortableWriter(temporary, schema).write(reader, sort=sort)
-            await asyncio.to_thread(_publish, temporary, path)
+            await in_thread(_publish, temporary, path)
         finally:
             with suppress(OSError):
                 temporary.unlink()
@@ -442,13 +443,13 @@ async def _line_chunks(path: Path) -> AsyncGenerator[list[bytes], None]:
     rest = last = b""
     is_complete = False  # the member that ends with the last line has ended
     try:
-        if not S_ISREG((await asyncio.to_thread(path.stat)).st_mode):
+        if not S_ISREG((await in_thread(path.stat)).st_mode):
             raise InvalidInputError(f"{path} is not a regular file, so it is not a portable backup")
-        with await asyncio.to_thread(path.open, "rb") as file:
-            if await asyncio.to_thread(_is_other_file, file):
+        with await in_thread(path.open, "rb") as file:
+            if await in_thread(_is_other_file, file):
                 raise InvalidInputError(f"{path} is not a portable backup")
             chunks = _text_chunks(file)
-            while chunk := await asyncio.to_thread(next, chunks, None):
+            while chunk := await in_thread(next, chunks, None):
                 if is_complete:
                     raise damaged(path, _AFTER_END)
                 text, ends_member = chunk

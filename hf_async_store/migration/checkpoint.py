@@ -17,6 +17,7 @@ import msgspec
 
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import CorruptionError
+from hf_async_store.event_loop import in_thread
 from hf_async_store.migration.digest import PATTERN
 from hf_async_store.migration.merge import MergeRule
 from hf_async_store.migration.store_checks import settings_of
@@ -118,7 +119,7 @@ class CheckpointFile:
             CorruptionError: the file is not a valid checkpoint.
         """
         try:
-            data = await asyncio.to_thread(_content, self.path)
+            data = await in_thread(_content, self.path)
         except FileNotFoundError:
             return None
         except OSError as exc:
@@ -154,11 +155,11 @@ class CheckpointFile:
     async def remove(self) -> None:
         await self.wait_written()
         with suppress(FileNotFoundError):
-            await asyncio.to_thread(self.path.unlink)
+            await in_thread(self.path.unlink)
 
     async def _write(self, data: bytes) -> None:
         try:
-            await asyncio.to_thread(_replace, self.path, data)
+            await in_thread(_replace, self.path, data)
         except OSError as exc:
             raise translate_os_error(exc, f"write {self.path}") from exc
 

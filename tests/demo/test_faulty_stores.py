@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from hf_async_store import StorageStrategy, Transaction, open_store
+from hf_async_store import Collection, StorageStrategy, Transaction, open_store
 from hf_async_store.changes import PRESENT, Change, Delete, Outcome, Patch, Put
+from hf_async_store.driver import FeedBatch, FeedEntry
 from hf_async_store.strategies.json import JSONStorageStrategy
-from hf_async_store.strategies.memory import MemoryStorageStrategy
+from hf_async_store.strategies.memory import MemoryEngine, MemoryStorageStrategy
 from hf_async_store.values import Key
-from hf_async_store_bench.demo import orchestrator
+from hf_async_store_bench.demo import orchestrator, recorder
 from hf_async_store_bench.demo.data import OPEN, Source
 from hf_async_store_bench.demo.plan import Plan, Settings
 from hf_async_store_bench.demo.runner import FAILED, run_demo
@@ -71,14 +72,14 @@ def _claimed(change: Change) -> Outcome:
 
 
 class Dropping(_Drops, MemoryStorageStrategy):
-    def __init__(self, lost: OnceAfter) -> None:
-        super().__init__()
+    def __init__(self, lost: OnceAfter, collections: Sequence[Collection]) -> None:
+        super().__init__(collections=collections)
         self.lost = lost
 
 
 class DroppingOnDisk(_Drops, JSONStorageStrategy):
-    def __init__(self, lost: OnceAfter, path: Path) -> None:
-        super().__init__(f"json:{path}/db.json")
+    def __init__(self, lost: OnceAfter, path: Path, collections: Sequence[Collection]) -> None:
+        super().__init__(f"json:{path}/db.json", collections=collections)
         self.lost = lost
 
 
@@ -95,8 +96,8 @@ class _Torn(Transaction):
 class Tearing(MemoryStorageStrategy):
     """Commits a transaction without one of its changes."""
 
-    def __init__(self, lost: OnceAfter) -> None:
-        super().__init__()
+    def __init__(self, lost: OnceAfter, collections: Sequence[Collection]) -> None:
+        super().__init__(collections=collections)
         self.transaction_type = type("Torn", (_Torn,), {"lost": lost})  # type: ignore[misc]
 
 
@@ -118,8 +119,10 @@ class WritingTooMuch(MemoryStorageStrategy):
         extra: creates the additional write from the requested one.
     """
 
-    def __init__(self, extra: Callable[[Change], Change]) -> None:
-        super().__init__()
+    def __init__(
+        self, extra: Callable[[Change], Change], collections: Sequence[Collection]
+    ) -> None:
+        super().__init__(collections=collections)
         self._extra: Callable[[Change], Change] | None = extra
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
@@ -160,8 +163,8 @@ def _without_price(change: Change) -> Change:
 class Truncating(MemoryStorageStrategy):
     """Loses the value of a field, with a correct version."""
 
-    def __init__(self, lost: Chosen) -> None:
-        super().__init__()
+    def __init__(self, lost: Chosen, collections: Sequence[Collection]) -> None:
+        super().__init__(collections=collections)
         self.transaction_type = type("Truncated", (_Truncated,), {"lost": staticmethod(lost)})  # type: ignore[misc]
 
 
@@ -175,19 +178,31 @@ def ghost(of: Change) -> Put:
     return Put(Key("machines", name), {"machine_id": name, "request_id": None}, NOW)
 
 
-LIARS: dict[str, tuple[Callable[[], StorageStrategy], set[str]]] = {
-    "a lost status write": (lambda: Dropping(OnceAfter(RUNNING)), {"versions"}),
-    "a lost create": (lambda: Dropping(OnceAfter(CREATED)), {"acknowledged", "counts"}),
+Opening = Callable[[Sequence[Collection]], StorageStrategy]
+
+LIARS: dict[str, tuple[Opening, set[str]]] = {
+    "a lost status write": (lambda of: Dropping(OnceAfter(RUNNING), of), {"versions"}),
+    "a lost create": (lambda of: Dropping(OnceAfter(CREATED), of), {"acknowledged", "counts"}),
     "a torn burst": (
-        lambda: Tearing(OnceAfter(CREATED)),
-        {"acknowledged", "transactions", "counts"},
+        lambda of: Tearing(OnceAfter(CREATED), of),
+        {"acknowledged", "transactions", "counts", "changes"},
     ),
-    "a delete that was none": (lambda: Tearing(OnceAfter(GONE)), {"acknowledged", "transactions"}),
-    "no conditions": (Unconditional, {"counters"}),
-    "a lost value": (lambda: Truncating(CREATED), {"contents"}),
-    "a query that hides": (IncompleteQuery, {"pollers"}),
-    "an entity from nowhere": (lambda: WritingTooMuch(ghost), {"acknowledged"}),
+    "a delete that was none": (
+        lambda of: Tearing(OnceAfter(GONE), of),
+        {"acknowledged", "transactions", "changes"},
+    ),
+    "no conditions": (lambda of: Unconditional(collections=of), {"counters"}),
+    "a lost value": (lambda of: Truncating(CREATED, of), {"contents", "changes"}),
+    "a query that hides": (lambda of: IncompleteQuery(collections=of), {"machines"}),
+    "an entity from nowhere": (lambda of: WritingTooMuch(ghost, of), {"acknowledged", "changes"}),
 }
+
+
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for long for what never comes."""
+    monkeypatch.setattr(orchestrator, "_LATE", 2.0)
+    monkeypatch.setattr(recorder, "_PATIENCE", 2.0)
 
 
 def settings(**more: object) -> Settings:
@@ -205,7 +220,7 @@ def settings(**more: object) -> Settings:
 @pytest.mark.parametrize("liar", LIARS)
 async def test_a_fault_is_detected(liar: str, capsys: pytest.CaptureFixture[str]) -> None:
     opening, broken = LIARS[liar]
-    assert await run_demo(settings(), lambda plan: opening()) == FAILED
+    assert await run_demo(settings(), lambda plan: opening(plan.collections())) == FAILED
     out = capsys.readouterr().out
     last = out.splitlines()[-1]
     assert last.startswith("FAILED: broken: ")
@@ -239,7 +254,8 @@ async def test_two_holders_of_a_request_are_detected(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(orchestrator, "_DRAIN_SECONDS", 0.5)
-    assert await run_demo(settings(seconds=2.0), lambda plan: TwoHolders()) == FAILED
+    asked = settings(seconds=2.0)
+    assert await run_demo(asked, lambda plan: TwoHolders(collections=plan.collections())) == FAILED
     assert re.search(r"^  holders: requests/demo-\S+: claim", capsys.readouterr().out, re.M)
 
 
@@ -250,7 +266,7 @@ async def test_what_is_not_purged_is_detected(capsys: pytest.CaptureFixture[str]
     assert await run_demo(settings(), opening) == FAILED
     out = capsys.readouterr().out
     assert re.search(r"^  expired: requests/demo-\S+: has expired, and is there", out, re.M)
-    assert "FAILED: broken: expired (" in out
+    assert "FAILED: broken: expired, changes (" in out
 
 
 async def test_what_does_not_expire_is_detected(capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,7 +292,11 @@ async def test_a_change_that_no_process_made_is_detected(
     )
     extra = Patch(Key("machines", name), {"name": "another"}, NOW)
     asked = settings(data=str(single_file))
-    assert await run_demo(asked, lambda plan: WritingTooMuch(lambda of: extra)) == FAILED
+
+    def opening(plan: Plan) -> StorageStrategy:
+        return WritingTooMuch(lambda of: extra, plan.collections())
+
+    assert await run_demo(asked, opening) == FAILED
     assert f"loaded: machines/{name}: had version" in capsys.readouterr().out
 
 
@@ -285,7 +305,11 @@ async def test_a_fault_on_disk_is_detected_with_three_processes(
 ) -> None:
     lost = OnceAfter(RUNNING)
     asked = settings(store=f"json:{tmp_path}/db.json", processes=3, requests=12)
-    assert await run_demo(asked, lambda plan: DroppingOnDisk(lost, tmp_path)) == FAILED
+
+    def opening(plan: Plan) -> StorageStrategy:
+        return DroppingOnDisk(lost, tmp_path, plan.collections())
+
+    assert await run_demo(asked, opening) == FAILED
     out = capsys.readouterr().out
     assert re.search(r"^  (acknowledged|versions): machines/demo-", out, re.M)
     (kept,) = (tmp_path / "tmp").iterdir()
@@ -309,6 +333,68 @@ async def test_a_hanging_call_is_detected(
 ) -> None:
     monkeypatch.setattr(orchestrator, "_DRAIN_SECONDS", 0.5)
     monkeypatch.setattr(orchestrator, "_STUCK_SECONDS", 0.5)
-    assert await run_demo(settings(seconds=2.0), lambda plan: Hanging()) == FAILED
+    asked = settings(seconds=2.0)
+    assert await run_demo(asked, lambda plan: Hanging(collections=plan.collections())) == FAILED
     out = capsys.readouterr().out
     assert re.search(r"^  finished: machines/demo-\S+: status write was never answered", out, re.M)
+
+
+# -- feeds -----------------------------------------------------------------------------------
+
+Altered = Callable[[FeedEntry, FeedEntry], list[FeedEntry]]
+"""Gets a change and the same as a delete; returns what the feed contains instead."""
+
+
+def _other(entry: FeedEntry) -> FeedEntry:
+    assert entry.after is not None
+    entity = {**entry.after.entity, "status": "failed"}
+    return msgspec.structs.replace(entry, after=msgspec.structs.replace(entry.after, entity=entity))
+
+
+def _later(entry: FeedEntry) -> FeedEntry:
+    assert entry.after is not None
+    entity = {**entry.after.entity, "version": entry.after.version + 1}
+    return msgspec.structs.replace(entry, after=msgspec.structs.replace(entry.after, entity=entity))
+
+
+FEEDS: dict[str, tuple[bool, Altered, str]] = {
+    "a put is absent": (False, lambda one, gone: [], "wrong order|as well, and that did not come"),
+    "a delete is absent": (True, lambda one, gone: [], "as well, and that did not come"),
+    "other fields": (False, lambda one, gone: [_other(one)], "came without status 'running'"),
+    "a wrong order": (False, lambda one, gone: [_later(one), one], "in a wrong order"),
+    "nobody's delete": (False, lambda one, gone: [one, gone], "wrong order|nobody made it"),
+    "nobody's change": (True, lambda one, gone: [_later(one), gone], "in a wrong order"),
+}
+
+
+@pytest.mark.hf_sampled
+@pytest.mark.parametrize("fault", FEEDS)
+async def test_a_faulty_feed_is_detected(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The feed differs at one change, whoever reads it, and however often."""
+    deletes, altered, expected = FEEDS[fault]
+    read_feed = MemoryEngine.read_feed
+    chosen: list[tuple[Key, int]] = []
+
+    def read(entry: FeedEntry) -> list[FeedEntry]:
+        record = entry.before if entry.after is None else entry.after
+        assert record is not None
+        wanted = entry.after is None if deletes else record.entity.get("status") == "running"
+        if wanted and entry.key.collection == "machines" and not chosen:
+            chosen.append((entry.key, record.version))
+        if not wanted or (entry.key, record.version) not in chosen:
+            return [entry]
+        gone = msgspec.structs.replace(entry, before=record, after=None)
+        return altered(msgspec.structs.replace(entry, after=record), gone)
+
+    async def faulty(engine: MemoryEngine, collection: str, since: str, limit: int) -> FeedBatch:
+        batch = await read_feed(engine, collection, since, limit)
+        entries = [each for entry in batch.entries for each in read(entry)]
+        return msgspec.structs.replace(batch, entries=entries)
+
+    monkeypatch.setattr(MemoryEngine, "read_feed", faulty)
+    assert await run_demo(settings()) == FAILED
+    out = capsys.readouterr().out
+    assert re.search(rf"^  changes: machines/demo-\S+: .*({expected})", out, re.M), out
+    assert "FAILED: broken: changes (" in out

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from hf_async_store import EntityChange
 from hf_async_store.schema import HOST_FACTORY, Schema
 from hf_async_store_bench.demo.verify import Verifier
 from hf_async_store_bench.demo.write_log import Answer, Hold, ProcessLog, Write, WriteLog
@@ -297,6 +298,69 @@ def test_a_write_under_a_lost_claim_is_in_doubt(tmp_path: Path) -> None:
         }
         seen = broken(tmp_path, stored, sequence(), cancelled, templates=base)
         assert (seen == {}) is (uses < 4)
+
+
+# -- what a watcher heard --------------------------------------------------------------------
+
+
+def put(version: int, status: str) -> EntityChange:
+    return EntityChange("put", REQUEST, version, {"status": status, "version": version}, "")
+
+
+def gone(version: int) -> EntityChange:
+    return EntityChange("delete", REQUEST, version, None, "")
+
+
+NEW, DONE = put(1, "PENDING"), put(2, "COMPLETED")
+
+
+@pytest.mark.parametrize(
+    ("unanswered", "heard", "wrong"),
+    [
+        (0, [NEW, DONE, gone(2)], None),
+        (0, [NEW, NEW, DONE, gone(2), gone(2)], None),
+        (0, [NEW, DONE], "was acknowledged after version 2 as well, and that did not come"),
+        (0, [], "was acknowledged after version 0 as well"),
+        (0, [DONE, gone(2)], "in a wrong order: [('put', 2), ('delete', 2)]"),
+        (0, [NEW, gone(1)], "was acknowledged after version 1 as well"),
+        (0, [NEW, gone(2)], "in a wrong order"),
+        (0, [NEW, DONE, NEW, DONE, gone(2)], "in a wrong order"),
+        (0, [NEW, DONE, gone(2), NEW], "in a wrong order"),
+        (
+            0,
+            [NEW, put(2, "FAILED"), gone(2)],
+            "version 2 came without status 'COMPLETED', as acknowledged",
+        ),
+        (0, [NEW, DONE, put(3, "x"), gone(3)], "delete of version 3 came, and nobody made it"),
+        (1, [NEW, DONE, put(3, "x"), gone(3)], None),
+        (1, [NEW, DONE, gone(2)], None),
+    ],
+)
+def test_what_came_through_the_feed(
+    tmp_path: Path, unanswered: int, heard: list[EntityChange], wrong: str | None
+) -> None:
+    def write(kind: Any, answers: list[Answer] | None, **fields: object) -> Script:
+        return noted(kind, (Write("requests", kind, [REQUEST], fields), answers))
+
+    acknowledged = sequence(
+        write("create", [1], status="PENDING"),
+        write("update", [2], status="COMPLETED"),
+        write("delete", ["deleted"]),
+    )
+    killed = sequence(*[write("update", None, status="x")] * unanswered)
+    verifier = examined(tmp_path, {}, {}, killed, acknowledged)
+    place = ("requests", REQUEST)
+    assert verifier.to_come() == {(place, 1), (place, 2), (place, "deleted")}
+    [*failures] = verifier.changes({place: heard}).failures
+    assert len(failures) == (wrong is not None)
+    assert wrong is None or wrong in failures[0]
+
+
+def test_an_entity_that_nobody_wrote_is_heard(tmp_path: Path) -> None:
+    verifier = examined(tmp_path, {}, {}, sequence())
+    heard = {("requests", REQUEST): [NEW], ("requests", "of somebody else"): [NEW]}
+    invariant = verifier.changes(heard)
+    assert invariant.failures == [f"requests/{REQUEST}: put of version 1 came, and nobody made it"]
 
 
 # -- the logs --------------------------------------------------------------------------------

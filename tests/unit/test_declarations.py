@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -10,6 +11,7 @@ import pytest
 from hf_async_store import (
     HOST_FACTORY,
     Collection,
+    ConfigurationError,
     CorruptionError,
     Field,
     Index,
@@ -73,7 +75,7 @@ def test_bad_content_is_corruption(name: str) -> None:
 
 def test_a_newer_format_is_named() -> None:
     with pytest.raises(NewerFormatError):
-        decoded({"format": 3, "collections": {"other": "form"}}, "here")
+        decoded({"format": 4, "collections": {"other": "form"}}, "here")
 
 
 def test_only_unique_indexes_need_the_newer_format() -> None:
@@ -85,6 +87,23 @@ def test_only_unique_indexes_need_the_newer_format() -> None:
     assert decoded(encoded(unique), "here")[0].indexes == (Index("owner", unique=True),)
     for first, then in ((plain, unique), (unique, plain)):
         assert merged(first, then)[0].indexes == (Index("owner", unique=True),)
+
+
+def test_feeds_need_a_newer_format_and_the_longest_counts() -> None:
+    short, long = (
+        Collection("jobs", key="job_id", feed=seconds) for seconds in (60, timedelta(hours=1))
+    )
+    plain = Collection("jobs", key="job_id")
+    assert encoded([short])["format"] == 3
+    assert decoded(encoded([short]), "here")[0].feed == timedelta(minutes=1)
+    for first, then in ((short, long), (long, short), (long, plain), (plain, long)):
+        assert merged([first], [then])[0].feed == timedelta(hours=1)
+
+
+@pytest.mark.parametrize("feed", [0, -1, True, "1", float("nan"), float("inf"), 1e12, timedelta(0)])
+def test_a_wrong_retention_is_refused(feed: Any) -> None:
+    with pytest.raises(ConfigurationError, match="feed"):
+        Collection("jobs", key="job_id", feed=feed)
 
 
 def test_merging_keeps_what_others_declare() -> None:

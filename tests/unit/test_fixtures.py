@@ -285,7 +285,8 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
         cwd=folder,
-        env={**os.environ},
+        # Also if this test itself runs in a worker of pytest-xdist.
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")},
         capture_output=True,
         text=True,
         check=False,

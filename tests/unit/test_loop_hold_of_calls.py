@@ -231,6 +231,30 @@ async def test_a_large_filter_needs_no_thread_of_the_default_executor() -> None:
         await waiting
 
 
+@pytest.mark.parametrize("url", ["json:data/db.json", "json:data", "sqlite:store.db"])
+async def test_a_store_needs_no_thread_of_the_default_executor(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may all wait for the store."""
+    monkeypatch.chdir(tmp_path)
+    executor = ThreadPoolExecutor(1)
+    asyncio.get_running_loop().set_default_executor(executor)
+    released = threading.Event()
+    waiting = asyncio.create_task(asyncio.to_thread(released.wait))
+    try:
+        async with asyncio.timeout(60):
+            for _ in range(2):
+                async with open_store(url, collections=[JOBS]) as store:
+                    await store.save_entities("jobs", BATCH)
+                    async with store.begin_transaction() as tx:
+                        await tx.update_entity("jobs", BATCH[0]["job_id"], {"name": "x"})
+                    await store.health()
+                    assert await store.count_entities("jobs") == len(BATCH)
+    finally:
+        released.set()
+        await waiting
+
+
 async def test_large_filters_are_planned_one_after_another() -> None:
     running = most = 0
 

@@ -11,6 +11,7 @@ SUMMARY: Final = "run a demonstration: several processes share work, and one of 
 MANUAL: Final = """\
 With --store URL or --config FILE (not HF_ASYNC_STORE) the demo runs on that store, otherwise on
 a temporary one. Of its records (demo-... and --data), completed returns expire; it changes no others.
+From then on the store keeps the changes of requests and machines for an hour.
 """
 _DATA: Final = (
     "start from a copy of this JSON store, in any layout "

@@ -1,5 +1,6 @@
 """The orchestrator of one process: it asks for machines, and works on requests that it has claimed, of
-whichever process: polls their machines, and returns some, many requests at once.
+whichever process: watches their machines start, and returns some, many requests at once. It waits for the
+store to tell it, and polls nothing.
 
 Whatever the store answers goes into the write log; a conflict is a normal answer, any other error
 breaks the invariant "no errors", and the work goes on. Nothing here knows an engine.
@@ -13,13 +14,14 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from time import monotonic, perf_counter
 from typing import Any, Final, TypeAlias, cast
 
 import msgspec
 
 import hf_async_store as hfas
-from hf_async_store import Claim, Entity, StorageError, StorageStrategy, Transaction
+from hf_async_store import Changes, Claim, Entity, StorageError, StorageStrategy, Transaction
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, machine, settled_count, transaction_limit
 from hf_async_store_bench.demo.data import OPEN
@@ -27,18 +29,25 @@ from hf_async_store_bench.demo.plan import Plan
 from hf_async_store_bench.demo.write_log import Answer, Broken, Hold, Read, Write, WriteLog, answer
 
 _FLOWS: Final = 12  # requests that one process has under way at once
+_FEW: Final = 4  # the same where each watcher reads a feed of several parts by itself
 _LEASE: Final = 3.0  # seconds after which the claims of a killed process end
 _WAIT: Final = 0.05  # seconds for which a flow looks for something to claim
-_LEFT: Final = 0.2  # the share of the polls after which whoever claims the request next goes on
+_IDLE: Final = 0.5  # the same when nothing is left to ask for
+_LATE: Final = 60.0  # seconds without a change after which what was expected is missing
+_LEFT: Final = 0.2  # the share of the rounds after which whoever claims the request next goes on
 _PIECEMEAL_EVERY: Final = 4  # of so many requests one gets its machines in batches in any case
 _BATCH: Final = 100
-_READY: Final = 0.7  # the share of the waiting machines that a poll finds running
+_READY: Final = 0.7  # the share of the waiting machines that start in a round
 _RETURNED: Final = 0.6
-_DRAIN_SECONDS: Final = 30.0  # how long what was begun may take beyond the time of the run
+_DRAIN_SECONDS: Final = 60.0  # how long what was begun may take beyond the time of the run
 _STUCK_SECONDS: Final = 15.0  # how long after that a call counts as stuck
 _NORMAL: Final = (hfas.ConcurrencyConflictError, hfas.EntityNotFoundError, hfas.ClaimLostError)
 
 _Change: TypeAlias = tuple[Write, list[Answer]]
+
+
+class _LeftError(Exception):
+    """The rest is left to whoever claims the request next."""
 
 
 class Orchestrator:
@@ -62,6 +71,8 @@ class Orchestrator:
         self._patience = asyncio.timeout(None)
         self._open = {"status": "PENDING", "request_id": hfas.begins_with(plan.prefix)}
         self._returns = itertools.count()
+        self._awaited: set[str] = set()
+        self._tasks = asyncio.TaskGroup()
         self._done = 0
 
     async def run(self) -> None:
@@ -71,10 +82,10 @@ class Orchestrator:
         waiting = enumerate(itertools.chain(self._plan.sizes, more))
         patience = self._plan.settings.seconds + _DRAIN_SECONDS + _STUCK_SECONDS
         with suppress(TimeoutError):
-            async with asyncio.timeout(patience) as self._patience, asyncio.TaskGroup() as flows:
-                flows.create_task(self._adopt())
-                for _ in range(_FLOWS):
-                    flows.create_task(self._serve_all(waiting))
+            async with asyncio.timeout(patience) as self._patience, self._tasks as tasks:
+                tasks.create_task(self._adopt())
+                for _ in range(_FLOWS if self._store.capabilities.feed_order else _FEW):
+                    tasks.create_task(self._serve_all(waiting))
 
     async def sweep(self) -> int:
         """Complete what is left when all processes have ended, also what a killed one had claimed, once
@@ -97,10 +108,12 @@ class Orchestrator:
     async def _serve_all(self, waiting: Iterator[tuple[int, int]]) -> None:
         for number, size in waiting:
             if monotonic() >= self._until:
-                return
+                break
             await self._ask(number, size)
             while await self._work(self._open, wait=_WAIT) and self._in_time():
                 pass
+        while self._awaited and self._in_time():  # others may have left them, or have been killed
+            await self._work(self._open, wait=_IDLE)
 
     async def _ask(self, number: int, size: int) -> None:
         request = f"{self._plan.prefix}request-{self._plan.index}-{number:04}"
@@ -114,6 +127,22 @@ class Orchestrator:
                 await self._acquire_whole(request, template, machines)
             else:
                 await self._acquire_piecemeal(request, template, machines)
+            self._awaited.add(request)
+            self._tasks.create_task(self._await(request, size))
+
+    async def _await(self, request: str, size: int) -> None:
+        """Wait until somebody has completed a request, and look at what it is then."""
+        started = perf_counter()
+        async with self._noting_errors(f"requests/{request}"):
+            left = max(0.1, self._until + _DRAIN_SECONDS - monotonic())
+            wanted = {"status": "COMPLETED"}
+            found = await self._store.wait_for("requests", request, wanted, timeout=left)
+            self._log.note(Read("wait", perf_counter() - started))
+            asked = {"request_id": request, "machine_count": size, **wanted}
+            if not found["completed_at"] or {**found, **asked} != found:
+                what = f"was awaited, and is {found}"
+                self._log.note(Broken("waiters", f"requests/{request}", what))
+        self._awaited.discard(request)
 
     async def _work(self, wanted: Mapping[str, object], wait: float = 0.0) -> bool:
         """Claim a request, and work on it; False if none of these is free."""
@@ -134,7 +163,7 @@ class Orchestrator:
                 is_return = ours and claim.entity["request_type"] == "return"
                 if is_return:
                     await self._terminate(claim)
-                completed = not is_return and await self._poll_to_the_end(claim)
+                completed = not is_return and await self._run_machines(claim)
                 # Noted before the release: after it, another may begin.
                 self._log.note(msgspec.structs.replace(hold, until=monotonic(), ended=True))
         except hfas.ClaimLostError:
@@ -161,7 +190,7 @@ class Orchestrator:
         await self._transaction("acquire", work)
 
     async def _acquire_piecemeal(self, request: str, template: str, machines: list[str]) -> None:
-        """The request, its machines in batches, and only then PENDING: pollers rely on that."""
+        """The request, its machines in batches, and only then PENDING: holders rely on that."""
         entity = _request(request, template, len(machines), "acquire", status="creating")
         write = Write("requests", "create", [request], entity)
         creating = self._store.create_entity("requests", entity)
@@ -177,15 +206,18 @@ class Orchestrator:
         update = self._store.update_entity("requests", request, fields, expected_version=version)
         await self._write("request write", Write("requests", "update", [request], fields), update)
 
-    async def _poll_to_the_end(self, claim: Claim) -> bool:
-        """Poll until all machines run, and complete the request; False if that is left to others."""
-        while not await self._poll(claim):
-            if not self._in_time():
-                self._log.note(Broken("finished", f"requests/{claim.id}", "was not done in time"))
-                return False
-            await asyncio.sleep(self._random.uniform(0.001, 0.02))
-            if self._random.random() < _LEFT:
-                return False
+    async def _run_machines(self, claim: Claim) -> bool:
+        """See all machines run, and complete the request; False if that is left to others."""
+        try:
+            async with self._store.watch("machines", {"request_id": claim.id}) as changes:
+                waiting = await self._look(claim)  # after it is watched: so nothing is between
+                names = {str(each["machine_id"]) for each in waiting}
+                seeing = partial(self._see_running, claim.id, changes, names)
+                await side_by_side(lambda each: each(), (seeing, partial(self._start_all, waiting)))
+        except _LeftError:
+            return False
+        if names:
+            return False  # whoever claims it next looks again
         fields = {"status": "COMPLETED", "completed_at": _now()}
 
         async def finish() -> int:
@@ -234,15 +266,30 @@ class Orchestrator:
             await self._transaction("terminate", work, claim)
             await claim.finish()
 
-    async def _poll(self, claim: Claim) -> bool:
-        """One status poll; True if all machines run."""
+    async def _look(self, claim: Claim) -> list[Entity]:
+        """The machines of a request that do not run yet."""
         started = perf_counter()
         machines = await self._machines_of(claim.id)
-        self._log.note(Read("poll", perf_counter() - started))
+        self._log.note(Read("look", perf_counter() - started))
         if claim.id.startswith(self._plan.prefix):
             machines = await self._expect_all(claim, machines)
-        waiting = [each for each in machines if str(each["status"]).lower() == "pending"]
-        return await self._start_some(waiting)
+        if self._eventual:
+            names = [str(each["machine_id"]) for each in machines]
+            machines = [each for each in await self._store.get_entities("machines", names) if each]
+        return [each for each in machines if _is_pending(each)]
+
+    async def _see_running(self, request: str, changes: Changes, waiting: set[str]) -> None:
+        """Follow the changes until none of these machines waits any more."""
+        while waiting:
+            try:
+                async with asyncio.timeout(_LATE):
+                    change = await anext(changes)
+            except TimeoutError:
+                what = f"{len(waiting)} of its machines were not seen running, as {min(waiting)}"
+                self._log.note(Broken("changes", f"requests/{request}", what))
+                return
+            if change.entity is None or not _is_pending(change.entity):
+                waiting.discard(change.id)
 
     async def _machines_of(self, request: str) -> list[Entity]:
         return await self._store.query_entities("machines", {"request_id": request}, "created_at")
@@ -255,22 +302,27 @@ class Orchestrator:
             machines = await self._machines_of(claim.id)
         if len(machines) != count:
             await claim.renew()  # if it was lost, another holder may have returned some
-            what = f"is PENDING, and a poll found {len(machines)} of {count} machines"
-            self._log.note(Broken("pollers", f"requests/{claim.id}", what))
+            what = f"is PENDING, and its holder found {len(machines)} of {count} machines"
+            self._log.note(Broken("machines", f"requests/{claim.id}", what))
         return machines
 
-    async def _start_some(self, waiting: Sequence[Entity]) -> bool:
-        """Write what the provider says has started, by compare-and-set; True if all run now."""
-        started = [each for each in waiting if self._random.random() < _READY]
-        if not started:
-            return not waiting
-        fields = {"status": "running", "started_at": _now()}
-        versions = {str(each["machine_id"]): _version(each) for each in started}
-        write = Write("machines", "update", list(versions), fields)
-        changes = dict.fromkeys(versions, fields)
-        updates = self._store.update_entities("machines", changes, versions)
-        answers = await self._write("status write", write, updates)
-        return sum(isinstance(each, int) for each in answers) == len(waiting)
+    async def _start_all(self, waiting: list[Entity]) -> None:
+        """What a provider does: some machines start in each round, written by compare-and-set."""
+        while waiting:
+            self._random.shuffle(waiting)
+            size = max(1, int(len(waiting) * _READY))
+            started, waiting = waiting[:size], waiting[size:]
+            fields = {"status": "running", "started_at": _now()}
+            versions = {str(each["machine_id"]): _version(each) for each in started}
+            write = Write("machines", "update", list(versions), fields)
+            changes = dict.fromkeys(versions, fields)
+            updates = self._store.update_entities("machines", changes, versions)
+            answers = await self._write("status write", write, updates)
+            if self._random.random() < _LEFT or not self._in_time():
+                raise _LeftError
+            doubtful = [i for i, v in zip(versions, answers, strict=True) if not isinstance(v, int)]
+            again = await self._store.get_entities("machines", doubtful)
+            waiting += [each for each in again if each and _is_pending(each)]
 
     async def _count_up(self, template: str) -> None:
         """All flows of all processes count up the same few entities: each step must count."""
@@ -377,6 +429,10 @@ async def _mark_returned(
         (Write("requests", "create", [name], entity), [version]),
         (Write("machines", "update", list(machines), fields), list(versions)),
     ]
+
+
+def _is_pending(machine: Entity) -> bool:
+    return str(machine["status"]).lower() == "pending"
 
 
 def _one_more(template: Entity) -> Mapping[str, object]:

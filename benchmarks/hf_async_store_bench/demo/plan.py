@@ -20,6 +20,7 @@ from hf_async_store import (
 )
 
 KEPT_SECONDS: Final = 1.0  # how long returns of the run are kept after their completion
+_FEED: Final = timedelta(hours=1)  # how long changes are kept for watchers
 _LARGEST: Final = 1000  # machines, of every so many requests
 _LARGE_EVERY: Final = 20
 
@@ -72,15 +73,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return open_store(place, collections=self.collections(), purge_seconds=KEPT_SECONDS)
 
     def collections(self) -> list[Collection]:
-        """Those of the spec; completed returns of the run expire, and nothing else."""
+        """Those of the spec, of which requests and machines can be watched; completed returns of the run
+        expire, and nothing else."""
         where = {"status": "COMPLETED", "request_id": begins_with(f"{self.prefix}return-")}
         expires = Expire("completed_at", after=timedelta(seconds=KEPT_SECONDS), where=where)
-        templates, old, machines = HOST_FACTORY
-        fields = list(old.fields.values())[
-            1:-2
-        ]  # a collection declares its key and its times itself
-        new = Collection(old.name, key=old.key, fields=fields, indexes=old.indexes, expires=expires)
-        return [templates, new, machines]
+        templates, requests, machines = HOST_FACTORY
+        return [templates, _watched(requests, expires), _watched(machines)]
+
+
+def _watched(old: Collection, expires: Expire | None = None) -> Collection:
+    fields = list(old.fields.values())[1:-2]  # a collection declares its key and its times itself
+    return Collection(
+        old.name, key=old.key, fields=fields, indexes=old.indexes, expires=expires, feed=_FEED
+    )
 
 
 def draw_sizes(seed: int, process: int, requests: int) -> list[int]:

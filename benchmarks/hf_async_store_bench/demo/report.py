@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from hf_async_store_bench.demo.recorder import EntityKey
 from hf_async_store_bench.demo.verify import Invariant, Verifier
-from hf_async_store_bench.demo.write_log import ProcessLog
+from hf_async_store_bench.demo.write_log import Answer, ProcessLog
 from hf_async_store_bench.histogram import Histogram
 
 _SHOWN: Final = 10  # failures of one invariant that are printed
@@ -78,7 +79,7 @@ def print_work(screen: Screen, logs: Mapping[str, ProcessLog]) -> None:
 
 def _counted(log: ProcessLog) -> Counter[str]:
     done = {"create": "created", "delete": "deleted"}
-    counted = Counter(claims=len(log.holds), polls=len(log.reads))
+    counted = Counter(claims=len(log.holds), reads=len(log.reads))
     for operation in log.operations:
         for write, _, answer in operation.each():
             if isinstance(answer, int) or answer == "deleted":
@@ -87,18 +88,27 @@ def _counted(log: ProcessLog) -> Counter[str]:
     return counted
 
 
-def print_speed(screen: Screen, logs: Collection[ProcessLog], seconds: float) -> None:
-    """Latencies by kind of operation, and throughput."""
+def print_speed(
+    screen: Screen,
+    logs: Collection[ProcessLog],
+    came: Mapping[tuple[EntityKey, Answer], float],
+    seconds: float,
+) -> None:
+    """Latencies by kind of operation, also of what came to a watcher, and throughput."""
     taken: defaultdict[str, Histogram] = defaultdict(Histogram)
+    watched = Histogram()
     for each in logs:
         for operation in each.operations:
             if operation.answers is not None:
                 taken[operation.intent.work].record(int(operation.seconds * 1e9))
+            for write, name, answer in operation.each():
+                if at := came.get(((write.collection, name), answer)):
+                    watched.record(int((at - operation.at) * 1e9))
         for read in each.reads:
             taken[read.work].record(int(read.seconds * 1e9))
     rows = [
         [work, f"{each.count:,}", *(f"{each.percentile(share) * 1000:.1f}" for share in _SHARES)]
-        for work, each in sorted(taken.items())
+        for work, each in (*sorted(taken.items()), ("watcher, after the answer", watched))
     ]
     headers = ["milliseconds", "calls", "p50", "p95", "p99", "max"]
     screen.table("Latency, including conflicts and retries", headers, rows)

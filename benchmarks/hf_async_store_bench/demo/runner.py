@@ -22,6 +22,7 @@ from hf_async_store_bench.data import transaction_limit
 from hf_async_store_bench.demo import data, report
 from hf_async_store_bench.demo.orchestrator import Orchestrator
 from hf_async_store_bench.demo.plan import KEPT_SECONDS, Plan, Settings, draw_sizes, shares
+from hf_async_store_bench.demo.recorder import Recorder
 from hf_async_store_bench.demo.verify import Verifier, compare_indexes, purge, read_back
 from hf_async_store_bench.demo.worker import GO, Worker
 from hf_async_store_bench.demo.write_log import ProcessLog, WriteLog
@@ -32,7 +33,7 @@ Opening: TypeAlias = Callable[[Plan], StorageStrategy]
 
 PASSED, FAILED = 0, 4
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_DYNAMODB", "AWS_ENDPOINT_URL")
-_END_SECONDS: Final = 60.0  # how long a worker may take beyond its time before it counts as stuck
+_END_SECONDS: Final = 90.0  # how long a worker may take beyond its time before it counts as stuck
 
 
 async def run_demo(settings: Settings, opening: Opening = Plan.open) -> int:
@@ -59,6 +60,7 @@ class _Run:
         self._prefix = f"demo-{secrets.token_hex(3)}-"
         self._base: data.Entities = {}
         self._ended_badly: list[str] = []
+        self._recorder = Recorder()
 
     async def run_demo(self) -> int:
         """The exit code."""
@@ -71,7 +73,8 @@ class _Run:
             if not can.multi_process:
                 self._screen.stage(f"One process only: no others can use a {can.engine} store.")
             plans = self._plans(plan, self._settings.processes if can.multi_process else 1)
-            seconds = await self._work(store, plans)
+            async with self._recorder.recording(store):
+                seconds = await self._work(store, plans)
             if can.durable or can.multi_process:
                 try:
                     await asyncio.wait_for(store.close(), _END_SECONDS)
@@ -81,7 +84,8 @@ class _Run:
                 store = await stack.enter_async_context(self._opening(plan))
             else:
                 self._screen.stage("Verifying in the open store: it does not outlive its closing.")
-            return await self._report(store, plans, seconds)
+            async with self._recorder.recording(store):
+                return await self._report(store, plans, seconds)
 
     def _introduce(self, store: StorageStrategy) -> None:
         """Print the capabilities of the store, which determine how the run is done."""
@@ -214,10 +218,13 @@ class _Run:
         invariants = await asyncio.to_thread(verifier.invariants)
         invariants.append(await compare_indexes(store, stored, self._prefix))
         invariants.append(await purge(store, verifier.expired))
+        await self._recorder.catch_up(verifier.to_come())
+        invariants.append(await asyncio.to_thread(verifier.changes, self._recorder.heard))
+        invariants[-1].failures += self._recorder.errors
         finished = next(each for each in invariants if each.name == "finished")
         finished.failures += self._ended_badly
         report.print_work(self._screen, logs)
-        report.print_speed(self._screen, logs.values(), seconds)
+        report.print_speed(self._screen, logs.values(), self._recorder.came, seconds)
         report.print_unanswered(self._screen, verifier, logs)
         broken = any(each.failures for each in invariants)
         # The notes and the store are the evidence of a failure.

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final, TypeAlias, cast
+from itertools import groupby
+from typing import Any, Final, cast
 
-from hf_async_store import Collection, Entity, StorageStrategy, begins_with
+import msgspec
+
+from hf_async_store import Collection, Entity, EntityChange, StorageStrategy, begins_with
 from hf_async_store.values import Key
 from hf_async_store_bench.acked_writes import AckedWrites
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, settled_count
 from hf_async_store_bench.demo.data import Entities, streamed
+from hf_async_store_bench.demo.recorder import WATCHED, EntityKey
 from hf_async_store_bench.demo.write_log import Answer, Hold, Operation, ProcessLog, Write
 
-EntityKey: TypeAlias = tuple[str, str]  # a collection and an id
 _OF_THE_STORE: Final = frozenset({"version", "created_at", "updated_at"})
 
 
@@ -148,8 +150,9 @@ class Verifier:
 
     def invariants(self) -> list[Invariant]:
         """Every invariant, checked."""
-        polls = "a poll that sees PENDING finds every machine"
-        reads = sum(len(each.reads) for each in self.logs)
+        complete = "whoever claims a PENDING request finds every machine"
+        waits = "whoever waited for a request got it completed"
+        reads = Counter(read.work for each in self.logs for read in each.reads)
         writes = sum(len(each.operations) for each in self.logs)
         return [
             *self._entity_by_entity(),
@@ -158,10 +161,57 @@ class Verifier:
             self._transactions(),
             self._orphans(),
             self._holders(),
-            self._noted("pollers", polls, reads),
+            self._noted("machines", complete, reads["look"]),
+            self._noted("waiters", waits, reads["wait"]),
             self._finished(),
             self._noted("errors", "no error but conflicts", writes),
         ]
+
+    def to_come(self) -> set[tuple[EntityKey, Answer]]:
+        """All that was acknowledged in the collections that are watched."""
+        watched = [each for each in self._histories.items() if each[0][0] in WATCHED]
+        versions = {(place, version) for place, history in watched for version in history.versions}
+        return versions | {(place, "deleted") for place, history in watched if history.deleted}
+
+    def changes(self, heard: Mapping[EntityKey, Sequence[EntityChange]]) -> Invariant:
+        """What came through the feeds, against what was acknowledged."""
+        text = "no change was missed by a watcher, and none came that nobody made"
+        invariant = self._noted("changes", text)
+        for place in {*heard, *self._histories}:
+            ours = place in self._histories or place[1].startswith(self.prefix) or self._was(place)
+            if place[0] in WATCHED and ours:
+                history, changes = self._histories[place], heard.get(place, ())
+                wrong = self._misheard(place, history, changes)
+                invariant.check(place, wrong or self._misquoted(place, history, changes))
+        return invariant
+
+    def _misheard(
+        self, place: EntityKey, history: EntityHistory, changes: Sequence[EntityChange]
+    ) -> str | None:
+        """Each change may come again, but the versions have one order without a gap."""
+        came = [each for each, _ in groupby((each.kind, each.version) for each in changes)]
+        first = _version(self._was(place))
+        last = first + sum(kind == "put" for kind, _ in came)
+        deletes = sum(kind == "delete" for kind, _ in came)
+        puts = [("put", each) for each in range(first + 1, last + 1)]
+        if came != [*puts, *[("delete", last)] * deletes]:
+            return f"came with a gap, or in a wrong order: {came}"
+        if max(history.versions, default=0) > last or deletes < history.deleted:
+            return f"was acknowledged after version {last} as well, and that did not come"
+        written = history.writes("create", "update", "add").tried
+        if len(puts) > written or deletes > history.deleted + len(history.may("delete")):
+            return f"{came[-1][0]} of version {last} came, and nobody made it"
+        return None
+
+    def _misquoted(
+        self, place: EntityKey, history: EntityHistory, changes: Sequence[EntityChange]
+    ) -> str | None:
+        for each in changes:
+            entity, write = each.entity or {}, history.versions.get(each.version)
+            for name, value in write.fields.items() if write and entity else ():
+                if not self._same(place, name, value, entity):
+                    return f"version {each.version} came without {name} {value!r}, as acknowledged"
+        return None
 
     def applied(self, unanswered: Iterable[Operation]) -> int:
         """How many of the writes whose answer nobody got show in the store."""
@@ -377,7 +427,7 @@ class Verifier:
         known, found = self.collections[place[0]].fields.get(name), stored.get(name)
         if known is not None and known.type == "timestamp":
             return _moment(value) == _moment(found)
-        one, other = (json.dumps(each, sort_keys=True) for each in (value, found))
+        one, other = (msgspec.json.encode(each, order="sorted") for each in (value, found))
         return one == other
 
     def _mine(self, kind: str) -> Iterator[Entity]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal, Self, TypeAlias
 
 import msgspec
@@ -37,11 +38,13 @@ class Intent(msgspec.Struct, frozen=True, tag="intent"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The store's answers, by write and id; None: nothing was written; []: cancelled, and nobody knows."""
+    """The store's answers, by write and id; None: nothing was written; []: cancelled, and nobody knows.
+    `at` is when they came, by the clock of the machine."""
 
     number: int
     answers: list[list[Answer]] | None
     seconds: float
+    at: float
 
 
 class Read(msgspec.Struct, frozen=True, tag="read"):
@@ -103,7 +106,7 @@ class WriteLog:
 
     def done(self, number: int, answers: list[list[Answer]] | None, seconds: float = 0.0) -> None:
         """Note what the store acknowledged; None: nothing was written."""
-        self.note(Done(number, answers, seconds))
+        self.note(Done(number, answers, seconds, monotonic()))
 
     def note(self, line: Line) -> None:
         """Note anything."""
@@ -119,6 +122,7 @@ class Operation:
     intent: Intent
     answers: list[list[Answer]] | None = None
     seconds: float = 0.0
+    at: float = 0.0
 
     def each(self) -> Iterator[tuple[Write, str, Answer]]:
         """Every entity that it wrote to, and what became of that."""
@@ -152,7 +156,8 @@ class ProcessLog:
                 case Done() as done:
                     operation = begun.pop(done.number)
                     if done.answers is not None:
-                        operation.answers, operation.seconds = done.answers or None, done.seconds
+                        operation.answers = done.answers or None
+                        operation.seconds, operation.at = done.seconds, done.at
                         log.operations.append(operation)
                 case Read() as read:
                     log.reads.append(read)

@@ -26,6 +26,7 @@ from hf_async_store.errors import (
     StoreClosedError,
     UnavailableError,
 )
+from hf_async_store.event_loop import in_thread
 from hf_async_store.logs import hide_debug_messages
 from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
 from hf_async_store.strategies.dynamodb.request_retry import Retries, retry
@@ -198,7 +199,7 @@ async def _connect(config: DynamoDBConfig, service: str) -> _Connection:
     """Open a client. botocore's imports and file reads run in a thread."""
     async with AsyncExitStack() as stack:
         try:
-            session = await asyncio.to_thread(_create_session, config, service)
+            session = await in_thread(_create_session, config, service)
             client = await stack.enter_async_context(
                 session.create_client(
                     service, region_name=config.region, endpoint_url=config.endpoint

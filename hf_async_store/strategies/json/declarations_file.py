@@ -8,7 +8,6 @@ whether it was replaced.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -25,6 +24,7 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     StorageError,
 )
+from hf_async_store.event_loop import in_thread
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import Ownership, share
 from hf_async_store.schema import Collection, Schema
@@ -114,7 +114,7 @@ class DeclarationsFile:
 
     async def _read(self) -> tuple[list[Collection], _OwnPart]:
         try:
-            content = await asyncio.to_thread(_content, self.path)
+            content = await in_thread(_content, self.path)
         except OSError as exc:
             raise translate_os_error(exc, f"read {self.path}") from exc
         if content is None:
@@ -169,7 +169,7 @@ class DeclarationsFile:
         document = {**encoded(wanted), **msgspec.to_builtins(own)}
         content = msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n"
         # Not interrupted by a cancellation: the lock is held until the file is complete.
-        writing = asyncio.to_thread(_replace, self.path, content, self._files.ownership())
+        writing = in_thread(_replace, self.path, content, self._files.ownership())
         try:
             await run_to_completion(writing)
         except OSError as exc:

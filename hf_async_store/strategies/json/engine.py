@@ -52,6 +52,7 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     StorageError,
 )
+from hf_async_store.event_loop import in_thread
 from hf_async_store.generators import Owned
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
@@ -219,7 +220,7 @@ class JSONEngine(Engine):
             except CorruptionError:
                 names.append(name.removesuffix(".json"))  # it may be a damaged data file
                 continue
-            if file is not None and await asyncio.to_thread(holds_entities, file.text):
+            if file is not None and await in_thread(holds_entities, file.text):
                 names.append(name.removesuffix(".json"))
         return names
 

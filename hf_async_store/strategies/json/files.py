@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import os
@@ -20,6 +19,7 @@ import msgspec
 from hf_async_store.config import JSONConfig
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
+from hf_async_store.event_loop import in_thread
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import Ownership, keep, of_a_new_store, share
 from hf_async_store.schema import CLAIM_COLLECTION, SUBSCRIPTION_COLLECTION, Schema
@@ -445,10 +445,8 @@ class FileManager:
                     keep(fd, owned)
                 async for chunk in chunks:
                     # Not interrupted by a cancellation: the thread must not write to a closed file.
-                    await run_to_completion(
-                        asyncio.to_thread(_write, fd, chunk, digest, compressor)
-                    )
-                await run_to_completion(asyncio.to_thread(_finish, fd, digest, compressor))
+                    await run_to_completion(in_thread(_write, fd, chunk, digest, compressor))
+                await run_to_completion(in_thread(_finish, fd, digest, compressor))
                 return path, digest.hexdigest(), Signature.of(os.fstat(fd))
             finally:
                 os.close(fd)
@@ -560,7 +558,7 @@ async def read_file(path: Path, trusted: Container[str] = ()) -> DataFile | None
     # One call in a worker thread, and not aiofiles, which would need one call for each step, and
     # 6 ms of import time in every short-lived process. Each step releases the GIL.
     try:
-        return await asyncio.to_thread(_read, path, trusted)
+        return await in_thread(_read, path, trusted)
     except FileNotFoundError:
         return None
     except OSError as exc:

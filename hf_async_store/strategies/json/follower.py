@@ -23,6 +23,7 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
 )
+from hf_async_store.event_loop import in_thread
 from hf_async_store.locks import FileLock, LockManager
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.json.files import FileManager, Signature, has_failed_sync
@@ -388,7 +389,7 @@ class Follower:
         previous = state.switch(fd, head, entry.check, end, 1)
         if previous >= 0:
             # In a thread: closing the last descriptor of a large deleted file frees its disk space.
-            await run_to_completion(asyncio.to_thread(os.close, previous))
+            await run_to_completion(in_thread(os.close, previous))
         return True
 
     def _knows_contents(self, state: StoreState, head: Head) -> bool:

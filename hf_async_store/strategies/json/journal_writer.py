@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import StorageError
+from hf_async_store.event_loop import in_thread
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile
 from hf_async_store.strategies.json.files import (
@@ -141,7 +142,7 @@ class JournalWriter:
         size = sum(map(len, payload))
         if size > _LARGE_RECORD:
             # Computing its checksum, or joining its chunks, would block the event loop.
-            head = await asyncio.to_thread(header, kind, payload, state.sequence)
+            head = await in_thread(header, kind, payload, state.sequence)
             data = [head, *payload]
         else:
             head = header(kind, payload, state.sequence)
@@ -207,10 +208,10 @@ class JournalWriter:
         images, state.replayed = state.replayed, {}
         rest = b""
         if any(images.values()):
-            rest = await asyncio.to_thread(_commit_record, images)
+            rest = await in_thread(_commit_record, images)
         try:
             if state.unread:
-                await asyncio.to_thread(self._files.keep_damaged, state.unread)
+                await in_thread(self._files.keep_damaged, state.unread)
         except OSError as exc:
             raise translate_os_error(exc, f"copy a journal in {self._files.folder}") from exc
         await self._begin(state, Head(generation, files, alone=True, feed=self._new_feed()), rest)
@@ -264,14 +265,14 @@ class JournalWriter:
         if retention is None:
             return
         try:
-            await run_to_completion(asyncio.to_thread(self._kept.tidy, retention))
+            await run_to_completion(in_thread(self._kept.tidy, retention))
         except OSError as exc:
             raise translate_os_error(exc, "remove or merge a kept journal") from exc
 
     async def _end_journals(self, end: Callable[[int], None], before: int) -> None:
         try:
             # In a thread: freeing the disk space of a large file takes time.
-            await run_to_completion(asyncio.to_thread(end, before))
+            await run_to_completion(in_thread(end, before))
         except OSError as exc:
             raise translate_os_error(exc, "remove a journal") from exc
 

@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
+from hf_async_store.event_loop import in_thread
 from hf_async_store.ordered_index import reclaim
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.schema import Schema
@@ -182,7 +183,7 @@ class StoreLoader:
             tail = read_chunks(state.fd, state.offset, os.fstat(state.fd).st_size, path)
             records = scan(tail, str(path), state.offset, state.sequence)
             changed = newest != [state.generation]
-            changed = changed or await asyncio.to_thread(next, records, None) is not None
+            changed = changed or await in_thread(next, records, None) is not None
         if changed:
             raise JournalMissing("the journal was changed while the data files were read")
 
@@ -608,7 +609,7 @@ async def _members(data: StoredEntity, what: str, *, unique: bool) -> dict[str, 
         members = decode_members(data)
     except UNREADABLE:
         # This takes longer, determines the cause, and refuses duplicate names.
-        return await asyncio.to_thread(parse_object, data, what)
+        return await in_thread(parse_object, data, what)
     if unique:
         await asyncio.sleep(0)
         for _ in refuse_duplicates(bytes(data), members, what):
@@ -647,16 +648,14 @@ async def scan_file(
     # In a thread: the checksum of a large record would block the event loop.
     large = size - offset > _LARGE_TAIL
     if not large and size - offset > _SMALL_TAIL:
-        chunks = await asyncio.to_thread(list, chunks)
+        chunks = await in_thread(list, chunks)
     entries = scan(chunks, str(path), offset, sequence)
     more = True
     while more:
         batch: list[tuple[Entry, int]] = []
         failure: CorruptionError | None = None
         try:
-            more = (
-                await asyncio.to_thread(_fill, batch, entries) if large else _fill(batch, entries)
-            )
+            more = await in_thread(_fill, batch, entries) if large else _fill(batch, entries)
         except CorruptionError as exc:
             failure = exc
         for each in batch:

@@ -318,7 +318,8 @@ class Connections:
         self._tasks: set[asyncio.Task[None]] = set()  # open connections, or close idle ones
         self._idle: list[LeasedConnection] = []  # checked out and not used
         # If the store is not closed, SQLAlchemy would log the error that these were not returned.
-        weakref.finalize(self, _detach, self._idle)
+        # At the end of the process they stay as they are.
+        weakref.finalize(self, _detach, self._idle).atexit = False
         self._unused_since_check = (
             0  # how many of these were idle all the time since the last check
         )

@@ -1,0 +1,62 @@
+"""`export`, `import` and `top` on the engines that are servers."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+from command import shell
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from command import Cli
+
+
+@pytest.fixture(params=["postgresql", "dynamodb"])
+def server_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty store."""
+    if request.param == "postgresql":
+        postgres = request.getfixturevalue("postgres_server")
+        url: str = postgres.database()
+        yield url
+        postgres.drop(url)
+    else:
+        dynamodb = request.getfixturevalue("dynamodb_server")
+        prefix = f"t{uuid4().hex[:8]}"
+        yield f"dynamodb://us-east-1/{prefix}?endpoint_url={dynamodb.endpoint_url}"
+        dynamodb.drop_tables(prefix)
+
+
+def test_an_import_there_and_an_export_back(
+    filled: Cli, server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    filled("update", "requests", "r-1", "machine_count=4", '["odd"]:={"a": [1, 1.5, null]}')
+    there = ("--store", server_url)
+    keep = ("--format", "csv", "--keep-versions")
+    filled("export", "requests", "--format", "csv", "--output", "r.csv")
+    ran = shell("import", "requests", "r.csv", *keep, *there)
+    assert (ran.code, ran.rows[0]["imported"]) == (0, 2)
+    ran = shell("import", "requests", "r.csv", *keep, *there)
+    assert (ran.code, ran.rows[0]["refused"]) == (3, 2)
+    ran = shell("import", "requests", "r.csv", *keep, "--skip-existing", *there)
+    assert (ran.code, ran.rows[0]["skipped"]) == (0, 2)
+    ran = shell("import", "requests", "r.csv", "--format", "csv", "--update", *there)
+    assert (ran.code, ran.rows[0]["imported"]) == (0, 2)
+    words = ("import", "requests", "r.csv", *keep, "--replace", *there)
+    assert shell(*words).rows[0]["imported"] == 2
+    assert shell("export", "requests", "--format", "csv", "--output", "back.csv", *there).code == 0
+    copy = ("--store", "json:copy.json")
+    assert filled("import", "requests", "back.csv", *keep, *copy).code == 0
+    seen = [filled("query", "requests", "--order", "request_id", *each).rows for each in ((), copy)]
+    before, after = (json.dumps(each, sort_keys=True) for each in seen)
+    assert before == after
+    ran = shell("top", "--once", "--interval", "0.1", *there)
+    assert ran.code == 0
+    [sample] = ran.rows
+    assert sample["collections"]["requests"]["entities"] == 2
+    assert sample["collections"]["requests"]["claims"] == 0

@@ -1,0 +1,162 @@
+"""`shell`: statements from a pipe and on a terminal, Ctrl-C, Ctrl-D, history."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import stat
+import subprocess
+import time
+from typing import TYPE_CHECKING, Self
+
+import pytest
+from command import PROGRAM, shell
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from command import Cli
+
+PROMPT = ">>> "
+
+
+def statements(*lines: str, words: tuple[str, ...] = ()) -> tuple[int, list[str], str]:
+    ran = shell("shell", *words, stdin="\n".join(lines).encode())
+    return ran.code, ran.out.splitlines(), ran.err
+
+
+@pytest.mark.usefixtures("filled")
+def test_statements_of_a_pipe() -> None:
+    code, out, err = statements(
+        "await store.count_entities('machines')",
+        "async with store.begin_transaction() as tx:",
+        "    await tx.update_entity('machines', 'm-1', {'name': 'new'})",
+        "",
+        "[each['name'] async for each in store.stream_entities('machines', {'name': 'new'})]",
+        "_[0] + '\\n'",
+        "and_({'status': 'RUNNING'}) is not None",
+        "store.count_entities('machines')",
+        "await store.get_entity('machines', 'm-1')",
+    )
+    assert code == 0
+    assert out[:5] == ["3", "2", "['new']", "'new\\n'", "True"]
+    assert "'machine_id': 'm-1'," in "".join(out[5:])
+    assert err == "a coroutine: write `await` before count_entities(...)\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("await store.get_entities('nothing', ['x'])", "UnknownCollectionError: "),
+        ("await asyncio.sleep('x')", "TypeError: "),
+        ("1 +* 2", "SyntaxError: "),
+        ("raise ValueError('x')", "ValueError: x"),
+        ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
+    ],
+)
+@pytest.mark.usefixtures("filled")
+def test_an_error_ends_a_pipe(line: str, message: str) -> None:
+    code, out, err = statements("1", line, "2")
+    assert (code, out) == (2, ["1"])
+    assert message in err
+    assert err.splitlines()[-1].startswith("hf-async-store: the statement failed")
+
+
+@pytest.mark.usefixtures("filled")
+def test_read_only() -> None:
+    for verb in ("save_entity('machines', {'machine_id': 'x'})", "begin_transaction()", "close()"):
+        code, _, err = statements(f"await store.{verb}", words=("--read-only",))
+        assert code == 2
+        assert err.startswith(f"InvalidInputError: {verb.partition('(')[0]} could write")
+    code, out, _ = statements("len(await store.query_entities('machines'))", words=("--read-only",))
+    assert (code, out) == (0, ["3"])
+
+
+class Terminal:
+    """A shell on a terminal of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        ours, theirs = pty.openpty()
+        environment = {**os.environ, "TERM": "dumb", "XDG_STATE_HOME": str(folder)}
+        self._process = subprocess.Popen(
+            [*PROGRAM, "shell"],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: _control(0),
+        )
+        os.close(theirs)
+        self._ours = ours
+        self.seen = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._ours)
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def expect(self, text: str) -> str:
+        """Wait for a text; returns what was written before it."""
+        deadline = time.monotonic() + 60
+        while text not in self.seen:
+            ready, _, _ = select.select([self._ours], [], [], deadline - time.monotonic())
+            assert ready, self.seen
+            self.seen += os.read(self._ours, 4096).decode()
+        before, _, self.seen = self.seen.partition(text)
+        return before.replace("\r\n", "\n")
+
+    def wait(self) -> int:
+        return self._process.wait(timeout=60)
+
+
+def _control(terminal: int) -> None:
+    """Make it the controlling terminal, so that ^C is a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+
+@pytest.mark.usefixtures("filled")
+def test_a_terminal(workplace: Path) -> None:
+    with Terminal(workplace) as terminal:
+        assert "collections: templates, requests, machines" in terminal.expect(PROMPT)
+        terminal.type("await store.count_entities('machines')\n")
+        assert re.search(r"\)\n3\n$", terminal.expect(PROMPT))
+        for endless in ("await asyncio.sleep(1000)", "[None for each in iter(int, 1)]"):
+            terminal.type(f"print('be' + 'gun'); {endless}\n")
+            terminal.expect("begun")
+            terminal.type("\x03")
+            terminal.expect("KeyboardInterrupt")
+            terminal.expect(PROMPT)
+        terminal.type("1 + \x03")  # while a line is typed
+        terminal.expect("KeyboardInterrupt")
+        terminal.expect(PROMPT)
+        terminal.type("await store.count_entities('requests')\n")  # the store is still open
+        assert re.search(r"\)\n2\n$", terminal.expect(PROMPT))
+        terminal.type("\x04")
+        assert terminal.wait() == 0
+    history = workplace / "hf-async-store" / "shell_history"
+    assert "await store.count_entities('requests')" in history.read_text()
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_a_store_that_does_not_exist() -> None:
+    code, out, err = statements("1", words=("--store", "json:nope.json"))
+    assert (code, out) == (1, [])
+    assert "there is no store at nope.json" in err
+
+
+def test_exit_ends_the_shell(filled: Cli) -> None:
+    assert filled("count", "machines").code == 0
+    assert statements("1", "exit()", "2")[:2] == (0, ["1"])
+    assert statements("await asyncio.sleep(0); exit(3)")[0] == 3
