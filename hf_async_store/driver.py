@@ -28,6 +28,7 @@ from typing import Final, Literal, TypeAlias, TypeVar
 import msgspec
 
 from hf_async_store import claim_records
+from hf_async_store.backoff import Backoff
 from hf_async_store.changes import (
     ABSENT,
     ANY,
@@ -40,7 +41,7 @@ from hf_async_store.changes import (
     Put,
     Record,
 )
-from hf_async_store.claim_clock import BootClock, ClaimClock
+from hf_async_store.claim_clock import BootClock, ClaimClock, Moment, WallClock
 from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimTerms, claim_key
 from hf_async_store.config import Secret, StrategyOptions, options_of
 from hf_async_store.declarations import are_equal, decoded, encoded, merged
@@ -69,6 +70,7 @@ from hf_async_store.query import Query, compile_filter, ordered
 from hf_async_store.schema import (
     CATALOGUE_COLLECTION,
     LOCK_COLLECTION,
+    SYSTEM_COLLECTIONS,
     Collection,
     Index,
     Schema,
@@ -88,6 +90,8 @@ __all__ = [
     "ABSENT",
     "ANY",
     "PRESENT",
+    "SYSTEM_COLLECTIONS",
+    "BootClock",
     "Capabilities",
     "Change",
     "ChangeMarker",
@@ -104,6 +108,7 @@ __all__ = [
     "FieldChange",
     "Isolation",
     "Key",
+    "Moment",
     "Outcome",
     "Overlay",
     "Owned",
@@ -120,6 +125,7 @@ __all__ = [
     "Session",
     "StrategyOptions",
     "Value",
+    "WallClock",
     "batched",
     "canonical",
     "changed",
@@ -383,8 +389,8 @@ class Engine(Reader):
 
     There is no network or disk I/O before the first call. Preconditions are checked atomically with
     the write. Any await may be cancelled: a write is then applied completely or not at all, and
-    no resource leaks. Errors of drivers are raised as `StorageError`s with the original chained; a
-    missing entity is never an error. Tasks call the methods concurrently.
+    no resource leaks (see `run_to_completion`). Errors of drivers are raised as `StorageError`s with
+    the original chained; a missing entity is never an error. Tasks call the methods concurrently.
 
     Attributes:
         capabilities: required.
@@ -429,7 +435,7 @@ class Engine(Reader):
         """Release all resources; no acknowledged write is lost. Called once.
 
         Sessions, snapshots and reads may still be open: the next call of each, and a commit, then raise
-        StoreClosedError.
+        StoreClosedError, and so does `probe`.
         """
 
     # -- defaults ----------------------------------------------------------------------------
@@ -483,12 +489,18 @@ class Engine(Reader):
         Raises:
             StorageError: it cannot be determined.
         """
+        if self.capabilities.multi_process:
+            raise NotImplementedError(
+                "an engine with the capability 'multi_process' needs `is_same_store`"
+            )
         return other is self
 
     async def undeclared(self) -> list[str]:
         """The stored collections and fields that are not declared, which queries would therefore miss.
 
-        Sorted; `"jobs"` is a collection, `"machines.owner"` a field. Nothing is created.
+        Sorted; `"jobs"` is a collection, `"machines.owner"` a field, of an engine whose queries miss
+        undeclared fields. Those of `SYSTEM_COLLECTIONS` are left out. Nothing is created. The default is
+        for an engine without the capabilities `durable` and `multi_process`.
         """
         return []
 
@@ -504,7 +516,8 @@ class Engine(Reader):
     async def remember(self, collections: Iterable[Collection]) -> None:
         """Record these declarations, merged with the recorded ones (`declarations.merged`), atomically.
 
-        Called after the first write of a store, and outside of transactions. The default reads, and
+        Called with the schema of the engine, after the first write of a store, and outside of
+        transactions. The default reads, and
         if something is new writes, one entity of a collection of its own, `hf_catalogue`. It is for
         an engine that can store entities of any collection that its schema (`schema_of`) can look
         up. An engine that cannot calls `remember_in` with an engine whose only collection is that one.
@@ -519,7 +532,11 @@ class Engine(Reader):
     # The defaults keep a claim as an entity of the collection `hf_claims`, and decide in a session. They
     # are for an engine whose sessions are serializable for reads by key, that can store entities of any
     # collection that its schema (`schema_of`) can look up, and that deletes `claim_key` of an entity
-    # together with the entity (`Overlay` does). All its processes must read the same `claim_clock`.
+    # together with the entity (`Overlay` does). They try again after a conflict of their session; one of
+    # `claimed_session` comes out, because its body cannot be repeated. All processes must read the same
+    # `claim_clock`. The default, `BootClock`, is that of one machine: a store that several machines share
+    # needs the time of its server, or `WallClock`; moments of another `era` are never compared, and claims
+    # of it have ended.
 
     async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
         """Claim the first entities that match and that nobody holds, up to the limit of the query, in
@@ -527,17 +544,23 @@ class Engine(Reader):
 
         If it fails or is cancelled, nothing stays claimed: see `giving_back`."""
         async with giving_back(self) as claimed:
-            async with self.session(None) as session:
-                claimed += await claim_records.take(session, query, terms, self.claim_clock)
+
+            async def take(session: Session) -> None:
+                claimed[:] = await claim_records.take(session, query, terms, self.claim_clock)
+
+            await self._decided(take)
             return claimed
 
     async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
         """Claim the first of some keys that nobody holds; None if all are held. There is no entity with
         these keys, and their collection is not declared."""
         async with giving_back(self) as claimed:
-            async with self.session(None) as session:
+
+            async def take(session: Session) -> None:
                 found = await claim_records.take_name(session, keys, terms, self.claim_clock)
-                claimed += [] if found is None else [found]
+                claimed[:] = [] if found is None else [found]
+
+            await self._decided(take)
             return claimed[0] if claimed else None
 
     async def renew_claim(self, key: Key, token: int, lease: float) -> None:
@@ -546,8 +569,7 @@ class Engine(Reader):
         Raises:
             ClaimLostError: it is not held with this token any more.
         """
-        async with self.session(None) as session:
-            await claim_records.renew(session, key, token, lease, self.claim_clock)
+        await self._decided(lambda s: claim_records.renew(s, key, token, lease, self.claim_clock))
 
     async def release_claim(self, key: Key, token: int, after: float | None) -> None:
         """End a claim.
@@ -559,8 +581,7 @@ class Engine(Reader):
         Raises:
             ClaimLostError: it is not held with this token any more.
         """
-        async with self.session(None) as session:
-            await claim_records.release(session, key, token, after, self.claim_clock)
+        await self._decided(lambda s: claim_records.release(s, key, token, after, self.claim_clock))
 
     def claimed_session(
         self, key: Key, token: int, *, ends: bool = False
@@ -610,13 +631,28 @@ class Engine(Reader):
     async def break_claim(self, key: Key) -> bool:
         """End a claim whoever holds it, and forget how often the entity was claimed; returns whether
         there was anything to forget."""
-        async with self.session(None) as session:
-            return await claim_records.end(session, key)
+        return await self._decided(lambda session: claim_records.end(session, key))
 
     async def claims(self, collection: str) -> list[ClaimInfo]:
         """The claims of a collection, by id. Nothing is created."""
-        async with self.session(None) as session:
-            return await claim_records.listed(session, collection, self.claim_clock)
+        return await self._decided(
+            lambda session: claim_records.listed(session, collection, self.claim_clock)
+        )
+
+    async def _decided(self, decide: Callable[[Session], Awaitable[Result]]) -> Result:
+        """The result of `decide` in a session of its own, again after each conflict with another one.
+
+        Raises:
+            ConcurrencyConflictError: there were conflicts for too long.
+        """
+        backoff = Backoff(_CONFLICT_SECONDS, first=0.01, longest=0.5)
+        while True:
+            try:
+                async with self.session(None) as session:
+                    return await decide(session)
+            except ConcurrencyConflictError as exc:
+                if exc.outcome_unknown or not exc.retryable or not await backoff.pause():
+                    raise
 
     # -- feed ----------------------------------------------------------------------------------
     #
@@ -706,7 +742,12 @@ class Engine(Reader):
         """Write, read back and delete a value that is not an entity; raise if that fails.
 
         The default does nothing: it is for an engine without the capability `durable`.
+
+        Raises:
+            StoreClosedError: the engine was closed.
         """
+        if self.capabilities.durable:
+            raise NotImplementedError("an engine with the capability 'durable' needs `probe`")
 
     async def health(self) -> Mapping[str, Value]:
         """The engine's part of `health()`; its `problems` lists the conditions that require action."""
@@ -746,6 +787,8 @@ class Engine(Reader):
 
 _CATALOGUE_KEY: Final = Key(CATALOGUE_COLLECTION.name, "declarations")
 _MAX_TRIES: Final = 10
+_CONFLICT_SECONDS: Final = 30.0
+"""How long the defaults for claims are tried again while their sessions are in conflict with others."""
 
 
 async def remember_in(engine: Engine, collections: Iterable[Collection]) -> None:

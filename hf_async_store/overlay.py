@@ -29,7 +29,10 @@ class Overlay:
 
     Args:
         schema: of the store.
-        stored: the committed entities.
+        stored: the committed entities. An engine that loads them when they are needed loads before `apply`
+            the entity of the change; of a deletion, and of a change with `lifetimes`, also its
+            `claim_key`; with references, the parents, and for a deletion the children; with unique
+            indexes, the owners of the values.
         references: whether references are enforced.
         owners: returns the ids of the stored entities that may have the values of a digest in the fields
             of a unique index of a collection (see `unique`). Without it, all entities are read.

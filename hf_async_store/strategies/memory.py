@@ -276,6 +276,11 @@ class MemoryEngine(Engine):
         async with self.snapshot() as moment:
             return await moment.fetch(keys)
 
+    async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
+        if collection.name not in self._stored.tables:
+            return None
+        return await super().fetch_undeclared(collection, entity_id)
+
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._reader().select(query)
 

@@ -19,7 +19,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.testing.assertions import counted, get_existing, payload, payloads
 from hf_async_store.testing.concurrency import seeded
-from hf_async_store.testing.harness import Harness, InjectsThrottling
+from hf_async_store.testing.harness import Harness, InjectsThrottling, skip_fault
 from hf_async_store.values import UPDATED_AT, Entity, Key, utc_now
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class BulkContract:
         self, harness: Harness, store: StorageStrategy
     ) -> None:
         if not isinstance(harness, InjectsThrottling):
-            pytest.skip("the harness cannot inject throttling")
+            skip_fault(harness, InjectsThrottling)
         ids = [f"{each:03}" for each in range(120)]
         await store.create_entities("items", [{"item_id": each} for each in ids])
         for requests in (1, 3, 1000):

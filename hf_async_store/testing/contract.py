@@ -23,6 +23,7 @@ from hf_async_store.testing.changed_declarations import ChangedDeclarationContra
 from hf_async_store.testing.claims import ClaimContract
 from hf_async_store.testing.clearing import ClearingContract
 from hf_async_store.testing.declarations import DeclarationContract
+from hf_async_store.testing.driver_interface import DriverContract
 from hf_async_store.testing.entities import EntityContract
 from hf_async_store.testing.expiry import ExpiryContract
 from hf_async_store.testing.expiry_of_owners import OwnerExpiryContract
@@ -34,6 +35,7 @@ from hf_async_store.testing.independent_changes import IndependentChangeContract
 from hf_async_store.testing.isolation import IsolationContract
 from hf_async_store.testing.lifecycle import LifecycleContract
 from hf_async_store.testing.limits import LimitContract
+from hf_async_store.testing.lost_connections import LostConnectionContract
 from hf_async_store.testing.observation import ObservationContract
 from hf_async_store.testing.planted_records import PlantedRecordContract
 from hf_async_store.testing.queries import QueryContract
@@ -96,6 +98,8 @@ class StrategyContract(
     FeedContract,
     WaitingContract,
     SubscriptionContract,
+    DriverContract,
+    LostConnectionContract,
 ):
     """All cases of the contract."""
 

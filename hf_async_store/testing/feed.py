@@ -116,7 +116,7 @@ async def second(
         yield store
 
 
-def _stranger(harness: Harness, collections: Iterable[Collection]) -> StorageStrategy:
+def stranger(harness: Harness, collections: Iterable[Collection]) -> StorageStrategy:
     """A store on other data."""
     if isinstance(harness, HasStranger):
         return harness.stranger(collections)
@@ -600,12 +600,12 @@ class FeedContract:
         feed_of(harness)
         async with (
             harness.store(COLLECTIONS) as store,
-            _stranger(harness, COLLECTIONS) as stranger,
+            stranger(harness, COLLECTIONS) as foreign,
         ):
-            for each in (store, stranger):
+            for each in (store, foreign):
                 await each.create_entity("notes", {"note_id": "a"})
-            async with stranger.watch("notes") as changes:
-                await stranger.create_entity("notes", {"note_id": "b"})
+            async with foreign.watch("notes") as changes:
+                await foreign.create_entity("notes", {"note_id": "b"})
                 [change] = await taken(changes, 1)
             for token in (change.token, changes.token):
                 with pytest.raises((InvalidCursorError, FeedExpiredError)):

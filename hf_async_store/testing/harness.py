@@ -87,6 +87,15 @@ class DropsResponses(Protocol):
 
 
 @runtime_checkable
+class CutsConnections(Protocol):
+    """A harness that can break the connections of its stores, for example by a `FaultyProxy`."""
+
+    def cut_connections(self) -> None:
+        """Break all connections of this process to the engine, which stays available."""
+        ...
+
+
+@runtime_checkable
 class InjectsThrottling(Protocol):
     """A harness that can let its engine throttle requests."""
 
@@ -175,3 +184,15 @@ def skip_engine(engine: str, reason: str) -> NoReturn:
     from hf_async_store.testing.plugin import LEFT_OUT
 
     pytest.skip(f"{LEFT_OUT}{engine} ({reason})")
+
+
+def skip_fault(harness: Harness, protocol: type) -> NoReturn:
+    """Skip the test because the harness does not implement a protocol by which a fault is injected; the
+    summary of the run names it, unless the engine has no data that a fault could damage."""
+    import pytest
+
+    from hf_async_store.testing.plugin import NOT_TRIED
+
+    lasting = harness.capabilities.durable or harness.capabilities.multi_process
+    name = protocol.__name__
+    pytest.skip(f"{NOT_TRIED}{name}" if lasting else f"the harness does not implement {name}")

@@ -28,6 +28,9 @@ pytest.register_assert_rewrite(
 LEFT_OUT: Final = "engine left out: "
 """The prefix of the skip reasons of `harness.skip_engine`."""
 
+NOT_TRIED: Final = "fault not tried, because the harness does not implement it: "
+"""The prefix of the skip reasons of `harness.skip_fault`."""
+
 REQUIRE_VARIABLE: Final = "HF_ASYNC_STORE_REQUIRE_ENGINES"
 SEED_VARIABLE: Final = "HF_ASYNC_STORE_TEST_SEED"
 FULL_VARIABLE: Final = "HF_ASYNC_STORE_TEST_FULL"
@@ -111,10 +114,11 @@ def random_of(name: str) -> Random:
 
 
 class _SkippedEngines:
-    """Reports the engines that were skipped; fails the run if all engines are required."""
+    """Reports the engines and the faults that were skipped; fails the run if all engines are required."""
 
     def __init__(self) -> None:
         self._skipped: dict[str, None] = {}  # a dict as an ordered set
+        self._not_tried: dict[str, None] = {}
         self._required = os.environ.get(REQUIRE_VARIABLE) == "all"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -128,6 +132,8 @@ class _SkippedEngines:
             reason = report.longrepr[2].removeprefix("Skipped: ")
             if reason.startswith(LEFT_OUT):
                 self._skipped[reason.removeprefix(LEFT_OUT)] = None
+            elif reason.startswith(NOT_TRIED):
+                self._not_tried[reason] = None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -141,3 +147,5 @@ class _SkippedEngines:
                 red=self._required,
                 yellow=not self._required,
             )
+        for each in self._not_tried:
+            terminalreporter.line(each, yellow=True)

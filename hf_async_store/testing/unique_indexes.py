@@ -148,7 +148,7 @@ class UniqueIndexContract:
             yield store
 
     @pytest.fixture
-    def lasting(self, harness: Harness) -> Harness:
+    def enforcing(self, harness: Harness) -> Harness:
         """The harness of an engine with unique indexes whose stores keep their data."""
         capabilities = harness.capabilities
         if not (capabilities.unique_indexes and capabilities.multi_process):
@@ -461,12 +461,12 @@ class UniqueIndexContract:
         assert sum(await asyncio.gather(*map(create, range(8)))) == 1
         assert list((await names_of(unique)).values()).count("one") == 1
 
-    async def test_99_one_creator_of_eight_processes_wins(self, lasting: Harness) -> None:
+    async def test_99_one_creator_of_eight_processes_wins(self, enforcing: Harness) -> None:
         """The other processes do not declare the index."""
         rounds = repetitions(100, short=5)
-        async with lasting.store(ITEMS) as store:
+        async with enforcing.store(ITEMS) as store:
             await store.create_entity("items", {"item_id": "first", "label": "first"})
-            url = lasting.url()
+            url = enforcing.url()
             assert url is not None
             winners: list[tuple[str, str]] = []
             for first in range(0, rounds, 20):
@@ -481,8 +481,8 @@ class UniqueIndexContract:
             stored = await store.query_entities("items", {"item_id": ne("first")})
             assert sorted((str(e["label"]), str(e["item_id"])) for e in stored) == sorted(winners)
 
-    async def test_99_programs_that_do_not_declare_it_enforce_it(self, lasting: Harness) -> None:
-        async with lasting.store(UNIQUE) as store, lasting.store(PLAIN) as other:
+    async def test_99_programs_that_do_not_declare_it_enforce_it(self, enforcing: Harness) -> None:
+        async with enforcing.store(UNIQUE) as store, enforcing.store(PLAIN) as other:
             await store.create_entity("things", thing("a", "x"))
             assert (
                 await refusal_of(other.create_entity("things", thing("b", "x")))
@@ -494,13 +494,13 @@ class UniqueIndexContract:
                 await other.update_entity("things", "b", {"name": "x" * 1025})
             await other.delete_entity("things", "b")
             await store.update_entity("things", "a", {"name": "y"})
-        async with lasting.store(PLAIN) as other:
+        async with enforcing.store(PLAIN) as other:
             await refusal_of(other.create_entity("things", thing("b", "y")))
             with pytest.raises((UniqueViolationError, TransactionAbortedError)):
                 async with other.begin_transaction() as tx:
                     await tx.create_entity("things", thing("b", "y"))
         untyped = [Collection("things", key="thing_id", fields=[Field("name", "json")])]
-        async with lasting.store(untyped) as other:
+        async with enforcing.store(untyped) as other:
             for value in ([1], {"a": 1}):
                 with pytest.raises(InvalidFieldError, match="name"):
                     await other.save_entity("things", thing("b", value))
@@ -512,11 +512,11 @@ class UniqueIndexContract:
 
     # -- 96: declared on existing data -------------------------------------------------------
 
-    async def test_96_unique_declared_on_data_with_duplicates(self, lasting: Harness) -> None:
-        async with lasting.store(PLAIN) as store:
+    async def test_96_unique_declared_on_data_with_duplicates(self, enforcing: Harness) -> None:
+        async with enforcing.store(PLAIN) as store:
             for number, name in enumerate(("x", "x", "y", None, "x", "z" * 2000)):
                 await store.save_entity("things", thing(f"t{number}", name))
-        async with lasting.store(things(BY_NAME)) as store:
+        async with enforcing.store(things(BY_NAME)) as store:
             before = await store.query_entities("things", order_by="thing_id")
             [change] = [each for each in await store.schema_changes() if each.kind == "unique"]
             assert (change.collection, change.name, change.blocking) == (
@@ -541,7 +541,7 @@ class UniqueIndexContract:
             assert await store.schema_changes() == []
             assert (await store.health())["problems"] == []
             await self._is_enforced(store)
-        async with lasting.store(PLAIN) as other:
+        async with enforcing.store(PLAIN) as other:
             await self._is_enforced(other)
 
     async def _is_enforced(self, store: StorageStrategy) -> None:
@@ -551,13 +551,16 @@ class UniqueIndexContract:
         ).owner_id == "t2"
 
     async def test_96_new_programs_that_ran_before_it_was_applied_enforce_it(
-        self, lasting: Harness
+        self, enforcing: Harness
     ) -> None:
         """As in a rollout: the new program is started, and then another one applies its declaration."""
-        async with lasting.store(PLAIN) as old:
+        async with enforcing.store(PLAIN) as old:
             await old.save_entity("things", thing("t0", "x"))
             await old.save_entity("things", thing("long", "z" * 2000))
-        async with lasting.store(things(BY_NAME)) as new, lasting.store(things(BY_NAME)) as tool:
+        async with (
+            enforcing.store(things(BY_NAME)) as new,
+            enforcing.store(things(BY_NAME)) as tool,
+        ):
             await new.create_entity("things", thing("t1", "y"))
             async with new.begin_transaction() as tx:
                 await tx.update_entity("things", "long", {"zone": "z"})
@@ -569,31 +572,33 @@ class UniqueIndexContract:
                     error = await refusal_of(store.create_entity("things", thing("new", name)))
                     assert error.owner_id == owner
 
-    async def test_96_a_program_that_does_not_declare_it_may_apply(self, lasting: Harness) -> None:
-        async with lasting.store(PLAIN) as store:
+    async def test_96_a_program_that_does_not_declare_it_may_apply(
+        self, enforcing: Harness
+    ) -> None:
+        async with enforcing.store(PLAIN) as store:
             for entity_id in ("t0", "t1"):
                 await store.save_entity("things", thing(entity_id, "x", zone="z"))
-        async with lasting.store(things(BY_NAME)) as store:
+        async with enforcing.store(things(BY_NAME)) as store:
             await store.create_entity("things", thing("t2", "y"))
             with pytest.raises(SchemaMismatchError, match=r"things\.name-index"):
                 await store.apply_schema(complete=True)
-        async with lasting.store(things(plain=[Index("zone")])) as other:
+        async with enforcing.store(things(plain=[Index("zone")])) as other:
             await other.apply_schema(complete=True)
             assert await other.schema_changes() == []
             assert await other.count_entities("things", {"zone": "z"}) == 2
             await other.create_entity("things", thing("t3", "x"))
             await other.delete_entities("things", ["t1", "t3"])
             await other.apply_schema(complete=True)
-        async with lasting.store(things(BY_NAME)) as store:
+        async with enforcing.store(things(BY_NAME)) as store:
             assert "unique index" in [each.kind for each in await store.schema_changes()]
             await store.apply_schema(complete=True)
             await refusal_of(store.create_entity("things", thing("new", "x")))
 
-    async def test_96_unique_declared_on_an_empty_collection(self, lasting: Harness) -> None:
-        async with lasting.store(PLAIN) as store:
+    async def test_96_unique_declared_on_an_empty_collection(self, enforcing: Harness) -> None:
+        async with enforcing.store(PLAIN) as store:
             await store.save_entity("things", thing("t0", "x"))
             await store.delete_entity("things", "t0")
-        async with lasting.store(things(BY_NAME)) as store:
+        async with enforcing.store(things(BY_NAME)) as store:
             await store.create_entity("things", thing("t0", "x"))
             await store.create_entity("things", thing("t2", "y"))
             await store.create_entity("things", thing("t3"))
@@ -602,14 +607,14 @@ class UniqueIndexContract:
                 "unique",
                 "unique index",
             }
-        async with lasting.store(PLAIN) as other:
+        async with enforcing.store(PLAIN) as other:
             await self._is_enforced(other)
 
-    async def test_96_an_existing_index_becomes_unique(self, lasting: Harness) -> None:
-        async with lasting.store(things(Index("name"))) as store:
+    async def test_96_an_existing_index_becomes_unique(self, enforcing: Harness) -> None:
+        async with enforcing.store(things(Index("name"))) as store:
             for number, name in enumerate(("x", "v", "y", None)):
                 await store.save_entity("things", thing(f"t{number}", name))
-        async with lasting.store(things(BY_NAME)) as store, lasting.store(PLAIN) as old:
+        async with enforcing.store(things(BY_NAME)) as store, enforcing.store(PLAIN) as old:
             await old.update_entity("things", "t1", {"name": "w"})
             await asyncio.gather(store.apply_schema(complete=True), store.apply_schema())
             assert await store.schema_changes() == []
@@ -618,7 +623,7 @@ class UniqueIndexContract:
                 each for each in await store.recorded_collections() if each.name == "things"
             ]
             assert [each.unique for each in recorded.indexes] == [True]
-        async with lasting.store(things(Index("name"))) as store:
+        async with enforcing.store(things(Index("name"))) as store:
             await store.update_entity("things", "t1", {"zone": "z"})
             await self._is_enforced(store)
             [recorded] = [

@@ -232,6 +232,11 @@ class PostgreSQLHarness:
         finally:
             await connection.close()
 
+    def cut_connections(self) -> None:
+        name = urlsplit(self._url).path[1:]
+        where = f"WHERE datname = '{name}'"
+        ask(self._server.url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity {where}")
+
     def refuse_label(self, label: str) -> None:
         rule = f"CHECK (doc ->> 'label' <> '{label}')"
         execute(self._url, f'ALTER TABLE "items-entities" ADD CONSTRAINT no_{label} {rule}')

@@ -1,0 +1,58 @@
+"""Case 84 for every engine that has connections: they break under load."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from hf_async_store.errors import UnavailableError
+from hf_async_store.testing.concurrency import HANG_SECONDS
+from hf_async_store.testing.harness import CutsConnections, Harness, skip_fault
+
+if TYPE_CHECKING:
+    from hf_async_store.strategy import StorageStrategy
+
+
+class LostConnectionContract:
+    """Part of case 84."""
+
+    async def test_84_connections_that_break_are_replaced(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        """What was acknowledged is stored, what was refused is not, and the store stays usable."""
+        if not isinstance(harness, CutsConnections):
+            skip_fault(harness, CutsConnections)
+        await store.save_entity("items", {"item_id": "first"})
+        acknowledged = {"first"}
+        unknown: set[str] = set()
+
+        async def write(name: str) -> None:
+            for number in range(15):
+                entity_id = f"{name}-{number}"
+                try:
+                    await store.create_entity("items", {"item_id": entity_id})
+                    acknowledged.add(entity_id)
+                except UnavailableError as exc:
+                    assert exc.retryable or exc.outcome_unknown
+                    unknown.update({entity_id} if exc.outcome_unknown else ())
+
+        writing = asyncio.gather(*(write(name) for name in "abcd"))
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+            harness.cut_connections()
+        async with asyncio.timeout(HANG_SECONDS):
+            await writing
+        harness.cut_connections()
+        stored = {each["item_id"] for each in await _read(store)}
+        assert acknowledged <= stored <= acknowledged | unknown
+        await store.save_entity("items", {"item_id": "last"})
+
+
+async def _read(store: StorageStrategy) -> list[dict[str, object]]:
+    """All items; the first attempts may find out that the connections are gone."""
+    for _ in range(10):
+        try:
+            return [dict(each) async for each in store.stream_entities("items")]
+        except UnavailableError as exc:
+            assert exc.retryable
+    return []

@@ -1,0 +1,118 @@
+"""A proxy in front of the server of an engine, which cuts connections and loses answers, for harnesses.
+
+It runs in a thread with an event loop of its own, so that it responds even if that of a test is blocked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+_SECONDS = 10.0
+
+
+class FaultyProxy:
+    """A proxy for all connections to one server.
+
+        with FaultyProxy("127.0.0.1", 6379) as proxy:
+            url = f"redis://127.0.0.1:{proxy.port}"
+
+    Attributes:
+        port: of 127.0.0.1, on which it listens.
+        lost: how many answers it has lost.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._server = host, port
+        self._loses: Callable[[bytes], bool] | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self.port = 0
+        self.lost = 0
+
+    def lose_next_answer(self, to: Callable[[bytes], bool]) -> None:
+        """Pass the next request on that `to` accepts, and break the connection instead of the answer.
+
+        Args:
+            to: is called with what a client sends, as it arrives: a part of a request, or several.
+        """
+        self._loses = to
+
+    def cut_connections(self) -> None:
+        """Break all connections; new ones are accepted."""
+        self._run(self._cut())
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._run(self._listen())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_SECONDS)
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(_SECONDS)
+
+    async def _listen(self) -> None:
+        self._listening = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._listening.sockets[0].getsockname()[1]
+
+    async def _cut(self) -> None:
+        for each in self._writers:
+            each.transport.abort()
+
+    async def _close(self) -> None:
+        self._listening.close()
+        await self._cut()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:  # not cancelled: of a cancelled connection, the streams of asyncio log an error
+            await asyncio.wait(others, timeout=_SECONDS / 2)
+        await asyncio.sleep(0)  # for the transports, which end in the next step of the loop
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            answers, requests = await asyncio.open_connection(*self._server)
+        except OSError:
+            writer.transport.abort()
+            return
+        silent = asyncio.Event()
+        self._writers |= {writer, requests}
+        answering = asyncio.create_task(self._answer(answers, writer, silent))
+        try:
+            while data := await reader.read(65536):
+                if self._loses is not None and self._loses(data):
+                    self._loses = None
+                    self.lost += 1
+                    silent.set()
+                requests.write(data)
+                await requests.drain()
+            requests.close()
+            await answering
+        except OSError:
+            answering.cancel()
+        finally:
+            self._writers -= {writer, requests}
+            for each in (writer, requests):
+                each.transport.abort()
+
+    async def _answer(
+        self, answers: asyncio.StreamReader, writer: asyncio.StreamWriter, silent: asyncio.Event
+    ) -> None:
+        with suppress(OSError):
+            while (data := await answers.read(65536)) and not silent.is_set():
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()

@@ -1,0 +1,411 @@
+"""Wrong engines, each of which a case of the contract refuses: one for each method of the interface.
+
+An engine is right but for one method. The case is called as pytest would call it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import pytest
+
+from hf_async_store import Collection, StorageStrategy
+from hf_async_store.config import MemoryConfig
+from hf_async_store.driver import (
+    Change,
+    Claimed,
+    ClaimTerms,
+    Engine,
+    FeedBatch,
+    Isolation,
+    Key,
+    Outcome,
+    Owned,
+    Query,
+    QueryPlan,
+    Reader,
+    Record,
+    Session,
+)
+from hf_async_store.errors import ConcurrencyConflictError
+from hf_async_store.query import EVERYTHING
+from hf_async_store.strategies.json.engine import JSONEngine
+from hf_async_store.strategies.memory import MemoryEngine
+from hf_async_store.strategies.sql.engine import SQLEngine
+from hf_async_store.strategy import schema_of
+from hf_async_store.testing.contract import StrategyContract
+from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, Harness
+from tests.contract.harnesses import JSONHarness, MemoryHarness, SQLiteHarness
+
+_SECONDS: Final = 20.0
+_TOKEN: Final = 1
+
+
+class _Nothing(Reader):
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        return [None for _ in keys]
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        for each in ():
+            yield each
+
+
+class _Wrapped:
+    """A reader or a session that does one thing wrongly."""
+
+    def __init__(self, right: Any) -> None:
+        self._right = right
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._right, name)
+
+
+class _MiscountsFilters(_Wrapped):
+    async def count(self, query: Query) -> int:
+        return await self._right.count(query) + (query.where != EVERYTHING)
+
+
+class _WritesNoMarkers(_Wrapped):
+    async def write(self, changes: Sequence[Change]) -> list[Outcome]:
+        outcomes: list[Outcome] = await self._right.write(_unmarked(changes))
+        return outcomes
+
+
+def _unmarked(changes: Iterable[Change]) -> list[Change]:
+    return [msgspec.structs.replace(each, mark=None) for each in changes]
+
+
+class _EmptySnapshot(MemoryEngine):
+    def snapshot(self) -> AbstractAsyncContextManager[Reader]:
+        return nullcontext(_Nothing())
+
+
+class _LiveSnapshot(MemoryEngine):
+    def snapshot(self) -> AbstractAsyncContextManager[Reader]:
+        return nullcontext(self)
+
+
+class _EmptyEventualSnapshot(_EmptySnapshot):
+    capabilities = msgspec.structs.replace(MemoryEngine.capabilities, query_isolation="eventual")
+
+
+class _MiscountingSnapshot(MemoryEngine):
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncGenerator[Any, None]:
+        async with super().snapshot() as reader:
+            yield _MiscountsFilters(reader)
+
+
+class _MiscountingSession(MemoryEngine):
+    @asynccontextmanager
+    async def session(self, isolation: Isolation | None) -> AsyncGenerator[Any, None]:
+        async with super().session(isolation) as session:
+            yield _MiscountsFilters(session)
+
+
+class _Miscounts(MemoryEngine):
+    async def count(self, query: Query) -> int:
+        return await super().count(query) + (query.where != EVERYTHING)
+
+
+class _KnowsNoUndeclared(MemoryEngine):
+    async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
+        return None
+
+
+class _KnowsNoDeclarations(MemoryEngine):
+    async def declarations(self) -> list[Collection]:
+        return []
+
+
+class _RemembersNothing(MemoryEngine):
+    async def remember(self, collections: Iterable[Collection]) -> None:
+        pass
+
+
+class _DropsMarkers(MemoryEngine):
+    async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        return await super().write_each(_unmarked(changes))
+
+
+class _DropsMarkersOfSessions(MemoryEngine):
+    @asynccontextmanager
+    async def session(self, isolation: Isolation | None) -> AsyncGenerator[Any, None]:
+        async with super().session(isolation) as session:
+            yield _WritesNoMarkers(session)
+
+
+class _DropsEntries(MemoryEngine):
+    async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
+        batch = await super().read_feed(collection, since, limit)
+        return FeedBatch(batch.entries[:1], batch.position)
+
+
+class _ForgetsBefore(MemoryEngine):
+    async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
+        batch = await super().read_feed(collection, since, limit)
+        entries = [msgspec.structs.replace(each, before=None) for each in batch.entries]
+        return FeedBatch(entries, batch.position)
+
+
+class _NeverWakes(MemoryEngine):
+    async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+class _WaitsForEver(MemoryEngine):
+    async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        await asyncio.Event().wait()
+
+
+class _GivesToTwo(MemoryEngine):
+    async def claim(self, query: Query, terms: ClaimTerms) -> list[Claimed]:
+        async with Owned(self.select(query)) as records:
+            return [Claimed(each, _TOKEN, 1) async for each in records]
+
+
+class _LocksForTwo(MemoryEngine):
+    async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
+        return Claimed(Record(keys[0], {"version": 0}), _TOKEN, 1)
+
+
+class _NeverRenews(MemoryEngine):
+    async def renew_claim(self, key: Key, token: int, lease: float) -> None:
+        pass
+
+
+class _NeverReleases(MemoryEngine):
+    async def release_claim(self, key: Key, token: int, after: float | None) -> None:
+        pass
+
+
+class _ReleasesWithoutDelay(MemoryEngine):
+    async def release_claim(self, key: Key, token: int, after: float | None) -> None:
+        await super().release_claim(key, token, None)
+
+
+class _ChecksNoClaim(MemoryEngine):
+    def claimed_session(
+        self, key: Key, token: int, *, ends: bool = False
+    ) -> AbstractAsyncContextManager[Session]:
+        return self.session(None)
+
+
+class _NeverFinishes(MemoryEngine):
+    def claimed_session(
+        self, key: Key, token: int, *, ends: bool = False
+    ) -> AbstractAsyncContextManager[Session]:
+        return super().claimed_session(key, token)
+
+
+class _BreaksNoClaim(MemoryEngine):
+    async def break_claim(self, key: Key) -> bool:
+        return False
+
+
+class _IsEveryStore(MemoryEngine):
+    async def is_same_store(self, other: Engine) -> bool:
+        return True
+
+
+class _IsNoStore(MemoryEngine):
+    async def is_same_store(self, other: Engine) -> bool:
+        return False
+
+
+class _IsEveryStoreOfItsKind(MemoryEngine):
+    async def is_same_store(self, other: Engine) -> bool:
+        return isinstance(other, MemoryEngine)
+
+
+class _LeavesOutRepetitions(MemoryEngine):
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        return await super().fetch(list(dict.fromkeys(keys)))
+
+
+class _ExplainsWrongly(MemoryEngine):
+    async def explain(self, query: Query) -> QueryPlan:
+        return QueryPlan(access="key")
+
+
+class _NeverCloses(MemoryEngine):
+    async def close(self) -> None:
+        pass
+
+
+_SNAPSHOT: Final = "test_124_a_snapshot_has_what_was_written"
+_TOLD: Final = "test_124_declarations_are_recorded_and_merged"
+_SAME: Final = "test_134_two_stores_on_the_same_data_are_the_same_store"
+_FIRST_CLAIM: Final = "test_104_a_claim_takes_the_first_matches_that_nobody_holds"
+
+_IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
+    (_EmptySnapshot, _SNAPSHOT),
+    (_EmptyEventualSnapshot, _SNAPSHOT),
+    (_MiscountingSnapshot, _SNAPSHOT),
+    (_LiveSnapshot, "test_47_a_snapshot_does_not_change_while_it_is_open"),
+    (_MiscountingSession, "test_124_a_transaction_counts_what_it_selects"),
+    (_Miscounts, "test_63_count_equals_the_streamed_length"),
+    (_KnowsNoUndeclared, "test_124_an_entity_is_fetched_without_a_declaration"),
+    (_KnowsNoDeclarations, _TOLD),
+    (_RemembersNothing, _TOLD),
+    (_DropsMarkers, "test_124_a_marker_is_written_with_its_change"),
+    (_DropsMarkersOfSessions, "test_124_a_marker_is_part_of_a_transaction"),
+    (_DropsEntries, "test_109_a_claim_is_no_change"),
+    (_ForgetsBefore, "test_109_an_entity_comes_as_it_was_written"),
+    (_NeverWakes, "test_124_a_wait_for_a_feed_ends_with_a_change"),
+    (_WaitsForEver, "test_124_a_wait_for_a_feed_ends_in_time"),
+    (_GivesToTwo, _FIRST_CLAIM),
+    (_LocksForTwo, "test_131_a_lock_is_waited_for_and_lost"),
+    (_NeverRenews, "test_105_a_block_is_renewed_in_the_background"),
+    (_NeverReleases, "test_104_one_of_two_claimers_gets_an_entity"),
+    (_ReleasesWithoutDelay, "test_105_what_leaves_a_block_ends_the_claim"),
+    (_ChecksNoClaim, "test_105_a_claim_ends_with_its_lease"),
+    (_NeverFinishes, "test_106_finish_is_one_commit"),
+    (_BreaksNoClaim, "test_131_a_lock_is_waited_for_and_lost"),
+    (_IsEveryStore, _SAME),
+    (_IsNoStore, _SAME),
+    (_IsEveryStoreOfItsKind, "test_134_a_store_on_other_data_is_another_store"),
+    (_LeavesOutRepetitions, "test_124_keys_may_repeat"),
+    (_ExplainsWrongly, "test_64_a_declared_index_is_used_and_named"),
+    (_NeverCloses, "test_124_a_session_cannot_commit_after_close"),
+]
+
+
+class _WrongHarness(MemoryHarness):
+    def __init__(self, engine: type[MemoryEngine]) -> None:
+        self.capabilities = engine.capabilities
+        self._engine = engine
+
+    def store(
+        self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
+    ) -> StorageStrategy:
+        schema = schema_of(collections)
+        config = msgspec.convert(settings, MemoryConfig)
+        return StorageStrategy(self._engine(schema, config), schema)
+
+
+async def _run(case: str, harness: Harness) -> None:
+    """Run a case of the contract."""
+    method = getattr(StrategyContract(), case)
+    wanted = inspect.signature(method).parameters
+    given: dict[str, object] = {
+        each: harness for each in ("harness", "enforcing") if each in wanted
+    }
+    async with asyncio.timeout(_SECONDS):
+        if "store" not in wanted:
+            await method(**given)
+            return
+        async with harness.store() as store:
+            await method(store=store, **given)
+
+
+async def _is_refused(case: str, harness: Harness) -> bool:
+    try:
+        await _run(case, harness)
+    except Exception:
+        return True
+    except pytest.fail.Exception:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("case", sorted({case for _, case in _IN_MEMORY}))
+async def test_the_right_engine_passes(case: str) -> None:
+    await _run(case, MemoryHarness())
+
+
+@pytest.mark.parametrize(
+    ("engine", "case"), _IN_MEMORY, ids=[each.__name__.strip("_") for each, _ in _IN_MEMORY]
+)
+async def test_a_wrong_engine_fails(engine: type[MemoryEngine], case: str) -> None:
+    assert await _is_refused(case, _WrongHarness(engine))
+
+
+# -- engines whose stores outlive their programs -------------------------------------------------
+
+
+async def _true(*given: object) -> bool:
+    return True
+
+
+async def _nothing(*given: object) -> None:
+    pass
+
+
+async def _no_names(*given: object) -> list[str]:
+    return []
+
+
+async def _is_json(self: JSONEngine, other: Engine) -> bool:
+    return isinstance(other, JSONEngine)
+
+
+_DURABLE: Final[Sequence[tuple[str, Callable[..., Any], str]]] = [
+    ("probe", _nothing, "test_124_a_probe_reaches_the_store"),
+    ("fetch_undeclared", _nothing, "test_124_an_entity_is_fetched_without_a_declaration"),
+    ("exists", _true, "test_134_exists_does_not_create_the_store"),
+    ("undeclared", _no_names, "test_134_undeclared_collections_are_reported"),
+    ("is_same_store", _is_json, "test_134_a_store_on_other_data_is_another_store"),
+    ("unenforced", _no_names, "test_96_unique_declared_on_data_with_duplicates"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "case"), _DURABLE, ids=[method for method, *_ in _DURABLE]
+)
+async def test_a_wrong_engine_with_files_fails(
+    method: str,
+    wrong: Callable[..., Any],
+    case: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await _run(case, JSONHarness(tmp_path / "right", "db.json"))
+    monkeypatch.setattr(JSONEngine, method, wrong)
+    assert await _is_refused(case, JSONHarness(tmp_path / "wrong", "db.json"))
+
+
+async def test_an_engine_that_hides_what_it_lacks_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = "test_124_an_index_that_is_not_there_is_listed"
+    await _run(case, SQLiteHarness(tmp_path / "right"))
+    monkeypatch.setattr(SQLEngine, "schema_changes", _no_names)
+    assert await _is_refused(case, SQLiteHarness(tmp_path / "wrong"))
+
+
+# -- engines whose transactions are optimistic --------------------------------------------------
+
+
+class _Optimistic(MemoryEngine):
+    """Every second commit of a session is refused, as if another transaction had come first."""
+
+    commits = 0
+
+    @asynccontextmanager
+    async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
+        async with super().session(isolation) as session:
+            yield session
+            self.commits += 1
+            if self.commits % 2:
+                raise ConcurrencyConflictError("another came first", retryable=True)
+
+
+@pytest.mark.parametrize("case", [_FIRST_CLAIM, "test_106_renew_extends_and_release_frees"])
+async def test_the_defaults_of_claims_try_again_after_a_conflict(case: str) -> None:
+    await _run(case, _WrongHarness(_Optimistic))
+
+
+def test_no_part_of_the_contract_hides_a_fixture_or_a_test_of_another() -> None:
+    owners: dict[str, list[str]] = {}
+    for part in StrategyContract.__bases__:
+        for name in vars(part):
+            if not name.startswith("__"):
+                owners.setdefault(name, []).append(part.__name__)
+    assert {name: parts for name, parts in owners.items() if len(parts) > 1} == {}
