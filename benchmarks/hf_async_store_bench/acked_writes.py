@@ -33,7 +33,6 @@ class AckedWrites(msgspec.Struct, array_like=True):
             self.unknown += 1
 
     def add(self, other: AckedWrites) -> None:
-        """Count what another process wrote."""
         self.acknowledged += other.acknowledged
         self.unknown += other.unknown
 

@@ -48,7 +48,6 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
     source: str = ""
 
     def url_of(self, **values: str) -> str:
-        """The URL, filled in."""
         url = self.url
         for name, value in values.items():
             url = url.replace("{" + name + "}", value)

@@ -45,7 +45,6 @@ class LineProcess:
         return started
 
     def tell(self, line: bytes) -> None:
-        """Give it a line."""
         if not self._stdin.is_closing():
             self._stdin.write(line + b"\n")
 

@@ -64,7 +64,6 @@ class Advice(msgspec.Struct, kw_only=True):
 
 
 async def advise(wanted: Wanted, environments: Environments, tell: Told) -> Advice:
-    """Measure and decide."""
     entities = min(wanted.entities, _MOST_ENTITIES)
     load = Load(workload="mixed", **msgspec.structs.asdict(wanted) | {"entities": entities})
     systems = [each for each in STRATEGIES if each.name in _NEEDS]

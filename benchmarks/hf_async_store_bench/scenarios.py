@@ -49,7 +49,6 @@ class Scenario(NamedTuple):
 
 
 async def seconds(work: Awaitable[object]) -> float:
-    """How long it takes."""
     gc.collect()
     started = time.perf_counter()
     await work

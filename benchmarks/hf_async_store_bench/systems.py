@@ -50,7 +50,6 @@ def chosen(names: Sequence[str]) -> list[SystemUnderTest]:
 
 
 def named(name: str) -> SystemUnderTest:
-    """The one of this name."""
     return next(each for each in ALL if each.name == name)
 
 

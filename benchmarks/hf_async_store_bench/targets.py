@@ -35,7 +35,6 @@ class PerformanceTarget(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def what(self) -> str:
-        """As the report calls it."""
         of = {"rate": "", "time": ", time of one operation", "processor": ", processor time"}
         return self.load + of[self.of] + (f", against {self.against}" if self.against else "")
 

@@ -143,7 +143,6 @@ class Batched(BatchedOperations, Held):
             await copy("hand_machines", records=rows, columns=tables.COLUMNS)
 
     async def rows(self, statement: str, arguments: Sequence[str]) -> Any:
-        """What a statement returns."""
         async with self.taken() as connection:
             return await connection.fetch(statement, *arguments)
 

@@ -29,7 +29,6 @@ _ROWS_A_STATEMENT = 1500  # SQLite takes 32,766 values
 
 
 def pragmas(environment: Environment) -> list[str]:
-    """What each connection begins with."""
     level = "FULL" if environment.durable else "NORMAL"
     settings = ("journal_mode = WAL", f"synchronous = {level}", "busy_timeout = 30000")
     return [f"PRAGMA {each}" for each in (*settings, "foreign_keys = ON")]
@@ -66,7 +65,6 @@ class _Baseline:
         """Open what is measured."""
 
     def connect(self) -> sqlite3.Connection:
-        """A connection of the standard library's."""
         connection = sqlite3.connect(self.file, isolation_level=None, check_same_thread=False)
         for each in pragmas(self.environment):
             connection.execute(each)
@@ -157,7 +155,6 @@ class Sqlite3Batched(BatchedOperations, _Baseline):
         await self._hop(self._write, _INSERT, machines, request)
 
     async def rows(self, statement: str, arguments: Sequence[str]) -> Any:
-        """What a statement returns."""
         return await self._hop(self._rows, statement.replace("$", "?"), arguments)
 
     def _rows(self, statement: str, arguments: Sequence[str]) -> Any:

@@ -21,7 +21,6 @@ REFUSED: Final = dict.fromkeys(
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The options of the command."""
     add = parser.add_argument
     for name, default, what in (
         ("entities", 10_000, "machines that will be stored"),
@@ -40,7 +39,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """The exit code."""
     import asyncio
 
     from hf_async_store_bench.commands import advice

@@ -16,7 +16,6 @@ _COMPARE: Final = "show which differences between two runs are larger than the n
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The options of the command."""
     helped = dict(each.split(": ", 1) for each in _HELP.splitlines())
 
     def add(name: str, to: Any = parser, **how: Any) -> None:
@@ -43,7 +42,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """The exit code."""
     import asyncio
 
     from hf_async_store_bench.commands import bench

@@ -23,7 +23,6 @@ _SEED: Final = "seed of the generated requests, not of their interleaving (defau
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The options of the command."""
     add = parser.add_argument
     add("--data", metavar="DIR", help=_DATA)
     add("--seconds", metavar="N", type=positive, default=10.0, help=_SECONDS)

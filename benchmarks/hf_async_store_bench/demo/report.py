@@ -36,7 +36,6 @@ class Screen:
         self.line(text, style="dim")
 
     def line(self, text: str, style: str = "") -> None:
-        """One line as it is."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
 
     @contextmanager
@@ -59,7 +58,6 @@ class Screen:
         self._console.print(table)
 
     def verdict(self, passed: bool, text: str) -> None:
-        """The last line."""
         word = "PASSED" if passed else "FAILED"
         self._console.print(Text.assemble("\n", (word, _STYLES[word]), f": {text}"), soft_wrap=True)
 
@@ -70,7 +68,6 @@ def screen() -> Screen:
 
 
 def print_work(screen: Screen, logs: Mapping[str, ProcessLog]) -> None:
-    """Operations, by process."""
     columns = list(map(_counted, logs.values()))
     columns.append(sum(columns, Counter()))
     rows = [[kind, *(f"{each[kind]:,}" for each in columns)] for kind in columns[-1]]

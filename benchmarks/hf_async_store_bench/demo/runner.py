@@ -63,7 +63,6 @@ class _Run:
         self._recorder = Recorder()
 
     async def run_demo(self) -> int:
-        """The exit code."""
         plan = self._first_plan()
         async with AsyncExitStack() as stack:
             store = await stack.enter_async_context(self._opening(plan))

@@ -49,11 +49,9 @@ class Worker:
         return f"ended by itself with {code}: {self.process.last_words()}"
 
     def kill(self) -> None:
-        """End it as a loss of power would: no handler of its own runs."""
         self.killed = self.process.kill() or self.killed
 
     async def end(self) -> None:
-        """Make sure that it is gone."""
         self.process.kill()
         await self.process.end()
 
