@@ -28,8 +28,8 @@ _STYLES: Final = {"holds": _GOOD, "BROKEN": _BAD, "PASSED": _GOOD, "FAILED": _BA
 class Screen:
     """Where the run tells what it does: with colours on a terminal, plain elsewhere."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(width=None if sys.stdout.isatty() else 120)
 
     def stage(self, text: str) -> None:
         """One line about what happens now."""
@@ -60,11 +60,6 @@ class Screen:
     def verdict(self, passed: bool, text: str) -> None:
         word = "PASSED" if passed else "FAILED"
         self._console.print(Text.assemble("\n", (word, _STYLES[word]), f": {text}"), soft_wrap=True)
-
-
-def screen() -> Screen:
-    """The one that fits where the output goes."""
-    return Screen(Console(width=None if sys.stdout.isatty() else 120))
 
 
 def print_work(screen: Screen, logs: Mapping[str, ProcessLog]) -> None:

@@ -56,7 +56,7 @@ class _Run:
         self._settings = settings
         self._is_temporary = settings.store is None and settings.config is None
         self._opening = opening
-        self._screen = report.screen()
+        self._screen = report.Screen()
         self._prefix = f"demo-{secrets.token_hex(3)}-"
         self._base: data.Entities = {}
         self._ended_badly: list[str] = []
