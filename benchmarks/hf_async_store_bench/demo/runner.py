@@ -188,7 +188,7 @@ class _Run:
             wrong = await asyncio.wait_for(worker.follow(), self._settings.seconds + _END_SECONDS)
         except TimeoutError:
             wrong = "did not come to its end"
-            worker.kill()
+            worker.process.kill()
         if wrong is not None:
             self._ended_badly.append(f"process {worker.plan.index + 1}: {wrong}")
 
@@ -198,7 +198,7 @@ class _Run:
             await asyncio.wait_for(victim.midway.wait(), self._settings.seconds / 2)
         # It has just reported the end of a request; a moment later it is in the middle of its writes.
         await asyncio.sleep(random.uniform(0, 0.05))
-        victim.kill()
+        victim.process.kill()
         self._screen.stage(
             f"Killed process {victim.plan.index + 1} (pid {victim.process.pid}) with SIGKILL after "
             f"{victim.done} requests."
@@ -245,7 +245,7 @@ async def _workers(plans: Sequence[Plan]) -> AsyncIterator[list[Worker]]:
         yield workers
     finally:
         for each in workers:
-            await each.end()
+            await each.process.end()
 
 
 def _sizes(entities: data.Entities) -> str:
