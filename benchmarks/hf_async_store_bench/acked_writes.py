@@ -32,11 +32,6 @@ class AckedWrites(msgspec.Struct, array_like=True):
         elif not isinstance(error, StorageError) or error.outcome_unknown:
             self.unknown += 1
 
-    def add(self, other: AckedWrites) -> None:
-        """Count what another process wrote."""
-        self.acknowledged += other.acknowledged
-        self.unknown += other.unknown
-
     def wrong_count(self, stored: object, first: int = 0) -> str | None:
         """What is wrong with a counter that each write raised by one from `first`, if anything."""
         least = first + self.acknowledged
@@ -59,7 +54,9 @@ AckedByEntity: TypeAlias = dict[str, AckedWrites]
 def add_all(acked: AckedByEntity, others: AckedByEntity) -> None:
     """Count what another process wrote."""
     for name, other in others.items():
-        acked.setdefault(name, AckedWrites()).add(other)
+        entry = acked.setdefault(name, AckedWrites())
+        entry.acknowledged += other.acknowledged
+        entry.unknown += other.unknown
 
 
 @contextmanager

@@ -50,7 +50,6 @@ class Chart(NamedTuple):
 
 
 def as_svg(chart: Chart) -> str:
-    """To be put into a page."""
     with matplotlib.rc_context(fname=_STYLE):
         figure = Figure(figsize=(chart.width, chart.height), layout="constrained")
         chart.draw(figure)

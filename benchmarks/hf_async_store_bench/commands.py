@@ -13,7 +13,7 @@ import msgspec
 from hf_async_store import InvalidInputError
 from hf_async_store_bench import compare, recommend, tables, targets
 from hf_async_store_bench.environments import Environments
-from hf_async_store_bench.messages import encode
+from hf_async_store_bench.messages import Load, encode
 from hf_async_store_bench.results import Results, Skipped
 from hf_async_store_bench.run import Run, tell
 from hf_async_store_bench.scenarios import SCENARIOS
@@ -59,7 +59,8 @@ async def bench(arguments: argparse.Namespace) -> int:
 
 async def advice(arguments: argparse.Namespace) -> int:
     """Measure the engines under the load that is described, and recommend one."""
-    wanted = recommend.Wanted(
+    wanted = Load(
+        workload="mixed",
         entities=arguments.entities,
         tasks=arguments.tasks,
         processes=arguments.processes,

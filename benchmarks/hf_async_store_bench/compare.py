@@ -22,14 +22,12 @@ class Difference(NamedTuple):
 
     @property
     def word(self) -> str:
-        """What it comes to."""
         value, low, high = self.change
         if high < 1 and value < 1 / (1 + SMALLEST):
             return _WORDS[0]
         return _WORDS[1] if low > 1 and value > 1 + SMALLEST else _WORDS[2]
 
     def as_json(self) -> dict[str, object]:
-        """For a program."""
         names = ("system", "load", "old", "new", "change", "low", "high", "word")
         cells = (self.old.system, self.old.load.name, self.old.rate, self.new.rate)
         return dict(zip(names, (*cells, *self.change, self.word), strict=True))

@@ -79,7 +79,6 @@ _Item = TypeVar("_Item")
 
 
 def batches(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
-    """`items` in batches of `size`."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

@@ -75,7 +75,6 @@ class Environments:
         return cast("int", await self._postgres.ask(told))
 
     def remove(self, system: SystemUnderTest, environment: Environment) -> None:
-        """Remove it with everything in it."""
         shutil.rmtree(environment.folder, ignore_errors=True)
         if system.needs == "postgres":
             self._postgres.drop(environment.server)

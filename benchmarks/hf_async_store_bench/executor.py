@@ -35,7 +35,6 @@ class Executor:
         self._environments = environments
 
     def skip(self, what: str, why: str) -> None:
-        """Note what is not measured."""
         skipped = Skipped(what, why)
         if skipped not in self.results.skipped:
             self.results.skipped.append(skipped)

@@ -22,7 +22,6 @@ class Histogram:
         """Count one value. No more than an append: it is paid for in each measured operation."""
 
     def add(self, other: Histogram) -> None:
-        """Count everything that another one counted."""
         self._counted().add(other._counted())
 
     def percentile(self, share: float) -> float:

@@ -27,6 +27,7 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
         engine: which engine it is, is the baseline of, or is an alternative to.
         adapter: `module:class`; the docstring says how a baseline is made.
         package: what must be installed, by the name that it is imported by.
+        short: the short run has it: no competitor, and nothing that says much the same as another.
         blocking: each call blocks the whole process, so one task can do all that it is able to.
         url: of a strategy, its store, with `{folder}`, `{postgres}` and `{dynamodb}` to be filled in.
         nondurable_query: added to the URL when acknowledged writes need not be durable.
@@ -39,6 +40,7 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
     adapter: str
     needs: Needs
     package: str | None = None
+    short: bool = False
     blocking: bool = False
     url: str = ""
     nondurable_query: str = ""
@@ -46,7 +48,6 @@ class SystemUnderTest(msgspec.Struct, frozen=True, kw_only=True):
     source: str = ""
 
     def url_of(self, **values: str) -> str:
-        """The URL, filled in."""
         url = self.url
         for name, value in values.items():
             url = url.replace("{" + name + "}", value)

@@ -21,6 +21,7 @@ class LineProcess:
         self._stdout = cast("asyncio.StreamReader", process.stdout)
         self.pid = process.pid
         self.wait = process.wait
+        self.killed = False
 
     @classmethod
     async def start(cls, role: str, first: bytes, errors: Path, source: str = "") -> Self:
@@ -45,7 +46,6 @@ class LineProcess:
         return started
 
     def tell(self, line: bytes) -> None:
-        """Give it a line."""
         if not self._stdin.is_closing():
             self._stdin.write(line + b"\n")
 
@@ -62,12 +62,11 @@ class LineProcess:
         except ConnectionError:
             return b""
 
-    def kill(self) -> bool:
-        """End it as a loss of power would: no handler of its own runs. False if it has ended before."""
-        running = self._process.returncode is None
-        if running:
+    def kill(self) -> None:
+        """End it as a loss of power would: no handler of its own runs."""
+        if self._process.returncode is None:
             self._process.kill()
-        return running
+            self.killed = True
 
     async def end(self, patience: float = 0.0) -> None:
         """Close its input, and kill it if it does not end by itself; nothing of it is left."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, NamedTuple, TypeAlias
+
+import msgspec
 
 from hf_async_store import StorageStrategy, begins_with, gte
 from hf_async_store_bench import adapters, data, systems
 from hf_async_store_bench.baselines import tables
 from hf_async_store_bench.concurrency import alternate
+from hf_async_store_bench.csv_rows import rows_beside
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
 from hf_async_store_bench.statistics import ratios
@@ -36,13 +37,13 @@ _SELECT: Final = tables.SELECT.partition(" WHERE ")[0]
 Call: TypeAlias = Callable[[], Awaitable[Any]]
 
 
-class Query(NamedTuple):
+class Query(msgspec.Struct, frozen=True):
     """A query: how many machines it returns, counts or changes, and how it is written by hand."""
 
     name: str
     machines: int
-    statement: str
-    arguments: str
+    statement: str = ""
+    arguments: str = ""
 
 
 class Side(NamedTuple):
@@ -54,13 +55,7 @@ class Side(NamedTuple):
     undo: Call
 
 
-def _queries() -> Iterator[Query]:
-    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
-        for name, machines, statement, arguments in csv.reader(file, delimiter=";"):
-            yield Query(name, int(machines), statement.replace("{select}", _SELECT), arguments)
-
-
-QUERIES: Final = tuple(_queries())
+QUERIES: Final = rows_beside(__file__, Query)
 
 
 async def querying(plan: Plan) -> list[Measurement]:
@@ -137,11 +132,12 @@ async def _save(save: Callable[[data.Entity], Awaitable[object]]) -> int:
 
 def _by_hand(baseline: Any, last: data.Entity) -> list[Call]:
     def call(query: Query) -> Call:
+        statement = query.statement.replace("{select}", _SELECT)
         arguments = query.arguments.format(**last, now=tables.utc_now()).split()
 
         async def run() -> object:
-            rows = await baseline.rows(query.statement, arguments)
-            if query.statement.startswith(_SELECT):
+            rows = await baseline.rows(statement, arguments)
+            if statement.startswith(_SELECT):
                 return list(map(tables.entity_of, rows))
             return rows[0][0] if len(rows) == 1 else len(rows)
 

@@ -28,15 +28,6 @@ _NEEDS: Final = {
 }
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """The load that somebody has."""
-
-    entities: int
-    tasks: int
-    processes: int
-    reads: int
-
-
 class Candidate(msgspec.Struct, kw_only=True, frozen=True):
     """One engine under that load: what it does, seconds at half of that, memory, why it does not fit."""
 
@@ -54,7 +45,7 @@ class Candidate(msgspec.Struct, kw_only=True, frozen=True):
 class Advice(msgspec.Struct, kw_only=True):
     """What was measured, and what it says."""
 
-    wanted: Wanted
+    wanted: Load
     measured: Load
     candidates: list[Candidate]
     skipped: list[Skipped]
@@ -63,10 +54,9 @@ class Advice(msgspec.Struct, kw_only=True):
     reasons: list[str] = []
 
 
-async def advise(wanted: Wanted, environments: Environments, tell: Told) -> Advice:
-    """Measure and decide."""
+async def advise(wanted: Load, environments: Environments, tell: Told) -> Advice:
     entities = min(wanted.entities, _MOST_ENTITIES)
-    load = Load(workload="mixed", **msgspec.structs.asdict(wanted) | {"entities": entities})
+    load = msgspec.structs.replace(wanted, entities=entities)
     systems = [each for each in STRATEGIES if each.name in _NEEDS]
     settings = Settings(mode="advise", loads=(load,), rounds=3, duration=0.7, steady=0.7)
     results = await Run(settings, systems, environments, tell).whole()
@@ -89,7 +79,7 @@ async def advise(wanted: Wanted, environments: Environments, tell: Told) -> Advi
     return advice
 
 
-def _candidate(wanted: Wanted, cell: Cell, small: Cell | None) -> Candidate:
+def _candidate(wanted: Load, cell: Cell, small: Cell | None) -> Candidate:
     """Its memory is extrapolated from two sizes; it is never less than what was measured."""
     memory, more = cell.memory, wanted.entities - cell.load.entities
     if small is not None and small.load.entities != cell.load.entities:

@@ -62,7 +62,9 @@ def _measured(results: Results) -> list[Table]:
 def as_page(results: Results) -> str:
     """One HTML page with nothing outside of it."""
     grown = [_figures(charts.growth(results), 380), *map(_table, map(tables.grown, results.sweeps))]
-    numbers = [*map(_table, _measured(results)), _folded(_RATIOS, tables.ratios(results))]
+    every = _folded("Every ratio to a baseline or a competitor", tables.ratios(results))
+    numbers = [*map(_table, _measured(results)), every]
+    conditions = tables.conditions(results)
     compared = [
         _figures(charts.compared(results), 480),
         _table(tables.baselines(results), "words"),
@@ -84,15 +86,11 @@ def as_page(results: Results) -> str:
         growth="\n".join(["<h2>How cost grows</h2>", *grown] if results.sweeps else grown),
         numbers="\n".join(numbers),
         reading=_list(tables.READING),
-        conditions=_folded(_CONDITIONS, tables.conditions(results)),
+        conditions=_folded("The machine, the versions and the settings", conditions),
         targets=_table(tables.targets(results), "words"),
         skipped=_folded("What was not measured, and why", tables.skipped(results), "words"),
         **charts.ROLES,
     )
-
-
-_RATIOS: Final = "Every ratio to a baseline or a competitor"
-_CONDITIONS: Final = "The machine, the versions and the settings"
 
 
 def _figures(drawn: Iterable[charts.Chart], least: int) -> str:

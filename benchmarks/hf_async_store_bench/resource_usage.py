@@ -44,21 +44,23 @@ def forget_peak() -> None:
 
 
 def _status_bytes(name: str) -> int:
-    status = _PROCESS / "status"
-    if not status.exists():
+    held = _told("status", name)
+    if held is None:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    lines = status.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    return held * 1024
 
 
 def written_bytes() -> int | None:
     """What this process has caused to be written to disks; None where the system does not tell."""
-    try:
-        lines = (_PROCESS / "io").read_text().splitlines()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes:"))
+    return _told("io", "write_bytes:")
+
+
+def _told(file: str, name: str) -> int | None:
+    with suppress(OSError):
+        lines = (_PROCESS / file).read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return None
 
 
 def sent_bytes() -> int:

@@ -116,8 +116,6 @@ class Figure(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Skipped(msgspec.Struct, frozen=True):
-    """What was not measured, and why."""
-
     what: str
     why: str
 
@@ -155,7 +153,6 @@ class Results(msgspec.Struct, kw_only=True):
         sweep.add(system, system, point)
 
     def cell(self, system: str, load: str) -> Cell | None:
-        """By the names of both."""
         return next((each for each in self.of(load) if each.system == system), None)
 
     @property
@@ -187,5 +184,4 @@ def ratio(of: Cell, to: Cell) -> Interval | None:
 
 
 def cell_of(system: SystemUnderTest, load: Load, unit: str) -> Cell:
-    """An empty one."""
     return Cell(system=system.name, role=system.role, engine=system.engine, load=load, unit=unit)

@@ -35,7 +35,6 @@ _Part = TypeVar("_Part")
 
 
 def tell(text: str) -> None:
-    """Say what happens now."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
@@ -87,7 +86,6 @@ class Run:
         return time.monotonic() - self._started
 
     async def _visit_all(self) -> None:
-        """Each load once."""
         first = self._settings.first_share
         weights = {each: len(self._systems_of(each)) for each in self._settings.loads}
         for load, seconds in self._shares(weights, self._budget * first):
@@ -97,7 +95,6 @@ class Run:
                 await self._visit(load, seconds)
 
     async def _sweep_all(self) -> None:
-        """Each sweep once."""
         strategies = [each for each in self._systems if each.role == "strategy"]
         weights = {each: each.share for each in self._settings.series}
         part = min(self._settings.first_share + sum(weights.values()), 1.0)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import gc
 import gzip
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -22,6 +21,7 @@ from hf_async_store.migration import backup_store
 from hf_async_store_bench import data, systems
 from hf_async_store_bench.adapters import StoreAdapter
 from hf_async_store_bench.concurrency import alternate
+from hf_async_store_bench.csv_rows import rows_beside
 from hf_async_store_bench.demo.data import json_url
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Measurement, Plan, WrongAnswerError
@@ -49,7 +49,6 @@ class Scenario(NamedTuple):
 
 
 async def seconds(work: Awaitable[object]) -> float:
-    """How long it takes."""
     gc.collect()
     started = time.perf_counter()
     await work
@@ -332,13 +331,10 @@ _MEASURED: Final = (querying, event_loop, opening, memory, migrating, backing_up
 _WORK: Final = {each.__name__: each for each in _MEASURED}
 
 
-def _scenarios() -> Iterator[tuple[str, Scenario]]:
-    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            sizes = tuple(map(int, row["sizes"].split()))
-            work, seconds = _WORK[row["measure"]], float(row["seconds"])
-            how = (row["writes"] == "yes", int(row["runs"]))
-            yield row["name"], Scenario(row["system"], row["summary"], sizes, work, seconds, *how)
+def _scenario(row: dict[str, str]) -> Scenario:
+    sizes = tuple(map(int, row["sizes"].split()))
+    how = (_WORK[row["measure"]], float(row["seconds"]), "writes" in row, int(row["runs"]))
+    return Scenario(row["system"], row["summary"], sizes, *how)
 
 
-SCENARIOS: Final = dict(_scenarios())
+SCENARIOS: Final = {each["name"]: _scenario(each) for each in rows_beside(__file__, dict[str, str])}

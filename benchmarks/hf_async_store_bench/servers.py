@@ -53,7 +53,6 @@ class _Process:
 
     @property
     def pid(self) -> int:
-        """The process id of the running server."""
         if self._process is None:
             raise ServerUnavailable("the server is not running")
         return self._process.pid
@@ -284,7 +283,6 @@ class DynamoDBServer(_Server):
 
     @property
     def endpoint_url(self) -> str:
-        """Its address."""
         return self.url
 
     def drop_tables(self, prefix: str) -> None:

@@ -7,6 +7,7 @@ from typing import Final, Literal, TypeAlias
 
 import msgspec
 
+from hf_async_store_bench.csv_rows import rows_beside
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.scenarios import SCENARIOS
 
@@ -54,26 +55,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 1
 
 
-_LOADS: Final = (
-    Load(workload="save"),
-    Load(workload="get"),
-    Load(workload="acquire", tasks=1),
-    *(Load(workload=each, tasks=16) for each in ("poll", "query", "contend")),
-    Load(workload="mixed"),
-    Load(workload="one-shot", tasks=1),
-)
-_MORE_LOADS: Final = (
-    *(Load(workload=each, tasks=1) for each in ("save", "get", "create", "update")),
-    *(Load(workload=each) for each in ("create", "update")),
-    *(Load(workload=f"{each} batch", tasks=1) for each in ("create", "save", "import")),
-    Load(workload="acquire", tasks=8, burst=24),
-    Load(workload="save", tasks=8, processes=4),
-    Load(workload="contend", tasks=1, processes=4),
-)
+_LOADS: Final = rows_beside(__file__, Load)
 
 SHORT: Final = Settings(
     mode="short",
-    loads=_LOADS,
+    loads=_LOADS[:8],
     duration=0.25,
     steady=0.3,
     budget=100.0,
@@ -86,7 +72,7 @@ _SIZES: Final = (100, 1000, 10_000, 100_000)
 
 FULL: Final = Settings(
     mode="full",
-    loads=(*_LOADS, *_MORE_LOADS),
+    loads=_LOADS,
     duration=0.3,
     steady=0.5,
     budget=1140.0,

@@ -2,70 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from hf_async_store import ConfigurationError, InvalidInputError, load_config, open_store
-from hf_async_store_bench.messages import Needs, SystemUnderTest
+from hf_async_store_bench.csv_rows import rows_beside
+from hf_async_store_bench.messages import SystemUnderTest
 
-_PACKAGE: Final = "hf_async_store_bench"
-_NEEDS: Final[dict[str, Needs]] = {
-    "memory": "nothing",
-    "postgresql": "postgres",
-    "dynamodb": "dynamodb",
-}
-_DRIVERS: Final = {"sqlite": "aiosqlite", "postgresql": "asyncpg", "dynamodb": "aiobotocore"}
-_NONDURABLE: Final = {"json": "sync_writes=no", "sqlite": "synchronous=NORMAL"}
-
-
-def _system(engine: str, adapter: str, **more: Any) -> SystemUnderTest:
-    needs = {"needs": _NEEDS.get(engine, "folder")}
-    return SystemUnderTest(engine=engine, adapter=f"{_PACKAGE}.{adapter}", **{**needs, **more})
-
-
-def _strategy(name: str, engine: str, url: str, **more: Any) -> SystemUnderTest:
-    given = {"name": name, "role": "strategy", "package": _DRIVERS.get(engine), "url": url}
-    return _system(engine, "adapters:StoreAdapter", **given, **more)
-
-
-_DYNAMODB: Final = "dynamodb://eu-west-1/{name}?endpoint_url={dynamodb}"
-
-STRATEGIES: Final = tuple(
-    msgspec.structs.replace(each, nondurable_query=_NONDURABLE.get(each.engine, ""))
-    for each in (
-        _strategy("memory", "memory", "memory:"),
-        _strategy("json", "json", "json:{folder}/request_database.json"),
-        _strategy("json split", "json", "json:{folder}/split"),
-        _strategy("sqlite", "sqlite", "sqlite:{folder}/store.sqlite"),
-        _strategy("postgresql", "postgresql", "{postgres}"),
-        _strategy("dynamodb", "dynamodb", _DYNAMODB),
-    )
-)
-
-
-def _others() -> Iterator[tuple[SystemUnderTest, bool]]:
-    """The baselines and competitors, and whether the short run has them."""
-    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            runs, package = row.pop("runs"), row.pop("package") or None
-            one = _system(**row, package=package, blocking=runs == "blocking")
-            yield one, runs == "short"
-
-
-_OTHERS: Final = tuple(_others())
-BASELINES: Final = tuple(each for each, _ in _OTHERS if each.role == "baseline")
-COMPETITORS: Final = tuple(each for each, _ in _OTHERS if each.role == "competitor")
-ALL: Final = (*STRATEGIES, *BASELINES, *COMPETITORS)
-SHORT_SYSTEMS: Final = (
-    *(each for each in STRATEGIES if each.name != "json split"),
-    *(each for each, is_short in _OTHERS if is_short),
-)
-"""The short run has no competitors, and nothing that says much the same as another."""
+ALL: Final = rows_beside(__file__, SystemUnderTest)
+STRATEGIES: Final = tuple(each for each in ALL if each.role == "strategy")
+BASELINES: Final = tuple(each for each in ALL if each.role == "baseline")
+COMPETITORS: Final = tuple(each for each in ALL if each.role == "competitor")
+SHORT_SYSTEMS: Final = tuple(each for each in ALL if each.short)
 
 
 def missing(system: SystemUnderTest) -> str | None:
@@ -99,7 +50,6 @@ def chosen(names: Sequence[str]) -> list[SystemUnderTest]:
 
 
 def named(name: str) -> SystemUnderTest:
-    """The one of this name."""
     return next(each for each in ALL if each.name == name)
 
 
@@ -111,4 +61,6 @@ def of_url(url: str) -> SystemUnderTest:
             "'json:{folder}/store.json?cache_size=0'; what is measured is never written elsewhere"
         )
     strategy = load_config(url.replace("{folder}", "folder")).strategy
-    return _strategy(f"yours ({strategy})", strategy, url, needs="folder", copied=False)
+    known = next((each for each in STRATEGIES if each.engine == strategy), STRATEGIES[0])
+    changed = {"name": f"yours ({strategy})", "engine": strategy, "url": url, "needs": "folder"}
+    return msgspec.structs.replace(known, **changed, nondurable_query="", copied=False)

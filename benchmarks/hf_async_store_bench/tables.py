@@ -146,7 +146,6 @@ def grown(sweep: Sweep) -> Table:
 
 
 def conditions(results: Results) -> Table:
-    """The machine, the versions and the settings."""
     rows = [
         *results.machine.items(),
         *(("version", f"{name} {number}") for name, number in results.versions.items()),
@@ -219,19 +218,16 @@ def shown(value: float) -> str:
 
 
 def range_shown(low: float, high: float) -> str:
-    """From one to the other."""
     return f"{shown(low)} .. {shown(high)}"
 
 
 def time_shown(seconds: float) -> str:
-    """In the unit that fits."""
     if seconds >= 1:
         return f"{shown(seconds)} s"
     return f"{shown(seconds * 1000)} ms" if seconds >= 0.001 else f"{shown(seconds * 1e6)} us"
 
 
 def bytes_shown(count: float) -> str:
-    """In the unit that fits."""
     for unit in ("B", "kB", "MB"):
         if abs(count) < 1000:
             return f"{shown(count)} {unit}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
+import msgspec
+
+from hf_async_store_bench.csv_rows import rows_beside
 from hf_async_store_bench.messages import Load, Measurement
 from hf_async_store_bench.results import Figure, Results, ratio
 from hf_async_store_bench.scenarios import SCENARIOS
@@ -16,33 +17,29 @@ from hf_async_store_bench.statistics import ratios
 _NOT_RUN: Final = "not in this run"
 
 
-class PerformanceTarget(NamedTuple):
+class PerformanceTarget(msgspec.Struct, frozen=True, kw_only=True):
     """A figure of one load, as its ratio to a baseline, if any: of rates, of the times of one operation,
     or of processor time."""
 
     engine: str
-    load: Load
-    to: str | None
+    workload: str
+    tasks: int
+    against: str | None = None
     of: str
     at_least: float | None = None
     at_most: float | None = None
 
     @property
+    def load(self) -> str:
+        return Load(workload=self.workload, tasks=self.tasks).name
+
+    @property
     def what(self) -> str:
-        """As the report calls it."""
         of = {"rate": "", "time": ", time of one operation", "processor": ", processor time"}
-        return self.load.name + of[self.of] + (f", against {self.to}" if self.to else "")
+        return self.load + of[self.of] + (f", against {self.against}" if self.against else "")
 
 
-def _targets() -> Iterator[PerformanceTarget]:
-    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            load = Load(workload=row["workload"], tasks=int(row["tasks"]))
-            bound = {row["bound"]: float(row["value"])}
-            yield PerformanceTarget(row["engine"], load, row["against"] or None, row["of"], **bound)
-
-
-TARGETS: Final = tuple(_targets())
+TARGETS: Final = rows_beside(__file__, PerformanceTarget)
 
 
 def figures(results: Results) -> list[Figure]:
@@ -74,21 +71,21 @@ def _figure(
 
 
 def _measured(results: Results, target: PerformanceTarget) -> Figure:
-    unit, value = "x" if target.to else "a second", _value(results, target)
+    unit, value = "x" if target.against else "a second", _value(results, target)
     bounds = (target.at_least, target.at_most)
     return _figure(target.engine, target.what, unit, *bounds, value)
 
 
 def _value(results: Results, target: PerformanceTarget) -> _Value | str:
     """The figure with its interval, or why there is none."""
-    ours = results.cell(target.engine, target.load.name)
+    ours = results.cell(target.engine, target.load)
     if ours is None:
         return _NOT_RUN
-    if target.to is None:
+    if target.against is None:
         return ours.rate, min(ours.rates), max(ours.rates)
-    theirs = results.cell(target.to, target.load.name)
+    theirs = results.cell(target.against, target.load)
     if theirs is None:
-        return f"{target.to} is not in this run"
+        return f"{target.against} is not in this run"
     if target.of == "processor":
         value = ours.processor / max(theirs.processor, 1e-9)
         return value, value, value

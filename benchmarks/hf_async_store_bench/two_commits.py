@@ -187,7 +187,6 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """The exit code."""
     options = _options()
     with ExitStack() as stack:
         here = _git("rev-parse", "--show-toplevel")

@@ -32,13 +32,11 @@ class Worker:
         self._before = resource_usage.resident_bytes()
 
     async def scenario(self, command: Command) -> Answer:
-        """Measure a scenario."""
         from hf_async_store_bench.scenarios import SCENARIOS
 
         return Answer(measurements=await SCENARIOS[command.workload].measure(self._plan))
 
     async def end(self) -> None:
-        """Close what is open."""
         if self._system is not None:
             system, self._system = self._system, None  # should closing fail, it is not tried again
             await system.close()
@@ -60,7 +58,6 @@ class Worker:
         return Answer(skipped=self._workload.skipped())
 
     async def run(self, command: Command) -> Answer:
-        """One round."""
         work, retries = self._workload.one, self._workload.retries
         gc.collect()
         written, used = self._written(), resource_usage.processor_seconds()

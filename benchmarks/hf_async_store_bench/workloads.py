@@ -84,7 +84,6 @@ class Workload:
         return self.first + slot + self.random.randrange(share) * self.slots
 
     def any(self) -> str:
-        """A stored machine."""
         return data.machine_id(self.random.randrange(self.entities))
 
     def new(self, slot: int) -> int:
@@ -92,7 +91,6 @@ class Workload:
         return (self.first + slot + 1) * _MANY + self.made
 
     def machine(self, number: int, count: int = 0) -> Entity:
-        """A machine of the load's size."""
         return data.machine(number, self.plan.load.size, count)
 
     def fresh(self, slot: int, count: int, of: str = _FIRST_REQUEST) -> list[Entity]:
@@ -103,7 +101,6 @@ class Workload:
         return [{**self.machine(each, count=1), "request_id": of} for each in numbers]
 
     def acked_of(self, *ids: str) -> list[AckedWrites]:
-        """What was acknowledged of each of these."""
         return [self.acked.setdefault(each, AckedWrites()) for each in ids]
 
     async def get(self) -> Mapping[str, Any]:
@@ -158,7 +155,6 @@ class CreateBatch(Workload, name="create batch", needs=("create_many",), unit="m
         return len(entities)
 
     async def write(self, entities: list[Entity]) -> None:
-        """The call."""
         await self.system.create_many(entities)
 
 

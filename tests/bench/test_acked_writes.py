@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from hf_async_store import ConcurrencyConflictError, UnavailableError
-from hf_async_store_bench.acked_writes import AckedWrites, lost_writes, writing
+from hf_async_store_bench.acked_writes import AckedWrites, add_all, lost_writes, writing
 
 REFUSED = UnavailableError("refused")
 UNKNOWN = UnavailableError("no response", outcome_unknown=True)
@@ -67,6 +67,8 @@ def test_lost_writes_are_named() -> None:
 
 
 def test_the_writes_of_several_processes_are_merged() -> None:
-    entry = noted(None, UNKNOWN)
-    entry.add(noted(None, None))
+    acked = {"a": noted(None, UNKNOWN)}
+    add_all(acked, {"a": noted(None, None), "b": noted(None)})
+    assert acked["b"] == noted(None)
+    entry = acked["a"]
     assert (entry.acknowledged, entry.unknown, entry.tried) == (3, 1, 4)

@@ -106,7 +106,7 @@ def candidate(engine: str, rate: float, against: str = "") -> recommend.Candidat
 
 def advice(*candidates: recommend.Candidate, entities: int = 10) -> recommend.Advice:
     found = recommend.Advice(
-        wanted=recommend.Wanted(entities=entities, tasks=1, processes=1, reads=80),
+        wanted=Load(workload="mixed", entities=entities, tasks=1, processes=1, reads=80),
         measured=Load(workload="mixed", entities=10),
         candidates=list(candidates),
         skipped=[],

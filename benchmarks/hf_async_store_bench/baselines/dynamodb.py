@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
-from typing import Any, Self
+from contextlib import suppress
+from typing import Any
 
 from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # it has no types
 from aiobotocore.session import get_session  # type: ignore[import-untyped]  # it has no types
 
+from hf_async_store_bench.baselines.baseline import Baseline
 from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import Entity, batches
-from hf_async_store_bench.messages import Environment
 
 _WRITES = 25
 _READS = 100
@@ -23,30 +23,24 @@ _SORTED = dict.fromkeys(("request_id", "status"), "created_at")
 _INDEXES = {**_SORTED, "return_request_id": None, "name": None, "created_at": None}  # as the store
 
 
-class _Client:
+class _Client(Baseline):
     """A table of its own on one long-lived client, and the parts that are not measured."""
 
-    _client: Any
-
-    def __init__(self, place: Environment) -> None:
-        self._table = f"{place.prefix}-baseline"
-        self._stack = AsyncExitStack()
-
-    @classmethod
-    async def open(cls, place: Environment) -> Self:
-        target = cls(place)
+    async def start(self) -> None:
+        self._table = f"{self.environment.prefix}-baseline"
         client = get_session().create_client(
             "dynamodb",
             region_name="eu-west-1",
-            endpoint_url=place.server,
+            endpoint_url=self.environment.server,
             aws_access_key_id="bench",
             aws_secret_access_key="bench",  # the test server takes any
             config=AioConfig(parameter_validation=False, max_pool_connections=64),
         )
-        target._client = await target._stack.enter_async_context(client)
-        try:
-            await target._client.create_table(
-                TableName=target._table,
+        self._client = await self.stack.enter_async_context(client)
+        # Another process of this run may be faster.
+        with suppress(self._client.exceptions.ResourceInUseException):
+            await self._client.create_table(
+                TableName=self._table,
                 KeySchema=_key_schema(_KEY),
                 AttributeDefinitions=[
                     {"AttributeName": each, "AttributeType": "S"} for each in (_KEY, *_INDEXES)
@@ -61,12 +55,6 @@ class _Client:
                 ],
                 BillingMode="PAY_PER_REQUEST",
             )
-        except target._client.exceptions.ResourceInUseException:
-            pass  # another process of this run was faster
-        return target
-
-    async def close(self) -> None:
-        await self._stack.aclose()
 
     async def fill(self, machines: Sequence[Entity]) -> None:
         """In batches of 25, eight at once."""
@@ -145,8 +133,8 @@ class Batched(BatchedOperations, _Client):
     """BatchWriteItem of 25, which checks nothing and knows no versions, and BatchGetItem of 100; 8 at
     once."""
 
-    def __init__(self, place: Environment) -> None:
-        super().__init__(place)
+    async def start(self) -> None:
+        await super().start()
         self._saves = Batching(self._put_batch, size=_WRITES, at_once=_AT_ONCE)
         self._gets = Batching(self._get_all, size=_READS, at_once=_AT_ONCE)
 

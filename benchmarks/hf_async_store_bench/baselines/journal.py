@@ -8,10 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
+from hf_async_store_bench.baselines.baseline import Baseline
 from hf_async_store_bench.baselines.batching import Batching
 from hf_async_store_bench.data import Entity
 from hf_async_store_bench.messages import Environment
@@ -19,23 +20,17 @@ from hf_async_store_bench.messages import Environment
 _encode_lines = msgspec.json.Encoder().encode_lines
 
 
-class JournalEach:
+class JournalEach(Baseline):
     """Encodes a machine, appends the line to a file, fdatasync, in one worker thread; no indexes,
     no conditions, nothing held in memory."""
 
     def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
         self._path = Path(environment.folder) / "baseline"
-        self._durable = environment.durable
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._thread = ThreadPoolExecutor(1)
-
-    @classmethod
-    async def open(cls, environment: Environment) -> Self:
-        return cls(environment)
-
-    async def close(self) -> None:
-        self._thread.shutdown()
-        os.close(self._fd)
+        self.stack.callback(os.close, self._fd)
+        self.stack.callback(self._thread.shutdown)
 
     async def read_back(self, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:
         stored: dict[str, Mapping[str, Any]] = {}
@@ -58,7 +53,7 @@ class JournalEach:
 
     def _append(self, lines: bytes) -> None:
         os.write(self._fd, lines)
-        if self._durable:
+        if self.environment.durable:
             sync_data(self._fd)
 
 
@@ -83,15 +78,8 @@ def sync_data(fd: int) -> None:
         os.fdatasync(fd)
 
 
-class StartOfPython:
+class StartOfPython(Baseline):
     """A process that runs asyncio.run of nothing."""
-
-    @classmethod
-    async def open(cls, environment: Environment) -> Self:
-        return cls()
-
-    async def close(self) -> None:
-        """There is nothing to close."""
 
     async def fill(self, machines: Sequence[Entity]) -> None:
         """It stores nothing."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Self
+from typing import Any
 
 import asyncpg  # type: ignore[import-untyped]  # it has no types
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from hf_async_store_bench.baselines import tables
+from hf_async_store_bench.baselines.baseline import Baseline
 from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
 from hf_async_store_bench.data import Entity
-from hf_async_store_bench.messages import Environment
 
 _CONNECTIONS = 32
 _BATCHES_AT_ONCE = 4
@@ -35,26 +35,19 @@ def _columns(machines: Sequence[Entity]) -> list[Sequence[Any]]:
     return list(zip(*tables.rows_of(machines), strict=True))
 
 
-class _Baseline:
+class _Baseline(Baseline):
     """The parts that are not measured, on a connection of their own."""
 
-    def __init__(self, environment: Environment, connection: Any) -> None:
-        self.environment = environment
-        self.connection = connection
-
-    @classmethod
-    async def open(cls, environment: Environment) -> Self:
-        baseline = cls(environment, await asyncpg.connect(environment.server))
-        for each in tables.ddl("postgresql"):
-            await baseline.connection.execute(each)
-        await baseline.start()
-        return baseline
-
     async def start(self) -> None:
-        """Open what is measured."""
+        self.connection = await self.connect()
+        for each in tables.ddl("postgresql"):
+            await self.connection.execute(each)
 
-    async def close(self) -> None:
-        await self.connection.close()
+    async def connect(self) -> Any:
+        """A new connection."""
+        connection = await asyncpg.connect(self.environment.server)
+        self.stack.push_async_callback(connection.close)
+        return connection
 
     async def fill(self, machines: Sequence[Entity]) -> None:
         templates, requests = tables.parents_of(machines)
@@ -87,12 +80,10 @@ class Pool(_Each):
     for each operation."""
 
     async def start(self) -> None:
+        await super().start()
         size = {"min_size": _CONNECTIONS, "max_size": _CONNECTIONS}
-        self._pool = await asyncpg.create_pool(self.environment.server, **size)
-
-    async def close(self) -> None:
-        await self._pool.close()
-        await super().close()
+        pool = asyncpg.create_pool(self.environment.server, **size)
+        self._pool = await self.stack.enter_async_context(pool)
 
     def taken(self) -> Any:
         return self._pool.acquire()
@@ -104,14 +95,10 @@ class Held(_Each):
     count = _CONNECTIONS
 
     async def start(self) -> None:
+        await super().start()
         self._idle: asyncio.Queue[Any] = asyncio.Queue()
         for _ in range(self.count):
-            self._idle.put_nowait(await asyncpg.connect(self.environment.server))
-
-    async def close(self) -> None:
-        while not self._idle.empty():
-            await self._idle.get_nowait().close()
-        await super().close()
+            self._idle.put_nowait(await self.connect())
 
     @asynccontextmanager
     async def taken(self) -> AsyncIterator[Any]:
@@ -143,7 +130,6 @@ class Batched(BatchedOperations, Held):
             await copy("hand_machines", records=rows, columns=tables.COLUMNS)
 
     async def rows(self, statement: str, arguments: Sequence[str]) -> Any:
-        """What a statement returns."""
         async with self.taken() as connection:
             return await connection.fetch(statement, *arguments)
 
@@ -156,6 +142,7 @@ class MultiRow(_Baseline):
     """One INSERT of arrays, in one transaction."""
 
     async def start(self) -> None:
+        await super().start()
         self._turn = asyncio.Lock()
 
     async def create_many(self, machines: Sequence[Entity]) -> None:
@@ -175,6 +162,7 @@ class Core(tables.CoreOperations, _Baseline):
     upsert = tables.upsert("postgresql")
 
     async def start(self) -> None:
+        await super().start()
         self.engine = create_async_engine(
             self.environment.server.replace("postgresql://", "postgresql+asyncpg://", 1),
             isolation_level="AUTOCOMMIT",
@@ -182,10 +170,7 @@ class Core(tables.CoreOperations, _Baseline):
             json_serializer=str,  # rows hold documents as text
             json_deserializer=str,
         )
-
-    async def close(self) -> None:
-        await self.engine.dispose()
-        await super().close()
+        self.stack.push_async_callback(self.engine.dispose)
 
 
 async def _select_all(connection: Any, ids: Sequence[str]) -> list[Mapping[str, Any] | None]:

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import aiosqlite
 from sqlalchemy import event, insert
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from hf_async_store_bench.baselines import tables
+from hf_async_store_bench.baselines.baseline import Baseline
 from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
 from hf_async_store_bench.data import Entity, batches
 from hf_async_store_bench.messages import Environment
@@ -29,7 +30,6 @@ _ROWS_A_STATEMENT = 1500  # SQLite takes 32,766 values
 
 
 def pragmas(environment: Environment) -> list[str]:
-    """What each connection begins with."""
     level = "FULL" if environment.durable else "NORMAL"
     settings = ("journal_mode = WAL", f"synchronous = {level}", "busy_timeout = 30000")
     return [f"PRAGMA {each}" for each in (*settings, "foreign_keys = ON")]
@@ -46,27 +46,17 @@ def on_connect(engine: AsyncEngine, environment: Environment) -> AsyncEngine:
     return engine
 
 
-class _Baseline:
+class _Baseline(Baseline):
     """The parts that are not measured, on connections of their own."""
 
     def __init__(self, environment: Environment) -> None:
-        self.environment = environment
+        super().__init__(environment)
         self.file = str(Path(environment.folder) / "baseline.sqlite")
         with closing(self.connect()) as connection:
             for each in tables.ddl("sqlite"):
                 connection.execute(each)
 
-    @classmethod
-    async def open(cls, environment: Environment) -> Self:
-        baseline = cls(environment)
-        await baseline.start()
-        return baseline
-
-    async def start(self) -> None:
-        """Open what is measured."""
-
     def connect(self) -> sqlite3.Connection:
-        """A connection of the standard library's."""
         connection = sqlite3.connect(self.file, isolation_level=None, check_same_thread=False)
         for each in pragmas(self.environment):
             connection.execute(each)
@@ -92,12 +82,10 @@ class _Connection(_Baseline):
 
     async def start(self) -> None:
         self._turn = asyncio.Lock()
-        self._connection = await aiosqlite.connect(self.file, isolation_level=None)
+        connection = aiosqlite.connect(self.file, isolation_level=None)
+        self._connection = await self.stack.enter_async_context(connection)
         for each in pragmas(self.environment):
             await self._connection.execute(each)
-
-    async def close(self) -> None:
-        await self._connection.close()
 
 
 class Aiosqlite(_Connection):
@@ -138,12 +126,10 @@ class Sqlite3Batched(BatchedOperations, _Baseline):
     async def start(self) -> None:
         self._thread = ThreadPoolExecutor(1)
         self._connection = self.connect()
+        self.stack.callback(self._thread.shutdown)
+        self.stack.push_async_callback(self._hop, self._connection.close)
         self._saves = Batching(self.save_many, size=1024)
         self._gets = Batching(self._get_all, size=1024)
-
-    async def close(self) -> None:
-        await self._hop(self._connection.close)
-        self._thread.shutdown()
 
     async def save_many(self, machines: Sequence[Entity]) -> None:
         await self._hop(self._write, _UPSERT, machines)
@@ -157,7 +143,6 @@ class Sqlite3Batched(BatchedOperations, _Baseline):
         await self._hop(self._write, _INSERT, machines, request)
 
     async def rows(self, statement: str, arguments: Sequence[str]) -> Any:
-        """What a statement returns."""
         return await self._hop(self._rows, statement.replace("$", "?"), arguments)
 
     def _rows(self, statement: str, arguments: Sequence[str]) -> Any:
@@ -189,11 +174,9 @@ class Core(tables.CoreOperations, _Baseline):
     async def start(self) -> None:
         engine = create_async_engine(f"sqlite+aiosqlite:///{self.file}")
         self.engine = on_connect(engine, self.environment)
+        self.stack.push_async_callback(self.engine.dispose)
         async with self.engine.connect():
             pass
-
-    async def close(self) -> None:
-        await self.engine.dispose()
 
     async def create(self, machine: Entity) -> None:
         await self.execute(insert(tables.MACHINES), machine)

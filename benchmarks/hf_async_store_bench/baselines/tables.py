@@ -115,7 +115,6 @@ def parents_of(machines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[d
 
 
 def utc_now() -> str:
-    """The time, as stores keep it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 

@@ -5,42 +5,27 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Final
 
+from hf_async_store_bench.cli.texts import Texts
 from hf_async_store_bench.cli.types import at_least_one, percent
 
 USAGE: Final = "advise [OPTIONS]"
 SUMMARY: Final = "recommend an engine for your load, by measuring it on this machine"
-MANUAL: Final = """\
-It takes about a minute, with temporary stores.
-
-  hf-async-store advise --entities 50000 --tasks 32 --processes 4 --reads-percent 90
-"""
-
+_TEXTS: Final = Texts(__file__)
+MANUAL: Final = _TEXTS.manual
 REFUSED: Final = dict.fromkeys(
     ("store", "config", "collections"), "it measures temporary stores of each engine"
 )
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The options of the command."""
-    add = parser.add_argument
-    for name, default, what in (
-        ("entities", 10_000, "machines that will be stored"),
-        ("tasks", 16, "concurrent tasks in each process"),
-        ("processes", 1, "concurrent processes on the store"),
-    ):
-        described = f"{what} (default: {default:,})"
-        add(f"--{name}", metavar="N", type=at_least_one, default=default, help=described)
-    reads = "percentage of operations that are gets (default: 80)"
-    add("--reads-percent", metavar="P", type=percent, default=80, help=reads)
-    add(
-        "--folder",
-        metavar="DIR",
-        help="the folder for the temporary stores, on the disk to measure",
-    )
+    add = _TEXTS.add_to(parser)
+    for name, default in (("entities", 10_000), ("tasks", 16), ("processes", 1)):
+        add(name, metavar="N", type=at_least_one, default=default)
+    add("reads-percent", metavar="P", type=percent, default=80)
+    add("folder", metavar="DIR")
 
 
 def run(arguments: Namespace) -> int:
-    """The exit code."""
     import asyncio
 
     from hf_async_store_bench.commands import advice

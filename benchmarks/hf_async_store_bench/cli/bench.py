@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from hf_async_store_bench.cli.texts import Texts
 from hf_async_store_bench.cli.types import at_least_one, percent, positive
 
 OUTPUT: Final = "hf-async-store-bench"  # the folder of the report, unless --output is given
 USAGE: Final = "bench [compare OLD.json NEW.json] [OPTIONS]"
 SUMMARY: Final = "measure every engine on this machine, together with baselines and competitors"
-_HELP, MANUAL = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split("\n\n", 1)
+_TEXTS: Final = Texts(__file__)
+MANUAL: Final = _TEXTS.manual
 _COMPARE: Final = "show which differences between two runs are larger than the noise"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The options of the command."""
-    helped = dict(each.split(": ", 1) for each in _HELP.splitlines())
-
-    def add(name: str, to: Any = parser, **how: Any) -> None:
-        to.add_argument(f"--{name}", help=helped[name].replace("%", "%%"), **how)
-
+    add = _TEXTS.add_to(parser)
     parser.add_argument("words", metavar="compare OLD.json NEW.json", nargs="*", help=_COMPARE)
     one = parser.add_mutually_exclusive_group()
     add("short", one, action="store_true")
@@ -43,7 +39,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """The exit code."""
     import asyncio
 
     from hf_async_store_bench.commands import bench

@@ -59,7 +59,6 @@ def chosen(data: str | None) -> Source | None:
 
 
 def json_url(path: Path) -> str:
-    """The URL of a JSON store."""
     return f"json:{quote(str(path))}"
 
 
@@ -70,7 +69,6 @@ def made_up(prefix: str) -> list[dict[str, Any]]:
 
 
 async def everything(store: StorageStrategy) -> Entities:
-    """All that the store holds."""
     return {name: await streamed(store, name) for name in store.collections}
 
 

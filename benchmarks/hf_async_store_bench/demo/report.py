@@ -28,15 +28,14 @@ _STYLES: Final = {"holds": _GOOD, "BROKEN": _BAD, "PASSED": _GOOD, "FAILED": _BA
 class Screen:
     """Where the run tells what it does: with colours on a terminal, plain elsewhere."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(width=None if sys.stdout.isatty() else 120)
 
     def stage(self, text: str) -> None:
         """One line about what happens now."""
         self.line(text, style="dim")
 
     def line(self, text: str, style: str = "") -> None:
-        """One line as it is."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
 
     @contextmanager
@@ -59,18 +58,11 @@ class Screen:
         self._console.print(table)
 
     def verdict(self, passed: bool, text: str) -> None:
-        """The last line."""
         word = "PASSED" if passed else "FAILED"
         self._console.print(Text.assemble("\n", (word, _STYLES[word]), f": {text}"), soft_wrap=True)
 
 
-def screen() -> Screen:
-    """The one that fits where the output goes."""
-    return Screen(Console(width=None if sys.stdout.isatty() else 120))
-
-
 def print_work(screen: Screen, logs: Mapping[str, ProcessLog]) -> None:
-    """Operations, by process."""
     columns = list(map(_counted, logs.values()))
     columns.append(sum(columns, Counter()))
     rows = [[kind, *(f"{each[kind]:,}" for each in columns)] for kind in columns[-1]]

@@ -56,14 +56,13 @@ class _Run:
         self._settings = settings
         self._is_temporary = settings.store is None and settings.config is None
         self._opening = opening
-        self._screen = report.screen()
+        self._screen = report.Screen()
         self._prefix = f"demo-{secrets.token_hex(3)}-"
         self._base: data.Entities = {}
         self._ended_badly: list[str] = []
         self._recorder = Recorder()
 
     async def run_demo(self) -> int:
-        """The exit code."""
         plan = self._first_plan()
         async with AsyncExitStack() as stack:
             store = await stack.enter_async_context(self._opening(plan))
@@ -189,7 +188,7 @@ class _Run:
             wrong = await asyncio.wait_for(worker.follow(), self._settings.seconds + _END_SECONDS)
         except TimeoutError:
             wrong = "did not come to its end"
-            worker.kill()
+            worker.process.kill()
         if wrong is not None:
             self._ended_badly.append(f"process {worker.plan.index + 1}: {wrong}")
 
@@ -199,7 +198,7 @@ class _Run:
             await asyncio.wait_for(victim.midway.wait(), self._settings.seconds / 2)
         # It has just reported the end of a request; a moment later it is in the middle of its writes.
         await asyncio.sleep(random.uniform(0, 0.05))
-        victim.kill()
+        victim.process.kill()
         self._screen.stage(
             f"Killed process {victim.plan.index + 1} (pid {victim.process.pid}) with SIGKILL after "
             f"{victim.done} requests."
@@ -246,7 +245,7 @@ async def _workers(plans: Sequence[Plan]) -> AsyncIterator[list[Worker]]:
         yield workers
     finally:
         for each in workers:
-            await each.end()
+            await each.process.end()
 
 
 def _sizes(entities: data.Entities) -> str:

@@ -149,7 +149,6 @@ class Verifier:
             self.expired += [name] if gone == "deleted" else []
 
     def invariants(self) -> list[Invariant]:
-        """Every invariant, checked."""
         complete = "whoever claims a PENDING request finds every machine"
         waits = "whoever waited for a request got it completed"
         reads = Counter(read.work for each in self.logs for read in each.reads)

@@ -20,14 +20,13 @@ GO: Final = b"go"
 
 
 class Worker:
-    """A worker, as the demo sees it: use `start`, and always `end`."""
+    """A worker, as the demo sees it: use `start`, and always end its process."""
 
     def __init__(self, plan: Plan, process: LineProcess) -> None:
         self.plan = plan
         self.process = process
         self.done = 0  # requests that it has completed
         self.midway = asyncio.Event()  # it has done half of its part, or has ended
-        self.killed = False
 
     @classmethod
     async def start(cls, plan: Plan) -> Self:
@@ -44,18 +43,9 @@ class Worker:
                 self.midway.set()
         self.midway.set()
         code = await self.process.wait()
-        if code == 0 or self.killed:
+        if code == 0 or self.process.killed:
             return None
         return f"ended by itself with {code}: {self.process.last_words()}"
-
-    def kill(self) -> None:
-        """End it as a loss of power would: no handler of its own runs."""
-        self.killed = self.process.kill() or self.killed
-
-    async def end(self) -> None:
-        """Make sure that it is gone."""
-        self.process.kill()
-        await self.process.end()
 
 
 async def work() -> int:

@@ -86,8 +86,6 @@ def answer(outcome: int | bool | StorageError) -> Answer:
 
 
 class WriteLog:
-    """Writes the notes of this process."""
-
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._number = 0
@@ -109,7 +107,6 @@ class WriteLog:
         self.note(Done(number, answers, seconds, monotonic()))
 
     def note(self, line: Line) -> None:
-        """Note anything."""
         left = memoryview(msgspec.json.encode(line) + b"\n")
         while left:
             left = left[os.write(self._file, left) :]
