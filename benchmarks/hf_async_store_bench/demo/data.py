@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias
 from urllib.parse import quote
 
 from hf_async_store import ConfigurationError, Entity, StorageStrategy
@@ -82,11 +82,6 @@ async def streamed(
         async for each in rows:
             found[str(each[key])] = each
     return found
-
-
-def version_of(entity: Entity | None) -> int:
-    """Its version; 0 of what is not there."""
-    return cast("int", (entity or {}).get("version", 0))
 
 
 async def import_new(store: StorageStrategy, entities: Entities) -> bool:

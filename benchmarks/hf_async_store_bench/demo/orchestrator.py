@@ -24,7 +24,7 @@ import hf_async_store as hfas
 from hf_async_store import Changes, Claim, Entity, StorageError, StorageStrategy, Transaction
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, machine, settled_count, transaction_limit, utc_now
-from hf_async_store_bench.demo.data import OPEN, version_of
+from hf_async_store_bench.demo.data import OPEN
 from hf_async_store_bench.demo.plan import Plan
 from hf_async_store_bench.demo.write_log import Answer, Broken, Hold, Read, Write, WriteLog, answer
 
@@ -240,7 +240,7 @@ class Orchestrator:
             running = [
                 i for i in found if i["status"] == "running" and not i.get("return_request_id")
             ]
-            free = {str(each["machine_id"]): version_of(each) for each in running}
+            free = {str(each["machine_id"]): cast("int", each["version"]) for each in running}
             return await _mark_returned(tx, name, claim.entity, free) if free else []
 
         async with self._noting_errors(f"requests/{name}"):
@@ -310,7 +310,7 @@ class Orchestrator:
             size = max(1, int(len(waiting) * _READY))
             started, waiting = waiting[:size], waiting[size:]
             fields = {"status": "running", "started_at": utc_now()}
-            versions = {str(each["machine_id"]): version_of(each) for each in started}
+            versions = {str(each["machine_id"]): cast("int", each["version"]) for each in started}
             write = Write("machines", "update", list(versions), fields)
             changes = dict.fromkeys(versions, fields)
             updates = self._store.update_entities("machines", changes, versions)

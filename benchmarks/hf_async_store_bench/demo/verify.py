@@ -16,7 +16,7 @@ from hf_async_store.values import Key
 from hf_async_store_bench.acked_writes import AckedWrites
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import batches, settled_count
-from hf_async_store_bench.demo.data import Entities, streamed, version_of
+from hf_async_store_bench.demo.data import Entities, streamed
 from hf_async_store_bench.demo.recorder import WATCHED, EntityKey
 from hf_async_store_bench.demo.write_log import Answer, Hold, Operation, ProcessLog, Write
 
@@ -188,7 +188,7 @@ class Verifier:
     ) -> str | None:
         """Each change may come again, but the versions have one order without a gap."""
         came = [each for each, _ in groupby((each.kind, each.version) for each in changes)]
-        first = version_of(self._was(place))
+        first = _version(self._was(place))
         last = first + sum(kind == "put" for kind, _ in came)
         deletes = sum(kind == "delete" for kind, _ in came)
         puts = [("put", each) for each in range(first + 1, last + 1)]
@@ -215,8 +215,8 @@ class Verifier:
         """How many of the writes whose answer nobody got show in the store."""
         left: dict[EntityKey, int] = {}  # versions beyond those that were acknowledged
         for place, history in self._histories.items():
-            known = version_of(self._was(place)) + len(history.versions)
-            left[place] = version_of(self._at(place)) - known if self._at(place) else 0
+            known = _version(self._was(place)) + len(history.versions)
+            left[place] = _version(self._at(place)) - known if self._at(place) else 0
         applied = 0
         for operation in unanswered:
             for write, name, _ in operation.each():
@@ -269,20 +269,20 @@ class Verifier:
             return "is there, and its delete was acknowledged"
         if not known and not history.may("create"):
             return "is there, and nobody created it"
-        if version_of(stored) < last:
-            return f"version {last} was acknowledged, version {version_of(stored)} is stored"
+        if _version(stored) < last:
+            return f"version {last} was acknowledged, version {_version(stored)} is stored"
         return None
 
     def _miscounted(self, place: EntityKey, history: EntityHistory) -> str | None:
         if history.twice:
             return f"version {history.twice[0]} was acknowledged to two writers"
-        stored, first = self._at(place), version_of(self._was(place))
+        stored, first = self._at(place), _version(self._was(place))
         writes = history.writes("create", "update", "add")
         most = first + writes.tried
         odd = sorted(each for each in history.versions if not first < each <= most)
         if odd:
             return f"version {odd[0]} was acknowledged; {len(history.versions)} writes from {first}"
-        return None if stored is None else writes.wrong_version(version_of(stored), first)
+        return None if stored is None else writes.wrong_version(_version(stored), first)
 
     def _expected(self, place: EntityKey, history: EntityHistory) -> dict[str, Any]:
         """The fields of an entity after all acknowledged writes, but for those in doubt."""
@@ -309,8 +309,8 @@ class Verifier:
         stored = self._at(place)
         if stored is None:
             return "is gone"
-        if version_of(was) != version_of(stored):
-            return f"had version {version_of(was)}, has {version_of(stored)}"
+        if _version(was) != _version(stored):
+            return f"had version {_version(was)}, has {_version(stored)}"
         more = stored.keys() - was.keys() - _OF_THE_STORE
         if more:
             return f"has more fields than before: {', '.join(sorted(more))}"
@@ -438,6 +438,10 @@ class Verifier:
 
     def _was(self, place: EntityKey) -> Entity | None:
         return self.base[place[0]].get(place[1])
+
+
+def _version(entity: Entity | None) -> int:
+    return cast("int", (entity or {}).get("version", 0))
 
 
 def _moment(value: object) -> object:
