@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -69,6 +70,11 @@ def request(number: int, machines: int = MACHINES_OF_A_REQUEST) -> Entity:
 
 def request_id(number: int) -> str:
     return f"req-{number:08d}"
+
+
+def utc_now() -> str:
+    """The time, as stores keep it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 _FILL: Final = {"count": 0, "tags": {"note": ""}}

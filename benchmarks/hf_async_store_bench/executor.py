@@ -74,7 +74,6 @@ class Executor:
             yield [each for each in groups if each is not None]
 
     async def started(self, groups: Sequence[WorkerGroup]) -> list[WorkerGroup]:
-        """Those that could be."""
         started = await side_by_side(
             lambda group: self.attempt(group.system, group.load, group.start()), groups, AT_ONCE
         )

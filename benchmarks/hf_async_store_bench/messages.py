@@ -183,8 +183,6 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VerificationResult(msgspec.Struct, frozen=True):
-    """What a verification found, and among how many checks."""
-
     checked: int
     failures: list[str]
 

@@ -133,7 +133,7 @@ async def _save(save: Callable[[data.Entity], Awaitable[object]]) -> int:
 def _by_hand(baseline: Any, last: data.Entity) -> list[Call]:
     def call(query: Query) -> Call:
         statement = query.statement.replace("{select}", _SELECT)
-        arguments = query.arguments.format(**last, now=tables.utc_now()).split()
+        arguments = query.arguments.format(**last, now=data.utc_now()).split()
 
         async def run() -> object:
             rows = await baseline.rows(statement, arguments)

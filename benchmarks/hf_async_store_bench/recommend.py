@@ -43,8 +43,6 @@ class Candidate(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Advice(msgspec.Struct, kw_only=True):
-    """What was measured, and what it says."""
-
     wanted: Load
     measured: Load
     candidates: list[Candidate]

@@ -40,7 +40,7 @@ def write(results: Results, folder: Path) -> list[Path]:
 def as_markdown(results: Results) -> str:
     """The tables; the charts are in the other files."""
     shown = [
-        tables.engines(results),
+        tables.throughput(results, engines=True),
         *_measured(results),
         tables.baselines(results),
         tables.ratios(results),
@@ -64,6 +64,7 @@ def as_page(results: Results) -> str:
     grown = [_figures(charts.growth(results), 380), *map(_table, map(tables.grown, results.sweeps))]
     every = _folded("Every ratio to a baseline or a competitor", tables.ratios(results))
     numbers = [*map(_table, _measured(results)), every]
+    engines = tables.throughput(results, engines=True)
     conditions = tables.conditions(results)
     compared = [
         _figures(charts.compared(results), 480),
@@ -81,7 +82,7 @@ def as_page(results: Results) -> str:
         failed=" failed" if results.failures else "",
         verdict=escape(tables.verdict(results)),
         failures=_list(results.failures),
-        engines=f"{_figures(charts.engines(results), 320)}\n{_table(tables.engines(results))}",
+        engines=f"{_figures(charts.engines(results), 320)}\n{_table(engines)}",
         compared="\n".join(compared),
         growth="\n".join(["<h2>How cost grows</h2>", *grown] if results.sweeps else grown),
         numbers="\n".join(numbers),
@@ -143,9 +144,9 @@ def around_results(page: Path) -> tuple[str, str]:
 def write_into(page: Path, results: Results) -> None:
     """Replace the results in a page of the documentation."""
     before, after = around_results(page)
-    found = [tables.engines(results), *map(tables.grown, results.sweeps)]
-    found += [tables.baselines(results), tables.others(results), tables.conditions(results)]
-    found += [tables.targets(results), tables.skipped(results)]
+    found = [tables.throughput(results, engines=True), *map(tables.grown, results.sweeps)]
+    found += [tables.baselines(results), tables.throughput(results, engines=False)]
+    found += [tables.conditions(results), tables.targets(results), tables.skipped(results)]
     parts = [tables.as_markdown(each) for each in found if each.rows]
     lines = [line for each in (tables.verdict(results), "", *parts) for line in _wrapped(each)]
     page.write_text(before + "\n".join([_BEGIN, "", *lines, _END]) + after, "utf-8")

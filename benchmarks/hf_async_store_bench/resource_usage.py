@@ -88,7 +88,6 @@ def processor_seconds() -> float:
 
 
 def machine() -> dict[str, str]:
-    """The machine, in words."""
     return {
         "system": platform.platform(),
         "processor": _processor(),

@@ -72,8 +72,6 @@ class Point(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Curve(msgspec.Struct, kw_only=True):
-    """How one system's cost grows."""
-
     system: str
     engine: str
     points: list[Point] = []
@@ -121,8 +119,6 @@ class Skipped(msgspec.Struct, frozen=True):
 
 
 class Results(msgspec.Struct, kw_only=True):
-    """A whole run."""
-
     format: int = FORMAT
     made_at: str
     mode: str

@@ -333,7 +333,8 @@ _WORK: Final = {each.__name__: each for each in _MEASURED}
 
 def _scenario(row: dict[str, str]) -> Scenario:
     sizes = tuple(map(int, row["sizes"].split()))
-    how = (_WORK[row["measure"]], float(row["seconds"]), "writes" in row, int(row["runs"]))
+    work, seconds, runs = _WORK[row["measure"]], float(row["seconds"]), int(row["runs"])
+    how = (work, seconds, row.get("writes") == "true", runs)
     return Scenario(row["system"], row["summary"], sizes, *how)
 
 

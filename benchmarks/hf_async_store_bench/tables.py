@@ -15,8 +15,6 @@ from hf_async_store_bench.workloads import WORKLOADS
 
 
 class Table(NamedTuple):
-    """Heads and rows of words."""
-
     title: str
     heads: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -72,21 +70,11 @@ def _row(cell: Cell) -> tuple[str, ...]:
     )
 
 
-def engines(results: Results) -> Table:
-    """Every engine under every load: what it did in a second."""
-    cells = [each for each in results.cells if each.role == "strategy"]
-    return _rates("Throughput of the engines: operations per second, by workload", results, cells)
-
-
-def others(results: Results) -> Table:
-    """The same of baselines and competitors."""
-    cells = [each for each in results.cells if each.role != "strategy"]
-    return _rates("Baselines and alternatives: a second, by load", results, cells)
-
-
-def _rates(title: str, results: Results, cells: Sequence[Cell]) -> Table:
-    """A row for each load; the systems are the columns."""
-    cells = [each for each in cells if each.rounds]
+def throughput(results: Results, *, engines: bool) -> Table:
+    """A row for each load; the columns are the engines, or the baselines and competitors."""
+    cells = [each for each in results.cells if each.rounds and engines == (each.role == "strategy")]
+    title = "Throughput of the engines: operations per second, by workload"
+    title = title if engines else "Baselines and alternatives: a second, by load"
     systems = dict.fromkeys(each.system for each in cells)
     rows = []
     for load in dict.fromkeys(each.load.name for each in cells):

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from hf_async_store_bench import tables
-from hf_async_store_bench.cli.types import at_least_one, positive
+from hf_async_store_bench.cli.options import at_least_one, positive
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Load, SystemUnderTest
 from hf_async_store_bench.processes import run_to_completion

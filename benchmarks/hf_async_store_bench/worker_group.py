@@ -73,12 +73,10 @@ class WorkerGroup:
         return answer.verification
 
     async def measure(self, scenario: str) -> list[messages.Measurement]:
-        """A scenario, in a new process."""
         command = messages.Command(do="scenario", workload=scenario)
         return (await self._ask(await self._worker(0), command)).measurements
 
     async def end(self) -> None:
-        """No process is left of it."""
         for each in self._workers:
             await each.end(_END_SECONDS)
         self._workers = []

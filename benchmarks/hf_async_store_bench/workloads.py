@@ -279,13 +279,8 @@ class Poll(StoreWorkload, name="poll", unit="polls", counts=False):
         if request is None or not machines:
             raise WrongAnswerError(f"{name}: it or its machines are missing")
         changed = [each for each in machines if self.random.random() < _CHANGED]
-        await self._write(
-            {str(each["machine_id"]): cast("int", each["version"]) for each in changed}
-        )
-        return 1
-
-    async def _write(self, versions: dict[str, int]) -> None:
-        """By compare-and-set: another poll of the same request may be faster."""
+        # By compare-and-set: another poll of the same request may be faster.
+        versions = {str(each["machine_id"]): cast("int", each["version"]) for each in changed}
         status = {"status": self.random.choice(data.STATUSES)}
         changes = dict.fromkeys(versions, status)
         outcomes: Sequence[object]
@@ -297,10 +292,11 @@ class Poll(StoreWorkload, name="poll", unit="polls", counts=False):
         for entry, error in zip(self.acked_of(*versions), errors, strict=True):
             entry.note(error)
         # What is no conflict is told first.
-        for each in sorted(
+        for error in sorted(
             filter(None, errors), key=lambda e: isinstance(e, ConcurrencyConflictError)
         ):
-            raise each
+            raise error
+        return 1
 
 
 class Query(StoreWorkload, name="query", unit="queries", writes=False):

@@ -275,7 +275,7 @@ def test_output_on_a_terminal_has_colours_and_a_bar() -> None:
         terminal.stage("working [on] it")
         progress(2)
     terminal.table("Title", ["", "verdict"], [["[odd] name", "holds"]])
-    terminal.verdict(False, "broken: counts")
+    terminal.verdict("FAILED", "broken: counts")
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
     assert "working [on] it" in plain
     assert "[odd] name" in plain

@@ -9,7 +9,7 @@ from typing import Any
 from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # it has no types
 from aiobotocore.session import get_session  # type: ignore[import-untyped]  # it has no types
 
-from hf_async_store_bench.baselines.baseline import Baseline
+from hf_async_store_bench.baselines import Baseline
 from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
 from hf_async_store_bench.concurrency import side_by_side
 from hf_async_store_bench.data import Entity, batches

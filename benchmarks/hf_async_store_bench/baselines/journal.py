@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from hf_async_store_bench.baselines.baseline import Baseline
+from hf_async_store_bench.baselines import Baseline
 from hf_async_store_bench.baselines.batching import Batching
 from hf_async_store_bench.data import Entity
 from hf_async_store_bench.messages import Environment

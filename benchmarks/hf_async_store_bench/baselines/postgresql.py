@@ -10,10 +10,9 @@ from typing import Any
 import asyncpg  # type: ignore[import-untyped]  # it has no types
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from hf_async_store_bench.baselines import tables
-from hf_async_store_bench.baselines.baseline import Baseline
+from hf_async_store_bench.baselines import Baseline, tables
 from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
-from hf_async_store_bench.data import Entity
+from hf_async_store_bench.data import Entity, utc_now
 
 _CONNECTIONS = 32
 _BATCHES_AT_ONCE = 4
@@ -44,7 +43,6 @@ class _Baseline(Baseline):
             await self.connection.execute(each)
 
     async def connect(self) -> Any:
-        """A new connection."""
         connection = await asyncpg.connect(self.environment.server)
         self.stack.push_async_callback(connection.close)
         return connection
@@ -66,7 +64,7 @@ class _Each(_Baseline):
     taken: Any
 
     async def save(self, machine: Entity) -> None:
-        row = tables.row_of(machine, tables.utc_now())
+        row = tables.row_of(machine, utc_now())
         async with self.taken() as connection:
             await connection.execute(_UPSERT, *row)
 

@@ -14,10 +14,9 @@ import aiosqlite
 from sqlalchemy import event, insert
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from hf_async_store_bench.baselines import tables
-from hf_async_store_bench.baselines.baseline import Baseline
+from hf_async_store_bench.baselines import Baseline, tables
 from hf_async_store_bench.baselines.batching import BatchedOperations, Batching
-from hf_async_store_bench.data import Entity, batches
+from hf_async_store_bench.data import Entity, batches, utc_now
 from hf_async_store_bench.messages import Environment
 
 _ROW = f"({tables.marks('sqlite', len(tables.COLUMNS))})"
@@ -93,7 +92,7 @@ class Aiosqlite(_Connection):
     synchronous=FULL."""
 
     async def save(self, machine: Entity) -> None:
-        await self._connection.execute_insert(_UPSERT, tables.row_of(machine, tables.utc_now()))
+        await self._connection.execute_insert(_UPSERT, tables.row_of(machine, utc_now()))
 
     async def get(self, machine: str) -> Mapping[str, Any] | None:
         rows = list(await self._connection.execute_fetchall(_SELECT, (machine,)))
@@ -143,10 +142,8 @@ class Sqlite3Batched(BatchedOperations, _Baseline):
         await self._hop(self._write, _INSERT, machines, request)
 
     async def rows(self, statement: str, arguments: Sequence[str]) -> Any:
-        return await self._hop(self._rows, statement.replace("$", "?"), arguments)
-
-    def _rows(self, statement: str, arguments: Sequence[str]) -> Any:
-        return self._connection.execute(statement, arguments).fetchall()
+        asked = (statement.replace("$", "?"), arguments)
+        return await self._hop(lambda: self._connection.execute(*asked).fetchall())
 
     async def _get_all(self, ids: Sequence[str]) -> Any:
         return await self._hop(_select, self._connection, ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from hf_async_store_bench.data import Entity
+from hf_async_store_bench.data import Entity, utc_now
 
 _DDL: Final = Path(__file__).with_suffix(".sql").read_text(encoding="utf-8")
 _TYPES: Final = {
@@ -112,10 +111,6 @@ def parents_of(machines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[d
     templates = {each["template_id"] for each in machines if each.get("template_id")}
     requests = {each["request_id"] for each in machines if each.get("request_id")}
     return sorted(templates), [{"request_id": each} for each in sorted(requests)]
-
-
-def utc_now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def marks(dialect: str, count: int) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Final
 
-from hf_async_store_bench.cli.texts import Texts
-from hf_async_store_bench.cli.types import at_least_one, percent
+from hf_async_store_bench.cli.options import Texts, at_least_one, percent
 
 USAGE: Final = "advise [OPTIONS]"
 SUMMARY: Final = "recommend an engine for your load, by measuring it on this machine"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Final
 
-from hf_async_store_bench.cli.texts import Texts
-from hf_async_store_bench.cli.types import at_least_one, percent, positive
+from hf_async_store_bench.cli.options import Texts, at_least_one, percent, positive
 
 OUTPUT: Final = "hf-async-store-bench"  # the folder of the report, unless --output is given
 USAGE: Final = "bench [compare OLD.json NEW.json] [OPTIONS]"

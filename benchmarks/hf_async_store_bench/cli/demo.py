@@ -5,8 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Final
 
-from hf_async_store_bench.cli.texts import Texts
-from hf_async_store_bench.cli.types import at_least_one, positive
+from hf_async_store_bench.cli.options import Texts, at_least_one, positive
 
 SUMMARY: Final = "run a demonstration: several processes share work, and one of them is killed"
 _TEXTS: Final = Texts(__file__)

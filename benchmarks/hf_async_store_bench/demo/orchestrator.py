@@ -13,7 +13,7 @@ import itertools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic, perf_counter
 from typing import Any, Final, TypeAlias, cast
@@ -23,7 +23,7 @@ import msgspec
 import hf_async_store as hfas
 from hf_async_store import Changes, Claim, Entity, StorageError, StorageStrategy, Transaction
 from hf_async_store_bench.concurrency import side_by_side
-from hf_async_store_bench.data import batches, machine, settled_count, transaction_limit
+from hf_async_store_bench.data import batches, machine, settled_count, transaction_limit, utc_now
 from hf_async_store_bench.demo.data import OPEN
 from hf_async_store_bench.demo.plan import Plan
 from hf_async_store_bench.demo.write_log import Answer, Broken, Hold, Read, Write, WriteLog, answer
@@ -50,23 +50,20 @@ class _LeftError(Exception):
     """The rest is left to whoever claims the request next."""
 
 
+@dataclass(eq=False)
 class Orchestrator:
     """One process's part of the work; `progress` is told how many requests have come to their end."""
 
-    def __init__(
-        self,
-        store: StorageStrategy,
-        log: WriteLog,
-        plan: Plan,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> None:
-        self._store = store
-        self._log = log
-        self._plan = plan
-        self._progress = progress
+    _store: StorageStrategy
+    _log: WriteLog
+    _plan: Plan
+    _progress: Callable[[int], None] = lambda done: None
+
+    def __post_init__(self) -> None:
+        plan, can = self._plan, self._store.capabilities
         self._random = random.Random(f"{plan.settings.seed}-{plan.index}")
-        self._limit = transaction_limit(store.capabilities)
-        self._eventual = store.capabilities.query_isolation == "eventual"
+        self._limit = transaction_limit(can)
+        self._eventual = can.query_isolation == "eventual"
         self._until = monotonic() + plan.settings.seconds
         self._patience = asyncio.timeout(None)
         self._open = {"status": "PENDING", "request_id": hfas.begins_with(plan.prefix)}
@@ -218,7 +215,7 @@ class Orchestrator:
             return False
         if names:
             return False  # whoever claims it next looks again
-        fields = {"status": "COMPLETED", "completed_at": _now()}
+        fields = {"status": "COMPLETED", "completed_at": utc_now()}
 
         async def finish() -> int:
             await claim.finish(fields)
@@ -243,7 +240,7 @@ class Orchestrator:
             running = [
                 i for i in found if i["status"] == "running" and not i.get("return_request_id")
             ]
-            free = {str(each["machine_id"]): _version(each) for each in running}
+            free = {str(each["machine_id"]): cast("int", each["version"]) for each in running}
             return await _mark_returned(tx, name, claim.entity, free) if free else []
 
         async with self._noting_errors(f"requests/{name}"):
@@ -252,7 +249,7 @@ class Orchestrator:
     async def _terminate(self, claim: Claim) -> None:
         """The machines go, and the return is COMPLETED, in one transaction under the claim."""
         machines = cast("dict[str, Any]", claim.entity["metadata"])["machine_ids"]
-        fields = {"status": "COMPLETED", "completed_at": _now()}
+        fields = {"status": "COMPLETED", "completed_at": utc_now()}
 
         async def work(tx: Transaction) -> list[_Change]:
             gone = await tx.delete_entities("machines", machines)
@@ -312,8 +309,8 @@ class Orchestrator:
             self._random.shuffle(waiting)
             size = max(1, int(len(waiting) * _READY))
             started, waiting = waiting[:size], waiting[size:]
-            fields = {"status": "running", "started_at": _now()}
-            versions = {str(each["machine_id"]): _version(each) for each in started}
+            fields = {"status": "running", "started_at": utc_now()}
+            versions = {str(each["machine_id"]): cast("int", each["version"]) for each in started}
             write = Write("machines", "update", list(versions), fields)
             changes = dict.fromkeys(versions, fields)
             updates = self._store.update_entities("machines", changes, versions)
@@ -461,11 +458,3 @@ def _machine_fields(request: str, template: str) -> dict[str, Any]:
 
 def _machines(names: Sequence[str], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**machine(number), **shared, "machine_id": name} for number, name in enumerate(names)]
-
-
-def _version(entity: Entity) -> int:
-    return cast("int", entity["version"])
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

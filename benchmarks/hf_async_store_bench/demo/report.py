@@ -57,8 +57,7 @@ class Screen:
         self._console.print()
         self._console.print(table)
 
-    def verdict(self, passed: bool, text: str) -> None:
-        word = "PASSED" if passed else "FAILED"
+    def verdict(self, word: str, text: str) -> None:
         self._console.print(Text.assemble("\n", (word, _STYLES[word]), f": {text}"), soft_wrap=True)
 
 
@@ -137,4 +136,4 @@ def print_verdict(screen: Screen, invariants: Sequence[Invariant], kept: str | N
             screen.line(f"  {each.name}: and {more:,} more")
     broken = [each.name for each in invariants if each.failures]
     text = f"broken: {', '.join(broken)}" if broken else f"all {len(invariants)} invariants hold"
-    screen.verdict(not broken, text + (f" (kept in {kept})" if kept else ""))
+    screen.verdict("FAILED" if broken else "PASSED", text + (f" (kept in {kept})" if kept else ""))

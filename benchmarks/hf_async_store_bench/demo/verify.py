@@ -50,7 +50,6 @@ class EntityHistory:
     maybe: list[Write] = field(default_factory=list)
 
     def take(self, write: Write, answer: Answer) -> None:
-        """Add a write and what became of it."""
         if answer == "unknown":
             self.maybe.append(write)
         elif answer == "deleted":

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
@@ -19,14 +20,14 @@ from hf_async_store_bench.processes import LineProcess, next_line
 GO: Final = b"go"
 
 
+@dataclass(eq=False)
 class Worker:
     """A worker, as the demo sees it: use `start`, and always end its process."""
 
-    def __init__(self, plan: Plan, process: LineProcess) -> None:
-        self.plan = plan
-        self.process = process
-        self.done = 0  # requests that it has completed
-        self.midway = asyncio.Event()  # it has done half of its part, or has ended
+    plan: Plan
+    process: LineProcess
+    done: int = 0  # requests that it has completed
+    midway: asyncio.Event = field(default_factory=asyncio.Event)  # half is done, or it has ended
 
     @classmethod
     async def start(cls, plan: Plan) -> Self:

@@ -48,8 +48,6 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Read(msgspec.Struct, frozen=True, tag="read"):
-    """A read that was answered."""
-
     work: str
     seconds: float
 
