@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Final, Generic, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, ParamSpec, Self, TypeVar
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -47,29 +47,22 @@ async def computed(work: Callable[[], Result], *, long: bool) -> Result:
     return await asyncio.get_running_loop().run_in_executor(_worker(), work)
 
 
-_BLOCKING_THREADS: Final = 8
-
-
-@cache
-def _blocking_threads() -> ThreadPoolExecutor:
-    """The threads for calls that block, for example of the file system.
-
-    As `_worker`, they are not those of the default executor.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(_BLOCKING_THREADS, thread_name_prefix="hf-async-store-files")
-
-
-os.register_at_fork(after_in_child=_blocking_threads.cache_clear)
-
-
 async def in_thread(
     work: Callable[Parameters, Result], *args: Parameters.args, **options: Parameters.kwargs
 ) -> Result:
-    """Call a function that blocks in a thread, as `asyncio.to_thread` does."""
-    call = partial(work, *args, **options)
-    return await asyncio.get_running_loop().run_in_executor(_blocking_threads(), call)
+    """Call a function that blocks in a thread, as `asyncio.to_thread` does.
+
+    The thread is a new one, and ends with the call: those of the default executor may all wait for the
+    result of a call of the store, and threads that are kept would outlive the stores.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    threads = ThreadPoolExecutor(1, thread_name_prefix="hf-async-store-file")
+    try:
+        call = partial(work, *args, **options)
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
+    finally:
+        threads.shutdown(wait=False)
 
 
 class Chunks(Generic[Item]):
