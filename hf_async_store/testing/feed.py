@@ -523,7 +523,8 @@ class FeedContract:
                         other.create_entity("notes", {"note_id": "younger"})
                     )
                     await asyncio.wait([writing], timeout=0.3)
-                    while found := await _some(changes, 5, seconds=0.5):
+                    # In a task of its own, because `reader` may be the store of the transaction.
+                    while found := await asyncio.create_task(_some(changes, 5, seconds=0.5)):
                         token = found[-1].token
                         assert {each.id for each in found} == {"younger"}
                 await writing

@@ -303,7 +303,8 @@ async def test_a_change_that_no_process_made_is_detected(
 async def test_a_fault_on_disk_is_detected_with_three_processes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lost = OnceAfter(RUNNING)
+    # The first process may not get any request to work on, but it creates machines in batches.
+    lost = OnceAfter(is_machine(Put), 0)
     asked = settings(store=f"json:{tmp_path}/db.json", processes=3, requests=12)
 
     def opening(plan: Plan) -> StorageStrategy:
