@@ -154,6 +154,26 @@ class Scenario:
 
 @pytest.mark.parametrize("seed", range(60))
 async def test_110_watchers_get_everything_once_and_in_order(seed: int) -> None:
+    await _run(seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+async def test_110_a_hundred_thousand_seeded_schedules() -> None:
+    first = Random().randrange(2**32)
+    for seed in range(first, first + 100_000):
+        await _run(seed)
+
+
+async def _run(seed: int) -> None:
+    try:
+        await _schedule(seed)
+    except BaseException as exc:
+        exc.add_note(f"the schedule with the seed {seed}")
+        raise
+
+
+async def _schedule(seed: int) -> None:
     scenario = Scenario(seed)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         group.create_task(scenario.write())
