@@ -861,6 +861,13 @@ async def _give_back(engine: Engine, claimed: Sequence[Claimed]) -> None:
             await engine.release_claim(key, each.token, after)
 
 
+async def end_task(task: asyncio.Task[None] | None) -> None:
+    """Cancel a task, if there is one, and wait until it has ended, also if the caller is cancelled."""
+    if task is not None:
+        task.cancel()
+        await run_to_completion(asyncio.wait([task]))
+
+
 async def run_to_completion(work: Awaitable[Result]) -> Result:
     """Await `work` until it is done even if the caller is cancelled; then raise the cancellation.
 

@@ -17,7 +17,7 @@ from typing import Final, TypeAlias, TypeVar
 import msgspec
 
 from hf_async_store.backoff import Backoff
-from hf_async_store.driver import Engine, FeedBatch, FeedEntry, run_to_completion
+from hf_async_store.driver import Engine, FeedBatch, FeedEntry, end_task
 from hf_async_store.errors import StorageError, StoreClosedError, UnavailableError
 
 Result = TypeVar("Result")
@@ -284,9 +284,7 @@ class FeedReader:
 
     async def _stop(self) -> None:
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await run_to_completion(asyncio.wait([task]))
+        await end_task(task)
 
     async def close(self) -> None:
         """Let all watchers end with StoreClosedError."""

@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Final, TypeAlias
 
 from hf_async_store.changes import Record
-from hf_async_store.driver import FeedEntry, run_to_completion
+from hf_async_store.driver import FeedEntry, end_task
 from hf_async_store.errors import CorruptionError, EntityNotFoundError, StorageError
 from hf_async_store.feed_reading import as_storage_error, closed
 from hf_async_store.lifetimes import Lifetimes
@@ -114,9 +114,7 @@ class Polling:
 
     async def _stop(self) -> None:
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await run_to_completion(asyncio.wait([task]))
+        await end_task(task)
 
     async def close(self) -> None:
         """Let all waiters end with StoreClosedError."""
