@@ -126,11 +126,14 @@ class Entering(Blocking):
     async def _enter(self) -> Any:
         value = await self._target.__aenter__()
         self._is_entered = True
+        self._opened().entered[self] = None
         return value
 
     async def _leave(self, exc: BaseException | None) -> None:
         """Leave the context, which suppresses no exception, by an exception of the calling thread."""
         self._is_entered = False
+        if self._loop_thread is not None:
+            self._loop_thread.entered.pop(self, None)
         if exc is not None and not isinstance(exc, Exception):
             # KeyboardInterrupt, SystemExit: in a task, asyncio would end the event loop.
             exc = asyncio.CancelledError()

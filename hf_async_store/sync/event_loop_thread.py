@@ -22,9 +22,14 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar
 
-from hf_async_store.errors import EventLoopMismatchError, InvalidInputError, StoreClosedError
+from hf_async_store.errors import (
+    EventLoopMismatchError,
+    InvalidInputError,
+    StorageError,
+    StoreClosedError,
+)
 
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
@@ -125,6 +130,13 @@ async def _in_context(
     finally:
         for variable, token in before:
             variable.reset(token)
+
+
+class Entered(Protocol):
+    """A context that a thread has entered."""
+
+    async def _leave(self, exc: BaseException | None) -> None:
+        """Leave it in the event loop, by an exception of the thread if there is one."""
 
 
 class Caller:
@@ -261,6 +273,8 @@ class EventLoopThread:
         self.is_ending = False
         self.passes_context = False
         self.callers: set[Caller] = set()
+        # In the order in which they were entered.
+        self.entered: weakref.WeakKeyDictionary[Entered, None] = weakref.WeakKeyDictionary()
         self.sources: weakref.WeakSet[AsyncGenerator[Any, None]] = weakref.WeakSet()  # of streams
         self.stores: weakref.WeakSet[StorageStrategy] = weakref.WeakSet()
         self._users = 0
@@ -369,8 +383,23 @@ class EventLoopThread:
         tasks = [each.finish() for each in self.callers]
         if tasks:
             await asyncio.wait(tasks, timeout=_END_SECONDS)
-        for each in self.callers:
-            each.end()  # closing the event loop waits for their tasks
+            for each in self.callers:
+                each.end()
+            await asyncio.wait(tasks)
+        await self._leave_contexts()
+
+    async def _leave_contexts(self) -> None:
+        """Leave the contexts and end the streams of threads that cannot do it any more.
+
+        One after another, the inner ones first: `asyncio.Runner` would end all generators at once, and a
+        context manager that is a generator could not leave another one that has ended already.
+        """
+        for each in reversed(tuple(self.entered)):
+            with suppress(StorageError):
+                await each._leave(asyncio.CancelledError())
+        for source in tuple(self.sources):
+            with suppress(StorageError):
+                await source.aclose()
 
     async def let_callers_run(self) -> None:
         """Let the threads whose calls have just ended run, and receive the calls that they make.

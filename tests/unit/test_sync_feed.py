@@ -152,3 +152,17 @@ def test_113_the_retention_of_a_declaration() -> None:
     for wrong in (0, -1, True, "1", float("nan"), float("inf")):
         with pytest.raises(ConfigurationError, match="feed"):
             Collection("jobs", key="job_id", feed=cast("Any", wrong))
+
+
+def test_125_closing_leaves_the_contexts_that_threads_are_in() -> None:
+    def close_inside() -> None:
+        store = sync.open_store("memory:", collections=JOBS).open()
+        with store.watch("jobs"), store.subscribe("copy", "jobs"):
+            store.create_entity("jobs", {"job_id": "a"})
+            stream = store.stream_entities("jobs")
+            assert next(stream)["job_id"] == "a"
+            store.close()
+
+    for _ in range(20):  # the event loop would end their generators in any order
+        with pytest.raises(StoreClosedError):
+            close_inside()
