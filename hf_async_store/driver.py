@@ -435,7 +435,7 @@ class Engine(Reader):
         """Release all resources; no acknowledged write is lost. Called once.
 
         Sessions, snapshots and reads may still be open: the next call of each, and a commit, then raise
-        StoreClosedError, and so does `probe`.
+        StoreClosedError, and so does every method of the engine that reaches what is stored.
         """
 
     # -- defaults ----------------------------------------------------------------------------

@@ -327,6 +327,21 @@ async def test_a_wrong_engine_fails(engine: type[MemoryEngine], case: str) -> No
     assert await _is_refused(case, _WrongHarness(engine))
 
 
+# -- an engine that works after `close` ----------------------------------------------------------
+
+
+class _ReadsAfterClose(MemoryEngine):
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        return [None for _ in keys] if self._closed else await super().fetch(keys)
+
+
+async def test_an_engine_that_reads_after_close_fails() -> None:
+    case = StrategyContract().test_124_no_method_works_after_close
+    await case(MemoryHarness(), "fetch")
+    with pytest.raises(pytest.fail.Exception):
+        await case(_WrongHarness(_ReadsAfterClose), "fetch")
+
+
 # -- engines whose stores outlive their programs -------------------------------------------------
 
 

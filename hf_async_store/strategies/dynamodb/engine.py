@@ -117,6 +117,7 @@ class DynamoDBEngine(Engine):
             return await self.reading.count(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        self.client.check_open()
         # A request is not cancelled, because it may be applied at any time before its response.
         with public_errors():
             outcomes = await run_to_completion(self.writes.write_each(changes))
@@ -202,6 +203,7 @@ class DynamoDBEngine(Engine):
             return await self._feed.read(collection, since, limit)
 
     async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        self.client.check_open()
         await self._feed.changed(positions, seconds)
 
     # -- the existing store ------------------------------------------------------------------
@@ -225,6 +227,7 @@ class DynamoDBEngine(Engine):
         return None if item is None else mapping.record(item)
 
     async def remember(self, collections: Iterable[Collection]) -> None:
+        self.client.check_open()
         # The tables of an engine are those of its schema.
         engine = DynamoDBEngine(self.config, Schema([CATALOGUE_COLLECTION]))
         try:
@@ -269,6 +272,7 @@ class DynamoDBEngine(Engine):
             await self._schema.apply(progress or _ignore, complete=complete)
 
     async def explain(self, query: Query) -> QueryPlan:
+        self.client.check_open()
         with public_errors():
             return await self.reading.explain(query)
 

@@ -399,6 +399,7 @@ class SQLEngine(Engine):
     async def remember(self, collections: Iterable[Collection]) -> None:
         # Everything that is declared was recorded before the first write.
         del collections
+        self._main.check_open()
         await self._prepare()
 
     async def schema_changes(self) -> list[SchemaChange]:
