@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
 from hf_async_store.driver import (
+    INTERFACE_VERSION,
     Capabilities,
     Engine,
     FeedBatch,
@@ -242,6 +243,7 @@ class _Feed:
 class MemoryEngine(Engine):
     """Stores the entities in a table for each collection; sessions and single writes acquire one lock."""
 
+    interface_version = INTERFACE_VERSION
     capabilities: Capabilities = Capabilities(
         engine="memory",
         durable=False,

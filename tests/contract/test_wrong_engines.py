@@ -277,6 +277,10 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
 ]
 
 
+def _number(case: str) -> int:
+    return int(case.split("_")[1])
+
+
 class _WrongHarness(MemoryHarness):
     def __init__(self, engine: type[MemoryEngine]) -> None:
         self.capabilities = engine.capabilities
@@ -369,6 +373,18 @@ _DURABLE: Final[Sequence[tuple[str, Callable[..., Any], str]]] = [
     ("is_same_store", _is_json, "test_134_a_store_on_other_data_is_another_store"),
     ("unenforced", _no_names, "test_96_unique_declared_on_data_with_duplicates"),
 ]
+
+
+WRONG_METHODS: Final = {
+    *((method, _number(case)) for method, _, case in _DURABLE),
+    *(
+        (method, _number(case))
+        for engine, case in _IN_MEMORY
+        for method in vars(engine)
+        if method[0] != "_" and inspect.isfunction(getattr(engine, method))
+    ),
+}
+"""Each method that an engine does wrongly, with the number of the case that refuses it."""
 
 
 @pytest.mark.parametrize(

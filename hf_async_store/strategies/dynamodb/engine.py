@@ -11,6 +11,7 @@ from hf_async_store.changes import Change, Outcome, Patch, Record
 from hf_async_store.claim_clock import WallClock
 from hf_async_store.config import AutoScaling, DynamoDBConfig
 from hf_async_store.driver import (
+    INTERFACE_VERSION,
     Capabilities,
     Claimed,
     ClaimInfo,
@@ -61,6 +62,7 @@ _CONCURRENCY: Final = 8
 class DynamoDBEngine(Engine):
     """The engine of one store: its client, tables, reads and writes."""
 
+    interface_version = INTERFACE_VERSION
     capabilities: Capabilities = Capabilities(
         engine="dynamodb",
         durable=True,
