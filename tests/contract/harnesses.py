@@ -423,6 +423,9 @@ class DynamoDBHarness:
 
         self._proxy.rule = rule
 
+    def cut_connections(self) -> None:
+        self._proxy.cut_connections()
+
     def throttle(self, requests: int) -> None:
         left = requests
 
