@@ -64,6 +64,7 @@ class DriverContract:
             if await store.count_entities("items", {"label": "even"}) == 2:
                 break
             await asyncio.sleep(0.05)
+        await _check_reader(store.engine, query, "items", ["0", "2"])
         async with store.snapshot() as reader:
             await _check_reader(reader, query, "items", ["0", "2"])
             found = await reader.fetch([Key("items", each) for each in ("1", "nobody", "1")])
