@@ -323,7 +323,8 @@ class JSONEngine(Engine):
             async with self.writing() as state:  # records the declared feeds
                 self._store_name(collection)
                 if state.feed_end is None or state.replaced:
-                    await self.journal.start_generation(state)
+                    with self.follower.step():
+                        await self.journal.start_generation(state)
                 if state.feed_end is not None:
                     return state.feed_end
         except (PermissionDeniedError, ReadOnlyStoreError) as exc:
@@ -440,7 +441,9 @@ class JSONEngine(Engine):
             # The same as `write_locked_state`, without its overhead, which equals that of a check of
             # the files.
             try:
-                yield await self._refresh_for_write()
+                with follower.step():
+                    state = await self._refresh_for_write()
+                yield state
             finally:
                 follower.write_locked = False
 
@@ -448,7 +451,9 @@ class JSONEngine(Engine):
     async def write_locked_state(self) -> AsyncIterator[StoreState]:
         """The state, up to date; the caller holds the write lock."""
         try:
-            yield await self._refresh_for_write()
+            with self.follower.step():
+                state = await self._refresh_for_write()
+            yield state
         finally:
             self.follower.write_locked = False
 
@@ -487,13 +492,14 @@ class JSONEngine(Engine):
         """
         if not any(images.values()):
             return
-        try:
-            await self.journal.append_commit(state, images)
-            if self.config.update_files == "after each commit":
-                await self.compactor.update_files(state)
-        finally:
-            # Also after a failure, or a cancellation: the record may have been written.
-            self.compactor.consider()
+        with self.follower.step():
+            try:
+                await self.journal.append_commit(state, images)
+                if self.config.update_files == "after each commit":
+                    await self.compactor.update_files(state)
+            finally:
+                # Also after a failure, or a cancellation: the record may have been written.
+                self.compactor.consider()
 
     # -- lifecycle ---------------------------------------------------------------------------
 
@@ -514,8 +520,9 @@ class JSONEngine(Engine):
             state = await follower.refresh_locked(recover_from)
             follower.write_locked = True
             try:
-                await self.journal.start_alone(state)
-                await self.compactor.renew(state)
+                with follower.step():
+                    await self.journal.start_alone(state)
+                    await self.compactor.renew(state)
                 log.info("recovered the store in %s from %s", self.files.folder, recover_from)
             except BaseException:
                 follower.discard()  # it may differ from the files, which are read again
@@ -637,6 +644,8 @@ class JSONEngine(Engine):
             if self.follower.state is not None:
                 await self._compact_if_last()
         finally:
+            await self.follower.end_steps()
+            await self.compactor.close()  # a commit that has just ended may have begun one
             self._release()
 
     async def _compact_if_last(self) -> None:

@@ -334,12 +334,15 @@ class Connections:
         Raises:
             PoolTimeoutError: no connection became free in time.
             UnavailableError, AuthenticationError: a new connection could not be opened.
+            StoreClosedError: the store was closed, also amid a statement that does not write.
         """
         lease = await self.acquire()
         try:
             yield lease
-        except BaseException:
+        except BaseException as exc:
             await self.release(lease, check=True)
+            if lease.force_closed and _is_failed_read(exc, self._dialect):
+                raise StoreClosedError("this store was closed") from exc
             raise
         await self.release(lease, check=False)
 
@@ -582,6 +585,15 @@ class Connections:
     def __del__(self) -> None:
         if self._has_connected and not self._closed:
             self.warn_unclosed()
+
+
+def _is_failed_read(exc: BaseException, dialect: Dialect) -> bool:
+    """Whether an error tells that a statement failed that does not write."""
+    return (
+        isinstance(exc, StorageError)
+        and not exc.outcome_unknown
+        and isinstance(exc.__cause__, dialect.driver_errors)
+    )
 
 
 def _detach(idle: list[LeasedConnection]) -> None:
