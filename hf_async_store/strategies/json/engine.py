@@ -32,6 +32,7 @@ from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import JSONConfig, redacted
 from hf_async_store.declarations import are_equal, merged
 from hf_async_store.driver import (
+    INTERFACE_VERSION,
     Capabilities,
     Claimed,
     ClaimTerms,
@@ -110,6 +111,7 @@ _YIELD_MASK: Final = 0x7F
 class JSONEngine(Engine):
     """Entities in JSON files."""
 
+    interface_version = INTERFACE_VERSION
     capabilities: Capabilities = Capabilities(
         engine="json",
         durable=True,

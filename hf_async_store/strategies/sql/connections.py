@@ -347,11 +347,11 @@ class Connections:
         await self.release(lease, check=False)
 
     async def acquire(self) -> LeasedConnection:
-        self._check_open()
+        self.check_open()
         await self._acquire_permit()
         leases: list[LeasedConnection] = []
         try:
-            self._check_open()
+            self.check_open()
             if (kept := self._pop_idle()) is not None:
                 leases.append(kept)
             elif self._pool().checkedin():
@@ -385,7 +385,8 @@ class Connections:
         """Whether a connection can be had without waiting for a caller to return one."""
         return not self._semaphore.locked()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise StoreClosedError after `close`."""
         if self._closed:
             raise StoreClosedError("this store was closed")
 
@@ -425,7 +426,7 @@ class Connections:
             if self._dialect.is_lost(driver) or self._closed:
                 # For example, the server was restarted since the connection was last used.
                 await self._discard(connection, driver)
-                self._check_open()
+                self.check_open()
                 continue
             leases.append(LeasedConnection(self._dialect, connection, driver))
             self._leased.add(leases[0])
