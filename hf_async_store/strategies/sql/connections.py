@@ -79,6 +79,14 @@ class LeasedConnection:
             return await run_to_completion(self.autocommit(sql, args, doing))
         return await self._rows(sql, args, doing, writes=False)
 
+    async def written(
+        self, sql: str, args: Sequence[object], doing: str
+    ) -> Sequence[Sequence[Any]]:
+        """As `rows` of a statement that writes, for a caller that runs to completion itself."""
+        if self._transactions:
+            return await self._rows(sql, args, doing, writes=False)
+        return await self.autocommit(sql, args, doing)
+
     async def _rows(
         self, sql: str, args: Sequence[object], doing: str, *, writes: bool
     ) -> Sequence[Sequence[Any]]:
