@@ -24,6 +24,7 @@ from hf_async_store.driver import Session, giving_back, run_to_completion
 from hf_async_store.errors import PermissionDeniedError
 from hf_async_store.query import Query, compile_order
 from hf_async_store.strategies.sql.compiler import Compiled, compile_query
+from hf_async_store.strategies.sql.completion import completed
 from hf_async_store.strategies.sql.connections import Connections
 from hf_async_store.strategies.sql.engine import SQLEngine
 from hf_async_store.strategies.sql.index_order import prefix_of
@@ -191,7 +192,7 @@ class ClaimingSQLEngine(SQLEngine):
                 break
             async with self._alone() as lease:
                 # To the end, so that what was claimed is known even if the caller is cancelled.
-                found = await run_to_completion(_take(lease, taking, claimed))
+                found = await completed(_take(lease, taking, claimed))
             if claimed or not found:
                 sort_key = compile_order(query)
                 claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
