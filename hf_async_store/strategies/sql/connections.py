@@ -36,6 +36,7 @@ from hf_async_store.errors import (
     TransactionAbortedError,
     UnavailableError,
 )
+from hf_async_store.strategies.sql.completion import completed
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
@@ -76,8 +77,16 @@ class LeasedConnection:
         if writes and not self._transactions:
             # The statement commits by itself, so it completes before a cancellation is raised: a
             # write must not be applied after its task has ended.
-            return await run_to_completion(self.autocommit(sql, args, doing))
+            return await completed(self.autocommit(sql, args, doing))
         return await self._rows(sql, args, doing, writes=False)
+
+    async def written(
+        self, sql: str, args: Sequence[object], doing: str
+    ) -> Sequence[Sequence[Any]]:
+        """As `rows` of a statement that writes, for a caller that completes it itself."""
+        if self._transactions:
+            return await self._rows(sql, args, doing, writes=False)
+        return await self.autocommit(sql, args, doing)
 
     async def _rows(
         self, sql: str, args: Sequence[object], doing: str, *, writes: bool
