@@ -244,6 +244,50 @@ async def test_113_a_fault_of_an_engine_leaves_nobody_waiting() -> None:
             await watch()
 
 
+@pytest.mark.parametrize("how", ["fails", "hangs"])
+async def test_113_a_feed_that_cannot_be_read_holds_up_no_other(how: str) -> None:
+    jobs, machines = (Collection(each, key="id", feed=60) for each in ("jobs", "machines"))
+    async with asyncio.timeout(20), open_store("memory:", collections=[jobs, machines]) as store:
+        read_feed, is_broken = store.engine.read_feed, True
+
+        async def reading(collection: str, since: str, limit: int) -> FeedBatch:
+            if collection == "jobs" and is_broken:
+                if how == "hangs":
+                    await asyncio.Event().wait()
+                raise UnavailableError("not now")
+            return await read_feed(collection, since, limit)
+
+        async with store.watch("jobs") as broken, store.watch("machines") as others:
+            waiting = [asyncio.ensure_future(cast("Any", anext(each))) for each in (broken, others)]
+            await asyncio.sleep(0.05)  # they wait at the shared ends
+            cast("Any", store.engine).read_feed = reading
+            await store.create_entity("jobs", {"id": "j"})
+            await store.create_entity("machines", {"id": "m1"})
+            assert (await waiting[1]).id == "m1"
+            await store.create_entity("machines", {"id": "m2"})
+            assert (await anext(others)).id == "m2"
+            if how == "fails":
+                is_broken = False
+                assert (await waiting[0]).id == "j"
+            waiting[0].cancel()
+
+
+async def test_113_a_watcher_of_a_feed_that_cannot_be_read_can_leave() -> None:
+    jobs = Collection("jobs", key="id", feed=60)
+    async with asyncio.timeout(20), open_store("memory:", collections=[jobs]) as store:
+
+        async def reading(collection: str, since: str, limit: int) -> FeedBatch:
+            raise UnavailableError("not now")
+
+        for _ in range(2):
+            async with store.watch("jobs") as changes:
+                cast("Any", store.engine).read_feed = reading
+                waiting = asyncio.ensure_future(cast("Any", anext(changes)))
+                await asyncio.sleep(0.05)
+                waiting.cancel()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_113_large_changes_are_read_few_at_a_time() -> None:
     scenario = Scenario(3)
     engine, reader = scenario.engine, scenario.reader
