@@ -14,6 +14,7 @@ from hf_async_store import Collection, open_store
 from hf_async_store.changes import Record
 from hf_async_store.driver import FeedBatch, FeedEntry
 from hf_async_store.errors import (
+    EntityNotFoundError,
     FeedExpiredError,
     SchemaMismatchError,
     StorageError,
@@ -334,3 +335,35 @@ async def test_112_without_its_feed_an_entity_is_waited_for_by_reads(
         await store.update_entity("jobs", "a", {"status": "DONE"})
         assert (await waiting)["version"] == 2
         assert [each.id for each in await claiming] == ["a"]
+
+
+async def test_112_changes_before_the_call_that_come_late_do_not_count() -> None:
+    """On DynamoDB, what was just written may be in the stream after its end was looked up."""
+    jobs = Collection("jobs", key="job_id", fields=["status"], feed=60)
+    async with asyncio.timeout(20), open_store("memory:", collections=[jobs]) as store:
+        await store.create_entity("jobs", {"job_id": "beside"})
+        early = await store.engine.feed_position("jobs")
+        await store.create_entity("jobs", {"job_id": "a", "status": "NEW"})
+        for status in ("DONE", "NEW"):
+            await store.update_entity("jobs", "a", {"status": status})
+        await store.delete_entity("jobs", "a")
+        await store.create_entity("jobs", {"job_id": "a", "status": "NEW"})
+        position, asked = store.engine.feed_position, 0
+
+        async def late(collection: str) -> str:
+            nonlocal asked
+            asked += 1
+            return early if asked == 1 else await position(collection)
+
+        cast("Any", store.engine).feed_position = late
+        waiting = asyncio.create_task(store.wait_for("jobs", "a", {"status": "DONE"}, timeout=20))
+        await asyncio.sleep(0.3)
+        assert asked
+        assert not waiting.done()
+        await store.update_entity("jobs", "a", {"status": "DONE"})
+        assert (await waiting)["version"] == 2
+        waiting = asyncio.create_task(store.wait_for("jobs", "a", {"status": "NEW"}, timeout=20))
+        await asyncio.sleep(0.1)
+        await store.delete_entity("jobs", "a")
+        with pytest.raises(EntityNotFoundError):
+            await waiting
