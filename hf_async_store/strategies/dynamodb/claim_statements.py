@@ -16,7 +16,7 @@ from hf_async_store.strategies.dynamodb.errors import (
 from hf_async_store.strategies.dynamodb.items import CLAIM, TOKEN
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from hf_async_store.strategies.dynamodb.client import Client
     from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
@@ -63,7 +63,7 @@ class ClaimStatements:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._is_supported = True
-        self._together: Coalescer[ClaimStatement, bool] = Coalescer(
+        self._together: Coalescer[ClaimStatement, bool | StorageError] = Coalescer(
             self._execute, lanes=_LANES, size=MAX_STATEMENTS, writes=True
         )
 
@@ -78,7 +78,7 @@ class ClaimStatements:
         [outcome] = await self._together.submit([claim], None)
         return outcome
 
-    async def _execute(self, claims: Sequence[ClaimStatement]) -> list[bool | StorageError]:
+    async def _execute(self, claims: list[ClaimStatement]) -> list[bool | StorageError]:
         statements = [each.statement for each in claims]
         try:
             response = await self._client.call("BatchExecuteStatement", {"Statements": statements})
