@@ -380,7 +380,14 @@ class JSONEngine(Engine):
     # -- writing -----------------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        async with self.writing() as state:
+        return await self._write(changes, keeps=False)
+
+    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
+        # The next batch of the store follows at once, if its callers go on at once.
+        return await self._write(changes, keeps=True)
+
+    async def _write(self, changes: Sequence[Change], *, keeps: bool) -> list[Outcome]:
+        async with self.writing(keeps=keeps) as state:
             view = self.view(state)
             view.layers.append({})
             outcomes = await view.write(changes, each=True)
@@ -428,17 +435,20 @@ class JSONEngine(Engine):
             await reader.close()
 
     @asynccontextmanager
-    async def writing(self, owner: asyncio.Task[object] | None = None) -> AsyncIterator[StoreState]:
+    async def writing(
+        self, owner: asyncio.Task[object] | None = None, *, keeps: bool = False
+    ) -> AsyncIterator[StoreState]:
         """Hold the store's write lock, with a state that is up to date.
 
         Args:
             owner: the task that is to hold it, if that is not the current one.
+            keeps: as for `LockManager.exclusive`.
         """
         follower = self.follower
         follower.refuse_closed()
         if not follower.has_journal():
             self.files.make_folder()
-        async with self.locks.exclusive(owner=owner):
+        async with self.locks.exclusive(owner=owner, keeps=keeps):
             follower.register(creating=True)
             # The same as `write_locked_state`, without its overhead, which equals that of a check of
             # the files.
