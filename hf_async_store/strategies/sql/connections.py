@@ -132,9 +132,6 @@ class LeasedConnection:
     async def job(self, work: Callable[[Any], Result]) -> Result:
         """See `Dialect.job`, for a function that writes: outside a transaction, it commits by itself."""
         commits = not self._transactions
-        return await run_to_completion(self._job(work, commits=commits))
-
-    async def _job(self, work: Callable[[Any], Result], *, commits: bool) -> Result:
         self._check_open()
         if commits:
             self.commit_done.clear()
@@ -146,8 +143,8 @@ class LeasedConnection:
             return result
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "write", writes=commits) from exc
-        except StorageError:
-            raise
+        except (StorageError, asyncio.CancelledError):
+            raise  # a cancellation comes after the function
         except BaseException:
             self.state_unknown = True
             raise
