@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from hf_async_store.changes import ABSENT, ANY, Change, Delete, Patch, Put
+from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Patch, Put
 from hf_async_store.errors import InvalidFieldError
 from hf_async_store.field_operations import plain_fields
 from hf_async_store.query import MISSING, Missing
@@ -48,6 +48,9 @@ class PendingChange(msgspec.Struct, frozen=True, gc=False):
         kept: the stored values: a reference may stay as it is even if its parent is missing.
         digests: the values of the unique columns that it writes.
         stored: the document that must be stored, if the statement compares it.
+        later: further changes of the same entity, with their positions, which are decided after this one
+            and written in the same row.
+        decided: by position, the outcomes of all of them once the row is written.
     """
 
     place: int
@@ -60,6 +63,13 @@ class PendingChange(msgspec.Struct, frozen=True, gc=False):
     kept: Mapping[str, Value] = {}
     digests: Sequence[bytes | None] = ()
     stored: str = ""
+    later: Sequence[tuple[int, Change]] = ()
+    decided: Sequence[tuple[int, Outcome]] = ()
+
+    @property
+    def steps(self) -> list[tuple[int, Change]]:
+        """This change and the later ones, with their positions."""
+        return [(self.place, self.change), *self.later]
 
 
 class _Kind(NamedTuple):
@@ -134,6 +144,24 @@ class Encoder:
             row.keys[len(table.key_fields) :],
             doc,
         )
+
+    def exactly_combined(
+        self,
+        pending: PendingChange,
+        stored: Stored | None,
+        row: Stored,
+        decided: Sequence[tuple[int, Outcome]],
+    ) -> PendingChange:
+        """The changes of one entity, as the replacement of exactly this stored version, or of nothing."""
+        if stored is not None:
+            exact = self.exactly(pending, stored, row, expired=False)
+        else:
+            kind = _Kind(pending.change.key.collection, "create", True, True, None)
+            shape, fields = self._shape(kind), decode_json(row.doc)
+            exact = PendingChange(
+                pending.place, pending.change, shape, fields, row.doc, version=row.version
+            )
+        return msgspec.structs.replace(exact, later=pending.later, decided=decided)
 
     def _patch(self, place: int, change: Patch, expected: int | None) -> PendingChange:
         fields, collection = plain_fields(change.fields), change.key.collection
