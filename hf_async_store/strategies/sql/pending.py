@@ -171,9 +171,20 @@ class Encoder:
             return PendingChange(place, change, None)  # a value is computed from the stored entity
         named = tuple([each for each in table.key_fields if each in fields])
         sets: Entity = {n: each for n, each in fields.items() if not isinstance(each, Removed)}
-        shape = StatementKey(collection, "patch", named, unique=unique, lifetimes=change.lifetimes)
+        shape = StatementKey(
+            collection,
+            "patch",
+            named,
+            unique=unique,
+            lifetimes=change.lifetimes,
+            removes=len(sets) < len(fields),
+            parents=tuple([n for n in self._references(collection) if n in fields]),
+        )
         pending = PendingChange(place, change, shape, sets, json_text(sets), expected)
         return self._with_digests(pending) if unique else pending
+
+    def _references(self, collection: str) -> list[str]:
+        return [each.name for each in self.tables.schema[collection].references]
 
     def _put(
         self, place: int, change: Put, expected: int | None, verb: Verb | None = None
@@ -235,7 +246,8 @@ class Encoder:
         if shape.imported:
             args.append(array_text([each.version for each in group]))
         if shape.verb == "patch":
-            args.append(array_text([_removed(each.change) for each in group]))
+            if shape.removes:
+                args.append(array_text([_removed(each.change) for each in group]))
             args.append(array_text([len(each.doc.encode()) for each in group]))
         for name in shape.keys:
             values: list[Value | Missing] = [each.fields.get(name, MISSING) for each in group]
@@ -248,7 +260,7 @@ class Encoder:
         ]
         parents = [
             [_parent(each, field.name) for each in group]
-            for field in self.statements.parents_of(shape.collection)
+            for field in self.statements.parents_of(shape)
         ]
         documents = f"[{','.join([each.doc for each in group])}]"
         distinct = [encode_json(list(filter(None, set(each)))).decode() for each in parents]
