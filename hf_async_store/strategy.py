@@ -80,7 +80,7 @@ from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.typed import TypedCollection
-from hf_async_store.values import Entity, Key, Value
+from hf_async_store.values import Entity, Key, Value, copy_entity
 from hf_async_store.watching import WatchedStore
 
 Result = TypeVar("Result")
@@ -390,6 +390,14 @@ class StorageStrategy(WatchedStore):
     ) -> Result:
         self._usable()  # raises before waiting in the queue
         return await self._retry_queue.retry(key, attempt, seconds, self._note_retry)
+
+    def _handed_on(self, key: Key) -> Entity | None:
+        written = self._retry_queue.handed_on(key)
+        return None if written is None else copy_entity(written)
+
+    def _hand_on(self, key: Key, written: Entity) -> None:
+        if self._reads is not None:  # a read is a round trip
+            self._retry_queue.hand_on(key, written)
 
     # -- transactions ------------------------------------------------------------------------
 
