@@ -1,11 +1,12 @@
 """`limits` over hf_async_store: rate limits that all processes of a store share, with all its strategies.
 
-    async with open_store("sqlite:limits.db", collections=COLLECTIONS) as store:
+    async with open_store("sqlite:limits.db?synchronous=NORMAL", collections=COLLECTIONS) as store:
         limiter = MovingWindowRateLimiter(EntityStorage(store=store))
         await limiter.hit(parse("10/minute"), "ada")
 
 A counter is an entity with an `increment`. The moving window of a key is one entity with the times of its
-hits, changed by compare-and-set. Both expire.
+hits, changed by compare-and-set. Both expire. As hits need not survive a power failure, a store of their
+own need not wait for the disk.
 """
 
 from __future__ import annotations
