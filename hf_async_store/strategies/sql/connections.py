@@ -30,6 +30,7 @@ from sqlalchemy.util import greenlet_spawn
 from hf_async_store.config import SQLConfig
 from hf_async_store.driver import Isolation, run_to_completion
 from hf_async_store.errors import (
+    DataFileConflictError,
     PoolTimeoutError,
     StorageError,
     StoreClosedError,
@@ -479,7 +480,7 @@ class Connections:
 
     async def _discard_lease(self, lease: LeasedConnection) -> None:
         try:
-            await self._discard(lease.connection, lease.driver)
+            await self._discard(lease.connection, lease.driver, in_use=True)
         finally:
             self._forget(lease)
 
@@ -487,9 +488,11 @@ class Connections:
         self._leased.discard(lease)
         self._semaphore.release()
 
-    async def _discard(self, connection: PoolProxiedConnection, driver: Any) -> None:
+    async def _discard(
+        self, connection: PoolProxiedConnection, driver: Any, *, in_use: bool = False
+    ) -> None:
         with suppress(*self._dialect.driver_errors):
-            await self._dialect.discard(driver)
+            await self._dialect.discard(driver, in_use=in_use)
         await greenlet_spawn(connection.invalidate)
 
     async def _is_reusable(self, lease: LeasedConnection) -> bool:
@@ -558,7 +561,8 @@ class Connections:
             self._timer.cancel()
         ends: set[asyncio.Task[None]] = set()
         for lease in list(self._leased):
-            await lease.commit_done.wait()
+            while not lease.commit_done.is_set():  # the next one may begin before this task runs
+                await lease.commit_done.wait()
             if lease.return_task is None and lease in self._leased:
                 lease.force_closed = True
                 self._start_return(lease, self._discard_lease(lease))
@@ -595,12 +599,14 @@ class Connections:
 
 
 def _is_failed_read(exc: BaseException, dialect: Dialect) -> bool:
-    """Whether an error tells that a statement failed that does not write."""
-    return (
-        isinstance(exc, StorageError)
-        and not exc.outcome_unknown
-        and isinstance(exc.__cause__, dialect.driver_errors)
-    )
+    """Whether an error tells that a statement failed that does not write.
+
+    Of SQLite's files, closing the last connection removes one.
+    """
+    if not isinstance(exc, StorageError) or exc.outcome_unknown:
+        return False
+    failed = isinstance(exc.__cause__, dialect.driver_errors)
+    return failed or isinstance(exc, DataFileConflictError)
 
 
 def _detach(idle: list[LeasedConnection]) -> None:

@@ -161,8 +161,12 @@ class Dialect(ABC):
         """Roll back what a failure left open; returns whether the connection can return to the pool."""
 
     @abstractmethod
-    async def discard(self, driver: Any) -> None:
-        """Close a connection whose state is unknown, if invalidating it in its pool does not do so."""
+    async def discard(self, driver: Any, *, in_use: bool) -> None:
+        """Close a connection, if invalidating it in its pool does not do so.
+
+        Args:
+            in_use: a statement may be running on it.
+        """
 
     @abstractmethod
     def translate(

@@ -22,7 +22,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 import msgspec
 
 from hf_async_store.driver import FeedBatch, FeedEntry, run_to_completion
-from hf_async_store.errors import InvalidCursorError, ReadOnlyStoreError, StorageError
+from hf_async_store.errors import (
+    InvalidCursorError,
+    ReadOnlyStoreError,
+    StorageError,
+    StoreClosedError,
+)
 from hf_async_store.strategies.sql.feed import Feed, Source
 from hf_async_store.strategies.sql.feed_state import (
     FeedState,
@@ -366,6 +371,8 @@ class PostgresFeed(Feed):
                 self._signal.clear()
         except TimeoutError:
             pass
+        except StoreClosedError:
+            raise
         except hints:
             # It is only a hint; the next read fails if the server cannot be reached.
             await self._waiting.close()

@@ -570,10 +570,11 @@ class PostgreSQL(Dialect):
         await self._apply_settings(driver, None)
         return True
 
-    async def discard(self, driver: Any) -> None:
+    async def discard(self, driver: Any, *, in_use: bool) -> None:
         # The pool closes the connection, and the server rolls back. A server that may never respond
-        # must not delay that.
-        if _SESSIONS[driver].state_unknown:
+        # must not delay that. Closing a connection in use would first connect again, to cancel the
+        # statement, which `statement_timeout` ends as well.
+        if in_use or _SESSIONS[driver].state_unknown:
             driver.terminate()
 
     async def is_same_store(self, mine: Any, theirs: Any) -> bool:

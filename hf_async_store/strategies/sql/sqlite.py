@@ -672,8 +672,9 @@ class SQLite(Dialect):
             await driver.execute_fetchall("ROLLBACK")
         return True
 
-    async def discard(self, driver: _Connection) -> None:
+    async def discard(self, driver: _Connection, *, in_use: bool) -> None:
         # Waits for the jobs of its thread; the pool would only request the thread to stop.
+        del in_use
         await driver.close()
 
     def translate(

@@ -91,25 +91,31 @@ class SQLiteSchema(SchemaSync):
         """See `SchemaSync`: the other changes are those of a first write, and so have been made."""
         del complete
         driver = lease.driver
-        handle = await self.dialect.begin_ddl(driver)
         try:
-            catalogue, _ = await self._read(driver)
-            assert catalogue is not None, "this store has recorded its declaration"
-            entries, enforced = {}, []
-            for name in self.schema:
-                entry = catalogue.entries[name]
-                if unique := self.to_enforce(name, entry):
-                    entries[name] = await self.enforce(driver, name, entry, unique)
-                    enforced += [(name, "-".join([*each, "index"])) for each in unique]
-            if entries:
-                await self.record(driver, catalogue.with_entries(entries), entries)
-        except BaseException as exc:
-            await run_to_completion(self.dialect.roll_back(handle))
-            if isinstance(exc, self.dialect.driver_errors):
-                raise self.dialect.translate(exc, doing="change the tables", writes=False) from exc
-            raise
-        await run_to_completion(self.dialect.commit(handle))
+            handle = await self.dialect.begin_ddl(driver)
+            try:
+                enforced = await self._enforce_declared(driver)
+            except BaseException:
+                await run_to_completion(self.dialect.roll_back(handle))
+                raise
+            await run_to_completion(self.dialect.commit(handle))
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing="change the tables", writes=False) from exc
         for name, index in enforced:
             progress(SchemaChange("unique index", name, index, "enforced"), 1, 1)
         await lease.rows("ANALYZE", doing="analyze the tables")
         return await self.read(lease) or Catalogue()
+
+    async def _enforce_declared(self, driver: Any) -> list[tuple[str, str]]:
+        """Enforce the unique indexes that are not; their collections and names."""
+        catalogue, _ = await self._read(driver)
+        assert catalogue is not None, "this store has recorded its declaration"
+        entries, enforced = {}, []
+        for name in self.schema:
+            entry = catalogue.entries[name]
+            if unique := self.to_enforce(name, entry):
+                entries[name] = await self.enforce(driver, name, entry, unique)
+                enforced += [(name, "-".join([*each, "index"])) for each in unique]
+        if entries:
+            await self.record(driver, catalogue.with_entries(entries), entries)
+        return enforced
