@@ -343,7 +343,8 @@ class ClaimingSQLEngine(SQLEngine):
             sql, statement.values = found
             # The claim of an entity that is deleted is deleted by the foreign key.
             ends = ends and type(change) is not Delete
-            sql = statement.write(sql, change.key, token, ends=ends)
+            snapshot = self._config.isolation != "read_committed"
+            sql = statement.write(sql, change.key, token, ends=ends, snapshot=snapshot)
             [(held, version)] = await lease.rows(sql, statement.values, doing="write", writes=True)
         if not held:
             raise lost(change.key)
