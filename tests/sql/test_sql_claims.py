@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 import pytest
 
-from hf_async_store import Collection, Index, and_, between, in_, not_, open_store, or_, path
+from hf_async_store import (
+    ClaimLostError,
+    Collection,
+    Index,
+    and_,
+    between,
+    in_,
+    not_,
+    open_store,
+    or_,
+    path,
+)
 from hf_async_store.query import Filters, OrderBy, build_query
 from hf_async_store.strategies.sql.catalogue import Catalogue, declared
 from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -78,6 +90,36 @@ async def test_116_a_queue_is_read_by_its_index_whatever_the_statistics_say(
             plan = "\n".join(each[0] for each in rows)
             assert f'using "{index}"' in plan, plan
             assert "Sort" not in plan, plan
+    finally:
+        await connection.close()
+
+
+async def test_105_a_claim_that_is_lost_while_it_is_finished_changes_nothing(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    try:
+        async with open_store(database) as store:
+            await store.create_entity("requests", REQUEST)
+            [claim] = await store.claim_entities("requests")
+            locked = connection.transaction()
+            await locked.start()
+            await connection.execute('SELECT FROM "requests-entities" FOR UPDATE')
+            finishing = asyncio.create_task(claim.finish({"status": "COMPLETED"}))
+            # It has seen the claim, and waits for the entity.
+            waiting = (
+                "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"
+            )
+            while not await connection.fetchval(waiting):
+                await asyncio.sleep(0.01)
+            other = await asyncpg.connect(database)
+            await other.execute('UPDATE "requests-claims" SET token = token + 1')
+            await other.close()
+            await locked.rollback()
+            with pytest.raises(ClaimLostError):
+                await finishing
+            [entity] = await store.query_entities("requests")
+            assert (entity["status"], entity["version"]) == ("PENDING", 1)
+            [held] = await store.claims("requests")
+            assert held.token == claim.token + 1
     finally:
         await connection.close()
 

@@ -127,14 +127,17 @@ class ClaimSQL(Arguments, ABC):
         """Returns a row, and locks it, if a claim is held with this token."""
         return f"SELECT 1 FROM {self.table} AS c WHERE {self.is_held(key, token)}{self.lock}"
 
-    def write(self, sql: str, key: Key, token: int, *, ends: bool) -> str:
+    def write(self, sql: str, key: Key, token: int, *, ends: bool, snapshot: bool) -> str:
         """Locks a claim, and if it is held with this token, executes a statement of `Writer.if_held`, whose
         arguments come first. Returns whether it is held, and the version that was written.
 
         Args:
             ends: the claim is deleted, if the statement has changed a row.
+            snapshot: the transaction has one snapshot, so the deletion fails with a conflict if the claim
+                was changed since, and need not lock it before.
         """
-        held = f"SELECT c.id FROM {self.table} AS c WHERE {self.is_held(key, token)}{self.lock}"
+        lock = "" if ends and snapshot else self.lock
+        held = f"SELECT c.id FROM {self.table} AS c WHERE {self.is_held(key, token)}{lock}"
         end = ""
         if ends:
             written = f"c.id = {self.add(key.id)} AND EXISTS (SELECT 1 FROM w)"

@@ -2,36 +2,39 @@
 
 The row of a claim is deleted with its entity: by a foreign key on PostgreSQL, by a trigger on SQLite.
 
-On SQLite, a claim is made under the write lock. On PostgreSQL, it is one READ COMMITTED statement, which
-skips entities that others have locked, so that claimers neither wait for one another nor fail with
-conflicts. It locks the entities; the row of the claim then decides, because the statement may have seen
-it as it was before another claimer committed. What is done under a claim locks the row of the claim in
-the same transaction, whatever its isolation.
+On SQLite, a claim, and a change under it, is one transaction, in one call of the driver. On PostgreSQL, a
+claim is one READ COMMITTED statement, which skips entities that others have locked, so that claimers
+neither wait for one another nor fail with conflicts. It locks the entities; the row of the claim then
+decides, because the statement may have seen it as it was before another claimer committed. What is done
+under a claim locks the row of the claim in the same transaction, whatever its isolation.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 from hf_async_store.changes import Change, Delete, Record
 from hf_async_store.claim_clock import BootClock, Moment, ServerClock
 from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimState, ClaimTerms, lost
 from hf_async_store.config import SQLConfig
-from hf_async_store.driver import Session, giving_back, run_to_completion
+from hf_async_store.driver import Session, giving_back, run_to_completion, written
 from hf_async_store.errors import PermissionDeniedError
 from hf_async_store.query import Query, compile_order
 from hf_async_store.strategies.sql.compiler import Compiled, compile_query
 from hf_async_store.strategies.sql.completion import completed
 from hf_async_store.strategies.sql.connections import Connections
 from hf_async_store.strategies.sql.engine import SQLEngine
+from hf_async_store.strategies.sql.immediate import committed
 from hf_async_store.strategies.sql.index_order import prefix_of
 from hf_async_store.strategies.sql.session import SQLSession
 from hf_async_store.values import VERSION, Key
 
 if TYPE_CHECKING:
+    import sqlite3
+
     from hf_async_store.strategies.sql.claim_sql import ClaimSQL
     from hf_async_store.strategies.sql.connections import LeasedConnection
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -40,6 +43,11 @@ if TYPE_CHECKING:
 _FIRST_PAGE: Final = 16
 _CLAIMERS: Final = 4
 """The maximum number of connections for claims."""
+
+
+_Statement: TypeAlias = tuple[str, Sequence[object]]
+_Steps: TypeAlias = Generator[_Statement, Sequence[Sequence[Any]], list[Claimed]]
+"""Statements, each of which depends on the rows of the one before."""
 
 
 class _Taking(NamedTuple):
@@ -186,7 +194,15 @@ class ClaimingSQLEngine(SQLEngine):
         claimed.clear()  # of an attempt that left nothing behind
         await self._prepare()
         table = self.known_tables[query.collection]
-        while not self._dialect.single_writer:
+        if self._dialect.single_writer:
+
+            def take(connection: sqlite3.Connection) -> list[Claimed]:
+                return _executed(connection, self._steps(table, query, terms))
+
+            async with self.writing() as lease:
+                await lease.job(lambda each: claimed.extend(committed(each, take)))
+            return
+        while True:
             taking = self._taking(table, query, terms)
             if taking is None:
                 break
@@ -199,7 +215,7 @@ class ClaimingSQLEngine(SQLEngine):
                 return
             # Others have claimed all candidates since the statement began: the next one sees that.
         async with self._claiming(alone=False) as lease:
-            await self._take_in_steps(lease, table, query, terms, claimed)
+            claimed += await _sent(lease, self._steps(table, query, terms))
 
     def _taking(self, table: Table, query: Query, terms: ClaimTerms) -> _Taking | None:
         """The statement that reads and claims; None if what it reads must be filtered further."""
@@ -221,20 +237,13 @@ class ClaimingSQLEngine(SQLEngine):
             self._last_claims[query.collection] = found
         return found
 
-    async def _take_in_steps(
-        self,
-        lease: LeasedConnection,
-        table: Table,
-        query: Query,
-        terms: ClaimTerms,
-        claimed: list[Claimed],
-    ) -> None:
+    def _steps(self, table: Table, query: Query, terms: ClaimTerms) -> _Steps:
         """Claim what a first statement finds; it may have to be filtered further."""
         assert query.limit is not None, "claims are limited"
         size = query.limit
         while True:
             statement, candidates = self._candidates(table, query.with_limit(size), terms)
-            rows = await lease.rows(candidates.sql, statement.values, doing="read candidates")
+            rows = yield candidates.sql, statement.values
             found = {row[0]: row for row in rows}
             if candidates.residual is not None:
                 matches = candidates.residual
@@ -243,8 +252,11 @@ class ClaimingSQLEngine(SQLEngine):
                 break
             size = 4 * size + _FIRST_PAGE
         ids = list(found)[: query.limit]
-        taken = await self._insert(lease, table.collection, ids, terms) if ids else {}
-        claimed += [_claimed(table, found[each], *taken[each]) for each in ids if each in taken]
+        if not ids:
+            return []
+        rows = yield self._insert(table.collection, ids, terms)
+        taken = {row[0]: row[1:] for row in rows}
+        return [_claimed(table, found[each], *taken[each]) for each in ids if each in taken]
 
     def _candidates(
         self, table: Table, query: Query, terms: ClaimTerms
@@ -266,14 +278,10 @@ class ClaimingSQLEngine(SQLEngine):
         limit = "1" if keeps_plan else statement.integer(query.limit)
         return statement, found._replace(sql=f"{found.sql} LIMIT {limit}{statement.skip_locked}")
 
-    async def _insert(
-        self, lease: LeasedConnection, collection: str, ids: Sequence[str], terms: ClaimTerms
-    ) -> dict[str, tuple[int, int]]:
-        """Claim ids; returns the token and the number of attempts of each that was free."""
+    def _insert(self, collection: str, ids: Sequence[str], terms: ClaimTerms) -> _Statement:
+        """Claims ids; returns the id, the token and the number of attempts of each that was free."""
         statement = self._statement(collection)
-        sql = statement.insert(statement.listed(ids), terms)
-        rows = await lease.rows(sql, statement.values, doing="claim entities", writes=True)
-        return {row[0]: (row[1], row[2]) for row in rows}
+        return statement.insert(statement.listed(ids), terms), statement.values
 
     async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
         await self._prepare_claims(keys[0].collection)
@@ -288,11 +296,12 @@ class ClaimingSQLEngine(SQLEngine):
         claimed.clear()
 
         async def take(lease: LeasedConnection) -> None:
-            taken = await self._insert(lease, key.collection, [key.id], terms)
-            claimed.extend(Claimed(Record(key, {VERSION: 0}), *each) for each in taken.values())
+            sql, args = self._insert(key.collection, [key.id], terms)
+            rows = await lease.written(sql, args, "claim a name")
+            claimed.extend(Claimed(Record(key, {VERSION: 0}), *each[1:]) for each in rows)
 
         async with self._claiming(alone=True) as lease:
-            await run_to_completion(take(lease))
+            await completed(take(lease))
 
     # -- what a holder does ------------------------------------------------------------------
 
@@ -325,12 +334,32 @@ class ClaimingSQLEngine(SQLEngine):
             )
 
     async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int:
-        if not self._dialect.single_writer:
-            await self._refuse_unknown(change.key)
-            version = await self._retried(partial(self._write_at_once, token, change, ends=ends))
-            if version is not None:
-                return version
+        await self._refuse_unknown(change.key)
+        write = self._write_locked if self._dialect.single_writer else self._write_at_once
+        version = await self._retried(partial(write, token, change, ends=ends))
+        if version is not None:
+            return version
         return await super().write_claimed(token, change, ends=ends)
+
+    async def _write_locked(self, token: int, change: Change, *, ends: bool) -> int:
+        """The version that one transaction of SQLite wrote."""
+        key = change.key
+
+        def execute(connection: sqlite3.Connection, sql: Callable[[ClaimSQL], str]) -> Any:
+            statement = self._statement(key.collection)  # with the time after waiting for the lock
+            return connection.execute(sql(statement), statement.values).fetchone()
+
+        def write(connection: sqlite3.Connection) -> int:
+            if execute(connection, lambda each: each.check(key, token)) is None:
+                raise lost(key)
+            [outcome] = self._writer.executed(connection, [change])
+            version = written(key, outcome)
+            if ends:
+                execute(connection, lambda each: each.delete(key, None))
+            return version
+
+        async with self.writing() as lease:
+            return await lease.job(lambda connection: committed(connection, write))
 
     async def _write_at_once(self, token: int, change: Change, *, ends: bool) -> int | None:
         """The version that one statement wrote; None if the change must be decided in a session."""
@@ -343,7 +372,8 @@ class ClaimingSQLEngine(SQLEngine):
             sql, statement.values = found
             # The claim of an entity that is deleted is deleted by the foreign key.
             ends = ends and type(change) is not Delete
-            sql = statement.write(sql, change.key, token, ends=ends)
+            snapshot = self._config.isolation != "read_committed"
+            sql = statement.write(sql, change.key, token, ends=ends, snapshot=snapshot)
             [(held, version)] = await lease.rows(sql, statement.values, doing="write", writes=True)
         if not held:
             raise lost(change.key)
@@ -393,6 +423,27 @@ class ClaimingSQLEngine(SQLEngine):
 def _claimers(dialect: Dialect, config: SQLConfig) -> Connections:
     exhausted = f"all {_CLAIMERS} connections for claims were in use for {config.pool_timeout:g} s"
     return Connections(dialect, config, kept=1, most=_CLAIMERS, exhausted=exhausted)
+
+
+def _executed(connection: sqlite3.Connection, steps: _Steps) -> list[Claimed]:
+    """Execute statements in the thread of the driver."""
+    try:
+        sql, args = next(steps)
+        while True:
+            sql, args = steps.send(connection.execute(sql, args).fetchall())
+    except StopIteration as end:
+        return cast("list[Claimed]", end.value)
+
+
+async def _sent(lease: LeasedConnection, steps: _Steps) -> list[Claimed]:
+    """Execute statements in the open transaction."""
+    try:
+        sql, args = next(steps)
+        while True:
+            rows = await lease.rows(sql, args, doing="claim entities", writes=True)
+            sql, args = steps.send(rows)
+    except StopIteration as end:
+        return cast("list[Claimed]", end.value)
 
 
 async def _take(lease: LeasedConnection, taking: _Taking, claimed: list[Claimed]) -> bool:

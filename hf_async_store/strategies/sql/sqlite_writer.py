@@ -89,9 +89,10 @@ class SQLiteWriter(Writer):
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
-        return await lease.job(lambda connection: self._apply(connection, changes))
+        return await lease.job(lambda connection: self.executed(connection, changes))
 
-    def _apply(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+    def executed(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+        """See `Writer`."""
         self._check_catalogue(connection)
         return _Batch(self, connection).run(changes, all_or_none=True)
 
