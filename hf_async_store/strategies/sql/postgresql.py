@@ -817,6 +817,9 @@ SELECT c.relname::text, CASE
 FROM pg_catalog.pg_class AS c LEFT JOIN pg_catalog.pg_index AS i ON i.indexrelid = c.oid
 LEFT JOIN pg_catalog.pg_class AS o ON o.oid = i.indrelid
 WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p', 'f', 'v', 'm', 'i', 'I', 'S', 'c')
+UNION ALL SELECT pg_catalog.concat(g.tgname, ' ON '::text, t.relname), 'trigger', t.relname::text
+FROM pg_catalog.pg_trigger AS g JOIN pg_catalog.pg_class AS t ON t.oid = g.tgrelid
+WHERE t.relnamespace = {_SCHEMA} AND g.tgenabled IN ('O'::"char", 'A'::"char") AND NOT g.tgisinternal
 """
 
 _VIEW_READS: Final = f"""
