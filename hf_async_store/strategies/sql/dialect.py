@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Relation(NamedTuple):
-    """An existing table, view or index; `table`: of an index, its table."""
+    """An existing table, view, index or trigger; `table`: of an index or trigger, its table."""
 
     kind: str
     table: str = ""

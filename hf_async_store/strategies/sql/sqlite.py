@@ -709,7 +709,10 @@ class SQLite(Dialect):
 
     async def relations(self, driver: _Connection) -> dict[str, Relation]:
         rows = await self.rows(
-            driver, "SELECT name, type, tbl_name FROM sqlite_master WHERE type <> 'trigger'", ()
+            driver,
+            "SELECT CASE type WHEN 'trigger' THEN name || ' ON ' || tbl_name ELSE name END, type, tbl_name "
+            "FROM sqlite_master",
+            (),
         )
         return {name: Relation(kind, table) for name, kind, table in rows}
 
