@@ -271,18 +271,20 @@ class Coalescer(Generic[Item, Result]):
             waiter, index, stop = queue.popleft()
             if waiter.done.done():
                 continue
-            if index + 1 < stop:
-                queue.appendleft((waiter, index + 1, stop))
+            # Without busy keys, as many as fit in one step; else one by one.
+            end = index + 1 if self._busy else min(stop, index + self._size - len(batch))
+            if end < stop:
+                queue.appendleft((waiter, end, stop))
             if (
                 self._busy
                 and self._key is not None
                 and self._key(waiter.items[index]) in self._busy
             ):
-                skipped.append((waiter, index, index + 1))
+                skipped.append((waiter, index, end))
                 continue
             waiter.started = True
-            waiter.in_progress += 1
-            batch.append((waiter, index))
+            waiter.in_progress += end - index
+            batch += [(waiter, each) for each in range(index, end)]
         queue.extendleft(reversed(skipped))
         if self._lanes > 1:
             self._busy.update(self._keys(batch))
