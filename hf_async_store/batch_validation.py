@@ -185,7 +185,7 @@ def _stored_containers(column: Column, types: set[type], depth: int) -> tuple[Co
             and all(map(_are_usual_names, groups))
         ):
             return _validated(column, groups, {}, depth)
-    column = [normalise(each) for each in column]
+    column = [normalise(each, depth=depth) for each in column]
     return column, _JSON_SIZE_FACTOR * len(msgspec.json.encode(column))
 
 
