@@ -32,6 +32,7 @@ from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import JSONConfig, redacted
 from hf_async_store.declarations import are_equal, merged
 from hf_async_store.driver import (
+    INTERFACE_VERSION,
     Capabilities,
     Claimed,
     ClaimTerms,
@@ -110,6 +111,7 @@ _YIELD_MASK: Final = 0x7F
 class JSONEngine(Engine):
     """Entities in JSON files."""
 
+    interface_version = INTERFACE_VERSION
     capabilities: Capabilities = Capabilities(
         engine="json",
         durable=True,
@@ -324,7 +326,8 @@ class JSONEngine(Engine):
             async with self.writing() as state:  # records the declared feeds
                 self._store_name(collection)
                 if state.feed_end is None or state.replaced:
-                    await self.journal.start_generation(state)
+                    with self.follower.step():
+                        await self.journal.start_generation(state)
                 if state.feed_end is not None:
                     return state.feed_end
         except (PermissionDeniedError, ReadOnlyStoreError) as exc:
@@ -451,7 +454,9 @@ class JSONEngine(Engine):
             # The same as `write_locked_state`, without its overhead, which equals that of a check of
             # the files.
             try:
-                yield await self._refresh_for_write()
+                with follower.step():
+                    state = await self._refresh_for_write()
+                yield state
             finally:
                 follower.write_locked = False
 
@@ -459,7 +464,9 @@ class JSONEngine(Engine):
     async def write_locked_state(self) -> AsyncIterator[StoreState]:
         """The state, up to date; the caller holds the write lock."""
         try:
-            yield await self._refresh_for_write()
+            with self.follower.step():
+                state = await self._refresh_for_write()
+            yield state
         finally:
             self.follower.write_locked = False
 
@@ -498,13 +505,14 @@ class JSONEngine(Engine):
         """
         if not any(images.values()):
             return
-        try:
-            await self.journal.append_commit(state, images)
-            if self.config.update_files == "after each commit":
-                await self.compactor.update_files(state)
-        finally:
-            # Also after a failure, or a cancellation: the record may have been written.
-            self.compactor.consider()
+        with self.follower.step():
+            try:
+                await self.journal.append_commit(state, images)
+                if self.config.update_files == "after each commit":
+                    await self.compactor.update_files(state)
+            finally:
+                # Also after a failure, or a cancellation: the record may have been written.
+                self.compactor.consider()
 
     # -- lifecycle ---------------------------------------------------------------------------
 
@@ -525,8 +533,9 @@ class JSONEngine(Engine):
             state = await follower.refresh_locked(recover_from)
             follower.write_locked = True
             try:
-                await self.journal.start_alone(state)
-                await self.compactor.renew(state)
+                with follower.step():
+                    await self.journal.start_alone(state)
+                    await self.compactor.renew(state)
                 log.info("recovered the store in %s from %s", self.files.folder, recover_from)
             except BaseException:
                 follower.discard()  # it may differ from the files, which are read again
@@ -648,6 +657,8 @@ class JSONEngine(Engine):
             if self.follower.state is not None:
                 await self._compact_if_last()
         finally:
+            await self.follower.end_steps()
+            await self.compactor.close()  # a commit that has just ended may have begun one
             self._release()
 
     async def _compact_if_last(self) -> None:
