@@ -505,7 +505,7 @@ class Collection:
         return copied
 
     def _check_is_mapping(self, data: object) -> None:
-        if not isinstance(data, Mapping):
+        if type(data) is not dict and not isinstance(data, Mapping):  # the latter takes longer
             raise UnsupportedValueError(
                 f"an entity of {self.name} must be a dict, not {type_name(data)}"
             )
@@ -518,8 +518,8 @@ class Collection:
     def _checked(self, entity: Entity) -> Entity:
         """Convert the declared fields of the entity to their stored form, in place."""
         for name, kinds in self._usual_types:
-            if name in entity and type(entity[name]) not in kinds:
-                entity[name] = self.typed[name].check(entity[name], self.name)
+            if type(value := entity.get(name)) not in kinds and name in entity:
+                entity[name] = self.typed[name].check(value, self.name)
         for name in self._optional_timestamps:
             value = entity.get(name)
             if value is not None and (type(value) is not str or not is_canonical_timestamp(value)):

@@ -283,7 +283,14 @@ class StorageStrategy(WatchedStore):
         await self.close()
 
     def _usable(self) -> Engine:
-        self._refuse_unopened()
+        # The conditions of the methods that raise; without their calls, because every operation does this.
+        if (
+            self._closed
+            or self._loop is None
+            or self._forks != _Forks.count
+            or self._loop is not asyncio.get_running_loop()
+        ):
+            self._refuse_unopened()
         self._transactions.refuse_reentry()
         return self._engine
 

@@ -126,7 +126,7 @@ def join_path(parts: Sequence[str | int]) -> str:
     return path or "(entity)"
 
 
-def normalise(value: object, path: tuple[str | int, ...] = ()) -> Value:
+def normalise(value: object, path: tuple[str | int, ...] = (), *, depth: int = 1) -> Value:
     """A portable copy of `value` that shares nothing mutable with it.
 
     In addition to the types of JSON, these are converted to strings: aware `datetime` (UTC,
@@ -136,17 +136,20 @@ def normalise(value: object, path: tuple[str | int, ...] = ()) -> Value:
 
     Args:
         path: the path of the value, for the error.
+        depth: the nesting depth of the value; that of the value of a field is 1.
 
     Raises:
         UnsupportedValueError: names the path of the value.
     """
-    return weighed(value, path)[0]
+    return weighed(value, path, depth=depth)[0]
 
 
-def weighed(value: object, path: tuple[str | int, ...] = ()) -> tuple[Value, int]:
+def weighed(
+    value: object, path: tuple[str | int, ...] = (), *, depth: int = 1
+) -> tuple[Value, int]:
     """`normalise`, and the size of the value."""
     try:
-        return _copy(value, 1)
+        return _copy(value, depth)
     except _NotStorableError as exc:
         exc.path.extend(reversed(path))
         raise exc.public() from exc.__cause__

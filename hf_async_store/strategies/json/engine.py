@@ -121,6 +121,7 @@ class JSONEngine(Engine):
         unique_indexes=True,
         feed=True,
         feed_order=True,
+        write_batch=4096,
     )
 
     def __init__(self, config: JSONConfig, schema: Schema) -> None:

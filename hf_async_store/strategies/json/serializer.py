@@ -239,9 +239,8 @@ class OtherLayout(Exception):  # noqa: N818  # never leaves the strategy; select
 
 def section_lines(images: Mapping[str, bytes]) -> bytes:
     """Entities as lines, without a comma after the last."""
-    return b",\n".join(
-        b"".join((encode_json(entity_id), b":", raw)) for entity_id, raw in images.items()
-    )
+    pairs = zip(map(encode_json, images), images.values(), strict=True)
+    return b",\n".join(map(b":".join, pairs))
 
 
 def parse_lines(

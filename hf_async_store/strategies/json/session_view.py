@@ -91,7 +91,11 @@ class SessionView(TableReader[StoredEntity]):
             images = layer.get(collection)
             if images is not None and entity_id in images:
                 return images[entity_id]
-        return self.state.sections[collection].canonical(entity_id)
+        table = self.state.sections[collection]
+        stored = table.entities.get(entity_id)
+        if stored is None or type(stored) is bytes:
+            return stored
+        return table.normalized(entity_id, stored)
 
     def exists(self, key: Key) -> bool:
         for layer in reversed(self.layers):
@@ -143,9 +147,14 @@ class SessionView(TableReader[StoredEntity]):
         for number, change in enumerate(changes, 1):
             try:
                 # Most changes need nothing that must be awaited, and a coroutine costs as much as the rest.
-                if isinstance(change, Delete) or self._unique:
+                if self._unique or isinstance(change, Delete):
                     await self._prepare(change)
-                outcomes.append(self._apply(change))
+                if isinstance(change, Put):
+                    outcomes.append(self._put(change))
+                elif isinstance(change, Patch):
+                    outcomes.append(self._patch(change))
+                else:
+                    outcomes.append(self._delete(change))
             except StorageError as exc:
                 outcomes.append(exc)
                 if not each:
@@ -164,11 +173,6 @@ class SessionView(TableReader[StoredEntity]):
             for child, field in self._schema.children[name]:
                 await self.state.sections[child.name].indexes.ready_for(field.name)
 
-    def _apply(self, change: Change) -> int | None:
-        if isinstance(change, Put):
-            return self._put(change)
-        return self._patch(change) if isinstance(change, Patch) else self._delete(change)
-
     def _put(self, change: Put) -> int:
         key = change.key
         raw, actual = self._current(change)
@@ -179,7 +183,8 @@ class SessionView(TableReader[StoredEntity]):
             version = next_version(key, actual)
             if CREATED_AT not in entity:
                 entity = self._with_created_at(change, raw)
-        self._check_parents(change, raw)
+        if self._references:
+            self._check_parents(change, raw)
         if self._unique:
             self._check_unique(change, raw, entity)
         self._stage(change, self._serializer.encode(entity, version))
@@ -204,8 +209,10 @@ class SessionView(TableReader[StoredEntity]):
         encoded = self._serializer.encode(entity, version)
         if len(encoded) > _SIZE_CHECK_BYTES:
             check_size(entity)
-        self._check_parents(change, raw)
-        self._check_unique(change, raw, entity)
+        if self._references:
+            self._check_parents(change, raw)
+        if self._unique:
+            self._check_unique(change, raw, entity)
         self._stage(change, encoded)
         return version
 
@@ -247,7 +254,7 @@ class SessionView(TableReader[StoredEntity]):
         return raw, actual
 
     def _check_parents(self, change: Put | Patch, raw: bytes | None) -> None:
-        if not self._references or (change.lifetimes is None and self._are_parents_stored(change)):
+        if change.lifetimes is None and self._are_parents_stored(change):
             return
         exists = self.exists if change.lifetimes is None else partial(self._exists_for, change)
         if missing_parents(self._schema, change, exists):
