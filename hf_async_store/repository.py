@@ -678,7 +678,9 @@ class RepositoryInterface(ABC):
             default = declared.entity({declared.key: key.id, **default})[1]
 
         async def attempt() -> Entity:
-            current = await self.get_entity(collection, key.id, timeout=remaining())
+            current = self._handed_on(key)
+            if current is None:
+                current = await self.get_entity(collection, key.id, timeout=remaining())
             if current is None and default is None:
                 raise EntityNotFoundError(collection, key.id)
             given = copy_entity(default) if current is None and default is not None else current
@@ -707,7 +709,9 @@ class RepositoryInterface(ABC):
                 raise ConcurrencyConflictError(str(exc), retryable=True) from exc
             written = changed(put, stored)
             assert written is not None, "only a delete writes nothing"
-            return {**written, VERSION: version}
+            written = {**written, VERSION: version}
+            self._hand_on(key, written)
+            return written
 
         most = retry_seconds if timeout is None else min(retry_seconds, timeout)
         written = await self._retried(key, attempt, most)
@@ -718,6 +722,14 @@ class RepositoryInterface(ABC):
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
         """Await `attempt()`, and again after each conflict on the entity of this key."""
+
+    def _handed_on(self, key: Key) -> Entity | None:
+        """The entity as another task has just written it, for this one, which waited for its turn."""
+        del key
+        return None
+
+    def _hand_on(self, key: Key, written: Entity) -> None:
+        """The current attempt has written this entity."""
 
     def _note_retry(self, collection: str | None) -> None:
         """Something is tried again after a conflict."""

@@ -30,6 +30,7 @@ from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.driver import (
+    INTERFACE_VERSION,
     Engine,
     Isolation,
     QueryPlan,
@@ -108,6 +109,8 @@ class SQLEngine(Engine):
         sync: the tables of the store.
         writer: its class; a new writer is made whenever the tables change.
     """
+
+    interface_version = INTERFACE_VERSION
 
     def __init__(
         self,
@@ -408,6 +411,7 @@ class SQLEngine(Engine):
     async def remember(self, collections: Iterable[Collection]) -> None:
         # Everything that is declared was recorded before the first write.
         del collections
+        self._main.check_open()
         await self._prepare()
 
     async def schema_changes(self) -> list[SchemaChange]:

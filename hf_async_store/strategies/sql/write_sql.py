@@ -43,6 +43,8 @@ class StatementKey(NamedTuple):
         imported: a column of arguments contains the version to store.
         lifetimes: by which neither the stored entity nor a parent may have expired.
         same: a column of arguments contains the document that must be stored, expired or not.
+        removes: of a patch: a column of arguments contains the names of fields to remove.
+        parents: of a patch: the references that it writes.
     """
 
     collection: str
@@ -53,6 +55,8 @@ class StatementKey(NamedTuple):
     unique: tuple[Fields, ...] = ()
     lifetimes: Lifetimes | None = None
     same: bool = False
+    removes: bool = False
+    parents: tuple[str, ...] = ()
 
 
 class WriteStatements:
@@ -97,9 +101,14 @@ class WriteStatements:
             f"WHERE t.{table.key} = ANY($2::text::text[]) ORDER BY t.{table.key} FOR UPDATE OF t"
         )
 
-    def parents_of(self, collection: str) -> Sequence[Field]:
-        """The references whose values are the last columns of arguments of a statement that writes rows."""
-        return self._tables.schema[collection].references if self.references else ()
+    def parents_of(self, shape: StatementKey) -> Sequence[Field]:
+        """The references that a statement writes, whose values are its last columns of arguments."""
+        if not self.references or shape.verb == "delete":
+            return ()
+        found = self._tables.schema[shape.collection].references
+        if shape.verb != "patch":
+            return found
+        return [each for each in found if each.name in shape.parents]
 
     def children_of(self, collection: str) -> Sequence[tuple[Collection, Field]]:
         """The references to a collection that prevent deletes; `sort_bytes` of the id is then the last
@@ -114,7 +123,8 @@ class WriteStatements:
         """Whether the statements can tell which entities of a collection, and parents, have expired."""
         known = self._exact.get((lifetimes, collection))
         if known is None:
-            names = [collection, *(each.parent for each in self.parents_of(collection))]
+            references = self._tables.schema[collection].references if self.references else ()
+            names = [collection, *(each.parent for each in references)]
             found = [(self._tables[name], lifetimes.of(name)) for name in names]
             known = self._exact[lifetimes, collection] = all(
                 LivingConditions.are_exact(table, each) for table, each in found if each is not None
@@ -122,7 +132,7 @@ class WriteStatements:
         return known
 
     def _living(self, shape: StatementKey) -> _Living:
-        return _Living(self._tables, shape, self.parents_of(shape.collection))
+        return _Living(self._tables, shape, self.parents_of(shape))
 
     def _generate(self, shape: StatementKey, *, locks: bool, if_held: bool) -> str:
         table = self._tables[shape.collection]
@@ -155,7 +165,7 @@ class WriteStatements:
     ) -> str:
         version = columns.add("bigint") if shape.imported else "1::bigint"
         keys = _key_columns(shape, columns)
-        parents = "".join(self._parents(table, columns, living, locks=locks))
+        parents = "".join(self._parents(table, shape, columns, living, locks=locks))
         names = [table.key, VERSION, DOC, quoted(GENERATION), *map(quoted, keys)]
         values = ["i.c0", version, "i.d", f"{table.generation}::int", *keys.values()]
         conflict = "NOTHING"
@@ -185,11 +195,15 @@ class WriteStatements:
         if shape.imported:
             version = columns.add("bigint")
         if shape.verb == "patch":
-            removed, size = columns.add("text"), columns.add("bigint")
-            doc = f"(t.{DOC} - coalesce({removed}::text[], '{{}}'::text[])) || i.d"
+            stored = f"t.{DOC}"
+            if shape.removes:
+                removed = columns.add("text")
+                stored = f"(t.{DOC} - coalesce({removed}::text[], '{{}}'::text[]))"
+            size = columns.add("bigint")
+            doc = f"{stored} || i.d"
             patched = f" AND {_is_light(size)}"
         keys = _key_columns(shape, columns)
-        parents = "".join(self._parents(table, columns, living, locks=locks))
+        parents = "".join(self._parents(table, shape, columns, living, locks=locks))
         written, condition = _row(table, shape, doc, version, keys)
         return (
             f"UPDATE {table.name} AS t SET {written} FROM {columns.source(documents=True)} "
@@ -213,11 +227,17 @@ class WriteStatements:
     # -- references --------------------------------------------------------------------------
 
     def _parents(
-        self, table: Table, columns: _Columns, living: _Living, *, locks: bool
+        self,
+        table: Table,
+        shape: StatementKey,
+        columns: _Columns,
+        living: _Living,
+        *,
+        locks: bool,
     ) -> Iterator[str]:
         """The conditions that the parent of every reference exists."""
         lock = " FOR KEY SHARE" if locks else ""
-        fields = self.parents_of(table.collection)
+        fields = self.parents_of(shape)
         values = [columns.add("text") for _ in fields]
         for number, (field, value) in enumerate(zip(fields, values, strict=True)):
             parent = self._tables[field.parent]
@@ -312,9 +332,7 @@ class _Living:
         self._conditions = LivingConditions(first=2)
         own = shape.lifetimes is not None and not shape.same and shape.verb != "create"
         self.own = self._condition(tables[shape.collection]) if own else ""
-        is_delete = shape.verb == "delete"
-        fields = () if is_delete else references
-        self.parents = [self._condition(tables[each.parent]) for each in fields]
+        self.parents = [self._condition(tables[each.parent]) for each in references]
         self.arguments = self._conditions.arguments
 
     def _condition(self, table: Table) -> str:
