@@ -92,10 +92,19 @@ class LeasedConnection:
     async def _rows(
         self, sql: str, args: Sequence[object], doing: str, *, writes: bool
     ) -> Sequence[Sequence[Any]]:
+        return await self._run(lambda: self.dialect.rows(self.driver, sql, args), doing, writes)
+
+    async def read(self, work: Callable[[Any], Result]) -> Result:
+        """See `Dialect.job`, for a function that only reads, by several statements."""
+        return await self._run(
+            lambda: self.dialect.job(self.driver, work, completes=False), "read", writes=False
+        )
+
+    async def _run(self, work: Callable[[], Awaitable[Result]], doing: str, writes: bool) -> Result:
         self._check_open()
         try:
             self.dialect.check_file(self.driver)
-            return await self.dialect.rows(self.driver, sql, args)
+            return await work()
         except self.dialect.driver_errors as exc:
             raise self._error(exc, doing, writes=writes) from exc
         except StorageError:

@@ -38,7 +38,7 @@ from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.sql.dialect import Dialect, Relation, Result
 from hf_async_store.strategies.sql.errors import sqlite_error
 from hf_async_store.strategies.sql.names import Names, quoted
-from hf_async_store.strategies.sql.sqlite_functions import FUNCTIONS
+from hf_async_store.strategies.sql.sqlite_functions import FUNCTIONS, NANOSECONDS, nanoseconds
 from hf_async_store.strategies.sql.sqlite_grammar import SQLiteGrammar
 from hf_async_store.values import Value
 
@@ -413,6 +413,7 @@ class SQLite(Dialect):
     async def _prepare(self, driver: _Connection) -> None:
         for name, (arguments, function) in FUNCTIONS.items():
             await driver.create_function(name, arguments, function, deterministic=True)
+        await driver.create_function(NANOSECONDS, 0, nanoseconds)
         enforced = "ON" if self._config.enforce_references else "OFF"
         await self.rows(driver, f"PRAGMA synchronous = {self._config.synchronous}", ())
         await self.rows(driver, f"PRAGMA foreign_keys = {enforced}", ())

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
     from hf_async_store.strategies.sql.rows import Table, Tables
 
-_ROWS: Final = (256, 64, 32, 16, 8, 4, 2, 1)
+_ROWS: Final = (256, 64, 32, *range(16, 0, -1))
 """The numbers of rows of the statements: few, so that each is prepared once."""
 
 _WAL_PAGES: Final = 1000  # SQLite's own default
@@ -235,6 +235,8 @@ class _Batch:
         self._parents = {}
         for collection, found in wanted.items():
             unread = sorted(each for each in found if Key(collection, each) not in self._rows)
+            if not unread:
+                continue
             self._parents.update(dict.fromkeys([Key(collection, each) for each in unread], False))
             for [entity_id, _] in self._select(self._tables[collection], VERSION, unread):
                 self._parents[Key(collection, entity_id)] = True
