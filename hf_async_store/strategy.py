@@ -64,6 +64,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.field_operations import UpdateMap
 from hf_async_store.index_advice import advice, advice_by_declaration
+from hf_async_store.interface_version import check_interface_version
 from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
 from hf_async_store.models import Model
 from hf_async_store.observer import Observer, StoreObserver, check_observer
@@ -123,6 +124,7 @@ class StorageStrategy(WatchedStore):
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
         super().__init__(engine, Schema(schema.values()), SlowQueries())
+        check_interface_version(type(engine), engine.capabilities.engine)
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
         _refuse_feeds(schema, engine.capabilities)

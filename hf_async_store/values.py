@@ -328,10 +328,11 @@ def utc_now() -> str:
 
 
 is_canonical_timestamp: Final = re.compile(
-    r"(?!0000)[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
+    r"(?!0000)[0-9]{4}-"
+    r"(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
     r"T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{6}Z\Z"
 ).match
-"""A quick check that recognises most canonical timestamps: those of days 1 to 28."""
+"""A quick check that recognises most canonical timestamps: all but those of 29 February."""
 
 
 def parse_timestamp(text: str) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from operator import mul
 from typing import Any, Final, cast
 
@@ -201,7 +202,9 @@ def _parts(text: object) -> tuple[str, ...]:
 
 
 def _id(namespace: Iterable[str], key: str) -> str:
-    return _text(namespace) + key
+    """An id has 1,024 bytes at most."""
+    text = (_text(namespace) + key).encode()
+    return text.decode() if len(text) <= 1024 else sha256(text).hexdigest()
 
 
 def _end(ttl: float) -> datetime:

@@ -20,7 +20,12 @@ import msgspec
 
 from hf_async_store import Collection, open_store
 from hf_async_store.strategies.sql.feed_state import decoded_state
-from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.harness import (
+    CONTRACT_COLLECTIONS,
+    CutsConnections,
+    DropsResponses,
+    InjectsThrottling,
+)
 from tests.dynamodb.proxy import WRITES, Answer, Cut, Fault, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.strategy import SQLStorageStrategy
     from hf_async_store.testing.harness import Harness
     from hf_async_store_bench.servers import PostgresServer
+
+_NO_SERVER: Final[tuple[type, ...]] = (CutsConnections, DropsResponses, InjectsThrottling)
 
 
 class MemoryHarness:
@@ -62,6 +69,8 @@ class JSONHarness:
     Args:
         name: the name of the single file, or of the folder of split files.
     """
+
+    impossible_faults = _NO_SERVER
 
     def __init__(self, tmp_path: Path, name: str) -> None:
         self._tmp_path = tmp_path
@@ -128,6 +137,8 @@ async def forget_feed(store: StorageStrategy, collection: str) -> None:
 class SQLiteHarness:
     """A database file in a separate folder."""
 
+    impossible_faults = _NO_SERVER
+
     def __init__(self, tmp_path: Path) -> None:
         self._path = tmp_path / "data" / "store.db"
         self.capabilities = _capabilities_of(self)
@@ -188,6 +199,8 @@ class PostgreSQLHarness:
     Args:
         server: the server on which it is created and dropped.
     """
+
+    impossible_faults: tuple[type, ...] = (InjectsThrottling,)
 
     def __init__(self, server: PostgresServer, *, options: str = "") -> None:
         self._server = server

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 _SUITE = """
 import pytest
 from hf_async_store.testing.concurrency import seeded
-from hf_async_store.testing.harness import skip_engine
+from hf_async_store import Capabilities
+from hf_async_store.testing.harness import (
+    CutsConnections, DropsResponses, skip_engine, skip_fault
+)
 
 @pytest.fixture
 def harness():
@@ -29,6 +32,14 @@ def test_of_the_same_engine(harness):
 
 def test_that_passes():
     pass
+
+class Harness:
+    capabilities = Capabilities(engine="wonderdb", durable=True, multi_process=True)
+    impossible_faults = (CutsConnections,)
+
+@pytest.mark.parametrize("fault", [CutsConnections, DropsResponses])
+def test_of_a_fault(fault):
+    skip_fault(Harness(), fault)
 
 def test_with_a_seed():
     with seeded() as random:
@@ -57,6 +68,14 @@ def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Compl
 
 def drawn(result: subprocess.CompletedProcess[str]) -> list[str]:
     return [each for each in result.stdout.splitlines() if "drew" in each]
+
+
+def test_a_fault_that_was_not_tried_is_reported_if_it_can_happen(tmp_path: Path) -> None:
+    lines = run(tmp_path, "-k", "fault").stdout.splitlines()
+    not_tried = [each for each in lines if each.startswith("fault not tried")]
+    assert not_tried == [
+        "fault not tried, because the harness does not implement it: DropsResponses"
+    ]
 
 
 def test_a_skipped_engine_is_reported_or_fails_the_run(tmp_path: Path) -> None:

@@ -59,8 +59,7 @@ class Client:
 
     async def connection(self) -> _Connection:
         """The connection, opened at the first call; concurrent callers wait for the same task."""
-        if self._closed:
-            raise _closed()
+        self.check_open()
         if self._connection is not None:
             return self._connection
         if self._opening is None:
@@ -75,10 +74,14 @@ class Client:
         except BaseException:
             self._opening = None
             raise
-        if self._closed:  # meanwhile, and `close` closes the connection
-            raise _closed()
+        self.check_open()  # `close`, if it was called meanwhile, closes the connection
         self._connection = connection
         return connection
+
+    def check_open(self) -> None:
+        """Raise StoreClosedError after `close`."""
+        if self._closed:
+            raise _closed()
 
     async def call(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request once and return its response.

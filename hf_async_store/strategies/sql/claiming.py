@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from hf_async_store.changes import Change, Delete, Record
 from hf_async_store.claim_clock import BootClock, Moment, ServerClock
@@ -24,8 +24,10 @@ from hf_async_store.driver import Session, giving_back, run_to_completion
 from hf_async_store.errors import PermissionDeniedError
 from hf_async_store.query import Query, compile_order
 from hf_async_store.strategies.sql.compiler import Compiled, compile_query
+from hf_async_store.strategies.sql.completion import completed
 from hf_async_store.strategies.sql.connections import Connections
 from hf_async_store.strategies.sql.engine import SQLEngine
+from hf_async_store.strategies.sql.index_order import prefix_of
 from hf_async_store.strategies.sql.session import SQLSession
 from hf_async_store.values import VERSION, Key
 
@@ -38,6 +40,20 @@ if TYPE_CHECKING:
 _FIRST_PAGE: Final = 16
 _CLAIMERS: Final = 4
 """The maximum number of connections for claims."""
+
+
+class _Taking(NamedTuple):
+    """A statement that reads and claims.
+
+    Attributes:
+        asked: for what query, terms and time it was made; of a clock of the server, the time is always the
+            same. A text, because 1 == True.
+    """
+
+    table: Table
+    asked: str
+    sql: str
+    args: Sequence[object]
 
 
 class ClaimingSQLEngine(SQLEngine):
@@ -56,6 +72,7 @@ class ClaimingSQLEngine(SQLEngine):
         self.claim_clock = BootClock() if self._dialect.single_writer else ServerClock()
         self._claim_sql = statement
         self._claim_tables: set[str] = set()  # the collections whose table of claims exists
+        self._last_claims: dict[str, _Taking] = {}  # the last statement of each collection
 
     @asynccontextmanager
     async def _claiming(self, *, alone: bool) -> AsyncGenerator[LeasedConnection, None]:
@@ -66,13 +83,16 @@ class ClaimingSQLEngine(SQLEngine):
         """
         await self._prepare()
         pool = self.writing() if self._claimers is None else self._claimers.lease()
-        commits = alone and (self._claimers is not None or self._dialect.single_writer)
         async with pool as lease:
-            if commits:
+            if alone and (self._claimers is not None or self._dialect.single_writer):
                 yield lease
             else:
                 async with lease.transaction("read_committed"):
                     yield lease
+
+    def _alone(self) -> AbstractAsyncContextManager[LeasedConnection]:
+        """As `_claiming` of a single statement, of a store that was prepared."""
+        return self._claiming(alone=True) if self._claimers is None else self._claimers.lease()
 
     async def close(self) -> None:
         try:
@@ -164,14 +184,15 @@ class ClaimingSQLEngine(SQLEngine):
     async def _claim(self, query: Query, terms: ClaimTerms, claimed: list[Claimed]) -> None:
         """Claim entities, and add them to a list before anything can be cancelled."""
         claimed.clear()  # of an attempt that left nothing behind
+        await self._prepare()
         table = self.known_tables[query.collection]
         while not self._dialect.single_writer:
-            at_once = self._at_once_sql(table, query, terms)
-            if at_once is None:
+            taking = self._taking(table, query, terms)
+            if taking is None:
                 break
-            async with self._claiming(alone=True) as lease:
+            async with self._alone() as lease:
                 # To the end, so that what was claimed is known even if the caller is cancelled.
-                found = await run_to_completion(_take_at_once(lease, table, at_once, claimed))
+                found = await completed(_take(lease, taking, claimed))
             if claimed or not found:
                 sort_key = compile_order(query)
                 claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
@@ -180,11 +201,12 @@ class ClaimingSQLEngine(SQLEngine):
         async with self._claiming(alone=False) as lease:
             await self._take_in_steps(lease, table, query, terms, claimed)
 
-    def _at_once_sql(
-        self, table: Table, query: Query, terms: ClaimTerms
-    ) -> tuple[str, list[object]] | None:
-        """The statement that reads and claims, and its arguments; None if what it reads must be filtered
-        further."""
+    def _taking(self, table: Table, query: Query, terms: ClaimTerms) -> _Taking | None:
+        """The statement that reads and claims; None if what it reads must be filtered further."""
+        asked = "" if query.has_many_values else repr((query, terms, self.claim_clock.now()))
+        last = self._last_claims.get(query.collection)
+        if asked and last is not None and last.table is table and last.asked == asked:
+            return last
         statement, candidates = self._candidates(table, query, terms)
         if candidates.residual is not None:
             return None
@@ -194,7 +216,10 @@ class ClaimingSQLEngine(SQLEngine):
             "SELECT i.id, i.doc, i.version, n.token, n.attempts "
             "FROM i LEFT JOIN n ON n.id = i.id"
         )
-        return sql, statement.values
+        found = _Taking(table, asked, sql, statement.values)
+        if asked:
+            self._last_claims[query.collection] = found
+        return found
 
     async def _take_in_steps(
         self,
@@ -227,16 +252,19 @@ class ClaimingSQLEngine(SQLEngine):
         """The SELECT of the first entities that can be claimed."""
         statement = self._statement(table.collection)
         assert query.limit is not None, "claims are limited"
+        prefix = prefix_of(table, query) if table.grammar.has_statistics else None
         found = compile_query(
             table,
             query.with_limit(None),
             args=statement,
             also=lambda: statement.no_claim(table, terms),
+            prefix=prefix or (),
         )
-        # As a parameter: for an unknown limit PostgreSQL expects so many rows that it plans each execution,
-        # with the present size of the table of claims, instead of keeping a plan for an empty one.
-        limit = f" LIMIT {statement.integer(query.limit)}"
-        return statement, found._replace(sql=f"{found.sql}{limit}{statement.skip_locked}")
+        # As a parameter: for an unknown limit PostgreSQL expects so many rows that it plans each execution
+        # with the present values and sizes, instead of keeping a plan, unless only one plan is possible.
+        keeps_plan = prefix is not None and query.limit == 1
+        limit = "1" if keeps_plan else statement.integer(query.limit)
+        return statement, found._replace(sql=f"{found.sql} LIMIT {limit}{statement.skip_locked}")
 
     async def _insert(
         self, lease: LeasedConnection, collection: str, ids: Sequence[str], terms: ClaimTerms
@@ -306,7 +334,8 @@ class ClaimingSQLEngine(SQLEngine):
 
     async def _write_at_once(self, token: int, change: Change, *, ends: bool) -> int | None:
         """The version that one statement wrote; None if the change must be decided in a session."""
-        async with self.writing() as lease:
+        await self._prepare()
+        async with self._main.lease() as lease:  # that of `writing`, as there may be several
             found = self._writer.if_held(change)
             if found is None:
                 return None
@@ -366,15 +395,10 @@ def _claimers(dialect: Dialect, config: SQLConfig) -> Connections:
     return Connections(dialect, config, kept=1, most=_CLAIMERS, exhausted=exhausted)
 
 
-async def _take_at_once(
-    lease: LeasedConnection,
-    table: Table,
-    at_once: tuple[str, list[object]],
-    claimed: list[Claimed],
-) -> bool:
-    """Run the statement of `_at_once_sql`; returns whether there was any candidate."""
-    rows = await lease.rows(*at_once, doing="claim entities", writes=True)
-    claimed += [_claimed(table, row[:3], *row[3:]) for row in rows if row[3] is not None]
+async def _take(lease: LeasedConnection, taking: _Taking, claimed: list[Claimed]) -> bool:
+    """Run a statement that claims; returns whether there was any candidate."""
+    rows = await lease.written(taking.sql, taking.args, "claim entities")
+    claimed += [_claimed(taking.table, row[:3], *row[3:]) for row in rows if row[3] is not None]
     return bool(rows)
 
 

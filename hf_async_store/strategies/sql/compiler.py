@@ -84,6 +84,7 @@ def compile_query(
     group: Sequence[Value | Missing] | None = None,
     args: Arguments | None = None,
     also: Callable[[], str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Compiled:
     """The SELECT of a query.
 
@@ -93,9 +94,13 @@ def compile_query(
         group: only the rows of a group, whose sort keys begin with these values: see `group_of`.
         args: those of the statement so far.
         also: adds a further condition to them.
+        prefix: fields that are compared for equality. They are compared as ranges, and come first in the
+            order, so that no other index has this order: see `index_order`.
     """
-    compiler = _Compiler(table, args)
-    keys = [compiler.key(each) for each in query.order]
+    compiler = _Compiler(table, args, prefix)
+    descending = bool(query.order) and query.order[-1].descending
+    first = [Order((each,), descending) for each in prefix]
+    keys = [compiler.key(each) for each in (*first, *query.order)]
     conditions, exact = compiler.conditions(query.where)
     if group is not None:
         pairs = zip(keys, group, strict=False)
@@ -227,9 +232,12 @@ class _Key(NamedTuple):
 
 
 class _Compiler:
-    def __init__(self, table: Table, args: Arguments | None = None) -> None:
+    def __init__(
+        self, table: Table, args: Arguments | None = None, prefix: Sequence[str] = ()
+    ) -> None:
         self._table = table
         self._grammar = table.grammar
+        self._prefix = prefix
         self.args = args or Arguments(table.grammar)
 
     # -- filters -----------------------------------------------------------------------------
@@ -299,8 +307,9 @@ class _Compiler:
         single = [each.only for each in found if each.only is not None]
         if len(found) > 1 and len(single) == len(found):
             return Condition(self._grammar.in_bytes(column, single, self.args), exact)
+        equal = "BETWEEN {0} AND {0}" if name in self._prefix else "= {0}"
         parts = [
-            f"{column} = {add(each.low, 'bytes')}"
+            f"{column} {equal.format(add(each.low, 'bytes'))}"
             if each.only is not None
             else f"({column} >= {add(each.low, 'bytes')} AND {column} < {add(each.high, 'bytes')})"
             for each in found

@@ -36,6 +36,7 @@ from hf_async_store.errors import (
     TransactionAbortedError,
     UnavailableError,
 )
+from hf_async_store.strategies.sql.completion import completed
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
@@ -76,8 +77,16 @@ class LeasedConnection:
         if writes and not self._transactions:
             # The statement commits by itself, so it completes before a cancellation is raised: a
             # write must not be applied after its task has ended.
-            return await run_to_completion(self.autocommit(sql, args, doing))
+            return await completed(self.autocommit(sql, args, doing))
         return await self._rows(sql, args, doing, writes=False)
+
+    async def written(
+        self, sql: str, args: Sequence[object], doing: str
+    ) -> Sequence[Sequence[Any]]:
+        """As `rows` of a statement that writes, for a caller that completes it itself."""
+        if self._transactions:
+            return await self._rows(sql, args, doing, writes=False)
+        return await self.autocommit(sql, args, doing)
 
     async def _rows(
         self, sql: str, args: Sequence[object], doing: str, *, writes: bool
@@ -123,9 +132,6 @@ class LeasedConnection:
     async def job(self, work: Callable[[Any], Result]) -> Result:
         """See `Dialect.job`, for a function that writes: outside a transaction, it commits by itself."""
         commits = not self._transactions
-        return await run_to_completion(self._job(work, commits=commits))
-
-    async def _job(self, work: Callable[[Any], Result], *, commits: bool) -> Result:
         self._check_open()
         if commits:
             self.commit_done.clear()
@@ -137,8 +143,8 @@ class LeasedConnection:
             return result
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "write", writes=commits) from exc
-        except StorageError:
-            raise
+        except (StorageError, asyncio.CancelledError):
+            raise  # a cancellation comes after the function
         except BaseException:
             self.state_unknown = True
             raise
@@ -334,21 +340,24 @@ class Connections:
         Raises:
             PoolTimeoutError: no connection became free in time.
             UnavailableError, AuthenticationError: a new connection could not be opened.
+            StoreClosedError: the store was closed, also amid a statement that does not write.
         """
         lease = await self.acquire()
         try:
             yield lease
-        except BaseException:
+        except BaseException as exc:
             await self.release(lease, check=True)
+            if lease.force_closed and _is_failed_read(exc, self._dialect):
+                raise StoreClosedError("this store was closed") from exc
             raise
         await self.release(lease, check=False)
 
     async def acquire(self) -> LeasedConnection:
-        self._check_open()
+        self.check_open()
         await self._acquire_permit()
         leases: list[LeasedConnection] = []
         try:
-            self._check_open()
+            self.check_open()
             if (kept := self._pop_idle()) is not None:
                 leases.append(kept)
             elif self._pool().checkedin():
@@ -382,7 +391,8 @@ class Connections:
         """Whether a connection can be had without waiting for a caller to return one."""
         return not self._semaphore.locked()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise StoreClosedError after `close`."""
         if self._closed:
             raise StoreClosedError("this store was closed")
 
@@ -422,7 +432,7 @@ class Connections:
             if self._dialect.is_lost(driver) or self._closed:
                 # For example, the server was restarted since the connection was last used.
                 await self._discard(connection, driver)
-                self._check_open()
+                self.check_open()
                 continue
             leases.append(LeasedConnection(self._dialect, connection, driver))
             self._leased.add(leases[0])
@@ -582,6 +592,15 @@ class Connections:
     def __del__(self) -> None:
         if self._has_connected and not self._closed:
             self.warn_unclosed()
+
+
+def _is_failed_read(exc: BaseException, dialect: Dialect) -> bool:
+    """Whether an error tells that a statement failed that does not write."""
+    return (
+        isinstance(exc, StorageError)
+        and not exc.outcome_unknown
+        and isinstance(exc.__cause__, dialect.driver_errors)
+    )
 
 
 def _detach(idle: list[LeasedConnection]) -> None:

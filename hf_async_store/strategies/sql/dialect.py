@@ -101,11 +101,16 @@ class Dialect(ABC):
     @abstractmethod
     def in_transaction(self, driver: Any) -> bool: ...
 
-    async def job(self, driver: Any, work: Callable[[Any], Result]) -> Result:
+    async def job(
+        self, driver: Any, work: Callable[[Any], Result], *, completes: bool = True
+    ) -> Result:
         """Call a function with the connection of the driver, in its thread.
 
         Only for a driver that has one. If the function could not acquire the write lock, it is
         called again.
+
+        Args:
+            completes: a cancellation is raised after the function has returned, and not before.
         """
         raise NotImplementedError
 

@@ -67,6 +67,7 @@ class FeedingSQLEngine(ClaimingSQLEngine):
             return await self._feed.read(await self._source(lease, collection), since, limit)
 
     async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        self._main.check_open()
         tables = {} if self._state is None else self._state.tables
         watched = {each: tables[each] for each in positions if each in tables}
         await self._feed.changed(watched, seconds)

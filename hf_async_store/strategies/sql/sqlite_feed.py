@@ -219,7 +219,7 @@ class SQLiteFeed(Feed):
                 sleep(_PAUSE)
 
         # In the thread of the connection: each call of it takes longer than a look.
-        return await self._dialect.job(driver, look)
+        return await self._dialect.job(driver, look, completes=False)
 
 
 def _entry(source: Source, since: _Position, row: Sequence[Any]) -> FeedEntry:
