@@ -286,8 +286,10 @@ def _key_columns(shape: StatementKey, group: Sequence[PendingChange]) -> list[st
         if name == CREATED_AT and shape.verb != "patch":
             values = [_created(each) for each in group]
         args.append(hex_array_text(_encoded(values)))
-    for number in range(len(shape.unique)):
-        args.append(optional_bytes_array_text([each.digests[number] for each in group]))
+    args += [
+        optional_bytes_array_text([each.digests[number] for each in group])
+        for number in range(len(shape.unique))
+    ]
     return args
 
 

@@ -2,7 +2,8 @@
 it wrote.
 
 A statement takes rows of arguments as `i`, one array for each column, and the documents `d` in one JSON
-array. One for a single row takes the same, and finds that row by its id whatever the size of the table. A row that it does not return did not meet its precondition; `statement_writer` finds out why.
+array. One for a single row takes the same, and finds that row by its id whatever the size of the table. A
+row that it does not return did not meet its precondition; `statement_writer` finds out why.
 """
 
 from __future__ import annotations
