@@ -678,9 +678,7 @@ class RepositoryInterface(ABC):
             default = declared.entity({declared.key: key.id, **default})[1]
 
         async def attempt() -> Entity:
-            current = self._handed_on(key)
-            if current is None:
-                current = await self.get_entity(collection, key.id, timeout=remaining())
+            current = await self._read_to_change(key, remaining())
             if current is None and default is None:
                 raise EntityNotFoundError(collection, key.id)
             given = copy_entity(default) if current is None and default is not None else current
@@ -723,13 +721,13 @@ class RepositoryInterface(ABC):
     ) -> Result:
         """Await `attempt()`, and again after each conflict on the entity of this key."""
 
-    def _handed_on(self, key: Key) -> Entity | None:
-        """The entity as another task has just written it, for this one, which waited for its turn."""
-        del key
-        return None
+    async def _read_to_change(self, key: Key, timeout: float | None) -> Entity | None:
+        """The entity of a key for an attempt that writes only if it is unchanged."""
+        return await self.get_entity(key.collection, key.id, timeout=timeout)
 
+    @abstractmethod
     def _hand_on(self, key: Key, written: Entity) -> None:
-        """The current attempt has written this entity."""
+        """The current attempt has written this entity: the next one in the queue need not read it."""
 
     def _note_retry(self, collection: str | None) -> None:
         """Something is tried again after a conflict."""

@@ -398,9 +398,11 @@ class StorageStrategy(WatchedStore):
         self._usable()  # raises before waiting in the queue
         return await self._retry_queue.retry(key, attempt, seconds, self._note_retry)
 
-    def _handed_on(self, key: Key) -> Entity | None:
+    async def _read_to_change(self, key: Key, timeout: float | None) -> Entity | None:
         written = self._retry_queue.handed_on(key)
-        return None if written is None else copy_entity(written)
+        if written is not None:
+            return copy_entity(written)
+        return await super()._read_to_change(key, timeout)
 
     def _hand_on(self, key: Key, written: Entity) -> None:
         if self._reads is not None:  # a read is a round trip

@@ -231,8 +231,14 @@ class Encoder:
 
     # -- arguments ---------------------------------------------------------------------------
 
-    def arguments(self, shape: StatementKey, group: Sequence[PendingChange]) -> list[str]:
-        """The arguments of the statement of some changes, without the first."""
+    def arguments(
+        self, shape: StatementKey, group: Sequence[PendingChange], *, alone: bool = False
+    ) -> list[str]:
+        """The arguments of the statement of some changes, without the first.
+
+        Args:
+            alone: of the statement for a single change.
+        """
         ids = [each.change.key.id for each in group]
         args = [array_text(ids)]
         if shape.verb not in ("save", "create"):
@@ -249,22 +255,16 @@ class Encoder:
             if shape.removes:
                 args.append(array_text([_removed(each.change) for each in group]))
             args.append(array_text([len(each.doc.encode()) for each in group]))
-        for name in shape.keys:
-            values: list[Value | Missing] = [each.fields.get(name, MISSING) for each in group]
-            if name == CREATED_AT and shape.verb != "patch":
-                values = [_created(each) for each in group]
-            args.append(hex_array_text(_encoded(values)))
-        args += [
-            optional_bytes_array_text([each.digests[number] for each in group])
-            for number in range(len(shape.unique))
-        ]
+        args += _key_columns(shape, group)
         parents = [
             [_parent(each, field.name) for each in group]
             for field in self.statements.parents_of(shape)
         ]
         documents = f"[{','.join([each.doc for each in group])}]"
-        distinct = [encode_json(list(filter(None, set(each)))).decode() for each in parents]
-        return [*args, *map(array_text, parents), documents, *distinct]
+        args += [*map(array_text, parents), documents]
+        if not alone:
+            args += [encode_json(list(filter(None, set(each)))).decode() for each in parents]
+        return args
 
 
 def _touched(unique: tuple[Fields, ...], patch: Patch) -> tuple[Fields, ...]:
@@ -276,6 +276,21 @@ def _verb(change: Put) -> Verb:
     if change.expect is ANY:
         return "save"
     return "create" if change.expect is ABSENT else "replace"
+
+
+def _key_columns(shape: StatementKey, group: Sequence[PendingChange]) -> list[str]:
+    """The arguments for the key columns and unique columns that a statement writes."""
+    args: list[str] = []
+    for name in shape.keys:
+        values: list[Value | Missing] = [each.fields.get(name, MISSING) for each in group]
+        if name == CREATED_AT and shape.verb != "patch":
+            values = [_created(each) for each in group]
+        args.append(hex_array_text(_encoded(values)))
+    args += [
+        optional_bytes_array_text([each.digests[number] for each in group])
+        for number in range(len(shape.unique))
+    ]
+    return args
 
 
 def _created(pending: PendingChange) -> Value | Missing:

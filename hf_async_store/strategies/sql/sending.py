@@ -175,8 +175,10 @@ class _Batch(ABC):
         if self._locks_parents(shape):
             ids = array_text([each.change.key.id for each in piece])
             await self.lease.rows(self._statements.of_parents(shape.collection), (limit, ids))
-        sql = self._statements.of(shape, locks=self.locks)
-        args = (limit, *self._statements.times(shape), *self._encoder.arguments(shape, piece))
+        alone = len(piece) == 1
+        sql = self._statements.of(shape, locks=self.locks, alone=alone)
+        arguments = self._encoder.arguments(shape, piece, alone=alone)
+        args = (limit, *self._statements.times(shape), *arguments)
         return await self.lease.rows(sql, args, doing="write", writes=True)
 
     def _locks_parents(self, shape: StatementKey) -> bool:

@@ -2,7 +2,8 @@
 it wrote.
 
 A statement takes rows of arguments as `i`, one array for each column, and the documents `d` in one JSON
-array. A row that it does not return did not meet its precondition; `statement_writer` finds out why.
+array. One for a single row takes the same, and finds that row by its id whatever the size of the table. A
+row that it does not return did not meet its precondition; `statement_writer` finds out why.
 """
 
 from __future__ import annotations
@@ -69,10 +70,12 @@ class WriteStatements:
     def __init__(self, tables: Tables, *, references: bool) -> None:
         self._tables = tables
         self.references = references
-        self._cache: dict[tuple[StatementKey, bool, bool], str] = {}
+        self._cache: dict[tuple[StatementKey, bool, bool, bool], str] = {}
         self._exact: dict[tuple[Lifetimes, str], bool] = {}
 
-    def of(self, shape: StatementKey, *, locks: bool, if_held: bool = False) -> str:
+    def of(
+        self, shape: StatementKey, *, locks: bool, if_held: bool = False, alone: bool = False
+    ) -> str:
         """The statement.
 
         Its arguments are `lock_timeout` (None: as it is set), those of `times`, and one array for each
@@ -83,11 +86,13 @@ class WriteStatements:
             locks: it locks the parents to which rows refer, until its transaction ends. This is needed
                 unless the transactions are serializable.
             if_held: it changes only the row whose id is in the table `held`; see `ClaimSQL.write`.
+            alone: it has one row of arguments, and no lists of ids.
         """
-        key = (shape, locks, if_held)
+        key = (shape, locks, if_held, alone)
         cached = self._cache.get(key)
         if cached is None:
-            cached = self._cache[key] = self._generate(shape, locks=locks, if_held=if_held)
+            sql = self._generate(shape, locks=locks, if_held=if_held, alone=alone)
+            cached = self._cache[key] = sql
         return cached
 
     def of_parents(self, collection: str) -> str:
@@ -134,10 +139,10 @@ class WriteStatements:
     def _living(self, shape: StatementKey) -> _Living:
         return _Living(self._tables, shape, self.parents_of(shape))
 
-    def _generate(self, shape: StatementKey, *, locks: bool, if_held: bool) -> str:
+    def _generate(self, shape: StatementKey, *, locks: bool, if_held: bool, alone: bool) -> str:
         table = self._tables[shape.collection]
         living = self._living(shape)
-        columns = _Columns(2 + len(living.arguments))
+        columns = _Columns(2 + len(living.arguments), alone=alone)
         entity_id = columns.add("text")
         if shape.verb in ("save", "create"):
             sql = self._insert(table, shape, columns, living, locks=locks)
@@ -244,14 +249,18 @@ class WriteStatements:
             itself = f" OR {value} = i.c0" if parent is table else ""
             # The subquery is independent of the row: each parent is looked up once, by the index, so
             # that a serializable transaction does not conflict with those of all other parents.
+            wanted = value if columns.alone else "w.id"
             found = (
                 f"SELECT t.{parent.key} FROM {parent.name} AS t "
-                f"WHERE t.{parent.key} = w.id{living.parents[number]} LIMIT 1{lock}"
+                f"WHERE t.{parent.key} = {wanted}{living.parents[number]} LIMIT 1{lock}"
             )
-            yield (
-                f" AND ({value} IS NULL{itself} OR {value} IN (SELECT f.{parent.key} "
-                f"FROM {columns.list(number)} AS w (id), LATERAL ({found}) AS f))"
-            )
+            is_there = f"= ({found})"
+            if not columns.alone:
+                is_there = (
+                    f"IN (SELECT f.{parent.key} "
+                    f"FROM {columns.list(number)} AS w (id), LATERAL ({found}) AS f)"
+                )
+            yield f" AND ({value} IS NULL{itself} OR {value} {is_there})"
 
     def _no_children(self, table: Table, columns: _Columns) -> Iterator[str]:
         """The conditions that no entity refers to the deleted one."""
@@ -358,9 +367,11 @@ class _Columns:
 
     Args:
         first: the number of the parameter of the first one.
+        alone: there is one row of arguments.
     """
 
-    def __init__(self, first: int) -> None:
+    def __init__(self, first: int, *, alone: bool) -> None:
+        self.alone = alone
         self._first = first
         self._kinds: list[str] = []
 
@@ -378,6 +389,11 @@ class _Columns:
     def source(self, *, documents: bool) -> str:
         """The items of a FROM clause that provide the rows of arguments."""
         arrays = [f"${n}::text::{kind}[]" for n, kind in enumerate(self._kinds, self._first)]
+        if self.alone:
+            values = [f"({each})[1] AS c{n}" for n, each in enumerate(arrays)]
+            if documents:
+                values.append(f"(${self._first + len(arrays)}::text::jsonb) -> 0 AS d")
+            return f"{_LOCK_TIMEOUT}, (SELECT {', '.join(values)}) AS i"
         names = [*(f"c{n}" for n in range(len(arrays))), "d"]
         # The unqualified name with one argument would be looked up along the search_path.
         unnest = f"{'pg_catalog.' if len(arrays) == 1 else ''}unnest({', '.join(arrays)})"
