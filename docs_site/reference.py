@@ -177,7 +177,12 @@ SECTIONS: Final[Mapping[str, Section]] = {
         "Names for engines",
         "What the methods of engines take and return, and the decisions that engines share. Import these "
         "names from `hf_async_store.driver`, too.",
-        (*ENGINE_NAMES, "strategy.schema_of", "strategies.routing.routed"),
+        (
+            *ENGINE_NAMES,
+            "overlay_session.OverlaySession",
+            "strategy.schema_of",
+            "strategies.routing.routed",
+        ),
     ),
 }
 

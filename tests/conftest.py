@@ -22,7 +22,7 @@ from hf_async_store_bench.servers import (
     dynamodb,
     postgres,
 )
-from tests.dynamodb.proxy import Proxy, proxy_before
+from tests.dynamodb.proxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,5 +145,5 @@ def dynamodb_server() -> Iterator[DynamoDBServer]:
 @pytest.fixture(scope="session")
 def dynamodb_proxy(dynamodb_server: DynamoDBServer) -> Iterator[Proxy]:
     """A proxy in front of the DynamoDB server that counts requests and injects faults."""
-    with proxy_before(dynamodb_server.endpoint_url) as proxy:
+    with Proxy(dynamodb_server.endpoint_url) as proxy:
         yield proxy

@@ -10,7 +10,7 @@ import sqlite3
 import time
 from base64 import urlsafe_b64decode
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -29,7 +29,9 @@ from hf_async_store.testing.harness import (
 from tests.dynamodb.proxy import WRITES, Answer, Cut, Fault, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+
+    import pytest
 
     from hf_async_store import Capabilities, JSONStorageStrategy, StorageStrategy
     from hf_async_store.strategies.memory import MemoryEngine
@@ -430,6 +432,9 @@ class DynamoDBHarness:
 
         self._proxy.rule = rule
 
+    def cut_connections(self) -> None:
+        self._proxy.cut_connections()
+
     def throttle(self, requests: int) -> None:
         left = requests
 
@@ -441,6 +446,22 @@ class DynamoDBHarness:
             return Partly() if left % 2 else throttled()
 
         self._proxy.rule = rule
+
+
+@contextmanager
+def shared_harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
+    """The harness that the parameter of a fixture names, of an engine that several processes share."""
+    name = str(request.param)
+    if name.startswith("json"):
+        yield JSONHarness(tmp_path, "store.json" if name == "json" else "store")
+    elif name == "sqlite":
+        yield SQLiteHarness(tmp_path)
+    elif name == "dynamodb":
+        yield DynamoDBHarness(request.getfixturevalue("dynamodb_proxy"))
+    else:
+        made = PostgreSQLHarness(request.getfixturevalue("postgres_server"))
+        yield made
+        made.close()
 
 
 def _records_before(iterator: str) -> int:

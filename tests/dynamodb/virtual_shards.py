@@ -185,7 +185,7 @@ class VirtualShards:
         return self._read
 
     def _ask(self, target: str, params: dict[str, Any]) -> Any:
-        connection = HTTPConnection(*self._proxy.server, timeout=30)
+        connection = HTTPConnection(*self._proxy.to, timeout=30)
         scope = "test/20260101/us-east-1/dynamodb/aws4_request"
         headers = {
             "X-Amz-Target": target,
