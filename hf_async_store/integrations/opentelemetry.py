@@ -212,7 +212,9 @@ class _ObservedStore(StoreObserver):
 
     def operation(self, operation: Operation, within: Observation | None) -> Observation:
         if within is None:
-            return _Operation(self, operation, None, is_recorded=self._is_in_trace())
+            # Whether what is not measured is recorded was asked before.
+            is_recorded = not operation.measured or self._is_in_trace()
+            return _Operation(self, operation, None, is_recorded=is_recorded)
         outer = cast("_Operation", within)
         return _Operation(self, operation, outer.span, is_recorded=outer.is_recorded)
 
