@@ -627,11 +627,7 @@ class Engine(Reader):
         """
         async with self.claimed_session(change.key, token, ends=ends) as session:
             [outcome] = await session.write([change])
-            if outcome is None or isinstance(outcome, EntityNotFoundError):
-                raise claim_records.absent(change.key) from outcome
-            if isinstance(outcome, StorageError):
-                raise outcome
-        return outcome
+            return written(change.key, outcome)
 
     async def break_claim(self, key: Key) -> bool:
         """End a claim whoever holds it, and forget how often the entity was claimed; returns whether
@@ -856,6 +852,20 @@ async def giving_back(engine: Engine) -> AsyncGenerator[list[Claimed], None]:
         if claimed:
             await run_to_completion(_give_back(engine, claimed))
         raise
+
+
+def written(key: Key, outcome: Outcome) -> int:
+    """The version that a change under a claim wrote.
+
+    Raises:
+        ClaimLostError: there is no entity.
+        StorageError: the change was refused.
+    """
+    if outcome is None or isinstance(outcome, EntityNotFoundError):
+        raise claim_records.absent(key) from outcome
+    if isinstance(outcome, StorageError):
+        raise outcome
+    return outcome
 
 
 async def _give_back(engine: Engine, claimed: Sequence[Claimed]) -> None:

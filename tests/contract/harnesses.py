@@ -65,17 +65,24 @@ class MemoryHarness:
         return []
 
 
+def defaults_of(test: str) -> dict[str, object]:
+    """The settings of JSON stores in a test: `close` waits so long for a session that is never ended."""
+    return {"lock_timeout": 1} if "_124_a_session_cannot_commit_after_close" in test else {}
+
+
 class JSONHarness:
     """A store in a separate folder.
 
     Args:
         name: the name of the single file, or of the folder of split files.
+        defaults: settings of all stores.
     """
 
     impossible_faults = _NO_SERVER
 
-    def __init__(self, tmp_path: Path, name: str) -> None:
+    def __init__(self, tmp_path: Path, name: str, **defaults: object) -> None:
         self._tmp_path = tmp_path
+        self._defaults = defaults
         self._path = tmp_path / "data" / name
         self._folder = self._path.parent if name.endswith(".json") else self._path
         self.capabilities = _capabilities_of(self)
@@ -83,7 +90,7 @@ class JSONHarness:
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
     ) -> StorageStrategy:
-        return _opened(self.url(), collections, settings)
+        return _opened(self.url(), collections, {**self._defaults, **settings})
 
     def url(self) -> str:
         return f"json:{self._path}"

@@ -110,6 +110,7 @@ def _follow(
         time.sleep(0.05)
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.timeout(300)
 def test_110_a_killed_reader_misses_nothing(harness: Harness, tmp_path: Path) -> None:
     feed_of(harness)

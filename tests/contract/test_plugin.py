@@ -112,22 +112,23 @@ def test_of_a_module():
 def test_of_the_same_module(number):
     pass
 
-@pytest.mark.hf_sampled(by="case")
-class TestCases:
-    def test_1_first(self):
+@pytest.mark.hf_sampled
+class Contract:
+    @pytest.mark.parametrize("number", range(18))
+    def test_first(self, number):
         pass
 
-    def test_1_second(self):
+    @pytest.mark.parametrize("number", range(6))
+    def test_second(self, number):
         pass
 
-    def test_1_third(self):
-        pass
+@pytest.mark.hf_sampled(by="class")
+class TestSixth(Contract):
+    pass
 
-    def test_1_fourth(self):
-        pass
-
-    def test_2_other(self):
-        pass
+@pytest.mark.hf_sampled(by="class", one_in=12)
+class TestTwelfth(Contract):
+    pass
 
 @pytest.mark.parametrize("number", range(2))
 def test_that_is_not_sampled(number):
@@ -151,8 +152,8 @@ def test_a_sixth_of_the_variants_is_run(tmp_path: Path) -> None:
     assert len([each for each in found if "module" in each]) == 1
     engines = [each.rstrip("]").rpartition("-")[2] for each in found if "of_engines" in each]
     assert sorted(engines) == ["one", "other"]
-    assert len([each for each in found if "test_1_" in each]) == 1
-    assert "TestCases::test_2_other" in found
+    assert len([each for each in found if "TestSixth" in each]) == 4
+    assert len([each for each in found if "TestTwelfth" in each]) == 2
     assert len([each for each in found if "not_sampled" in each]) == 2
     assert passed(tmp_path, "--hf-seed=7") == found, "the same seed makes the same choice"
 
@@ -161,7 +162,7 @@ def test_a_sixth_of_the_variants_is_run(tmp_path: Path) -> None:
 def test_all_variants_are_run_if_they_are_named_or_in_a_full_run(
     tmp_path: Path, how: list[str]
 ) -> None:
-    assert len(passed(tmp_path, *how)) == 18 + 6 + 3 + 5 + 2
+    assert len(passed(tmp_path, *how)) == 18 + 6 + 3 + 2 * 24 + 2
 
 
 def test_nothing_is_reported_if_no_engine_was_skipped(tmp_path: Path) -> None:

@@ -317,7 +317,11 @@ async def test_106_a_claim_whose_response_was_lost_is_recognised(proxy: Proxy) -
             pass
 
         def rule(request: Request) -> Fault | None:
-            if request.operation not in ("UpdateItem", "TransactWriteItems"):
+            if request.operation not in (
+                "BatchExecuteStatement",
+                "UpdateItem",
+                "TransactWriteItems",
+            ):
                 return None
             proxy.rule = None
             return Cut(applied=True)
