@@ -70,7 +70,7 @@ def check(
         current: the stored entity, of which the conflict gets a copy.
 
     Raises:
-        AlreadyExistsError, EntityNotFoundError, ConcurrencyConflictError.
+        AlreadyExistsError, EntityNotFoundError, ConcurrencyConflictError: it is not met.
     """
     if expect is ANY or expect == actual:
         return
@@ -177,7 +177,7 @@ def check_parents(
     """Refuse a change that refers to a missing parent, unless the stored entity does so already.
 
     Raises:
-        ReferenceViolationError.
+        ReferenceViolationError: there is no such parent.
     """
     for field, parent in missing_parents(schema, change, exists):
         if current is None or current.get(field.name) != parent:
@@ -204,7 +204,7 @@ def check_children(
         referrers: returns the ids of the entities of a collection whose field contains an id.
 
     Raises:
-        ReferenceViolationError.
+        ReferenceViolationError: there are children.
     """
     for child, field in schema.children[key.collection]:
         for each in referrers(child, field, key.id):
