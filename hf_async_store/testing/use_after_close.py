@@ -149,7 +149,9 @@ def _calls_of(engine: Engine, capabilities: Capabilities) -> dict[str, _Call]:
 
 def _may_end(error: BaseException | None) -> bool:
     """Whether a call may end in this way: the others change and delete the entity meanwhile."""
-    if error is None or isinstance(error, StoreClosedError | ConcurrencyConflictError | ClaimLostError):
+    if error is None or isinstance(
+        error, StoreClosedError | ConcurrencyConflictError | ClaimLostError
+    ):
         return True
     return isinstance(error, StorageError) and error.outcome_unknown
 
