@@ -486,6 +486,9 @@ StrategyConfig: TypeAlias = JSONConfig | SQLConfig | DynamoDBConfig | MemoryConf
 Options: TypeAlias = "StrategyConfig | Mapping[str, Value]"
 """The configuration of a strategy: a model, or the plain mapping of a third-party one."""
 
+_SIMILAR_NAME: Final = 0.8
+"""By less, `sqlite:` or `sql` would be taken for what `mysql:` or `mysql` means."""
+_INSTALLED_WITH: Final = "an engine of another package is known once that package is installed"
 _MODELS: Final[Mapping[str, type[StrategyConfig]]] = {
     "json": JSONConfig,
     "sql": SQLConfig,
@@ -819,7 +822,9 @@ def _selected_strategy(storage: Mapping[str, object], blocks: list[str], parent:
     if name not in _MODELS:
         known = [*_MODELS, *_registered()]
         if name not in known:
-            raise ConfigurationError(f"{path}: unknown strategy ({_known(name, known)})")
+            raise ConfigurationError(
+                f"{path}: unknown strategy ({_known(name, known, _SIMILAR_NAME)}); {_INSTALLED_WITH}"
+            )
     return name
 
 
@@ -1024,11 +1029,11 @@ def _refuse_unknown(data: Mapping[str, object], known: Iterable[str], path: str)
             raise ConfigurationError(f"{_at(path, key)}: unknown key ({_known(key, names)})")
 
 
-def _known(name: str, names: list[str]) -> str:
+def _known(name: str, names: list[str], similarity: float = 0.6) -> str:
     """`known: a, b; did you mean 'a'?`"""
     from difflib import get_close_matches
 
-    close = get_close_matches(str(name).lower(), names, n=1)
+    close = get_close_matches(str(name).lower(), names, n=1, cutoff=similarity)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"known: {', '.join(names) or 'none'}{hint}"
 
@@ -1135,9 +1140,11 @@ def _missing_file(path: str) -> ConfigurationError:
         )
     # It may be a URL with a mistyped scheme and a password anywhere, so only the scheme is shown.
     shown = path if match is None else f"{match[0]}..."
-    known = _known(shown.removesuffix("..."), [f"{each}:" for each in (*_URLS, *_registered())])
+    schemes = [f"{each}:" for each in (*_URLS, *_registered())]
+    known = _known(shown.removesuffix("..."), schemes, _SIMILAR_NAME)
     return ConfigurationError(
-        f"no such configuration file {shown!r}, and not a URL of a known scheme ({known})"
+        f"no such configuration file {shown!r}, and not a URL of a known scheme ({known}); "
+        f"{_INSTALLED_WITH}"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import cache, partial, wraps
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
@@ -76,6 +77,7 @@ def observed_store(kind: Kind, observer: StoreObserver) -> Kind:
         observer,
         names,
         lambda name: name not in _SHARED,
+        snapshot=_observed_context(kind.snapshot, observer),
         transaction_type=_observed_transaction(kind.transaction_type, observer),
         _claim_type=_observed_type(kind._claim_type, observer, claims, lambda name: True),
     )
@@ -171,6 +173,27 @@ async def _observed_stream(
         observation.end(exc)
         raise
     observation.end(None)
+
+
+def _observed_context(
+    method: Callable[..., AbstractAsyncContextManager[Item]], observer: StoreObserver
+) -> Callable[..., AbstractAsyncContextManager[Item]]:
+    """A method whose result is entered, which is an operation until that is left."""
+
+    @asynccontextmanager
+    @wraps(method)
+    async def entered(*args: Any, **kwargs: Any) -> AsyncGenerator[Item, None]:
+        observation = observer.operation(Operation(method.__name__), None)
+        observation.start(current=False)
+        try:
+            async with method(*args, **kwargs) as value:
+                yield value
+        except BaseException as exc:
+            observation.end(exc)
+            raise
+        observation.end(None)
+
+    return entered
 
 
 # -- transactions ---------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class Op(msgspec.Struct, frozen=True):
 def eq(value: object) -> Op:
     """Equal, type by type: integers and floats are one type, booleans another. The default.
 
-    `eq(None)` matches null, not a missing field.
+    `eq(None)` matches null, not a missing field: that is `exists(False)`.
     """
     return Op("eq", value)
 
@@ -121,7 +121,10 @@ def not_in(values: Iterable[object]) -> Op:
 
 
 def exists(wanted: bool = True) -> Op:
-    """The field is present, null or not; with False, it is missing."""
+    """The field is present, null or not; with False, it is missing.
+
+    `or_({"done_at": None}, {"done_at": exists(False)})` matches a field without a value in both ways.
+    """
     return Op("exists", wanted)
 
 

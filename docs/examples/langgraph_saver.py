@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Final, cast
 
 from langchain_core.runnables import RunnableConfig
@@ -37,6 +38,7 @@ from hf_async_store import (
     Field,
     Index,
     StorageStrategy,
+    and_,
     desc,
     in_,
     lt,
@@ -47,12 +49,15 @@ CHECKPOINTS, WRITES = "checkpoints", "checkpoint_writes"
 COLLECTIONS: Final = (
     Collection(
         CHECKPOINTS,
-        key="key",
-        fields=["thread_id", "branch", "checkpoint_id", "run_id", Field("metadata", "json")],
-        indexes=[Index("branch", "checkpoint_id"), Index("thread_id", "checkpoint_id"), "run_id"],
+        key="checkpoint",
+        fields=["thread_id", "namespace", "checkpoint_id", "run_id", Field("metadata", "json")],
+        indexes=[Index("thread_id", "checkpoint_id"), "run_id"],
     ),
     Collection(
-        WRITES, key="key", fields=["thread_id", "checkpoint"], indexes=["thread_id", "checkpoint"]
+        WRITES,
+        key="key",
+        fields=["thread_id", "checkpoint"],
+        indexes=[Index("thread_id", "checkpoint")],
     ),
 )
 
@@ -72,12 +77,11 @@ class EntitySaver(BaseCheckpointSaver[int]):
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         thread_id, namespace = _branch(config)
         if checkpoint_id := get_checkpoint_id(config):
-            key = _key(thread_id, namespace, checkpoint_id)
-            entity = await self._store.get_entity(CHECKPOINTS, key)
-            found = [] if entity is None else [entity]
+            ids = [_key(thread_id, namespace, checkpoint_id)]
+            found = [each for each in await self._store.get_entities(CHECKPOINTS, ids) if each]
         else:
+            branch = {"thread_id": thread_id, "namespace": namespace}
             latest = desc("checkpoint_id")
-            branch = {"branch": _key(thread_id, namespace)}
             found = await self._store.query_entities(CHECKPOINTS, branch, order_by=latest, limit=1)
         tuples = await self._tuples(found)
         return tuples[0] if tuples else None
@@ -90,48 +94,40 @@ class EntitySaver(BaseCheckpointSaver[int]):
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[CheckpointTuple]:
-        where: dict[Any, object] = {
-            path("metadata", name): value for name, value in (filter or {}).items()
-        }
+        where: list[Mapping[Any, object]] = [
+            {path("metadata", name): value for name, value in (filter or {}).items()}
+        ]
         if config is not None:
             thread_id, namespace = _branch(config)
+            where.append({"thread_id": thread_id})
             if "checkpoint_ns" in config["configurable"]:
-                where["branch"] = _key(thread_id, namespace)
-            else:
-                where["thread_id"] = thread_id
+                where.append({"namespace": namespace})
             if checkpoint_id := get_checkpoint_id(config):
-                where[path("checkpoint_id")] = checkpoint_id
+                where.append({"checkpoint_id": checkpoint_id})
         if before is not None and (checkpoint_id := get_checkpoint_id(before)):
-            where["checkpoint_id"] = lt(checkpoint_id)
-        if limit is not None and limit <= 0:
-            return
+            where.append({"checkpoint_id": lt(checkpoint_id)})
+        most = limit if limit is None else max(limit, 0)
         found = await self._store.query_entities(
-            CHECKPOINTS, where, order_by=desc("checkpoint_id"), limit=limit
+            CHECKPOINTS, and_(*where), order_by=desc("checkpoint_id"), limit=most
         )
         for each in await self._tuples(found):
             yield each
 
     async def _tuples(self, checkpoints: Sequence[Entity]) -> list[CheckpointTuple]:
         """Checkpoints with what tasks have written since."""
-        if not checkpoints:
-            return []
-        written: dict[str, list[Any]] = {str(each["key"]): [] for each in checkpoints}
-        some = {"checkpoint": in_(list(written))}
-        for each in await self._store.query_entities(WRITES, some):
-            written[str(each["checkpoint"])] += _sortable(each)
-        return [
-            self._tuple(each, sorted(written[str(each["key"])], key=lambda write: write[0]))
-            for each in checkpoints
-        ]
+        written: dict[object, list[Any]] = {each["checkpoint"]: [] for each in checkpoints}
+        if checkpoints:
+            for each in await self._store.query_entities(WRITES, _of(checkpoints)):
+                written[each["checkpoint"]] += _sortable(each)
+        return [self._tuple(each, sorted(written[each["checkpoint"]])) for each in checkpoints]
 
     def _tuple(self, entity: Entity, writes: Iterable[Any]) -> CheckpointTuple:
-        thread_id, namespace, checkpoint_id = json.loads(str(entity["key"]))
         parent_id = entity["parent_id"]
         return CheckpointTuple(
-            _config(thread_id, namespace, checkpoint_id),
-            self._loaded(entity["checkpoint"]),
+            _config(entity, entity["checkpoint_id"]),
+            self._loaded(entity["data"]),
             cast("CheckpointMetadata", entity["metadata"]),
-            None if parent_id is None else _config(thread_id, namespace, str(parent_id)),
+            None if parent_id is None else _config(entity, parent_id),
             [(task_id, channel, self._loaded(value)) for _, task_id, channel, value in writes],
         )
 
@@ -142,18 +138,17 @@ class EntitySaver(BaseCheckpointSaver[int]):
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
-        thread_id, namespace = _branch(config)
         stored = dict(get_checkpoint_metadata(config, metadata))
         run_id = stored.get("run_id")
         entity = {
-            **_place(thread_id, namespace, checkpoint["id"]),
+            **_place(*_branch(config), checkpoint["id"]),
             "parent_id": get_checkpoint_id(config),
             "run_id": run_id if isinstance(run_id, str) else None,
             "metadata": stored,
-            "checkpoint": self._dumped(checkpoint),
+            "data": self._dumped(checkpoint),
         }
         await self._store.save_entity(CHECKPOINTS, entity)
-        return _config(thread_id, namespace, checkpoint["id"])
+        return _config(entity, checkpoint["id"])
 
     async def aput_writes(
         self,
@@ -162,52 +157,44 @@ class EntitySaver(BaseCheckpointSaver[int]):
         task_id: str,
         task_path: str = "",
     ) -> None:
-        thread_id, namespace = _branch(config)
-        checkpoint_id = config["configurable"]["checkpoint_id"]
+        place = _place(*_branch(config), config["configurable"]["checkpoint_id"])
         new = {
             str(WRITES_IDX_MAP.get(channel, index)): [channel, self._dumped(value)]
             for index, (channel, value) in enumerate(writes)
         }
-        entity = {
-            "key": _key(thread_id, namespace, checkpoint_id, task_id),
-            "thread_id": thread_id,
-            "checkpoint": _key(thread_id, namespace, checkpoint_id),
-            "task_path": task_path,
-            "writes": new,
-        }
+        key = _key(place["checkpoint"], task_id)
+        written = {"key": key, "task_id": task_id, "task_path": task_path, "writes": new}
+        entity = {**place, **written}
         try:
             await self._store.create_entity(WRITES, entity)
         except AlreadyExistsError:
             await self._store.modify_entity(
-                WRITES, str(entity["key"]), lambda stored: _merged(stored, new), default=entity
+                WRITES, key, lambda stored: _merged(stored, new), default=entity
             )
 
     async def adelete_thread(self, thread_id: str) -> None:
-        for collection in (WRITES, CHECKPOINTS):
-            await self._store.delete_where(collection, {"thread_id": thread_id})
+        await self._delete({"thread_id": thread_id})
 
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
         of_runs = {"run_id": in_(list(run_ids))}
-        found = await self._store.query_entities(CHECKPOINTS, of_runs, fields=["key"])
-        await self._delete([str(each["key"]) for each in found])
+        found = await self._store.query_entities(CHECKPOINTS, of_runs, fields=["thread_id"])
+        await self._delete(_of(found))
 
     async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
+        of_threads = {"thread_id": in_(list(thread_ids))}
         if strategy == "delete":
-            for each in thread_ids:
-                await self.adelete_thread(each)
+            await self._delete(of_threads)
             return
         found = await self._store.query_entities(
-            CHECKPOINTS,
-            {"thread_id": in_(list(thread_ids))},
-            order_by="checkpoint_id",
-            fields=["branch"],
+            CHECKPOINTS, of_threads, order_by="checkpoint_id", fields=["thread_id", "namespace"]
         )
-        latest = {each["branch"]: each["key"] for each in found}.values()
-        await self._delete([str(each["key"]) for each in found if each["key"] not in latest])
+        latest = {(each["thread_id"], each["namespace"]): each["checkpoint"] for each in found}
+        kept = set(latest.values())
+        await self._delete(_of([each for each in found if each["checkpoint"] not in kept]))
 
-    async def _delete(self, keys: Sequence[str]) -> None:
-        await self._store.delete_where(WRITES, {"checkpoint": in_(keys)})
-        await self._store.delete_entities(CHECKPOINTS, keys)
+    async def _delete(self, filters: Mapping[str, object]) -> None:
+        for collection in (WRITES, CHECKPOINTS):
+            await self._store.delete_where(collection, filters)
 
     async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         for collection in (CHECKPOINTS, WRITES):
@@ -224,8 +211,10 @@ class EntitySaver(BaseCheckpointSaver[int]):
         return self.serde.loads_typed((kind, b64decode(data)))
 
 
-def _key(*parts: str) -> str:
-    return json.dumps(parts)
+def _key(*parts: object) -> str:
+    """An id has 1,024 bytes at most."""
+    text = json.dumps(parts)
+    return text if len(text) <= 1024 else sha256(text.encode()).hexdigest()
 
 
 def _branch(config: RunnableConfig) -> tuple[str, str]:
@@ -233,26 +222,34 @@ def _branch(config: RunnableConfig) -> tuple[str, str]:
     return str(configurable["thread_id"]), configurable.get("checkpoint_ns", "")
 
 
-def _place(thread_id: str, namespace: str, checkpoint_id: str) -> dict[str, object]:
+def _place(thread_id: str, namespace: object, checkpoint_id: object) -> dict[str, object]:
     return {
-        "key": _key(thread_id, namespace, checkpoint_id),
+        "checkpoint": _key(thread_id, namespace, checkpoint_id),
         "thread_id": thread_id,
-        "branch": _key(thread_id, namespace),
+        "namespace": namespace,
         "checkpoint_id": checkpoint_id,
     }
 
 
-def _config(thread_id: str, namespace: str, checkpoint_id: str) -> RunnableConfig:
-    place = {"thread_id": thread_id, "checkpoint_ns": namespace, "checkpoint_id": checkpoint_id}
-    return {"configurable": place}
+def _config(place: Mapping[str, object], checkpoint_id: object) -> RunnableConfig:
+    configurable = {"thread_id": place["thread_id"], "checkpoint_ns": place["namespace"]}
+    return {"configurable": {**configurable, "checkpoint_id": checkpoint_id}}
+
+
+def _of(checkpoints: Sequence[Entity]) -> dict[str, object]:
+    """The filter for checkpoints, and for what tasks have written since."""
+    return {
+        "thread_id": in_(list({str(each["thread_id"]) for each in checkpoints})),
+        "checkpoint": in_([str(each["checkpoint"]) for each in checkpoints]),
+    }
 
 
 def _sortable(entity: Entity) -> list[Any]:
     """What one task has written: the place in the order of all, task, channel, value."""
-    task_id = json.loads(str(entity["key"]))[-1]
+    task_path, task_id = str(entity["task_path"]), str(entity["task_id"])
     writes = cast("dict[str, list[Any]]", entity["writes"])
     return [
-        (writes_sort_key(str(entity["task_path"]), task_id, int(index)), task_id, *write)
+        (writes_sort_key(task_path, task_id, int(index)), task_id, *write)
         for index, write in writes.items()
     ]
 
@@ -266,13 +263,7 @@ def _merged(stored: Entity, new: Mapping[str, object]) -> Entity:
 
 def _moved(entity: Entity, thread_id: str) -> dict[str, object]:
     """A copy of a checkpoint, or of what a task has written, for another thread."""
-    _, *place = json.loads(str(entity["key"]))
-    if "branch" in entity:
-        return {**entity, **_place(thread_id, *place)}
-    checkpoint = _key(thread_id, *place[:2])
-    return {
-        **entity,
-        "key": _key(thread_id, *place),
-        "thread_id": thread_id,
-        "checkpoint": checkpoint,
-    }
+    place = _place(thread_id, entity["namespace"], entity["checkpoint_id"])
+    if "task_id" in entity:
+        place["key"] = _key(place["checkpoint"], entity["task_id"])
+    return {**entity, **place}

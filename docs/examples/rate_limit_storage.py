@@ -1,11 +1,12 @@
 """`limits` over hf_async_store: rate limits that all processes of a store share, with all its strategies.
 
-    async with open_store("sqlite:limits.db", collections=COLLECTIONS) as store:
+    async with open_store("sqlite:limits.db?synchronous=NORMAL", collections=COLLECTIONS) as store:
         limiter = MovingWindowRateLimiter(EntityStorage(store=store))
         await limiter.hit(parse("10/minute"), "ada")
 
 A counter is an entity with an `increment`. The moving window of a key is one entity with the times of its
-hits, changed by compare-and-set. Both expire.
+hits, changed by compare-and-set. Both expire. As hits need not survive a power failure, a store of their
+own need not wait for the disk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from hashlib import sha256
 from math import floor
 from typing import Final, cast
 
@@ -80,33 +82,37 @@ class EntityStorage(
 
     # -- counters ----------------------------------------------------------------------------
 
-    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
+    async def incr(self, key: str, expiry: float, amount: int = 1, *, is_new: bool = False) -> int:
+        """
+        Args:
+            is_new: the counter was missing a moment ago.
+        """
         while True:
             try:
-                counter = await self._store.update_entity(
-                    COUNTERS, key, {"hits": increment(amount)}, returning=True
+                if is_new:
+                    counter = {"limit_key": _id(key), "hits": amount}
+                    end = _at(time.time() + expiry)
+                    await self._store.create_entity(COUNTERS, {**counter, "expires_at": end})
+                    return amount
+                counted = {"hits": increment(amount)}
+                return _hits(
+                    await self._store.update_entity(COUNTERS, _id(key), counted, returning=True)
                 )
-            except EntityNotFoundError:
-                new = {"limit_key": key, "hits": amount, "expires_at": _at(time.time() + expiry)}
-                try:
-                    await self._store.create_entity(COUNTERS, new)
-                except AlreadyExistsError:
-                    continue  # another task has begun the counter
-                return amount
-            return _hits(counter)
+            except (AlreadyExistsError, EntityNotFoundError):
+                is_new = not is_new
 
     async def get(self, key: str) -> int:
-        return _hits(await self._store.get_entity(COUNTERS, key))
+        return _hits(await self._store.get_entity(COUNTERS, _id(key)))
 
     async def get_expiry(self, key: str) -> float:
-        counter = await self._store.get_entity(COUNTERS, key)
+        counter = await self._store.get_entity(COUNTERS, _id(key))
         if counter is None:
             return time.time()
         return datetime.fromisoformat(str(counter["expires_at"])).timestamp()
 
     async def clear(self, key: str) -> None:
-        await self._store.delete_entity(COUNTERS, key)
-        await self._store.delete_entity(WINDOWS, key)
+        for each in COLLECTIONS:
+            await self._store.delete_entity(each.name, _id(key))
 
     async def reset(self) -> int | None:
         return sum([await self._store.delete_where(each.name, {}) for each in COLLECTIONS])
@@ -130,14 +136,14 @@ class EntityStorage(
 
         try:
             new = {"expires_at": _at(time.time())}
-            await self._store.modify_entity(WINDOWS, key, hit, default=new)
+            await self._store.modify_entity(WINDOWS, _id(key), hit, default=new)
         except _FullError:
             return False
         return True
 
     async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
         now = time.time()
-        recent = _since(now - expiry, await self._store.get_entity(WINDOWS, key))
+        recent = _since(now - expiry, await self._store.get_entity(WINDOWS, _id(key)))
         return (recent[-1][0], sum(count for _, count in recent)) if recent else (now, 0)
 
     # -- sliding windows ---------------------------------------------------------------------
@@ -145,32 +151,42 @@ class EntityStorage(
     async def acquire_sliding_window_entry(
         self, key: str, limit: int, expiry: int, amount: int = 1
     ) -> bool:
-        (_, current), before, hits, left = await self._windows(key, expiry)
-        weight = before * left / expiry
-        if amount > limit or floor(weight + hits) + amount > limit:
+        (_, current), (before, hits), left = await self._windows(key, expiry)
+        weight = _hits(before) * left / expiry
+        if amount > limit or floor(weight + _hits(hits)) + amount > limit:
             return False
-        if floor(weight + await self.incr(current, 2 * expiry, amount)) <= limit:
+        counted = await self.incr(current, 2 * expiry, amount, is_new=hits is None)
+        if floor(weight + counted) <= limit:
             return True
         # Another task was faster.
-        await self._store.update_entity(COUNTERS, current, {"hits": increment(-amount)})
+        await self._store.update_entity(COUNTERS, _id(current), {"hits": increment(-amount)})
         return False
 
     async def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        _, before, hits, left = await self._windows(key, expiry)
+        _, counters, left = await self._windows(key, expiry)
+        before, hits = map(_hits, counters)
         return before, left if before else 0.0, hits, left + expiry
 
     async def clear_sliding_window(self, key: str, expiry: int) -> None:
         keys = self.sliding_window_keys(key, expiry, time.time())
-        await self._store.delete_entities(COUNTERS, keys)
+        await self._store.delete_entities(COUNTERS, list(map(_id, keys)))
 
-    async def _windows(self, key: str, expiry: int) -> tuple[tuple[str, str], int, int, float]:
-        """The keys and the hits of the last window and of this one, and how long this one goes on."""
+    async def _windows(
+        self, key: str, expiry: int
+    ) -> tuple[tuple[str, str], list[Entity | None], float]:
+        """The keys and counters of the last window and of this one, and how long this one goes on."""
         while True:
             keys = self.sliding_window_keys(key, expiry, time.time())
-            before, hits = map(_hits, await self._store.get_entities(COUNTERS, keys))
+            counters = await self._store.get_entities(COUNTERS, list(map(_id, keys)))
             now = time.time()
             if self.sliding_window_keys(key, expiry, now) == keys:  # they have not moved meanwhile
-                return keys, before, hits, (1 - now / expiry % 1) * expiry
+                return keys, counters, (1 - now / expiry % 1) * expiry
+
+
+def _id(key: str) -> str:
+    """An id has 1,024 bytes at most."""
+    text = key.encode()
+    return key if len(text) <= 1024 else sha256(text).hexdigest()
 
 
 def _hits(counter: Entity | None) -> int:

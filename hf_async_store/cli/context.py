@@ -199,6 +199,16 @@ def run_work(arguments: Namespace, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run(body())
 
 
+@contextmanager
+def repeatable(how: str) -> Iterator[None]:
+    """Say how work goes on that Ctrl-C or a timeout ends before its time."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        log_line(how)
+        raise
+
+
 async def abandonable(work: Coroutine[Any, Any, Result]) -> Result:
     """Run `work` such that a cancellation, by Ctrl-C or a timeout, returns almost at once.
 

@@ -363,23 +363,21 @@ def _show_table(collection: Collection, rows: list[Entity], fields: list[str] | 
 
 
 def count(arguments: Namespace) -> int:
-    from hf_async_store.cli.filter_syntax import filters_of, steps_of
-    from hf_async_store.query import MISSING, path
+    from hf_async_store.cli.filter_syntax import filters_of, group_of
+    from hf_async_store.query import MISSING
 
     context = Context(arguments)
     collection = context.collection()
     filters = filters_of(arguments.filters, collection)
-
-    steps = () if arguments.by is None else steps_of(arguments.by)
+    group = None if arguments.by is None else group_of(arguments.by, collection)
 
     async def work(store: StorageStrategy) -> int:
-        if not steps:
+        if group is None:
             output.json_line(await store.count_entities(collection.name, filters))
             return 0
-        field = str(steps[0]) if len(steps) == 1 else path(*steps)
-        for value, number in await store.count_by(collection.name, field, filters):
-            group = {} if value is MISSING else {"value": value}
-            output.json_line({**group, "count": number})
+        for value, number in await store.count_by(collection.name, group, filters):
+            shown = {} if value is MISSING else {"value": value}
+            output.json_line({**shown, "count": number})
         return 0
 
     return context.run(work, needs_store=True)

@@ -188,6 +188,11 @@ def fields_of(words: Iterable[str], collection: Collection) -> list[Path] | None
     return [_named_path(each, "--fields", collection, nested=False) for each in names] or None
 
 
+def group_of(word: str, collection: Collection) -> Path:
+    """Parse `--by`: the path of the value that is counted."""
+    return _named_path(word, "--by", collection)
+
+
 def _names(words: Iterable[str]) -> list[str]:
     """The names in words that contain one JSON list, or names separated by commas."""
     return [

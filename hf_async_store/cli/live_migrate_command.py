@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from hf_async_store.cli import output
-from hf_async_store.cli.context import declared_schema, run_work
+from hf_async_store.cli.context import declared_schema, repeatable, run_work
 from hf_async_store.cli.progress import Bars
 from hf_async_store.config import load_config
 from hf_async_store.migration.live import LiveMigration, LiveStatus
@@ -38,10 +38,13 @@ def live_migrate(arguments: Namespace) -> int:
                 advance=bars.advance,
             )
             async with live:
-                if arguments.action == "start":
-                    return await live.start(cut_over=not arguments.no_cut_over)
-                status: LiveStatus = await getattr(live, arguments.action)()
-                return status
+                if arguments.action == "status":
+                    return await live.status()
+                with repeatable(f"run `live-migrate {arguments.action}` again to complete it"):
+                    if arguments.action == "start":
+                        return await live.start(cut_over=not arguments.no_cut_over)
+                    status: LiveStatus = await getattr(live, arguments.action)()
+                    return status
 
     status = run_work(arguments, work())
     sentence = _SENTENCES[status.phase].format(status.authoritative)

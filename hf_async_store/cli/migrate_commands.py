@@ -12,7 +12,7 @@ import msgspec
 
 from hf_async_store.cli import output
 from hf_async_store.cli.arguments import STORE_VARIABLE
-from hf_async_store.cli.context import declared_schema, run_work
+from hf_async_store.cli.context import declared_schema, repeatable, run_work
 from hf_async_store.cli.exit_codes import CONFLICT, BackupNotFoundError
 from hf_async_store.cli.progress import Bars
 from hf_async_store.config import SQLConfig, StorageConfig, load_config
@@ -82,6 +82,9 @@ def _configured(arguments: Namespace, config: MigrationConfig) -> MigrationConfi
     )
 
 
+_INCOMPLETE: Final = "the migration is incomplete; if anything was copied, --resume continues it"
+
+
 def _run(
     arguments: Namespace, source: StorageConfig, target: StorageConfig, config: MigrationConfig
 ) -> int:
@@ -100,9 +103,10 @@ def _run(
             await require_store(tool.source, "the source")
             with Bars(await _sizes(tool.source, schema)) as bars:
                 tool.advance = bars.advance
-                if arguments.resume:
-                    return await tool.resume()
-                return await tool.migrate(dry_run=arguments.dry_run)
+                if arguments.dry_run:
+                    return await tool.migrate(dry_run=True)
+                with repeatable(_INCOMPLETE):
+                    return await (tool.resume() if arguments.resume else tool.migrate())
 
     report = run_work(arguments, work())
     _show_report(arguments, report)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from hf_async_store.cli import output
-from hf_async_store.cli.context import Context
+from hf_async_store.cli.context import Context, repeatable
 from hf_async_store.cli.declared import VARIABLE, imported, named_collections
 from hf_async_store.cli.exit_codes import CONFLICT
 from hf_async_store.cli.progress import Bars
@@ -63,7 +63,7 @@ def _transforms(named: str) -> Transforms:
 
 async def _apply(store: StorageStrategy, transforms: Transforms | None, *, complete: bool) -> None:
     done: dict[str, int] = {}
-    with Bars({}) as bars:
+    with Bars({}) as bars, repeatable("run `schema apply` again to complete it"):
 
         def progress(change: SchemaChange, count: int, total: int | None) -> None:
             del total  # a bar without a total shows the count and the rate

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from time import perf_counter
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 from weakref import WeakSet
 
 from opentelemetry import context as contexts
@@ -53,6 +53,39 @@ _RUNNING: Final[ContextVar[trace.Span | None]] = ContextVar("running", default=N
 """The span of the method that runs. To ask for this is ten times faster than for the current span."""
 
 
+class _Decision(NamedTuple):
+    """What is known about the span of a context, which most calls of a task have in common."""
+
+    context: contexts.Context
+    is_sampled: bool
+    is_none: bool
+
+
+_DECISION: Final[ContextVar[_Decision | None]] = ContextVar("decision", default=None)
+"""The last decision of the task."""
+
+
+def _decision(context: contexts.Context) -> _Decision:
+    known = _DECISION.get()
+    if known is not None and known.context is context:
+        return known
+    span = trace.get_current_span(context)
+    parent = span.get_span_context()  # perhaps that of another process
+    is_sampled = span.is_recording() or parent.trace_flags.sampled
+    made = _Decision(context, is_sampled, is_none=not parent.is_valid)
+    _DECISION.set(made)
+    return made
+
+
+def _recording_span() -> trace.Span | None:
+    """The current span, if it is recorded."""
+    context = contexts.get_current()
+    if not context or not _decision(context).is_sampled:
+        return None
+    span = trace.get_current_span(context)
+    return span if span.is_recording() else None
+
+
 class OpenTelemetryObserver(Observer):
     """Records spans and metrics of the stores that are opened with it.
 
@@ -62,6 +95,9 @@ class OpenTelemetryObserver(Observer):
     Args:
         tracer_provider, meter_provider: by default, the global ones.
         root_spans: record also the methods that are called outside of any span, each as a trace.
+        method_spans: whether methods that share a commit or round trip have spans of their own. Otherwise
+            the spans within which they are called have the links to it: to record a link takes a sixth of
+            the time. Methods that are called outside of any span are not recorded then.
     """
 
     def __init__(
@@ -70,9 +106,11 @@ class OpenTelemetryObserver(Observer):
         meter_provider: metrics.MeterProvider | None = None,
         *,
         root_spans: bool = False,
+        method_spans: bool = True,
     ) -> None:
         name, version = hf_async_store.__name__, hf_async_store.__version__
         self.root_spans = root_spans
+        self.method_spans = method_spans
         self.tracer = trace.get_tracer(name, version, tracer_provider, _SCHEMA_URL)
         meter = metrics.get_meter(name, version, meter_provider, _SCHEMA_URL)
         self._histogram = meter.create_histogram(
@@ -147,7 +185,7 @@ class _ObservedStore(StoreObserver):
         self.observer = observer
         self.system = system
         self.waiting = waiting
-        self.caller = _RUNNING.get
+        self.caller = _RUNNING.get if observer.method_spans else _recording_span
         self._attributes: dict[tuple[str, str | None], dict[str, str]] = {}
 
     def attributes(self, name: str, collection: str | None) -> dict[str, str]:
@@ -163,18 +201,22 @@ class _ObservedStore(StoreObserver):
     def records(self, within: Observation | None) -> bool:
         if within is not None:
             return cast("_Operation", within).is_recorded
+        return self.observer.method_spans and self._is_in_trace()
+
+    def _is_in_trace(self) -> bool:
         context = contexts.get_current()
         if not context:  # what follows takes several times as long
             return self.observer.root_spans
-        span = trace.get_current_span(context)
-        if span.is_recording():
-            return True
-        parent = span.get_span_context()  # perhaps that of another process
-        return parent.trace_flags.sampled or (self.observer.root_spans and not parent.is_valid)
+        known = _decision(context)
+        return known.is_sampled or (known.is_none and self.observer.root_spans)
 
     def operation(self, operation: Operation, within: Observation | None) -> Observation:
-        parent = None if within is None else cast("_Operation", within).span
-        return _Operation(self, operation, parent, is_recorded=self.records(within))
+        if within is None:
+            # Whether what is not measured is recorded was asked before.
+            is_recorded = not operation.measured or self._is_in_trace()
+            return _Operation(self, operation, None, is_recorded=is_recorded)
+        outer = cast("_Operation", within)
+        return _Operation(self, operation, outer.span, is_recorded=outer.is_recorded)
 
     def shared(self, operation: Operation, callers: Sequence[object]) -> Observation:
         return _SharedOperation(self, operation, cast("Sequence[trace.Span]", callers))
@@ -202,34 +244,36 @@ class _Operation(Observation):
         self._parent = parent
         self.is_recorded = is_recorded
         self.span: trace.Span | None = None
-        self._tokens: tuple[Token[contexts.Context], Token[trace.Span | None]] | None = None
+        self._running: Token[trace.Span | None] | None = None
+        self._attached: Token[contexts.Context] | None = None
         self._started = 0.0
 
     def start(self, *, current: bool) -> None:
-        self._started = perf_counter()
-        if self.is_recorded:
-            self.span = self._new_span()
-            if current:
-                self._attach(trace.set_span_in_context(self.span), self.span)
+        operation = self._operation
+        if operation.measured:
+            self._started = perf_counter()
+        if not self.is_recorded:
+            return
+        self.span = span = self._new_span()
+        if current:
+            self._running = _RUNNING.set(span)
+            # What shares a commit runs in its context.
+            if operation.measured or self._parent is not None:
+                self._attached = contexts.attach(trace.set_span_in_context(span))
 
     def _new_span(self) -> trace.Span:
-        name, collection, size = (
-            self._operation.name,
-            self._operation.collection,
-            self._operation.size,
-        )
+        name, collection = self._operation.name, self._operation.collection
+        size = self._operation.size
         attributes: Mapping[str, str | int] = self._store.attributes(name, collection)
         if size is not None and size > 1:
             attributes = {**attributes, "db.operation.batch.size": size}
+        context = contexts.get_current()
         return self._store.observer.tracer.start_span(
             name if collection is None else f"{name} {collection}",
-            None if self._parent is None else trace.set_span_in_context(self._parent),
+            context if self._parent is None else trace.set_span_in_context(self._parent, context),
             trace.SpanKind.CLIENT,
             attributes,
         )
-
-    def _attach(self, context: contexts.Context, span: trace.Span | None) -> None:
-        self._tokens = contexts.attach(context), _RUNNING.set(span)
 
     def end(self, error: BaseException | None) -> None:
         kind = None if error is None else type(error).__qualname__
@@ -240,9 +284,10 @@ class _Operation(Observation):
                 attributes = {**attributes, "error.type": kind}
             context = None if self.span is None else trace.set_span_in_context(self.span)
             self._store.observer.measure(perf_counter() - self._started, attributes, context)
-        if self._tokens is not None:
-            contexts.detach(self._tokens[0])
-            _RUNNING.reset(self._tokens[1])
+        if self._attached is not None:
+            contexts.detach(self._attached)
+        if self._running is not None:
+            _RUNNING.reset(self._running)
         if self.span is not None:
             if kind is not None:
                 self.span.set_attribute("error.type", kind)
@@ -266,7 +311,8 @@ class _SharedOperation(_Operation):
         if self.span is None:
             # The context is that of the method that once happened to be the first.
             if contexts.get_current():
-                self._attach(_NOT_SAMPLED, None)
+                self._running = _RUNNING.set(None)
+                self._attached = contexts.attach(_NOT_SAMPLED)
             return
         own = self.span.get_span_context()
         for each in self._callers:

@@ -331,7 +331,12 @@ def test_count_by(filled: Cli) -> None:
     assert filled("count", "machines", "status=RUNNING", "--by", "tags/owner").rows == [
         {"count": 2}
     ]
+    assert filled("count", "machines", "--by", '["name"]').rows[0] == {"count": 1}
     assert filled("count", "machines", "--by", "a//b").code == 2
+    refused = filled("count", "machines", "--by", "statu")
+    assert "--by statu" in refused.err
+    assert "nearest are: status" in refused.err
+    assert """'["statu"]'""" in refused.err
 
 
 def test_update_where(filled: Cli) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from command import PROGRAM, Cli, absolute, shell
+from command import PROGRAM, STORE, Cli, absolute, shell
 
 from hf_async_store import OperationTimeoutError, StorageError
 from hf_async_store.cli import exit_codes, main
@@ -237,6 +237,35 @@ def test_an_interrupted_restore_says_that_it_is_incomplete(filled: Cli) -> None:
     assert interrupted == "hf-async-store: interrupted"
     assert filled(*words).code == 0
     assert filled("get", "machines", "m-1").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "how"),
+    [
+        (
+            ["migrate", "--from", "json:moved", "--to", STORE, "--merge", "replace"],
+            "--resume continues",
+        ),
+        (["schema", "apply", "--collections", "wider:JOBS"], "run `schema apply` again"),
+    ],
+    ids=["migrate", "schema"],
+)
+def test_what_was_interrupted_says_how_it_goes_on(filled: Cli, words: list[str], how: str) -> None:
+    assert filled("migrate", "--from", STORE, "--to", "json:moved").code == 0
+    assert filled("update", "machines", "m-1", "status=MOVED", "--store", "json:moved").code == 0
+    declared = "JOBS = Collection('jobs', key='id', fields=['to'], indexes=['to'])"
+    Path("wider.py").write_text(f"from hf_async_store import Collection\n{declared}\n")
+    with (
+        locked_store(),
+        subprocess.Popen([*PROGRAM, *words], stderr=subprocess.PIPE) as process,
+    ):
+        wait_for_the_line()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    goes_on, interrupted = err.decode().splitlines()
+    assert how in goes_on
+    assert interrupted == "hf-async-store: interrupted"
 
 
 @pytest.mark.usefixtures("filled")

@@ -47,6 +47,7 @@ class Peer:
         marker: a file by which the suite is found; empty if the project installs its suite.
         imports: what is imported at the end of files of the copy: one of our modules of fixtures.
         arguments: what pytest is given.
+        options: of the URL of an engine.
     """
 
     requirement: str
@@ -55,6 +56,7 @@ class Peer:
     marker: str
     imports: Mapping[str, str]
     arguments: Sequence[str] = field(default=())
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 PEERS: Final = {
@@ -73,6 +75,8 @@ PEERS: Final = {
         "tests/aio/test_storage.py",
         {"tests/conftest.py": "peer_rate_limits"},
         ("tests/aio", "-o", "asyncio_mode=auto", "--deselect=tests/aio/storage"),
+        # As its own storages, for which its tests measure durations, do not wait for the disk.
+        {"json": "?sync_writes=no", "sqlite": "?synchronous=NORMAL"},
     ),
     "fastapi-users": Peer(
         "fastapi-users",
@@ -238,7 +242,7 @@ def run_peer(name: str, options: argparse.Namespace, servers: Servers, report: R
         return
     for engine in options.engine or ENGINES:
         try:
-            url = servers.url(engine)
+            url = servers.url(engine) + peer.options.get(engine, "")
         except ServerUnavailable as exc:
             report.skip(f"{name} on {engine}", str(exc))
         else:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from logging import getLogger
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -48,6 +49,36 @@ async def test_rate_limits() -> None:
             limiter = getattr(strategies, f"{kind}RateLimiter")(module.EntityStorage(store=store))
             hits = [await limiter.hit(parse("2/hour"), kind) for _ in range(3)]
             assert hits == [True, True, False]
+
+
+async def test_rate_limits_count_as_those_of_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same hits at the same times have the same answers as of its own memory."""
+    module = adapter("rate_limit_storage", "limits.aio")
+    from limits import RateLimitItemPerSecond
+    from limits.aio import strategies
+    from limits.aio.storage import MemoryStorage
+
+    random = Random(17)
+    now = 1_800_000_000.0
+    monkeypatch.setattr("time.time", lambda: now)
+    async with open_store(
+        "memory:",
+        collections=module.COLLECTIONS,
+        clock=lambda: datetime.fromtimestamp(now, UTC),
+    ) as store:
+        for kind in ("FixedWindow", "MovingWindow", "SlidingWindowCounter"):
+            limiter = getattr(strategies, f"{kind}RateLimiter")
+            own, ours = limiter(MemoryStorage()), limiter(module.EntityStorage(store=store))
+            limit = RateLimitItemPerSecond(5, 2)
+            for step in range(400):
+                now += random.uniform(0, random.choice((0.1, 0.5, 5)))
+                verb, cost = random.choice(("hit", "hit", "test")), random.choice((1, 2, 6))
+                expected = await getattr(own, verb)(limit, "ada" * 400, cost=cost)
+                assert await getattr(ours, verb)(limit, "ada" * 400, cost=cost) == expected, step
+                if kind == "SlidingWindowCounter":
+                    stats = await own.get_window_stats(limit, "ada" * 400)
+                    found = await ours.get_window_stats(limit, "ada" * 400)
+                    assert found == pytest.approx(stats), step
 
 
 async def test_users() -> None:
@@ -104,6 +135,9 @@ async def test_checkpoints() -> None:
         [found] = [each async for each in saver.alist(None, filter={"step": 1})]
         assert found == await saver.aget_tuple(thread)
         assert found.pending_writes == [("task", "channel", b"value")]
+        long = {"configurable": {"thread_id": "ada" * 400, "checkpoint_ns": ""}}
+        config = await saver.aput(long, empty_checkpoint(), {}, {})
+        assert (await saver.aget_tuple(long)).config == config
 
 
 async def test_memories() -> None:
@@ -115,3 +149,5 @@ async def test_memories() -> None:
         [found] = await store.asearch(("users",), filter={"likes": {"$ne": "coffee"}})
         assert (found.namespace, found.key, found.updated_at) == (("users", "ada"), "drink", now)
         assert await store.alist_namespaces(suffix=("*",)) == [("users", "ada")]
+        await store.aput(("users", "ada"), "drink" * 300, {"likes": "mate"})
+        assert (await store.aget(("users", "ada"), "drink" * 300)).value == {"likes": "mate"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import asyncpg
 import pytest
@@ -21,7 +21,9 @@ from hf_async_store import (
     or_,
     path,
 )
+from hf_async_store.claim_records import ClaimTerms
 from hf_async_store.query import Filters, OrderBy, build_query
+from hf_async_store.schema import LOCK_COLLECTION
 from hf_async_store.strategies.sql.catalogue import Catalogue, declared
 from hf_async_store.strategies.sql.connections import LeasedConnection
 from hf_async_store.strategies.sql.index_order import prefix_of
@@ -31,6 +33,7 @@ from hf_async_store.strategies.sql.rows import Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 REQUEST = {"request_id": "r-1", "status": "PENDING"}
 JOBS: Final = Collection(
@@ -51,6 +54,27 @@ async def test_104_tokens_increase_by_the_clock_of_the_server(
         monkeypatch.setattr(time, "time_ns", lambda: 1)
         [second] = await store.claim_entities("requests")
         assert second.token > first.token
+
+
+async def test_104_a_token_is_that_of_the_moment_at_which_it_is_written(tmp_path: Path) -> None:
+    """The statement of a claim may wait while another claims the entity and deletes the claim."""
+    async with open_store(f"sqlite:{tmp_path}/store.db") as store:
+        async with store.lock("a"):
+            pass
+        engine = cast("Any", store)._sql
+        table = LOCK_COLLECTION.name
+        early, late = (engine._statement(table) for _ in range(2))
+        written = [
+            (each.insert(each.listed(["b"]), ClaimTerms(60, "me")), each.values)
+            for each in (early, late)
+        ]
+        tokens = []
+        async with engine.writing() as lease:
+            for sql, values in reversed(written):
+                [[_, token, _]] = await lease.rows(sql, values, writes=True)
+                tokens.append(token)
+                await lease.rows(f"DELETE FROM {late.table}", writes=True)
+        assert tokens == sorted(set(tokens))
 
 
 async def test_104_equal_values_of_two_types_are_two_filters(url: str) -> None:

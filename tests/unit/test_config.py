@@ -848,6 +848,12 @@ def test_an_unregistered_strategy() -> None:
         load_config("acme:x")
     with pytest.raises(ConfigurationError, match="strategy: unknown strategy"):
         load_config({"strategy": "acme", "json_strategy": {}})
+    for unknown in ("mysql://root@localhost/x", {"strategy": "mysql"}):
+        with pytest.raises(ConfigurationError, match=r"once that package is installed") as raised:
+            load_config(unknown)
+        assert "did you mean" not in str(raised.value)
+    with pytest.raises(ConfigurationError, match="did you mean 'postgresql:'"):
+        load_config("postgresq://localhost/x")
     assert StorageConfig(strategy="acme", options={"a": 1}).options == {"a": 1}
 
 

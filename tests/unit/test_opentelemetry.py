@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from hf_async_store import (
 from hf_async_store.integrations.opentelemetry import OpenTelemetryObserver
 from hf_async_store.migration import live
 from hf_async_store.observer import Observation, Operation
+from hf_async_store.query import Query
 
 SECRET = "s3cr3t-0f-the-caller"
 
@@ -37,7 +39,7 @@ SECRET = "s3cr3t-0f-the-caller"
 class Telemetry:
     """Providers in memory, and an observer that uses them."""
 
-    def __init__(self, *, root_spans: bool = False, sampled: bool = True) -> None:
+    def __init__(self, *, sampled: bool = True, **options: bool) -> None:
         sampler = None if sampled else ParentBased(ALWAYS_OFF)
         self._exporter = InMemorySpanExporter()
         self._traces = TracerProvider(sampler=sampler, shutdown_on_exit=False)
@@ -45,7 +47,7 @@ class Telemetry:
         self._reader = InMemoryMetricReader()
         self._metrics = MeterProvider([self._reader], shutdown_on_exit=False)
         self.tracer = self._traces.get_tracer("application")
-        self.observer = OpenTelemetryObserver(self._traces, self._metrics, root_spans=root_spans)
+        self.observer = OpenTelemetryObserver(self._traces, self._metrics, **options)
 
     def spans(self, name: str | None = None) -> list[ReadableSpan]:
         finished = self._exporter.get_finished_spans()
@@ -113,6 +115,57 @@ async def test_methods_have_spans_that_are_linked_to_their_commit(
     named = {"db.system.name": system, "db.collection.name": "machines"}
     assert of(commit) == {**named, "db.operation.name": "commit", "db.operation.batch.size": 3}
     assert of(saves[0]) == {**named, "db.operation.name": "save_entity"}
+
+
+async def test_the_spans_of_the_program_are_linked_to_commits(url: str) -> None:
+    telemetry = Telemetry(method_spans=False)
+    async with open_store(url, observer=telemetry.observer) as store:
+        await store.save_entity("machines", {"machine_id": "a"})
+        with telemetry.tracer.start_as_current_span("request"):
+            await asyncio.gather(
+                *(store.save_entity("machines", {"machine_id": each}) for each in "abc")
+            )
+            await store.count_entities("machines")
+            async with store.begin_transaction() as tx:
+                await tx.update_entity("machines", "a", {"status": "RUNNING"})
+    [request], [commit] = telemetry.spans("request"), telemetry.spans("commit machines")
+    assert parent_of(commit) == id_of(request)
+    assert [each.context.span_id for each in request.links] == [id_of(commit)]
+    of_methods = ["count_entities machines", "transaction", "update_entity machines"]
+    assert telemetry.names() == ["commit machines", *of_methods[:1], "request", *of_methods[1:]]
+    measured = telemetry.points("db.client.operation.duration")
+    assert measured[SYSTEMS[url.partition(":")[0]], "commit", "machines"].count == 2
+
+
+async def test_a_snapshot_lasts_until_it_is_left(url: str, telemetry: Telemetry) -> None:
+    async with open_store(url, observer=telemetry.observer) as store:
+        with telemetry.tracer.start_as_current_span("request"):
+            with suppress(ZeroDivisionError):
+                async with store.snapshot():
+                    assert not telemetry.spans()
+                    raise ZeroDivisionError
+            async with store.snapshot() as reader:
+                assert await reader.count(Query("machines")) == 0
+    [failed, snapshot] = telemetry.spans("snapshot")
+    assert of(failed)["error.type"] == "ZeroDivisionError"
+    assert of(snapshot)["db.operation.name"] == "snapshot"
+
+
+async def test_a_span_that_begins_or_ends_between_two_calls_counts(telemetry: Telemetry) -> None:
+    """What is known about a context is not taken for another one."""
+    async with open_store("memory:", observer=telemetry.observer) as store:
+        await store.get_entity("machines", "a")
+        for _ in range(2):
+            with telemetry.tracer.start_as_current_span("request"):
+                await store.get_entity("machines", "a")
+                unsampled = trace.NonRecordingSpan(trace.SpanContext(1, 1, is_remote=True))
+                with trace.use_span(unsampled):
+                    await store.get_entity("machines", "a")
+                await store.get_entity("machines", "a")
+            await store.get_entity("machines", "a")
+    requests = [id_of(each) for each in telemetry.spans("request")]
+    gets = telemetry.spans("get_entity machines")
+    assert [parent_of(each) for each in gets] == [each for each in requests for _ in range(2)]
 
 
 async def test_an_error_is_its_type(telemetry: Telemetry) -> None:

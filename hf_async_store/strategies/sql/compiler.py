@@ -135,14 +135,25 @@ def compile_first_by_id(table: Table, query: Query, compiled: Compiled, most: in
         compiled: the query.
         most: how many rows are read.
     """
-    descending = bool(query.order and query.order[0].descending)
-    direction, operator = (" DESC", "<") if descending else ("", ">")
-    key, position, args = f"e.{table.key}", "", list(compiled.args)
+    key, args = table.key, list(compiled.args)
+    # An id is a text, which is greater than any other text but '', and less than any blob.
+    direction, after, until, end = "", ">", "<=", "x''"
+    if query.order and query.order[0].descending:
+        direction, after, until, end = " DESC", "<", ">=", "''"
+    position = "TRUE"
     if query.after is not None:
         args.append(query.after.id)
-        position = f" WHERE {key} {operator} {table.grammar.parameter(len(args), 'text')}"
-    source = f"SELECT * FROM {table.name} AS e{position} ORDER BY {key}{direction} LIMIT {most}"
-    sql = compiled.sql.replace(f"FROM {table.name} AS t", f"FROM ({source}) AS t", 1)
+        position = f"{key} {after} {table.grammar.parameter(len(args), 'text')}"
+    last = (
+        f"SELECT {key} FROM {table.name} WHERE {position} "
+        f"ORDER BY {key}{direction} LIMIT 1 OFFSET {most - 1}"
+    )
+    sql = (
+        f"SELECT {table.selected} FROM {table.name} AS t WHERE {position} "
+        f"AND {key} {until} coalesce(({last}), {end}) "
+        f"AND ({compiled.where}) IS TRUE "  # so that no index is used for it
+        f"ORDER BY {key}{direction} LIMIT {query.limit}"
+    )
     return compiled._replace(sql=sql, args=args)
 
 
