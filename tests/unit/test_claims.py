@@ -100,7 +100,7 @@ class Schedule:
 
     async def _worker(self, store: StorageStrategy) -> None:
         while found := await store.claim_entities(
-            "jobs", {"status": "new"}, lease=1.0, limit=self.random.choice([1, 1, 2]), wait=9.0
+            "jobs", {"status": "new"}, lease=1.0, limit=self.random.choice([1, 1, 2]), wait=2.5
         ):
             for claim in found:
                 try:
