@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from hf_async_store import BatchError, Collection, Entity, ReferenceViolationError, open_store
+from hf_async_store import (
+    AlreadyExistsError,
+    BatchError,
+    Collection,
+    Entity,
+    ReferenceViolationError,
+    open_store,
+)
+from hf_async_store.changes import ABSENT, Change, Outcome, Put
+from hf_async_store.strategies.sql.sqlite_writer import SQLiteWriter
+from hf_async_store.values import Key, utc_now
 
 pytestmark = pytest.mark.hf_sampled(by="url")
 
@@ -99,3 +112,29 @@ async def test_wal_autocheckpoint_is_restored_after_an_import(tmp_path: Path) ->
         assert list(row.values()) == [1000]
     finally:
         await store.close()
+
+
+async def test_imports_that_wait_share_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call gets the outcomes of its own changes, in order."""
+    commits: list[int] = []
+    commit = SQLiteWriter._commit
+
+    def noted(self: SQLiteWriter, connection: Any, changes: Sequence[Change]) -> list[Outcome]:
+        commits.append(len(changes))
+        return commit(self, connection, changes)
+
+    def put(name: str) -> Put:
+        entity: Entity = {"template_id": name}
+        return Put(Key("templates", name), entity, utc_now(), ABSENT, import_version=7)
+
+    async with open_store(f"sqlite:{tmp_path / 'store.db'}") as store:
+        await store.save_entity("templates", {"template_id": "t"})
+        engine = cast("Any", store)._sql
+        monkeypatch.setattr(SQLiteWriter, "_commit", noted)
+        calls = [[put("a"), put("b")], [put("t")], [put("c")]]
+        first, second, third = await asyncio.gather(*map(engine.write_each, calls))
+    assert (first, third) == ([7, 7], [7])
+    assert isinstance(second[0], AlreadyExistsError)
+    assert commits == [4]
