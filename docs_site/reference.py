@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import hf_async_store
+from hf_async_store import driver
 
 
 class Section(NamedTuple):
@@ -26,6 +27,13 @@ ERRORS: Final = tuple(
     name
     for name in hf_async_store.__all__
     if name.endswith("Error") and issubclass(getattr(hf_async_store, name), Exception)
+)
+
+ENGINE_BASES: Final = ("Engine", "Session", "Reader")
+ENGINE_NAMES: Final = tuple(
+    f"driver.{name}"
+    for name in driver.__all__
+    if name not in (*hf_async_store.__all__, *ENGINE_BASES)
 )
 
 STARLETTE_NAMES: Final = (
@@ -163,7 +171,18 @@ SECTIONS: Final[Mapping[str, Section]] = {
     "engines": Section(
         "Engines",
         "What a strategy of your own implements. Import these names from `hf_async_store.driver`.",
-        ("driver.Engine", "driver.Session", "driver.Reader"),
+        tuple(f"driver.{name}" for name in ENGINE_BASES),
+    ),
+    "engine names": Section(
+        "Names for engines",
+        "What the methods of engines take and return, and the decisions that engines share. Import these "
+        "names from `hf_async_store.driver`, too.",
+        (
+            *ENGINE_NAMES,
+            "overlay_session.OverlaySession",
+            "strategy.schema_of",
+            "strategies.routing.routed",
+        ),
     ),
 }
 

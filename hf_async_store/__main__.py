@@ -1,5 +1,5 @@
 """`python -m hf_async_store`: the command line."""
 
-from hf_async_store.cli import main
+from hf_async_store.cli import run
 
-raise SystemExit(main())
+run()

@@ -24,12 +24,14 @@ from hf_async_store.values import (
     INT_MAX,
     INT_MIN,
     LIGHT_BYTES,
+    MAX_DEPTH,
     MAX_ENTITY_BYTES,
     MAX_KEY_BYTES,
     NOT_UTF8,
     VERSION,
     Entity,
     Key,
+    is_canonical_timestamp,
     normalise,
     parse_timestamp,
 )
@@ -83,40 +85,49 @@ def validate_batch(
     groups = group_by_keys(items)
     if groups is None or not all(_has_required_fields(collection, names) for names in groups):
         return None
-    entities = list(map(dict.copy, cast("Sequence[Entity]", items)))
-    size = 0  # an upper bound of the size of all entities together
     try:
-        for names, indexes in groups.items():
-            members = entities if len(groups) == 1 else [entities[index] for index in indexes]
-            size += _validate_group(collection, names, members)
+        # `size` is an upper bound of the size of all entities together.
+        entities, size = _validated(cast("Sequence[Entity]", items), groups, collection.fields)
     except (_UnusualValueError, UnsupportedValueError):
         return None
+    for names, indexes in groups.items():
+        if VERSION in names:
+            for index in indexes:
+                del entities[index][VERSION]
     ids: Column = [each[collection.key] for each in entities]
     if not _are_ids(ids) or (size > MAX_ENTITY_BYTES and not _within_size_limit(entities)):
         return None
     return list(zip(map(Key, repeat(collection.name), ids), entities, strict=True))
 
 
-def _validate_group(collection: Collection, names: Sequence[str], members: Sequence[Entity]) -> int:
-    """Validate entities with the same fields, and convert them to their stored form in place.
+def _validated(
+    items: Sequence[dict[str, Any]],
+    groups: Mapping[tuple[str, ...], list[int]],
+    fields: Mapping[str, Field],
+    depth: int = 0,
+) -> tuple[list[dict[str, Any]], int]:
+    """Copies of dicts in their stored form, and an upper bound of their size together.
 
-    Returns:
-        An upper bound of the size of the entities together.
+    Args:
+        groups: the indexes of the dicts by their keys, which are ASCII strings.
+        fields: those of their keys that are declared.
+        depth: the nesting depth of the dicts.
 
     Raises:
         _UnusualValueError, UnsupportedValueError: the entities must be validated one by one.
     """
-    size = len(members) * (3 + sum(1 + len(name) for name in names))
-    for name, original in zip(names, columns_of(members), strict=True):
-        column, column_size = _validate_column(original, collection.fields.get(name))
-        size += column_size
-        if name == VERSION:
-            for each in members:
-                del each[VERSION]
-        elif column is not original:
-            for each, value in zip(members, column, strict=True):
-                each[name] = value
-    return size
+    copies = list(map(dict.copy, items))
+    size = 0
+    for names, indexes in groups.items():
+        members = copies if len(groups) == 1 else [copies[index] for index in indexes]
+        size += len(members) * (3 + sum(1 + len(name) for name in names))
+        for name, original in zip(names, columns_of(members), strict=True):
+            column, column_size = _validate_column(original, fields.get(name), depth + 1)
+            size += column_size
+            if column is not original:
+                for each, value in zip(members, column, strict=True):
+                    each[name] = value
+    return copies, size
 
 
 class _UnusualValueError(Exception):
@@ -124,10 +135,15 @@ class _UnusualValueError(Exception):
 
 
 def _has_required_fields(collection: Collection, names: Sequence[str]) -> bool:
-    """Whether the required fields are present, and all names are ASCII without U+0000."""
-    joined = "".join(names)
+    """Whether the required fields are present, and all names are usual."""
     complete = collection.key in names and all(each in names for each in collection.required)
-    return complete and joined.isascii() and "\x00" not in joined
+    return complete and _are_usual_names(names)
+
+
+def _are_usual_names(names: Sequence[str]) -> bool:
+    """Whether all names are ASCII without U+0000."""
+    joined = "".join(names)
+    return joined.isascii() and "\x00" not in joined
 
 
 def _types_of(values: Sequence[object]) -> set[type]:
@@ -136,7 +152,7 @@ def _types_of(values: Sequence[object]) -> set[type]:
     return {types[0]} if types and types.count(types[0]) == len(types) else set(types)
 
 
-def _validate_column(column: Column, field: Field | None) -> tuple[Column, int]:
+def _validate_column(column: Column, field: Field | None, depth: int) -> tuple[Column, int]:
     """A column in its stored form, and an upper bound of the size of its values together.
 
     Raises:
@@ -147,9 +163,8 @@ def _validate_column(column: Column, field: Field | None) -> tuple[Column, int]:
         size = len(column) * FLOAT_SIZE + _size_of_strings(column, types)
         column = _stored_numbers(column, types)
     else:
-        column = [normalise(each) for each in column]
+        column, size = _stored_containers(column, types, depth)
         types = _types_of(column)
-        size = _JSON_SIZE_FACTOR * len(msgspec.json.encode(column))
     if field is not None and field.type != "json":
         if not types <= _ALLOWED_TYPES[field.type]:
             raise _UnusualValueError
@@ -158,6 +173,20 @@ def _validate_column(column: Column, field: Field | None) -> tuple[Column, int]:
     if field is not None and field.required and NoneType in types:
         raise _UnusualValueError
     return column, size
+
+
+def _stored_containers(column: Column, types: set[type], depth: int) -> tuple[Column, int]:
+    """A column of dicts, lists or values of several types in its stored form, and a bound of its size."""
+    if types == {dict} and depth <= MAX_DEPTH:
+        groups = group_by_keys(column)
+        if (
+            groups is not None
+            and _types_of(list(chain.from_iterable(column))) <= {str}
+            and all(map(_are_usual_names, groups))
+        ):
+            return _validated(column, groups, {}, depth)
+    column = [normalise(each, depth=depth) for each in column]
+    return column, _JSON_SIZE_FACTOR * len(msgspec.json.encode(column))
 
 
 def _size_of_strings(column: Column, types: set[type]) -> int:
@@ -188,7 +217,10 @@ def _stored_numbers(column: Column, types: set[type]) -> Column:
 
 def _stored_timestamps(column: Column) -> Column:
     """The timestamps in canonical form. A batch usually has few distinct ones, each parsed once."""
-    parsed = {each: None if each is None else parse_timestamp(each) for each in set(column)}
+    parsed = {
+        each: each if each is None or is_canonical_timestamp(each) else parse_timestamp(each)
+        for each in set(column)
+    }
     if all(canonical == each for each, canonical in parsed.items()):
         return column
     if any(canonical is None for each, canonical in parsed.items() if each is not None):

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from time import perf_counter
@@ -52,9 +52,9 @@ class _Waiter(Struct, Generic[Item, Result], eq=False):
     batches_ended: asyncio.Future[None] | None = None
     caller: object | None = None  # for the observer of batches
 
-    def release(self) -> None:
-        """Record that the batch of one of the items has ended."""
-        self.in_progress -= 1
+    def release(self, count: int) -> None:
+        """Record that the batch of so many items has ended."""
+        self.in_progress -= count
         ended = self.batches_ended
         if ended is not None and not self.in_progress and not ended.done():
             ended.set_result(None)
@@ -88,7 +88,8 @@ async def _one_iteration() -> None:
     await asyncio.sleep(0)
 
 
-_Batch: TypeAlias = "list[tuple[_Waiter[Item, Result], int]]"
+_Batch: TypeAlias = "list[tuple[_Waiter[Item, Result], int, int]]"
+"""Calls, each with a range of its items: one entry even for 100,000 of them."""
 
 
 class Coalescer(Generic[Item, Result]):
@@ -136,7 +137,6 @@ class Coalescer(Generic[Item, Result]):
         self._key = key
         self._lanes = lanes
         self._size = size
-        # The calls, each with a range of its items: one entry even for 100,000 of them.
         self._queue: deque[tuple[_Waiter[Item, Result], int, int]] = deque()
         # The keys of running batches, without those of a single lane, which keeps the order itself.
         # Further items with them must wait.
@@ -265,43 +265,46 @@ class Coalescer(Generic[Item, Result]):
         Items whose call has ended are dropped; items whose key is in a running batch stay queued.
         """
         batch: _Batch[Item, Result] = []
-        skipped: list[tuple[_Waiter[Item, Result], int, int]] = []
-        queue = self._queue
-        while queue and len(batch) < self._size:
+        skipped: _Batch[Item, Result] = []
+        queue, free = self._queue, self._size
+        while queue and free:
             waiter, index, stop = queue.popleft()
             if waiter.done.done():
                 continue
-            if index + 1 < stop:
-                queue.appendleft((waiter, index + 1, stop))
+            # Without busy keys, as many as fit in one step; else one by one.
+            end = index + 1 if self._busy else min(stop, index + free)
+            if end < stop:
+                queue.appendleft((waiter, end, stop))
             if (
                 self._busy
                 and self._key is not None
                 and self._key(waiter.items[index]) in self._busy
             ):
-                skipped.append((waiter, index, index + 1))
+                skipped.append((waiter, index, end))
                 continue
             waiter.started = True
-            waiter.in_progress += 1
-            batch.append((waiter, index))
+            waiter.in_progress += end - index
+            free -= end - index
+            batch.append((waiter, index, end))
         queue.extendleft(reversed(skipped))
         if self._lanes > 1:
             self._busy.update(self._keys(batch))
         return batch
 
     def _keys(self, batch: _Batch[Item, Result]) -> list[Key]:
-        return [] if self._key is None else [self._key(w.items[index]) for w, index in batch]
+        return [] if self._key is None else list(map(self._key, _items(batch)))
 
     async def _run_batch(
         self,
         batch: _Batch[Item, Result],
         run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
     ) -> None:
-        items = [waiter.items[index] for waiter, index in batch]
+        items = _items(batch)
         blocked: _Batch[Item, Result] = []
         try:
-            results = await self._results(batch, items, run)
+            results: Sequence[Result | StorageError] = await self._results(batch, items, run)
         except StorageError as exc:
-            _deliver([(entry, exc.copy()) for entry in batch])
+            _deliver(batch, [exc.copy() for _ in items])
         except BaseException as exc:
             # A defect, or the event loop is closing: no caller may wait forever. If a caller receives
             # the exception of a defect, the lane continues with the next batch.
@@ -309,15 +312,13 @@ class Coalescer(Generic[Item, Result]):
             if not delivered or not isinstance(exc, Exception):
                 raise
         else:
-            pairs = list(zip(batch, results, strict=True))
             if self._wait is not None and run is not self._wait:
-                blocked = [entry for entry, each in pairs if isinstance(each, LockTimeoutError)]
-            if blocked:
-                pairs = [pair for pair in pairs if not isinstance(pair[1], LockTimeoutError)]
-            _deliver(pairs)
+                batch, results, blocked = _without_blocked(batch, results)
+            _deliver(batch, results)
         finally:
             if self._busy:
                 self._busy.difference_update(self._keys(batch))
+                self._busy.difference_update(self._keys(blocked))
         if blocked:
             self._busy.update(self._keys(blocked))
             self._blocked += blocked
@@ -334,7 +335,7 @@ class Coalescer(Generic[Item, Result]):
         try:
             if self.observer is None:
                 return await run(items)
-            callers = [each.caller for each, _ in batch if each.caller is not None]
+            callers = [each.caller for each, _, _ in batch if each.caller is not None]
             return await self.observer.run(items, list(dict.fromkeys(callers)), partial(run, items))
         finally:
             seconds = perf_counter() - started
@@ -367,8 +368,7 @@ class Coalescer(Generic[Item, Result]):
         if not withdrawn:
             return
         self._blocked = [entry for entry in self._blocked if entry[0] is not waiter]
-        for _ in withdrawn:
-            waiter.release()
+        waiter.release(len(withdrawn))
         self._busy.difference_update(self._keys(withdrawn))
         self._busy.update(self._keys(self._blocked))
         if self._queue:
@@ -380,9 +380,9 @@ class Coalescer(Generic[Item, Result]):
         assert self._wait is not None
         try:
             wanted = [each for each in batch if not each[0].done.done()]
-            for waiter, _ in batch:
+            for waiter, index, end in batch:
                 if waiter.done.done():
-                    waiter.release()
+                    waiter.release(end - index)
             if wanted:
                 await self._run_batch(wanted, self._wait)
         finally:
@@ -400,23 +400,47 @@ class Coalescer(Generic[Item, Result]):
             self._schedule_start()
 
 
-def _deliver(
-    pairs: Iterable[tuple[tuple[_Waiter[Item, Result], int], Result | StorageError]],
-) -> None:
-    """Give the callers the results of their items."""
-    for (waiter, index), result in pairs:
-        waiter.results[index] = result
-        waiter.remaining -= 1
-        waiter.release()
+def _items(batch: _Batch[Item, Result]) -> list[Item]:
+    items: list[Item] = []
+    for waiter, index, end in batch:
+        items += waiter.items[index:end]
+    return items
+
+
+def _without_blocked(
+    batch: _Batch[Item, Result], results: Sequence[Result | StorageError]
+) -> tuple[_Batch[Item, Result], Sequence[Result | StorageError], _Batch[Item, Result]]:
+    """A batch and its results without the items that were blocked, and those."""
+    if not any(isinstance(each, LockTimeoutError) for each in results):
+        return batch, results, []
+    singles = [(waiter, each, each + 1) for waiter, *of in batch for each in range(*of)]
+    pairs = list(zip(singles, results, strict=True))
+    done = [each for each in pairs if not isinstance(each[1], LockTimeoutError)]
+    blocked = [entry for entry, each in pairs if isinstance(each, LockTimeoutError)]
+    return [entry for entry, _ in done], [each for _, each in done], blocked
+
+
+def _deliver(batch: _Batch[Item, Result], results: Sequence[Result | StorageError]) -> None:
+    """Give the callers the results of their items, which are in the order of the batch."""
+    place = 0
+    for waiter, index, end in batch:
+        count = end - index
+        given = results[place : place + count]
+        assert len(given) == count, "`run` returns one result per item"
+        waiter.results[index:end] = given
+        place += count
+        waiter.remaining -= count
+        waiter.release(count)
         if not waiter.remaining and not waiter.done.done():
             waiter.done.set_result(None)
+    assert place == len(results), "`run` returns one result per item"
 
 
 def _fail(batch: _Batch[Item, Result], exc: BaseException) -> bool:
     """End all calls with items in a batch by an exception; returns whether any was waiting."""
     delivered = False
-    for waiter, _ in batch:
-        waiter.release()
+    for waiter, index, end in batch:
+        waiter.release(end - index)
         if not waiter.done.done():
             if isinstance(exc, asyncio.CancelledError):
                 waiter.done.cancel()

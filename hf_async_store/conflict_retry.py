@@ -24,7 +24,7 @@ from hf_async_store.errors import (
     SubscriptionAdvancedError,
     TransactionAbortedError,
 )
-from hf_async_store.values import Key
+from hf_async_store.values import Entity, Key
 
 Result = TypeVar("Result")
 
@@ -41,6 +41,10 @@ _BACKOFF_FACTOR_UNQUEUED: Final = 32
 _MAX_TICKET_SECONDS: Final = 1.0
 """Seconds after which the next task in the queue may start although the current one has not finished:
 the current one may be waiting for something else, even for a task behind it in the queue."""
+
+_MAX_HANDED_ON: Final = 3
+"""How many tasks of a queue, one after the other, get the entity from the task before them. The next one
+reads it: otherwise another process, which must read it, would hardly ever come first."""
 
 
 async def retry_conflicts(
@@ -133,6 +137,23 @@ class FairRetryQueue:
     def contended(self) -> bool:
         """Whether there is a queue for any key."""
         return bool(self._queues)
+
+    def hand_on(self, key: Key, written: Entity) -> None:
+        """If there is a queue for a key, its next task need not read the entity that was just written."""
+        queue = self._queues.get(key)
+        if queue is not None and queue.handed_on < _MAX_HANDED_ON:
+            queue.written = written
+            queue.handed_on += 1
+        elif queue is not None:
+            queue.handed_on = 0
+
+    def handed_on(self, key: Key) -> Entity | None:
+        """The entity of a key as the previous task of its queue wrote it, once."""
+        queue = self._queues.get(key)
+        if queue is None:
+            return None
+        written, queue.written = queue.written, None
+        return written
 
     async def retry_transaction(
         self,
@@ -274,13 +295,16 @@ class TransactionTicket(Ticket, eq=False):
 class _KeyQueue(Struct, eq=False):
     """The queue for a key: the ticket whose task may try, and the waiting ones.
 
-    `timer` advances the queue if the current task takes too long.
+    `timer` advances the queue if the current task takes too long. `written` is the entity that the
+    previous task wrote; `handed_on` counts how often, in a row, one was kept for the next task.
     """
 
     key: Key
     current: Ticket
     waiting: deque[tuple[Ticket, asyncio.Future[None]]] = field(default_factory=deque)
     timer: asyncio.TimerHandle | None = None
+    written: Entity | None = None
+    handed_on: int = 0
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Final, Literal, TypeAlias, TypeVar
+from typing import ClassVar, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -55,6 +55,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.field_operations import FieldChange, plain_fields
 from hf_async_store.generators import Owned
+from hf_async_store.interface_version import INTERFACE_VERSION
 from hf_async_store.overlay import Overlay
 from hf_async_store.preconditions import (
     changed,
@@ -89,6 +90,7 @@ from hf_async_store.values import (
 __all__ = [
     "ABSENT",
     "ANY",
+    "INTERFACE_VERSION",
     "PRESENT",
     "SYSTEM_COLLECTIONS",
     "BootClock",
@@ -393,10 +395,13 @@ class Engine(Reader):
     the original chained; a missing entity is never an error. Tasks call the methods concurrently.
 
     Attributes:
+        interface_version: required: the number of the version of this interface for which the engine was
+            written (`INTERFACE_VERSION`). A store refuses an engine of another version.
         capabilities: required.
         claim_clock: by which the leases of claims end; tests replace it.
     """
 
+    interface_version: ClassVar[int]
     capabilities: Capabilities
     claim_clock: ClaimClock = BootClock()
 
@@ -435,7 +440,7 @@ class Engine(Reader):
         """Release all resources; no acknowledged write is lost. Called once.
 
         Sessions, snapshots and reads may still be open: the next call of each, and a commit, then raise
-        StoreClosedError, and so does `probe`.
+        StoreClosedError, and so does every method of the engine that reaches what is stored.
         """
 
     # -- defaults ----------------------------------------------------------------------------
@@ -622,11 +627,7 @@ class Engine(Reader):
         """
         async with self.claimed_session(change.key, token, ends=ends) as session:
             [outcome] = await session.write([change])
-            if outcome is None or isinstance(outcome, EntityNotFoundError):
-                raise claim_records.absent(change.key) from outcome
-            if isinstance(outcome, StorageError):
-                raise outcome
-        return outcome
+            return written(change.key, outcome)
 
     async def break_claim(self, key: Key) -> bool:
         """End a claim whoever holds it, and forget how often the entity was claimed; returns whether
@@ -851,6 +852,20 @@ async def giving_back(engine: Engine) -> AsyncGenerator[list[Claimed], None]:
         if claimed:
             await run_to_completion(_give_back(engine, claimed))
         raise
+
+
+def written(key: Key, outcome: Outcome) -> int:
+    """The version that a change under a claim wrote.
+
+    Raises:
+        ClaimLostError: there is no entity.
+        StorageError: the change was refused.
+    """
+    if outcome is None or isinstance(outcome, EntityNotFoundError):
+        raise claim_records.absent(key) from outcome
+    if isinstance(outcome, StorageError):
+        raise outcome
+    return outcome
 
 
 async def _give_back(engine: Engine, claimed: Sequence[Claimed]) -> None:

@@ -1,7 +1,8 @@
 """The reading of change feeds, which all watchers of a store share.
 
 Watchers that have read everything wait at the shared end of a feed. One task per store waits for changes
-(`Engine.feed_changed`) and reads what follows the shared ends. A watcher that is behind reads from its own
+(`Engine.feed_changed`), after which a task for each feed reads what follows its shared end. A feed that
+cannot be read, or takes long, does not hold up the others. A watcher that is behind reads from its own
 position, and what it reads is kept for a while for others that come to the same position.
 """
 
@@ -12,6 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Final, TypeAlias, TypeVar
 
 import msgspec
@@ -34,6 +36,12 @@ _KEPT_BYTES: Final = 2**23
 
 _IDLE_SECONDS: Final = 5.0
 """The longest wait for changes before the feed is read anyway."""
+
+_READ_SECONDS: Final = 0.5
+"""How long the wait for changes of the other feeds is put off for feeds that are being read."""
+
+_LATE_SECONDS: Final = 1.0
+"""The longest wait for changes of the other feeds after a feed was read that took longer."""
 
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 5.0
@@ -254,6 +262,7 @@ class FeedReader:
         self.waits = 0  # how often a wait for changes has ended
         self._feeds: dict[str, SharedFeed] = {}
         self._task: asyncio.Task[None] | None = None
+        self._readings: dict[SharedFeed, asyncio.Task[None]] = {}
         self._one_call = asyncio.Lock()  # of `feed_changed` at a time
         self._awaited = asyncio.Event()
         self._followed: dict[str, str] = {}
@@ -279,12 +288,15 @@ class FeedReader:
             feed.users -= 1
             if not feed.users:
                 del self._feeds[collection]
+                await end_task(self._readings.get(feed))
             if not self._feeds:
                 await self._stop()
 
     async def _stop(self) -> None:
         task, self._task = self._task, None
         await end_task(task)
+        for each in list(self._readings.values()):
+            await end_task(each)
 
     async def close(self) -> None:
         """Let all watchers end with StoreClosedError."""
@@ -312,13 +324,32 @@ class FeedReader:
                 if not feeds:
                     await self._awaited.wait()
                     continue
+                idle = [each for each in feeds if each not in self._readings]
                 # Also a feed that nobody awaited when a wait ended: the next one need not end because of
                 # the same changes.
-                unread = [each for each in feeds if each.read_after < self.waits]
-                for each in unread:
-                    await self._read(each)
-                if not unread:
-                    await self._wait(feeds)
+                unread = [each for each in idle if each.read_after < self.waits]
+                if unread:
+                    begun = [self._begin_to_read(each) for each in unread]
+                    await asyncio.wait(begun, timeout=_READ_SECONDS)
+                elif idle:
+                    await self._wait(idle)
+                else:
+                    await self._awaited.wait()
+
+    def _begin_to_read(self, feed: SharedFeed) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(self._read(feed))
+        self._readings[feed] = task
+        task.add_done_callback(partial(self._end_reading, feed))
+        return task
+
+    def _end_reading(self, feed: SharedFeed, task: asyncio.Task[None]) -> None:
+        """Let the next wait include a feed again, which begins soon if there is one without it."""
+        del task, self._readings[feed]
+        self._awaited.set()
+        scope = self._scope
+        if scope is not None and not scope.expired():
+            soon = asyncio.get_running_loop().time() + _LATE_SECONDS
+            scope.reschedule(min(soon, scope.when() or soon))
 
     async def _wait(self, feeds: Sequence[SharedFeed]) -> None:
         self._followed = {each.collection: each.end for each in feeds}

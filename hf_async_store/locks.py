@@ -51,6 +51,15 @@ file of another user."""
 _NEXT_IN_LINE_PAUSE: Final = 0.001
 """The longest pause between two attempts by the one process that is next in line."""
 
+_KEEP_SECONDS: Final = 0.01
+"""How long a process may keep the lock for writers one after another, if other processes wait."""
+
+_COMPETING_SECONDS: Final = 1.0
+"""How long after its last wait a process takes others for waiting, too."""
+
+_SHORT_PAUSE: Final = 0.002
+"""A writer that comes so soon after the last one comes at once."""
+
 
 class _LockContext(Struct, eq=False):
     """An async context manager that holds a lock. It can be used once."""
@@ -69,6 +78,14 @@ class _LockContext(Struct, eq=False):
         # Released for the task that acquired it, which may not be the current one: the event loop
         # closes an abandoned async generator in a separate task.
         self.lock.release(self.mode, self.task)
+
+
+class _KeepingContext(_LockContext, eq=False):
+    """The same for `LockManager.exclusive(keeps=True)`."""
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        assert isinstance(self.lock, LockManager)
+        self.lock.release(self.mode, self.task, keeps=True)
 
 
 class ReaderWriterLock:
@@ -393,7 +410,8 @@ class LockManager:
 
     A task first acquires a `ReaderWriterLock`, with the guarantees of that class, and then the lock
     between processes, which is polled with pauses of at most 5 ms. A process that acquires the lock
-    in a loop, to read or to write, does not starve another. The lock of a process that dies is
+    in a loop, to read or to write, does not starve another; with `keeps`, it has the lock for at most
+    10 ms more. The lock of a process that dies is
     released. Acquiring a free lock does not suspend; a cancelled or failed acquire leaves nothing
     held.
 
@@ -431,6 +449,11 @@ class LockManager:
         self._gate = ReaderWriterLock(f"the lock {path}")
         self._sharers = 0
         self._passages = 0
+        self._is_kept = False  # the file is locked for the next writer of this process
+        self._keep_until = -inf
+        self._last_wait = -inf
+        self._last_release = -inf
+        self._last_pause = inf  # the time between the last release and the next acquire
 
     @property
     def exclusive_held(self) -> bool:
@@ -442,7 +465,11 @@ class LockManager:
         return self._tasks.holds(task)
 
     def exclusive(
-        self, timeout: float | None = None, *, owner: asyncio.Task[Any] | None = None
+        self,
+        timeout: float | None = None,
+        *,
+        owner: asyncio.Task[Any] | None = None,
+        keeps: bool = False,
     ) -> AbstractAsyncContextManager[None]:
         """Hold the lock alone.
 
@@ -451,6 +478,8 @@ class LockManager:
                 object.
             owner: the task that is to hold the lock, if another task waits for it (a transaction
                 whose first operation is awaited by a child task). None: the current task.
+            keeps: if processes compete, the lock may stay with this process for a moment after its
+                release, for the next writer. The event loop must run at least two iterations after it.
 
         Raises (on entry):
             LockTimeoutError: the lock did not become free in time; the message names the file.
@@ -459,7 +488,8 @@ class LockManager:
                 cannot be created, opened or locked.
             StoreClosedError: after `close`.
         """
-        return _LockContext(self, "write", timeout, owner)
+        context = _KeepingContext if keeps else _LockContext
+        return context(self, "write", timeout, owner)
 
     def shared(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
         """Hold the lock together with other readers. Otherwise as `exclusive`."""
@@ -468,6 +498,7 @@ class LockManager:
     def close(self) -> None:
         """Close the files. The lock is released, and `StoreClosedError` is raised in waiters."""
         self._closed = True
+        self._is_kept = False
         self._main.close()
         self._turnstile.close()
 
@@ -476,19 +507,52 @@ class LockManager:
         wait = _Wait(mode, self._timeout if timeout is None else timeout)
         await self._tasks.acquire(mode, wait.timeout, task)
         try:
-            if mode == "write":
+            now = monotonic()
+            self._last_pause = now - self._last_release
+            if mode == "read" or now >= self._keep_until:
+                self._end_keeping()
+            if self._is_kept:
+                self._is_kept = False
+            elif mode == "write":
                 await self._pass_turnstile(wait)
+                self._keep_until = monotonic() + _KEEP_SECONDS
             else:
                 await self._join_readers(task, wait)
         except BaseException:
             self._tasks.release(mode, task)
             raise
 
-    def release(self, mode: Mode, task: asyncio.Task[Any] | None) -> None:
+    def release(self, mode: Mode, task: asyncio.Task[Any] | None, *, keeps: bool = False) -> None:
         self._tasks.release(mode, task)
         if mode == "read":
             self._sharers -= 1
-        if not self._sharers:
+        if self._sharers:
+            return
+        now = self._last_release = monotonic()
+        if keeps and self._may_keep(now):
+            self._is_kept = True
+            # The callers of this writer run in the next iteration, and a next writer after them.
+            asyncio.get_running_loop().call_soon(self._end_keeping_soon)
+        else:
+            self._main.unlock()
+
+    def _may_keep(self, now: float) -> bool:
+        """Whether the file stays locked for a next writer, which will come at once.
+
+        With each change of the process, the others wait until they have polled, and read what was written
+        meanwhile. So processes that compete get the lock for some writers each. Not if callers need time of
+        their own between two writes: other processes would wait for it.
+        """
+        competing = now - self._last_wait < _COMPETING_SECONDS
+        return competing and now < self._keep_until and self._last_pause < _SHORT_PAUSE
+
+    def _end_keeping_soon(self) -> None:
+        if self._is_kept:
+            asyncio.get_running_loop().call_soon(self._end_keeping)
+
+    def _end_keeping(self) -> None:
+        if self._is_kept:
+            self._is_kept = False
             self._main.unlock()
 
     async def _join_readers(self, task: asyncio.Task[Any], wait: _Wait) -> None:
@@ -527,7 +591,7 @@ class LockManager:
             remaining = wait.remaining()
             if remaining <= 0:
                 raise self._timed_out(wait)
-            now = monotonic()
+            self._last_wait = now = monotonic()
             started = started or now
             # In proportion to the wait so far: the lock is then idle for a small fraction of any
             # wait. With doubled pauses it could be idle for as long as the wait lasted.

@@ -42,6 +42,7 @@ import msgspec
 
 from hf_async_store.changes import Change, ChangeMarker, Outcome, Put, Record
 from hf_async_store.driver import (
+    INTERFACE_VERSION,
     Claimed,
     ClaimInfo,
     ClaimTerms,
@@ -66,6 +67,7 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.generators import Owned
+from hf_async_store.interface_version import check_interface_version
 from hf_async_store.query import Query
 from hf_async_store.schema import (
     MARKER_COLLECTION,
@@ -229,12 +231,15 @@ class MigrationRouter(Engine):
         own_location: returns the location of the store; None if other processes cannot open it.
     """
 
+    interface_version = INTERFACE_VERSION
+
     def __init__(
         self,
         original: Engine,
         open_engine: OpenEngine,
         own_location: Callable[[], str | None],
     ) -> None:
+        check_interface_version(type(original), original.capabilities.engine)
         self.capabilities = original.capabilities
         self.original: Final = original
         self._open_engine = open_engine

@@ -678,7 +678,7 @@ class RepositoryInterface(ABC):
             default = declared.entity({declared.key: key.id, **default})[1]
 
         async def attempt() -> Entity:
-            current = await self.get_entity(collection, key.id, timeout=remaining())
+            current = await self._read_to_change(key, remaining())
             if current is None and default is None:
                 raise EntityNotFoundError(collection, key.id)
             given = copy_entity(default) if current is None and default is not None else current
@@ -707,7 +707,9 @@ class RepositoryInterface(ABC):
                 raise ConcurrencyConflictError(str(exc), retryable=True) from exc
             written = changed(put, stored)
             assert written is not None, "only a delete writes nothing"
-            return {**written, VERSION: version}
+            written = {**written, VERSION: version}
+            self._hand_on(key, written)
+            return written
 
         most = retry_seconds if timeout is None else min(retry_seconds, timeout)
         written = await self._retried(key, attempt, most)
@@ -718,6 +720,14 @@ class RepositoryInterface(ABC):
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
         """Await `attempt()`, and again after each conflict on the entity of this key."""
+
+    async def _read_to_change(self, key: Key, timeout: float | None) -> Entity | None:
+        """The entity of a key for an attempt that writes only if it is unchanged."""
+        return await self.get_entity(key.collection, key.id, timeout=timeout)
+
+    @abstractmethod
+    def _hand_on(self, key: Key, written: Entity) -> None:
+        """The current attempt has written this entity: the next one in the queue need not read it."""
 
     def _note_retry(self, collection: str | None) -> None:
         """Something is tried again after a conflict."""

@@ -505,7 +505,7 @@ class Collection:
         return copied
 
     def _check_is_mapping(self, data: object) -> None:
-        if not isinstance(data, Mapping):
+        if type(data) is not dict and not isinstance(data, Mapping):  # the latter takes longer
             raise UnsupportedValueError(
                 f"an entity of {self.name} must be a dict, not {type_name(data)}"
             )
@@ -518,8 +518,8 @@ class Collection:
     def _checked(self, entity: Entity) -> Entity:
         """Convert the declared fields of the entity to their stored form, in place."""
         for name, kinds in self._usual_types:
-            if name in entity and type(entity[name]) not in kinds:
-                entity[name] = self.typed[name].check(entity[name], self.name)
+            if type(value := entity.get(name)) not in kinds and name in entity:
+                entity[name] = self.typed[name].check(value, self.name)
         for name in self._optional_timestamps:
             value = entity.get(name)
             if value is not None and (type(value) is not str or not is_canonical_timestamp(value)):
@@ -568,7 +568,7 @@ class Schema(Mapping[str, Collection]):
             references other than from a collection to itself.
     """
 
-    __slots__ = ("_by_name", "children", "unique")
+    __slots__ = ("_by_name", "_found", "children", "unique")
 
     children: Mapping[str, tuple[tuple[Collection, Field], ...]]
     """By parent: every (collection, field) that refers to it."""
@@ -595,6 +595,7 @@ class Schema(Mapping[str, Collection]):
                         "which is not declared"
                     )
         self._by_name = {each.name: each for each in _parents_first(declared)}
+        self._found = self._by_name  # also those that are not listed
         self.unique = MappingProxyType({e.name: e.unique for e in declared if e.unique})
         self.children = MappingProxyType(
             {
@@ -610,7 +611,7 @@ class Schema(Mapping[str, Collection]):
 
     def __getitem__(self, name: str) -> Collection:
         try:
-            return self._by_name[name]
+            return self._found[name]
         except (KeyError, TypeError):
             raise UnknownCollectionError(
                 f"no collection {name!r}; declared are: {', '.join(self._by_name) or 'none'}"
@@ -748,9 +749,5 @@ class EngineSchema(Schema):
 
     def __init__(self, collections: Iterable[Collection]) -> None:
         super().__init__(collections)
+        self._found = {**_UNLISTED, **self._by_name}
         self.children = MappingProxyType({**dict.fromkeys(_UNLISTED, ()), **self.children})
-
-    def __getitem__(self, name: str) -> Collection:
-        if name in _UNLISTED and name not in self:
-            return _UNLISTED[name]
-        return super().__getitem__(name)

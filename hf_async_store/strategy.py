@@ -64,6 +64,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.field_operations import UpdateMap
 from hf_async_store.index_advice import advice, advice_by_declaration
+from hf_async_store.interface_version import check_interface_version
 from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
 from hf_async_store.models import Model
 from hf_async_store.observer import Observer, StoreObserver, check_observer
@@ -79,7 +80,7 @@ from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.typed import TypedCollection
-from hf_async_store.values import Entity, Key, Value
+from hf_async_store.values import Entity, Key, Value, copy_entity
 from hf_async_store.watching import WatchedStore
 
 Result = TypeVar("Result")
@@ -123,6 +124,7 @@ class StorageStrategy(WatchedStore):
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
         super().__init__(engine, Schema(schema.values()), SlowQueries())
+        check_interface_version(type(engine), engine.capabilities.engine)
         if not engine.capabilities.unique_indexes:
             _refuse_unique(schema, engine.capabilities.engine)
         _refuse_feeds(schema, engine.capabilities)
@@ -281,7 +283,14 @@ class StorageStrategy(WatchedStore):
         await self.close()
 
     def _usable(self) -> Engine:
-        self._refuse_unopened()
+        # The conditions of the methods that raise; without their calls, because every operation does this.
+        if (
+            self._closed
+            or self._loop is None
+            or self._forks != _Forks.count
+            or self._loop is not asyncio.get_running_loop()
+        ):
+            self._refuse_unopened()
         self._transactions.refuse_reentry()
         return self._engine
 
@@ -388,6 +397,16 @@ class StorageStrategy(WatchedStore):
     ) -> Result:
         self._usable()  # raises before waiting in the queue
         return await self._retry_queue.retry(key, attempt, seconds, self._note_retry)
+
+    async def _read_to_change(self, key: Key, timeout: float | None) -> Entity | None:
+        written = self._retry_queue.handed_on(key)
+        if written is not None:
+            return copy_entity(written)
+        return await super()._read_to_change(key, timeout)
+
+    def _hand_on(self, key: Key, written: Entity) -> None:
+        if self._reads is not None:  # a read is a round trip
+            self._retry_queue.hand_on(key, written)
 
     # -- transactions ------------------------------------------------------------------------
 

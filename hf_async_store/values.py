@@ -126,7 +126,7 @@ def join_path(parts: Sequence[str | int]) -> str:
     return path or "(entity)"
 
 
-def normalise(value: object, path: tuple[str | int, ...] = ()) -> Value:
+def normalise(value: object, path: tuple[str | int, ...] = (), *, depth: int = 1) -> Value:
     """A portable copy of `value` that shares nothing mutable with it.
 
     In addition to the types of JSON, these are converted to strings: aware `datetime` (UTC,
@@ -136,17 +136,20 @@ def normalise(value: object, path: tuple[str | int, ...] = ()) -> Value:
 
     Args:
         path: the path of the value, for the error.
+        depth: the nesting depth of the value; that of the value of a field is 1.
 
     Raises:
         UnsupportedValueError: names the path of the value.
     """
-    return weighed(value, path)[0]
+    return weighed(value, path, depth=depth)[0]
 
 
-def weighed(value: object, path: tuple[str | int, ...] = ()) -> tuple[Value, int]:
+def weighed(
+    value: object, path: tuple[str | int, ...] = (), *, depth: int = 1
+) -> tuple[Value, int]:
     """`normalise`, and the size of the value."""
     try:
-        return _copy(value, 1)
+        return _copy(value, depth)
     except _NotStorableError as exc:
         exc.path.extend(reversed(path))
         raise exc.public() from exc.__cause__
@@ -328,10 +331,11 @@ def utc_now() -> str:
 
 
 is_canonical_timestamp: Final = re.compile(
-    r"(?!0000)[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
+    r"(?!0000)[0-9]{4}-"
+    r"(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
     r"T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{6}Z\Z"
 ).match
-"""A quick check that recognises most canonical timestamps: those of days 1 to 28."""
+"""A quick check that recognises most canonical timestamps: all but those of 29 February."""
 
 
 def parse_timestamp(text: str) -> str | None:

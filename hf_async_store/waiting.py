@@ -15,7 +15,7 @@ from hf_async_store.errors import CorruptionError, EntityNotFoundError, StorageE
 from hf_async_store.feed_reading import as_storage_error, closed
 from hf_async_store.lifetimes import Lifetimes
 from hf_async_store.query import Filter, compile_filter
-from hf_async_store.values import Entity, Key, copy_entity
+from hf_async_store.values import UPDATED_AT, Entity, Key, copy_entity
 
 _FIRST_PAUSE: Final = 0.01
 _LONGEST_PAUSE: Final = 1.0
@@ -24,10 +24,15 @@ _EXPIRY_SECONDS: Final = 1.0
 """How often a waiter looks whether its entity has expired."""
 
 Fetch: TypeAlias = Callable[[Sequence[Key]], Awaitable[list[Record | None]]]
+Look: TypeAlias = Callable[[], Awaitable[Record | None]]
 
 
 class Waiter:
-    """A task that waits until an entity matches a filter."""
+    """A task that waits until an entity matches a filter.
+
+    A change that is heard may precede the state that was seen, even be one of an earlier entity with this
+    id, because not every feed knows its end exactly. It decides nothing; the entity is looked at again.
+    """
 
     def __init__(self, key: Key, where: Filter, lifetimes: Lifetimes | None) -> None:
         self.key: Final = key
@@ -35,6 +40,8 @@ class Waiter:
         self._lifetimes = lifetimes if lifetimes and key.collection in lifetimes else None
         self._seen: Entity | None = None
         self._outcome: asyncio.Future[Entity | StorageError] = asyncio.Future()
+        self._is_in_doubt = False
+        self._told = asyncio.Event()  # that there is an outcome, or a doubt
 
     def see(self, record: Record | None) -> None:
         """Tell the state of the entity."""
@@ -50,8 +57,18 @@ class Waiter:
         """Tell a change of the entity, or why no more will be told."""
         if isinstance(entry, StorageError):
             self._end(entry)
-        else:
+        elif self._follows(entry):
             self.see(entry.after)
+        else:
+            self._is_in_doubt = True
+            self._told.set()
+
+    def _follows(self, entry: FeedEntry) -> bool:
+        """Whether a change was certainly made after the state that was seen."""
+        seen = self._seen
+        if seen is None or (entry.before is not None and entry.before.entity == seen):
+            return True
+        return entry.after is not None and _time_of(entry.after.entity) > _time_of(seen)
 
     def _is_over(self, entity: Entity) -> bool:
         return self._lifetimes is not None and self._lifetimes.is_over(self.key.collection, entity)
@@ -59,26 +76,42 @@ class Waiter:
     def _end(self, outcome: Entity | StorageError) -> None:
         if not self._outcome.done():
             self._outcome.set_result(outcome)
+            self._told.set()
 
     @property
     def has_ended(self) -> bool:
         """Whether the entity matches, or never will."""
         return self._outcome.done()
 
-    async def result(self) -> Entity:
+    async def result(self, look: Look | None = None) -> Entity:
         """The entity, as soon as it matches.
+
+        Args:
+            look: reads the entity. Required if changes are told.
 
         Raises:
             EntityNotFoundError: it does not exist, was deleted, or has expired.
         """
-        while self._lifetimes is not None and not self._outcome.done():
-            await asyncio.wait([self._outcome], timeout=_EXPIRY_SECONDS)
-            if self._seen is not None and self._is_over(self._seen):
+        while not self._outcome.done():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if self._lifetimes is None else _EXPIRY_SECONDS):
+                    await self._told.wait()
+            self._told.clear()
+            if self._is_in_doubt and look is not None:
+                self._is_in_doubt = False
+                self.see(await look())
+            elif self._seen is not None and self._is_over(self._seen):
                 self.see(None)
-        outcome = await self._outcome
+        outcome = self._outcome.result()
         if isinstance(outcome, StorageError):
             raise outcome
         return outcome
+
+
+def _time_of(entity: Entity) -> str:
+    """When an entity was written; "" if it is not known."""
+    time = entity.get(UPDATED_AT)
+    return time if isinstance(time, str) else ""
 
 
 class Polling:

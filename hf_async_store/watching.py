@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from functools import partial
 
 from hf_async_store.arguments import check_seconds
-from hf_async_store.changes import Delete
+from hf_async_store.changes import Delete, Record
 from hf_async_store.claims import check_name
 from hf_async_store.driver import Engine, FeedEntry
 from hf_async_store.errors import (
@@ -180,12 +180,17 @@ class WatchedStore(RepositoryInterface):
 
     async def _awaited_by_feed(self, waiter: Waiter) -> Entity:
         key = waiter.key
+
+        async def look() -> Record | None:
+            [record] = await self._fetch([key], None)
+            return record
+
         async with (
             self._feeds.using(key.collection, self._feed_position) as feed,
             feed.listening(key.id, waiter.hear),
         ):
-            waiter.see((await self._fetch([key], None))[0])
-            return await waiter.result()
+            waiter.see(await look())
+            return await waiter.result(partial(self._feeds.retried, look))
 
     @asynccontextmanager
     async def _woken_by_changes(

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -21,7 +22,7 @@ from hf_async_store_bench.servers import (
     dynamodb,
     postgres,
 )
-from tests.dynamodb.proxy import Proxy, proxy_before
+from tests.dynamodb.proxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +67,7 @@ signal.signal(signal.SIGTERM, _end_session)
 settings.register_profile(
     "full", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
-settings.register_profile("plain", settings.get_profile("full"), max_examples=40)
+settings.register_profile("plain", settings.get_profile("full"), max_examples=25)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,6 +77,34 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     return f"--hf-seed {os.environ[SEED_VARIABLE]} repeats the random choices of this run"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Let each worker process of a whole run begin with other folders: in a new checkout, all of them
+    would otherwise compile the same modules at the same time, which takes each of them 10 s."""
+    number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if number and session.config.args == session.config.getini("testpaths"):
+        folders = sorted(str(each) for each in Path(__file__).parent.iterdir() if each.is_dir())
+        first = int(number) * len(folders) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        session.config.args[:] = folders[first:] + folders[:first]
+
+
+_LONG: Final = ("bench", "demo", "migration")
+"""The folders with the longest tests."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring them into one order again, as pytest-xdist requires: by the folder; long tests are first, so
+    that no worker process ends late."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> tuple[bool, str]:
+    folder = item.path.parent.name
+    return folder not in _LONG, folder
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -116,5 +145,5 @@ def dynamodb_server() -> Iterator[DynamoDBServer]:
 @pytest.fixture(scope="session")
 def dynamodb_proxy(dynamodb_server: DynamoDBServer) -> Iterator[Proxy]:
     """A proxy in front of the DynamoDB server that counts requests and injects faults."""
-    with proxy_before(dynamodb_server.endpoint_url) as proxy:
+    with Proxy(dynamodb_server.endpoint_url) as proxy:
         yield proxy

@@ -9,6 +9,7 @@ meaning compares the vectors of all items of a namespace, which is good for some
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -39,6 +40,7 @@ from hf_async_store import (
     Entity,
     Expire,
     Field,
+    Index,
     StorageStrategy,
     begins_with,
     desc,
@@ -57,12 +59,15 @@ COLLECTIONS: Final = (
         ITEMS,
         key="item_id",
         fields=["namespace", Field("value", "json"), Field("expires_at", "timestamp")],
-        indexes=["namespace", "expires_at"],
+        indexes=[Index("namespace", "updated_at"), "expires_at"],
         expires=Expire("expires_at"),
     ),
 )
 _END: Final = "."
 """Ends each label of a namespace, so that `("a",)` is no prefix of `("ab",)`; none contains it."""
+_SEARCHES: Final = 4
+"""How many searches of a batch run at once, each on a connection of the store."""
+
 _OPERATORS: Final = {"$eq": eq, "$ne": ne, "$gt": gt, "$gte": gte, "$lt": lt, "$lte": lte}
 
 
@@ -79,6 +84,7 @@ class EntityMemoryStore(AsyncBatchedBaseStore):
     def __init__(self, store: StorageStrategy, *, index: IndexConfig | None = None) -> None:
         super().__init__()
         self._store = store
+        self._turn = asyncio.Semaphore(_SEARCHES)
         self.index_config = index
         self._embeddings = None if index is None else ensure_embeddings(index["embed"])
         self._fields = ["$"] if index is None else index.get("fields") or ["$"]
@@ -93,10 +99,12 @@ class EntityMemoryStore(AsyncBatchedBaseStore):
         items = await self._get([op for _, op in gets])
         for (at, _), item in zip(gets, items, strict=True):
             results[at] = item
+        searches = [(at, op) for at, op in enumerate(given) if isinstance(op, SearchOp)]
+        found = await asyncio.gather(*(self._search(op) for _, op in searches))
+        for (at, _), several in zip(searches, found, strict=True):
+            results[at] = several
         for at, op in enumerate(given):
-            if isinstance(op, SearchOp):
-                results[at] = await self._search(op)
-            elif isinstance(op, ListNamespacesOp):
+            if isinstance(op, ListNamespacesOp):
                 results[at] = await self._namespaces(op)
         puts = {_id(op.namespace, op.key): op for op in given if isinstance(op, PutOp)}
         await self._put(puts)
@@ -159,6 +167,10 @@ class EntityMemoryStore(AsyncBatchedBaseStore):
         return vectors
 
     async def _search(self, op: SearchOp) -> list[SearchItem]:
+        async with self._turn:
+            return await self._found(op)
+
+    async def _found(self, op: SearchOp) -> list[SearchItem]:
         where = _within(op.namespace_prefix)
         for name, condition in (op.filter or {}).items():
             where |= _conditions(("value", name), condition)

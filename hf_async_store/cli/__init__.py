@@ -6,8 +6,9 @@ Imports take half of the run time of a short command.
 
 from __future__ import annotations
 
+import gc
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from hf_async_store.cli import output
 from hf_async_store.cli.arguments import parse
@@ -22,6 +23,15 @@ from hf_async_store.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+
+def run() -> NoReturn:
+    """Run the command of this process, and end it."""
+    status = main()
+    # When a process ends, the interpreter looks for garbage among all objects of all modules, which takes
+    # a fifth of the run time of a short command.
+    gc.freeze()
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

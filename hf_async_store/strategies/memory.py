@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
 from hf_async_store.driver import (
+    INTERFACE_VERSION,
     Capabilities,
     Engine,
     FeedBatch,
@@ -242,6 +243,7 @@ class _Feed:
 class MemoryEngine(Engine):
     """Stores the entities in a table for each collection; sessions and single writes acquire one lock."""
 
+    interface_version = INTERFACE_VERSION
     capabilities: Capabilities = Capabilities(
         engine="memory",
         durable=False,
@@ -267,6 +269,7 @@ class MemoryEngine(Engine):
         self._closed = False
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        self._refuse_closed()
         if len(keys) <= _CHUNK_SIZE:
             get = self._stored.get
             return [
@@ -277,6 +280,7 @@ class MemoryEngine(Engine):
             return await moment.fetch(keys)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
+        self._refuse_closed()
         if collection.name not in self._stored.tables:
             return None
         return await super().fetch_undeclared(collection, entity_id)
@@ -295,6 +299,7 @@ class MemoryEngine(Engine):
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         async with self._lock.writing(_LOCK_TIMEOUT):
+            self._refuse_closed()
             await self._find_owners()
             outcomes: list[Outcome] = []
             async for chunk in Chunks(changes, _WRITE_CHUNK):
@@ -329,6 +334,7 @@ class MemoryEngine(Engine):
             await snapshot.close()
 
     def _reader(self) -> _OverlayReader:
+        self._refuse_closed()
         return _OverlayReader(self._stored, self._overlay())
 
     def _overlay(self) -> Overlay:
@@ -395,6 +401,7 @@ class MemoryEngine(Engine):
             raise StoreClosedError("this store was closed")
 
     async def health(self) -> Mapping[str, Value]:
+        self._refuse_closed()
         return {"entities": sum(each.collection in self._schema for each in self._stored)}
 
     def describe(self) -> Mapping[str, Value]:

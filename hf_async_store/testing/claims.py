@@ -25,7 +25,12 @@ from hf_async_store.errors import (
 from hf_async_store.migration_routing import unrouted
 from hf_async_store.query import path
 from hf_async_store.testing.assertions import get_existing
-from hf_async_store.testing.concurrency import answer_of, failure_of, second_store
+from hf_async_store.testing.concurrency import (
+    HANG_SECONDS,
+    answer_of,
+    failure_of,
+    second_store,
+)
 from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import REMOVE, Key
 
@@ -602,17 +607,22 @@ class ClaimContract:
     ) -> None:
         _claims(harness)
         holders = most = 0
+        together = asyncio.Event()  # two hold a permit at once
 
         async def hold(claimer: StorageStrategy) -> None:
             nonlocal holders, most
             async with claimer.permits("provider-eu", 3):
                 holders += 1
                 most = max(most, holders)
+                if holders == 2:
+                    together.set()
+                await together.wait()
                 await asyncio.sleep(0.02)
                 holders -= 1
 
         async with second_store(harness, store) as other:
-            await asyncio.gather(*(hold(each) for each in (store, other) * 6))
+            async with asyncio.timeout(HANG_SECONDS):
+                await asyncio.gather(*(hold(each) for each in (store, other) * 6))
         assert 2 <= most <= 3
 
     # -- transactions and attempts -----------------------------------------------------------

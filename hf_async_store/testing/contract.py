@@ -49,6 +49,7 @@ from hf_async_store.testing.transactions import TransactionContract
 from hf_async_store.testing.transformed_entities import TransformContract
 from hf_async_store.testing.type_changes import TypeChangeContract
 from hf_async_store.testing.unique_indexes import UniqueIndexContract
+from hf_async_store.testing.use_after_close import ClosedContract
 from hf_async_store.testing.values import ValueContract
 from hf_async_store.testing.versions import VersionContract
 from hf_async_store.testing.waiting import WaitingContract
@@ -99,6 +100,7 @@ class StrategyContract(
     WaitingContract,
     SubscriptionContract,
     DriverContract,
+    ClosedContract,
     LostConnectionContract,
 ):
     """All cases of the contract."""

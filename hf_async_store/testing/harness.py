@@ -105,6 +105,14 @@ class InjectsThrottling(Protocol):
 
 
 @runtime_checkable
+class ExcludesFaults(Protocol):
+    """A harness of an engine to which some faults cannot happen, such as one without connections."""
+
+    impossible_faults: tuple[type, ...]
+    """Of the three protocols above, those of faults that cannot happen."""
+
+
+@runtime_checkable
 class InjectsRowLocks(Protocol):
     """A harness that can lock a single entity from outside of the stores."""
 
@@ -188,11 +196,14 @@ def skip_engine(engine: str, reason: str) -> NoReturn:
 
 def skip_fault(harness: Harness, protocol: type) -> NoReturn:
     """Skip the test because the harness does not implement a protocol by which a fault is injected; the
-    summary of the run names it, unless the engine has no data that a fault could damage."""
+    summary of the run names it, unless the engine has no data that a fault could damage, or the harness
+    states that the fault cannot happen."""
     import pytest
 
     from hf_async_store.testing.plugin import NOT_TRIED
 
-    lasting = harness.capabilities.durable or harness.capabilities.multi_process
     name = protocol.__name__
+    if isinstance(harness, ExcludesFaults) and protocol in harness.impossible_faults:
+        pytest.skip(f"{name}: this cannot happen to the engine")
+    lasting = harness.capabilities.durable or harness.capabilities.multi_process
     pytest.skip(f"{NOT_TRIED}{name}" if lasting else f"the harness does not implement {name}")

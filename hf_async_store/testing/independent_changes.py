@@ -20,19 +20,24 @@ from hf_async_store.errors import (
     StorageError,
     UnsupportedValueError,
 )
+from hf_async_store.field_operations import append, increment
 from hf_async_store.testing.assertions import get_existing, payloads
 from hf_async_store.testing.concurrency import HANG_SECONDS, PATIENCE
 from hf_async_store.testing.harness import Harness, InjectsRowLocks, RefusesLabels
-from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES
+from hf_async_store.testing.repetitions import random_of_test, repetitions
+from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES, REMOVE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.values import Entity
 
 Verb: TypeAlias = "Callable[[StorageStrategy], Awaitable[object]]"
+Change: TypeAlias = "Callable[[StorageStrategy, str], Awaitable[object]]"
 
 _IDS: Final = tuple(f"neighbour {each}" for each in range(9))
+_TIME: Final = "2026-01-01T00:00:00.000000Z"
 _HEAVY: Final = "x" * (MAX_ENTITY_BYTES - 1000)
 
 
@@ -70,6 +75,25 @@ REFUSED: Final[Mapping[type[StorageError] | str, tuple[type[StorageError], Verb]
 """Changes that the store can refuse only when it applies them, with the expected errors."""
 
 
+_CHANGES: Final[tuple[Change, ...]] = (
+    lambda store, name: store.save_entity("items", {"item_id": name, "count": 5}),
+    lambda store, name: store.save_entity("items", {"item_id": name, "label": "saved"}),
+    lambda store, name: store.save_entity("items", {"item_id": name}, expected_version=2),
+    lambda store, name: store.save_entity("items", {"item_id": name, "created_at": _TIME}),
+    lambda store, name: store.create_entity("items", {"item_id": name, "count": 7}),
+    lambda store, name: store.update_entity("items", name, {"count": increment(2)}),
+    lambda store, name: store.update_entity("items", name, {"count": increment(1)}),
+    lambda store, name: store.update_entity("items", name, {"label": increment(1)}),
+    lambda store, name: store.update_entity("items", name, {"tags": append("tag")}),
+    lambda store, name: store.update_entity("items", name, {"label": REMOVE, "ratio": 0.5}),
+    lambda store, name: store.update_entity("items", name, {"count": 1}, expected_version=3),
+    lambda store, name: store.update_entity("items", name, {"label": "x"}, expected_version=1),
+    lambda store, name: store.delete_entity("items", name),
+    lambda store, name: store.delete_entity("items", name, expected_version=2),
+)
+"""Changes of one entity, some of which are refused."""
+
+
 class IndependentChangeContract:
     """Effects of a change on its neighbours."""
 
@@ -92,6 +116,51 @@ class IndependentChangeContract:
             assert [each for each in outcomes if not isinstance(each, int)] == []
             found = await payloads(store, "items", _IDS)
             assert [each and each["count"] for each in found.values()] == [position] * len(_IDS)
+
+    async def test_135_changes_of_one_entity_at_once_and_one_after_the_other(
+        self, store: StorageStrategy
+    ) -> None:
+        """They may share a commit, but the outcomes are those of changes in their order."""
+        await _prepare(store)
+        random = random_of_test()
+        for number in range(repetitions(60, 12)):
+            changes = [random.choice(_CHANGES) for _ in range(random.randint(2, 12))]
+            first = random.choice([None, {"count": 1, "label": "stored"}])
+            found = []
+            for name in (f"at once {number}", f"in turn {number}"):
+                if first is not None:
+                    await store.save_entity("items", {"item_id": name, **first})
+                work = [change(store, name) for change in changes]
+                if name.startswith("at once"):
+                    outcomes = await asyncio.gather(*work, return_exceptions=True)
+                else:
+                    outcomes = [await _outcome(each) for each in work]
+                stored = await store.get_entity("items", name)
+                found.append((list(map(_described, outcomes)), _without_id(stored)))
+            assert found[0] == found[1]
+
+    async def test_135_references_of_changes_of_one_entity(self, store: StorageStrategy) -> None:
+        if not store.capabilities.references:
+            return
+        await _prepare(store)
+
+        def saved(parent: str) -> Awaitable[object]:
+            return store.save_entity("requests", {"request_id": "one", "template_id": parent})
+
+        def named(name: str) -> Awaitable[object]:
+            return store.update_entity("requests", "one", {"status": name})
+
+        outcomes = await asyncio.gather(
+            *(saved("nobody"), named("a"), saved("parent"), named("b"), saved("parent")),
+            *(named("c"), saved("nobody"), named("d")),
+            return_exceptions=True,
+        )
+        assert list(map(_described, outcomes)) == [
+            *("ReferenceViolationError", "EntityNotFoundError", 1, 2, 3, 4),
+            *("ReferenceViolationError", 5),
+        ]
+        stored = await get_existing(store, "requests", "one")
+        assert (stored["template_id"], stored["status"]) == ("parent", "d")
 
     async def test_135_many_refused_changes_in_one_batch(self, store: StorageStrategy) -> None:
         """Several refused changes in one batch of one caller: each change has its own outcome."""
@@ -137,6 +206,23 @@ class IndependentChangeContract:
         ]
         assert (await payloads(store, "items", ["batch a", "batch poison"]))["batch poison"] is None
 
+    async def test_135_a_change_refused_by_the_database_among_others_of_its_entity(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        if not isinstance(harness, RefusesLabels):
+            return
+        await _prepare(store)
+        harness.refuse_label("poison")
+        changes: list[dict[str, Any]] = [{"count": increment(1)}, {"label": "poison"}] * 2
+        outcomes = await asyncio.gather(
+            *(store.update_entity("items", "there", each) for each in changes),
+            return_exceptions=True,
+        )
+        assert [isinstance(each, StorageError) for each in outcomes] == [False, True, False, True]
+        stored = await get_existing(store, "items", "there")
+        assert (outcomes[0], outcomes[2], stored["version"]) == (2, 3, 3)
+        assert (stored["count"], stored.get("label")) == (2, None)
+
     async def test_135_a_blocked_change_does_not_delay_its_neighbours(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
@@ -146,6 +232,10 @@ class IndependentChangeContract:
         await store.save_entities("items", [{"item_id": each} for each in _IDS])
         async with harness.hold("items", "there"):
             blocked = asyncio.create_task(store.update_entity("items", "there", {"count": 1}))
+            later = [
+                asyncio.create_task(store.update_entity("items", "there", {"count": increment(1)}))
+                for _ in range(3)
+            ]
             free = [
                 asyncio.create_task(store.update_entity("items", each, {"count": 1}))
                 for each in _IDS[:4]
@@ -160,13 +250,37 @@ class IndependentChangeContract:
                 _, waiting = await asyncio.wait(free, timeout=10 * PATIENCE)
                 assert not waiting, "later writes wait for the blocked one"
                 assert not blocked.done()
+                assert not any(each.done() for each in later)
             finally:
-                tasks = [blocked, *free]
+                tasks = [blocked, *later, *free]
                 for each in tasks:
                     each.cancel()
                 cancelled = asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.wait_for(cancelled, HANG_SECONDS)
         assert await store.update_entity("items", "there", {"count": 2}) > 1
+
+
+async def _outcome(change: Awaitable[object]) -> object:
+    try:
+        return await change
+    except StorageError as exc:
+        return exc
+
+
+def _described(outcome: object) -> object:
+    if isinstance(outcome, ConcurrencyConflictError):
+        return "conflict", outcome.expected, outcome.actual
+    return type(outcome).__name__ if isinstance(outcome, BaseException) else outcome
+
+
+def _without_id(entity: Entity | None) -> object:
+    """An entity without its id and the times at which it was written."""
+    if entity is None:
+        return None
+    written = {"item_id", "created_at", "updated_at"} - {
+        name for name, each in entity.items() if each == _TIME
+    }
+    return {name: each for name, each in entity.items() if name not in written}
 
 
 async def _prepare(store: StorageStrategy) -> None:

@@ -8,7 +8,6 @@ imports only pytest, and does nothing until the suite or a fixture is used.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random, SystemRandom
@@ -37,9 +36,9 @@ FULL_VARIABLE: Final = "HF_ASYNC_STORE_TEST_FULL"
 
 _MARKER: Final = (
     "hf_sampled(by='test'): in a run of whole files without --hf-full, a random sixth of the variants of "
-    "each test is run, at least one; by='case': of all tests with the same number in the same class; "
-    "by='module': of all marked tests of the module; "
-    "by='url': of the variants with the same value of this parameter or fixture"
+    "each test is run, at least one; by='class' or 'module': of all marked tests of the class or module; "
+    "by='url': of the variants with the same value of this parameter or fixture; "
+    "one_in=12: a twelfth instead of a sixth"
 )
 STRIDE: Final = 6
 """Of so many variants, a plain run draws one."""
@@ -80,16 +79,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = config.option.keyword or any("::" in each for each in config.args)
     if named or os.environ.get(FULL_VARIABLE):
         return
-    groups: dict[str, list[pytest.Item]] = {}
+    groups: dict[tuple[str, int], list[pytest.Item]] = {}
     for each in items:
         markers = list(each.iter_markers("hf_sampled"))
         if markers:
-            groups.setdefault(_group(each, markers), []).append(each)
+            stride = max(marker.kwargs.get("one_in", STRIDE) for marker in markers)
+            groups.setdefault((_group(each, markers), stride), []).append(each)
     dropped: set[pytest.Item] = set()
-    for name, variants in groups.items():
-        start = random_of(name).randrange(min(STRIDE, len(variants)))
+    for (name, stride), variants in groups.items():
+        start = random_of(name).randrange(min(stride, len(variants)))
         dropped.update(variants)
-        dropped.difference_update(variants[start::STRIDE])
+        dropped.difference_update(variants[start::stride])
     if dropped:
         config.hook.pytest_deselected(items=[each for each in items if each in dropped])
         items[:] = [each for each in items if each not in dropped]
@@ -99,8 +99,8 @@ def _group(item: pytest.Item, markers: Iterable[pytest.Mark]) -> str:
     """The name of the tests from which variants are drawn together."""
     name = item.nodeid.partition("[")[0]
     for by in (marker.kwargs.get("by", "test") for marker in markers):
-        if by == "case":
-            name = re.sub(r"::test_(\d+)_.*", r"::case \1", name)
+        if by == "class":
+            name = item.nodeid.partition("[")[0].rpartition("::")[0]
         elif by == "module":
             name = item.nodeid.partition("::")[0]
         elif by != "test":

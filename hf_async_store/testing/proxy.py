@@ -23,11 +23,12 @@ class FaultyProxy:
 
     Attributes:
         port: of 127.0.0.1, on which it listens.
+        to: host and port of the server to which new connections lead.
         lost: how many answers it has lost.
     """
 
     def __init__(self, host: str, port: int) -> None:
-        self._server = host, port
+        self.to = host, port
         self._loses: Callable[[bytes], bool] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
@@ -39,7 +40,8 @@ class FaultyProxy:
         """Pass the next request on that `to` accepts, and break the connection instead of the answer.
 
         Args:
-            to: is called with what a client sends, as it arrives: a part of a request, or several.
+            to: is called with what a client sends, as it arrives: a part of a request, or several. It
+                accepts the commit alone: with the answer to an earlier statement, nothing was written.
         """
         self._loses = to
 
@@ -67,8 +69,11 @@ class FaultyProxy:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(_SECONDS)
 
     async def _listen(self) -> None:
-        self._listening = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._listening = await self._start_server()
         self.port = self._listening.sockets[0].getsockname()[1]
+
+    async def _start_server(self) -> asyncio.Server:
+        return await asyncio.start_server(self._serve, "127.0.0.1", 0)
 
     async def _cut(self) -> None:
         for each in self._writers:
@@ -77,14 +82,17 @@ class FaultyProxy:
     async def _close(self) -> None:
         self._listening.close()
         await self._cut()
+        await self._end()
+        await asyncio.sleep(0.01)  # for the transports, which end in the next steps of the loop
+
+    async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:  # not cancelled: of a cancelled connection, the streams of asyncio log an error
             await asyncio.wait(others, timeout=_SECONDS / 2)
-        await asyncio.sleep(0)  # for the transports, which end in the next step of the loop
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            answers, requests = await asyncio.open_connection(*self._server)
+            answers, requests = await asyncio.open_connection(*self.to)
         except OSError:
             writer.transport.abort()
             return

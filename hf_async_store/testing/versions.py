@@ -410,7 +410,7 @@ class VersionContract:
             await _write_once(store, verb)
         except StorageError as exc:
             assert exc.outcome_unknown, (
-                f"the write was applied, but the error reports that it was not: {exc!r}"
+                f"the answer to the commit was lost, or that to an earlier request: {exc!r}"
             )
         found = await store.get_entity("items", "a")
         if verb == "delete":

@@ -10,7 +10,7 @@ import sqlite3
 import time
 from base64 import urlsafe_b64decode
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -20,17 +20,26 @@ import msgspec
 
 from hf_async_store import Collection, open_store
 from hf_async_store.strategies.sql.feed_state import decoded_state
-from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.harness import (
+    CONTRACT_COLLECTIONS,
+    CutsConnections,
+    DropsResponses,
+    InjectsThrottling,
+)
 from tests.dynamodb.proxy import WRITES, Answer, Cut, Fault, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+
+    import pytest
 
     from hf_async_store import Capabilities, JSONStorageStrategy, StorageStrategy
     from hf_async_store.strategies.memory import MemoryEngine
     from hf_async_store.strategies.sql.strategy import SQLStorageStrategy
     from hf_async_store.testing.harness import Harness
     from hf_async_store_bench.servers import PostgresServer
+
+_NO_SERVER: Final[tuple[type, ...]] = (CutsConnections, DropsResponses, InjectsThrottling)
 
 
 class MemoryHarness:
@@ -56,15 +65,24 @@ class MemoryHarness:
         return []
 
 
+def defaults_of(test: str) -> dict[str, object]:
+    """The settings of JSON stores in a test: `close` waits so long for a session that is never ended."""
+    return {"lock_timeout": 1} if "_124_a_session_cannot_commit_after_close" in test else {}
+
+
 class JSONHarness:
     """A store in a separate folder.
 
     Args:
         name: the name of the single file, or of the folder of split files.
+        defaults: settings of all stores.
     """
 
-    def __init__(self, tmp_path: Path, name: str) -> None:
+    impossible_faults = _NO_SERVER
+
+    def __init__(self, tmp_path: Path, name: str, **defaults: object) -> None:
         self._tmp_path = tmp_path
+        self._defaults = defaults
         self._path = tmp_path / "data" / name
         self._folder = self._path.parent if name.endswith(".json") else self._path
         self.capabilities = _capabilities_of(self)
@@ -72,7 +90,7 @@ class JSONHarness:
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
     ) -> StorageStrategy:
-        return _opened(self.url(), collections, settings)
+        return _opened(self.url(), collections, {**self._defaults, **settings})
 
     def url(self) -> str:
         return f"json:{self._path}"
@@ -127,6 +145,8 @@ async def forget_feed(store: StorageStrategy, collection: str) -> None:
 
 class SQLiteHarness:
     """A database file in a separate folder."""
+
+    impossible_faults = _NO_SERVER
 
     def __init__(self, tmp_path: Path) -> None:
         self._path = tmp_path / "data" / "store.db"
@@ -188,6 +208,8 @@ class PostgreSQLHarness:
     Args:
         server: the server on which it is created and dropped.
     """
+
+    impossible_faults: tuple[type, ...] = (InjectsThrottling,)
 
     def __init__(self, server: PostgresServer, *, options: str = "") -> None:
         self._server = server
@@ -410,6 +432,9 @@ class DynamoDBHarness:
 
         self._proxy.rule = rule
 
+    def cut_connections(self) -> None:
+        self._proxy.cut_connections()
+
     def throttle(self, requests: int) -> None:
         left = requests
 
@@ -421,6 +446,22 @@ class DynamoDBHarness:
             return Partly() if left % 2 else throttled()
 
         self._proxy.rule = rule
+
+
+@contextmanager
+def shared_harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
+    """The harness that the parameter of a fixture names, of an engine that several processes share."""
+    name = str(request.param)
+    if name.startswith("json"):
+        yield JSONHarness(tmp_path, "store.json" if name == "json" else "store")
+    elif name == "sqlite":
+        yield SQLiteHarness(tmp_path)
+    elif name == "dynamodb":
+        yield DynamoDBHarness(request.getfixturevalue("dynamodb_proxy"))
+    else:
+        made = PostgreSQLHarness(request.getfixturevalue("postgres_server"))
+        yield made
+        made.close()
 
 
 def _records_before(iterator: str) -> int:

@@ -35,12 +35,14 @@ class TestJSON(BlockingContract):
         return JSONHarness(tmp_path, "db.json")
 
 
+@pytest.mark.hf_sampled(by="class")
 class TestSQLite(BlockingContract):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> SQLiteHarness:
         return SQLiteHarness(tmp_path)
 
 
+@pytest.mark.hf_sampled(by="class")
 class TestPostgreSQL(BlockingContract):
     @pytest.fixture
     def harness(self, postgres_server: PostgresServer) -> Iterator[PostgreSQLHarness]:
@@ -49,6 +51,7 @@ class TestPostgreSQL(BlockingContract):
         harness.close()
 
 
+@pytest.mark.hf_sampled(by="class")
 class TestDynamoDB(BlockingContract):
     @pytest.fixture
     def harness(self, dynamodb_proxy: Proxy) -> Iterator[DynamoDBHarness]:

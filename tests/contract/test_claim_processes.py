@@ -6,22 +6,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.contract.harnesses import (
-    DynamoDBHarness,
-    JSONHarness,
-    PostgreSQLHarness,
-    SQLiteHarness,
-)
+from tests.contract.harnesses import shared_harness
+from tests.contract.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from hf_async_store.testing.harness import Harness
 
@@ -30,31 +25,20 @@ _LEASE: Final = 0.8
 _EVIL: Final = 0.1
 """The probability that a worker misbehaves with an item."""
 
-_WORKER: Final = Path(__file__).with_name("claim_worker.py")
-
 
 @pytest.fixture(params=["json", "sqlite", "postgresql", "dynamodb"])
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
-    name = str(request.param)
-    if name == "json":
-        yield JSONHarness(tmp_path, "store.json")
-    elif name == "sqlite":
-        yield SQLiteHarness(tmp_path)
-    elif name == "dynamodb":
-        yield DynamoDBHarness(request.getfixturevalue("dynamodb_proxy"))
-    else:
-        made = PostgreSQLHarness(request.getfixturevalue("postgres_server"))
+    with shared_harness(request, tmp_path) as made:
         yield made
-        made.close()
 
 
-class _Pool:
+class _Pool(Workers):
     """Worker processes: one that was killed is replaced, one that was stopped continues after its lease."""
 
     def __init__(self, url: str, log: Path) -> None:
-        self._arguments = [sys.executable, str(_WORKER), url, str(log)]
+        super().__init__("claim_worker.py")
+        self._arguments = url, log
         self._seed = 0
-        self._running: set[int] = set()
         self._stopped: dict[int, float] = {}  # when they continue
         self.killed = self.stopped = 0
         for _ in range(_WORKERS):
@@ -62,12 +46,11 @@ class _Pool:
 
     def _start(self) -> None:
         self._seed += 1
-        arguments = [*self._arguments, f"{self._seed}", f"{_LEASE}", f"{_EVIL}"]
-        self._running.add(os.posix_spawn(sys.executable, arguments, dict(os.environ)))
+        self.start(*self._arguments, self._seed, _LEASE, _EVIL)
 
     def run(self) -> None:
-        while self._running:
-            for pid in list(self._running):
+        while self.running:
+            for pid in list(self.running):
                 self._look_at(pid)
             time.sleep(0.02)
 
@@ -77,7 +60,7 @@ class _Pool:
             self.stopped += 1
             self._stopped[pid] = time.monotonic() + 1.5 * _LEASE
         elif changed:
-            self._running.discard(pid)
+            self.running.discard(pid)
             if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
                 self.killed += 1
                 self._start()
@@ -86,11 +69,6 @@ class _Pool:
         elif self._stopped.get(pid, float("inf")) < time.monotonic():
             del self._stopped[pid]
             os.kill(pid, signal.SIGCONT)
-
-    def end(self) -> None:
-        for pid in self._running:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
 
 
 def _overlaps(log: Path) -> list[str]:

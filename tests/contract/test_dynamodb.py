@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from tests.dynamodb.proxy import Proxy
 
 
-@pytest.mark.hf_sampled(by="case")  # a request takes ten times longer than on the other engines
+# A request takes ten times longer than on the other engines.
+@pytest.mark.hf_sampled(by="class", one_in=12)
 class TestDynamoDB(StrategyContract):
     @pytest.fixture
     def harness(self, dynamodb_proxy: Proxy) -> Iterator[DynamoDBHarness]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import sys
 import time
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Final
 
@@ -17,66 +14,33 @@ import pytest
 from hf_async_store.testing.feed import COLLECTIONS, by_entity, feed_of
 from hf_async_store.testing.harness import DisturbsFeeds
 from tests.contract.feed_worker import SHARED
-from tests.contract.harnesses import (
-    DynamoDBHarness,
-    JSONHarness,
-    PostgreSQLHarness,
-    SQLiteHarness,
-)
+from tests.contract.harnesses import shared_harness
+from tests.contract.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from hf_async_store.testing.harness import Harness
 
 _WRITERS: Final = 8
 _LAST: Final = "the-last-one"
 _SECONDS: Final = 120.0
-_WORKER: Final = Path(__file__).with_name("feed_worker.py")
 
 
 @pytest.fixture(params=["json", "json split", "sqlite", "postgresql", "dynamodb"])
 def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]:
-    name = str(request.param)
-    if name.startswith("json"):
-        yield JSONHarness(tmp_path, "store.json" if name == "json" else "store")
-    elif name == "sqlite":
-        yield SQLiteHarness(tmp_path)
-    elif name == "dynamodb":
-        yield DynamoDBHarness(request.getfixturevalue("dynamodb_proxy"))
-    else:
-        made = PostgreSQLHarness(request.getfixturevalue("postgres_server"))
+    with shared_harness(request, tmp_path) as made:
         yield made
-        made.close()
 
 
-class _Processes:
-    """Worker processes by id."""
-
-    def __init__(self) -> None:
-        self.running: set[int] = set()
-
-    def start(self, *arguments: object) -> int:
-        command = [sys.executable, str(_WORKER), *map(str, arguments)]
-        pid = os.posix_spawn(sys.executable, command, dict(os.environ))
-        self.running.add(pid)
-        return pid
-
+class _Processes(Workers):
     def has_ended(self, pid: int) -> bool:
         changed, status = os.waitpid(pid, os.WNOHANG)
         if changed:
             self.running.discard(pid)
             assert os.waitstatus_to_exitcode(status) == 0
         return bool(changed)
-
-    def kill(self, pid: int) -> None:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        self.running.discard(pid)
-
-    def end(self) -> None:
-        for each in list(self.running):
-            self.kill(each)
 
 
 async def _begin(harness: Harness) -> str:
@@ -106,7 +70,7 @@ def _check(harness: Harness, folder: Path, number: int) -> None:
     url = harness.url()
     assert url is not None
     random = Random(number)
-    read, processes = folder / "read", _Processes()
+    read, processes = folder / "read", _Processes("feed_worker.py")
     read.write_text(f"{asyncio.run(_begin(harness))}\n")
     logs = {f"w{each}": folder / f"w{each}" for each in range(_WRITERS)}
     for log in logs.values():
@@ -146,6 +110,7 @@ def _follow(
         time.sleep(0.05)
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.timeout(300)
 def test_110_a_killed_reader_misses_nothing(harness: Harness, tmp_path: Path) -> None:
     feed_of(harness)

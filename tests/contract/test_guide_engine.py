@@ -44,7 +44,7 @@ class AcmeHarness:
         return []
 
 
-@pytest.mark.hf_sampled(by="case")
+@pytest.mark.hf_sampled(by="class")
 class TestEngineOfTheGuide(StrategyContract):
     @pytest.fixture
     def harness(self) -> AcmeHarness:

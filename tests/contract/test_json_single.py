@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hf_async_store.testing.contract import StrategyContract
-from tests.contract.harnesses import JSONHarness
+from tests.contract.harnesses import JSONHarness, defaults_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,5 +15,5 @@ if TYPE_CHECKING:
 
 class TestJSONSingle(StrategyContract):
     @pytest.fixture
-    def harness(self, tmp_path: Path) -> JSONHarness:
-        return JSONHarness(tmp_path, "db.json")
+    def harness(self, tmp_path: Path, request: pytest.FixtureRequest) -> JSONHarness:
+        return JSONHarness(tmp_path, "db.json", **defaults_of(request.node.name))

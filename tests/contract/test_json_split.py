@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hf_async_store.testing.contract import StrategyContract
-from tests.contract.harnesses import JSONHarness
+from tests.contract.harnesses import JSONHarness, defaults_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.hf_sampled(by="case")  # the other layout of the same engine
+@pytest.mark.hf_sampled(by="class")  # the other layout of the same engine
 class TestJSONSplit(StrategyContract):
     @pytest.fixture
-    def harness(self, tmp_path: Path) -> JSONHarness:
-        return JSONHarness(tmp_path, "folder")
+    def harness(self, tmp_path: Path, request: pytest.FixtureRequest) -> JSONHarness:
+        return JSONHarness(tmp_path, "folder", **defaults_of(request.node.name))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from hf_async_store_bench.servers import DynamoDBServer, PostgresServer
 
+pytestmark = pytest.mark.hf_sampled(by="module")
+
 COUNT: Final = 30
 
 

@@ -83,12 +83,13 @@ def test_machine(engine: str) -> None:
     run_machine(ENGINES[engine])
 
 
-@pytest.mark.hf_sampled
+@pytest.mark.hf_sampled(by="module")
 @pytest.mark.parametrize("collation", COLLATIONS)
 def test_machine_on_postgresql(postgres_server: PostgresServer, collation: str) -> None:
     run_machine(postgresql(postgres_server, collation))
 
 
+@pytest.mark.hf_sampled(by="module")
 def test_machine_on_dynamodb(dynamodb_server: DynamoDBServer) -> None:
     run_machine(dynamodb_at(dynamodb_server))
 
@@ -121,10 +122,12 @@ def test_feed_machine(engine: str) -> None:
     run_feed_machine(ENGINES[engine])
 
 
+@pytest.mark.hf_sampled(by="module")
 def test_feed_machine_on_postgresql(postgres_server: PostgresServer) -> None:
     run_feed_machine(postgresql(postgres_server, "C"))
 
 
+@pytest.mark.hf_sampled(by="module")
 def test_feed_machine_on_dynamodb(dynamodb_server: DynamoDBServer) -> None:
     run_feed_machine(dynamodb_at(dynamodb_server))
 
@@ -153,7 +156,7 @@ def test_declaration_machine_on_postgresql(postgres_server: PostgresServer) -> N
 @pytest.mark.hf_sampled(by="module")
 def test_declaration_machine_on_dynamodb(dynamodb_server: DynamoDBServer) -> None:
     # A run makes a thousand requests.
-    run_declaration_machine(dynamodb_at(dynamodb_server), examples=3)
+    run_declaration_machine(dynamodb_at(dynamodb_server), examples=2)
 
 
 @pytest.mark.long
@@ -184,10 +187,12 @@ def test_claim_machine(engine: str) -> None:
     run_claim_machine(ENGINES[engine])
 
 
+@pytest.mark.hf_sampled(by="module")
 def test_claim_machine_on_postgresql(postgres_server: PostgresServer) -> None:
     run_claim_machine(postgresql(postgres_server, "C"))
 
 
+@pytest.mark.hf_sampled(by="module")
 def test_claim_machine_on_dynamodb(dynamodb_server: DynamoDBServer) -> None:
     run_claim_machine(dynamodb_at(dynamodb_server))
 

@@ -34,6 +34,7 @@ class _ObservedHarness(MemoryHarness):
         return store
 
 
+@pytest.mark.hf_sampled(by="class")
 class TestObserved(StrategyContract):
     @pytest.fixture
     def harness(self, request: pytest.FixtureRequest) -> Iterator[MemoryHarness]:

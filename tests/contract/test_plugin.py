@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 _SUITE = """
 import pytest
 from hf_async_store.testing.concurrency import seeded
-from hf_async_store.testing.harness import skip_engine
+from hf_async_store import Capabilities
+from hf_async_store.testing.harness import (
+    CutsConnections, DropsResponses, skip_engine, skip_fault
+)
 
 @pytest.fixture
 def harness():
@@ -29,6 +32,14 @@ def test_of_the_same_engine(harness):
 
 def test_that_passes():
     pass
+
+class Harness:
+    capabilities = Capabilities(engine="wonderdb", durable=True, multi_process=True)
+    impossible_faults = (CutsConnections,)
+
+@pytest.mark.parametrize("fault", [CutsConnections, DropsResponses])
+def test_of_a_fault(fault):
+    skip_fault(Harness(), fault)
 
 def test_with_a_seed():
     with seeded() as random:
@@ -57,6 +68,14 @@ def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Compl
 
 def drawn(result: subprocess.CompletedProcess[str]) -> list[str]:
     return [each for each in result.stdout.splitlines() if "drew" in each]
+
+
+def test_a_fault_that_was_not_tried_is_reported_if_it_can_happen(tmp_path: Path) -> None:
+    lines = run(tmp_path, "-k", "fault").stdout.splitlines()
+    not_tried = [each for each in lines if each.startswith("fault not tried")]
+    assert not_tried == [
+        "fault not tried, because the harness does not implement it: DropsResponses"
+    ]
 
 
 def test_a_skipped_engine_is_reported_or_fails_the_run(tmp_path: Path) -> None:
@@ -93,22 +112,23 @@ def test_of_a_module():
 def test_of_the_same_module(number):
     pass
 
-@pytest.mark.hf_sampled(by="case")
-class TestCases:
-    def test_1_first(self):
+@pytest.mark.hf_sampled
+class Contract:
+    @pytest.mark.parametrize("number", range(18))
+    def test_first(self, number):
         pass
 
-    def test_1_second(self):
+    @pytest.mark.parametrize("number", range(6))
+    def test_second(self, number):
         pass
 
-    def test_1_third(self):
-        pass
+@pytest.mark.hf_sampled(by="class")
+class TestSixth(Contract):
+    pass
 
-    def test_1_fourth(self):
-        pass
-
-    def test_2_other(self):
-        pass
+@pytest.mark.hf_sampled(by="class", one_in=12)
+class TestTwelfth(Contract):
+    pass
 
 @pytest.mark.parametrize("number", range(2))
 def test_that_is_not_sampled(number):
@@ -132,8 +152,8 @@ def test_a_sixth_of_the_variants_is_run(tmp_path: Path) -> None:
     assert len([each for each in found if "module" in each]) == 1
     engines = [each.rstrip("]").rpartition("-")[2] for each in found if "of_engines" in each]
     assert sorted(engines) == ["one", "other"]
-    assert len([each for each in found if "test_1_" in each]) == 1
-    assert "TestCases::test_2_other" in found
+    assert len([each for each in found if "TestSixth" in each]) == 4
+    assert len([each for each in found if "TestTwelfth" in each]) == 2
     assert len([each for each in found if "not_sampled" in each]) == 2
     assert passed(tmp_path, "--hf-seed=7") == found, "the same seed makes the same choice"
 
@@ -142,7 +162,7 @@ def test_a_sixth_of_the_variants_is_run(tmp_path: Path) -> None:
 def test_all_variants_are_run_if_they_are_named_or_in_a_full_run(
     tmp_path: Path, how: list[str]
 ) -> None:
-    assert len(passed(tmp_path, *how)) == 18 + 6 + 3 + 5 + 2
+    assert len(passed(tmp_path, *how)) == 18 + 6 + 3 + 2 * 24 + 2
 
 
 def test_nothing_is_reported_if_no_engine_was_skipped(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_async_store_bench.servers import PostgresServer
 
 
-@pytest.mark.hf_sampled(by="case")
+@pytest.mark.hf_sampled(by="class", one_in=12)
 class TestPostgreSQL(StrategyContract):
     @pytest.fixture
     def harness(self, postgres_server: PostgresServer) -> Iterator[PostgreSQLHarness]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.hf_sampled(by="case")
+@pytest.mark.hf_sampled(by="class")
 class TestSQLite(StrategyContract):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> SQLiteHarness:

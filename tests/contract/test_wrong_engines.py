@@ -277,6 +277,10 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
 ]
 
 
+def _number(case: str) -> int:
+    return int(case.split("_")[1])
+
+
 class _WrongHarness(MemoryHarness):
     def __init__(self, engine: type[MemoryEngine]) -> None:
         self.capabilities = engine.capabilities
@@ -327,6 +331,21 @@ async def test_a_wrong_engine_fails(engine: type[MemoryEngine], case: str) -> No
     assert await _is_refused(case, _WrongHarness(engine))
 
 
+# -- an engine that works after `close` ----------------------------------------------------------
+
+
+class _ReadsAfterClose(MemoryEngine):
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        return [None for _ in keys] if self._closed else await super().fetch(keys)
+
+
+async def test_an_engine_that_reads_after_close_fails() -> None:
+    case = StrategyContract().test_124_no_method_works_after_close
+    await case(MemoryHarness())
+    with pytest.raises(AssertionError, match="fetch"):
+        await case(_WrongHarness(_ReadsAfterClose))
+
+
 # -- engines whose stores outlive their programs -------------------------------------------------
 
 
@@ -354,6 +373,18 @@ _DURABLE: Final[Sequence[tuple[str, Callable[..., Any], str]]] = [
     ("is_same_store", _is_json, "test_134_a_store_on_other_data_is_another_store"),
     ("unenforced", _no_names, "test_96_unique_declared_on_data_with_duplicates"),
 ]
+
+
+WRONG_METHODS: Final = {
+    *((method, _number(case)) for method, _, case in _DURABLE),
+    *(
+        (method, _number(case))
+        for engine, case in _IN_MEMORY
+        for method in vars(engine)
+        if method[0] != "_" and inspect.isfunction(getattr(engine, method))
+    ),
+}
+"""Each method that an engine does wrongly, with the number of the case that refuses it."""
 
 
 @pytest.mark.parametrize(

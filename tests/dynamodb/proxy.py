@@ -1,7 +1,6 @@
 """A proxy in front of the DynamoDB server that counts requests and injects network faults.
 
-It runs in a thread with its own event loop, so that it responds even if the event loop of the test is
-blocked.
+It understands the requests, other than that of the kit.
 """
 
 from __future__ import annotations
@@ -12,14 +11,15 @@ import json
 import re
 import socket
 import struct
-import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
+
+from hf_async_store.testing.proxy import FaultyProxy
 
 _WRITES = ("BatchExecuteStatement", "BatchWriteItem", "TransactWriteItems", "PutItem", "UpdateItem")
 WRITES = (*_WRITES, "DeleteItem")
@@ -126,69 +126,52 @@ def failed() -> Answer:
     return Answer(500, {"__type": "InternalServerError", "message": "try again"})
 
 
-class Proxy:
-    """A running proxy.
+class Proxy(FaultyProxy):
+    """A running proxy, as a context manager.
 
     Attributes:
-        url: its address.
         rule: returns the fault for a request; None: the request is forwarded.
         requests: all requests except `looks`.
         looks: the periodic requests by which a store checks whether it is being migrated.
     """
 
     def __init__(self, server_url: str) -> None:
+        parts = urlsplit(server_url)
+        assert parts.hostname is not None
+        assert parts.port is not None
+        super().__init__(parts.hostname, parts.port)
         self._server_url = server_url
-        self._loop = asyncio.new_event_loop()
-        self._ready = threading.Event()
-        self._stop: asyncio.Event | None = None
-        self.url = ""
         self.rule: Rule | None = None
         self.requests: list[Request] = []
         self.looks: list[Request] = []
         self.connections: set[_Incoming] = set()
-        self._thread = threading.Thread(
-            target=lambda: self._loop.run_until_complete(self._run()), daemon=True
-        )
 
     @property
-    def server(self) -> tuple[str, int]:
-        """Host and port of the server behind the proxy."""
-        parts = urlsplit(self._server_url)
-        assert parts.hostname is not None
-        assert parts.port is not None
-        return parts.hostname, parts.port
+    def url(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.port}"
 
     def counted(self) -> Counter[str]:
         """The number of requests of each operation."""
         return Counter(each.operation for each in self.requests)
 
-    def start(self) -> None:
-        self._thread.start()
-        assert self._ready.wait(20), "the proxy did not start"
-
-    def stop(self) -> None:
-        assert self._stop is not None
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-        self._loop.close()
-
-    async def _run(self) -> None:
-        self._stop = asyncio.Event()
+    async def _start_server(self) -> asyncio.Server:
         timeout = aiohttp.ClientTimeout(total=None)
         connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as self._session:
-            server = await self._loop.create_server(lambda: _Incoming(self), "127.0.0.1", 0)
-            self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            self._ready.set()
-            await self._stop.wait()
-            server.close()
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for each in others:
-                each.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            for each in list(self.connections):
-                each.abort()
-            await asyncio.sleep(0.01)  # their transports are closed in the next iterations
+        self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(lambda: _Incoming(self), "127.0.0.1", 0)
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for each in others:
+            each.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._session.close()
+
+    async def _cut(self) -> None:
+        for each in list(self.connections):
+            each.abort()
 
     def receive(self, request: Request) -> Fault | None:
         """Record a request; returns its fault."""
@@ -335,7 +318,7 @@ class _Incoming(asyncio.Protocol):
         request = self._request
         try:
             server, _ = await asyncio.get_running_loop().create_connection(
-                lambda: _Outgoing(self), *self._proxy.server
+                lambda: _Outgoing(self), *self._proxy.to
             )
         except OSError:
             self._transport.abort()
@@ -422,14 +405,3 @@ class _Outgoing(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._client.server_closed(self._transport, exc)
-
-
-@contextmanager
-def proxy_before(server_url: str) -> Iterator[Proxy]:
-    """A proxy for as long as the context lasts."""
-    proxy = Proxy(server_url)
-    proxy.start()
-    try:
-        yield proxy
-    finally:
-        proxy.stop()

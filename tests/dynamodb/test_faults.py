@@ -33,9 +33,9 @@ from tests.dynamodb.proxy import (
     Fault,
     Late,
     Partly,
+    Proxy,
     Request,
     failed,
-    proxy_before,
     throttled,
 )
 from tests.dynamodb.support import new_prefix, store_at
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from hf_async_store import Claim, DynamoDBStorageStrategy
     from hf_async_store_bench.servers import DynamoDBServer
-    from tests.dynamodb.proxy import Proxy
 
 pytestmark = pytest.mark.hf_sampled
 
@@ -57,7 +56,7 @@ _STALL_SECONDS: Final = 20.0
 @pytest.fixture
 def proxy(dynamodb_server: DynamoDBServer) -> Iterator[Proxy]:
     """A separate proxy: requests that a fault leaves pending must not affect another test."""
-    with proxy_before(dynamodb_server.endpoint_url) as proxy:
+    with Proxy(dynamodb_server.endpoint_url) as proxy:
         yield proxy
 
 
@@ -318,7 +317,11 @@ async def test_106_a_claim_whose_response_was_lost_is_recognised(proxy: Proxy) -
             pass
 
         def rule(request: Request) -> Fault | None:
-            if request.operation not in ("UpdateItem", "TransactWriteItems"):
+            if request.operation not in (
+                "BatchExecuteStatement",
+                "UpdateItem",
+                "TransactWriteItems",
+            ):
                 return None
             proxy.rule = None
             return Cut(applied=True)
@@ -461,7 +464,7 @@ async def test_84_a_server_that_is_unavailable_under_load(
 ) -> None:
     """The proxy is stopped instead of the server, which would lose all data."""
     prefix = new_prefix()
-    with proxy_before(dynamodb_server.endpoint_url) as proxy:
+    with Proxy(dynamodb_server.endpoint_url) as proxy:
         async with store_at(proxy.url, prefix, retry_timeout=10) as store:
             await store.create_entity("counters", {"counter_id": "c", "n": 0})
             writes = AckedWrites()

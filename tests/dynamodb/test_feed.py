@@ -21,6 +21,8 @@ from hf_async_store import (
     SchemaMismatchError,
     increment,
 )
+from hf_async_store.feed import Changes
+from hf_async_store.feed import position_in as feed_position_in
 from hf_async_store.strategies.dynamodb.feed_positions import Mark, Position, position_in
 from hf_async_store.values import Key
 from tests.dynamodb.proxy import Answer, Changed, Cut, throttled
@@ -71,6 +73,10 @@ def _states(entries: list[FeedEntry]) -> list[State]:
         )
         for each in entries
     ]
+
+
+def _position_of(changes: Changes) -> str:
+    return feed_position_in(changes.token, "jobs")
 
 
 def _statements(proxy: Proxy) -> list[str]:
@@ -509,3 +515,75 @@ async def test_empty_pages_before_records_are_not_the_end(proxy: Proxy) -> None:
             async with asyncio.timeout(10), store.watch("jobs", since=tokens[0]) as second:
                 assert [(await anext(second)).id for _ in ids[1:]] == ids[1:]
             waiting.cancel()
+
+
+async def test_an_empty_page_of_a_new_watcher_is_not_the_end(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    iterators: list[str] = []
+
+    def rule(request: Request) -> Any:
+        if request.operation != "GetRecords" or request.params["ShardIterator"] not in iterators:
+            return None
+        iterators.clear()
+        following = request.params["ShardIterator"]
+        return Answer(200, {"Records": [], "NextShardIterator": following})
+
+    async with store_at(proxy.url, prefix, FED) as store:
+        await store.create_entity("jobs", {"job_id": "old"})
+        async with asyncio.timeout(20), store.watch("jobs") as first:
+            await store.create_entity("jobs", {"job_id": "a"})
+            assert (await anext(first)).id == "a"
+            async with store.watch("jobs") as second:
+                position = position_in(_position_of(second))
+                [mark] = position.shards.values()
+                await store.create_entity("jobs", {"job_id": "b"})
+                assert (await anext(first)).id == "b"
+                waiting = asyncio.create_task(anext(first))
+                await asyncio.sleep(0.5)  # it waits at the shared end
+                iterators.append(mark.iterator)
+                proxy.rule = rule
+                assert (await anext(second)).id == "b"
+                assert not iterators
+                waiting.cancel()
+
+
+async def test_an_old_change_does_not_keep_a_new_watcher_reading(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix, FED) as store:
+        await store.create_entity("jobs", {"job_id": "old"})
+        async with store.watch("jobs") as first:
+            await store.create_entity("jobs", {"job_id": "a"})
+            assert (await anext(first)).id == "a"
+            now = await store._dynamodb.feed_position("jobs")
+            batch = await store._dynamodb.read_feed("jobs", now, 10)
+            assert batch.is_end
+            # A position of another process, of about the same time: several empty pages are the end.
+            [(shard, mark)] = position_in(now).shards.items()
+            other = Position(
+                position_in(now).stream,
+                {shard: msgspec.structs.replace(mark, since=mark.since - 0.01)},
+            ).text()
+            pages = 0
+            while not (await store._dynamodb.read_feed("jobs", other, 10)).is_end:
+                pages += 1
+            assert 1 <= pages <= 30
+
+
+@pytest.mark.parametrize("splits", [3, 4])
+async def test_tokens_of_many_shards_fit_into_a_header(proxy: Proxy, splits: int) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix, FED) as store:
+        await store.create_entity("jobs", {"job_id": "old"})
+        shards = VirtualShards(proxy, f"{prefix}_jobs")
+        shards.iterator_length = 400
+        for _ in range(splits):
+            shards.split()
+        async with asyncio.timeout(20), store.watch("jobs") as first:
+            assert len(first.token) < 4_000
+            await store.create_entity("jobs", {"job_id": "a"})
+            change = await anext(first)
+            assert change.id == "a"
+            assert len(change.token) < 4_000
+            async with store.watch("jobs", since=change.token) as second:
+                await store.create_entity("jobs", {"job_id": "b"})
+                assert [(await anext(each)).id for each in (first, second)] == ["b", "b"]

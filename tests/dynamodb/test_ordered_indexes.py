@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from itertools import groupby
 from random import Random
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -25,6 +27,7 @@ from hf_async_store import (
     lt,
     lte,
 )
+from hf_async_store.strategies.dynamodb import reading
 from tests.dynamodb.proxy import Changed
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -363,3 +366,22 @@ async def test_ids_are_compared_with_a_string_longer_than_an_id(
         assert (await store.explain_query("jobs", filters)).index == "queue-job_id-index"
         assert len(await store.query_entities("jobs", filters)) == 1
         assert await store.count_entities("jobs", filters) == 1
+
+
+async def test_the_event_loop_gets_turns_while_rows_come_in_the_order_of_an_index(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = 0
+
+    async def counted(seconds: float) -> None:
+        nonlocal turns
+        turns += 1
+        await asyncio.sleep(seconds)
+
+    async with store_at(proxy.url, collections=[JOBS]) as store:
+        await store.create_entities("jobs", [job(n) for n in range(1_500)])
+        monkeypatch.setattr(reading, "asyncio", SimpleNamespace(sleep=counted))
+        query = store._query("jobs", {"queue": "a"}, ["priority", "state"], None, None)
+        found = [each async for each in store._dynamodb.reading.select(query)]
+        assert len(found) == 500
+        assert turns >= 2

@@ -27,7 +27,8 @@ from hf_async_store import (
 )
 from hf_async_store import errors as public_errors
 from hf_async_store.strategies.dynamodb import request_retry, responses
-from hf_async_store.strategies.dynamodb.responses import read_response
+from hf_async_store.strategies.dynamodb.errors import UnexpectedResponse
+from hf_async_store.strategies.dynamodb.responses import read_in_parts, read_response
 from hf_async_store.testing.concurrency import seeded
 from hf_async_store.testing.repetitions import repetitions
 from tests.dynamodb import verbs
@@ -520,3 +521,48 @@ def test_any_body_is_read_or_refused(
         assert isinstance(read_response(operation, params, status, headers, body), dict)
     except StorageError as exc:
         assert str(exc)
+
+
+def _large(operation: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A request, and its response of about 0.5 MB."""
+    items = [
+        {"id": {"S": f"ü{n}"}, "doc": {"M": {"n": {"N": str(n)}, "text": {"S": "x" * 100}}}}
+        for n in range(3_000)
+    ]
+    if operation != "BatchGetItem":
+        return {}, {"Count": 3_000, "ScannedCount": 3_000, "Items": items}
+    keys = [{"id": each["id"]} for each in items]
+    return {"RequestItems": {"t": {"Keys": keys}}}, {"Responses": {"t": items}}
+
+
+@pytest.mark.parametrize("operation", ["Query", "Scan", "BatchGetItem"])
+async def test_the_event_loop_gets_turns_while_a_large_page_is_decoded(operation: str) -> None:
+    params, response = _large(operation)
+    body = json.dumps(response).encode()
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(turn())
+    found = await read_in_parts(operation, params, 200, {}, body)
+    other.cancel()
+    assert turns >= 5
+    assert found == read_response(operation, params, 200, {}, body)
+
+
+@pytest.mark.parametrize("operation", ["Query", "Scan", "BatchGetItem"])
+async def test_a_damaged_item_of_a_large_page_is_an_error(operation: str) -> None:
+    params, response = _large(operation)
+    body = json.dumps(response).encode()
+    for damaged in (
+        body.replace(b'{"N": "2999"}', b'{"N":  2999 }'),
+        body.replace(b'{"N": "2999"}', b'{"N": "2999"'),
+        body.replace(b'"2999"', b'"\xff999"'),
+    ):
+        assert damaged != body
+        with pytest.raises(UnexpectedResponse):
+            await read_in_parts(operation, params, 200, {}, damaged)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from tests.dynamodb.proxy import Proxy
 
 
+pytestmark = pytest.mark.hf_sampled
+
+
 async def _everything(store: DynamoDBStorageStrategy) -> None:
     """Each verb for one and for many entities, with the expected results."""
     ids = [f"i{n:02}" for n in range(30)]

@@ -35,7 +35,11 @@ class _Shard(NamedTuple):
 
 
 class VirtualShards:
-    """The rule of a proxy. It also counts the requests for records."""
+    """The rule of a proxy.
+
+    Attributes:
+        iterator_length: how many characters an iterator has at least.
+    """
 
     def __init__(self, proxy: Proxy, table: str) -> None:
         self._proxy = proxy
@@ -45,6 +49,7 @@ class VirtualShards:
         self._iterator_of_server = ""
         self._read: list[dict[str, Any]] = []
         self.expired = False
+        self.iterator_length = 0
         proxy.rule = self
 
     def split(self) -> None:
@@ -107,7 +112,10 @@ class VirtualShards:
             if place < self._trimmed:
                 return _refused("TrimmedDataAccessException")
         self.expired = False
-        return Answer(200, {"ShardIterator": json.dumps([shard.id, place])})
+        return Answer(200, {"ShardIterator": self._iterator_of(shard.id, place)})
+
+    def _iterator_of(self, shard_id: str, place: int) -> str:
+        return json.dumps([shard_id, place]).ljust(self.iterator_length)
 
     def _page(self, params: dict[str, Any]) -> Answer:
         if self.expired:
@@ -125,7 +133,7 @@ class VirtualShards:
             place += 1
         answer: dict[str, Any] = {"Records": page}
         if end is None or place < end:
-            answer["NextShardIterator"] = json.dumps([shard_id, place])
+            answer["NextShardIterator"] = self._iterator_of(shard_id, place)
         return Answer(200, answer)
 
     # -- shards ------------------------------------------------------------------------------
@@ -177,7 +185,7 @@ class VirtualShards:
         return self._read
 
     def _ask(self, target: str, params: dict[str, Any]) -> Any:
-        connection = HTTPConnection(*self._proxy.server, timeout=30)
+        connection = HTTPConnection(*self._proxy.to, timeout=30)
         scope = "test/20260101/us-east-1/dynamodb/aws4_request"
         headers = {
             "X-Amz-Target": target,

@@ -248,6 +248,7 @@ def run_example(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize(
     "arguments",
     [

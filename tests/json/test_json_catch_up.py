@@ -420,6 +420,7 @@ async def test_failing_compactions_are_retried_with_growing_pauses(
         assert (await reopened(tmp_path, layout))["templates"]["t"]["version"] == 400
 
 
+@pytest.mark.hf_sampled
 @both_layouts
 @pytest.mark.parametrize("verb", ["close", "adopt", "write_file"])
 async def test_cancelled_at_every_await(tmp_path: Path, layout: str, verb: str) -> None:

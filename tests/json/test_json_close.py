@@ -8,13 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hf_async_store.errors import StorageError
+from hf_async_store import JSONStorageStrategy
+from hf_async_store.errors import StorageError, StoreClosedError
+from hf_async_store.strategies.json import journal_writer
 from tests.json.support import both_layouts, open_files, open_json, reopened, temporary
 
 pytestmark = pytest.mark.hf_sampled(by="layout")
@@ -193,3 +197,64 @@ async def test_health_while_a_suspended_process_holds_the_write_lock(
                 await store.save_entity(T, {"template_id": "u"})
         assert (await store.health())["ok"]
         assert await store.get_entity(T, "held") is not None
+
+
+@both_layouts
+async def test_closing_waits_for_the_commit_of_a_transaction(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptor and the lock would otherwise belong to somebody else when the thread writes."""
+    async with open_json(tmp_path, layout) as other:  # so no compaction waits for the lock
+        await other.save_entity(T, {"template_id": "t-1"})
+        await _close_amid_a_commit(await open_json(tmp_path, layout).open(), monkeypatch)
+    assert (await reopened(tmp_path, layout))[T].keys() == {"t-1", "t-2"}
+
+
+async def _close_amid_a_commit(store: JSONStorageStrategy, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes, may_write = threading.Event(), threading.Event()
+    write = journal_writer.write_all
+
+    def slowly(fd: int, data: bytes, offset: int) -> None:
+        writes.set()
+        assert may_write.wait(60)
+        write(fd, data, offset)
+
+    tx = store.begin_transaction()
+    await tx.__aenter__()
+    await tx.save_entity(T, {"template_id": "t-2"})
+    monkeypatch.setattr(journal_writer, "write_all", slowly)
+    committing = asyncio.create_task(tx.__aexit__(None, None, None))
+    assert await asyncio.to_thread(writes.wait, 60)
+    closing = asyncio.create_task(store.close())
+    await asyncio.sleep(0.05)
+    was_closed = closing.done()
+    may_write.set()
+    await asyncio.gather(committing, closing)
+    assert not was_closed
+
+
+@both_layouts
+async def test_closing_waits_for_a_read_of_the_files(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_json(tmp_path, layout) as store:
+        await store.save_entity(T, {"template_id": "t-1"})
+    store = await open_json(tmp_path, layout).open()
+    load = store._json.follower.loader.load
+    may_load = asyncio.Event()
+
+    async def slowly(**options: Any) -> Any:
+        await may_load.wait()
+        return await load(**options)
+
+    monkeypatch.setattr(store._json.follower.loader, "load", slowly)
+    reading = asyncio.create_task(store.query_entities(T))
+    await asyncio.sleep(0.01)
+    closing = asyncio.create_task(store.close())
+    await asyncio.sleep(0.05)
+    was_closed = closing.done()
+    may_load.set()
+    await closing
+    [ended] = await asyncio.gather(reading, return_exceptions=True)
+    assert isinstance(ended, list | StoreClosedError)
+    assert not was_closed

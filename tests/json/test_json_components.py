@@ -49,7 +49,7 @@ from hf_async_store.strategies.json.serializer import (
     parse_object,
     section_lines,
 )
-from hf_async_store.values import Entity, Value, normalise
+from hf_async_store.values import Entity, Key, Value, normalise
 from tests.json.support import SINGLE, open_json
 
 pytestmark = pytest.mark.hf_sampled(by="layout")
@@ -306,7 +306,7 @@ def test_control_records_round_trip() -> None:
 def test_entities_round_trip(entity: Entity, entity_id: str, version: int) -> None:
     given_entity = {**entity, "id": entity_id, "created_at": None}
     text = SERIALIZER.encode(given_entity, version)
-    assert SERIALIZER.version(THINGS, entity_id, text) == version
+    assert SERIALIZER.version(Key(THINGS.name, entity_id), text) == version
     assert SERIALIZER.created_at(THINGS, entity_id, text) is None
     assert same(SERIALIZER.decode(text), {"version": version, **given_entity})
     assert b"\n" not in text
@@ -323,7 +323,7 @@ def test_foreign_json_is_adopted_as_it_parses(
     adopted = SERIALIZER.normalize(THINGS, entity_id, raw)
     assert same(SERIALIZER.decode(adopted), normalise({"version": version, **found}))
     assert SERIALIZER.normalize(THINGS, entity_id, msgspec.Raw(adopted)) == adopted
-    assert SERIALIZER.version(THINGS, entity_id, adopted) == version
+    assert SERIALIZER.version(Key(THINGS.name, entity_id), adopted) == version
 
 
 async def test_a_compaction_writes_large_foreign_entities_in_small_steps() -> None:

@@ -659,6 +659,7 @@ async def test_inotify_that_is_not_available(tmp_path: Path) -> None:
 # -- processes -------------------------------------------------------------------------------
 
 
+@pytest.mark.hf_sampled
 @both_layouts
 async def test_eight_processes_and_a_reader(tmp_path: Path, layout: str) -> None:
     """With compactions all the time: no change is missing, and each entity's are in order."""

@@ -176,6 +176,7 @@ async def hold_of(before: Work, work: Work, folder: Path, copy: Path) -> float:
         shutil.rmtree(copy)
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize(
     ("before", "work"),
     [

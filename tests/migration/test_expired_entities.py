@@ -32,6 +32,7 @@ async def _fill(store: StorageStrategy) -> None:
     await store.create_entities("sessions", sessions)
 
 
+@pytest.mark.hf_sampled
 @pytest.mark.parametrize("merge", [None, "newest"])
 @pytest.mark.parametrize(
     ("source", "target"),

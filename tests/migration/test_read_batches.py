@@ -11,6 +11,7 @@ from support import ITEMS, fill, generated_items, odd_items, opened
 
 from hf_async_store import Entity
 from hf_async_store.query import Query, build_query, exists
+from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import canonical
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ async def test_chunks_agree_with_select_for_any_query(kind: str, place: Place) -
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 @given(items=generated_items())
 @hypothesis_settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=repetitions(40, 15),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 async def test_chunks_agree_with_select_for_any_entities(
     kind: str, place: Place, items: list[dict[str, object]]

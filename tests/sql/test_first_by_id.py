@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from hf_async_store import Collection, Index, open_store
-from hf_async_store.strategies.sql import connections
+from hf_async_store.strategies.sql import sqlite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,13 +75,13 @@ async def test_in_a_transaction_its_own_changes_count(store: StorageStrategy) ->
 
 async def test_few_rows_are_read(store: StorageStrategy) -> None:
     statements: list[str] = []
-    rows = connections.LeasedConnection.rows
+    execute = sqlite._ClosingConnection.execute
 
-    async def noted(self: Any, sql: str, *args: Any, **named: Any) -> Any:
+    def noted(self: Any, sql: str, *args: Any) -> Any:
         statements.append(sql)
-        return await rows(self, sql, *args, **named)
+        return execute(self, sql, *args)
 
-    with mock.patch.object(connections.LeasedConnection, "rows", noted):
+    with mock.patch.object(sqlite._ClosingConnection, "execute", noted):
         await ids_of(store, "DONE", "-job_id", 50)
     assert len(statements) == 2
-    assert "LIMIT 1024" in statements[-1]
+    assert "OFFSET 1023" in statements[-1]

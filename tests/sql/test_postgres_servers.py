@@ -19,10 +19,10 @@ from hf_async_store import (
     open_store,
     path,
 )
+from hf_async_store.testing.proxy import FaultyProxy
 from hf_async_store.values import Key
 from hf_async_store_bench.servers import ServerUnavailable, postgres
 from tests.contract.harnesses import execute
-from tests.sql.proxy import link_to
 from tests.sql.standby import Standby, standby_of
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ async def test_every_write_to_a_standby_reports_that_it_is_read_only(
 
 async def test_an_endpoint_that_briefly_pointed_to_the_standby(replicated: Replicated) -> None:
     """Like a delayed DNS update after a failover: connections opened then must not be kept."""
-    async with link_to("127.0.0.1", replicated.standby) as link:
+    with FaultyProxy("127.0.0.1", replicated.standby) as link:
         async with open_store(replicated.url(link.port)) as store:
             reads = [store.get_entity("templates", "t") for _ in range(5)]
             reads += [store.query_entities("templates") for _ in range(5)]  # type: ignore[misc]
@@ -158,7 +158,7 @@ async def test_an_endpoint_that_briefly_pointed_to_the_standby(replicated: Repli
 async def test_a_transaction_refused_by_a_read_only_server_is_retryable(
     replicated: Replicated,
 ) -> None:
-    async with link_to("127.0.0.1", replicated.standby) as link:
+    with FaultyProxy("127.0.0.1", replicated.standby) as link:
         async with open_store(replicated.url(link.port)) as store:
             assert await store.get_entity("templates", "t") is not None
             assert await store.count_entities("templates") == 1

@@ -29,6 +29,8 @@ from tests.contract.harnesses import ask, execute
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 PREFIXES: Final = (
     "app_",
     'My "odd" 100% é; -- ',

@@ -24,10 +24,10 @@ from hf_async_store import (
     open_store,
     path,
 )
+from hf_async_store.testing.proxy import FaultyProxy
 from hf_async_store_bench.acked_writes import AckedByEntity, AckedWrites, lost_writes, writing
 from hf_async_store_bench.servers import ServerUnavailable, postgres
 from tests.contract.harnesses import ask, execute
-from tests.sql.proxy import link_to
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -223,18 +223,18 @@ async def test_71_a_lost_response_is_an_unknown_outcome(database: str, verb: str
     parts = urlsplit(database)
     assert parts.hostname is not None
     assert parts.port is not None
-    async with link_to(parts.hostname, parts.port) as link:
+    with FaultyProxy(parts.hostname, parts.port) as link:
         through = database.replace(f":{parts.port}/", f":{link.port}/")
         async with open_store(f"{through}?sslmode=disable") as store:
             await store.save_entity("templates", template("t", n=0))
             if verb == "transaction":
-                link.cut_after = b"COMMIT"
+                link.lose_next_answer(lambda data: b"COMMIT" in data)
                 with pytest.raises(UnavailableError) as caught:
                     async with store.begin_transaction() as tx:
                         await tx.save_entity("templates", template("t", n=1))
                 error: StorageError = caught.value
             else:
-                link.cut_after = b"marker"
+                link.lose_next_answer(lambda data: b"marker" in data)
                 marked = template("t", n=1, note="marker")
                 work = (
                     store.save_entity("templates", marked)
@@ -244,7 +244,7 @@ async def test_71_a_lost_response_is_an_unknown_outcome(database: str, verb: str
                 with pytest.raises(StorageError) as lost:
                     await work
                 error = lost.value
-            assert link.cuts == 1
+            assert link.lost == 1
             assert error.outcome_unknown
             if isinstance(error, BatchError):
                 assert all(isinstance(each, UnavailableError) for each in error.outcomes)
@@ -260,13 +260,13 @@ async def test_71_a_read_is_retried_after_a_broken_connection(database: str) -> 
     parts = urlsplit(database)
     assert parts.hostname is not None
     assert parts.port is not None
-    async with link_to(parts.hostname, parts.port) as link:
+    with FaultyProxy(parts.hostname, parts.port) as link:
         through = database.replace(f":{parts.port}/", f":{link.port}/")
         async with open_store(f"{through}?sslmode=disable") as store:
             await store.save_entity("templates", template("needle"))
-            link.cut_after = b"needle"
+            link.lose_next_answer(lambda data: b"needle" in data)
             assert await store.get_entity("templates", "needle") is not None
-            assert link.cuts == 1
+            assert link.lost == 1
 
 
 async def test_71_no_server_listens() -> None:

@@ -609,3 +609,47 @@ async def test_the_connection_that_waits_is_closed_soon(database: str) -> None:
         assert ask(database, number) == ["1"]
         await asyncio.sleep(3)
         assert ask(database, number) == ["0"]
+
+
+@pytest.mark.parametrize("event", ["insert", "delete", "disabled"])
+async def test_triggers_that_were_dropped_are_noticed(url: str, event: str) -> None:
+    is_sqlite = url.startswith("sqlite")
+    async with opened(url) as (store, engine):
+        await store.save_entity("hosts", {"host_id": "a"})
+        since = await engine.feed_position("hosts")
+        assert (await store.health())["problems"] == []
+        on_table = "" if is_sqlite else f" ON {TABLE}"
+        if event == "disabled":
+            if is_sqlite:
+                pytest.skip("SQLite cannot disable triggers")
+            run(url, f"ALTER TABLE {TABLE} DISABLE TRIGGER ALL")
+        else:
+            run(url, f'DROP TRIGGER "hosts-feed-{event}"{on_table}')
+        [problem] = cast("Any", (await store.health())["problems"])
+        assert "changes of hosts are not recorded" in problem
+        assert f"hosts-feed-{'insert' if event == 'disabled' else event}" in problem
+        assert [each.kind for each in await store.schema_changes()] == ["feed"]
+        await store.apply_schema()
+        assert await store.schema_changes() == []
+        assert (await store.health())["problems"] == []
+        with pytest.raises(FeedExpiredError):
+            await engine.read_feed("hosts", since, 10)
+        since = await engine.feed_position("hosts")
+        await store.save_entity("hosts", {"host_id": "b"})
+        await store.delete_entity("hosts", "b")
+        assert brief(await entries(engine, since)) == [("b", None, 1), ("b", 1, None)]
+
+
+async def test_a_schema_that_was_renamed(database: str) -> None:
+    execute(database, 'CREATE SCHEMA "Some schema"')
+    async with opened(database, FED, "?schema=Some%20schema") as (store, engine):
+        await store.save_entity("hosts", {"host_id": "a"})
+        since = await engine.feed_position("hosts")
+    execute(database, 'ALTER SCHEMA "Some schema" RENAME TO "other"; CREATE SCHEMA "Some schema"')
+    async with opened(database, FED, "?schema=other") as (store, engine):
+        await store.save_entity("hosts", {"host_id": "b"})
+        await store.save_entity("hosts", {"host_id": "b"})
+        await store.delete_entity("hosts", "a")
+        assert brief(await entries(engine, since)) == [("b", None, 1), ("b", 1, 2), ("a", 1, None)]
+        execute(database, 'TRUNCATE other."hosts-entities"')
+        assert brief(await entries(engine, since))[-1] == ("b", 2, None)

@@ -15,6 +15,8 @@ from hf_async_store.config import MigrationConfig
 from hf_async_store.testing.assertions import typed
 from hf_async_store.values import parse_timestamp
 
+pytestmark = pytest.mark.hf_sampled(by="url")
+
 REAL: Final = os.environ.get("HF_ASYNC_STORE_REAL_DATA")
 SCHEMA: Final = {each.name: each for each in HOST_FACTORY}
 TIMES: Final = {

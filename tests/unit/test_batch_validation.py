@@ -132,6 +132,24 @@ def test_an_unusual_value_among_plain_ones(name: Any, value: Any) -> None:
     check_same(EVERY, items)
 
 
+@pytest.mark.parametrize("value", UNUSUAL, ids=lambda each: repr(each)[:30])
+@pytest.mark.parametrize("name", ["inner", Text("inner"), "\x00", "ü", "version", 1], ids=repr)
+def test_an_unusual_value_in_a_nested_dict(name: Any, value: Any) -> None:
+    for unusual in (slice(7, 8), slice(None)):
+        items = [entity(n, other={"inner": "x", "more": {"n": n}}) for n in range(20)]
+        for each in items[unusual]:
+            each["other"]["more"] = {"n": 1, name: value}
+        check_same(EVERY, items)
+
+
+def test_dicts_nested_as_deep_as_allowed() -> None:
+    for depth in (29, 30, 31):
+        nested: Any = 1
+        for _ in range(depth):
+            nested = {"a": nested}
+        assert check_same(EVERY, [entity(n, other=nested) for n in range(20)]) == (depth <= 30)
+
+
 PLAIN = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(UNUSUAL)
 )

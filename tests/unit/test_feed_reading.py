@@ -14,6 +14,7 @@ from hf_async_store import Collection, open_store
 from hf_async_store.changes import Record
 from hf_async_store.driver import FeedBatch, FeedEntry
 from hf_async_store.errors import (
+    EntityNotFoundError,
     FeedExpiredError,
     SchemaMismatchError,
     StorageError,
@@ -244,6 +245,50 @@ async def test_113_a_fault_of_an_engine_leaves_nobody_waiting() -> None:
             await watch()
 
 
+@pytest.mark.parametrize("how", ["fails", "hangs"])
+async def test_113_a_feed_that_cannot_be_read_holds_up_no_other(how: str) -> None:
+    jobs, machines = (Collection(each, key="id", feed=60) for each in ("jobs", "machines"))
+    async with asyncio.timeout(20), open_store("memory:", collections=[jobs, machines]) as store:
+        read_feed, is_broken = store.engine.read_feed, True
+
+        async def reading(collection: str, since: str, limit: int) -> FeedBatch:
+            if collection == "jobs" and is_broken:
+                if how == "hangs":
+                    await asyncio.Event().wait()
+                raise UnavailableError("not now")
+            return await read_feed(collection, since, limit)
+
+        async with store.watch("jobs") as broken, store.watch("machines") as others:
+            waiting = [asyncio.ensure_future(cast("Any", anext(each))) for each in (broken, others)]
+            await asyncio.sleep(0.05)  # they wait at the shared ends
+            cast("Any", store.engine).read_feed = reading
+            await store.create_entity("jobs", {"id": "j"})
+            await store.create_entity("machines", {"id": "m1"})
+            assert (await waiting[1]).id == "m1"
+            await store.create_entity("machines", {"id": "m2"})
+            assert (await anext(others)).id == "m2"
+            if how == "fails":
+                is_broken = False
+                assert (await waiting[0]).id == "j"
+            waiting[0].cancel()
+
+
+async def test_113_a_watcher_of_a_feed_that_cannot_be_read_can_leave() -> None:
+    jobs = Collection("jobs", key="id", feed=60)
+    async with asyncio.timeout(20), open_store("memory:", collections=[jobs]) as store:
+
+        async def reading(collection: str, since: str, limit: int) -> FeedBatch:
+            raise UnavailableError("not now")
+
+        for _ in range(2):
+            async with store.watch("jobs") as changes:
+                cast("Any", store.engine).read_feed = reading
+                waiting = asyncio.ensure_future(cast("Any", anext(changes)))
+                await asyncio.sleep(0.05)
+                waiting.cancel()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_113_large_changes_are_read_few_at_a_time() -> None:
     scenario = Scenario(3)
     engine, reader = scenario.engine, scenario.reader
@@ -290,3 +335,35 @@ async def test_112_without_its_feed_an_entity_is_waited_for_by_reads(
         await store.update_entity("jobs", "a", {"status": "DONE"})
         assert (await waiting)["version"] == 2
         assert [each.id for each in await claiming] == ["a"]
+
+
+async def test_112_changes_before_the_call_that_come_late_do_not_count() -> None:
+    """On DynamoDB, what was just written may be in the stream after its end was looked up."""
+    jobs = Collection("jobs", key="job_id", fields=["status"], feed=60)
+    async with asyncio.timeout(20), open_store("memory:", collections=[jobs]) as store:
+        await store.create_entity("jobs", {"job_id": "beside"})
+        early = await store.engine.feed_position("jobs")
+        await store.create_entity("jobs", {"job_id": "a", "status": "NEW"})
+        for status in ("DONE", "NEW"):
+            await store.update_entity("jobs", "a", {"status": status})
+        await store.delete_entity("jobs", "a")
+        await store.create_entity("jobs", {"job_id": "a", "status": "NEW"})
+        position, asked = store.engine.feed_position, 0
+
+        async def late(collection: str) -> str:
+            nonlocal asked
+            asked += 1
+            return early if asked == 1 else await position(collection)
+
+        cast("Any", store.engine).feed_position = late
+        waiting = asyncio.create_task(store.wait_for("jobs", "a", {"status": "DONE"}, timeout=20))
+        await asyncio.sleep(0.3)
+        assert asked
+        assert not waiting.done()
+        await store.update_entity("jobs", "a", {"status": "DONE"})
+        assert (await waiting)["version"] == 2
+        waiting = asyncio.create_task(store.wait_for("jobs", "a", {"status": "NEW"}, timeout=20))
+        await asyncio.sleep(0.1)
+        await store.delete_entity("jobs", "a")
+        with pytest.raises(EntityNotFoundError):
+            await waiting

@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
@@ -820,6 +821,106 @@ async def test_the_next_in_the_queue_precedes_one_that_reacquires(manager: Make)
     await again.inside.wait()
     await again.leave()
     assert log == ["here", "there", "here again"]
+
+
+class Clock:
+    """The time of the locks, which tests set."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+async def competing(manager: Make, monkeypatch: pytest.MonkeyPatch) -> tuple[LockManager, Clock]:
+    """A manager that has waited for another one, and written since without a pause."""
+    clock = Clock()
+    monkeypatch.setattr(locks, "monotonic", clock)
+    here, there = manager(), manager()
+    first = Visit(there.exclusive())
+    await settle()
+    waiting = Visit(here.exclusive(keeps=True))
+    await settle()
+    await first.leave()
+    await waiting.inside.wait()
+    await waiting.leave()
+    return here, clock
+
+
+async def test_a_process_that_competes_keeps_the_lock_for_the_next_writer(
+    competing: tuple[LockManager, Clock], tmp_path: Path
+) -> None:
+    here, clock = competing
+    other = FileLock(tmp_path / "store.lock")
+    for _ in range(3):
+        async with here.exclusive(timeout=0, keeps=True):
+            pass
+        assert here.exclusive_held
+        assert not other.try_lock(exclusive=True)
+        await asyncio.sleep(0)  # the callers of the writer
+    async with here.exclusive(timeout=0, keeps=True):
+        clock.now += 1  # its time is over
+    assert other.try_lock(exclusive=True)
+    other.close()
+
+
+@pytest.mark.parametrize("end", ["nobody", "reader", "writer", "close"])
+async def test_a_lock_that_is_kept_ends(
+    competing: tuple[LockManager, Clock], end: str, tmp_path: Path
+) -> None:
+    here, _ = competing
+    async with here.exclusive(timeout=0, keeps=True):
+        pass
+    assert here.exclusive_held
+    if end == "nobody":
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    elif end == "reader":
+        async with here.shared(timeout=0):
+            assert not here.exclusive_held
+    elif end == "writer":
+        async with here.exclusive(timeout=0):
+            assert here.exclusive_held
+    else:
+        here.close()
+    other = FileLock(tmp_path / "store.lock")
+    assert other.try_lock(exclusive=True)
+    other.close()
+
+
+async def test_a_lock_is_not_kept_for_slow_callers(
+    competing: tuple[LockManager, Clock], manager: Make
+) -> None:
+    here, clock = competing
+    clock.now += 0.005
+    async with here.exclusive(keeps=True):
+        pass
+    assert not here.exclusive_held
+    alone = manager()
+    for _ in range(3):
+        async with alone.exclusive(keeps=True):
+            pass
+        assert not alone.exclusive_held
+
+
+def test_a_lock_is_not_kept_when_the_event_loop_stops(tmp_path: Path) -> None:
+    here = LockManager(tmp_path / "store.lock")
+
+    async def write() -> None:
+        async with here.exclusive(keeps=True):
+            pass
+
+    async def caller() -> None:
+        here._last_wait = time.monotonic()
+        await asyncio.create_task(write())
+
+    with asyncio.Runner() as runner:
+        for _ in range(3):
+            runner.run(caller())
+            assert not here.exclusive_held
+    here.close()
 
 
 async def test_overlapping_readers_do_not_starve_a_writer_of_another_process(

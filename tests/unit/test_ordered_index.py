@@ -57,6 +57,7 @@ from hf_async_store.schema import Collection, Index
 from hf_async_store.sort_bytes import is_exact, ranges, sort_bytes
 from hf_async_store.table import Table
 from hf_async_store.table_reading import TableReader, _choose
+from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import Entity, Key, Value
 
 LONG: Final = "long" * 80
@@ -158,7 +159,7 @@ def test_bounds_of_ranges_are_bounds_of_keys(op: Any) -> None:
 
 
 @given(st.randoms(use_true_random=False), st.integers(1, 400), st.integers(1, 40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=repetitions(30, 15), deadline=None)
 def test_an_index_agrees_with_a_sorted_list(random: Random, size: int, keys: int) -> None:
     def entry() -> Entry:
         return b"%03d" % random.randrange(keys), f"i{random.randrange(2 * size)}"
@@ -268,7 +269,7 @@ def positions(random: Random, query: Query, rows: Sequence[Entity]) -> CursorPos
 
 @pytest.mark.parametrize("small", [True, False], ids=["small pieces", "usual pieces"])
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=repetitions(120, 40), deadline=None)
 def test_queries_agree_with_the_reference(small: bool, seed: int) -> None:
     """Over random declarations, with uncommitted changes, and changes before and during the reading."""
     random = Random(seed)

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hf_async_store import ConfigurationError, StorageConfig, open_store
+from hf_async_store import ConfigurationError, StorageConfig, StorageStrategy, open_store
+from hf_async_store.config import MemoryConfig
+from hf_async_store.driver import INTERFACE_VERSION, Schema
 from hf_async_store.strategies import GROUP
+from hf_async_store.strategies.memory import MemoryEngine
 
 TOY = '''
 from hf_async_store.config import StorageConfig
@@ -70,6 +73,24 @@ def test_an_unknown_strategy_lists_the_known_ones() -> None:
         match="no storage strategy 'nope'; there are: dynamodb, json, memory, sql",
     ):
         open_store(StorageConfig(strategy="nope", options={}))
+
+
+def test_an_engine_for_another_version_of_the_interface_is_refused() -> None:
+    class Engine(MemoryEngine):
+        pass
+
+    def refusal(version: object) -> str:
+        Engine.interface_version = version  # type: ignore[assignment]  # also what is no number
+        with pytest.raises(ConfigurationError) as caught:
+            StorageStrategy(Engine(Schema(()), MemoryConfig()), Schema(()))
+        return str(caught.value)
+
+    Engine.__module__ = "msgspec.engine"
+    assert "for version 0 of the driver interface" in refusal(0)
+    assert refusal(0).endswith("install a newer release of msgspec")
+    assert refusal(INTERFACE_VERSION + 1).endswith("install a newer release of hf_async_store")
+    assert f"interface_version = {INTERFACE_VERSION} in the class" in refusal(None)
+    assert "'memory' (msgspec.engine." in refusal(None)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ others have skipped, as those that are held. So one of them costs a request or t
 entities are held in front. A candidate may be claimed or changed meanwhile, which the conditional update
 of the claim notices. What became free in front of the position is found when the reading begins anew:
 after a while, when it finds nothing, and after every change by the same store that may have freed one.
+
+Stores that claim at the same time read the same candidates, and would all try the first one. So a store
+that another one was faster than reads larger pages for a while, and takes from them in random order.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from hf_async_store.query import And, Comparison, Query, position_of
 from hf_async_store.strategies.dynamodb.claim_items import claim_in
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from hf_async_store.changes import Record
     from hf_async_store.claim_clock import Moment
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.reading import Reading
 
 _FIRST_PAGE: Final = 16
+_SPREAD_PAGE: Final = 128
 _LAST_PAGE: Final = 1024
 """How many candidates are read at once, beyond the number wanted."""
 
@@ -39,6 +43,9 @@ _SECONDS: Final = 0.25
 _LONGEST: Final = 5.0
 _PER_READING: Final = 4
 """How long candidates are shared: this time, or this many times as long as it took to read them."""
+
+_SPREAD_SECONDS: Final = 5.0
+"""For how long a store spreads its claims after another one was faster."""
 
 _MAX_QUERIES: Final = 16
 
@@ -49,24 +56,31 @@ class Candidates:
     Args:
         query: without a limit.
         max_attempts: see `ClaimTerms`.
+        spread: take them in random order, from larger pages.
     """
 
-    def __init__(self, reading: Reading, query: Query, max_attempts: int | None) -> None:
+    def __init__(
+        self, reading: Reading, query: Query, max_attempts: int | None, *, spread: bool
+    ) -> None:
         self.query = query
         self.kind = _kind(query, max_attempts)
         self._reading = reading
         self._page = query
         self._size = 0
         self._has_more = True
+        self._spread = spread
+        self._missed = self._claimed = 0
         self._unused: list[tuple[Record, Attributes]] = []
         self._lock = asyncio.Lock()
-        self._began = monotonic()
+        self.began = monotonic()
         self._seconds = 0.0  # of reading
 
     @property
     def is_recent(self) -> bool:
+        if self._missed > self._claimed:
+            return False  # others have claimed most of them
         shared = min(max(_SECONDS, _PER_READING * self._seconds), _LONGEST)
-        return monotonic() < self._began + self._seconds + shared
+        return monotonic() < self.began + self._seconds + shared
 
     async def take(
         self, number: int, terms: ClaimTerms, now: Moment
@@ -81,7 +95,8 @@ class Candidates:
 
     async def _read(self, number: int, terms: ClaimTerms, now: Moment) -> None:
         began = monotonic()
-        self._size = min(4 * self._size, _LAST_PAGE) or number + _FIRST_PAGE
+        first = number + (_SPREAD_PAGE if self._spread else _FIRST_PAGE)
+        self._size = min(4 * self._size, _LAST_PAGE) or first
         query = msgspec.structs.replace(self._page, limit=self._size, paged=True)
         items: dict[str, Attributes] = {}
         async with Owned(self._reading.select(query, items)) as records:
@@ -95,11 +110,18 @@ class Candidates:
             for each in page
             if is_free(claim_in(items[each.key.id], each.key), terms, now)
         ]
+        if self._spread:
+            random.shuffle(self._unused)
         self._seconds += monotonic() - began
 
-    def spread(self) -> None:
-        """Another claimer was faster: continue in random order."""
-        random.shuffle(self._unused)
+    def note(self, tried: Sequence[bool]) -> None:
+        """Of some candidates, whether each was claimed; if another claimer was faster, continue in random
+        order."""
+        self._claimed += sum(tried)
+        self._missed += len(tried) - sum(tried)
+        if not all(tried):
+            self._spread = True
+            random.shuffle(self._unused)
 
 
 class SharedCandidates:
@@ -108,6 +130,7 @@ class SharedCandidates:
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
         self._shared: list[Candidates] = []
+        self._spread_until = 0.0
 
     def recent(self, query: Query, max_attempts: int | None) -> Candidates | None:
         """What other claimers have begun to read."""
@@ -118,12 +141,20 @@ class SharedCandidates:
                 return each
         return None
 
-    def begin(self, query: Query, max_attempts: int | None) -> Candidates:
-        """Read from the first candidate on, instead of what was shared."""
-        new = Candidates(self._reading, query, max_attempts)
+    def begun(self, query: Query, max_attempts: int | None, since: float) -> Candidates:
+        """What was read from the first candidate on since a time, by another claimer if there is one."""
+        recent = self.recent(query, max_attempts)
+        if recent is not None and recent.began >= since:
+            return recent
+        spread = monotonic() < self._spread_until
+        new = Candidates(self._reading, query, max_attempts, spread=spread)
         others = [each for each in self._shared if each.kind != new.kind]
         self._shared = [*others[1 - _MAX_QUERIES :], new]
         return new
+
+    def spread(self) -> None:
+        """Another store was faster: spread for a while."""
+        self._spread_until = monotonic() + _SPREAD_SECONDS
 
     def forget(self) -> None:
         """The store may have been changed: an entity may be the first candidate now."""

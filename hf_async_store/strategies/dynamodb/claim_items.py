@@ -81,14 +81,17 @@ def same_claim(item: Attributes, names: Names) -> str:
     """The condition that the claim of an item is as it was read."""
     if CLAIM not in item:
         return f"attribute_not_exists({names.name(CLAIM)})"
-    claim = item[CLAIM].get("M", {})
-    parts = (_TOKEN, _ENDS, _HELD)
     compared = [
-        f"{names.path((CLAIM, each))} = {names.value(claim[each])}"
-        for each in parts
-        if each in claim
+        f"{names.path((CLAIM, name))} = {names.value(each)}"
+        for name, each in claim_parts(item).items()
     ]
     return " AND ".join(compared) or f"attribute_exists({names.name(CLAIM)})"
+
+
+def claim_parts(item: Attributes) -> Attributes:
+    """The members of the claim of an item that change with every change of it; {} if it has none."""
+    claim = item.get(CLAIM, {}).get("M", {})
+    return {each: claim[each] for each in (_TOKEN, _ENDS, _HELD) if each in claim}
 
 
 def held_claim(names: Names, token: int, now: Moment, skew: float) -> str:

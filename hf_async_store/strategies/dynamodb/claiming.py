@@ -3,13 +3,14 @@
 A claimer reads the first candidates, by an index if there is one, and updates those that are free, each on
 condition that the item and its claim are as they were read. If another claimer was faster, it goes on
 with candidates in random order, so that claimers spread. The tasks of one store share the candidates that
-they read.
+they read, and the requests that claim them.
 
 Named locks are items without an entity, in a table of their own, which the first lock creates.
 """
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.changes import Record
@@ -42,6 +43,11 @@ from hf_async_store.strategies.dynamodb.claim_items import (
     same_claim,
     set_end,
 )
+from hf_async_store.strategies.dynamodb.claim_statements import (
+    MAX_STATEMENTS,
+    ClaimStatement,
+    ClaimStatements,
+)
 from hf_async_store.strategies.dynamodb.errors import ConditionFailed
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import CLAIM, new_token
@@ -63,7 +69,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.reading import Reading
     from hf_async_store.strategies.dynamodb.tables import Tables
 
-_PARALLEL: Final = 16
+_PARALLEL: Final = 2 * MAX_STATEMENTS
 """How many candidates are claimed at once."""
 
 
@@ -76,6 +82,7 @@ class Claiming:
         self._tables = tables
         self._reading = reading
         self._in_progress: set[Key] = set()
+        self._statements = ClaimStatements(client)
         self.candidates = SharedCandidates(reading)
 
     # -- claiming ----------------------------------------------------------------------------
@@ -85,12 +92,12 @@ class Claiming:
     ) -> None:
         """As `Engine.claim`; adds each entity to a list as soon as it is claimed."""
         assert query.limit is not None, "claims are limited"
-        shape, max_attempts = query.with_limit(None), terms.max_attempts
+        shape, max_attempts, began = query.with_limit(None), terms.max_attempts, monotonic()
         recent = self.candidates.recent(shape, max_attempts)
         if recent is not None:
             await self._take_some(recent, query.limit, terms, now, claimed)
         if len(claimed) < query.limit:
-            first = self.candidates.begin(shape, max_attempts)
+            first = self.candidates.begun(shape, max_attempts, began)
             await self._take_some(first, query.limit, terms, now, claimed)
         sort_key = compile_order(query)
         claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
@@ -117,8 +124,9 @@ class Claiming:
                 found = await gather([self._take(*each, terms, now, claimed) for each in tried])
             finally:
                 self._in_progress -= keys
+            candidates.note(found)
             if not all(found):
-                candidates.spread()
+                self.candidates.spread()
 
     async def _take(
         self,
@@ -130,19 +138,31 @@ class Claiming:
     ) -> bool:
         """Claim an item that is as it was read; returns whether it was."""
         key = record.key
-        mapping = self._tables.mappings[key.collection]
         new = taken(claim_in(item, key), key, terms, now)
-        request = {**self._at(key), **unchanged(mapping, item)}
-        also_if(request, lambda names: same_claim(item, names))
         made = new_token()
-        add_expression(request, "UpdateExpression", lambda names: _set(names, new, made))
         # Listed before the request, because its answer may be lost.
         own = self._claimed(record, new)
         claimed.append(own)
-        if await self._update(request, made):
-            return True
-        claimed.remove(own)
-        return False
+        is_own: bool | StorageError | None = None
+        if self._statements.can_express(item) and not self._tables.has_stream(key.collection):
+            is_own = await self._statements.claim(self._statement(key, item, new, made))
+        if not isinstance(is_own, bool):  # it is not known, but a repetition recognises it
+            is_own = await self._update(self._request(key, item, new, made), made)
+        if not is_own:
+            claimed.remove(own)
+        return is_own
+
+    def _statement(self, key: Key, item: Attributes, new: ClaimState, made: str) -> ClaimStatement:
+        name = self._tables.mappings[key.collection].key
+        table = self._tables.name(key.collection)
+        return ClaimStatement(table, (name, key.id), item, claim_attribute(new, made), made)
+
+    def _request(self, key: Key, item: Attributes, new: ClaimState, made: str) -> dict[str, Any]:
+        mapping = self._tables.mappings[key.collection]
+        request = {**self._at(key), **unchanged(mapping, item)}
+        also_if(request, lambda names: same_claim(item, names))
+        add_expression(request, "UpdateExpression", lambda names: _set(names, new, made))
+        return request
 
     async def claim_name(
         self, keys: Sequence[Key], terms: ClaimTerms, now: Moment, claimed: list[Claimed]

@@ -30,7 +30,7 @@ from hf_async_store.event_loop import in_thread
 from hf_async_store.logs import hide_debug_messages
 from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
 from hf_async_store.strategies.dynamodb.request_retry import Retries, retry
-from hf_async_store.strategies.dynamodb.responses import read_response
+from hf_async_store.strategies.dynamodb.responses import read_in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,8 +59,7 @@ class Client:
 
     async def connection(self) -> _Connection:
         """The connection, opened at the first call; concurrent callers wait for the same task."""
-        if self._closed:
-            raise _closed()
+        self.check_open()
         if self._connection is not None:
             return self._connection
         if self._opening is None:
@@ -75,10 +74,14 @@ class Client:
         except BaseException:
             self._opening = None
             raise
-        if self._closed:  # meanwhile, and `close` closes the connection
-            raise _closed()
+        self.check_open()  # `close`, if it was called meanwhile, closes the connection
         self._connection = connection
         return connection
+
+    def check_open(self) -> None:
+        """Raise StoreClosedError after `close`."""
+        if self._closed:
+            raise _closed()
 
     async def call(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request once and return its response.
@@ -155,7 +158,7 @@ class _Connection:
             body = await response.content
         except Exception as exc:
             raise of_client(exc, "DynamoDB", self._host) from exc
-        return read_response(operation, params, response.status_code, response.headers, body)
+        return await read_in_parts(operation, params, response.status_code, response.headers, body)
 
     async def _signed(self, operation: str, params: Mapping[str, Any]) -> Any:
         credentials = await self._credentials.get_frozen_credentials()

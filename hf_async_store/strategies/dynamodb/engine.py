@@ -11,6 +11,7 @@ from hf_async_store.changes import Change, Outcome, Patch, Record
 from hf_async_store.claim_clock import WallClock
 from hf_async_store.config import AutoScaling, DynamoDBConfig
 from hf_async_store.driver import (
+    INTERFACE_VERSION,
     Capabilities,
     Claimed,
     ClaimInfo,
@@ -61,6 +62,7 @@ _CONCURRENCY: Final = 8
 class DynamoDBEngine(Engine):
     """The engine of one store: its client, tables, reads and writes."""
 
+    interface_version = INTERFACE_VERSION
     capabilities: Capabilities = Capabilities(
         engine="dynamodb",
         durable=True,
@@ -117,6 +119,7 @@ class DynamoDBEngine(Engine):
             return await self.reading.count(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        self.client.check_open()
         # A request is not cancelled, because it may be applied at any time before its response.
         with public_errors():
             outcomes = await run_to_completion(self.writes.write_each(changes))
@@ -202,6 +205,7 @@ class DynamoDBEngine(Engine):
             return await self._feed.read(collection, since, limit)
 
     async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        self.client.check_open()
         await self._feed.changed(positions, seconds)
 
     # -- the existing store ------------------------------------------------------------------
@@ -225,6 +229,7 @@ class DynamoDBEngine(Engine):
         return None if item is None else mapping.record(item)
 
     async def remember(self, collections: Iterable[Collection]) -> None:
+        self.client.check_open()
         # The tables of an engine are those of its schema.
         engine = DynamoDBEngine(self.config, Schema([CATALOGUE_COLLECTION]))
         try:
@@ -269,6 +274,7 @@ class DynamoDBEngine(Engine):
             await self._schema.apply(progress or _ignore, complete=complete)
 
     async def explain(self, query: Query) -> QueryPlan:
+        self.client.check_open()
         with public_errors():
             return await self.reading.explain(query)
 

@@ -11,6 +11,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from msgspec.structs import replace
+
 from hf_async_store.driver import FeedBatch, FeedEntry
 from hf_async_store.errors import FeedExpiredError, SchemaMismatchError, UnavailableError
 from hf_async_store.strategies.dynamodb.errors import (
@@ -52,8 +54,9 @@ _MAX_PAGES: Final = 10
 """So many pages without a change of an entity are read at once."""
 
 _MIN_RECORDS: Final = 10
-_MAX_EXACT: Final = 16
-"""A position of more shards does not contain their iterators, each of which has some hundred bytes."""
+_MAX_POSITION: Final = 2_900
+"""A longer position does not contain the iterators of its shards, each of which has some hundred bytes:
+its token must fit into a header, such as Last-Event-ID, of which servers accept 4 KB."""
 
 _ROUNDED: Final = 1.0
 """The times of records are rounded down to seconds."""
@@ -103,14 +106,17 @@ class Feed:
         if stream is None:
             raise UnavailableError(f"the table {self._tables.name(collection)} was deleted")
         mark = Mark(since=time.time())
-        marks: list[Mark] = []
+        iterators: list[str] = []
         with _public(collection):
             newest = await self._newest(stream)
-            exact = len(newest) <= _MAX_EXACT
-            places = [Place(stream, each, mark) for each in newest]
-            for part in chunks(places, PARALLEL):
-                marks += await gather([self._shards.end_of(each, exact=exact) for each in part])
-        return Position(stream, dict(zip(newest, marks, strict=True))).text()
+            for some in chunks((Place(stream, each, mark) for each in newest), PARALLEL):
+                iterators += await gather([self._shards.end_of(each) for each in some])
+        exact = [replace(mark, iterator=each) for each in iterators]
+        text = Position(stream, dict(zip(newest, exact, strict=True))).text()
+        if len(text) <= _MAX_POSITION:
+            return text
+        # Then only this process has them.
+        return Position(stream, dict.fromkeys(newest, mark)).text()
 
     async def _newest(self, stream: str) -> list[str]:
         """The shards that no other one continues."""
@@ -189,7 +195,9 @@ class Feed:
         if ended:
             await self._go_on(collection, position, marks, ended)
         is_end = (
-            not entries and marks == position.shards and not any(map(self._shards.is_behind, parts))
+            not entries
+            and marks == position.shards
+            and not any(self._shards.is_behind(each, self._tolerance) for each in parts)
         )
         return FeedBatch(entries, Position(position.stream, marks).text(), is_end)
 
@@ -230,7 +238,7 @@ class Feed:
         has_ended: bool,
     ) -> _Part:
         mapping = self._tables.mappings[collection]
-        earliest = mark.since - self._tables.max_clock_skew - _ROUNDED if mark.since else 0.0
+        earliest = mark.since - self._tolerance if mark.since else 0.0
         changes: list[_Change] = []
         for each in records:
             record = each["dynamodb"]
@@ -240,6 +248,11 @@ class Feed:
             if change is not None:
                 changes.append(_Change(*change, mark))
         return _Part(changes, mark, has_ended)
+
+    @property
+    def _tolerance(self) -> float:
+        """By how much the time of a record may be before that of a place that it follows."""
+        return self._tables.max_clock_skew + _ROUNDED
 
     async def changed(self, positions: Mapping[str, str], seconds: float) -> None:
         """As `Engine.feed_changed`: the pause between two reads."""

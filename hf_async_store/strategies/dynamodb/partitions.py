@@ -57,26 +57,29 @@ class _Partition:
     ) -> None:
         self._pages = pages
         self._key_of = key_of
-        self._items: list[Attributes] = []
-        self._next = 0
+        self._items: list[Attributes] = []  # the next one last
         self.head: SortKey = None
 
     async def advance(self) -> bool:
         """Read until there is an item, whose key `head` is; return False if there are no more."""
-        while self._next == len(self._items):
+        while not self._items:
             try:
-                self._items, self._next = (await self._pages.__anext__())["Items"], 0
+                page = await self._pages.__anext__()
             except StopAsyncIteration:
                 return False
-        self.head = self._key_of(self._items[self._next])
+            # The list of the page itself, so that its items are freed one by one: all at once would hold
+            # the event loop.
+            self._items = page["Items"]
+            self._items.reverse()
+        self.head = self._key_of(self._items[-1])
         return True
 
     def take(self) -> list[Attributes]:
         """Remove and return the items with the same key as the first that were already read."""
-        start, self._next = self._next, self._next + 1
-        while self._next < len(self._items) and self._key_of(self._items[self._next]) == self.head:
-            self._next += 1
-        return self._items[start : self._next]
+        taken = [self._items.pop()]
+        while self._items and self._key_of(self._items[-1]) == self.head:
+            taken.append(self._items.pop())
+        return taken
 
 
 async def merged(

@@ -488,11 +488,13 @@ class _Rows:
         def group_of(item: Attributes) -> SortKey:
             return access.group_of(position_in(item))
 
+        number = 0  # of items in all groups
         async with Owned(merged(sources, group_of, descending=access.descending)) as groups:
             async for items in groups:
                 found: list[tuple[Any, Entity]] = []
-                for number, item in enumerate(items):
-                    if number % _DECODE_BATCH == _DECODE_BATCH - 1:
+                for item in items:
+                    number += 1
+                    if number % _DECODE_BATCH == 0:
                         await asyncio.sleep(0)
                     entity = self._match(item)
                     if entity is not None:
@@ -531,13 +533,15 @@ class _Rows:
             return
         async with Owned(items_in(self._pages(limited=limited))) as pages:
             async for items in pages:
-                for start in range(0, len(items), _DECODE_BATCH):
+                while items:
                     batch = [
                         entity
-                        for item in items[start : start + _DECODE_BATCH]
+                        for item in items[:_DECODE_BATCH]
                         if self._mapping.is_entity(item)
                         and (entity := self._match(item)) is not None
                     ]
+                    # To free all items of several pages at once would hold the event loop.
+                    del items[:_DECODE_BATCH]
                     yield batch
                     await asyncio.sleep(0)
 
@@ -578,16 +582,19 @@ class _Rows:
         assert shape is not None
         assert limit is not None
         left, params = limit + 1, self._query_params(span)
+        last: Attributes = {}
         while True:
             page = await self._reading.read("Query", {**params, "Limit": left})
+            items: list[Attributes] = page["Items"]
+            left -= len(items)
+            last = items[-1] if items else last
             yield page
-            left -= len(page["Items"])
             if not page.get("LastEvaluatedKey"):
                 return
             params["ExclusiveStartKey"] = page["LastEvaluatedKey"]
             if left <= 0:
                 break
-        group = self._access.span_of(span, shape.position_in(page["Items"][-1]))
+        group = self._access.span_of(span, shape.position_in(last))
         params = {**self._query_params(group), "ExclusiveStartKey": params["ExclusiveStartKey"]}
         async with Owned(self._reading.pages("Query", params)) as pages:
             async for page in pages:

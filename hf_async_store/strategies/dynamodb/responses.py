@@ -21,6 +21,7 @@ from hf_async_store.errors import (
     StorageError,
     ThrottledError,
 )
+from hf_async_store.event_loop import Chunks
 from hf_async_store.strategies.dynamodb.errors import ResponseLost, UnexpectedResponse, translate
 
 if TYPE_CHECKING:
@@ -163,11 +164,57 @@ _SHAPES: Final[dict[str, Any]] = {
 _DECODE: Final[dict[str, Callable[[bytes], Any]]] = {
     operation: msgspec.json.Decoder(shape).decode for operation, shape in _SHAPES.items()
 }
+_RAW_ITEMS: Final = list[msgspec.Raw]
+_RAW_PAGE: Final = _object(
+    "Count", Count=int, ScannedCount=int, Items=_RAW_ITEMS, LastEvaluatedKey=_ITEM
+)
+_RAW_BATCH_GET: Final = _object(
+    "Responses", Responses=_map(_RAW_ITEMS), UnprocessedKeys=_map(_KEYS) | None
+)
+_DECODE_RAW: Final[dict[str, Callable[[bytes], Any]]] = {
+    "BatchGetItem": msgspec.json.Decoder(_RAW_BATCH_GET).decode,
+    "Query": msgspec.json.Decoder(_RAW_PAGE).decode,
+    "Scan": msgspec.json.Decoder(_RAW_PAGE).decode,
+}
+_DECODE_ITEM: Final = msgspec.json.Decoder(Item).decode
+_PART_BYTES: Final = 2**16
+"""About so much of a response is decoded at once."""
+
 _DECODE_FAILURE: Final = msgspec.json.Decoder(_FAILURE).decode
 
 # Raised by decoding for bytes that are not JSON, not UTF-8, of another structure or nested too
 # deeply.
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+async def read_in_parts(
+    operation: str,
+    params: Mapping[str, Any],
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+) -> dict[str, Any]:
+    """As `read_response`. The event loop runs other tasks while the items of a large page are decoded."""
+    if len(body) <= _PART_BYTES or operation not in _DECODE_RAW or status != 200:
+        return read_response(operation, params, status, headers, body)
+    response = _decoded(operation, params, status, headers, body, _DECODE_RAW[operation])
+    try:
+        if operation == "BatchGetItem":
+            tables = response["Responses"]
+            for table, items in tables.items():
+                tables[table] = await _items_in(items)
+        elif "Items" in response:
+            response["Items"] = await _items_in(response["Items"])
+    except _UNREADABLE as exc:
+        raise _unreadable(operation, exc) from exc
+    check(operation, params, response)
+    return response
+
+
+async def _items_in(items: Sequence[msgspec.Raw]) -> list[Any]:
+    size = sum(len(memoryview(each)) for each in items)
+    number = max(1, len(items) * _PART_BYTES // max(size, 1))
+    return [_DECODE_ITEM(each) async for some in Chunks(items, number) for each in some]
 
 
 def read_response(
@@ -183,6 +230,19 @@ def read_response(
         UnexpectedResponse: the response is invalid; has `outcome_unknown`.
         StorageError: the response is an error; see `errors.translate`.
     """
+    response = _decoded(operation, params, status, headers, body, _DECODE[operation])
+    check(operation, params, response)
+    return response
+
+
+def _decoded(
+    operation: str,
+    params: Mapping[str, Any],
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    decode: Callable[[bytes], Any],
+) -> dict[str, Any]:
     if not _checksum_matches(headers.get("x-amz-crc32"), body):
         raise ResponseLost(
             "the response of DynamoDB does not match its checksum (x-amz-crc32)",
@@ -196,10 +256,9 @@ def read_response(
     try:
         if not body.isascii():
             body.decode()  # checks the members that are not decoded, too
-        response: dict[str, Any] = _DECODE[operation](body)
+        response: dict[str, Any] = decode(body)
     except _UNREADABLE as exc:
-        raise _invalid(f"it is not a response to {operation}: {type(exc).__name__}") from exc
-    check(operation, params, response)
+        raise _unreadable(operation, exc) from exc
     return response
 
 
@@ -212,13 +271,17 @@ def convert(operation: str, params: Mapping[str, Any], response: object) -> dict
     try:
         converted: dict[str, Any] = msgspec.convert(response, _SHAPES[operation])
     except _UNREADABLE as exc:
-        raise _invalid(f"it is not a response to {operation}: {type(exc).__name__}") from exc
+        raise _unreadable(operation, exc) from exc
     check(operation, params, converted)
     return converted
 
 
 def _checksum_matches(checksum: str | None, body: bytes) -> bool:
     return checksum is None or checksum == str(zlib.crc32(body))
+
+
+def _unreadable(operation: str, exc: Exception) -> UnexpectedResponse:
+    return _invalid(f"it is not a response to {operation}: {type(exc).__name__}")
 
 
 def _invalid(why: str) -> UnexpectedResponse:

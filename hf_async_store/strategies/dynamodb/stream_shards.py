@@ -12,8 +12,6 @@ from contextlib import suppress
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from msgspec.structs import replace
-
 from hf_async_store.strategies.dynamodb.errors import IteratorExpired, RecordsTrimmed
 
 if TYPE_CHECKING:
@@ -28,8 +26,10 @@ _MAX_RECORDS: Final = 1_000
 _ITERATOR_SECONDS: Final = 10 * 60.0
 """The service keeps an iterator for 15 minutes."""
 
-_MAX_ITERATORS: Final = 4_096
+_MAX_KEPT: Final = 4_096
 _MARGIN_SECONDS: Final = 60.0
+_MAX_EMPTY: Final = 20
+"""So many pages without records are read in a row before they are taken for the end of the shard."""
 
 
 class Place(NamedTuple):
@@ -62,13 +62,23 @@ class Page(NamedTuple):
     is_last: bool
 
 
+class _Latest(NamedTuple):
+    """The latest record of a shard that was read: its sequence number and its time."""
+
+    number: int
+    time: float
+
+
 class Shards:
     """Reads the streams of a store."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._iterators: dict[Place, tuple[str, float]] = {}
-        self._latest: dict[tuple[str, str], int] = {}  # by shard, the latest record that was read
+        self._latest: dict[tuple[str, str], _Latest] = {}  # by shard, of all records that were read
+        # Of places that are the end of a shard at some time: the latest record that was read before.
+        self._ends: dict[tuple[str, str, float], int] = {}
+        self._empty: dict[Place, int] = {}  # the number of empty pages in a row
 
     async def listed(self, stream: str) -> dict[str, Shard]:
         """The shards that the stream still contains, by id."""
@@ -85,17 +95,14 @@ class Shards:
                 return found
             params["ExclusiveStartShardId"] = last
 
-    async def end_of(self, place: Place, *, exact: bool) -> Mark:
-        """The present end of the shard of a place, where it is until the iterator expires.
-
-        Args:
-            exact: the mark contains the iterator. Otherwise only this process has it.
-        """
+    async def end_of(self, place: Place) -> str:
+        """An iterator for the present end of a shard, where the place is until it expires."""
+        latest = self._latest.get(place[:2])
         iterator = await self._iterator(place, "LATEST")
-        if exact:
-            return replace(place.mark, iterator=iterator)
+        self._ends[_end_in(place)] = -1 if latest is None else latest.number
+        _limit(self._ends)
         self._keep(place, iterator)
-        return place.mark
+        return iterator
 
     async def read(self, place: Place, limit: int) -> Page:
         """The records after a place.
@@ -106,32 +113,45 @@ class Shards:
         """
         response = await self._records(place, limit)
         records, following = response["Records"], response.get("NextShardIterator")
+        if not records:
+            self._empty[place] = self._empty.pop(place, 0) + 1
+            _limit(self._empty)
         if following and not records:
             self._keep(place, following)
         elif following:
             number = records[-1]["dynamodb"]["SequenceNumber"]
             self._keep(place._replace(mark=type(place.mark)(number)), following)
         if records:
-            self._note_latest(place, int(records[-1]["dynamodb"]["SequenceNumber"]))
+            self._empty.pop(place, None)
+            self._note_latest(place, records[-1]["dynamodb"])
         return Page(records, not following)
 
-    def is_behind(self, place: Place) -> bool:
-        """Whether records after a place were read before.
+    def is_behind(self, place: Place, tolerance: float) -> bool:
+        """Whether records after a place were read before, or may have been.
 
-        A page without records is no proof that none follow: several may have to be read first.
+        A page without records is no proof that none follow: several may have to be read first. Of a place
+        that is only that of an iterator, the times tell, roughly; so that is limited.
+
+        Args:
+            tolerance: by how much the times may differ.
         """
         mark = place.mark
+        latest = self._latest.get(place[:2])
+        if latest is None:
+            return False
         if mark.since and not mark.number:
-            return False  # the place is that of an iterator, or of a time
+            is_new = latest.number > self._ends.get(_end_in(place), -1)
+            may_follow = is_new and latest.time >= mark.since - tolerance
+            return may_follow and self._empty.get(place, 0) < _MAX_EMPTY
         number = int(mark.number or 0)
-        latest = self._latest.get(place[:2], -1)
-        return number <= latest if mark.is_next else number < latest
+        return number <= latest.number if mark.is_next else number < latest.number
 
-    def _note_latest(self, place: Place, number: int) -> None:
+    def _note_latest(self, place: Place, record: Mapping[str, Any]) -> None:
+        time = record.get("ApproximateCreationDateTime", inf)
+        new = _Latest(int(record["SequenceNumber"]), time)
         shard = place[:2]
-        self._latest[shard] = max(self._latest.pop(shard, -1), number)
-        if len(self._latest) > _MAX_ITERATORS:
-            del self._latest[next(iter(self._latest))]
+        self._latest[shard] = max(self._latest.pop(shard, new), new)
+        _limit(self._latest)
 
     async def _records(self, place: Place, limit: int) -> dict[str, Any]:
         number = min(limit, _MAX_RECORDS)
@@ -156,8 +176,18 @@ class Shards:
     def _keep(self, place: Place, iterator: str) -> None:
         self._iterators.pop(place, None)
         self._iterators[place] = iterator, time.monotonic()
-        if len(self._iterators) > _MAX_ITERATORS:
-            del self._iterators[next(iter(self._iterators))]
+        _limit(self._iterators)
+
+
+def _end_in(place: Place) -> tuple[str, str, float]:
+    """A place that is the end of its shard at some time, with or without its iterator."""
+    return place.stream, place.shard, place.mark.since
+
+
+def _limit(kept: dict[Any, Any]) -> None:
+    """Forget the oldest entry if there are too many."""
+    if len(kept) > _MAX_KEPT:
+        del kept[next(iter(kept))]
 
 
 def _kind_of(mark: Mark) -> str:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
+from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias, TypeGuard
 
 import msgspec
 
@@ -51,6 +52,10 @@ _IDLE_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 0.5
 """The pause between compactions that the size of the journal requires: without it, a small store
 under load would compact almost continuously."""
+
+_REST_FACTOR: Final = 10
+"""A compaction begins only after this many times the duration of the last one, unless the journal is larger
+than the data files: under load, compactions would otherwise take much of the time on a slow machine."""
 
 _DOUBLINGS: Final = 7
 """The pause doubles after each failed compaction, at most this number of times: to one minute."""
@@ -103,6 +108,7 @@ class Compactor:
         self._timer: asyncio.TimerHandle | None = None
         self._last_commit = 0.0
         self._last_end = -_PAUSE_SECONDS
+        self._last_duration = 0.0
         self._failures = 0
         self.failure: StorageError | None = None
         """The error of the last compaction; None if it succeeded, or could not get the lock in time."""
@@ -115,7 +121,7 @@ class Compactor:
         state = self._follower.state
         if self._task is not None or state is None:
             return
-        if self._is_large(state) and self._seconds_to_wait() <= 0:
+        if self._is_large(state) and self._seconds_to_wait() + self._rest(state) <= 0:
             self._start()
         elif self._timer is None and self._is_wanted_when_idle(state):
             self._schedule(_IDLE_SECONDS)
@@ -142,6 +148,12 @@ class Compactor:
         pause = _PAUSE_SECONDS * (1 << min(self._failures, _DOUBLINGS))
         return self._last_end + pause - time.monotonic()
 
+    def _rest(self, state: StoreState) -> float:
+        """How many seconds more than `_PAUSE_SECONDS` a compaction waits because the last one took long."""
+        if state.pending_bytes > self._file_bytes(state):
+            return 0.0
+        return max(0.0, self._last_duration * _REST_FACTOR - _PAUSE_SECONDS)
+
     def begin(self) -> None:
         """Compact in the background."""
         if self._task is None:
@@ -151,6 +163,7 @@ class Compactor:
         self._task = asyncio.get_running_loop().create_task(self._in_background())
 
     async def _in_background(self) -> None:
+        began = time.monotonic()
         try:
             await self.compact()
         except StorageError:
@@ -159,6 +172,7 @@ class Compactor:
         finally:
             self._task = None
             self._last_end = time.monotonic()
+            self._last_duration = self._last_end - began
         if self._after_each_commit:
             self.consider()  # it may have failed, or may not contain a commit that failed meanwhile
 
@@ -445,19 +459,36 @@ async def _encode_file(content: _FileContent) -> AsyncGenerator[bytes, None]:
 
 async def _encode_lines(entities: Mapping[str, StoredEntity]) -> AsyncGenerator[bytes, None]:
     remaining = len(entities)
+    items = iter(entities.items())
+    while chunk := dict(islice(items, _LINES)):
+        for lines in _pieces(chunk):
+            remaining -= len(lines)
+            yield section_lines(lines) + (b",\n" if remaining else b"\n")
+            await asyncio.sleep(0)
+
+
+def _pieces(chunk: dict[str, StoredEntity]) -> Iterator[dict[str, bytes]]:
+    """The lines of some entities, divided if they have more than `CHUNK_BYTES`."""
+    if _are_canonical(chunk) and sum(map(len, chunk.values())) <= CHUNK_BYTES:
+        yield chunk
+        return
     lines: dict[str, bytes] = {}
     size = 0
-    for entity_id, raw in entities.items():
+    for entity_id, raw in chunk.items():
         # Entities that other programs wrote, and nobody changed since, keep their form.
         line = raw if type(raw) is bytes else compact(raw)
         lines[entity_id] = line
         size += len(line)
-        remaining -= 1
-        if not remaining or len(lines) == _LINES or size > CHUNK_BYTES:
-            yield section_lines(lines) + (b",\n" if remaining else b"\n")
-            lines.clear()
-            size = 0
-            await asyncio.sleep(0)
+        if size > CHUNK_BYTES:
+            yield lines
+            lines, size = {}, 0
+    if lines:
+        yield lines
+
+
+def _are_canonical(entities: dict[str, StoredEntity]) -> TypeGuard[dict[str, bytes]]:
+    """Whether this package wrote all of the entities."""
+    return set(map(type, entities.values())) == {bytes}
 
 
 def _contain(state: StoreState, generation: int) -> bool:

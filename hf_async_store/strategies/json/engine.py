@@ -32,6 +32,7 @@ from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import JSONConfig, redacted
 from hf_async_store.declarations import are_equal, merged
 from hf_async_store.driver import (
+    INTERFACE_VERSION,
     Capabilities,
     Claimed,
     ClaimTerms,
@@ -110,6 +111,7 @@ _YIELD_MASK: Final = 0x7F
 class JSONEngine(Engine):
     """Entities in JSON files."""
 
+    interface_version = INTERFACE_VERSION
     capabilities: Capabilities = Capabilities(
         engine="json",
         durable=True,
@@ -119,6 +121,7 @@ class JSONEngine(Engine):
         unique_indexes=True,
         feed=True,
         feed_order=True,
+        write_batch=4096,
     )
 
     def __init__(self, config: JSONConfig, schema: Schema) -> None:
@@ -323,7 +326,8 @@ class JSONEngine(Engine):
             async with self.writing() as state:  # records the declared feeds
                 self._store_name(collection)
                 if state.feed_end is None or state.replaced:
-                    await self.journal.start_generation(state)
+                    with self.follower.step():
+                        await self.journal.start_generation(state)
                 if state.feed_end is not None:
                     return state.feed_end
         except (PermissionDeniedError, ReadOnlyStoreError) as exc:
@@ -377,7 +381,14 @@ class JSONEngine(Engine):
     # -- writing -----------------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        async with self.writing() as state:
+        return await self._write(changes, keeps=False)
+
+    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
+        # The next batch of the store follows at once, if its callers go on at once.
+        return await self._write(changes, keeps=True)
+
+    async def _write(self, changes: Sequence[Change], *, keeps: bool) -> list[Outcome]:
+        async with self.writing(keeps=keeps) as state:
             view = self.view(state)
             view.layers.append({})
             outcomes = await view.write(changes, each=True)
@@ -425,22 +436,27 @@ class JSONEngine(Engine):
             await reader.close()
 
     @asynccontextmanager
-    async def writing(self, owner: asyncio.Task[object] | None = None) -> AsyncIterator[StoreState]:
+    async def writing(
+        self, owner: asyncio.Task[object] | None = None, *, keeps: bool = False
+    ) -> AsyncIterator[StoreState]:
         """Hold the store's write lock, with a state that is up to date.
 
         Args:
             owner: the task that is to hold it, if that is not the current one.
+            keeps: as for `LockManager.exclusive`.
         """
         follower = self.follower
         follower.refuse_closed()
         if not follower.has_journal():
             self.files.make_folder()
-        async with self.locks.exclusive(owner=owner):
+        async with self.locks.exclusive(owner=owner, keeps=keeps):
             follower.register(creating=True)
             # The same as `write_locked_state`, without its overhead, which equals that of a check of
             # the files.
             try:
-                yield await self._refresh_for_write()
+                with follower.step():
+                    state = await self._refresh_for_write()
+                yield state
             finally:
                 follower.write_locked = False
 
@@ -448,7 +464,9 @@ class JSONEngine(Engine):
     async def write_locked_state(self) -> AsyncIterator[StoreState]:
         """The state, up to date; the caller holds the write lock."""
         try:
-            yield await self._refresh_for_write()
+            with self.follower.step():
+                state = await self._refresh_for_write()
+            yield state
         finally:
             self.follower.write_locked = False
 
@@ -487,13 +505,14 @@ class JSONEngine(Engine):
         """
         if not any(images.values()):
             return
-        try:
-            await self.journal.append_commit(state, images)
-            if self.config.update_files == "after each commit":
-                await self.compactor.update_files(state)
-        finally:
-            # Also after a failure, or a cancellation: the record may have been written.
-            self.compactor.consider()
+        with self.follower.step():
+            try:
+                await self.journal.append_commit(state, images)
+                if self.config.update_files == "after each commit":
+                    await self.compactor.update_files(state)
+            finally:
+                # Also after a failure, or a cancellation: the record may have been written.
+                self.compactor.consider()
 
     # -- lifecycle ---------------------------------------------------------------------------
 
@@ -514,8 +533,9 @@ class JSONEngine(Engine):
             state = await follower.refresh_locked(recover_from)
             follower.write_locked = True
             try:
-                await self.journal.start_alone(state)
-                await self.compactor.renew(state)
+                with follower.step():
+                    await self.journal.start_alone(state)
+                    await self.compactor.renew(state)
                 log.info("recovered the store in %s from %s", self.files.folder, recover_from)
             except BaseException:
                 follower.discard()  # it may differ from the files, which are read again
@@ -637,6 +657,8 @@ class JSONEngine(Engine):
             if self.follower.state is not None:
                 await self._compact_if_last()
         finally:
+            await self.follower.end_steps()
+            await self.compactor.close()  # a commit that has just ended may have begun one
             self._release()
 
     async def _compact_if_last(self) -> None:

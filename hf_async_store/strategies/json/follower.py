@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final
 
 from hf_async_store.driver import run_to_completion
@@ -90,6 +90,8 @@ class Follower:
         self._refreshing = asyncio.Lock()
         self._next_file_check = 0.0
         self._closed = False
+        self._steps = 0  # that run now
+        self._no_steps = asyncio.Event()
 
     # -- opening and closing -----------------------------------------------------------------
 
@@ -138,6 +140,29 @@ class Follower:
     def refuse_closed(self) -> None:
         if self._closed:
             raise StoreClosedError("this store was closed")
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Work with files or locks of the store, which stay open until it has ended."""
+        self.refuse_closed()
+        self._steps += 1
+        try:
+            yield
+        finally:
+            self._steps -= 1
+            if not self._steps:
+                self._no_steps.set()
+
+    async def end_steps(self) -> None:
+        """Wait for the steps that have begun; afterwards none begins.
+
+        Otherwise a thread might write to the file of somebody else, to which the number of a closed
+        descriptor was given, or write after another process has got the lock.
+        """
+        while self._steps:
+            self._no_steps.clear()
+            await self._no_steps.wait()
+        self._closed = True
 
     def discard(self) -> None:
         """Forget the state, which the next refresh reads from the files."""
@@ -270,7 +295,7 @@ class Follower:
             ) from exc
 
     async def _follow(self, recover_from: str | None = None) -> StoreState:
-        async with self._refreshing:
+        async with self._alone():
             state = self.state
             try:
                 if recover_from is not None:
@@ -284,8 +309,15 @@ class Follower:
 
     async def reload(self) -> StoreState:
         """Load the store again, because a data file was added. The caller holds the write lock."""
-        async with self._refreshing:
+        async with self._alone():
             return await self._load()
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """One task refreshes at a time."""
+        async with self._refreshing:
+            with self.step():
+                yield
 
     async def _load(self, recover_from: str | None = None) -> StoreState:
         self._files.refuse_moved_links()

@@ -221,13 +221,14 @@ def commit_payload(images: Images) -> Iterator[bytes]:
     for name, section in images.items():
         yield start + _encode(name) + b":{\n"
         start = b"\n},"
-        items = iter(section.items())
+        items = zip(
+            map(_encode, section),
+            (b"null" if e is None else e for e in section.values()),
+            strict=True,
+        )
         comma = b""
         while chunk := list(islice(items, _CHUNK_SIZE)):
-            yield comma + b",\n".join(
-                b"".join((_encode(entity_id), b":", b"null" if raw is None else raw))
-                for entity_id, raw in chunk
-            )
+            yield comma + b",\n".join(map(b":".join, chunk))
             comma = b",\n"
     yield b"\n}}"
 

@@ -18,12 +18,13 @@ import msgspec
 
 from hf_async_store.errors import CorruptionError, StorageError
 from hf_async_store.schema import Collection, Schema
-from hf_async_store.values import VERSION, Entity, Value, copy_entity, parse_timestamp
+from hf_async_store.values import VERSION, Entity, Key, Value, copy_entity, parse_timestamp
 
 StoredEntity: TypeAlias = bytes | msgspec.Raw
 """An entity in memory: canonical bytes, or a Raw of JSON that another program wrote."""
 
 _PREFIX: Final = b'{"version":'
+_VERSION_START: Final = len(_PREFIX)
 UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """The errors of msgspec decoders for invalid input."""
 
@@ -73,8 +74,8 @@ class JSONSerializer:
 
     def encode(self, entity: Mapping[str, Value], version: int) -> bytes:
         """The canonical bytes of a checked entity that does not contain `version`."""
-        # The join makes an object of the exact size: the result of an encoder has spare capacity.
-        return b"".join((_PREFIX, b"%d," % version, encode_json(entity)[1:]))
+        # The sum is an object of the exact size: the result of an encoder has spare capacity.
+        return b'{"version":%d,' % version + encode_json(entity)[1:]
 
     def decode(self, canonical: bytes) -> Entity:
         """Decode an entity, including `version`; the caller owns the returned object."""
@@ -102,11 +103,12 @@ class JSONSerializer:
             raise self.not_canonical(collection, entity_id, f"{VERSION} is {version!r}")
         return entity
 
-    def version(self, collection: Collection, entity_id: str, canonical: bytes) -> int:
+    def version(self, key: Key, canonical: bytes) -> int:
         try:
-            return int(canonical[len(_PREFIX) : canonical.index(b",", len(_PREFIX))])
+            return int(canonical[_VERSION_START : canonical.index(b",", _VERSION_START)])
         except ValueError as exc:
-            raise self.not_canonical(collection, entity_id, "it has no version") from exc
+            collection = self._schema[key.collection]
+            raise self.not_canonical(collection, key.id, "it has no version") from exc
 
     def created_at(
         self, collection: Collection, entity_id: str, canonical: bytes
@@ -237,9 +239,8 @@ class OtherLayout(Exception):  # noqa: N818  # never leaves the strategy; select
 
 def section_lines(images: Mapping[str, bytes]) -> bytes:
     """Entities as lines, without a comma after the last."""
-    return b",\n".join(
-        b"".join((encode_json(entity_id), b":", raw)) for entity_id, raw in images.items()
-    )
+    pairs = zip(map(encode_json, images), images.values(), strict=True)
+    return b",\n".join(map(b":".join, pairs))
 
 
 def parse_lines(

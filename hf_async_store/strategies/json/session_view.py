@@ -91,7 +91,11 @@ class SessionView(TableReader[StoredEntity]):
             images = layer.get(collection)
             if images is not None and entity_id in images:
                 return images[entity_id]
-        return self.state.sections[collection].canonical(entity_id)
+        table = self.state.sections[collection]
+        stored = table.entities.get(entity_id)
+        if stored is None or type(stored) is bytes:
+            return stored
+        return table.normalized(entity_id, stored)
 
     def exists(self, key: Key) -> bool:
         for layer in reversed(self.layers):
@@ -141,22 +145,33 @@ class SessionView(TableReader[StoredEntity]):
         """
         outcomes: list[Outcome] = []
         for number, change in enumerate(changes, 1):
-            outcomes.append(await self._apply(change))
-            if not each and isinstance(outcomes[-1], StorageError):
-                break
+            try:
+                # Most changes need nothing that must be awaited, and a coroutine costs as much as the rest.
+                if self._unique or isinstance(change, Delete):
+                    await self._prepare(change)
+                if isinstance(change, Put):
+                    outcomes.append(self._put(change))
+                elif isinstance(change, Patch):
+                    outcomes.append(self._patch(change))
+                else:
+                    outcomes.append(self._delete(change))
+            except StorageError as exc:
+                outcomes.append(exc)
+                if not each:
+                    break
             if not number % _WRITE_CHUNK:
                 await asyncio.sleep(0)
         return outcomes
 
-    async def _apply(self, change: Change) -> Outcome:
-        try:
-            if isinstance(change, Delete):
-                return await self._delete(change)
-            for fields in self._unique.get(change.key.collection, ()):
-                await self.state.sections[change.key.collection].owners(fields)
-            return self._put(change) if isinstance(change, Put) else self._patch(change)
-        except StorageError as exc:
-            return exc
+    async def _prepare(self, change: Change) -> None:
+        """Build the indexes by which the change is checked."""
+        name = change.key.collection
+        if not isinstance(change, Delete):
+            for fields in self._unique.get(name, ()):
+                await self.state.sections[name].owners(fields)
+        elif self._references and self._version_to_delete(change) is not None:
+            for child, field in self._schema.children[name]:
+                await self.state.sections[child.name].indexes.ready_for(field.name)
 
     def _put(self, change: Put) -> int:
         key = change.key
@@ -168,8 +183,10 @@ class SessionView(TableReader[StoredEntity]):
             version = next_version(key, actual)
             if CREATED_AT not in entity:
                 entity = self._with_created_at(change, raw)
-        self._check_parents(change, raw)
-        self._check_unique(change, raw, entity)
+        if self._references:
+            self._check_parents(change, raw)
+        if self._unique:
+            self._check_unique(change, raw, entity)
         self._stage(change, self._serializer.encode(entity, version))
         if replaces_expired:
             self._end_claim(key)
@@ -192,18 +209,18 @@ class SessionView(TableReader[StoredEntity]):
         encoded = self._serializer.encode(entity, version)
         if len(encoded) > _SIZE_CHECK_BYTES:
             check_size(entity)
-        self._check_parents(change, raw)
-        self._check_unique(change, raw, entity)
+        if self._references:
+            self._check_parents(change, raw)
+        if self._unique:
+            self._check_unique(change, raw, entity)
         self._stage(change, encoded)
         return version
 
-    async def _delete(self, change: Delete) -> int | None:
+    def _delete(self, change: Delete) -> int | None:
         key = change.key
         actual = self._version_to_delete(change)
         if actual is not None:
             if self._references:
-                for child, field in self._schema.children[key.collection]:
-                    await self.state.sections[child.name].indexes.ready_for(field.name)
                 check_children(self._schema, key, self._referrers)
             self._stage(change, None)
             self._end_claim(key)
@@ -230,20 +247,35 @@ class SessionView(TableReader[StoredEntity]):
         raw = self.stored_bytes(key.collection, key.id)
         if raw is not None and change.lifetimes is not None and key.collection in change.lifetimes:
             raw = None if present(change, self._entity(key, raw)) is None else raw
-        collection = self._schema[key.collection]
-        actual = None if raw is None else self._serializer.version(collection, key.id, raw)
+        actual = None if raw is None else self._serializer.version(key, raw)
         if expect is not ANY and expect != actual:
             # The entity is decoded only for the error.
             check(key, expect, actual, None if raw is None else self._entity(key, raw))
         return raw, actual
 
-    def _check_parents(self, change: Change, raw: bytes | None) -> None:
-        exists = self.exists
-        if change.lifetimes is not None:
-            exists = partial(self._exists_for, change)
-        if self._references and missing_parents(self._schema, change, exists):
+    def _check_parents(self, change: Put | Patch, raw: bytes | None) -> None:
+        if change.lifetimes is None and self._are_parents_stored(change):
+            return
+        exists = self.exists if change.lifetimes is None else partial(self._exists_for, change)
+        if missing_parents(self._schema, change, exists):
             current = None if raw is None else self._entity(change.key, raw)
             check_parents(self._schema, change, current, exists)
+
+    def _are_parents_stored(self, change: Put | Patch) -> bool:
+        """Whether all parents are among the committed entities and this session changed none of their
+        collections: the usual case, decided without an object for each key."""
+        fields = change.entity if isinstance(change, Put) else change.fields
+        sections, layers = self.state.sections, self.layers
+        for field in self._schema[change.key.collection].references:
+            parent = fields.get(field.name)
+            if type(parent) is str:
+                collection = field.parent
+                if parent not in sections[collection].entities:
+                    return False
+                for layer in layers:
+                    if collection in layer:
+                        return False
+        return True
 
     def _exists_for(self, change: Change, key: Key) -> bool:
         """Whether a parent exists for a change."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import msgspec
+from msgspec import Struct, field
 
 from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.files import Signature
@@ -18,8 +18,7 @@ Merged: TypeAlias = Mapping[str, "dict[str, StoredEntity]"]
 """Copies of sections by name, to which the images of a commit are already applied."""
 
 
-@dataclass(slots=True)
-class PendingAppend:
+class PendingAppend(Struct, eq=False):
     """A record that is being appended to the journal, and the images of its commit.
 
     Attributes:
@@ -35,8 +34,7 @@ class PendingAppend:
     check: int | None
 
 
-@dataclass(slots=True)
-class StoreState:
+class StoreState(Struct, eq=False):
     """A store in memory, and the position up to which it has read the journal."""
 
     sections: dict[str, CollectionTable] = field(default_factory=dict)

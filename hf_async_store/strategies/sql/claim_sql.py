@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from hf_async_store.claim_records import next_token
 from hf_async_store.strategies.sql.grammar import Arguments
 from hf_async_store.strategies.sql.names import quoted
+from hf_async_store.strategies.sql.sqlite_functions import NANOSECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,8 @@ class ClaimSQL(Arguments, ABC):
     """The clock of the server, in seconds."""
 
     server_nanoseconds: ClassVar[str]
-    """The same in nanoseconds, for new tokens; "": as `next_token`, by the clock of this machine."""
+    """The same in nanoseconds, for new tokens, of the moment at which the row is written: an earlier
+    statement may have waited for the lock while an entity was claimed and deleted."""
 
     skip_locked: ClassVar[str]
     """The end of a SELECT from the entities `t`: it locks them, except those that others have locked."""
@@ -102,10 +103,10 @@ class ClaimSQL(Arguments, ABC):
 
     def insert(self, source: str, terms: ClaimTerms) -> str:
         """Claims the ids `i.id` of a source, if their claims allow it."""
-        token = self.server_nanoseconds or self.integer(next_token(0))
         return (
-            f"INSERT INTO {self.table} AS c ({COLUMNS}) SELECT i.id, {token}, {self.add(terms.owner)}, "
-            f"{self.add(self._now.era)}, {self.seconds} + {self.number(terms.lease)}, TRUE, 1 "
+            f"INSERT INTO {self.table} AS c ({COLUMNS}) SELECT i.id, {self.server_nanoseconds}, "
+            f"{self.add(terms.owner)}, {self.add(self._now.era)}, "
+            f"{self.seconds} + {self.number(terms.lease)}, TRUE, 1 "
             f"FROM {source} WHERE TRUE ON CONFLICT (id) DO UPDATE SET "
             f"token = {self.greatest}(c.token + 1, excluded.token), owner = excluded.owner, "
             "era = excluded.era, ends = excluded.ends, held = TRUE, attempts = c.attempts + 1 "
@@ -127,14 +128,17 @@ class ClaimSQL(Arguments, ABC):
         """Returns a row, and locks it, if a claim is held with this token."""
         return f"SELECT 1 FROM {self.table} AS c WHERE {self.is_held(key, token)}{self.lock}"
 
-    def write(self, sql: str, key: Key, token: int, *, ends: bool) -> str:
+    def write(self, sql: str, key: Key, token: int, *, ends: bool, snapshot: bool) -> str:
         """Locks a claim, and if it is held with this token, executes a statement of `Writer.if_held`, whose
         arguments come first. Returns whether it is held, and the version that was written.
 
         Args:
             ends: the claim is deleted, if the statement has changed a row.
+            snapshot: the transaction has one snapshot, so the deletion fails with a conflict if the claim
+                was changed since, and need not lock it before.
         """
-        held = f"SELECT c.id FROM {self.table} AS c WHERE {self.is_held(key, token)}{self.lock}"
+        lock = "" if ends and snapshot else self.lock
+        held = f"SELECT c.id FROM {self.table} AS c WHERE {self.is_held(key, token)}{lock}"
         end = ""
         if ends:
             written = f"c.id = {self.add(key.id)} AND EXISTS (SELECT 1 FROM w)"
@@ -152,7 +156,7 @@ class ClaimSQL(Arguments, ABC):
 class SQLiteClaimSQL(ClaimSQL):
     greatest = "max"
     server_seconds = ""
-    server_nanoseconds = ""
+    server_nanoseconds = f"{NANOSECONDS}()"
     skip_locked = ""
     lock = ""
 

@@ -2,34 +2,39 @@
 
 The row of a claim is deleted with its entity: by a foreign key on PostgreSQL, by a trigger on SQLite.
 
-On SQLite, a claim is made under the write lock. On PostgreSQL, it is one READ COMMITTED statement, which
-skips entities that others have locked, so that claimers neither wait for one another nor fail with
-conflicts. It locks the entities; the row of the claim then decides, because the statement may have seen
-it as it was before another claimer committed. What is done under a claim locks the row of the claim in
-the same transaction, whatever its isolation.
+On SQLite, a claim, and a change under it, is one transaction, in one call of the driver. On PostgreSQL, a
+claim is one READ COMMITTED statement, which skips entities that others have locked, so that claimers
+neither wait for one another nor fail with conflicts. It locks the entities; the row of the claim then
+decides, because the statement may have seen it as it was before another claimer committed. What is done
+under a claim locks the row of the claim in the same transaction, whatever its isolation.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 from hf_async_store.changes import Change, Delete, Record
 from hf_async_store.claim_clock import BootClock, Moment, ServerClock
 from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimState, ClaimTerms, lost
 from hf_async_store.config import SQLConfig
-from hf_async_store.driver import Session, giving_back, run_to_completion
+from hf_async_store.driver import Session, giving_back, run_to_completion, written
 from hf_async_store.errors import PermissionDeniedError
 from hf_async_store.query import Query, compile_order
 from hf_async_store.strategies.sql.compiler import Compiled, compile_query
+from hf_async_store.strategies.sql.completion import completed
 from hf_async_store.strategies.sql.connections import Connections
 from hf_async_store.strategies.sql.engine import SQLEngine
+from hf_async_store.strategies.sql.immediate import committed
+from hf_async_store.strategies.sql.index_order import prefix_of
 from hf_async_store.strategies.sql.session import SQLSession
 from hf_async_store.values import VERSION, Key
 
 if TYPE_CHECKING:
+    import sqlite3
+
     from hf_async_store.strategies.sql.claim_sql import ClaimSQL
     from hf_async_store.strategies.sql.connections import LeasedConnection
     from hf_async_store.strategies.sql.dialect import Dialect
@@ -38,6 +43,25 @@ if TYPE_CHECKING:
 _FIRST_PAGE: Final = 16
 _CLAIMERS: Final = 4
 """The maximum number of connections for claims."""
+
+
+_Statement: TypeAlias = tuple[str, Sequence[object]]
+_Steps: TypeAlias = Generator[_Statement, Sequence[Sequence[Any]], list[Claimed]]
+"""Statements, each of which depends on the rows of the one before."""
+
+
+class _Taking(NamedTuple):
+    """A statement that reads and claims.
+
+    Attributes:
+        asked: for what query, terms and time it was made; of a clock of the server, the time is always the
+            same. A text, because 1 == True.
+    """
+
+    table: Table
+    asked: str
+    sql: str
+    args: Sequence[object]
 
 
 class ClaimingSQLEngine(SQLEngine):
@@ -56,6 +80,7 @@ class ClaimingSQLEngine(SQLEngine):
         self.claim_clock = BootClock() if self._dialect.single_writer else ServerClock()
         self._claim_sql = statement
         self._claim_tables: set[str] = set()  # the collections whose table of claims exists
+        self._last_claims: dict[str, _Taking] = {}  # the last statement of each collection
 
     @asynccontextmanager
     async def _claiming(self, *, alone: bool) -> AsyncGenerator[LeasedConnection, None]:
@@ -66,13 +91,16 @@ class ClaimingSQLEngine(SQLEngine):
         """
         await self._prepare()
         pool = self.writing() if self._claimers is None else self._claimers.lease()
-        commits = alone and (self._claimers is not None or self._dialect.single_writer)
         async with pool as lease:
-            if commits:
+            if alone and (self._claimers is not None or self._dialect.single_writer):
                 yield lease
             else:
                 async with lease.transaction("read_committed"):
                     yield lease
+
+    def _alone(self) -> AbstractAsyncContextManager[LeasedConnection]:
+        """As `_claiming` of a single statement, of a store that was prepared."""
+        return self._claiming(alone=True) if self._claimers is None else self._claimers.lease()
 
     async def close(self) -> None:
         try:
@@ -164,27 +192,37 @@ class ClaimingSQLEngine(SQLEngine):
     async def _claim(self, query: Query, terms: ClaimTerms, claimed: list[Claimed]) -> None:
         """Claim entities, and add them to a list before anything can be cancelled."""
         claimed.clear()  # of an attempt that left nothing behind
+        await self._prepare()
         table = self.known_tables[query.collection]
-        while not self._dialect.single_writer:
-            at_once = self._at_once_sql(table, query, terms)
-            if at_once is None:
+        if self._dialect.single_writer:
+
+            def take(connection: sqlite3.Connection) -> list[Claimed]:
+                return _executed(connection, self._steps(table, query, terms))
+
+            async with self.writing() as lease:
+                await lease.job(lambda each: claimed.extend(committed(each, take)))
+            return
+        while True:
+            taking = self._taking(table, query, terms)
+            if taking is None:
                 break
-            async with self._claiming(alone=True) as lease:
+            async with self._alone() as lease:
                 # To the end, so that what was claimed is known even if the caller is cancelled.
-                found = await run_to_completion(_take_at_once(lease, table, at_once, claimed))
+                found = await completed(_take(lease, taking, claimed))
             if claimed or not found:
                 sort_key = compile_order(query)
                 claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
                 return
             # Others have claimed all candidates since the statement began: the next one sees that.
         async with self._claiming(alone=False) as lease:
-            await self._take_in_steps(lease, table, query, terms, claimed)
+            claimed += await _sent(lease, self._steps(table, query, terms))
 
-    def _at_once_sql(
-        self, table: Table, query: Query, terms: ClaimTerms
-    ) -> tuple[str, list[object]] | None:
-        """The statement that reads and claims, and its arguments; None if what it reads must be filtered
-        further."""
+    def _taking(self, table: Table, query: Query, terms: ClaimTerms) -> _Taking | None:
+        """The statement that reads and claims; None if what it reads must be filtered further."""
+        asked = "" if query.has_many_values else repr((query, terms, self.claim_clock.now()))
+        last = self._last_claims.get(query.collection)
+        if asked and last is not None and last.table is table and last.asked == asked:
+            return last
         statement, candidates = self._candidates(table, query, terms)
         if candidates.residual is not None:
             return None
@@ -194,22 +232,18 @@ class ClaimingSQLEngine(SQLEngine):
             "SELECT i.id, i.doc, i.version, n.token, n.attempts "
             "FROM i LEFT JOIN n ON n.id = i.id"
         )
-        return sql, statement.values
+        found = _Taking(table, asked, sql, statement.values)
+        if asked:
+            self._last_claims[query.collection] = found
+        return found
 
-    async def _take_in_steps(
-        self,
-        lease: LeasedConnection,
-        table: Table,
-        query: Query,
-        terms: ClaimTerms,
-        claimed: list[Claimed],
-    ) -> None:
+    def _steps(self, table: Table, query: Query, terms: ClaimTerms) -> _Steps:
         """Claim what a first statement finds; it may have to be filtered further."""
         assert query.limit is not None, "claims are limited"
         size = query.limit
         while True:
             statement, candidates = self._candidates(table, query.with_limit(size), terms)
-            rows = await lease.rows(candidates.sql, statement.values, doing="read candidates")
+            rows = yield candidates.sql, statement.values
             found = {row[0]: row for row in rows}
             if candidates.residual is not None:
                 matches = candidates.residual
@@ -218,8 +252,11 @@ class ClaimingSQLEngine(SQLEngine):
                 break
             size = 4 * size + _FIRST_PAGE
         ids = list(found)[: query.limit]
-        taken = await self._insert(lease, table.collection, ids, terms) if ids else {}
-        claimed += [_claimed(table, found[each], *taken[each]) for each in ids if each in taken]
+        if not ids:
+            return []
+        rows = yield self._insert(table.collection, ids, terms)
+        taken = {row[0]: row[1:] for row in rows}
+        return [_claimed(table, found[each], *taken[each]) for each in ids if each in taken]
 
     def _candidates(
         self, table: Table, query: Query, terms: ClaimTerms
@@ -227,25 +264,24 @@ class ClaimingSQLEngine(SQLEngine):
         """The SELECT of the first entities that can be claimed."""
         statement = self._statement(table.collection)
         assert query.limit is not None, "claims are limited"
+        prefix = prefix_of(table, query) if table.grammar.has_statistics else None
         found = compile_query(
             table,
             query.with_limit(None),
             args=statement,
             also=lambda: statement.no_claim(table, terms),
+            prefix=prefix or (),
         )
-        # As a parameter: for an unknown limit PostgreSQL expects so many rows that it plans each execution,
-        # with the present size of the table of claims, instead of keeping a plan for an empty one.
-        limit = f" LIMIT {statement.integer(query.limit)}"
-        return statement, found._replace(sql=f"{found.sql}{limit}{statement.skip_locked}")
+        # As a parameter: for an unknown limit PostgreSQL expects so many rows that it plans each execution
+        # with the present values and sizes, instead of keeping a plan, unless only one plan is possible.
+        keeps_plan = prefix is not None and query.limit == 1
+        limit = "1" if keeps_plan else statement.integer(query.limit)
+        return statement, found._replace(sql=f"{found.sql} LIMIT {limit}{statement.skip_locked}")
 
-    async def _insert(
-        self, lease: LeasedConnection, collection: str, ids: Sequence[str], terms: ClaimTerms
-    ) -> dict[str, tuple[int, int]]:
-        """Claim ids; returns the token and the number of attempts of each that was free."""
+    def _insert(self, collection: str, ids: Sequence[str], terms: ClaimTerms) -> _Statement:
+        """Claims ids; returns the id, the token and the number of attempts of each that was free."""
         statement = self._statement(collection)
-        sql = statement.insert(statement.listed(ids), terms)
-        rows = await lease.rows(sql, statement.values, doing="claim entities", writes=True)
-        return {row[0]: (row[1], row[2]) for row in rows}
+        return statement.insert(statement.listed(ids), terms), statement.values
 
     async def claim_name(self, keys: Sequence[Key], terms: ClaimTerms) -> Claimed | None:
         await self._prepare_claims(keys[0].collection)
@@ -260,11 +296,12 @@ class ClaimingSQLEngine(SQLEngine):
         claimed.clear()
 
         async def take(lease: LeasedConnection) -> None:
-            taken = await self._insert(lease, key.collection, [key.id], terms)
-            claimed.extend(Claimed(Record(key, {VERSION: 0}), *each) for each in taken.values())
+            sql, args = self._insert(key.collection, [key.id], terms)
+            rows = await lease.written(sql, args, "claim a name")
+            claimed.extend(Claimed(Record(key, {VERSION: 0}), *each[1:]) for each in rows)
 
         async with self._claiming(alone=True) as lease:
-            await run_to_completion(take(lease))
+            await completed(take(lease))
 
     # -- what a holder does ------------------------------------------------------------------
 
@@ -297,16 +334,37 @@ class ClaimingSQLEngine(SQLEngine):
             )
 
     async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int:
-        if not self._dialect.single_writer:
-            await self._refuse_unknown(change.key)
-            version = await self._retried(partial(self._write_at_once, token, change, ends=ends))
-            if version is not None:
-                return version
+        await self._refuse_unknown(change.key)
+        write = self._write_locked if self._dialect.single_writer else self._write_at_once
+        version = await self._retried(partial(write, token, change, ends=ends))
+        if version is not None:
+            return version
         return await super().write_claimed(token, change, ends=ends)
+
+    async def _write_locked(self, token: int, change: Change, *, ends: bool) -> int:
+        """The version that one transaction of SQLite wrote."""
+        key = change.key
+
+        def execute(connection: sqlite3.Connection, sql: Callable[[ClaimSQL], str]) -> Any:
+            statement = self._statement(key.collection)  # with the time after waiting for the lock
+            return connection.execute(sql(statement), statement.values).fetchone()
+
+        def write(connection: sqlite3.Connection) -> int:
+            if execute(connection, lambda each: each.check(key, token)) is None:
+                raise lost(key)
+            [outcome] = self._writer.executed(connection, [change])
+            version = written(key, outcome)
+            if ends:
+                execute(connection, lambda each: each.delete(key, None))
+            return version
+
+        async with self.writing() as lease:
+            return await lease.job(lambda connection: committed(connection, write))
 
     async def _write_at_once(self, token: int, change: Change, *, ends: bool) -> int | None:
         """The version that one statement wrote; None if the change must be decided in a session."""
-        async with self.writing() as lease:
+        await self._prepare()
+        async with self._main.lease() as lease:  # that of `writing`, as there may be several
             found = self._writer.if_held(change)
             if found is None:
                 return None
@@ -314,7 +372,8 @@ class ClaimingSQLEngine(SQLEngine):
             sql, statement.values = found
             # The claim of an entity that is deleted is deleted by the foreign key.
             ends = ends and type(change) is not Delete
-            sql = statement.write(sql, change.key, token, ends=ends)
+            snapshot = self._config.isolation != "read_committed"
+            sql = statement.write(sql, change.key, token, ends=ends, snapshot=snapshot)
             [(held, version)] = await lease.rows(sql, statement.values, doing="write", writes=True)
         if not held:
             raise lost(change.key)
@@ -366,15 +425,31 @@ def _claimers(dialect: Dialect, config: SQLConfig) -> Connections:
     return Connections(dialect, config, kept=1, most=_CLAIMERS, exhausted=exhausted)
 
 
-async def _take_at_once(
-    lease: LeasedConnection,
-    table: Table,
-    at_once: tuple[str, list[object]],
-    claimed: list[Claimed],
-) -> bool:
-    """Run the statement of `_at_once_sql`; returns whether there was any candidate."""
-    rows = await lease.rows(*at_once, doing="claim entities", writes=True)
-    claimed += [_claimed(table, row[:3], *row[3:]) for row in rows if row[3] is not None]
+def _executed(connection: sqlite3.Connection, steps: _Steps) -> list[Claimed]:
+    """Execute statements in the thread of the driver."""
+    try:
+        sql, args = next(steps)
+        while True:
+            sql, args = steps.send(connection.execute(sql, args).fetchall())
+    except StopIteration as end:
+        return cast("list[Claimed]", end.value)
+
+
+async def _sent(lease: LeasedConnection, steps: _Steps) -> list[Claimed]:
+    """Execute statements in the open transaction."""
+    try:
+        sql, args = next(steps)
+        while True:
+            rows = await lease.rows(sql, args, doing="claim entities", writes=True)
+            sql, args = steps.send(rows)
+    except StopIteration as end:
+        return cast("list[Claimed]", end.value)
+
+
+async def _take(lease: LeasedConnection, taking: _Taking, claimed: list[Claimed]) -> bool:
+    """Run a statement that claims; returns whether there was any candidate."""
+    rows = await lease.written(taking.sql, taking.args, "claim entities")
+    claimed += [_claimed(taking.table, row[:3], *row[3:]) for row in rows if row[3] is not None]
     return bool(rows)
 
 

@@ -84,6 +84,7 @@ def compile_query(
     group: Sequence[Value | Missing] | None = None,
     args: Arguments | None = None,
     also: Callable[[], str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Compiled:
     """The SELECT of a query.
 
@@ -93,9 +94,13 @@ def compile_query(
         group: only the rows of a group, whose sort keys begin with these values: see `group_of`.
         args: those of the statement so far.
         also: adds a further condition to them.
+        prefix: fields that are compared for equality. They are compared as ranges, and come first in the
+            order, so that no other index has this order: see `index_order`.
     """
-    compiler = _Compiler(table, args)
-    keys = [compiler.key(each) for each in query.order]
+    compiler = _Compiler(table, args, prefix)
+    descending = bool(query.order) and query.order[-1].descending
+    first = [Order((each,), descending) for each in prefix]
+    keys = [compiler.key(each) for each in (*first, *query.order)]
     conditions, exact = compiler.conditions(query.where)
     if group is not None:
         pairs = zip(keys, group, strict=False)
@@ -130,14 +135,25 @@ def compile_first_by_id(table: Table, query: Query, compiled: Compiled, most: in
         compiled: the query.
         most: how many rows are read.
     """
-    descending = bool(query.order and query.order[0].descending)
-    direction, operator = (" DESC", "<") if descending else ("", ">")
-    key, position, args = f"e.{table.key}", "", list(compiled.args)
+    key, args = table.key, list(compiled.args)
+    # An id is a text, which is greater than any other text but '', and less than any blob.
+    direction, after, until, end = "", ">", "<=", "x''"
+    if query.order and query.order[0].descending:
+        direction, after, until, end = " DESC", "<", ">=", "''"
+    position = "TRUE"
     if query.after is not None:
         args.append(query.after.id)
-        position = f" WHERE {key} {operator} {table.grammar.parameter(len(args), 'text')}"
-    source = f"SELECT * FROM {table.name} AS e{position} ORDER BY {key}{direction} LIMIT {most}"
-    sql = compiled.sql.replace(f"FROM {table.name} AS t", f"FROM ({source}) AS t", 1)
+        position = f"{key} {after} {table.grammar.parameter(len(args), 'text')}"
+    last = (
+        f"SELECT {key} FROM {table.name} WHERE {position} "
+        f"ORDER BY {key}{direction} LIMIT 1 OFFSET {most - 1}"
+    )
+    sql = (
+        f"SELECT {table.selected} FROM {table.name} AS t WHERE {position} "
+        f"AND {key} {until} coalesce(({last}), {end}) "
+        f"AND ({compiled.where}) IS TRUE "  # so that no index is used for it
+        f"ORDER BY {key}{direction} LIMIT {query.limit}"
+    )
     return compiled._replace(sql=sql, args=args)
 
 
@@ -227,9 +243,12 @@ class _Key(NamedTuple):
 
 
 class _Compiler:
-    def __init__(self, table: Table, args: Arguments | None = None) -> None:
+    def __init__(
+        self, table: Table, args: Arguments | None = None, prefix: Sequence[str] = ()
+    ) -> None:
         self._table = table
         self._grammar = table.grammar
+        self._prefix = prefix
         self.args = args or Arguments(table.grammar)
 
     # -- filters -----------------------------------------------------------------------------
@@ -299,8 +318,9 @@ class _Compiler:
         single = [each.only for each in found if each.only is not None]
         if len(found) > 1 and len(single) == len(found):
             return Condition(self._grammar.in_bytes(column, single, self.args), exact)
+        equal = "BETWEEN {0} AND {0}" if name in self._prefix else "= {0}"
         parts = [
-            f"{column} = {add(each.low, 'bytes')}"
+            f"{column} {equal.format(add(each.low, 'bytes'))}"
             if each.only is not None
             else f"({column} >= {add(each.low, 'bytes')} AND {column} < {add(each.high, 'bytes')})"
             for each in found

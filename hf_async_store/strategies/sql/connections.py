@@ -30,12 +30,14 @@ from sqlalchemy.util import greenlet_spawn
 from hf_async_store.config import SQLConfig
 from hf_async_store.driver import Isolation, run_to_completion
 from hf_async_store.errors import (
+    DataFileConflictError,
     PoolTimeoutError,
     StorageError,
     StoreClosedError,
     TransactionAbortedError,
     UnavailableError,
 )
+from hf_async_store.strategies.sql.completion import completed
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
@@ -76,16 +78,33 @@ class LeasedConnection:
         if writes and not self._transactions:
             # The statement commits by itself, so it completes before a cancellation is raised: a
             # write must not be applied after its task has ended.
-            return await run_to_completion(self.autocommit(sql, args, doing))
+            return await completed(self.autocommit(sql, args, doing))
         return await self._rows(sql, args, doing, writes=False)
+
+    async def written(
+        self, sql: str, args: Sequence[object], doing: str
+    ) -> Sequence[Sequence[Any]]:
+        """As `rows` of a statement that writes, for a caller that completes it itself."""
+        if self._transactions:
+            return await self._rows(sql, args, doing, writes=False)
+        return await self.autocommit(sql, args, doing)
 
     async def _rows(
         self, sql: str, args: Sequence[object], doing: str, *, writes: bool
     ) -> Sequence[Sequence[Any]]:
+        return await self._run(lambda: self.dialect.rows(self.driver, sql, args), doing, writes)
+
+    async def read(self, work: Callable[[Any], Result]) -> Result:
+        """See `Dialect.job`, for a function that only reads, by several statements."""
+        return await self._run(
+            lambda: self.dialect.job(self.driver, work, completes=False), "read", writes=False
+        )
+
+    async def _run(self, work: Callable[[], Awaitable[Result]], doing: str, writes: bool) -> Result:
         self._check_open()
         try:
             self.dialect.check_file(self.driver)
-            return await self.dialect.rows(self.driver, sql, args)
+            return await work()
         except self.dialect.driver_errors as exc:
             raise self._error(exc, doing, writes=writes) from exc
         except StorageError:
@@ -123,9 +142,6 @@ class LeasedConnection:
     async def job(self, work: Callable[[Any], Result]) -> Result:
         """See `Dialect.job`, for a function that writes: outside a transaction, it commits by itself."""
         commits = not self._transactions
-        return await run_to_completion(self._job(work, commits=commits))
-
-    async def _job(self, work: Callable[[Any], Result], *, commits: bool) -> Result:
         self._check_open()
         if commits:
             self.commit_done.clear()
@@ -137,8 +153,8 @@ class LeasedConnection:
             return result
         except self.dialect.driver_errors as exc:
             raise self._error(exc, "write", writes=commits) from exc
-        except StorageError:
-            raise
+        except (StorageError, asyncio.CancelledError):
+            raise  # a cancellation comes after the function
         except BaseException:
             self.state_unknown = True
             raise
@@ -334,21 +350,24 @@ class Connections:
         Raises:
             PoolTimeoutError: no connection became free in time.
             UnavailableError, AuthenticationError: a new connection could not be opened.
+            StoreClosedError: the store was closed, also amid a statement that does not write.
         """
         lease = await self.acquire()
         try:
             yield lease
-        except BaseException:
+        except BaseException as exc:
             await self.release(lease, check=True)
+            if lease.force_closed and _is_failed_read(exc, self._dialect):
+                raise StoreClosedError("this store was closed") from exc
             raise
         await self.release(lease, check=False)
 
     async def acquire(self) -> LeasedConnection:
-        self._check_open()
+        self.check_open()
         await self._acquire_permit()
         leases: list[LeasedConnection] = []
         try:
-            self._check_open()
+            self.check_open()
             if (kept := self._pop_idle()) is not None:
                 leases.append(kept)
             elif self._pool().checkedin():
@@ -382,7 +401,8 @@ class Connections:
         """Whether a connection can be had without waiting for a caller to return one."""
         return not self._semaphore.locked()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise StoreClosedError after `close`."""
         if self._closed:
             raise StoreClosedError("this store was closed")
 
@@ -422,7 +442,7 @@ class Connections:
             if self._dialect.is_lost(driver) or self._closed:
                 # For example, the server was restarted since the connection was last used.
                 await self._discard(connection, driver)
-                self._check_open()
+                self.check_open()
                 continue
             leases.append(LeasedConnection(self._dialect, connection, driver))
             self._leased.add(leases[0])
@@ -469,7 +489,7 @@ class Connections:
 
     async def _discard_lease(self, lease: LeasedConnection) -> None:
         try:
-            await self._discard(lease.connection, lease.driver)
+            await self._discard(lease.connection, lease.driver, in_use=True)
         finally:
             self._forget(lease)
 
@@ -477,9 +497,11 @@ class Connections:
         self._leased.discard(lease)
         self._semaphore.release()
 
-    async def _discard(self, connection: PoolProxiedConnection, driver: Any) -> None:
+    async def _discard(
+        self, connection: PoolProxiedConnection, driver: Any, *, in_use: bool = False
+    ) -> None:
         with suppress(*self._dialect.driver_errors):
-            await self._dialect.discard(driver)
+            await self._dialect.discard(driver, in_use=in_use)
         await greenlet_spawn(connection.invalidate)
 
     async def _is_reusable(self, lease: LeasedConnection) -> bool:
@@ -548,7 +570,8 @@ class Connections:
             self._timer.cancel()
         ends: set[asyncio.Task[None]] = set()
         for lease in list(self._leased):
-            await lease.commit_done.wait()
+            while not lease.commit_done.is_set():  # the next one may begin before this task runs
+                await lease.commit_done.wait()
             if lease.return_task is None and lease in self._leased:
                 lease.force_closed = True
                 self._start_return(lease, self._discard_lease(lease))
@@ -582,6 +605,17 @@ class Connections:
     def __del__(self) -> None:
         if self._has_connected and not self._closed:
             self.warn_unclosed()
+
+
+def _is_failed_read(exc: BaseException, dialect: Dialect) -> bool:
+    """Whether an error tells that a statement failed that does not write.
+
+    Of SQLite's files, closing the last connection removes one.
+    """
+    if not isinstance(exc, StorageError) or exc.outcome_unknown:
+        return False
+    failed = isinstance(exc.__cause__, dialect.driver_errors)
+    return failed or isinstance(exc, DataFileConflictError)
 
 
 def _detach(idle: list[LeasedConnection]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
 from hf_async_store.errors import PermissionDeniedError, SchemaMismatchError
@@ -35,7 +35,13 @@ if TYPE_CHECKING:
 
 
 class SchemaSync(ABC):
-    """The tables of a store."""
+    """The tables of a store.
+
+    Attributes:
+        feed_events: of each, a change feed has a trigger.
+    """
+
+    feed_events: ClassVar[Sequence[str]]
 
     def __init__(self, schema: Schema, dialect: Dialect) -> None:
         self.schema = schema
@@ -422,8 +428,27 @@ class SchemaSync(ABC):
     def lacks_feed(self, name: str, entry: Entry, relations: Mapping[str, Relation]) -> bool:
         """Whether the declared change feed of a collection is missing."""
         return entry.feed is not None and (
-            entry.lacks_feed or self.names.feed(name) not in relations
+            entry.lacks_feed
+            or self.names.feed(name) not in relations
+            or bool(self._lost_triggers(name, relations))
         )
+
+    def _lost_triggers(self, name: str, relations: Mapping[str, Relation]) -> list[str]:
+        """The triggers of a change feed that do not exist any more, or are disabled."""
+        return [
+            self.names.feed_trigger(name, each)
+            for each in self.feed_events
+            if self.names.feed_trigger_place(name, each) not in relations
+        ]
+
+    async def unrecorded(self, lease: LeasedConnection) -> dict[str, list[str]]:
+        """The collections with a change feed of which changes are not recorded, because triggers were
+        dropped or disabled: their names."""
+        catalogue, relations = await self._read(lease.driver)
+        entries = {} if catalogue is None else catalogue.entries
+        fed = [name for name, entry in entries.items() if entry.has_feed]
+        lost = {each: self._lost_triggers(each, relations) for each in fed}
+        return {each: triggers for each, triggers in lost.items() if triggers}
 
     def _lacks_view(
         self, name: str, known: Entry | None, entry: Entry, relations: Mapping[str, Relation]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final, NamedTuple, cast
+from typing import Final, cast
 
 import msgspec
 
@@ -37,7 +37,7 @@ from hf_async_store.values import (
 )
 
 
-class Stored(NamedTuple):
+class Stored(msgspec.Struct, frozen=True, gc=False):
     """A row: its version, its document, and its key columns.
 
     Attributes:
@@ -79,14 +79,13 @@ def new_row(table: Table, change: Change, stored: Stored | None) -> Stored | Non
     if isinstance(change, Delete):
         return None
     if isinstance(change, Put) and change.import_version is not None:
-        doc = table.grammar.encode(change.entity)
-        return Stored(change.import_version, doc, table.keys(change.entity))
+        return _row_of(table, change.entity, change.import_version)
     version = next_version(change.key, actual)
     try:
         assert stored is not None, "the change of an absent entity was refused"
         if isinstance(change, Put):
-            return Stored(version, *_whole(table, change, stored))
-        return Stored(version, *_patched(table, change, stored))
+            return _row_of(table, _whole(change, stored), version)
+        return _patched(table, change, stored, version)
     except _DAMAGED as exc:
         raise table.damaged(change.key.id, exc) from exc
 
@@ -130,6 +129,10 @@ def _created(table: Table, change: Put) -> Stored:
         version = 1
         if CREATED_AT not in entity:
             entity = {CREATED_AT: change.written_at, **entity}
+    return _row_of(table, entity, version)
+
+
+def _row_of(table: Table, entity: Entity, version: int) -> Stored:
     return Stored(version, table.grammar.encode(entity), table.keys(entity))
 
 
@@ -138,31 +141,30 @@ def entity_of(table: Table, key: Key, stored: Stored | None) -> Entity | None:
     return None if stored is None else table.entity((key.id, stored.doc, stored.version))
 
 
-def _whole(table: Table, change: Put, stored: Stored) -> tuple[str, tuple[bytes | None, ...]]:
-    """The document and the key columns of a whole entity, with its `created_at`."""
-    entity = change.entity
-    if CREATED_AT not in entity:
+def _whole(change: Put, stored: Stored) -> Entity:
+    """A whole entity with its `created_at`."""
+    if CREATED_AT not in change.entity:
         kept = _decode_created(stored.doc).created_at
         if kept is not msgspec.UNSET:
-            entity = {CREATED_AT: decode_json(kept), **entity}
-    return table.grammar.encode(entity), table.keys(entity)
+            return {CREATED_AT: decode_json(kept), **change.entity}
+    return change.entity
 
 
-def _patched(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[bytes | None, ...]]:
-    """The document and the key columns of an entity of which some fields are changed."""
+def _patched(table: Table, change: Patch, stored: Stored, version: int) -> Stored:
+    """The row of an entity of which some fields are changed."""
     members: dict[str, object] = dict(_decode_members(stored.doc))
     for name, value in change.fields.items():
         if type(value) is Removed:
             members.pop(name, None)
         elif type(value) is FieldChange:
-            return _computed(table, change, stored)
+            return _computed(table, change, stored, version)
         else:
             members[name] = value
     doc = table.grammar.encode(cast("Value", members))
     if len(doc) > LIGHT_BYTES:
         check_size(decode_json(doc))
     if len(stored.keys) < len(table.columns):
-        return doc, table.keys(decode_json(doc))
+        return Stored(version, doc, table.keys(decode_json(doc)))
     keys = list(stored.keys)
     for number, name in enumerate(table.key_fields):
         if name in change.fields:
@@ -170,7 +172,7 @@ def _patched(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[by
     for number, fields in enumerate(table.unique, len(table.key_fields)):
         if not change.fields.keys().isdisjoint(fields):
             keys[number] = digest(_decoded(members, fields), fields, table.collection)
-    return doc, tuple(keys)
+    return Stored(version, doc, tuple(keys))
 
 
 def _decoded(members: Mapping[str, object], names: Iterable[str]) -> dict[str, Value]:
@@ -182,12 +184,12 @@ def _decoded(members: Mapping[str, object], names: Iterable[str]) -> dict[str, V
     }
 
 
-def _computed(table: Table, change: Patch, stored: Stored) -> tuple[str, tuple[bytes | None, ...]]:
+def _computed(table: Table, change: Patch, stored: Stored, version: int) -> Stored:
     """As `_patched`, if some value is computed from the stored one."""
     entity = patched(decode_json(stored.doc), change.fields, 0)
     del entity[VERSION]
     check_size(entity)
-    return table.grammar.encode(entity), table.keys(entity)
+    return _row_of(table, entity, version)
 
 
 def parents_of(schema: Schema, change: Change) -> list[Key]:

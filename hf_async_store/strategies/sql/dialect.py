@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Relation(NamedTuple):
-    """An existing table, view or index; `table`: of an index, its table."""
+    """An existing table, view, index or trigger; `table`: of an index or trigger, its table."""
 
     kind: str
     table: str = ""
@@ -101,11 +101,16 @@ class Dialect(ABC):
     @abstractmethod
     def in_transaction(self, driver: Any) -> bool: ...
 
-    async def job(self, driver: Any, work: Callable[[Any], Result]) -> Result:
+    async def job(
+        self, driver: Any, work: Callable[[Any], Result], *, completes: bool = True
+    ) -> Result:
         """Call a function with the connection of the driver, in its thread.
 
         Only for a driver that has one. If the function could not acquire the write lock, it is
         called again.
+
+        Args:
+            completes: a cancellation is raised after the function has returned, and not before.
         """
         raise NotImplementedError
 
@@ -156,8 +161,12 @@ class Dialect(ABC):
         """Roll back what a failure left open; returns whether the connection can return to the pool."""
 
     @abstractmethod
-    async def discard(self, driver: Any) -> None:
-        """Close a connection whose state is unknown, if invalidating it in its pool does not do so."""
+    async def discard(self, driver: Any, *, in_use: bool) -> None:
+        """Close a connection, if invalidating it in its pool does not do so.
+
+        Args:
+            in_use: a statement may be running on it.
+        """
 
     @abstractmethod
     def translate(

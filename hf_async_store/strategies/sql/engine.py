@@ -19,6 +19,7 @@ from contextlib import (
     asynccontextmanager,
     nullcontext,
 )
+from itertools import chain, islice
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
@@ -26,8 +27,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 import msgspec
 
 from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.coalescing import Coalescer
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.driver import (
+    INTERFACE_VERSION,
     Engine,
     Isolation,
     QueryPlan,
@@ -78,6 +81,9 @@ Result = TypeVar("Result")
 
 _NO_TABLE: Final = QueryPlan(access="scan", detail="the table does not exist yet")
 _CLOCK_TOLERANCE: Final = 1.0
+_CALLS_OF_A_COMMIT: Final = 8
+"""The maximum number of calls of `write_each` that share a commit."""
+
 _REREAD_SECONDS: Final = 10.0
 """While a declared index is missing, a program that only reads looks this often whether it exists."""
 
@@ -104,6 +110,8 @@ class SQLEngine(Engine):
         writer: its class; a new writer is made whenever the tables change.
     """
 
+    interface_version = INTERFACE_VERSION
+
     def __init__(
         self,
         config: SQLConfig,
@@ -122,6 +130,10 @@ class SQLEngine(Engine):
         self._state: _State | None = None  # None: the catalogue was not read yet
         self._ready = False  # everything that is declared was created, or recorded
         self._recorded = False  # the latest types of fields were recorded
+        # Batches that wait for the only writer share a commit, so that a page of an index is written once.
+        self._shared_commits = Coalescer[Sequence[Change], list[Outcome]](
+            self._write_together, lanes=1, size=_CALLS_OF_A_COMMIT, writes=True
+        )
         self._prepare_lock = asyncio.Lock()
         self._write_lock = asyncio.Lock()  # used if only one connection can write at a time
 
@@ -399,6 +411,7 @@ class SQLEngine(Engine):
     async def remember(self, collections: Iterable[Collection]) -> None:
         # Everything that is declared was recorded before the first write.
         del collections
+        self._main.check_open()
         await self._prepare()
 
     async def schema_changes(self) -> list[SchemaChange]:
@@ -427,7 +440,18 @@ class SQLEngine(Engine):
     # -- independent writes ------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self._write(changes, patient=True)
+        if not self._dialect.single_writer:
+            return await self._write(changes, patient=True)
+        [outcomes] = await self._shared_commits.submit([changes], None)
+        if isinstance(outcomes, StorageError):
+            raise outcomes
+        return outcomes
+
+    async def _write_together(self, calls: Sequence[Sequence[Change]]) -> list[list[Outcome]]:
+        """The outcomes of several calls of `write_each`, which share one commit."""
+        changes = calls[0] if len(calls) == 1 else list(chain.from_iterable(calls))
+        outcomes = iter(await self._write(changes, patient=True))
+        return [list(islice(outcomes, len(each))) for each in calls]
 
     async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
         return await self._write(changes, patient=False)

@@ -15,6 +15,7 @@ import msgspec
 
 from hf_async_store.changes import Record
 from hf_async_store.driver import FeedBatch, run_to_completion
+from hf_async_store.errors import StoreClosedError
 from hf_async_store.strategies.sql.feed_state import (
     FeedState,
     Horizon,
@@ -120,8 +121,8 @@ class Feed(ABC):
         return nullcontext()
 
     async def close(self) -> None:
-        """Close the connection on which changes are waited for."""
-        await self._waiting.close()
+        """Close the connection on which changes are waited for; there is no other afterwards."""
+        await self._waiting.end()
 
     # -- retention ---------------------------------------------------------------------------
 
@@ -180,6 +181,7 @@ class SeparateConnection:
         self._driver: Any = None
         self._timer: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._has_ended = False
 
     async def use(self) -> tuple[Any, bool]:
         """The connection, and whether it is new. `unused` must be called afterwards."""
@@ -188,6 +190,9 @@ class SeparateConnection:
             return self._driver, False
         await self.close()
         self._driver = await self._dialect.connect_alone()
+        if self._has_ended:
+            await self.close()
+            raise StoreClosedError("this store was closed")
         return self._driver, True
 
     def unused(self) -> None:
@@ -209,6 +214,11 @@ class SeparateConnection:
         if driver is not None:
             with suppress(*self._dialect.driver_errors):
                 await driver.close()
+
+    async def end(self) -> None:
+        """Close it, also if it is being opened."""
+        self._has_ended = True
+        await self.close()
 
     async def close(self) -> None:
         self._stop_timer()

@@ -21,7 +21,7 @@ from hf_async_store.strategies.sql.feed import Feed, Source
 from hf_async_store.strategies.sql.feed_state import STEPS
 from hf_async_store.strategies.sql.rows import Tables
 from hf_async_store.strategies.sql.session import on_live_connection
-from hf_async_store.values import Key
+from hf_async_store.values import Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -67,9 +67,29 @@ class FeedingSQLEngine(ClaimingSQLEngine):
             return await self._feed.read(await self._source(lease, collection), since, limit)
 
     async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+        self._main.check_open()
         tables = {} if self._state is None else self._state.tables
         watched = {each: tables[each] for each in positions if each in tables}
         await self._feed.changed(watched, seconds)
+
+    async def health(self) -> Mapping[str, Value]:
+        report = dict(await super().health())
+        if not self._dialect.exists():
+            return report
+        try:
+            async with self._main.lease() as lease:
+                unrecorded = await self._sync.unrecorded(lease)
+        except self._dialect.driver_errors as exc:
+            raise self._dialect.translate(exc, doing="check the health", writes=False) from exc
+        problems = report["problems"]
+        assert isinstance(problems, list)
+        lost = [
+            f"changes of {name} are not recorded, because triggers were dropped or disabled: "
+            f"{', '.join(triggers)}. Run `hf-async-store schema apply` with its declaration; watchers then "
+            "get FeedExpiredError"
+            for name, triggers in unrecorded.items()
+        ]
+        return {**report, "problems": [*problems, *lost]}
 
     def _check_exists(self, collection: str) -> None:
         if self._state is None and not self._dialect.exists():

@@ -71,8 +71,17 @@ class Names(msgspec.Struct, frozen=True):
         """The trigger of a collection that writes its changes."""
         return self._of(collection, f"-feed-{event}")
 
+    def feed_trigger_place(self, collection: str, event: str) -> str:
+        """As `feed_trigger`, as `Dialect.relations` names it."""
+        return trigger_place(self.feed_trigger(collection, event), self.table(collection))
+
     def _of(self, name: str, ending: str = "") -> str:
         return limited(f"{sql_name(self.prefix + name)}{ending}")
+
+
+def trigger_place(trigger: str, table: str) -> str:
+    """The name of a trigger among those of tables, views and indexes."""
+    return f"{trigger} ON {table}"
 
 
 def is_unique_index(index: str, table: str) -> bool:

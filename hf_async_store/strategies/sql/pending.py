@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from hf_async_store.changes import ABSENT, ANY, Change, Delete, Patch, Put
+from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Patch, Put
 from hf_async_store.errors import InvalidFieldError
 from hf_async_store.field_operations import plain_fields
 from hf_async_store.query import MISSING, Missing
@@ -48,6 +48,9 @@ class PendingChange(msgspec.Struct, frozen=True, gc=False):
         kept: the stored values: a reference may stay as it is even if its parent is missing.
         digests: the values of the unique columns that it writes.
         stored: the document that must be stored, if the statement compares it.
+        later: further changes of the same entity, with their positions, which are decided after this one
+            and written in the same row.
+        decided: by position, the outcomes of all of them once the row is written.
     """
 
     place: int
@@ -60,6 +63,13 @@ class PendingChange(msgspec.Struct, frozen=True, gc=False):
     kept: Mapping[str, Value] = {}
     digests: Sequence[bytes | None] = ()
     stored: str = ""
+    later: Sequence[tuple[int, Change]] = ()
+    decided: Sequence[tuple[int, Outcome]] = ()
+
+    @property
+    def steps(self) -> list[tuple[int, Change]]:
+        """This change and the later ones, with their positions."""
+        return [(self.place, self.change), *self.later]
 
 
 class _Kind(NamedTuple):
@@ -135,6 +145,24 @@ class Encoder:
             doc,
         )
 
+    def exactly_combined(
+        self,
+        pending: PendingChange,
+        stored: Stored | None,
+        row: Stored,
+        decided: Sequence[tuple[int, Outcome]],
+    ) -> PendingChange:
+        """The changes of one entity, as the replacement of exactly this stored version, or of nothing."""
+        if stored is not None:
+            exact = self.exactly(pending, stored, row, expired=False)
+        else:
+            kind = _Kind(pending.change.key.collection, "create", True, True, None)
+            shape, fields = self._shape(kind), decode_json(row.doc)
+            exact = PendingChange(
+                pending.place, pending.change, shape, fields, row.doc, version=row.version
+            )
+        return msgspec.structs.replace(exact, later=pending.later, decided=decided)
+
     def _patch(self, place: int, change: Patch, expected: int | None) -> PendingChange:
         fields, collection = plain_fields(change.fields), change.key.collection
         table = self.tables[collection]
@@ -143,9 +171,20 @@ class Encoder:
             return PendingChange(place, change, None)  # a value is computed from the stored entity
         named = tuple([each for each in table.key_fields if each in fields])
         sets: Entity = {n: each for n, each in fields.items() if not isinstance(each, Removed)}
-        shape = StatementKey(collection, "patch", named, unique=unique, lifetimes=change.lifetimes)
+        shape = StatementKey(
+            collection,
+            "patch",
+            named,
+            unique=unique,
+            lifetimes=change.lifetimes,
+            removes=len(sets) < len(fields),
+            parents=tuple([n for n in self._references(collection) if n in fields]),
+        )
         pending = PendingChange(place, change, shape, sets, json_text(sets), expected)
         return self._with_digests(pending) if unique else pending
+
+    def _references(self, collection: str) -> list[str]:
+        return [each.name for each in self.tables.schema[collection].references]
 
     def _put(
         self, place: int, change: Put, expected: int | None, verb: Verb | None = None
@@ -192,8 +231,14 @@ class Encoder:
 
     # -- arguments ---------------------------------------------------------------------------
 
-    def arguments(self, shape: StatementKey, group: Sequence[PendingChange]) -> list[str]:
-        """The arguments of the statement of some changes, without the first."""
+    def arguments(
+        self, shape: StatementKey, group: Sequence[PendingChange], *, alone: bool = False
+    ) -> list[str]:
+        """The arguments of the statement of some changes, without the first.
+
+        Args:
+            alone: of the statement for a single change.
+        """
         ids = [each.change.key.id for each in group]
         args = [array_text(ids)]
         if shape.verb not in ("save", "create"):
@@ -207,24 +252,19 @@ class Encoder:
         if shape.imported:
             args.append(array_text([each.version for each in group]))
         if shape.verb == "patch":
-            args.append(array_text([_removed(each.change) for each in group]))
+            if shape.removes:
+                args.append(array_text([_removed(each.change) for each in group]))
             args.append(array_text([len(each.doc.encode()) for each in group]))
-        for name in shape.keys:
-            values: list[Value | Missing] = [each.fields.get(name, MISSING) for each in group]
-            if name == CREATED_AT and shape.verb != "patch":
-                values = [_created(each) for each in group]
-            args.append(hex_array_text(_encoded(values)))
-        args += [
-            optional_bytes_array_text([each.digests[number] for each in group])
-            for number in range(len(shape.unique))
-        ]
+        args += _key_columns(shape, group)
         parents = [
             [_parent(each, field.name) for each in group]
-            for field in self.statements.parents_of(shape.collection)
+            for field in self.statements.parents_of(shape)
         ]
         documents = f"[{','.join([each.doc for each in group])}]"
-        distinct = [encode_json(list(filter(None, set(each)))).decode() for each in parents]
-        return [*args, *map(array_text, parents), documents, *distinct]
+        args += [*map(array_text, parents), documents]
+        if not alone:
+            args += [encode_json(list(filter(None, set(each)))).decode() for each in parents]
+        return args
 
 
 def _touched(unique: tuple[Fields, ...], patch: Patch) -> tuple[Fields, ...]:
@@ -236,6 +276,21 @@ def _verb(change: Put) -> Verb:
     if change.expect is ANY:
         return "save"
     return "create" if change.expect is ABSENT else "replace"
+
+
+def _key_columns(shape: StatementKey, group: Sequence[PendingChange]) -> list[str]:
+    """The arguments for the key columns and unique columns that a statement writes."""
+    args: list[str] = []
+    for name in shape.keys:
+        values: list[Value | Missing] = [each.fields.get(name, MISSING) for each in group]
+        if name == CREATED_AT and shape.verb != "patch":
+            values = [_created(each) for each in group]
+        args.append(hex_array_text(_encoded(values)))
+    args += [
+        optional_bytes_array_text([each.digests[number] for each in group])
+        for number in range(len(shape.unique))
+    ]
+    return args
 
 
 def _created(pending: PendingChange) -> Value | Missing:

@@ -22,7 +22,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 import msgspec
 
 from hf_async_store.driver import FeedBatch, FeedEntry, run_to_completion
-from hf_async_store.errors import InvalidCursorError, ReadOnlyStoreError, StorageError
+from hf_async_store.errors import (
+    InvalidCursorError,
+    ReadOnlyStoreError,
+    StorageError,
+    StoreClosedError,
+)
 from hf_async_store.strategies.sql.feed import Feed, Source
 from hf_async_store.strategies.sql.feed_state import (
     FeedState,
@@ -121,6 +126,10 @@ def reduced(snapshot: str, last: int) -> str:
 # -- the tables -----------------------------------------------------------------------------
 
 
+FEED_EVENTS: Final = ("insert", "update", "delete", "truncate")
+"""Each has a trigger."""
+
+
 def feed_statements(names: Names, table: Table, schema: str, *, identified: bool) -> list[str]:
     """The statements that create the change feed of a table, in a schema.
 
@@ -136,7 +145,7 @@ def feed_statements(names: Names, table: Table, schema: str, *, identified: bool
         "delete": "AFTER DELETE ON {} REFERENCING OLD TABLE AS old_rows",
         "truncate": "BEFORE TRUNCATE ON {}",
     }
-    triggers = {quoted(names.feed_trigger(name, each)): sql for each, sql in events.items()}
+    triggers = {quoted(names.feed_trigger(name, each)): events[each] for each in FEED_EVENTS}
     home = home_sql(feed, identified=identified)
     beginning = f'{{"epoch":"{secrets.token_hex(8)}","home":"'
     return [
@@ -145,7 +154,7 @@ def feed_statements(names: Names, table: Table, schema: str, *, identified: bool
         "at timestamptz NOT NULL DEFAULT pg_catalog.now(), old_version bigint, old_doc jsonb, "
         "new_version bigint, new_doc jsonb, UNIQUE (xid, id)) "
         "WITH (toast_tuple_target = 8160)",  # two documents are not compressed because they are two
-        _function(place, table, schema),
+        _function(feed, table, schema),
         # Else others could call it for tables of their own, and so write to the feed.
         f"REVOKE ALL ON FUNCTION {place}() FROM PUBLIC",
         *(f"DROP TRIGGER IF EXISTS {each} ON {table.name}" for each in triggers),
@@ -160,12 +169,12 @@ def feed_statements(names: Names, table: Table, schema: str, *, identified: bool
     ]
 
 
-def _function(place: str, table: Table, schema: str) -> str:
-    key, entities = table.key, f"{quoted(schema)}.{table.name}"
+def _function(feed: str, table: Table, schema: str) -> str:
+    key = table.key
 
     def insert(columns: str, source: str) -> str:
         return (
-            f"INSERT INTO {place} AS f (xid, id, old_version, old_doc, new_version, new_doc) "
+            f"INSERT INTO {feed} AS f (xid, id, old_version, old_doc, new_version, new_doc) "
             f"SELECT pg_current_xact_id(), {columns} FROM {source} ON CONFLICT (xid, id) "
             "DO UPDATE SET new_version = excluded.new_version, new_doc = excluded.new_doc;"
         )
@@ -182,14 +191,20 @@ def _function(place: str, table: Table, schema: str) -> str:
         f"PERFORM CASE WHEN pg_try_advisory_lock({lock}) THEN pg_advisory_unlock({lock})::text "
         "ELSE pg_notify('hf_feed_' || TG_RELID::text, '')::text END;"
     )
+    # The body is a text, in which the name of the schema would stay as it is if that is renamed.
+    renamed = (
+        f"IF TG_TABLE_SCHEMA <> {_literal(schema)} THEN PERFORM set_config('search_path', "
+        "concat('pg_catalog, ', quote_ident(TG_TABLE_SCHEMA), ', pg_temp'), true); END IF;"
+    )
     return f"""
-CREATE OR REPLACE FUNCTION {place}() RETURNS trigger LANGUAGE plpgsql
-SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $hf_feed$
+CREATE OR REPLACE FUNCTION {quoted(schema)}.{feed}() RETURNS trigger LANGUAGE plpgsql
+SECURITY DEFINER SET search_path = pg_catalog, {quoted(schema)}, pg_temp AS $hf_feed$
 BEGIN
+    {renamed}
     IF TG_OP = 'INSERT' THEN {insert(f"n.{key}, {null}, {new}", "new_rows AS n")}
     ELSIF TG_OP = 'UPDATE' THEN {insert(f"coalesce(n.{key}, o.{key}), {old}, {new}", both)}
     ELSIF TG_OP = 'DELETE' THEN {insert(f"o.{key}, {old}, {null}", "old_rows AS o")}
-    ELSE {insert(f"o.{key}, {old}, {null}", f"{entities} AS o")}
+    ELSE {insert(f"o.{key}, {old}, {null}", f"{table.name} AS o")}
     END IF;
     IF FOUND THEN {notify} END IF;
     RETURN NULL;
@@ -366,6 +381,8 @@ class PostgresFeed(Feed):
                 self._signal.clear()
         except TimeoutError:
             pass
+        except StoreClosedError:
+            raise
         except hints:
             # It is only a hint; the next read fails if the server cannot be reached.
             await self._waiting.close()

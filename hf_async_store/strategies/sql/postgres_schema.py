@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 
@@ -36,7 +36,7 @@ from hf_async_store.strategies.sql.names import (
     quoted,
     unique_column,
 )
-from hf_async_store.strategies.sql.postgres_feed import IDENTIFIED_SQL, feed_statements
+from hf_async_store.strategies.sql.postgres_feed import FEED_EVENTS, IDENTIFIED_SQL, feed_statements
 from hf_async_store.strategies.sql.postgres_jsonb import array_text, optional_bytes_array_text
 from hf_async_store.strategies.sql.postgresql import INVALID, PostgreSQL
 from hf_async_store.strategies.sql.rows import Table
@@ -57,6 +57,8 @@ _BATCH: Final = 256
 
 class PostgresSchema(SchemaSync):
     """The tables of a store in PostgreSQL."""
+
+    feed_events: ClassVar[Sequence[str]] = FEED_EVENTS
 
     def __init__(self, schema: Schema, dialect: Dialect) -> None:
         assert isinstance(dialect, PostgreSQL)

@@ -438,7 +438,7 @@ class PostgreSQL(Dialect):
             # Outside a transaction, a cancelled operation may leave the session in one that the driver
             # does not know: the driver prepares statements with Flush, which begins an implicit
             # transaction, and Sync, which would end it, is sent by the execution. ROLLBACK ends it, too.
-            _SESSIONS[driver].state_unknown |= not driver.is_in_transaction()
+            _SESSIONS[driver].state_unknown |= not self.in_transaction(driver)
         elif isinstance(exc, asyncpg.ReadOnlySQLTransactionError):
             if self._is_outdated(driver):
                 raise _ServerReadOnlyError(exc.message) from exc
@@ -515,7 +515,7 @@ class PostgreSQL(Dialect):
                 raise
 
     async def begin(self, driver: Any, isolation: Isolation | None) -> Any:
-        if isolation is None and self._config.pgbouncer and not driver.is_in_transaction():
+        if isolation is None and self._config.pgbouncer and not self.in_transaction(driver):
             isolation = self._config.isolation
         if isolation is not None and _SESSIONS[driver].on_standby:
             isolation = "repeatable_read"  # the highest level on a standby, which accepts no writes
@@ -533,7 +533,7 @@ class PostgreSQL(Dialect):
         except BaseException as exc:
             # The driver may treat the transaction as begun, and would create savepoints from now on. After
             # a cancellation, the server may have begun it, which the driver does not know yet.
-            _SESSIONS[driver].state_unknown |= not driver.is_in_transaction()
+            _SESSIONS[driver].state_unknown |= not self.in_transaction(driver)
             self._record_error(driver, exc)
             raise
         return _Transaction(driver, transaction)
@@ -557,10 +557,10 @@ class PostgreSQL(Dialect):
             raise
 
     async def make_reusable(self, driver: Any) -> bool:
-        return not self.is_lost(driver) and not driver.is_in_transaction()
+        return not self.is_lost(driver) and not self.in_transaction(driver)
 
     def in_transaction(self, driver: Any) -> bool:
-        return bool(driver.is_in_transaction())
+        return not driver.is_closed() and bool(driver.is_in_transaction())
 
     async def reset(self, driver: Any) -> bool:
         if self._config.pgbouncer:
@@ -570,10 +570,11 @@ class PostgreSQL(Dialect):
         await self._apply_settings(driver, None)
         return True
 
-    async def discard(self, driver: Any) -> None:
+    async def discard(self, driver: Any, *, in_use: bool) -> None:
         # The pool closes the connection, and the server rolls back. A server that may never respond
-        # must not delay that.
-        if _SESSIONS[driver].state_unknown:
+        # must not delay that. Closing a connection in use would first connect again, to cancel the
+        # statement, which `statement_timeout` ends as well.
+        if in_use or _SESSIONS[driver].state_unknown:
             driver.terminate()
 
     async def is_same_store(self, mine: Any, theirs: Any) -> bool:
@@ -817,6 +818,9 @@ SELECT c.relname::text, CASE
 FROM pg_catalog.pg_class AS c LEFT JOIN pg_catalog.pg_index AS i ON i.indexrelid = c.oid
 LEFT JOIN pg_catalog.pg_class AS o ON o.oid = i.indrelid
 WHERE c.relnamespace = {_SCHEMA} AND c.relkind IN ('r', 'p', 'f', 'v', 'm', 'i', 'I', 'S', 'c')
+UNION ALL SELECT pg_catalog.concat(g.tgname, ' ON '::text, t.relname), 'trigger', t.relname::text
+FROM pg_catalog.pg_trigger AS g JOIN pg_catalog.pg_class AS t ON t.oid = g.tgrelid
+WHERE t.relnamespace = {_SCHEMA} AND g.tgenabled IN ('O'::"char", 'A'::"char") AND NOT g.tgisinternal
 """
 
 _VIEW_READS: Final = f"""

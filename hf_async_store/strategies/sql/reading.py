@@ -7,7 +7,7 @@ A group is what `compiler.group_of` says: adjacent rows that SQL returns in any 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
@@ -39,7 +39,7 @@ _SMALL_LIMIT: Final = 512
 """Queries with at most this limit read all rows at once, without a cursor."""
 
 _FEW: Final = 64
-_MANY: Final = 2048
+_MANY: Final = 512
 """A query for at most few rows in the order of ids, of which there are many matches, is answered from the
 first rows of the table, if they contain enough."""
 
@@ -157,35 +157,46 @@ async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Row
     after = query.after
     if not compiled.limited or (after and group_of(table, query.order, after.values)):
         return None
-    rows = await _first_by_id(lease, table, query, compiled)
-    if rows is None:
+    if _is_tried_by_id(table, query):
+        read = _by_id_or_index(table, query, compiled)
+        rows = await _undamaged(lease, table, lease.read(read))
+    else:
         rows = await _all_rows(lease, table, compiled)
     found = [(cast("str", row[0]), table.entity(row)) for row in rows]
     return None if any(_may_be_in_groups(each.path, found) for each in query.order) else found
 
 
-async def _first_by_id(
-    lease: LeasedConnection, table: Table, query: Query, compiled: Compiled
-) -> Sequence[Sequence[Any]] | None:
-    """The rows of a query in the order of ids, if the first of all rows contain enough matches.
+def _is_tried_by_id(table: Table, query: Query) -> bool:
+    """Whether a query in the order of ids may be answered from the first of all rows.
 
-    None: read them by an index on the filter. SQLite, which has no statistics, would read and sort all
-    matches each time. So if there are many, a limited number of rows is tried first.
+    SQLite, which has no statistics, would read all matches by an index on the filter, and sort them.
     """
-    grammar, limit = table.grammar, query.limit
     by_id = not query.order or query.order[0].path == (table.key_field,)
-    if grammar.has_statistics or limit is None or not 0 < limit <= _FEW or not by_id:
-        return None
-    if not _has_indexed_value(table, query.where):
-        return None
-    some = f"SELECT 1 FROM {table.name} AS t WHERE {compiled.where} LIMIT {_MANY}"
-    counting = compiled._replace(sql=f"SELECT count(*) FROM ({some})")
-    [[matches]] = await _all_rows(lease, table, counting)
-    if matches < _MANY:
-        return None
+    few = query.limit is not None and 0 < query.limit <= _FEW
+    return (
+        few
+        and by_id
+        and not table.grammar.has_statistics
+        and _has_indexed_value(table, query.where)
+    )
+
+
+def _by_id_or_index(table: Table, query: Query, compiled: Compiled) -> Callable[[Any], list[Any]]:
+    """What reads the rows of a query in the order of ids: from the first of all rows if there are many
+    matches, and enough among those, else by the index on the filter. So it reads a limited number of rows
+    too many."""
+    matching = f"SELECT 1 FROM {table.name} AS t WHERE {compiled.where} LIMIT {_MANY}"
     first = compile_first_by_id(table, query, compiled, _TRIED)
-    rows = await _all_rows(lease, table, first)
-    return rows if len(rows) == limit else None
+
+    def read(connection: Any) -> list[Any]:
+        counted = connection.execute(f"SELECT count(*) FROM ({matching})", compiled.args)
+        if counted.fetchone() == (_MANY,):
+            rows: list[Any] = connection.execute(first.sql, first.args).fetchall()
+            if len(rows) == query.limit:
+                return rows
+        return cast("list[Any]", connection.execute(compiled.sql, compiled.args).fetchall())
+
+    return read
 
 
 def _has_indexed_value(table: Table, where: Filter) -> bool:
@@ -364,8 +375,14 @@ async def _raw_batches(
 async def _all_rows(
     lease: LeasedConnection, table: Table, compiled: Compiled
 ) -> Sequence[Sequence[Any]]:
+    return await _undamaged(lease, table, lease.rows(compiled.sql, compiled.args))
+
+
+async def _undamaged(
+    lease: LeasedConnection, table: Table, reading: Awaitable[Sequence[Sequence[Any]]]
+) -> Sequence[Sequence[Any]]:
     try:
-        return await lease.rows(compiled.sql, compiled.args)
+        return await reading
     except ProtocolError as exc:
         await _raise_if_damaged(lease, table, exc)
         raise

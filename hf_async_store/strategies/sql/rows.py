@@ -123,21 +123,22 @@ class Tables(Mapping[str, Table]):
     Attributes:
         schema: the declarations of all programs together.
         names: of the tables of this store.
+        by_name: the same as this mapping.
     """
 
     def __init__(self, catalogue: Catalogue, grammar: Grammar, names: Names) -> None:
         self.catalogue = catalogue
         self.names = names
         self.schema = catalogue.schema()
-        self._by_name = {
+        self.by_name = {
             name: Table(name, each, grammar, names) for name, each in catalogue.entries.items()
         }
 
     def __getitem__(self, name: str) -> Table:
-        return self._by_name[name]
+        return self.by_name[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._by_name)
+        return iter(self.by_name)
 
     def __len__(self) -> int:
-        return len(self._by_name)
+        return len(self.by_name)

@@ -17,11 +17,17 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from hf_async_store.backoff import Backoff
 from hf_async_store.changes import ANY, Delete, Outcome, Put
 from hf_async_store.config import SQLConfig
-from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
+from hf_async_store.errors import (
+    ConcurrencyConflictError,
+    CorruptionError,
+    LockTimeoutError,
+    StorageError,
+)
 from hf_async_store.preconditions import check_children
 from hf_async_store.schema import Collection, Field
 from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
+from hf_async_store.strategies.sql.combining import decided
 from hf_async_store.strategies.sql.decisions import (
     Stored,
     expires,
@@ -120,7 +126,13 @@ class _Batch(ABC):
             if attempt:
                 await asyncio.sleep(random.uniform(0, 0.001 * attempt))
         for pending in chain.from_iterable(waiting):
-            self.outcomes[pending.place] = _overtaken(pending.change.key)
+            self.fail(pending, _overtaken(pending.change.key))
+
+    def fail(self, pending: PendingChange, exc: StorageError) -> None:
+        """Store the outcome of a change, and of those that are combined with it."""
+        self.outcomes[pending.place] = exc
+        for place, _ in pending.later:
+            self.outcomes[place] = exc.copy()
 
     async def attempt(self, piece: list[PendingChange]) -> list[list[PendingChange]]:
         """Execute changes in one statement; returns those that must be sent again, by statement."""
@@ -135,6 +147,8 @@ class _Batch(ABC):
                 rejected.append(each)
             else:
                 self.outcomes[each.place] = version
+                for place, outcome in each.decided:
+                    self.outcomes[place] = outcome
         return by_statement(await self._decided(rejected)) if rejected else []
 
     def writes_unique(self, piece: Sequence[PendingChange]) -> bool:
@@ -161,8 +175,10 @@ class _Batch(ABC):
         if self._locks_parents(shape):
             ids = array_text([each.change.key.id for each in piece])
             await self.lease.rows(self._statements.of_parents(shape.collection), (limit, ids))
-        sql = self._statements.of(shape, locks=self.locks)
-        args = (limit, *self._statements.times(shape), *self._encoder.arguments(shape, piece))
+        alone = len(piece) == 1
+        sql = self._statements.of(shape, locks=self.locks, alone=alone)
+        arguments = self._encoder.arguments(shape, piece, alone=alone)
+        args = (limit, *self._statements.times(shape), *arguments)
         return await self.lease.rows(sql, args, doing="write", writes=True)
 
     def _locks_parents(self, shape: StatementKey) -> bool:
@@ -181,6 +197,9 @@ class _Batch(ABC):
         for each in rejected:
             key = each.change.key
             table, found = self._tables[key.collection], stored.get(key)
+            if each.later:
+                again += await self._decided_together(table, each, found, parents)
+                continue
             try:
                 present = present_row(table, each.change, found)
                 row = new_row(table, each.change, present)
@@ -204,6 +223,26 @@ class _Batch(ABC):
                 assert isinstance(each.change, Put), "only a whole entity can be new"
                 again.append(self._encoder.creating(each.place, each.change))
         return again
+
+    async def _decided_together(
+        self, table: Table, pending: PendingChange, stored: Stored | None, parents: set[Key]
+    ) -> list[PendingChange]:
+        """As `_decided`, of combined changes."""
+        exists = parents.__contains__ if self._statements.references else None
+        row, outcomes = decided(self._schema, table, pending, stored, exists)
+        if any(isinstance(each, CorruptionError) for _, each in outcomes):
+            await self._send_one_by_one(pending)  # a statement can replace a damaged entity
+            return []
+        if row is not None and row is not stored:
+            return [self._encoder.exactly_combined(pending, stored, row, outcomes)]
+        for place, outcome in outcomes:
+            self.outcomes[place] = outcome
+        return []
+
+    async def _send_one_by_one(self, pending: PendingChange) -> None:
+        """Execute combined changes, each in a statement of its own."""
+        for place, change in pending.steps:
+            await self.send([self._encoder.pending(place, change)])
 
     async def _end_claim(self, table: Table, key: Key, expired: Stored) -> None:
         """End the claim of an expired entity that is replaced."""
@@ -246,7 +285,7 @@ class _Batch(ABC):
 
     async def _existing_parents(self, rejected: Iterable[PendingChange]) -> set[Key]:
         """The existing parents to which changes refer."""
-        changes = [each.change for each in rejected]
+        changes = [change for each in rejected for _, change in each.steps]
         wanted = chain.from_iterable(parents_of(self._schema, each) for each in changes)
         found: set[Key] = set()
         for collection, ids in keys_by_collection(wanted).items():
@@ -393,7 +432,7 @@ class IndependentBatch(_Batch):
         """Whether an earlier change of the same key is blocked."""
         error = self._blocked.get(pending.change.key)
         if error is not None:
-            self.outcomes[pending.place] = error.copy()
+            self.fail(pending, error.copy())
         return error is not None
 
     async def attempt(self, piece: list[PendingChange]) -> list[list[PendingChange]]:
@@ -405,7 +444,10 @@ class IndependentBatch(_Batch):
             # The database has constraints that this store did not create.
             if len(piece) > 1:
                 return halves(piece)
-            self.outcomes[piece[0].place] = exc
+            if piece[0].later:
+                await self._send_one_by_one(piece[0])
+            else:
+                self.outcomes[piece[0].place] = exc
             return []
         except LockTimeoutError as exc:
             if len(piece) > 1:
@@ -416,7 +458,7 @@ class IndependentBatch(_Batch):
         except StorageError as exc:
             if exc.outcome_unknown:
                 for each in piece:
-                    self.outcomes[each.place] = exc.copy()
+                    self.fail(each, exc.copy())
             raise
 
     def between_statements(self) -> AbstractAsyncContextManager[None]:
@@ -481,7 +523,7 @@ class IndependentBatch(_Batch):
 
     def _block(self, locked: Sequence[PendingChange], exc: LockTimeoutError) -> None:
         for each in locked:
-            error = self.outcomes[each.place] = exc.copy()
+            self.fail(each, error := exc.copy())
             if not self._patient:
                 self._blocked[each.change.key] = error
 

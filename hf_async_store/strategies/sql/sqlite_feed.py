@@ -75,6 +75,10 @@ class _Position(msgspec.Struct, frozen=True, array_like=True):
             raise expired(source.collection)
 
 
+FEED_EVENTS: Final = ("insert", "update", "rename", "delete")
+"""Each has a trigger."""
+
+
 def feed_statements(names: Names, table: Table) -> list[str]:
     """The statements that create the change feed of a table."""
     name = table.collection
@@ -98,8 +102,9 @@ def feed_statements(names: Names, table: Table) -> list[str]:
         "mark INTEGER NOT NULL DEFAULT (random()), id TEXT NOT NULL, "
         "old_version BIGINT, old_doc TEXT, new_version BIGINT, new_doc TEXT)",
         *(
-            f"CREATE TRIGGER IF NOT EXISTS {quoted(names.feed_trigger(name, event))} AFTER {body}; END"
-            for event, body in triggers.items()
+            f"CREATE TRIGGER IF NOT EXISTS {quoted(names.feed_trigger(name, event))} "
+            f"AFTER {triggers[event]}; END"
+            for event in FEED_EVENTS
         ),
         f"INSERT OR REPLACE INTO {quoted(names.catalogue)} (name, value) "
         f"VALUES ('{state_name(name)}', '{state}')",
@@ -219,7 +224,7 @@ class SQLiteFeed(Feed):
                 sleep(_PAUSE)
 
         # In the thread of the connection: each call of it takes longer than a look.
-        return await self._dialect.job(driver, look)
+        return await self._dialect.job(driver, look, completes=False)
 
 
 def _entry(source: Source, since: _Position, row: Sequence[Any]) -> FeedEntry:

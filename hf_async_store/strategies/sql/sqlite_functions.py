@@ -6,6 +6,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from hf_async_store.claim_records import next_token
 from hf_async_store.query import MISSING, Comparison, OpName, compile_filter
 from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.grammar import decode_json, encode_json
@@ -64,6 +65,13 @@ def digest(doc: object, names: str) -> bytes | None:
         return None
 
 
+def nanoseconds() -> int:
+    """The clock for new tokens: see `next_token`."""
+    return next_token(0)
+
+
+NANOSECONDS: Final = "hf_nanoseconds"
+
 FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
     "hf_test": (3, test),
     "hf_at": (2, at),
@@ -72,4 +80,4 @@ FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
     "hf_digest": (2, digest),
     "hf_bytes": (1, bytes.fromhex),
 }
-"""By name: the number of arguments, and the function."""
+"""By name: the number of arguments, and the function. Each has the same result for the same arguments."""

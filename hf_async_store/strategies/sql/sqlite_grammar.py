@@ -82,7 +82,14 @@ class SQLiteGrammar(Grammar):
         if op == "in" and all(isinstance(each, str) for each in cast("list[Value]", value)):
             found = self.in_strings(text, cast("list[str]", value), args)
             return Condition(f"({found} AND {_is_string(target)})")
+        if isinstance(value, str) and op == "begins_with":
+            start = f"substr({text}, 1, {len(value)})"
+            return Condition(f"({start} = {args.add(value)} AND {_is_string(target)})")
         test = f"hf_test({target}, '{op}', {args.add(self.encode(value))})"
+        if isinstance(value, str) and op == "contains":
+            part = self.contains(text, args.add(value))
+            strings, lists = f"WHEN 'text' THEN {part}", f"WHEN 'array' THEN {test}"
+            return Condition(f"CASE {_type_of(target)} {strings} {lists} ELSE FALSE END")
         if type(value) in (int, float) and sign is not None:
             integers = f"WHEN 'integer' THEN {text} {sign} {args.add(value)}"
             reals = f"WHEN 'real' THEN {_real_test(text, sign, float(cast('float', value)), test, args)}"

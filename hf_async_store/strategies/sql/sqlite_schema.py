@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
 from hf_async_store.errors import InvalidInputError
@@ -13,13 +13,15 @@ from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import Relation
 from hf_async_store.strategies.sql.names import DOC, key_column, quoted, unique_column
 from hf_async_store.strategies.sql.rows import Table
-from hf_async_store.strategies.sql.sqlite_feed import feed_statements
+from hf_async_store.strategies.sql.sqlite_feed import FEED_EVENTS, feed_statements
 from hf_async_store.unique import Fields, cannot_be_unique
 from hf_async_store.values import VERSION
 
 
 class SQLiteSchema(SchemaSync):
     """The tables of a store in SQLite."""
+
+    feed_events: ClassVar[Sequence[str]] = FEED_EVENTS
 
     def create_table(self, table: Table) -> str:
         columns = [
@@ -88,28 +90,38 @@ class SQLiteSchema(SchemaSync):
     async def apply(
         self, lease: LeasedConnection, progress: SchemaProgress, *, complete: bool
     ) -> Catalogue:
-        """See `SchemaSync`: the other changes are those of a first write, and so have been made."""
+        """See `SchemaSync`: the other changes were made by a first write, unless another program has undone
+        them since."""
         del complete
         driver = lease.driver
-        handle = await self.dialect.begin_ddl(driver)
         try:
-            catalogue, _ = await self._read(driver)
-            assert catalogue is not None, "this store has recorded its declaration"
-            entries, enforced = {}, []
-            for name in self.schema:
-                entry = catalogue.entries[name]
-                if unique := self.to_enforce(name, entry):
-                    entries[name] = await self.enforce(driver, name, entry, unique)
-                    enforced += [(name, "-".join([*each, "index"])) for each in unique]
-            if entries:
-                await self.record(driver, catalogue.with_entries(entries), entries)
-        except BaseException as exc:
-            await run_to_completion(self.dialect.roll_back(handle))
-            if isinstance(exc, self.dialect.driver_errors):
-                raise self.dialect.translate(exc, doing="change the tables", writes=False) from exc
-            raise
-        await run_to_completion(self.dialect.commit(handle))
+            handle = await self.dialect.begin_ddl(driver)
+            try:
+                enforced = await self._make_declared(driver)
+            except BaseException:
+                await run_to_completion(self.dialect.roll_back(handle))
+                raise
+            await run_to_completion(self.dialect.commit(handle))
+        except self.dialect.driver_errors as exc:
+            raise self.dialect.translate(exc, doing="change the tables", writes=False) from exc
         for name, index in enforced:
             progress(SchemaChange("unique index", name, index, "enforced"), 1, 1)
         await lease.rows("ANALYZE", doing="analyze the tables")
         return await self.read(lease) or Catalogue()
+
+    async def _make_declared(self, driver: Any) -> list[tuple[str, str]]:
+        """Make what is missing; the collections and names of the unique indexes that are enforced now."""
+        catalogue, relations = await self._read(driver)
+        assert catalogue is not None, "this store has recorded its declaration"
+        entries, enforced = {}, []
+        for name in self.schema:
+            entry, statements = self.extension(name, catalogue.entries[name], relations)
+            for each in statements:
+                await self._run(driver, each)
+                entries[name] = entry
+            if unique := self.to_enforce(name, entry):
+                entries[name] = await self.enforce(driver, name, entry, unique)
+                enforced += [(name, "-".join([*fields, "index"])) for fields in unique]
+        if entries:
+            await self.record(driver, catalogue.with_entries(entries), entries)
+        return enforced

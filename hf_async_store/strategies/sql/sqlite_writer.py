@@ -13,10 +13,13 @@ default, a statement of many rows would first copy each page that it changes.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
+from operator import ne
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec.structs import replace
 
 from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Put
 from hf_async_store.config import SQLConfig
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
     from hf_async_store.strategies.sql.rows import Table, Tables
 
-_ROWS: Final = (256, 64, 32, 16, 8, 4, 2, 1)
+_ROWS: Final = (256, 64, 32, *range(16, 0, -1))
 """The numbers of rows of the statements: few, so that each is prepared once."""
 
 _WAL_PAGES: Final = 1000  # SQLite's own default
@@ -86,9 +89,10 @@ class SQLiteWriter(Writer):
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
-        return await lease.job(lambda connection: self._apply(connection, changes))
+        return await lease.job(lambda connection: self.executed(connection, changes))
 
-    def _apply(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+    def executed(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+        """See `Writer`."""
         self._check_catalogue(connection)
         return _Batch(self, connection).run(changes, all_or_none=True)
 
@@ -164,7 +168,8 @@ class _Batch:
 
     def __init__(self, writer: SQLiteWriter, connection: sqlite3.Connection) -> None:
         self._schema = writer.schema
-        self._tables = writer.tables
+        self._tables = writer.tables.by_name
+        self._names = writer.tables.names
         self._references = writer.references
         self._statement = writer.statement
         self._connection = connection
@@ -193,7 +198,7 @@ class _Batch:
                 self._set(marker.key, new_row(self._tables[marker.key.collection], marker, None))
         if not self._written and not self._before:
             # It fails if the database cannot be written, which is not noticed otherwise.
-            catalogue = quoted(self._tables.names.catalogue)
+            catalogue = quoted(self._names.catalogue)
             self._connection.execute(f"DELETE FROM {catalogue} WHERE FALSE")
         self._flush()
         return outcomes
@@ -230,6 +235,8 @@ class _Batch:
         self._parents = {}
         for collection, found in wanted.items():
             unread = sorted(each for each in found if Key(collection, each) not in self._rows)
+            if not unread:
+                continue
             self._parents.update(dict.fromkeys([Key(collection, each) for each in unread], False))
             for [entity_id, _] in self._select(self._tables[collection], VERSION, unread):
                 self._parents[Key(collection, entity_id)] = True
@@ -260,7 +267,7 @@ class _Batch:
         if stored.doc != _NOT_LOADED:
             return stored
         [[_, doc]] = self._select(self._tables[key.collection], f"t.{DOC}", [key.id])
-        return stored._replace(doc=doc)
+        return replace(stored, doc=doc)
 
     # -- decisions ---------------------------------------------------------------------------
 
@@ -338,7 +345,7 @@ class _Batch:
         row = self._rows[key]
         assert row is not None, "it was read"
         empty = (None,) * len(table.unique)
-        self._set(key, row._replace(keys=(*row.keys[: len(table.key_fields)], *empty)))
+        self._set(key, replace(row, keys=(*row.keys[: len(table.key_fields)], *empty)))
 
     def _check_references(self, table: Table, change: Change, stored: Stored | None) -> None:
         if not isinstance(change, Delete):
@@ -383,23 +390,32 @@ class _Batch:
                 # The claim of an entity is deleted with its row.
                 deletes.setdefault(key.collection, []).append(key.id)
                 before = None
-            if row is not None:
-                version, doc, keys = row
-                changed: tuple[int, ...] | None = None
-                if before is not None:
-                    changed = _different(before.keys, keys)
-                    table = self._tables[key.collection]
-                    if changed and table.unique and changed[-1] >= len(table.key_fields):
-                        # Another row may get the value in an earlier statement.
-                        freed.setdefault(key.collection, []).append(key.id)
-                        changed = tuple(sorted({*changed, *_unique_places(table)}))
-                    keys = tuple([keys[each] for each in changed])
-                args = writes.setdefault((key.collection, changed), [])
-                args.append((key.id, version, doc, *keys))
+            if row is None:
+                continue
+            changed = None if before is None else _different(before.keys, row.keys)
+            if changed:
+                table = self._tables[key.collection]
+                if table.unique and changed[-1] >= len(table.key_fields):
+                    # Another row may get the value in an earlier statement.
+                    freed.setdefault(key.collection, []).append(key.id)
+                    changed = tuple(sorted({*changed, *_unique_places(table)}))
+            args = writes.get((key.collection, changed))
+            if args is None:
+                args = writes[key.collection, changed] = []
+            keys = row.keys if changed is None else [row.keys[each] for each in changed]
+            args.append((key.id, row.version, row.doc, *keys))
         self.repeats = self._written or bool(self._recreated)
         self._before.clear()
         self._recreated.clear()
         self._written = True
+        self._execute(deletes, freed, writes)
+
+    def _execute(
+        self,
+        deletes: Mapping[str, Sequence[str]],
+        freed: Mapping[str, Sequence[str]],
+        writes: Mapping[tuple[str, tuple[int, ...] | None], list[tuple[object, ...]]],
+    ) -> None:
         for collection, gone in deletes.items():
             table = self._tables[collection]
             sql = f"DELETE FROM {table.name} WHERE {table.key} {table.grammar.in_list('?')}"
@@ -441,8 +457,7 @@ def _different(before: Sequence[bytes | None], after: Sequence[bytes | None]) ->
     """The positions at which key columns differ."""
     if before == after:
         return ()
-    pairs = enumerate(zip(before, after, strict=True))
-    return tuple(number for number, (old, new) in pairs if old != new)
+    return tuple(compress(range(len(after)), map(ne, before, after)))
 
 
 def _unique_places(table: Table) -> range:

@@ -14,6 +14,7 @@ from hf_async_store.changes import Change, Outcome
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
+from hf_async_store.strategies.sql.combining import combined
 from hf_async_store.strategies.sql.decisions import marker_put
 from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.pending import Encoder, PendingChange, by_statement
@@ -58,7 +59,7 @@ class StatementWriter(Writer):
             locks=self._locks,
             patient=patient,
         )
-        return await batch.run(self._groups(changes))
+        return await batch.run(self._groups(changes, combine=True))
 
     def if_held(self, change: Change) -> tuple[str, list[object]] | None:
         """See `Writer`. Only for what needs no other statement before, or in the same transaction."""
@@ -86,15 +87,20 @@ class StatementWriter(Writer):
         return outcomes
 
     def _groups(
-        self, changes: Sequence[Change], *, in_order: bool = False
+        self, changes: Sequence[Change], *, in_order: bool = False, combine: bool = False
     ) -> list[list[PendingChange]]:
         """The changes in groups to be executed in order, one statement each.
 
         Args:
             in_order: of changes that may free unique values and write them, those of different statements
                 are executed in their order.
+            combine: those of one entity may share a row; see `combined`.
         """
+        pending: Sequence[PendingChange]
         pending = [self._encoder.pending(place, each) for place, each in enumerate(changes)]
+        if combine:
+            pending = combined(self.tables, pending, references=self.references)
+            changes = [each.change for each in pending]
         numbers = wave_numbers(self.schema, changes, references=self.references)
         in_order = in_order and any(self.tables[each.key.collection].unique for each in changes)
         segments = self._segments(pending) if in_order else repeat(0)

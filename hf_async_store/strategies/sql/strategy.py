@@ -127,7 +127,10 @@ def _engine(
 
     dialect, claimers = PostgreSQL(config, password), None
     if not config.pgbouncer:
-        claimers = PostgreSQL(msgspec.structs.replace(config, isolation="read_committed"), password)
+        # A plan that is kept must not read a whole table because it was small when the plan was made.
+        options = f"{config.options} -c enable_seqscan=off".strip()
+        claims = msgspec.structs.replace(config, isolation="read_committed", options=options)
+        claimers = PostgreSQL(claims, password)
     return FeedingSQLEngine(
         PostgresFeed,
         PostgresClaimSQL,

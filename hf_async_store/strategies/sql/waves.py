@@ -20,8 +20,13 @@ def _may_touch(schema: Schema, changes: Sequence[Change], *, references: bool) -
     """Whether some of the changes may depend on others."""
     if len({each.key for each in changes}) < len(changes):
         return True
+    return references and are_related(schema, changes)
+
+
+def are_related(schema: Schema, changes: Sequence[Change]) -> bool:
+    """Whether changes concern both a collection and one that refers to it."""
     collections = {each.key.collection for each in changes}
-    return references and any(
+    return any(
         field.parent in collections for name in collections for field in schema[name].references
     )
 

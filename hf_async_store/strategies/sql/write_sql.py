@@ -2,7 +2,8 @@
 it wrote.
 
 A statement takes rows of arguments as `i`, one array for each column, and the documents `d` in one JSON
-array. A row that it does not return did not meet its precondition; `statement_writer` finds out why.
+array. One for a single row takes the same, and finds that row by its id whatever the size of the table. A
+row that it does not return did not meet its precondition; `statement_writer` finds out why.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class StatementKey(NamedTuple):
         imported: a column of arguments contains the version to store.
         lifetimes: by which neither the stored entity nor a parent may have expired.
         same: a column of arguments contains the document that must be stored, expired or not.
+        removes: of a patch: a column of arguments contains the names of fields to remove.
+        parents: of a patch: the references that it writes.
     """
 
     collection: str
@@ -53,6 +56,8 @@ class StatementKey(NamedTuple):
     unique: tuple[Fields, ...] = ()
     lifetimes: Lifetimes | None = None
     same: bool = False
+    removes: bool = False
+    parents: tuple[str, ...] = ()
 
 
 class WriteStatements:
@@ -65,10 +70,12 @@ class WriteStatements:
     def __init__(self, tables: Tables, *, references: bool) -> None:
         self._tables = tables
         self.references = references
-        self._cache: dict[tuple[StatementKey, bool, bool], str] = {}
+        self._cache: dict[tuple[StatementKey, bool, bool, bool], str] = {}
         self._exact: dict[tuple[Lifetimes, str], bool] = {}
 
-    def of(self, shape: StatementKey, *, locks: bool, if_held: bool = False) -> str:
+    def of(
+        self, shape: StatementKey, *, locks: bool, if_held: bool = False, alone: bool = False
+    ) -> str:
         """The statement.
 
         Its arguments are `lock_timeout` (None: as it is set), those of `times`, and one array for each
@@ -79,11 +86,13 @@ class WriteStatements:
             locks: it locks the parents to which rows refer, until its transaction ends. This is needed
                 unless the transactions are serializable.
             if_held: it changes only the row whose id is in the table `held`; see `ClaimSQL.write`.
+            alone: it has one row of arguments, and no lists of ids.
         """
-        key = (shape, locks, if_held)
+        key = (shape, locks, if_held, alone)
         cached = self._cache.get(key)
         if cached is None:
-            cached = self._cache[key] = self._generate(shape, locks=locks, if_held=if_held)
+            sql = self._generate(shape, locks=locks, if_held=if_held, alone=alone)
+            cached = self._cache[key] = sql
         return cached
 
     def of_parents(self, collection: str) -> str:
@@ -97,9 +106,14 @@ class WriteStatements:
             f"WHERE t.{table.key} = ANY($2::text::text[]) ORDER BY t.{table.key} FOR UPDATE OF t"
         )
 
-    def parents_of(self, collection: str) -> Sequence[Field]:
-        """The references whose values are the last columns of arguments of a statement that writes rows."""
-        return self._tables.schema[collection].references if self.references else ()
+    def parents_of(self, shape: StatementKey) -> Sequence[Field]:
+        """The references that a statement writes, whose values are its last columns of arguments."""
+        if not self.references or shape.verb == "delete":
+            return ()
+        found = self._tables.schema[shape.collection].references
+        if shape.verb != "patch":
+            return found
+        return [each for each in found if each.name in shape.parents]
 
     def children_of(self, collection: str) -> Sequence[tuple[Collection, Field]]:
         """The references to a collection that prevent deletes; `sort_bytes` of the id is then the last
@@ -114,7 +128,8 @@ class WriteStatements:
         """Whether the statements can tell which entities of a collection, and parents, have expired."""
         known = self._exact.get((lifetimes, collection))
         if known is None:
-            names = [collection, *(each.parent for each in self.parents_of(collection))]
+            references = self._tables.schema[collection].references if self.references else ()
+            names = [collection, *(each.parent for each in references)]
             found = [(self._tables[name], lifetimes.of(name)) for name in names]
             known = self._exact[lifetimes, collection] = all(
                 LivingConditions.are_exact(table, each) for table, each in found if each is not None
@@ -122,12 +137,12 @@ class WriteStatements:
         return known
 
     def _living(self, shape: StatementKey) -> _Living:
-        return _Living(self._tables, shape, self.parents_of(shape.collection))
+        return _Living(self._tables, shape, self.parents_of(shape))
 
-    def _generate(self, shape: StatementKey, *, locks: bool, if_held: bool) -> str:
+    def _generate(self, shape: StatementKey, *, locks: bool, if_held: bool, alone: bool) -> str:
         table = self._tables[shape.collection]
         living = self._living(shape)
-        columns = _Columns(2 + len(living.arguments))
+        columns = _Columns(2 + len(living.arguments), alone=alone)
         entity_id = columns.add("text")
         if shape.verb in ("save", "create"):
             sql = self._insert(table, shape, columns, living, locks=locks)
@@ -155,7 +170,7 @@ class WriteStatements:
     ) -> str:
         version = columns.add("bigint") if shape.imported else "1::bigint"
         keys = _key_columns(shape, columns)
-        parents = "".join(self._parents(table, columns, living, locks=locks))
+        parents = "".join(self._parents(table, shape, columns, living, locks=locks))
         names = [table.key, VERSION, DOC, quoted(GENERATION), *map(quoted, keys)]
         values = ["i.c0", version, "i.d", f"{table.generation}::int", *keys.values()]
         conflict = "NOTHING"
@@ -185,11 +200,15 @@ class WriteStatements:
         if shape.imported:
             version = columns.add("bigint")
         if shape.verb == "patch":
-            removed, size = columns.add("text"), columns.add("bigint")
-            doc = f"(t.{DOC} - coalesce({removed}::text[], '{{}}'::text[])) || i.d"
+            stored = f"t.{DOC}"
+            if shape.removes:
+                removed = columns.add("text")
+                stored = f"(t.{DOC} - coalesce({removed}::text[], '{{}}'::text[]))"
+            size = columns.add("bigint")
+            doc = f"{stored} || i.d"
             patched = f" AND {_is_light(size)}"
         keys = _key_columns(shape, columns)
-        parents = "".join(self._parents(table, columns, living, locks=locks))
+        parents = "".join(self._parents(table, shape, columns, living, locks=locks))
         written, condition = _row(table, shape, doc, version, keys)
         return (
             f"UPDATE {table.name} AS t SET {written} FROM {columns.source(documents=True)} "
@@ -213,25 +232,35 @@ class WriteStatements:
     # -- references --------------------------------------------------------------------------
 
     def _parents(
-        self, table: Table, columns: _Columns, living: _Living, *, locks: bool
+        self,
+        table: Table,
+        shape: StatementKey,
+        columns: _Columns,
+        living: _Living,
+        *,
+        locks: bool,
     ) -> Iterator[str]:
         """The conditions that the parent of every reference exists."""
         lock = " FOR KEY SHARE" if locks else ""
-        fields = self.parents_of(table.collection)
+        fields = self.parents_of(shape)
         values = [columns.add("text") for _ in fields]
         for number, (field, value) in enumerate(zip(fields, values, strict=True)):
             parent = self._tables[field.parent]
             itself = f" OR {value} = i.c0" if parent is table else ""
             # The subquery is independent of the row: each parent is looked up once, by the index, so
             # that a serializable transaction does not conflict with those of all other parents.
+            wanted = value if columns.alone else "w.id"
             found = (
                 f"SELECT t.{parent.key} FROM {parent.name} AS t "
-                f"WHERE t.{parent.key} = w.id{living.parents[number]} LIMIT 1{lock}"
+                f"WHERE t.{parent.key} = {wanted}{living.parents[number]} LIMIT 1{lock}"
             )
-            yield (
-                f" AND ({value} IS NULL{itself} OR {value} IN (SELECT f.{parent.key} "
-                f"FROM {columns.list(number)} AS w (id), LATERAL ({found}) AS f))"
-            )
+            is_there = f"= ({found})"
+            if not columns.alone:
+                is_there = (
+                    f"IN (SELECT f.{parent.key} "
+                    f"FROM {columns.list(number)} AS w (id), LATERAL ({found}) AS f)"
+                )
+            yield f" AND ({value} IS NULL{itself} OR {value} {is_there})"
 
     def _no_children(self, table: Table, columns: _Columns) -> Iterator[str]:
         """The conditions that no entity refers to the deleted one."""
@@ -312,9 +341,7 @@ class _Living:
         self._conditions = LivingConditions(first=2)
         own = shape.lifetimes is not None and not shape.same and shape.verb != "create"
         self.own = self._condition(tables[shape.collection]) if own else ""
-        is_delete = shape.verb == "delete"
-        fields = () if is_delete else references
-        self.parents = [self._condition(tables[each.parent]) for each in fields]
+        self.parents = [self._condition(tables[each.parent]) for each in references]
         self.arguments = self._conditions.arguments
 
     def _condition(self, table: Table) -> str:
@@ -340,9 +367,11 @@ class _Columns:
 
     Args:
         first: the number of the parameter of the first one.
+        alone: there is one row of arguments.
     """
 
-    def __init__(self, first: int) -> None:
+    def __init__(self, first: int, *, alone: bool) -> None:
+        self.alone = alone
         self._first = first
         self._kinds: list[str] = []
 
@@ -360,6 +389,11 @@ class _Columns:
     def source(self, *, documents: bool) -> str:
         """The items of a FROM clause that provide the rows of arguments."""
         arrays = [f"${n}::text::{kind}[]" for n, kind in enumerate(self._kinds, self._first)]
+        if self.alone:
+            values = [f"({each})[1] AS c{n}" for n, each in enumerate(arrays)]
+            if documents:
+                values.append(f"(${self._first + len(arrays)}::text::jsonb) -> 0 AS d")
+            return f"{_LOCK_TIMEOUT}, (SELECT {', '.join(values)}) AS i"
         names = [*(f"c{n}" for n in range(len(arrays))), "d"]
         # The unqualified name with one argument would be looked up along the search_path.
         unnest = f"{'pg_catalog.' if len(arrays) == 1 else ''}unnest({', '.join(arrays)})"

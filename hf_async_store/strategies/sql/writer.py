@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_async_store.changes import Change, Outcome
 from hf_async_store.config import SQLConfig
@@ -42,6 +42,10 @@ class Writer(ABC):
         """
         del change
         return None
+
+    def executed(self, connection: Any, changes: Sequence[Change]) -> list[Outcome]:
+        """As `apply`, in the thread of a driver that has one, and its open transaction."""
+        raise NotImplementedError
 
     @abstractmethod
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:

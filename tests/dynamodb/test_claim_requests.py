@@ -1,0 +1,120 @@
+"""The requests of claims: shared by the tasks of a store, and spread over what several stores have read."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hf_async_store.strategies.dynamodb import candidates
+from tests.dynamodb.proxy import Answer, Changed, Request
+from tests.dynamodb.support import HOST_FACTORY, store_at
+
+if TYPE_CHECKING:
+    from hf_async_store import DynamoDBStorageStrategy
+    from tests.dynamodb.proxy import Fault, Proxy, Rule
+
+pytestmark = pytest.mark.hf_sampled
+
+
+async def _fill(store: DynamoDBStorageStrategy, number: int) -> None:
+    await store.create_entities("items", [{"item_id": f"i{n:03}"} for n in range(number)])
+
+
+async def _claimed(store: DynamoDBStorageStrategy, limit: int = 1) -> list[str]:
+    claims = await store.claim_entities("items", order_by="item_id", limit=limit)
+    return [each.id for each in claims]
+
+
+def _attempts(proxy: Proxy) -> int:
+    """How many entities the requests tried to claim."""
+    statements = [
+        len(each.params["Statements"])
+        for each in proxy.requests
+        if each.operation == "BatchExecuteStatement"
+    ]
+    return sum(statements) + proxy.counted()["UpdateItem"]
+
+
+async def test_104_claims_of_one_store_share_requests(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        await _fill(store, 48)
+        proxy.requests.clear()
+        one_by_one = await asyncio.gather(*[_claimed(store) for _ in range(8)])
+        together = await _claimed(store, 40)
+        assert sorted([*chain(*one_by_one), *together]) == [f"i{n:03}" for n in range(48)]
+        assert proxy.counted()["UpdateItem"] == 0
+        assert _attempts(proxy) == 48
+        assert proxy.counted()["BatchExecuteStatement"] <= 12
+
+
+async def test_104_claimers_that_find_nothing_read_together(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        await _fill(store, 8)
+        assert len(await _claimed(store, 8)) == 8
+        proxy.requests.clear()
+        assert await asyncio.gather(*[_claimed(store) for _ in range(8)]) == [[]] * 8
+        # That of the first began before the others, which share another one; in 4 segments each.
+        assert proxy.counted()["Scan"] <= 8
+
+
+async def test_104_a_store_that_others_were_faster_than_spreads(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "_SPREAD_SECONDS", 3600.0)
+    failed = {"Code": "ConditionalCheckFailed", "Message": "The conditional request failed"}
+
+    def rule(request: Request) -> Fault | None:
+        if request.operation != "BatchExecuteStatement":
+            return None
+        proxy.rule = None
+        return Answer(200, {"Responses": [{"Error": failed}]})
+
+    async with store_at(proxy.url, collections=HOST_FACTORY) as store:
+        at = "2026-01-01T00:00:00Z"
+        waiting = [
+            {"request_id": f"r{n:03}", "status": "PENDING", "created_at": at} for n in range(100)
+        ]
+        await store.create_entities("requests", waiting)
+
+        async def limit_of_query(rule: Rule | None = None) -> int:
+            await store.update_entity("requests", "r000", {"message": "new"})  # it reads anew
+            proxy.requests.clear()
+            proxy.rule = rule
+            where = {"status": "PENDING"}
+            assert len(await store.claim_entities("requests", where, order_by="created_at")) == 1
+            queries = [each.params for each in proxy.requests if each.operation == "Query"]
+            limit: int = queries[0]["Limit"]
+            return limit
+
+        assert await limit_of_query() < 30
+        assert await limit_of_query(rule) < 30
+        assert proxy.rule is None, "another claimer was faster"
+        assert await limit_of_query() > 100
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_104_a_server_that_refuses_the_statements(proxy: Proxy, whole: bool) -> None:
+    """Claims are then made by UpdateItem."""
+    refused = {"Code": "ValidationError", "Message": "Statement wasn't well formed"}
+
+    def refuse(response: dict[str, Any]) -> dict[str, Any]:
+        return {"Responses": [{"Error": refused} for _ in response["Responses"]]}
+
+    def rule(request: Request) -> Fault | None:
+        if request.operation != "BatchExecuteStatement":
+            return None
+        error = {"__type": "ValidationException", "message": "not well formed"}
+        return Answer(400, error) if whole else Changed(refuse)
+
+    async with store_at(proxy.url) as store:
+        await _fill(store, 3)
+        proxy.rule = rule
+        proxy.requests.clear()
+        assert await _claimed(store, 2) == ["i000", "i001"]
+        assert await _claimed(store, 2) == ["i002"]
+        assert proxy.counted()["UpdateItem"] == 3
+        proxy.rule = None
+        assert {each.state for each in await store.claims("items")} == {"held"}

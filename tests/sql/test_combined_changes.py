@@ -1,0 +1,107 @@
+"""Changes of one entity that wait together share statements on PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hf_async_store import (
+    Collection,
+    Expire,
+    Field,
+    Index,
+    conflict_retry,
+    increment,
+    open_store,
+)
+from hf_async_store.strategies.sql.postgresql import PostgreSQL
+from hf_async_store.testing.assertions import get_existing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hf_async_store.values import Entity
+    from hf_async_store_bench.servers import PostgresServer
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The statements that write entities, once there are any."""
+    statements: list[str] = []
+    rows = PostgreSQL.rows
+
+    async def noted(self: PostgreSQL, driver: Any, sql: str, args: Sequence[object]) -> Any:
+        if sql.startswith(("UPDATE", "INSERT")) and "-entities" in sql:
+            statements.append(sql)
+        return await rows(self, driver, sql, args)
+
+    monkeypatch.setattr(PostgreSQL, "rows", noted)
+    return statements
+
+
+async def test_many_changes_of_one_entity_share_a_row(
+    postgres_server: PostgresServer, written: list[str]
+) -> None:
+    async with open_store(postgres_server.database(), collections=[_counters()]) as store:
+        await store.save_entity("counters", {"counter_id": "c", "count": 0})
+        written.clear()
+        work = [store.update_entity("counters", "c", {"count": increment(1)}) for _ in range(100)]
+        assert await asyncio.gather(*work) == list(range(2, 102))
+        assert len(written) == 1
+        assert (await get_existing(store, "counters", "c"))["count"] == 100
+
+
+@pytest.mark.parametrize(
+    "collection",
+    [
+        {"feed": timedelta(hours=1)},
+        {"indexes": [Index("name", unique=True)]},
+        {"expires": Expire("until")},
+    ],
+)
+async def test_each_change_has_a_row_where_that_matters(
+    postgres_server: PostgresServer, written: list[str], collection: dict[str, Any]
+) -> None:
+    counters = [_counters(**collection)]
+    async with open_store(postgres_server.database(), collections=counters) as store:
+        await store.save_entity("counters", {"counter_id": "c", "count": 0})
+        written.clear()
+        work = [store.update_entity("counters", "c", {"count": increment(1)}) for _ in range(5)]
+        assert await asyncio.gather(*work) == list(range(2, 7))
+        assert len(written) == 5
+
+
+async def test_a_queued_task_gets_the_entity_from_the_one_before(
+    postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conflict_retry, "_MAX_TICKET_SECONDS", 3600.0)
+    async with open_store(postgres_server.database(), collections=[_counters()]) as store:
+        await store.save_entity("counters", {"counter_id": "c", "count": 0})
+        reads = 0
+        fetch = store.engine.fetch
+
+        async def counted(keys: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            return await fetch(keys)
+
+        reader = store._reads
+        assert reader is not None
+        reader.use(counted)
+
+        def one_more(entity: Entity) -> Entity:
+            entity["count"] += 1  # type: ignore[operator]  # it is a number
+            return entity
+
+        work = [store.modify_entity("counters", "c", one_more) for _ in range(40)]
+        assert sorted(await asyncio.gather(*work)) == list(range(2, 42))
+        assert (await get_existing(store, "counters", "c"))["count"] == 40
+        assert reads < 20  # 2 by all tasks, and 1 for each 4 of those that queue
+
+
+def _counters(**options: Any) -> Collection:
+    fields: list[Field | str] = ["name", Field("count", "integer"), Field("until", "timestamp")]
+    return Collection("counters", key="counter_id", fields=fields, **options)

@@ -1,0 +1,103 @@
+"""Driver calls that are not interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from hf_async_store.strategies.sql.completion import completed
+
+
+class _Call:
+    """A driver call that ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.has_ended = False
+
+    async def run(self) -> int:
+        await asyncio.sleep(0)
+        try:
+            return await self.answer + await self.answer
+        finally:
+            self.has_ended = True
+
+
+async def _begun(call: _Call) -> asyncio.Task[int]:
+    async def caller() -> int:
+        return await completed(call.run())
+
+    task = asyncio.create_task(caller())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    return task
+
+
+async def test_a_call_returns_its_result() -> None:
+    call = _Call()
+    task = await _begun(call)
+    call.answer.set_result(2)
+    assert await task == 4
+
+
+async def test_a_call_that_does_not_wait_returns_at_once() -> None:
+    async def call() -> int:
+        return 1
+
+    assert await completed(call()) == 1
+
+
+async def test_a_call_raises_its_error() -> None:
+    call = _Call()
+    task = await _begun(call)
+    call.answer.set_exception(OSError("lost"))
+    with pytest.raises(OSError, match="lost"):
+        await task
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_call_ends_before_the_cancellation_is_raised(times: int, *, fails: bool) -> None:
+    call = _Call()
+    task = await _begun(call)
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not task.done()
+    if fails:
+        call.answer.set_exception(OSError("lost"))
+    else:
+        call.answer.set_result(2)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert call.has_ended
+
+
+async def test_a_time_limit_of_the_caller_is_raised_after_the_call() -> None:
+    call = _Call()
+
+    async def caller() -> None:
+        async with asyncio.timeout(0):
+            await completed(call.run())
+
+    task = asyncio.create_task(caller())
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    call.answer.set_result(2)
+    with pytest.raises(TimeoutError):
+        await task
+    assert call.has_ended
+
+
+async def test_a_call_that_a_closing_loop_leaves_is_closed() -> None:
+    call = _Call()
+    steps = completed(call.run())
+    for _ in range(2):
+        steps.send(None)
+    with suppress(RuntimeError):
+        steps.close()
+    assert call.has_ended
+    call.answer.cancel()
