@@ -18,9 +18,9 @@ _URL = "async+hf-async-store://"
 @pytest.fixture
 async def entity_store(tmp_path: Path) -> AsyncGenerator[dict[str, Any], None]:
     async with empty_store(COLLECTIONS, tmp_path) as store:
-        await EntityStorage(store=store).incr(
-            "first", 60
-        )  # makes the tables; tests measure durations
+        storage = EntityStorage(store=store)
+        await storage.incr("first", 60)  # makes the tables: the tests measure durations
+        await storage.reset()
         yield {"store": store}
 
 
