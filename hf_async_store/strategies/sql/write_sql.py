@@ -34,6 +34,11 @@ CHANGED: Final = "the catalogue has generation "
 number fails, because a condition that is false could also mean that there is no such row."""
 
 
+_FEW: Final = "pg_catalog.length(i.c0) >= 0::int AND pg_catalog.length(i.c0) <= 2147483647::int"
+"""Always true. Because of it, the server, which knows nothing of the arguments, expects few rows of them,
+and finds each row of the table by its id; otherwise it would read a table of some thousand rows."""
+
+
 class StatementKey(NamedTuple):
     """Changes with the same key can share one statement.
 
@@ -147,7 +152,7 @@ class WriteStatements:
         if shape.verb in ("save", "create"):
             sql = self._insert(table, shape, columns, living, locks=locks)
         elif shape.verb == "delete":
-            condition = f"t.{table.key} = {entity_id} AND {_expected(columns)}"
+            condition = f"t.{table.key} = {entity_id} AND {_FEW} AND {_expected(columns)}"
             condition += _same(shape, columns) + living.own
             condition += "".join(self._no_children(table, columns)) + self._current()
             source = columns.source(documents=False)
@@ -212,7 +217,7 @@ class WriteStatements:
         written, condition = _row(table, shape, doc, version, keys)
         return (
             f"UPDATE {table.name} AS t SET {written} FROM {columns.source(documents=True)} "
-            f"WHERE t.{table.key} = i.c0 AND {expected} AND {condition}{patched}{parents}"
+            f"WHERE t.{table.key} = i.c0 AND {_FEW} AND {expected} AND {condition}{patched}{parents}"
             f"{self._current()}"
         )
 
