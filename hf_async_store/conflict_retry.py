@@ -152,8 +152,8 @@ class FairRetryQueue:
         queue = self._queues.get(key)
         if queue is None:
             return None
-        written, queue.written = queue.written, None
-        return written
+        given, queue.given = queue.given, None
+        return given
 
     async def retry_transaction(
         self,
@@ -236,6 +236,8 @@ class Ticket(Struct, eq=False):
         if queue.timer is not None:
             queue.timer.cancel()
             queue.timer = None
+        # Only to the next one, which may be a transaction: after it, the entity may be another.
+        queue.given, queue.written = queue.written, None
         while queue.waiting:
             queue.current, waiter = queue.waiting.popleft()
             if not waiter.done():  # it is done if its task was cancelled or its time has passed
@@ -296,7 +298,8 @@ class _KeyQueue(Struct, eq=False):
     """The queue for a key: the ticket whose task may try, and the waiting ones.
 
     `timer` advances the queue if the current task takes too long. `written` is the entity that the
-    previous task wrote; `handed_on` counts how often, in a row, one was kept for the next task.
+    current task wrote, `given` the one that the previous task wrote; `handed_on` counts how often, in a
+    row, one was kept for the next task.
     """
 
     key: Key
@@ -304,6 +307,7 @@ class _KeyQueue(Struct, eq=False):
     waiting: deque[tuple[Ticket, asyncio.Future[None]]] = field(default_factory=deque)
     timer: asyncio.TimerHandle | None = None
     written: Entity | None = None
+    given: Entity | None = None
     handed_on: int = 0
 
 

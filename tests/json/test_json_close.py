@@ -9,16 +9,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hf_async_store import JSONStorageStrategy
+from hf_async_store import Collection, JSONStorageStrategy
 from hf_async_store.errors import StorageError, StoreClosedError
-from hf_async_store.strategies.json import journal_writer
+from hf_async_store.strategies.json import declarations_file, journal_writer
 from tests.json.support import both_layouts, open_files, open_json, reopened, temporary
 
 pytestmark = pytest.mark.hf_sampled(by="layout")
@@ -257,4 +257,58 @@ async def test_closing_waits_for_a_read_of_the_files(
     await closing
     [ended] = await asyncio.gather(reading, return_exceptions=True)
     assert isinstance(ended, list | StoreClosedError)
+    assert not was_closed
+
+
+@both_layouts
+async def test_closing_waits_for_the_files_of_a_checkpoint(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process, which then gets the locks, may write the same files."""
+    async with open_json(tmp_path, layout) as other:  # so that closing does not compact
+        assert await other.get_entity(T, "t-1") is None
+        store = await open_json(tmp_path, layout).open()
+        await store.save_entity(T, {"template_id": "t-1"})
+        await _close_amid(store, store.checkpoint, (store._json.files, "put_in_place"), monkeypatch)
+    assert (await reopened(tmp_path, layout))[T].keys() == {"t-1"}
+
+
+@both_layouts
+async def test_closing_waits_for_the_record_of_declarations(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would otherwise replace that of another process, which then gets the lock."""
+    store = await open_json(tmp_path, layout).open()
+    later = Collection("later", key="later_id")
+    await _close_amid(
+        store,
+        lambda: store._json.remember([later]),
+        (declarations_file, "_replace"),
+        monkeypatch,
+    )
+
+
+async def _close_amid(
+    store: JSONStorageStrategy,
+    call: Callable[[], Coroutine[Any, Any, None]],
+    threaded: tuple[object, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Close the store while a call runs this function in a thread; the store waits for it."""
+    begun, may_go_on = threading.Event(), threading.Event()
+    function = getattr(*threaded)
+
+    def slowly(*args: object) -> Any:
+        begun.set()
+        assert may_go_on.wait(60)
+        return function(*args)
+
+    monkeypatch.setattr(*threaded, slowly)
+    calling = asyncio.create_task(call())
+    assert await asyncio.to_thread(begun.wait, 60)
+    closing = asyncio.create_task(store.close())
+    await asyncio.sleep(0.05)
+    was_closed = closing.done()
+    may_go_on.set()
+    await asyncio.gather(calling, closing)
     assert not was_closed

@@ -265,6 +265,53 @@ async def test_cancellations_at_any_moment() -> None:
     assert counter.value == won
 
 
+@pytest.mark.parametrize("between", [0, 1])
+async def test_an_entity_is_handed_on_to_the_next_task_only(between: int) -> None:
+    """A task between the two, such as a transaction, may have changed it; a later one must not see less
+    than others do."""
+    turns = FairRetryQueue()
+    entity: Entity = {"id": "c", "version": 5}
+    got: list[Entity | None] = []
+
+    async def write() -> int:
+        turns.hand_on(KEY, entity)
+        return 1
+
+    async def something_else() -> int:
+        return 1
+
+    async def take() -> int:
+        got.extend([turns.handed_on(KEY), turns.handed_on(KEY)])
+        return 1
+
+    gate, holder = await held(turns)
+    tasks = [
+        asyncio.create_task(turns.retry(KEY, each, SECONDS))
+        for each in (write, *between * [something_else], take)
+    ]
+    await asyncio.sleep(0)
+    gate.set()
+    await settled(holder, *tasks)
+    assert got == [None if between else entity, None]
+
+
+async def test_after_three_tasks_that_were_handed_an_entity_one_reads() -> None:
+    turns = FairRetryQueue()
+    got: list[bool] = []
+
+    async def attempt() -> int:
+        got.append(turns.handed_on(KEY) is not None)
+        turns.hand_on(KEY, {"id": "c"})
+        return 1
+
+    gate, holder = await held(turns)
+    tasks = [asyncio.create_task(turns.retry(KEY, attempt, SECONDS)) for _ in range(9)]
+    await asyncio.sleep(0)
+    gate.set()
+    await settled(holder, *tasks)
+    assert got == [False, True, True, True, False, True, True, True, False]
+
+
 async def test_a_failed_task_wakes_the_next() -> None:
     turns = FairRetryQueue()
 

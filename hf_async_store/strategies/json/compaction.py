@@ -239,11 +239,13 @@ class Compactor:
         if (state is None or state.fd < 0) and not self._files.exists():
             return True  # there is no store, and a compaction does not create one
         async with self._running:
+            self._follower.refuse_closed()
             if not self._lock.try_lock(exclusive=True):
                 return False
             try:
                 done = await self._compact()
-                await self._journal.tidy_kept()
+                with self._follower.step():
+                    await self._journal.tidy_kept()
                 self.failure, self._failures = None, 0
                 return done
             except StorageError as exc:
@@ -261,9 +263,10 @@ class Compactor:
         while True:
             began = time.monotonic()
             async with self._writing() as state:
-                self._files.clean()
-                resuming = self.is_behind(state)
-                contents = await self._begin(state)
+                with self._follower.step():
+                    self._files.clean()
+                    resuming = self.is_behind(state)
+                    contents = await self._begin(state)
                 generation = state.generation
             if not contents:
                 return True
@@ -271,7 +274,8 @@ class Compactor:
             try:
                 async with self._writing() as current:
                     if current is state and state.generation == generation:
-                        await run_to_completion(self._replace(written, state))
+                        with self._follower.step():
+                            await run_to_completion(self._replace(written, state))
                         log.info(
                             "compacted the journal in %s into the data files in %.3f s",
                             *(self._files.folder, time.monotonic() - began),

@@ -243,10 +243,19 @@ class JSONEngine(Engine):
             return  # without waiting for the lock, in most processes
         self.files.make_folder()
         if self.locks.holds() == "write":
-            await self._declarations.add(declared)
+            await self._record(declared)
             return
         async with self.locks.exclusive():
-            await self._declarations.add(declared)
+            await self._record(declared)
+
+    async def _record(
+        self,
+        collections: Iterable[Collection],
+        enforced: Mapping[str, tuple[Fields, ...]] | None = None,
+    ) -> None:
+        """See `DeclarationsFile.add`."""
+        with self.follower.step():
+            await self._declarations.add(collections, enforced)
 
     # -- unique indexes ----------------------------------------------------------------------
 
@@ -275,7 +284,7 @@ class JSONEngine(Engine):
         enforced = dict(self._declarations.enforced)
         for name, index in indexes:
             enforced[name] = (*enforced.get(name, ()), index.fields)
-        await self._declarations.add(self.schema.values(), enforced)
+        await self._record(self.schema.values(), enforced)
 
     async def unenforced(self) -> list[tuple[str, Index]]:
         if not self._unique:
