@@ -216,6 +216,9 @@ class Ticket(Struct, eq=False):
             return
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
+        queue.written = (
+            None  # from before this task came: it must not see what others have changed since
+        )
         queue.waiting.append((self, waiter))
         if queue.timer is None:
             self._start_timer(queue)
@@ -295,8 +298,8 @@ class TransactionTicket(Ticket, eq=False):
 class _KeyQueue(Struct, eq=False):
     """The queue for a key: the ticket whose task may try, and the waiting ones.
 
-    `timer` advances the queue if the current task takes too long. `written` is the entity that the
-    previous task wrote; `handed_on` counts how often, in a row, one was kept for the next task.
+    `timer` advances the queue if the current task takes too long. `written` is the entity that a previous
+    task wrote while every waiting one waited already; `handed_on` counts how often, in a row, one was kept for the next task.
     """
 
     key: Key
