@@ -299,7 +299,8 @@ class _KeyQueue(Struct, eq=False):
     """The queue for a key: the ticket whose task may try, and the waiting ones.
 
     `timer` advances the queue if the current task takes too long. `written` is the entity that a previous
-    task wrote while every waiting one waited already; `handed_on` counts how often, in a row, one was kept for the next task.
+    task wrote when all that wait now waited already; `handed_on` counts how often, in a row, one was kept
+    for the next task.
     """
 
     key: Key
