@@ -126,7 +126,10 @@ class _Batch(ABC):
             if attempt:
                 await asyncio.sleep(random.uniform(0, 0.001 * attempt))
         for pending in chain.from_iterable(waiting):
-            self.fail(pending, _overtaken(pending.change.key))
+            if pending.later:  # some of them may not depend on what is stored
+                await self._send_one_by_one(pending)
+            else:
+                self.fail(pending, _overtaken(pending.change.key))
 
     def fail(self, pending: PendingChange, exc: StorageError) -> None:
         """Store the outcome of a change, and of those that are combined with it."""
@@ -150,6 +153,11 @@ class _Batch(ABC):
                 for place, outcome in each.decided:
                     self.outcomes[place] = outcome
         return by_statement(await self._decided(rejected)) if rejected else []
+
+    def is_blocked(self, pending: PendingChange) -> bool:
+        """Whether an earlier change of the same key is blocked; then this one fails in the same way."""
+        del pending
+        return False
 
     def writes_unique(self, piece: Sequence[PendingChange]) -> bool:
         """Whether the statement of some changes writes unique columns."""
@@ -242,7 +250,9 @@ class _Batch(ABC):
     async def _send_one_by_one(self, pending: PendingChange) -> None:
         """Execute combined changes, each in a statement of its own."""
         for place, change in pending.steps:
-            await self.send([self._encoder.pending(place, change)])
+            each = self._encoder.pending(place, change)
+            if not self.is_blocked(each):
+                await self.send([each])
 
     async def _end_claim(self, table: Table, key: Key, expired: Stored) -> None:
         """End the claim of an expired entity that is replaced."""
@@ -417,7 +427,7 @@ class IndependentBatch(_Batch):
         """
         try:
             for group in groups:
-                await self.send([each for each in group if not self._is_blocked(each)])
+                await self.send([each for each in group if not self.is_blocked(each)])
         except StorageError as exc:
             # What earlier statements wrote must not be reported as failed.
             if not any(isinstance(each, int) for each in self.outcomes):
@@ -428,8 +438,8 @@ class IndependentBatch(_Batch):
                     error.outcome_unknown = False
         return self.outcomes
 
-    def _is_blocked(self, pending: PendingChange) -> bool:
-        """Whether an earlier change of the same key is blocked."""
+    def is_blocked(self, pending: PendingChange) -> bool:
+        """See `_Batch`."""
         error = self._blocked.get(pending.change.key)
         if error is not None:
             self.fail(pending, error.copy())
