@@ -14,6 +14,7 @@ from hf_async_store import (
     Field,
     Index,
     LockTimeoutError,
+    UnavailableError,
     conflict_retry,
     increment,
     open_store,
@@ -187,6 +188,34 @@ async def test_combined_changes_that_are_sent_alone_keep_their_order(
         outcomes = await store.engine.write_unblocked(changes)
         assert [type(each) for each in outcomes] == [LockTimeoutError] * 3
         assert sent == [0]
+
+
+async def test_a_lost_connection_leaves_the_outcomes_before_it(
+    postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of changes that are sent alone, only one was in progress."""
+
+    class Alone(IndependentBatch):
+        async def _decided_together(self, *args: Any) -> list[PendingChange]:
+            await self._send_one_by_one(args[1])
+            return []
+
+        async def run_statement(self, *args: Any) -> Any:
+            rows = await super().run_statement(*args)
+            if args[1][0].place == 1:
+                raise UnavailableError("lost", outcome_unknown=True)
+            return rows
+
+    async with open_store(postgres_server.database(), collections=[_counters()]) as store:
+        await store.save_entity("counters", {"counter_id": "c", "count": 0})
+        monkeypatch.setattr(statement_writer, "IndependentBatch", Alone)
+        changes = [Patch(Key("counters", "c"), {"count": each}, "") for each in range(3)]
+        first, second, third = await store.engine.write_each(changes)
+        assert first == 2
+        assert isinstance(second, UnavailableError)
+        assert second.outcome_unknown
+        assert isinstance(third, UnavailableError)
+        assert not third.outcome_unknown
 
 
 def _counters(**options: Any) -> Collection:
