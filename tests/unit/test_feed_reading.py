@@ -4,7 +4,7 @@ place, answers late, and wakes too early."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
@@ -367,3 +367,34 @@ async def test_112_changes_before_the_call_that_come_late_do_not_count() -> None
         await store.delete_entity("jobs", "a")
         with pytest.raises(EntityNotFoundError):
             await waiting
+
+
+async def test_112_changes_that_are_heard_after_a_later_look_count() -> None:
+    """An entity is looked at when its changes are followed; what is heard then may be older than that."""
+    jobs = Collection("jobs", key="job_id", fields=["status"], feed=60)
+    async with asyncio.timeout(20), open_store("memory:", collections=[jobs]) as store:
+        await store.create_entity("jobs", {"job_id": "a", "status": "NEW"})
+        fetch, read_feed = store.engine.fetch, store.engine.read_feed
+        looks, looked = 0, asyncio.Event()
+
+        async def looking(keys: Sequence[Key]) -> list[Record | None]:
+            nonlocal looks
+            looks += 1
+            if looks == 2:
+                for status in ("DONE", "NEW"):
+                    await store.update_entity("jobs", "a", {"status": status})
+                found = await fetch(keys)
+                asyncio.get_running_loop().call_later(0.05, looked.set)
+                return found
+            return await fetch(keys)
+
+        async def reading(*given: Any) -> FeedBatch:
+            if looks == 2:
+                await looked.wait()
+            return await read_feed(*given)
+
+        cast("Any", store.engine).fetch = looking
+        cast("Any", store.engine).read_feed = reading
+        found = await store.wait_for("jobs", "a", {"status": "DONE"}, timeout=5)
+        assert found["version"] == 2
+        assert looks == 2
