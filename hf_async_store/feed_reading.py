@@ -348,8 +348,9 @@ class FeedReader:
         self._awaited.set()
         scope = self._scope
         if scope is not None and not scope.expired():
-            soon = asyncio.get_running_loop().time() + _LATE_SECONDS
-            scope.reschedule(min(soon, scope.when() or soon))
+            soon, end = asyncio.get_running_loop().time() + _LATE_SECONDS, scope.when()
+            if end is None or soon < end:
+                scope.reschedule(soon)
 
     async def _wait(self, feeds: Sequence[SharedFeed]) -> None:
         self._followed = {each.collection: each.end for each in feeds}

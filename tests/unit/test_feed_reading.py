@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
@@ -271,6 +272,46 @@ async def test_113_a_feed_that_cannot_be_read_holds_up_no_other(how: str) -> Non
                 is_broken = False
                 assert (await waiting[0]).id == "j"
             waiting[0].cancel()
+
+
+async def test_113_a_feed_that_was_read_late_puts_off_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hf_async_store.feed_reading._READ_SECONDS", 0.0)
+    released, cancelled = asyncio.Event(), asyncio.Event()
+    waits: list[list[str]] = []
+
+    class Slow:
+        async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+            waits.append(list(positions))
+            if len(waits) > 1:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    cancelled.set()
+
+        async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
+            if collection == "late":
+                await released.wait()
+            return FeedBatch([], since)
+
+    async def position(collection: str) -> str:
+        return "0"
+
+    async with asyncio.timeout(20), AsyncExitStack() as stack:
+        reader = FeedReader(cast("Engine", Slow()))
+        for name in ("late", "other"):
+            feed = await stack.enter_async_context(reader.using(name, position))
+            await stack.enter_async_context(feed.listening(None, lambda entry: None))
+        while len(waits) < 2:
+            await asyncio.sleep(0)
+        assert waits[1] == ["other"]
+        asyncio.get_running_loop().call_soon(released.set)
+        await released.wait()  # in the same iteration, the reading has ended
+        reader.follow("new")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert cancelled.is_set()
 
 
 async def test_113_a_watcher_of_a_feed_that_cannot_be_read_can_leave() -> None:
