@@ -330,6 +330,41 @@ async def test_113_a_watcher_of_a_feed_that_cannot_be_read_can_leave() -> None:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+@pytest.mark.parametrize("others", [False, True])
+async def test_113_a_watcher_that_is_cancelled_twice_leaves_no_task(others: bool) -> None:
+    jobs, machines = (Collection(each, key="id", feed=60) for each in ("jobs", "machines"))
+    async with asyncio.timeout(20), open_store("memory:", collections=[jobs, machines]) as store:
+        reads = 0
+
+        async def reading(collection: str, since: str, limit: int) -> FeedBatch:
+            nonlocal reads
+            reads += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            raise AssertionError
+
+        async def watch() -> None:
+            async with AsyncExitStack() as stack:
+                names = ["jobs", "machines"] if others else ["jobs"]
+                watches = [await stack.enter_async_context(store.watch(each)) for each in names]
+                await asyncio.gather(*map(anext, watches))
+
+        watching = asyncio.create_task(watch())
+        await asyncio.sleep(0.05)
+        cast("Any", store.engine).read_feed = reading
+        await store.create_entity("jobs", {"id": "j"})
+        await store.create_entity("machines", {"id": "m"})
+        while not reads:
+            await asyncio.sleep(0)
+        while not watching.done():
+            watching.cancel()
+            await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_113_large_changes_are_read_few_at_a_time() -> None:
     scenario = Scenario(3)
     engine, reader = scenario.engine, scenario.reader
