@@ -547,7 +547,10 @@ async def test_an_empty_page_of_a_new_watcher_is_not_the_end(proxy: Proxy) -> No
                 waiting.cancel()
 
 
-async def test_an_empty_page_after_many_others_is_not_the_end(proxy: Proxy) -> None:
+async def test_an_empty_page_after_many_others_is_not_the_end(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_async_store.strategies.dynamodb.feed._FIRST_PAUSE", 0.0)
     prefix = new_prefix()
     empty = 0
 
