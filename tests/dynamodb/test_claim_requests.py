@@ -95,6 +95,39 @@ async def test_104_a_store_that_others_were_faster_than_spreads(
         assert await limit_of_query() > 100
 
 
+async def test_104_an_index_that_is_late_does_not_spread_the_claims_of_one_store(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may still show what the store itself has just claimed as free."""
+    monkeypatch.setattr(candidates, "_SPREAD_SECONDS", 3600.0)
+    late: list[dict[str, Any]] = []
+
+    def replayed(response: dict[str, Any]) -> dict[str, Any]:
+        late.append(response)
+        return late[0]
+
+    def rule(request: Request) -> Fault | None:
+        return Changed(replayed) if request.operation == "Query" else None
+
+    async with store_at(proxy.url, collections=HOST_FACTORY) as store:
+        at = "2026-01-01T00:00:00Z"
+        waiting = [
+            {"request_id": f"r{n:03}", "status": "PENDING", "created_at": at} for n in range(17)
+        ]
+        await store.create_entities("requests", waiting)
+        proxy.rule = rule
+        found = []
+        for _ in range(6):
+            await store.update_entity("requests", "r016", {"message": "new"})  # it reads anew
+            where = {"status": "PENDING"}
+            claims = await store.claim_entities("requests", where, order_by="created_at")
+            found += [each.id for each in claims]
+        assert found == [f"r{n:03}" for n in range(6)]
+        assert len(late) >= 6
+        limits = {each.params["Limit"] for each in proxy.requests if each.operation == "Query"}
+        assert max(limits) < 30
+
+
 @pytest.mark.parametrize("whole", [True, False])
 async def test_104_a_server_that_refuses_the_statements(proxy: Proxy, whole: bool) -> None:
     """Claims are then made by UpdateItem."""

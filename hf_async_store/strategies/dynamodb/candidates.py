@@ -7,13 +7,15 @@ of the claim notices. What became free in front of the position is found when th
 after a while, when it finds nothing, and after every change by the same store that may have freed one.
 
 Stores that claim at the same time read the same candidates, and would all try the first one. So a store
-that another one was faster than reads larger pages for a while, and takes from them in random order.
+that another one was faster than reads larger pages for a while, and takes from them in random order. An
+index may still show as free what this store has claimed itself a moment ago, which is no reason for that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from hf_async_store.query import Filter
     from hf_async_store.strategies.dynamodb.codec import Attributes
     from hf_async_store.strategies.dynamodb.reading import Reading
+    from hf_async_store.values import Key
 
 _FIRST_PAGE: Final = 16
 _SPREAD_PAGE: Final = 128
@@ -45,7 +48,7 @@ _PER_READING: Final = 4
 """How long candidates are shared: this time, or this many times as long as it took to read them."""
 
 _SPREAD_SECONDS: Final = 5.0
-"""For how long a store spreads its claims after another one was faster."""
+"""For how long a store spreads its claims after another one was faster, and knows what it has claimed."""
 
 _MAX_QUERIES: Final = 16
 
@@ -114,12 +117,15 @@ class Candidates:
             random.shuffle(self._unused)
         self._seconds += monotonic() - began
 
-    def note(self, tried: Sequence[bool]) -> None:
-        """Of some candidates, whether each was claimed; if another claimer was faster, continue in random
-        order."""
+    def note(self, tried: Sequence[bool], *, spread: bool) -> None:
+        """Of some candidates, whether each was claimed.
+
+        Args:
+            spread: another store was faster: continue in random order.
+        """
         self._claimed += sum(tried)
         self._missed += len(tried) - sum(tried)
-        if not all(tried):
+        if spread:
             self._spread = True
             random.shuffle(self._unused)
 
@@ -131,6 +137,7 @@ class SharedCandidates:
         self._reading = reading
         self._shared: list[Candidates] = []
         self._spread_until = 0.0
+        self._own: dict[Key, float] = {}  # what this store has claimed, and when
 
     def recent(self, query: Query, max_attempts: int | None) -> Candidates | None:
         """What other claimers have begun to read."""
@@ -152,9 +159,22 @@ class SharedCandidates:
         self._shared = [*others[1 - _MAX_QUERIES :], new]
         return new
 
-    def spread(self) -> None:
-        """Another store was faster: spread for a while."""
-        self._spread_until = monotonic() + _SPREAD_SECONDS
+    def note_own(self, key: Key) -> None:
+        """This store has claimed an entity, which an index may show as free for a while."""
+        now = monotonic()
+        self._own.pop(key, None)
+        self._own[key] = now
+        while now - self._own[first := next(iter(self._own))] > _SPREAD_SECONDS:
+            del self._own[first]
+
+    def spread_after(self, missed: Sequence[Key]) -> bool:
+        """Spread for a while, if another store was faster to claim one of these entities, and not this
+        one; returns whether it was."""
+        now = monotonic()
+        is_spread = any(now - self._own.get(each, -inf) > _SPREAD_SECONDS for each in missed)
+        if is_spread:
+            self._spread_until = now + _SPREAD_SECONDS
+        return is_spread
 
     def forget(self) -> None:
         """The store may have been changed: an entity may be the first candidate now."""

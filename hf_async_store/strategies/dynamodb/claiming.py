@@ -124,9 +124,10 @@ class Claiming:
                 found = await gather([self._take(*each, terms, now, claimed) for each in tried])
             finally:
                 self._in_progress -= keys
-            candidates.note(found)
-            if not all(found):
-                self.candidates.spread()
+            missed = [
+                each.key for (each, _), is_own in zip(tried, found, strict=True) if not is_own
+            ]
+            candidates.note(found, spread=self.candidates.spread_after(missed))
 
     async def _take(
         self,
@@ -148,7 +149,9 @@ class Claiming:
             is_own = await self._statements.claim(self._statement(key, item, new, made))
         if not isinstance(is_own, bool):  # it is not known, but a repetition recognises it
             is_own = await self._update(self._request(key, item, new, made), made)
-        if not is_own:
+        if is_own:
+            self.candidates.note_own(key)
+        else:
             claimed.remove(own)
         return is_own
 
