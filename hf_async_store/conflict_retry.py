@@ -216,6 +216,8 @@ class Ticket(Struct, eq=False):
             return
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
+        # It is from before this task came, which must see what others have changed since.
+        queue.written = None
         queue.waiting.append((self, waiter))
         if queue.timer is None:
             self._start_timer(queue)
@@ -298,8 +300,8 @@ class _KeyQueue(Struct, eq=False):
     """The queue for a key: the ticket whose task may try, and the waiting ones.
 
     `timer` advances the queue if the current task takes too long. `written` is the entity that the
-    current task wrote, `given` the one that the previous task wrote; `handed_on` counts how often, in a
-    row, one was kept for the next task.
+    current task wrote when all that wait now waited already, `given` the one that the previous task wrote;
+    `handed_on` counts how often, in a row, one was kept for the next task.
     """
 
     key: Key

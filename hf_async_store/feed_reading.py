@@ -19,7 +19,7 @@ from typing import Final, TypeAlias, TypeVar
 import msgspec
 
 from hf_async_store.backoff import Backoff
-from hf_async_store.driver import Engine, FeedBatch, FeedEntry, end_task
+from hf_async_store.driver import Engine, FeedBatch, FeedEntry, end_task, run_to_completion
 from hf_async_store.errors import StorageError, StoreClosedError, UnavailableError
 
 Result = TypeVar("Result")
@@ -288,15 +288,19 @@ class FeedReader:
             feed.users -= 1
             if not feed.users:
                 del self._feeds[collection]
-                await end_task(self._readings.get(feed))
             if not self._feeds:
                 await self._stop()
+            elif not feed.users:
+                await end_task(self._readings.get(feed))
 
     async def _stop(self) -> None:
-        task, self._task = self._task, None
-        await end_task(task)
-        for each in list(self._readings.values()):
-            await end_task(each)
+        # All at once: the caller may be cancelled at each `await`.
+        tasks = [each for each in (self._task, *self._readings.values()) if each is not None]
+        self._task = None
+        for each in tasks:
+            each.cancel()
+        if tasks:
+            await run_to_completion(asyncio.wait(tasks))
 
     async def close(self) -> None:
         """Let all watchers end with StoreClosedError."""
@@ -348,8 +352,9 @@ class FeedReader:
         self._awaited.set()
         scope = self._scope
         if scope is not None and not scope.expired():
-            soon = asyncio.get_running_loop().time() + _LATE_SECONDS
-            scope.reschedule(min(soon, scope.when() or soon))
+            soon, end = asyncio.get_running_loop().time() + _LATE_SECONDS, scope.when()
+            if end is None or soon < end:
+                scope.reschedule(soon)
 
     async def _wait(self, feeds: Sequence[SharedFeed]) -> None:
         self._followed = {each.collection: each.end for each in feeds}

@@ -30,14 +30,16 @@ Look: TypeAlias = Callable[[], Awaitable[Record | None]]
 class Waiter:
     """A task that waits until an entity matches a filter.
 
-    A change that is heard may precede the state that was seen, even be one of an earlier entity with this
-    id, because not every feed knows its end exactly. It decides nothing; the entity is looked at again.
+    A change that is heard may precede the state that was seen at first, even be one of an earlier entity
+    with this id, because not every feed knows its end exactly. It decides nothing; the entity is looked at
+    again. What was seen later may be newer than changes that are still to be heard, each of which counts.
     """
 
     def __init__(self, key: Key, where: Filter, lifetimes: Lifetimes | None) -> None:
         self.key: Final = key
         self._matches = compile_filter(where)
         self._lifetimes = lifetimes if lifetimes and key.collection in lifetimes else None
+        self._first: Entity | None = None  # the state that was seen at first
         self._seen: Entity | None = None
         self._outcome: asyncio.Future[Entity | StorageError] = asyncio.Future()
         self._is_in_doubt = False
@@ -52,23 +54,24 @@ class Waiter:
             self._end(copy_entity(entity))
         else:
             self._seen = entity
+            self._first = self._first or entity
 
     def hear(self, entry: FeedEntry | StorageError) -> None:
         """Tell a change of the entity, or why no more will be told."""
         if isinstance(entry, StorageError):
             self._end(entry)
-        elif self._follows(entry):
+        elif self._follows(entry) and not (entry.after and self._is_over(entry.after.entity)):
             self.see(entry.after)
         else:
             self._is_in_doubt = True
             self._told.set()
 
     def _follows(self, entry: FeedEntry) -> bool:
-        """Whether a change was certainly made after the state that was seen."""
-        seen = self._seen
-        if seen is None or (entry.before is not None and entry.before.entity == seen):
+        """Whether a change was certainly made after the state that was seen at first."""
+        first = self._first
+        if first is None or (entry.before and entry.before.entity in (first, self._seen)):
             return True
-        return entry.after is not None and _time_of(entry.after.entity) > _time_of(seen)
+        return entry.after is not None and _time_of(entry.after.entity) > _time_of(first)
 
     def _is_over(self, entity: Entity) -> bool:
         return self._lifetimes is not None and self._lifetimes.is_over(self.key.collection, entity)
@@ -97,10 +100,11 @@ class Waiter:
                 async with asyncio.timeout(None if self._lifetimes is None else _EXPIRY_SECONDS):
                     await self._told.wait()
             self._told.clear()
-            if self._is_in_doubt and look is not None:
+            has_expired = self._seen is not None and self._is_over(self._seen)
+            if look is not None and (self._is_in_doubt or has_expired):
                 self._is_in_doubt = False
                 self.see(await look())
-            elif self._seen is not None and self._is_over(self._seen):
+            elif has_expired:
                 self.see(None)
         outcome = self._outcome.result()
         if isinstance(outcome, StorageError):

@@ -22,13 +22,13 @@ from hf_async_store.errors import (
 )
 from hf_async_store.field_operations import append, increment
 from hf_async_store.testing.assertions import get_existing, payloads
-from hf_async_store.testing.concurrency import HANG_SECONDS, PATIENCE
+from hf_async_store.testing.concurrency import HANG_SECONDS, PATIENCE, seeded
 from hf_async_store.testing.harness import Harness, InjectsRowLocks, RefusesLabels
-from hf_async_store.testing.repetitions import random_of_test, repetitions
+from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES, REMOVE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.values import Entity
@@ -122,22 +122,13 @@ class IndependentChangeContract:
     ) -> None:
         """They may share a commit, but the outcomes are those of changes in their order."""
         await _prepare(store)
-        random = random_of_test()
-        for number in range(repetitions(60, 12)):
-            changes = [random.choice(_CHANGES) for _ in range(random.randint(2, 12))]
-            first = random.choice([None, {"count": 1, "label": "stored"}])
-            found = []
-            for name in (f"at once {number}", f"in turn {number}"):
-                if first is not None:
-                    await store.save_entity("items", {"item_id": name, **first})
-                work = [change(store, name) for change in changes]
-                if name.startswith("at once"):
-                    outcomes = await asyncio.gather(*work, return_exceptions=True)
-                else:
-                    outcomes = [await _outcome(each) for each in work]
-                stored = await store.get_entity("items", name)
-                found.append((list(map(_described, outcomes)), _without_id(stored)))
-            assert found[0] == found[1]
+        with seeded() as random:
+            for number in range(repetitions(60, 12)):
+                changes = [random.choice(_CHANGES) for _ in range(random.randint(2, 12))]
+                first = random.choice([None, {"count": 1, "label": "stored"}])
+                at_once = await _changed(store, f"at once {number}", first, changes, _at_once)
+                in_turn = await _changed(store, f"in turn {number}", first, changes, _in_turn)
+                assert at_once == in_turn
 
     async def test_135_references_of_changes_of_one_entity(self, store: StorageStrategy) -> None:
         if not store.capabilities.references:
@@ -260,11 +251,33 @@ class IndependentChangeContract:
         assert await store.update_entity("items", "there", {"count": 2}) > 1
 
 
-async def _outcome(change: Awaitable[object]) -> object:
-    try:
-        return await change
-    except StorageError as exc:
-        return exc
+async def _changed(
+    store: StorageStrategy,
+    name: str,
+    first: Mapping[str, object] | None,
+    changes: Sequence[Change],
+    outcomes_of: Callable[[Sequence[Awaitable[object]]], Awaitable[list[object]]],
+) -> object:
+    """The outcomes of changes of one entity, and what is stored then."""
+    if first is not None:
+        await store.save_entity("items", {"item_id": name, **first})
+    outcomes = await outcomes_of([change(store, name) for change in changes])
+    stored = await store.get_entity("items", name)
+    return list(map(_described, outcomes)), _without_id(stored)
+
+
+async def _at_once(changes: Sequence[Awaitable[object]]) -> list[object]:
+    return await asyncio.gather(*changes, return_exceptions=True)
+
+
+async def _in_turn(changes: Sequence[Awaitable[object]]) -> list[object]:
+    outcomes: list[object] = []
+    for each in changes:
+        try:
+            outcomes.append(await each)
+        except StorageError as exc:
+            outcomes.append(exc)
+    return outcomes
 
 
 def _described(outcome: object) -> object:

@@ -35,7 +35,7 @@ PAGES: Final = sorted(
     [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
     + list(DOCS.rglob("*.md"))
 )
-BLOCK_SECONDS: Final = 30
+BLOCK_SECONDS: Final = 120
 
 # -- reading pages --------------------------------------------------------------------------
 

@@ -547,6 +547,46 @@ async def test_an_empty_page_of_a_new_watcher_is_not_the_end(proxy: Proxy) -> No
                 waiting.cancel()
 
 
+async def test_an_empty_page_after_many_others_is_not_the_end(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_async_store.strategies.dynamodb.feed._FIRST_PAUSE", 0.0)
+    prefix = new_prefix()
+    empty = 0
+
+    def rule(request: Request) -> Any:
+        nonlocal empty
+        if request.operation != "GetRecords" or not empty:
+            return None
+        empty -= 1
+        following = request.params["ShardIterator"]
+        return Answer(200, {"Records": [], "NextShardIterator": following})
+
+    proxy.rule = rule
+    async with store_at(proxy.url, prefix, FED) as store:
+        await store.create_entity("jobs", {"job_id": "old"})
+        first, second = [await store._dynamodb.feed_position("jobs") for _ in range(2)]
+        for _ in range(25):
+            assert (await store._dynamodb.read_feed("jobs", second, 10)).is_end
+        for name in ("a", "b"):
+            await store.create_entity("jobs", {"job_id": name})
+            entries: list[FeedEntry] = []
+            while not entries:
+                batch = await store._dynamodb.read_feed("jobs", first, 10)
+                entries, first = batch.entries, batch.position
+            assert [each.key.id for each in entries] == [name]
+            empty = 1
+            assert not (await store._dynamodb.read_feed("jobs", second, 10)).is_end
+            if name == "a":
+                # As if what was read were older: some empty pages are the end.
+                empty = 25
+                while not (await store._dynamodb.read_feed("jobs", second, 10)).is_end:
+                    pass
+                empty = 0
+        read = await store._dynamodb.read_feed("jobs", second, 10)
+        assert [each.key.id for each in read.entries] == ["a", "b"]
+
+
 async def test_an_old_change_does_not_keep_a_new_watcher_reading(proxy: Proxy) -> None:
     prefix = new_prefix()
     async with store_at(proxy.url, prefix, FED) as store:

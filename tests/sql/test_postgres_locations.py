@@ -226,16 +226,16 @@ def _impostors(types: list[str]) -> str:
 
 async def test_no_function_or_operator_of_another_role_is_run(database: str) -> None:
     """A role that may only create objects in the schema creates functions with the same names."""
-    execute(database, "CREATE ROLE low LOGIN; GRANT CREATE ON SCHEMA public TO PUBLIC")
+    execute(database, "CREATE ROLE impostor LOGIN; GRANT CREATE ON SCHEMA public TO PUBLIC")
     try:
         async with open_store(database) as store:
             await store.save_entity("templates", {"template_id": "first"})
-        execute(database.replace("postgres@", "low@"), _impostors(_TYPES))
+        execute(database.replace("postgres@", "impostor@"), _impostors(_TYPES))
         await every_verb(database)
         async with open_store(database) as store:
             await every_filter(store)
     finally:
-        execute(database, "DROP OWNED BY low; DROP ROLE low")
+        execute(database, "DROP OWNED BY impostor; DROP ROLE impostor")
 
 
 async def every_filter(store: Any) -> None:

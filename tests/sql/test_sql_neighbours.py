@@ -17,7 +17,7 @@ from hf_async_store import (
     UnsupportedValueError,
     open_store,
 )
-from hf_async_store.changes import Put
+from hf_async_store.changes import Delete, Patch, Put
 from hf_async_store.values import Key
 from tests.contract.harnesses import execute
 
@@ -206,8 +206,8 @@ async def test_many_locked_rows_take_few_connections(database: str) -> None:
 
 @pytest.mark.parametrize("options", ["", "&pgbouncer=yes", "&isolation=read_committed"])
 async def test_what_was_applied_is_not_reported_as_failed(database: str, options: str) -> None:
-    """One row is locked for longer than `timeout`."""
-    async with open_store(f"{database}?timeout=1{options}") as store:
+    """One row is locked for longer than `timeout`, which a statement of other rows does not take."""
+    async with open_store(f"{database}?timeout=3{options}") as store:
         await store.save_entities("templates", [template(each) for each in "abcx"])
         async with locked(database, "x"):
             with pytest.raises(BatchError) as caught:
@@ -229,6 +229,29 @@ async def test_what_was_applied_is_not_reported_as_failed(database: str, options
                 3,
             ]
         assert await store.save_entity("templates", template("x")) == 2
+
+
+async def test_waiting_for_a_lock_is_told_from_a_slow_statement(database: str) -> None:
+    """A statement may need some time before it waits: then `timeout` ends it before its wait has ended."""
+    slow = (
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "PERFORM pg_sleep(0.5); RETURN NULL; END $$; "
+        'CREATE TRIGGER slow BEFORE UPDATE ON "templates-entities" '
+        "FOR EACH STATEMENT EXECUTE FUNCTION slow()"
+    )
+    async with open_store(f"{database}?timeout=2") as store:
+        await store.save_entities("templates", [template(each) for each in "ax"])
+        execute(database, slow)
+        async with locked(database, "x"):
+            changes = [
+                Patch(Key("templates", "x"), {"n": 1}, ""),
+                Put(Key("templates", "b"), template("b"), ""),
+                Delete(Key("templates", "a")),
+            ]
+            blocked, *others = await store.engine.write_each(changes)
+        assert isinstance(blocked, LockTimeoutError), blocked
+        assert others == [1, 1]
+        execute(database, 'DROP TRIGGER slow ON "templates-entities"')
 
 
 async def test_a_change_behind_a_locked_one_of_the_same_row_keeps_its_place(database: str) -> None:

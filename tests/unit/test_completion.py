@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hf_async_store.strategies.sql.completion import completed
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 
 class _Call:
@@ -99,5 +103,61 @@ async def test_a_call_that_a_closing_loop_leaves_is_closed() -> None:
         steps.send(None)
     with suppress(RuntimeError):
         steps.close()
+    assert call.has_ended
+    call.answer.cancel()
+
+
+async def test_a_call_that_is_cancelled_again_and_again_takes_no_memory() -> None:
+    """As anyio does, in each turn of the loop."""
+    call = _Call()
+    callbacks: list[object] = []
+    add, remove = call.answer.add_done_callback, call.answer.remove_done_callback
+
+    class Answer:
+        """The future, of which the callbacks are counted."""
+
+        _asyncio_future_blocking = False
+
+        def add_done_callback(self, callback: Any) -> None:
+            callbacks.append(callback)
+            add(callback)
+
+        def remove_done_callback(self, callback: Any) -> None:
+            callbacks.remove(callback)
+            remove(callback)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(call.answer, name)
+
+        def __await__(self) -> Generator[Any, None, int]:
+            if not self.done():
+                self._asyncio_future_blocking = True
+                yield self
+            return call.answer.result()
+
+    async def run() -> int:
+        return await Answer()
+
+    async def caller() -> int:
+        return await completed(run())
+
+    task = asyncio.create_task(caller())
+    for _ in range(100):
+        await asyncio.sleep(0)
+        task.cancel()
+    registered = len(callbacks)
+    call.answer.set_result(1)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert registered <= 1
+
+
+async def test_a_cancelled_call_that_a_closing_loop_leaves_is_closed() -> None:
+    call = _Call()
+    steps = completed(call.run())
+    for _ in range(2):
+        steps.send(None)
+    steps.throw(asyncio.CancelledError())
+    steps.close()
     assert call.has_ended
     call.answer.cancel()

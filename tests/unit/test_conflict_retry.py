@@ -413,6 +413,37 @@ async def test_concurrent_modifications_are_fair(tasks: int) -> None:
 # -- transactions ------------------------------------------------------------------------------
 
 
+async def test_a_task_does_not_get_an_entity_that_was_written_before_it_came() -> None:
+    """Another process may have changed the entity since, and the task may decide by it."""
+    turns = FairRetryQueue()
+    gate, transaction_gate = asyncio.Event(), asyncio.Event()
+
+    async def write() -> int:
+        await gate.wait()
+        turns.hand_on(KEY, {"version": 2})
+        return 2
+
+    async def attempt(ticket: TransactionTicket) -> int:
+        await ticket.enter([KEY], writes=True, may_wait=True)
+        await transaction_gate.wait()
+        return 3
+
+    async def read() -> int:
+        return 0 if turns.handed_on(KEY) is None else 1
+
+    first = asyncio.create_task(turns.retry(KEY, once_lost(write), SECONDS))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(turns.retry_transaction(attempt, SECONDS))
+    await asyncio.sleep(0)
+    gate.set()
+    await settled(first)
+    late = asyncio.create_task(turns.retry(KEY, read, SECONDS))
+    await asyncio.sleep(0)
+    transaction_gate.set()
+    await settled(second, late)
+    assert late.result() == 0
+
+
 async def test_a_transaction_waits_before_its_first_call_if_there_is_a_queue() -> None:
     turns = FairRetryQueue()
     gate, first = await held(turns)

@@ -4,7 +4,8 @@ place, answers late, and wakes too early."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
@@ -273,6 +274,46 @@ async def test_113_a_feed_that_cannot_be_read_holds_up_no_other(how: str) -> Non
             waiting[0].cancel()
 
 
+async def test_113_a_feed_that_was_read_late_puts_off_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hf_async_store.feed_reading._READ_SECONDS", 0.0)
+    released, cancelled = asyncio.Event(), asyncio.Event()
+    waits: list[list[str]] = []
+
+    class Slow:
+        async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
+            waits.append(list(positions))
+            if len(waits) > 1:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    cancelled.set()
+
+        async def read_feed(self, collection: str, since: str, limit: int) -> FeedBatch:
+            if collection == "late":
+                await released.wait()
+            return FeedBatch([], since)
+
+    async def position(collection: str) -> str:
+        return "0"
+
+    async with asyncio.timeout(20), AsyncExitStack() as stack:
+        reader = FeedReader(cast("Engine", Slow()))
+        for name in ("late", "other"):
+            feed = await stack.enter_async_context(reader.using(name, position))
+            await stack.enter_async_context(feed.listening(None, lambda entry: None))
+        while len(waits) < 2:
+            await asyncio.sleep(0)
+        assert waits[1] == ["other"]
+        asyncio.get_running_loop().call_soon(released.set)
+        await released.wait()  # in the same iteration, the reading has ended
+        reader.follow("new")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert cancelled.is_set()
+
+
 async def test_113_a_watcher_of_a_feed_that_cannot_be_read_can_leave() -> None:
     jobs = Collection("jobs", key="id", feed=60)
     async with asyncio.timeout(20), open_store("memory:", collections=[jobs]) as store:
@@ -286,6 +327,41 @@ async def test_113_a_watcher_of_a_feed_that_cannot_be_read_can_leave() -> None:
                 waiting = asyncio.ensure_future(cast("Any", anext(changes)))
                 await asyncio.sleep(0.05)
                 waiting.cancel()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.parametrize("others", [False, True])
+async def test_113_a_watcher_that_is_cancelled_twice_leaves_no_task(others: bool) -> None:
+    jobs, machines = (Collection(each, key="id", feed=60) for each in ("jobs", "machines"))
+    async with asyncio.timeout(20), open_store("memory:", collections=[jobs, machines]) as store:
+        reads = 0
+
+        async def reading(collection: str, since: str, limit: int) -> FeedBatch:
+            nonlocal reads
+            reads += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            raise AssertionError
+
+        async def watch() -> None:
+            async with AsyncExitStack() as stack:
+                names = ["jobs", "machines"] if others else ["jobs"]
+                watches = [await stack.enter_async_context(store.watch(each)) for each in names]
+                await asyncio.gather(*map(anext, watches))
+
+        watching = asyncio.create_task(watch())
+        await asyncio.sleep(0.05)
+        cast("Any", store.engine).read_feed = reading
+        await store.create_entity("jobs", {"id": "j"})
+        await store.create_entity("machines", {"id": "m"})
+        while not reads:
+            await asyncio.sleep(0)
+        while not watching.done():
+            watching.cancel()
+            await asyncio.sleep(0)
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
@@ -367,3 +443,34 @@ async def test_112_changes_before_the_call_that_come_late_do_not_count() -> None
         await store.delete_entity("jobs", "a")
         with pytest.raises(EntityNotFoundError):
             await waiting
+
+
+async def test_112_changes_that_are_heard_after_a_later_look_count() -> None:
+    """An entity is looked at when its changes are followed; what is heard then may be older than that."""
+    jobs = Collection("jobs", key="job_id", fields=["status"], feed=60)
+    async with asyncio.timeout(20), open_store("memory:", collections=[jobs]) as store:
+        await store.create_entity("jobs", {"job_id": "a", "status": "NEW"})
+        fetch, read_feed = store.engine.fetch, store.engine.read_feed
+        looks, looked = 0, asyncio.Event()
+
+        async def looking(keys: Sequence[Key]) -> list[Record | None]:
+            nonlocal looks
+            looks += 1
+            if looks == 2:
+                for status in ("DONE", "NEW"):
+                    await store.update_entity("jobs", "a", {"status": status})
+                found = await fetch(keys)
+                asyncio.get_running_loop().call_later(0.05, looked.set)
+                return found
+            return await fetch(keys)
+
+        async def reading(*given: Any) -> FeedBatch:
+            if looks == 2:
+                await looked.wait()
+            return await read_feed(*given)
+
+        cast("Any", store.engine).fetch = looking
+        cast("Any", store.engine).read_feed = reading
+        found = await store.wait_for("jobs", "a", {"status": "DONE"}, timeout=5)
+        assert found["version"] == 2
+        assert looks == 2

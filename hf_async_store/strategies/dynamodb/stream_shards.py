@@ -29,7 +29,8 @@ _ITERATOR_SECONDS: Final = 10 * 60.0
 _MAX_KEPT: Final = 4_096
 _MARGIN_SECONDS: Final = 60.0
 _MAX_EMPTY: Final = 20
-"""So many pages without records are read in a row before they are taken for the end of the shard."""
+"""So many pages without records are read in a row, after the latest record of the shard that was read
+from another place, before they are taken for its end."""
 
 
 class Place(NamedTuple):
@@ -78,7 +79,8 @@ class Shards:
         self._latest: dict[tuple[str, str], _Latest] = {}  # by shard, of all records that were read
         # Of places that are the end of a shard at some time: the latest record that was read before.
         self._ends: dict[tuple[str, str, float], int] = {}
-        self._empty: dict[Place, int] = {}  # the number of empty pages in a row
+        # The number of empty pages in a row, and the latest record when they were read.
+        self._empty: dict[Place, tuple[int, _Latest | None]] = {}
 
     async def listed(self, stream: str) -> dict[str, Shard]:
         """The shards that the stream still contains, by id."""
@@ -114,7 +116,9 @@ class Shards:
         response = await self._records(place, limit)
         records, following = response["Records"], response.get("NextShardIterator")
         if not records:
-            self._empty[place] = self._empty.pop(place, 0) + 1
+            number = self._empty_pages(place) + 1
+            self._empty.pop(place, None)
+            self._empty[place] = number, self._latest.get(place[:2])
             _limit(self._empty)
         if following and not records:
             self._keep(place, following)
@@ -142,9 +146,14 @@ class Shards:
         if mark.since and not mark.number:
             is_new = latest.number > self._ends.get(_end_in(place), -1)
             may_follow = is_new and latest.time >= mark.since - tolerance
-            return may_follow and self._empty.get(place, 0) < _MAX_EMPTY
+            return may_follow and self._empty_pages(place) < _MAX_EMPTY
         number = int(mark.number or 0)
         return number <= latest.number if mark.is_next else number < latest.number
+
+    def _empty_pages(self, place: Place) -> int:
+        """How many empty pages were read since the latest record of the shard was."""
+        number, latest = self._empty.get(place, (0, None))
+        return number if latest == self._latest.get(place[:2]) else 0
 
     def _note_latest(self, place: Place, record: Mapping[str, Any]) -> None:
         time = record.get("ApproximateCreationDateTime", inf)

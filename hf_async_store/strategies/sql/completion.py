@@ -27,23 +27,33 @@ def completed(work: Coroutine[Any, Any, Result]) -> Generator[Any, None, Result]
             waited = work.send(None)
             if waited is not None:
                 waited._asyncio_future_blocking = False  # it is not this task that waits for it
-            while True:
-                try:
-                    yield from _done(waited)
-                except asyncio.CancelledError as exc:
-                    cancelled = exc
-                if waited is None or waited.done():
-                    break
+            cancelled = (yield from _ended(waited)) or cancelled
     except StopIteration as end:
         if cancelled is None:
             result: Result = end.value
             return result
+    except GeneratorExit:
+        raise
     except BaseException:
         if cancelled is None:
             raise
     finally:
         work.close()
     raise cancelled
+
+
+def _ended(
+    waited: asyncio.Future[Any] | None,
+) -> Generator[Any, None, asyncio.CancelledError | None]:
+    """As `_done`, also if the caller is cancelled; returns the last cancellation."""
+    cancelled: asyncio.CancelledError | None = None
+    while True:
+        try:
+            yield from _done(waited)
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+        if waited is None or waited.done():
+            return cancelled
 
 
 def _done(waited: asyncio.Future[Any] | None) -> Generator[Any, None, None]:
@@ -58,4 +68,8 @@ def _done(waited: asyncio.Future[Any] | None) -> Generator[Any, None, None]:
             done.set_result(None)
 
     waited.add_done_callback(wake)
-    yield from done
+    try:
+        yield from done
+    finally:
+        # anyio cancels a task again in each turn of the loop.
+        waited.remove_done_callback(wake)

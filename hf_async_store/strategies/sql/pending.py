@@ -116,18 +116,25 @@ class Encoder:
         return not purges and self.statements.decides(change.lifetimes, change.key.collection)
 
     def exactly(
-        self, pending: PendingChange, stored: Stored, row: Stored | None, *, expired: bool
+        self,
+        pending: PendingChange,
+        stored: Stored,
+        row: Stored | None,
+        *,
+        expired: bool,
+        same: bool = False,
     ) -> PendingChange:
         """The same change, as the replacement of exactly this stored version by a decided row.
 
         Args:
             expired: the stored entity has expired. Another one may get the same version, so that the
                 document is compared.
+            same: the document is compared as well.
         """
         place, change = pending.place, pending.change
         collection, lifetimes = change.key.collection, change.lifetimes
         table = self.tables[collection]
-        same = expired or (lifetimes is not None and not self._decides(change))
+        same = same or expired or (lifetimes is not None and not self._decides(change))
         doc = stored.doc if same else ""
         if row is None:
             shape = StatementKey(collection, "delete", lifetimes=lifetimes, same=same)
@@ -154,7 +161,8 @@ class Encoder:
     ) -> PendingChange:
         """The changes of one entity, as the replacement of exactly this stored version, or of nothing."""
         if stored is not None:
-            exact = self.exactly(pending, stored, row, expired=False)
+            # The changes may not depend on the version, and the entity may be deleted and created again.
+            exact = self.exactly(pending, stored, row, expired=False, same=True)
         else:
             kind = _Kind(pending.change.key.collection, "create", True, True, None)
             shape, fields = self._shape(kind), decode_json(row.doc)

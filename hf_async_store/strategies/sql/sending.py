@@ -21,6 +21,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     CorruptionError,
     LockTimeoutError,
+    OperationTimeoutError,
     StorageError,
 )
 from hf_async_store.preconditions import check_children
@@ -126,7 +127,10 @@ class _Batch(ABC):
             if attempt:
                 await asyncio.sleep(random.uniform(0, 0.001 * attempt))
         for pending in chain.from_iterable(waiting):
-            self.fail(pending, _overtaken(pending.change.key))
+            if pending.later:  # some of them may not depend on what is stored
+                await self._send_one_by_one(pending)
+            else:
+                self.fail(pending, _overtaken(pending.change.key))
 
     def fail(self, pending: PendingChange, exc: StorageError) -> None:
         """Store the outcome of a change, and of those that are combined with it."""
@@ -150,6 +154,11 @@ class _Batch(ABC):
                 for place, outcome in each.decided:
                     self.outcomes[place] = outcome
         return by_statement(await self._decided(rejected)) if rejected else []
+
+    def is_blocked(self, pending: PendingChange) -> bool:
+        """Whether an earlier change of the same key is blocked; then this one fails in the same way."""
+        del pending
+        return False
 
     def writes_unique(self, piece: Sequence[PendingChange]) -> bool:
         """Whether the statement of some changes writes unique columns."""
@@ -242,7 +251,9 @@ class _Batch(ABC):
     async def _send_one_by_one(self, pending: PendingChange) -> None:
         """Execute combined changes, each in a statement of its own."""
         for place, change in pending.steps:
-            await self.send([self._encoder.pending(place, change)])
+            each = self._encoder.pending(place, change)
+            if not self.is_blocked(each):
+                await self.send([each])
 
     async def _end_claim(self, table: Table, key: Key, expired: Stored) -> None:
         """End the claim of an expired entity that is replaced."""
@@ -417,7 +428,7 @@ class IndependentBatch(_Batch):
         """
         try:
             for group in groups:
-                await self.send([each for each in group if not self._is_blocked(each)])
+                await self.send([each for each in group if not self.is_blocked(each)])
         except StorageError as exc:
             # What earlier statements wrote must not be reported as failed.
             if not any(isinstance(each, int) for each in self.outcomes):
@@ -428,8 +439,8 @@ class IndependentBatch(_Batch):
                     error.outcome_unknown = False
         return self.outcomes
 
-    def _is_blocked(self, pending: PendingChange) -> bool:
-        """Whether an earlier change of the same key is blocked."""
+    def is_blocked(self, pending: PendingChange) -> bool:
+        """See `_Batch`."""
         error = self._blocked.get(pending.change.key)
         if error is not None:
             self.fail(pending, error.copy())
@@ -450,16 +461,15 @@ class IndependentBatch(_Batch):
                 self.outcomes[piece[0].place] = exc
             return []
         except LockTimeoutError as exc:
-            if len(piece) > 1:
-                self._patience.shorten()
-                return await self._without_locked(piece, exc)
-            self._block(piece, exc)
-            return []
-        except StorageError as exc:
-            if exc.outcome_unknown:
-                for each in piece:
-                    self.fail(each, exc.copy())
-            raise
+            return await self._after_waiting(piece, exc)
+        except OperationTimeoutError as exc:
+            # A statement that waits for a lock may end by `statement_timeout` before `lock_timeout`: that
+            # counts from its beginning.
+            if exc.outcome_unknown or not await self._locked(piece):
+                raise
+            error = LockTimeoutError(str(exc))
+            error.__cause__ = exc
+            return await self._after_waiting(piece, error)
 
     def between_statements(self) -> AbstractAsyncContextManager[None]:
         # Not serializable, so that it is no reason for another transaction to fail.
@@ -484,8 +494,12 @@ class IndependentBatch(_Batch):
                 async with self._transaction(shape):
                     wait = self._patience.wait(len(piece))
                     return await self.run_statement(shape, piece, wait)
-            except ConcurrencyConflictError as exc:
-                is_final = exc.outcome_unknown or isinstance(exc, CatalogueChangedError)
+            except StorageError as exc:
+                if exc.outcome_unknown:
+                    for each in piece:
+                        self.fail(each, exc.copy())
+                is_conflict = isinstance(exc, ConcurrencyConflictError) and not exc.outcome_unknown
+                is_final = not is_conflict or isinstance(exc, CatalogueChangedError)
                 if is_final or not await self._backoff.pause():
                     raise
 
@@ -495,12 +509,35 @@ class IndependentBatch(_Batch):
             return self.lease.transaction("read_committed")
         return self.lease.transaction() if self._in_transactions else nullcontext()
 
+    async def _after_waiting(
+        self, piece: list[PendingChange], exc: LockTimeoutError
+    ) -> list[list[PendingChange]]:
+        """As `attempt`, after the statement waited for a lock in vain."""
+        if len(piece) > 1:
+            self._patience.shorten()
+            return await self._without_locked(piece, exc)
+        self._block(piece, exc)
+        return []
+
     async def _without_locked(
         self, piece: list[PendingChange], exc: LockTimeoutError
     ) -> list[list[PendingChange]]:
         """The changes of which no row is locked, and, if this batch is patient, each of the others."""
+        names = await self._locked(piece)
+        locked = [each for each in piece if each.change.key.id in names]
+        free = [each for each in piece if each.change.key.id not in names]
+        if not locked:  # another row is locked: that of a parent, or one that is not committed
+            return halves(piece)
+        if not self._patient:
+            self._block(locked, exc)
+            locked = []
+        return [*([free] if free else []), *([each] for each in locked)]
+
+    async def _locked(self, piece: list[PendingChange]) -> set[str]:
+        """The ids of the rows, among those that the statement of some changes writes, that are locked."""
         shape = piece[0].shape
-        assert shape is not None
+        if shape is None:  # nothing was written
+            return set()
         table = self._tables[shape.collection]
         ids = array_text([each.change.key.id for each in piece])
         source = f"SELECT t.{table.key} FROM {table.name} AS t WHERE t.{table.key} = ANY($1::text::text[])"
@@ -511,15 +548,7 @@ class IndependentBatch(_Batch):
                 f"{source} EXCEPT ALL SELECT {table.key} FROM free",
                 (ids,),
             )
-        names = {row[0] for row in rows}
-        locked = [each for each in piece if each.change.key.id in names]
-        free = [each for each in piece if each.change.key.id not in names]
-        if not locked:  # another row is locked: that of a parent, or one that is not committed
-            return halves(piece)
-        if not self._patient:
-            self._block(locked, exc)
-            locked = []
-        return [*([free] if free else []), *([each] for each in locked)]
+        return {row[0] for row in rows}
 
     def _block(self, locked: Sequence[PendingChange], exc: LockTimeoutError) -> None:
         for each in locked:
