@@ -57,8 +57,11 @@ _KEEP_SECONDS: Final = 0.01
 _COMPETING_SECONDS: Final = 1.0
 """How long after its last wait a process takes others for waiting, too."""
 
-_SHORT_PAUSE: Final = 0.002
-"""A writer that comes so soon after the last one comes at once."""
+_LONG_PAUSE: Final = 0.002
+"""If no next writer came for so long, the lock was kept in vain."""
+
+_REST_FACTOR: Final = 20
+"""The lock is not kept again for this many times the time for which it was kept in vain."""
 
 
 class _LockContext(Struct, eq=False):
@@ -411,9 +414,8 @@ class LockManager:
     A task first acquires a `ReaderWriterLock`, with the guarantees of that class, and then the lock
     between processes, which is polled with pauses of at most 5 ms. A process that acquires the lock
     in a loop, to read or to write, does not starve another; with `keeps`, it has the lock for at most
-    10 ms more. The lock of a process that dies is
-    released. Acquiring a free lock does not suspend; a cancelled or failed acquire leaves nothing
-    held.
+    10 ms more, as long as its event loop runs. The lock of a process that dies is released. Acquiring
+    a free lock does not suspend; a cancelled or failed acquire leaves nothing held.
 
     It must not be used in a forked child (see `FileLock`).
 
@@ -452,8 +454,8 @@ class LockManager:
         self._is_kept = False  # the file is locked for the next writer of this process
         self._keep_until = -inf
         self._last_wait = -inf
+        self._keep_again = -inf
         self._last_release = -inf
-        self._last_pause = inf  # the time between the last release and the next acquire
 
     @property
     def exclusive_held(self) -> bool:
@@ -507,17 +509,12 @@ class LockManager:
         wait = _Wait(mode, self._timeout if timeout is None else timeout)
         await self._tasks.acquire(mode, wait.timeout, task)
         try:
-            now = monotonic()
-            self._last_pause = now - self._last_release
-            if mode == "read" or now >= self._keep_until:
-                self._end_keeping()
-            if self._is_kept:
-                self._is_kept = False
-            elif mode == "write":
+            self._end_keeping(unlock=mode == "read" or monotonic() >= self._keep_until)
+            if mode == "read":
+                await self._join_readers(task, wait)
+            elif self._main.held is None:  # otherwise it was kept for this writer
                 await self._pass_turnstile(wait)
                 self._keep_until = monotonic() + _KEEP_SECONDS
-            else:
-                await self._join_readers(task, wait)
         except BaseException:
             self._tasks.release(mode, task)
             raise
@@ -540,19 +537,25 @@ class LockManager:
         """Whether the file stays locked for a next writer, which will come at once.
 
         With each change of the process, the others wait until they have polled, and read what was written
-        meanwhile. So processes that compete get the lock for some writers each. Not if callers need time of
-        their own between two writes: other processes would wait for it.
+        meanwhile. So processes that compete get the lock for some writers each.
         """
         competing = now - self._last_wait < _COMPETING_SECONDS
-        return competing and now < self._keep_until and self._last_pause < _SHORT_PAUSE
+        return competing and self._keep_again <= now < self._keep_until
 
     def _end_keeping_soon(self) -> None:
         if self._is_kept:
             asyncio.get_running_loop().call_soon(self._end_keeping)
 
-    def _end_keeping(self) -> None:
-        if self._is_kept:
-            self._is_kept = False
+    def _end_keeping(self, *, unlock: bool = True) -> None:
+        if not self._is_kept:
+            return
+        self._is_kept = False
+        # Callers that compute before they write again, without a pause for the event loop, make the other
+        # processes wait for their computing.
+        now = monotonic()
+        if now - self._last_release > _LONG_PAUSE:
+            self._keep_again = now + _REST_FACTOR * (now - self._last_release)
+        if unlock:
             self._main.unlock()
 
     async def _join_readers(self, task: asyncio.Task[Any], wait: _Wait) -> None:

@@ -420,6 +420,27 @@ async def test_failing_compactions_are_retried_with_growing_pauses(
         assert (await reopened(tmp_path, layout))["templates"]["t"]["version"] == 400
 
 
+@both_layouts
+async def test_a_long_compaction_is_followed_by_a_long_pause_unless_it_failed(
+    tmp_path: Path, layout: str
+) -> None:
+    """One that only waited for the lock of another process has written nothing."""
+    async with open_json(tmp_path, layout, lock_timeout=0.2) as store:
+        await store.save_entity("templates", {"template_id": "t"})
+        await store.checkpoint()
+        compactor, state = store._json.compactor, store._json.follower.state
+        assert state is not None
+        async with open_json(tmp_path, layout) as other, other.acquire_write_lock():
+            compactor.begin()
+            await compactor.close()
+        assert compactor._failures == 1
+        assert compactor._rest(state) == 0
+        compactor._last_duration = 1.0
+        assert compactor._rest(state) > 9
+        await store.save_entity("templates", {"template_id": "u", "name": "x" * 5000})
+        assert compactor._rest(state) == 0  # the journal is larger than the data files
+
+
 @pytest.mark.hf_sampled
 @both_layouts
 @pytest.mark.parametrize("verb", ["close", "adopt", "write_file"])

@@ -890,14 +890,33 @@ async def test_a_lock_that_is_kept_ends(
     other.close()
 
 
-async def test_a_lock_is_not_kept_for_slow_callers(
-    competing: tuple[LockManager, Clock], manager: Make
+async def test_a_lock_that_was_kept_in_vain_is_not_kept_again_soon(
+    competing: tuple[LockManager, Clock],
 ) -> None:
+    """Other processes wait for the callers of this one twentieth of the time at most."""
     here, clock = competing
-    clock.now += 0.005
     async with here.exclusive(keeps=True):
         pass
-    assert not here.exclusive_held
+    assert here.exclusive_held
+    clock.now += 0.2  # its callers compute
+    for seconds, kept in ((0, False), (3.9, False), (0.2, True)):
+        clock.now += seconds
+        here._last_wait = clock.now
+        async with here.exclusive(keeps=True):
+            pass
+        assert here.exclusive_held == kept
+
+
+async def test_a_lock_that_is_closed_is_not_kept(competing: tuple[LockManager, Clock]) -> None:
+    here, _ = competing
+    async with here.exclusive(keeps=True):
+        here.close()
+    with pytest.raises(StoreClosedError):
+        async with here.exclusive():
+            pass
+
+
+async def test_a_lock_is_not_kept_without_competition(manager: Make) -> None:
     alone = manager()
     for _ in range(3):
         async with alone.exclusive(keeps=True):

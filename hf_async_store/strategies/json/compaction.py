@@ -166,13 +166,13 @@ class Compactor:
         began = time.monotonic()
         try:
             await self.compact()
+            self._last_duration = time.monotonic() - began
         except StorageError:
             # Nothing is lost: the journal contains every commit. `health` reports the failure.
             log.warning("the journal could not be compacted into the data files", exc_info=True)
         finally:
             self._task = None
             self._last_end = time.monotonic()
-            self._last_duration = self._last_end - began
         if self._after_each_commit:
             self.consider()  # it may have failed, or may not contain a commit that failed meanwhile
 

@@ -393,8 +393,9 @@ class JSONEngine(Engine):
         return await self._write(changes, keeps=False)
 
     async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
-        # The next batch of the store follows at once, if its callers go on at once.
-        return await self._write(changes, keeps=True)
+        # If there are several callers, the next batch of the store probably follows at once. A single one
+        # may go on with anything, and the lock is free when its write returns.
+        return await self._write(changes, keeps=len(changes) > 1)
 
     async def _write(self, changes: Sequence[Change], *, keeps: bool) -> list[Outcome]:
         async with self.writing(keeps=keeps) as state:
