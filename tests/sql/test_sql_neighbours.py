@@ -295,11 +295,13 @@ async def test_an_entity_that_is_being_created_elsewhere(database: str) -> None:
 async def test_many_blocked_changes_wait_together(database: str, created: bool) -> None:
     """Not one after the other: it would take minutes until the last one was found to be blocked."""
     entities = [template(f"x{each:03}", n=1) for each in range(150)]
-    async with open_store(database) as other, open_store(f"{database}?timeout=1") as store:
+    async with open_store(database) as other, open_store(f"{database}?timeout=2") as store:
         await store.save_entities("templates", [template("a"), *([] if created else entities)])
         async with other.begin_transaction() as tx:
             await tx.save_entities("templates", entities)
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(
+                60
+            ):  # one after the other, it would take 150 times 2 seconds
                 with pytest.raises(BatchError) as caught:
                     await store.save_entities("templates", [*entities, template("a")])
                 outcomes = await store.engine.write_each(
