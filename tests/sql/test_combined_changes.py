@@ -20,7 +20,7 @@ from hf_async_store import (
     open_store,
 )
 from hf_async_store.changes import Patch
-from hf_async_store.strategies.sql import statement_writer
+from hf_async_store.strategies.sql import sending, statement_writer
 from hf_async_store.strategies.sql.postgresql import PostgreSQL
 from hf_async_store.strategies.sql.sending import IndependentBatch
 from hf_async_store.testing.assertions import get_existing
@@ -216,6 +216,20 @@ async def test_a_lost_connection_leaves_the_outcomes_before_it(
         assert second.outcome_unknown
         assert isinstance(third, UnavailableError)
         assert not third.outcome_unknown
+
+
+async def test_computed_documents_are_divided_by_their_size(
+    postgres_server: PostgresServer, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those that callers give: a statement has a limit."""
+    monkeypatch.setattr(sending, "_MAX_SIZE", 5000)
+    async with open_store(postgres_server.database(), collections=[_counters()]) as store:
+        ids = [f"c{each}" for each in range(10)]
+        large = [{"counter_id": each, "count": 0, "name": "x" * 2000} for each in ids]
+        await store.save_entities("counters", large)
+        written.clear()
+        await store.update_entities("counters", {each: {"count": increment(1)} for each in ids})
+        assert len(written) == 5
 
 
 def _counters(**options: Any) -> Collection:

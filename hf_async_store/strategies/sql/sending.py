@@ -120,7 +120,12 @@ class _Batch(ABC):
         """Execute changes of one statement, and store their outcomes."""
         waiting = _pieces(group)
         for attempt in range(_TRIES):
-            again = [each for piece in waiting for each in await self.attempt(piece)]
+            again = [
+                part
+                for piece in waiting
+                for each in await self.attempt(piece)
+                for part in _pieces(each)
+            ]
             if not again:
                 return
             waiting = again
