@@ -76,11 +76,11 @@ class FeedingSQLEngine(ClaimingSQLEngine):
         report = dict(await super().health())
         if not self._dialect.exists():
             return report
-        try:
-            async with self._main.lease() as lease:
+        async with self._main.lease() as lease:
+            try:
                 unrecorded = await self._sync.unrecorded(lease)
-        except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="check the health", writes=False) from exc
+            except self._dialect.driver_errors as exc:
+                raise self._dialect.translate(exc, doing="check the health", writes=False) from exc
         problems = report["problems"]
         assert isinstance(problems, list)
         lost = [
