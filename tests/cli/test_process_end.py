@@ -20,7 +20,7 @@ from hf_async_store.cli.context import Context
 from hf_async_store.locks import FileLock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 pytestmark = pytest.mark.hf_sampled
 
@@ -218,10 +218,8 @@ def test_interrupted_while_it_waits_for_the_lock(filled: Cli) -> None:
     assert filled("get", "machines", "m-9").code == 1
 
 
-def test_an_interrupted_restore_says_that_it_is_incomplete(filled: Cli) -> None:
-    assert filled("backup", "b.jsonl.gz").code == 0
-    assert filled("delete", "machines", "m-1").code == 0
-    words = ["restore", "b.jsonl.gz", "--merge", "replace"]
+def _interrupted(words: Sequence[str]) -> list[str]:
+    """The messages of a command that Ctrl-C ends while it waits for the lock of the store."""
     with (
         locked_store(),
         subprocess.Popen([*PROGRAM, *words], stderr=subprocess.PIPE) as process,
@@ -230,7 +228,14 @@ def test_an_interrupted_restore_says_that_it_is_incomplete(filled: Cli) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    incomplete, interrupted = err.decode().splitlines()
+    return err.decode().splitlines()
+
+
+def test_an_interrupted_restore_says_that_it_is_incomplete(filled: Cli) -> None:
+    assert filled("backup", "b.jsonl.gz").code == 0
+    assert filled("delete", "machines", "m-1").code == 0
+    words = ["restore", "b.jsonl.gz", "--merge", "replace"]
+    incomplete, interrupted = _interrupted(words)
     # Unchanged entities need no lock; the changed machine does.
     assert "the restore of b.jsonl.gz is incomplete: 3 entities are restored, " in incomplete
     assert incomplete.endswith("; run it again with --merge replace")
@@ -255,15 +260,7 @@ def test_what_was_interrupted_says_how_it_goes_on(filled: Cli, words: list[str],
     assert filled("update", "machines", "m-1", "status=MOVED", "--store", "json:moved").code == 0
     declared = "JOBS = Collection('jobs', key='id', fields=['to'], indexes=['to'])"
     Path("wider.py").write_text(f"from hf_async_store import Collection\n{declared}\n")
-    with (
-        locked_store(),
-        subprocess.Popen([*PROGRAM, *words], stderr=subprocess.PIPE) as process,
-    ):
-        wait_for_the_line()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    goes_on, interrupted = err.decode().splitlines()
+    goes_on, interrupted = _interrupted(words)
     assert how in goes_on
     assert interrupted == "hf-async-store: interrupted"
 

@@ -488,6 +488,12 @@ async def test_a_watcher_that_goes_on_at_the_end_of_a_shard_reads_what_others_ha
             waiting.cancel()
 
 
+def _empty_page(request: Request) -> Answer:
+    """An answer to GetRecords without records, after which the next request asks for the same place."""
+    following = request.params["ShardIterator"]
+    return Answer(200, {"Records": [], "NextShardIterator": following})
+
+
 async def test_empty_pages_before_records_are_not_the_end(proxy: Proxy) -> None:
     """GetRecords may have to be called several times before it returns the next records."""
     prefix = new_prefix()
@@ -498,8 +504,7 @@ async def test_empty_pages_before_records_are_not_the_end(proxy: Proxy) -> None:
         if request.operation != "GetRecords" or not empty:
             return None
         empty -= 1
-        iterator = request.params["ShardIterator"]
-        return Answer(200, {"Records": [], "NextShardIterator": iterator})
+        return _empty_page(request)
 
     proxy.rule = rule
     async with store_at(proxy.url, prefix, FED) as store:
@@ -525,8 +530,7 @@ async def test_an_empty_page_of_a_new_watcher_is_not_the_end(proxy: Proxy) -> No
         if request.operation != "GetRecords" or request.params["ShardIterator"] not in iterators:
             return None
         iterators.clear()
-        following = request.params["ShardIterator"]
-        return Answer(200, {"Records": [], "NextShardIterator": following})
+        return _empty_page(request)
 
     async with store_at(proxy.url, prefix, FED) as store:
         await store.create_entity("jobs", {"job_id": "old"})
@@ -559,8 +563,7 @@ async def test_an_empty_page_after_many_others_is_not_the_end(
         if request.operation != "GetRecords" or not empty:
             return None
         empty -= 1
-        following = request.params["ShardIterator"]
-        return Answer(200, {"Records": [], "NextShardIterator": following})
+        return _empty_page(request)
 
     proxy.rule = rule
     async with store_at(proxy.url, prefix, FED) as store:
