@@ -379,12 +379,8 @@ class SQLEngine(Engine):
         if other._dialect.names != self._dialect.names:
             return False
         async with self._main.lease() as mine, other._main.lease() as theirs:
-            try:
+            with self._dialect.translating("compare the stores"):
                 return await self._dialect.is_same_store(mine.driver, theirs.driver)
-            except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(
-                    exc, doing="compare the stores", writes=False
-                ) from exc
 
     async def undeclared(self) -> list[str]:
         if not self._dialect.exists():
@@ -564,12 +560,10 @@ class SQLEngine(Engine):
             names.index(table.collection, table.entry.indexed(each.fields)): each
             for each in self.schema[query.collection].indexes
         }
-        try:
+        with self._dialect.translating("explain the query"):
             plan = await self._dialect.explain(
                 driver, compiled.sql, compiled.args, indexes, len(paths_in(query.where))
             )
-        except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="explain the query", writes=False) from exc
         ready = [each.fields for each in table.entry.indexes if each.ready]
         missing = [each.name for each in indexes.values() if each.fields not in ready]
         detail = plan.detail
@@ -583,14 +577,12 @@ class SQLEngine(Engine):
         name = query.collection
         entry = declared(Catalogue(), [self.schema[name]])[name]
         try:
-            async with self._dialect.scratch(driver) as scratch:
-                await self._sync.create(scratch, name, entry)
-                return await self._explain(scratch, self._table(name, entry), query)
-        except self._dialect.driver_errors as exc:
-            error = self._dialect.translate(exc, doing="explain the query", writes=False)
-            if isinstance(error, ReadOnlyStoreError | PermissionDeniedError):
-                return _NO_TABLE  # temporary tables cannot be created
-            raise error from exc
+            with self._dialect.translating("explain the query"):
+                async with self._dialect.scratch(driver) as scratch:
+                    await self._sync.create(scratch, name, entry)
+                    return await self._explain(scratch, self._table(name, entry), query)
+        except (ReadOnlyStoreError, PermissionDeniedError):
+            return _NO_TABLE  # temporary tables cannot be created
 
     async def probe(self) -> None:
         parameters = [self._dialect.grammar.parameter(n, "text") for n in (1, 2)]
@@ -623,11 +615,9 @@ class SQLEngine(Engine):
         async with self._main.lease() as lease:
             if self._state is not None:
                 problems += await self._damaged_tables(lease, self._state.tables)
-            try:
+            with self._dialect.translating("check the health"):
                 names = {self._dialect.names.table(each): each for each in self.schema}
                 report = await self._dialect.health(lease.driver, names)
-            except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="check the health", writes=False) from exc
             if not problems:
                 found = await self._sync.changes(lease)
                 changes += [f"{each.kind}: {each.detail}" for each in found]
