@@ -107,7 +107,7 @@ class ChangesByFilter:
         if query.limit == 0:
             return
         try:
-            async with Owned(self._store._select_batches(query)) as batches:
+            async with Owned(self._store._batches(query)) as batches:
                 async for batch in batches:
                     yield batch
         except StorageError as exc:

@@ -454,6 +454,14 @@ class Engine(Reader):
         """
         return await self.write_each(changes)
 
+    async def few(self, query: Query) -> list[Entity] | None:
+        """All that `select_batches` yields, if few entities match, and they can be read in one step.
+
+        None, the default: the caller must use `select_batches`.
+        """
+        del query
+        return None
+
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:
         """A consistent snapshot that can be read until the context is left, for backups and comparisons.
 

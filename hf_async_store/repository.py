@@ -20,7 +20,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from time import monotonic, perf_counter
 from typing import Final, Literal, TypeAlias, TypeVar, overload
 
@@ -158,6 +158,21 @@ class RepositoryInterface(ABC):
 
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return batched(self._select(query))
+
+    async def _few(self, query: Query) -> list[Entity] | None:
+        """See `Engine.few`."""
+        del query
+        return None
+
+    async def _batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """The matching entities in batches, by `_few` or by `_select_batches`."""
+        few = await self._few(query)
+        if few is not None:
+            yield few
+            return
+        async with Owned(self._select_batches(query)) as batches:
+            async for each in batches:
+                yield each
 
     # -- expiry ------------------------------------------------------------------------------
 
@@ -1011,7 +1026,7 @@ class RepositoryInterface(ABC):
         read = value_reader(steps)
         started, rows = perf_counter(), 0
         try:
-            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
+            async with operation_timeout(timeout), Owned(self._batches(query)) as batches:
                 async for batch in batches:
                     result.add(map(read, batch))
                     rows += len(batch)
@@ -1106,10 +1121,14 @@ class RepositoryInterface(ABC):
         entities: list[Entity] = []
         started = perf_counter()
         try:
-            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
-                async for batch in batches:
-                    entities += [project(each, fields) for each in batch[skipped:]]
-                    skipped = max(0, skipped - len(batch))
+            async with operation_timeout(timeout):
+                if (few := await self._few(query)) is not None:
+                    entities = [project(each, fields) for each in few[skipped:]]
+                    return entities
+                async with Owned(self._select_batches(query)) as batches:
+                    async for batch in batches:
+                        entities += [project(each, fields) for each in batch[skipped:]]
+                        skipped = max(0, skipped - len(batch))
         finally:
             self._slow_queries.note(query, started, len(entities))
         return entities
@@ -1334,18 +1353,22 @@ def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError
     )
 
 
-@asynccontextmanager
-async def operation_timeout(
+_NO_TIMEOUT: Final = nullcontext()
+
+
+def operation_timeout(
     timeout: float | None, *, outcome_unknown: Callable[[], bool] = bool
-) -> AsyncIterator[None]:
+) -> AbstractAsyncContextManager[None]:
     """Limit the duration of the body to `timeout` seconds.
 
     Raises:
         OperationTimeoutError: the time expired; `outcome_unknown` is called at that moment.
     """
-    if timeout is None:
-        yield
-        return
+    return _NO_TIMEOUT if timeout is None else _limited(timeout, outcome_unknown)
+
+
+@asynccontextmanager
+async def _limited(timeout: float, outcome_unknown: Callable[[], bool]) -> AsyncIterator[None]:
     check_seconds(timeout, "timeout")
     scope = asyncio.timeout(timeout)
     try:

@@ -386,6 +386,9 @@ class StorageStrategy(WatchedStore):
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return self._streams.read(self._usable().select_batches(self._living_query(query)))
 
+    async def _few(self, query: Query) -> list[Entity] | None:
+        return await self._usable().few(self._living_query(query))
+
     async def _count(self, query: Query) -> int:
         return await self._usable().count(self._living_query(query))
 

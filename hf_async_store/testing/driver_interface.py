@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from hf_async_store.changes import ChangeMarker, Put
+from hf_async_store.driver import Engine
 from hf_async_store.errors import ConcurrencyConflictError, StoreClosedError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Comparison, Query
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hf_async_store.changes import Outcome
-    from hf_async_store.driver import Engine, Reader
+    from hf_async_store.driver import Reader
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.testing.harness import Harness
     from hf_async_store.values import Entity
@@ -234,6 +235,8 @@ async def _check_reader(reader: Reader, query: Query, name: str, ids: Sequence[s
     entities = sorted(canonical(each.entity) for each in records)
     async with Owned(reader.select_batches(query)) as batches:
         assert sorted([canonical(each) async for batch in batches for each in batch]) == entities
+    if isinstance(reader, Engine) and (few := await reader.few(query)) is not None:
+        assert sorted(map(canonical, few)) == entities
     async with Owned(reader.select_json(query)) as texts:
         assert sorted([each async for batch in texts for each in batch]) == entities
 

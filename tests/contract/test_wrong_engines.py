@@ -247,6 +247,11 @@ class _SelectsNoBatches(MemoryEngine):
         return batched(_Nothing().select(query))
 
 
+class _HasNoFew(MemoryEngine):
+    async def few(self, query: Query) -> list[Entity] | None:
+        return []
+
+
 class _SelectsNoJSON(MemoryEngine):
     def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
         return _Nothing().select_json(query)
@@ -316,6 +321,7 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
     (_ExplainsWrongly, "test_64_a_declared_index_is_used_and_named"),
     (_SelectsNothing, _SNAPSHOT),
     (_SelectsNoBatches, _SNAPSHOT),
+    (_HasNoFew, _SNAPSHOT),
     (_SelectsNoJSON, _SNAPSHOT),
     (_WritesNothing, "test_02_create_then_get_is_equal_in_value_and_type"),
     (_WritesWithoutClaim, "test_106_finish_is_one_commit"),

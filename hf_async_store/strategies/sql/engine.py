@@ -289,17 +289,16 @@ class SQLEngine(Engine):
 
     async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         # On a connection of the main pool: the caller must not use the store meanwhile.
-        rows = await self._small(query)
-        if rows is not None:
-            if rows:
-                yield [entity for _, entity in rows]
-            return
         async with (
             self._reading(self._main, reading.statements(query)) as reader,
             Owned(reader.select_batches(query)) as batches,
         ):
             async for batch in batches:
                 yield batch
+
+    async def few(self, query: Query) -> list[Entity] | None:
+        rows = await self._small(query)
+        return None if rows is None else [entity for _, entity in rows]
 
     async def _small(self, query: Query) -> list[reading.Row] | None:
         if not reading.may_be_small(query):
