@@ -82,6 +82,7 @@ from hf_async_store.values import (
     Entity,
     Key,
     Value,
+    all_canonical,
     canonical,
     copy_entity,
     utc_now,
@@ -349,7 +350,7 @@ class Reader(ABC):
         """As `select_batches`, with `values.canonical` applied to each entity."""
         async with Owned(self.select_batches(query)) as batches:
             async for batch in batches:
-                yield list(map(canonical, batch))
+                yield all_canonical(batch)
 
 
 class Session(Reader):

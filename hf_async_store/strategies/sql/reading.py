@@ -27,7 +27,7 @@ from hf_async_store.strategies.sql.compiler import (
     compile_query,
     group_of,
 )
-from hf_async_store.values import Entity, Key, Value, canonical
+from hf_async_store.values import Entity, Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -109,15 +109,6 @@ async def select_batches(
     async with Owned(_in_order(lease, table, query)) as batches:
         async for batch in batches:
             yield [entity for _, entity in batch]
-
-
-async def select_json(
-    lease: LeasedConnection, table: Table, query: Query
-) -> AsyncGenerator[list[bytes], None]:
-    """The canonical JSON of the entities of `records`, in batches."""
-    async with Owned(select_batches(lease, table, query)) as batches:
-        async for batch in batches:
-            yield list(map(canonical, batch))
 
 
 def may_be_small(query: Query) -> bool:
