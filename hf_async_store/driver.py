@@ -34,6 +34,7 @@ from hf_async_store.changes import (
     ANY,
     PRESENT,
     Change,
+    ChangedMatches,
     ChangeMarker,
     Delete,
     Outcome,
@@ -98,6 +99,7 @@ __all__ = [
     "Capabilities",
     "Change",
     "ChangeMarker",
+    "ChangedMatches",
     "ClaimClock",
     "ClaimInfo",
     "ClaimTerms",
@@ -461,6 +463,20 @@ class Engine(Reader):
         None, the default: the caller must use `select_batches`.
         """
         del query
+        return None
+
+    async def change_matches(
+        self, query: Query, change: Callable[[Key, int], Change]
+    ) -> ChangedMatches | None:
+        """Read the entities that match a query with a limit, and apply a change of each, in one step.
+
+        None, the default: nothing was done, and the caller must use `few` or `select_batches`, and
+        `write_each`.
+
+        Args:
+            change: returns the change of an entity that has a version; it may be called in a thread.
+        """
+        del query, change
         return None
 
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:

@@ -34,6 +34,7 @@ from hf_async_store.changes import (
     ANY,
     PRESENT,
     Change,
+    ChangedMatches,
     Delete,
     Expect,
     Outcome,
@@ -162,6 +163,13 @@ class RepositoryInterface(ABC):
     async def _few(self, query: Query) -> list[Entity] | None:
         """See `Engine.few`."""
         del query
+        return None
+
+    async def _change_matches(
+        self, query: Query, change: Callable[[Key, int], Change]
+    ) -> ChangedMatches | None:
+        """See `Engine.change_matches`."""
+        del query, change
         return None
 
     async def _batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:

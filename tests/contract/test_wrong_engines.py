@@ -19,6 +19,7 @@ from hf_async_store import Collection, StorageStrategy
 from hf_async_store.config import MemoryConfig
 from hf_async_store.driver import (
     Change,
+    ChangedMatches,
     Claimed,
     ClaimInfo,
     ClaimTerms,
@@ -252,6 +253,13 @@ class _HasNoFew(MemoryEngine):
         return []
 
 
+class _ChangesNoMatches(MemoryEngine):
+    async def change_matches(
+        self, query: Query, change: Callable[[Key, int], Change]
+    ) -> ChangedMatches | None:
+        return ChangedMatches([], [], [])
+
+
 class _SelectsNoJSON(MemoryEngine):
     def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
         return _Nothing().select_json(query)
@@ -322,6 +330,7 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
     (_SelectsNothing, _SNAPSHOT),
     (_SelectsNoBatches, _SNAPSHOT),
     (_HasNoFew, _SNAPSHOT),
+    (_ChangesNoMatches, "test_124_matches_are_changed_in_one_step"),
     (_SelectsNoJSON, _SNAPSHOT),
     (_WritesNothing, "test_02_create_then_get_is_equal_in_value_and_type"),
     (_WritesWithoutClaim, "test_106_finish_is_one_commit"),

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.changes import Change, ChangedMatches, Outcome, Record
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.driver import (
@@ -447,6 +447,24 @@ class SQLEngine(Engine):
         changes = calls[0] if len(calls) == 1 else list(chain.from_iterable(calls))
         outcomes = iter(await self._write(changes, patient=True))
         return [list(islice(outcomes, len(each))) for each in calls]
+
+    async def change_matches(
+        self, query: Query, change: Callable[[Key, int], Change]
+    ) -> ChangedMatches | None:
+        # Changes that wait for the only writer share a commit, and these would have one of their own.
+        if (
+            not self._dialect.single_writer
+            or self._write_lock.locked()
+            or not reading.may_be_small(query)
+        ):
+            return None
+        return await self._retried(lambda: self._change_matches(query, change))
+
+    async def _change_matches(
+        self, query: Query, change: Callable[[Key, int], Change]
+    ) -> ChangedMatches | None:
+        async with self.writing() as lease:
+            return await self._writer.change_matches(lease, query, change)
 
     async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
         return await self._write(changes, patient=False)
