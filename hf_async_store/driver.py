@@ -384,6 +384,7 @@ class Session(Reader):
         """What claims have passed over, of an engine with tables in memory (`hf_async_store.passed_over`);
         None: it is not remembered."""
         del query, most_attempts
+        return None
 
     async def direct(self, method: str) -> Session:
         """The session of the engine itself, for a method that only this engine has, and that may write.
