@@ -58,6 +58,7 @@ from hf_async_store.field_operations import FieldChange, plain_fields
 from hf_async_store.generators import Owned
 from hf_async_store.interface_version import INTERFACE_VERSION
 from hf_async_store.overlay import Overlay
+from hf_async_store.passed_over import PassedOver
 from hf_async_store.preconditions import (
     changed,
     check,
@@ -379,6 +380,14 @@ class Session(Reader):
             InvalidInputError: the engine has no savepoints.
         """
         raise InvalidInputError("this engine has no nested transactions (savepoints)")
+
+    async def passed_over(
+        self, query: Query, most_attempts: int | None
+    ) -> tuple[PassedOver, list[str]] | None:
+        """What claims have passed over, of an engine with tables in memory (`hf_async_store.passed_over`);
+        None: it is not remembered."""
+        del query, most_attempts
+        return None
 
     async def direct(self, method: str) -> Session:
         """The session of the engine itself, for a method that only this engine has, and that may write.
