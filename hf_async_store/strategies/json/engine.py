@@ -53,7 +53,7 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     StorageError,
 )
-from hf_async_store.event_loop import in_thread
+from hf_async_store.event_loop import Chunks, in_thread
 from hf_async_store.generators import Owned
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
@@ -94,6 +94,8 @@ log: Final = logging.getLogger("hf_async_store.json")
 
 _HEALTH_CHUNK: Final = 1 << 16
 """How many bytes of entities are checked in one step: about 1 ms."""
+
+_HEALTH_ENTITIES: Final = 1 << 14
 
 _HEALTH_LOCK_SECONDS: Final = 5.0
 
@@ -633,7 +635,8 @@ class JSONEngine(Engine):
             section = state.sections[name]
             unchecked = [
                 (entity_id, stored)
-                for entity_id, stored in section.entities.items()
+                async for chunk in Chunks(list(section.entities.items()), _HEALTH_ENTITIES)
+                for entity_id, stored in chunk
                 if type(stored) is not bytes
             ]
             size = 0

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
-from hf_async_store.event_loop import in_thread
+from hf_async_store.event_loop import TimedSteps, in_thread
 from hf_async_store.ordered_index import reclaim
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.schema import Schema
@@ -342,7 +342,8 @@ class StoreLoader:
         Returns:
             Whether all commits of the generation were applied.
         """
-        for number, entry in enumerate(journal.entries, 1):
+        steps = TimedSteps()
+        for entry in journal.entries:
             if entry.kind is Kind.COMMIT:
                 try:
                     images = await self.commit(state, entry, recovering=recover_from is not None)
@@ -352,8 +353,7 @@ class StoreLoader:
                     return False
                 await state.reclaim()
                 await reclaim_images(entry, images)
-            if not number % 64:
-                await asyncio.sleep(0)
+            await steps.pause()
         return journal.complete
 
     async def commit(
