@@ -132,7 +132,10 @@ class JSONEngine(Engine):
         self.files = FileManager(config, schema)
         self.serializer = JSONSerializer(schema, self._location)
         self.locks = LockManager(
-            self.files.lock(), timeout=config.lock_timeout, owned=self.files.ownership
+            self.files.lock(),
+            timeout=config.lock_timeout,
+            owned=self.files.ownership,
+            while_waiting=lambda: self.follower.read_ahead(),
         )
         loader = StoreLoader(self.files, schema, self.serializer, config.cache_size)
         self.follower = Follower(self.files, loader, self.locks, self.view)
