@@ -45,6 +45,7 @@ from hf_async_store.changes import (
     check_version,
 )
 from hf_async_store.changes_by_filter import ChangesByFilter
+from hf_async_store.collector import GatheredEntities
 from hf_async_store.conflict_retry import RETRY_SECONDS
 from hf_async_store.driver import batched
 from hf_async_store.errors import (
@@ -109,6 +110,9 @@ log: Final = logging.getLogger("hf_async_store.retries")
 
 _CHUNK_SIZE: Final = 128
 """The number of entities validated one by one between two iterations of the event loop."""
+
+_RECORDS_CHUNK: Final = 1 << 14
+"""The number of records whose entities are taken in one step."""
 
 _BATCH_CHUNK_SIZE: Final = 512
 """The number of entities validated together, column by column, in about the same time."""
@@ -551,7 +555,11 @@ class RepositoryInterface(ABC):
         if not keys:
             return []
         records = await self._fetch(keys, timeout)
-        return [None if each is None else each.entity for each in records]
+        return [
+            None if each is None else each.entity
+            async for chunk in Chunks(records, _RECORDS_CHUNK)
+            for each in chunk
+        ]
 
     async def import_entities(
         self,
@@ -1127,6 +1135,7 @@ class RepositoryInterface(ABC):
         skipped: int = 0,
     ) -> list[Entity]:
         entities: list[Entity] = []
+        gathered = GatheredEntities()
         started = perf_counter()
         try:
             async with operation_timeout(timeout):
@@ -1137,6 +1146,7 @@ class RepositoryInterface(ABC):
                     async for batch in batches:
                         entities += [project(each, fields) for each in batch[skipped:]]
                         skipped = max(0, skipped - len(batch))
+                        gathered.add(len(batch))
         finally:
             self._slow_queries.note(query, started, len(entities))
         return entities
