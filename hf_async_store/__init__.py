@@ -101,12 +101,12 @@ from hf_async_store.strategies import open_store
 from hf_async_store.strategy import StorageStrategy
 from hf_async_store.subscriptions import Subscription, SubscriptionInfo
 from hf_async_store.transaction import Transaction
-from hf_async_store.typed import (
+from hf_async_store.typed import TypedPage, TypedRepository, Versioned
+from hf_async_store.typed_collections import (
     TypedChange,
     TypedChanges,
+    TypedClaim,
     TypedCollection,
-    TypedPage,
-    Versioned,
 )
 from hf_async_store.values import REMOVE, Entity, Value
 
@@ -212,8 +212,10 @@ __all__ = [
     "TransactionTooLargeError",
     "TypedChange",
     "TypedChanges",
+    "TypedClaim",
     "TypedCollection",
     "TypedPage",
+    "TypedRepository",
     "UnavailableError",
     "UniqueViolationError",
     "UnknownCollectionError",

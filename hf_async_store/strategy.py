@@ -79,7 +79,7 @@ from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
-from hf_async_store.typed import TypedCollection
+from hf_async_store.typed_collections import TypedCollection
 from hf_async_store.values import Entity, Key, Value, copy_entity
 from hf_async_store.watching import WatchedStore
 
@@ -416,7 +416,7 @@ class StorageStrategy(WatchedStore):
         Raises:
             ConfigurationError: this store has no such collection, or several.
         """
-        return TypedCollection(self, model)
+        return TypedCollection(self, model, self.claim_entities)
 
     def begin_transaction(
         self, isolation: Isolation | None = None, *, read_only: bool = False

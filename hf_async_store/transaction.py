@@ -35,7 +35,7 @@ from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import Schema
 from hf_async_store.slow_queries import SlowQueries
-from hf_async_store.typed import TypedCollection
+from hf_async_store.typed import TypedRepository
 from hf_async_store.values import Entity, Key
 
 Result = TypeVar("Result")
@@ -131,9 +131,9 @@ class Transaction(RepositoryInterface):
             {} if parent is None else dict(parent._known_versions)
         )
 
-    def typed(self, model: type[Model]) -> TypedCollection[Model]:
+    def typed(self, model: type[Model]) -> TypedRepository[Model]:
         """As `StorageStrategy.typed`, in this transaction."""
-        return TypedCollection(self, model)
+        return TypedRepository(self, model)
 
     def begin_transaction(self) -> Self:
         """A nested transaction: a savepoint that can be rolled back alone.
