@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from difflib import get_close_matches
 from typing import Final, Generic, NamedTuple, TypeAlias
 
 from hf_async_store.arguments import check_callable, check_listed, check_mapping
@@ -438,6 +437,8 @@ class TypedRepository(Generic[Model]):
         for attribute, value in fields.items():
             name = self._codec.name_of(attribute)
             if name is None:
+                from difflib import get_close_matches
+
                 nearest = get_close_matches(attribute, self._codec.attributes, 1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
                 if attribute in ("expected_version", "timeout"):
