@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from datetime import timedelta
 from operator import attrgetter
 from types import TracebackType
-from typing import ClassVar, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Final, Self, TypeVar, cast
 
 from msgspec.structs import replace
 
@@ -79,9 +79,11 @@ from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
-from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key, Value, copy_entity
 from hf_async_store.watching import WatchedStore
+
+if TYPE_CHECKING:
+    from hf_async_store.typed_collections import TypedCollection
 
 Result = TypeVar("Result")
 
@@ -431,7 +433,9 @@ class StorageStrategy(WatchedStore):
         Raises:
             ConfigurationError: this store has no such collection, or several.
         """
-        return TypedCollection(self, model)
+        from hf_async_store.typed_collections import TypedCollection
+
+        return TypedCollection(self, model, self.claim_entities)
 
     def begin_transaction(
         self, isolation: Isolation | None = None, *, read_only: bool = False
