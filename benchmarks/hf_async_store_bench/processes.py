@@ -32,14 +32,11 @@ class LineProcess:
         changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-m", "hf_async_store_bench", role]
         with errors.open("ab") as stderr:
+            pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
+            how = {"limit": 2**28, "start_new_session": True}
+            environment = {**os.environ, **changed} if source else None
             process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=stderr,
-                limit=2**28,
-                start_new_session=True,
-                env={**os.environ, **changed} if source else None,
+                *command, stderr=stderr, env=environment, **pipes, **how
             )
         started = cls(process, errors)
         started.tell(first)
