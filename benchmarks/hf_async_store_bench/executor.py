@@ -120,8 +120,8 @@ class Executor:
     async def steady_rounds(self, group: WorkerGroup, cell: Cell, most: float = math.inf) -> float:
         """At fixed times, at parts of what it can do, or of `most` operations a second if that is less:
         how long does one wait then? Returns what it can do."""
-        settings, can = self._settings, RoundStats.together(cell.rounds).operations
-        can /= sum(each.seconds for each in cell.rounds) or 1
+        settings, done = self._settings, RoundStats.together(cell.rounds).operations
+        can = done / (sum(each.seconds for each in cell.rounds) or 1)
         several = len(settings.shares) > 1
         if not settings.steady or not can or (several and group.load.workload != "save"):
             return most

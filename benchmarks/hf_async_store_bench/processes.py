@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 
 class LineProcess:
@@ -33,11 +33,9 @@ class LineProcess:
         command = [sys.executable, "-m", "hf_async_store_bench", role]
         with errors.open("ab") as stderr:
             pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
-            how = {"limit": 2**28, "start_new_session": True}
-            environment = {**os.environ, **changed} if source else None
-            process = await asyncio.create_subprocess_exec(
-                *command, stderr=stderr, env=environment, **pipes, **how
-            )
+            how: dict[str, Any] = {**pipes, "limit": 2**28, "start_new_session": True}
+            how["env"] = {**os.environ, **changed} if source else None
+            process = await asyncio.create_subprocess_exec(*command, stderr=stderr, **how)
         started = cls(process, errors)
         started.tell(first)
         return started

@@ -79,8 +79,9 @@ def _candidate(wanted: Load, cell: Cell, small: Cell | None) -> Candidate:
         memory = max(memory, memory + step * more)
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _MEMORY_SHARE
     against = f"would take {bytes_shown(memory)} of memory" if memory > most else ""
-    does = (cell.rate, min(cell.rates), max(cell.rates), *map(cell.calm.percentile, (0.5, 0.99)))
-    return Candidate(cell.system, *does, memory, _NEEDS[cell.system], against)
+    does = (cell.rate, min(cell.rates), max(cell.rates))
+    waits = (cell.calm.percentile(0.5), cell.calm.percentile(0.99))
+    return Candidate(cell.system, *does, *waits, memory, _NEEDS[cell.system], against)
 
 
 def decide(advice: Advice) -> None:

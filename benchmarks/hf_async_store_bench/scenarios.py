@@ -271,7 +271,7 @@ async def soak(plan: Plan) -> list[Measurement]:
 
     async with open_store(plan.environment.url) as store:
         newest = partial(store.query_entities, "machines", {"status": "PENDING"}, "-created_at", 50)
-        work = [
+        work: list[tuple[float, Callable[[], Awaitable[object]]]] = [
             *[(0.005, lambda: store.save_entity("machines", one()))] * 5,
             *[(0.005, lambda: store.get_entity("machines", one()["machine_id"]))] * 5,
             (0.05, lambda: store.query_entities("machines", asked())),

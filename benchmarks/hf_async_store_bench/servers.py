@@ -76,14 +76,14 @@ class _Process:
 
     def _launch(self) -> subprocess.Popen[bytes]:
         with (self.folder / "log").open("ab") as log:
-            user: dict[str, Any] = {"user": self.user, "extra_groups": []} if self.user else {}
-            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            environment = {**os.environ, **self.environment}
-            new = {
-                "cwd": self.folder,
-                "start_new_session": True,
-            }  # a Ctrl-C at the terminal is for us
-            return subprocess.Popen(self.command, env=environment, **new, **user, **streams)
+            how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            how |= {"user": self.user, "extra_groups": []} if self.user else {}
+            how["env"] = {**os.environ, **self.environment}
+            how["start_new_session"] = True  # a Ctrl-C at the terminal is for us
+            started: subprocess.Popen[bytes] = subprocess.Popen(
+                self.command, cwd=self.folder, **how
+            )
+            return started
 
     def _said(self) -> str:
         return (self.folder / "log").read_text(errors="replace")[-2000:]

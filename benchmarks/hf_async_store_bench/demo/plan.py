@@ -6,7 +6,7 @@ import argparse
 import random
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -77,7 +77,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def _watched(old: Collection, expires: Expire | None = None) -> Collection:
     fields = list(old.fields.values())[1:-2]  # a collection declares its key and its times itself
-    how = {"indexes": old.indexes, "expires": expires, "feed": _FEED}
+    how: dict[str, Any] = {"indexes": old.indexes, "expires": expires, "feed": _FEED}
     return Collection(old.name, key=old.key, fields=fields, **how)
 
 
