@@ -212,6 +212,21 @@ class DriverContract:
                 await store.engine.feed_changed({"notes": position}, 0.05)
             assert (await store.engine.read_feed("notes", position, 10)).position == position
 
+    # -- methods of one engine -----------------------------------------------------------------
+
+    async def test_124_a_method_of_its_own_reaches_the_engine(self, store: StorageStrategy) -> None:
+        """What a method runs in that only this engine has: it sees what is stored, and in a session what
+        the session has written."""
+        await store.save_entity("items", {"item_id": "a"})
+        for writes in (False, True):
+            async with store.engine.direct("its_own", writes=writes) as engine:
+                assert await engine.fetch([Key("items", "a")]) != [None]
+        async with store.engine.session(None) as session:
+            assert await session.write([_put("b")]) == [1]
+            await store.engine.check_direct("its_own")
+            own = await session.direct("its_own")
+            assert await own.fetch([Key("items", "b")]) != [None]
+
     # -- probe and identity --------------------------------------------------------------------
 
     async def test_124_a_probe_reaches_the_store(self, harness: Harness) -> None:
