@@ -13,7 +13,7 @@ from typing import Final, cast
 import msgspec
 
 from hf_async_store.backoff import Backoff
-from hf_async_store.changes import Change, Outcome
+from hf_async_store.changes import Change, Outcome, Patch
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     EntityNotFoundError,
@@ -37,6 +37,7 @@ class ChangesByFilter:
 
     Args:
         change: returns the change of an entity that has this version.
+        patch: the same change, whatever the version, if it is a patch.
         keep: keep the entities as they were read, in `entities`.
 
     Attributes:
@@ -51,12 +52,14 @@ class ChangesByFilter:
         query: Query,
         change: Callable[[Key, int], Change],
         *,
+        patch: Patch | None = None,
         keep: bool = False,
     ) -> None:
         self._store = store
         self._collection = collection
         self._query = query if keep else _without_other_fields(query, collection)
         self._change = change
+        self._patch = patch
         self._matches = compile_filter(query.where)
         self._keep = keep
         self.done = 0
@@ -70,6 +73,8 @@ class ChangesByFilter:
         Raises:
             PartialChangeError: a change failed.
         """
+        if await self._change_at_once():
+            return
         # In the order by id, no id comes twice; in another one, a change may move an entity.
         seen: set[str] | None = set() if self._query.order else None
         query = await self._store._first_page(msgspec.structs.replace(self._query, paged=True))
@@ -85,6 +90,18 @@ class ChangesByFilter:
                 seen.update(map(self._id, page))
             after = position_of(query, self._id(page[-1]), page[-1])
             query = msgspec.structs.replace(query, after=after)
+
+    async def _change_at_once(self) -> bool:
+        """Let the engine change a few entities in one step, if it can."""
+        query, patch = self._query, self._patch
+        if patch is None or query.limit is None or not 0 < query.limit <= _BATCH_SIZE:
+            return False
+        try:
+            changed = await self._store._update_first(query, patch)
+        except StorageError as exc:
+            raise PartialChangeError(0, exc) from exc
+        self.done = len(changed or ())
+        return changed is not None
 
     async def run_in_transaction(self) -> None:
         """Change all of them in the transaction of the primitives; a failure is raised as it is.

@@ -454,6 +454,16 @@ class Engine(Reader):
         """
         return await self.write_each(changes)
 
+    async def update_first(self, query: Query, patch: Patch) -> list[str] | None:
+        """Apply a patch in one atomic step to what a query selects; returns the ids of all of them.
+
+        The key of the patch names only the collection; the query has a limit. None: nothing was done, for
+        whatever reason, and the store reads the entities and changes each of them. This default is right
+        for every engine: where a statement is a round trip, overriding it saves one.
+        """
+        del query, patch
+        return None
+
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:
         """A consistent snapshot that can be read until the context is left, for backups and comparisons.
 

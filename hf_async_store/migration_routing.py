@@ -40,7 +40,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 
-from hf_async_store.changes import Change, ChangeMarker, Outcome, Put, Record
+from hf_async_store.changes import Change, ChangeMarker, Outcome, Patch, Put, Record
 from hf_async_store.driver import (
     INTERFACE_VERSION,
     Claimed,
@@ -471,6 +471,16 @@ class MigrationRouter(Engine):
         if written and not self.is_valid(route):
             await self.confirm(route, written)
         return outcomes
+
+    async def update_first(self, query: Query, patch: Patch) -> list[str] | None:
+        route = await self.current_route()
+        if route.add_markers:
+            return None
+        changed = await self.engine_of(route).update_first(query, patch)
+        if changed and not self.is_valid(route):
+            keys = [Key(query.collection, each) for each in changed]
+            await self.confirm(route, [msgspec.structs.replace(patch, key=each) for each in keys])
+        return changed
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
         def begin(engine: Engine) -> AbstractAsyncContextManager[Session]:

@@ -768,11 +768,12 @@ class RepositoryInterface(ABC):
         if declared.key in fields:
             raise InvalidFieldError(f"{collection}.{declared.key} is the key and cannot be changed")
 
-        def change(key: Key, version: int) -> Patch:
+        def change(key: Key, expect: Precondition) -> Patch:
             at = self._clock.now()
-            return Patch(key, {**fields, UPDATED_AT: at}, at, version)
+            return Patch(key, {**fields, UPDATED_AT: at}, at, expect)
 
-        matching = ChangesByFilter(self, declared, query, change)
+        patch = change(Key(collection, ""), PRESENT)
+        matching = ChangesByFilter(self, declared, query, change, patch=patch)
         await self._change_by_filter(matching)
         return matching.done
 
@@ -823,6 +824,11 @@ class RepositoryInterface(ABC):
 
     async def _change_by_filter(self, changes: ChangesByFilter) -> None:
         await changes.run()
+
+    async def _update_first(self, query: Query, patch: Patch) -> list[str] | None:
+        """See `Engine.update_first`."""
+        del query, patch
+        return None
 
     # -- queries -----------------------------------------------------------------------------
 

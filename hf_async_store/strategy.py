@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from hf_async_store import schema_changes
 from hf_async_store.arguments import check_boolean, check_callable, check_seconds
-from hf_async_store.changes import PRESENT, Change, Delete, Outcome, Record
+from hf_async_store.changes import PRESENT, Change, Delete, Outcome, Patch, Record
 from hf_async_store.claim_clock import boot_seconds
 from hf_async_store.claim_records import absent
 from hf_async_store.claims import (
@@ -376,6 +376,15 @@ class StorageStrategy(WatchedStore):
     async def _record_feeds(self) -> None:
         await self._engine.remember(self._schema.values())
         self._record_attempts = 0
+
+    async def _update_first(self, query: Query, patch: Patch) -> list[str] | None:
+        engine = self._usable()
+        if self._lifetimes is not None:
+            return None
+        changed = await engine.update_first(query, patch)
+        if changed and self._record_attempts:
+            await self._record_declarations()
+        return changed
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._select_stored(self._living_query(query))

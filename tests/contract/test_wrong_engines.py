@@ -29,6 +29,7 @@ from hf_async_store.driver import (
     Key,
     Outcome,
     Owned,
+    Patch,
     Query,
     QueryPlan,
     Reader,
@@ -257,6 +258,11 @@ class _WritesNothing(MemoryEngine):
         return [1 for _ in changes]
 
 
+class _UpdatesNothing(MemoryEngine):
+    async def update_first(self, query: Query, patch: Patch) -> list[str] | None:
+        return [f"{each:02}" for each in range(query.limit or 0)]
+
+
 class _WritesWithoutClaim(MemoryEngine):
     async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int:
         [outcome] = await self.write_each([change])
@@ -318,6 +324,7 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
     (_SelectsNoBatches, _SNAPSHOT),
     (_SelectsNoJSON, _SNAPSHOT),
     (_WritesNothing, "test_02_create_then_get_is_equal_in_value_and_type"),
+    (_UpdatesNothing, "test_101_the_first_of_an_indexed_order"),
     (_WritesWithoutClaim, "test_106_finish_is_one_commit"),
     (_ListsNoClaims, "test_106_renew_extends_and_release_frees"),
     (_BeginsFeedsTooEarly, "test_109_a_watch_begins_when_it_is_entered"),

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.changes import Change, Outcome, Patch, Record
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.driver import (
@@ -134,6 +134,7 @@ class SQLEngine(Engine):
         self._shared_commits = Coalescer[Sequence[Change], list[Outcome]](
             self._write_together, lanes=1, size=_CALLS_OF_A_COMMIT, writes=True
         )
+        self._updated: set[str] = set()  # the collections for which `update_first` runs
         self._prepare_lock = asyncio.Lock()
         self._write_lock = asyncio.Lock()  # used if only one connection can write at a time
 
@@ -455,6 +456,22 @@ class SQLEngine(Engine):
 
     async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
         return await self._write(changes, patient=False)
+
+    async def update_first(self, query: Query, patch: Patch) -> list[str] | None:
+        """See `Engine`. One call at a time for each collection: others share statements and commits."""
+        name = query.collection
+        if name in self._updated:
+            return None
+
+        async def once() -> list[str] | None:
+            async with self.writing() as lease:
+                return await self._writer.update_first(lease, query, patch)
+
+        self._updated.add(name)
+        try:
+            return await self._retried(once)
+        finally:
+            self._updated.discard(name)
 
     async def _write(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
         outcomes = await self._retried(lambda: self._write_each(changes, patient=patient))

@@ -10,13 +10,15 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
-from hf_async_store.changes import Change, Outcome
+from hf_async_store.changes import Change, Outcome, Patch
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
+from hf_async_store.query import Query
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.combining import combined
 from hf_async_store.strategies.sql.decisions import marker_put
 from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.first_update import update_of_first
 from hf_async_store.strategies.sql.pending import Encoder, PendingChange, by_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.sending import (
@@ -73,6 +75,24 @@ class StatementWriter(Writer):
         sql = self._encoder.statements.of(shape, locks=self._locks, if_held=True)
         times = self._encoder.statements.times(shape)
         return sql, [None, *times, *self._encoder.arguments(shape, [pending])]
+
+    async def update_first(
+        self, lease: LeasedConnection, query: Query, patch: Patch
+    ) -> list[str] | None:
+        """See `Writer`."""
+        if self.config.pgbouncer or self.config.isolation == "read_committed":
+            return None  # its transaction would not have one snapshot
+        statement = update_of_first(self._encoder, query, patch, Patience(0).wait(2))
+        if statement is None:
+            return None
+        try:
+            rows = await lease.rows(*statement, doing="write", writes=True)
+        except (ConcurrencyConflictError, LockTimeoutError, *REFUSALS) as exc:
+            if exc.outcome_unknown:
+                raise
+            return None
+        changed = [row[0] for row in rows if row[1]]
+        return changed if changed or not rows else None
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""

@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_async_store.changes import Change, Outcome
+from hf_async_store.changes import Change, Outcome, Patch
 from hf_async_store.config import SQLConfig
+from hf_async_store.query import Query
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -41,6 +42,13 @@ class Writer(ABC):
         there is no such statement.
         """
         del change
+        return None
+
+    async def update_first(
+        self, lease: LeasedConnection, query: Query, patch: Patch
+    ) -> list[str] | None:
+        """See `Engine.update_first`."""
+        del lease, query, patch
         return None
 
     def executed(self, connection: Any, changes: Sequence[Change]) -> list[Outcome]:
