@@ -464,6 +464,11 @@ class Engine(Reader):
         del query, patch
         return None
 
+    def _shares_changes(self, key: Key) -> bool:
+        """Whether several changes of an entity may be written as one, with the version of the last."""
+        del key
+        return False
+
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:
         """A consistent snapshot that can be read until the context is left, for backups and comparisons.
 

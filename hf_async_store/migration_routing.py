@@ -472,6 +472,9 @@ class MigrationRouter(Engine):
             await self.confirm(route, written)
         return outcomes
 
+    def _shares_changes(self, key: Key) -> bool:
+        return not self._route.add_markers and self._active._shares_changes(key)
+
     async def update_first(self, query: Query, patch: Patch) -> list[str] | None:
         route = await self.current_route()
         if route.add_markers:

@@ -473,6 +473,9 @@ class SQLEngine(Engine):
         finally:
             self._updated.discard(name)
 
+    def _shares_changes(self, key: Key) -> bool:
+        return self._state is not None and self._writer.shares_changes(key.collection)
+
     async def _write(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
         outcomes = await self._retried(lambda: self._write_each(changes, patient=patient))
         again = [n for n, each in enumerate(outcomes) if isinstance(each, CatalogueChangedError)]

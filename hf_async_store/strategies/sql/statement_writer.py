@@ -94,6 +94,11 @@ class StatementWriter(Writer):
         changed = [row[0] for row in rows if row[1]]
         return changed if changed or not rows else None
 
+    def shares_changes(self, collection: str) -> bool:
+        """See `Writer`. Not with a change feed, which has each version."""
+        table = self.tables.get(collection)
+        return table is not None and not table.entry.has_feed and not table.unique
+
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
         isolation = lease.isolation or self.config.isolation

@@ -51,6 +51,11 @@ class Writer(ABC):
         del lease, query, patch
         return None
 
+    def shares_changes(self, collection: str) -> bool:
+        """Whether changes of one entity may share a row, with the version of the last."""
+        del collection
+        return False
+
     def executed(self, connection: Any, changes: Sequence[Change]) -> list[Outcome]:
         """As `apply`, in the thread of a driver that has one, and its open transaction."""
         raise NotImplementedError
