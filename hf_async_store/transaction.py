@@ -340,9 +340,6 @@ class Transaction(RepositoryInterface):
     ) -> Result:
         return await attempt()
 
-    def _hand_on(self, key: Key, written: Entity) -> None:
-        pass  # there is no queue in a transaction
-
     async def _create_absent(self, puts: Sequence[Put], timeout: float | None) -> list[bool]:
         # A create that fails would abort the transaction.
         records = await self._fetch([each.key for each in puts], timeout) if puts else []

@@ -92,7 +92,7 @@ class SQLiteWriter(Writer):
             return outcomes + [exc.copy() for _ in changes[middle:]]
 
     async def change_matches(
-        self, lease: LeasedConnection, query: Query, change: Callable[[Key, int], Change]
+        self, lease: LeasedConnection, query: Query, change: Change
     ) -> ChangedMatches | None:
         """See `Writer`."""
         table = self.tables[query.collection]
@@ -102,19 +102,20 @@ class SQLiteWriter(Writer):
 
         def execute(connection: sqlite3.Connection) -> ChangedMatches | None:
             found: list[reading.Row] | None = None
-            changes: list[Change] = []
 
             def match() -> list[Change]:
                 nonlocal found
                 found = read(connection)
-                for entity_id, entity in found or ():
-                    changes.append(change(Key(query.collection, entity_id), version_of(entity)))
-                return changes
+                return [
+                    replace(change, key=Key(query.collection, each), expect=version_of(entity))
+                    for each, entity in found or ()
+                ]
 
             outcomes = self._commit(connection, match)
             if found is None:
                 return None
-            return ChangedMatches([entity for _, entity in found], changes, outcomes)
+            keys = [Key(query.collection, each) for each, _ in found]
+            return ChangedMatches(keys, [entity for _, entity in found], outcomes)
 
         return await lease.job(execute)
 
