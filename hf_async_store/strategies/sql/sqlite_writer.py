@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress
 from operator import ne
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from msgspec.structs import replace
 
-from hf_async_store.changes import ABSENT, ANY, Change, ChangedMatches, Delete, Outcome, Put
+from hf_async_store.changes import ABSENT, ANY, Change, ChangedMatches, Delete, Outcome, Patch, Put
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import StorageError
 from hf_async_store.preconditions import check_children
@@ -264,12 +264,15 @@ class _Batch:
     def _read_parents(self, changes: Sequence[Change]) -> bool:
         """Find out which parents exist; returns whether the references must be checked one by one."""
         wanted: dict[str, set[str]] = {}
-        for (collection, is_delete), group in _by_kind(changes).items():
-            if is_delete:
+        groups = _by_kind(changes)
+        for (collection, kind), group in groups.items():
+            references = self._schema[collection].references
+            if kind is Delete or not references:
                 continue
-            for field in self._schema[collection].references:
+            given = _given(group)
+            for field in references:
                 ids = wanted.setdefault(field.parent, set())
-                ids.update([each for each in _values_of(group, field.name) if type(each) is str])
+                ids.update([each for part in given if type(each := part.get(field.name)) is str])
         self._parents = {}
         for collection, found in wanted.items():
             unread = sorted(each for each in found if Key(collection, each) not in self._rows)
@@ -278,19 +281,17 @@ class _Batch:
             self._parents.update(dict.fromkeys([Key(collection, each) for each in unread], False))
             for [entity_id, _] in self._select(self._tables[collection], VERSION, unread):
                 self._parents[Key(collection, entity_id)] = True
-        changed = {each.key.collection for each in changes}
         may_expire = any(
             expires(each, field.parent)
             for each in changes
             if each.lifetimes is not None
             for field in self._schema[each.key.collection].references
         )
-        deleted = {each.key.collection for each in changes if isinstance(each, Delete)}
         return (
             may_expire
             or not all(self._parents.values())
-            or not changed.isdisjoint(wanted)
-            or any(self._schema.children[each] for each in deleted)
+            or any(collection in wanted for collection, _ in groups)
+            or any(kind is Delete and self._schema.children[each] for each, kind in groups)
         )
 
     def _select(self, table: Table, columns: str, ids: Sequence[str]) -> list[Any]:
@@ -314,10 +315,8 @@ class _Batch:
         table = self._tables[key.collection]
         stored = self._rows[key]
         try:
-            if stored is not None and expires(change, key.collection):
-                stored = present_row(table, change, self._loaded(key, stored))
-            if stored is not None and change.expect is not ANY and change.expect != stored.version:
-                stored = self._loaded(key, stored)
+            if stored is not None:
+                stored = self._judged(table, change, stored)
             row = new_row(table, change, stored)
             if must_check:
                 self._check_references(table, change, stored)
@@ -334,6 +333,13 @@ class _Batch:
             return None
         self._set(key, None)
         return stored.version
+
+    def _judged(self, table: Table, change: Change, stored: Stored) -> Stored | None:
+        """A stored row as a change sees it, with its document if that is needed; None if it has expired."""
+        key, expect = change.key, change.expect
+        if expires(change, key.collection):
+            return present_row(table, change, self._loaded(key, stored))
+        return stored if expect is ANY or expect == stored.version else self._loaded(key, stored)
 
     def _set(self, key: Key, row: Stored | None) -> None:
         self._before.setdefault(key, self._rows[key])
@@ -469,21 +475,17 @@ class _Batch:
                 self._connection.execute(sql, list(chain.from_iterable(part)))
 
 
-def _by_kind(changes: Iterable[Change]) -> dict[tuple[str, bool], list[Change]]:
-    """The changes by collection, deletes apart."""
-    groups: dict[tuple[str, bool], list[Change]] = {}
+def _by_kind(changes: Iterable[Change]) -> dict[tuple[str, type[Change]], list[Change]]:
+    """The changes by collection and type."""
+    groups: dict[tuple[str, type[Change]], list[Change]] = {}
     for each in changes:
-        groups.setdefault((each.key.collection, isinstance(each, Delete)), []).append(each)
+        groups.setdefault((each.key.collection, type(each)), []).append(each)
     return groups
 
 
-def _values_of(changes: Iterable[Change], name: str) -> list[object]:
-    """The values that changes give a field."""
-    return [
-        (each.entity if isinstance(each, Put) else each.fields).get(name)
-        for each in changes
-        if not isinstance(each, Delete)
-    ]
+def _given(changes: Iterable[Change]) -> list[Mapping[str, object]]:
+    """The fields that changes, none of them a delete, give their entities."""
+    return [each.entity if type(each) is Put else cast("Patch", each).fields for each in changes]
 
 
 def _values(columns: int, rows: int) -> str:
