@@ -455,6 +455,7 @@ class SQLEngine(Engine):
         if (
             not self._dialect.single_writer
             or self._write_lock.locked()
+            or query.has_many_values
             or not reading.may_be_small(query)
         ):
             return None

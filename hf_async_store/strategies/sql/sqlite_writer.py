@@ -42,6 +42,7 @@ from hf_async_store.strategies.sql.decisions import (
     row_is_there,
 )
 from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.immediate import committed
 from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.sqlite_feed import last_changes, merge_changes
 from hf_async_store.strategies.sql.writer import Writer
@@ -76,10 +77,7 @@ class SQLiteWriter(Writer):
     ) -> list[Outcome]:
         """See `Writer`: in one transaction, if the database accepts all changes."""
         try:
-            imports = len(changes) > 1 and all(_is_import(each) for each in changes)
-            return await lease.job(
-                lambda connection: self._commit(connection, lambda: changes, imports=imports)
-            )
+            return await lease.job(lambda connection: self._commit(connection, changes))
         except REFUSALS as exc:
             if len(changes) == 1:
                 return [exc]
@@ -100,23 +98,17 @@ class SQLiteWriter(Writer):
         if read is None:
             return None
 
-        def execute(connection: sqlite3.Connection) -> ChangedMatches | None:
-            found: list[reading.Row] | None = None
-            changes: list[Change] = []
-
-            def match() -> list[Change]:
-                nonlocal found
-                found = read(connection)
-                for entity_id, entity in found or ():
-                    changes.append(change(Key(query.collection, entity_id), version_of(entity)))
-                return changes
-
-            outcomes = self._commit(connection, match)
-            if found is None:
+        def match(connection: sqlite3.Connection) -> ChangedMatches | None:
+            rows = read(connection)
+            if rows is None:
                 return None
-            return ChangedMatches([entity for _, entity in found], changes, outcomes)
+            keys = [Key(query.collection, each) for each, _ in rows]
+            changes = [change(key, version_of(row[1])) for key, row in zip(keys, rows, strict=True)]
+            return ChangedMatches(
+                [each for _, each in rows], changes, self._decided(connection, changes)
+            )
 
-        return await lease.job(execute)
+        return await lease.job(lambda connection: committed(connection, match))
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
@@ -161,34 +153,25 @@ class SQLiteWriter(Writer):
             self._statements[place] = cached
         return cached
 
-    def _commit(
-        self,
-        connection: sqlite3.Connection,
-        read: Callable[[], Sequence[Change]],
-        *,
-        imports: bool = False,
-    ) -> list[Outcome]:
-        """Apply changes, which are read under the write lock, in one transaction."""
+    def _commit(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+        imports = len(changes) > 1 and all(_is_import(each) for each in changes)
         if imports:
             connection.execute(f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}")
         try:
-            connection.execute("BEGIN IMMEDIATE")
-            self._check_catalogue(connection)
-            changes = read()
-            feeds = self._feeds({each.key.collection for each in changes})
-            since = last_changes(connection, feeds) if feeds else {}
-            batch = _Batch(self, connection)
-            outcomes = batch.run(changes, all_or_none=False)
-            if since and batch.repeats:
-                merge_changes(connection, since)
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+            return committed(connection, lambda connection: self._decided(connection, changes))
         finally:
             if imports:
                 connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+
+    def _decided(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+        """Decide independent changes under the write lock, and write the accepted ones."""
+        self._check_catalogue(connection)
+        feeds = self._feeds({each.key.collection for each in changes})
+        since = last_changes(connection, feeds) if feeds else {}
+        batch = _Batch(self, connection)
+        outcomes = batch.run(changes, all_or_none=False)
+        if since and batch.repeats:
+            merge_changes(connection, since)
         return outcomes
 
     def _feeds(self, collections: Iterable[str]) -> list[str]:
