@@ -256,26 +256,19 @@ class LeasedConnection:
             raise
 
     async def _commit(self) -> None:
-        outermost = len(self._transactions) == 1
         handle = self._transactions.pop()
-        self._check_open()
+        outermost = not self._transactions
         if outermost:
             self.commit_done.clear()
         try:
             try:
-                self.dialect.check_file(self.driver)
+                await self._run(lambda: self.dialect.commit(handle), "commit", writes=outermost)
             except StorageError:
                 self._transactions.append(handle)
                 await self._roll_back()
                 raise
-            await self.dialect.commit(handle)
             if outermost:
                 self._check_committed()
-        except self.dialect.driver_errors as exc:
-            error = self._error(exc, "commit", writes=outermost)
-            self._transactions.append(handle)
-            await self._roll_back()
-            raise error from exc
         finally:
             self.commit_done.set()
 

@@ -452,7 +452,12 @@ class SQLEngine(Engine):
     async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         name = query.collection
         # Changes of several calls share statements and commits, and these would have their own.
-        if name in self._changing or self._write_lock.locked() or not reading.may_be_small(query):
+        if (
+            name in self._changing
+            or self._write_lock.locked()
+            or query.has_many_values
+            or not reading.may_be_small(query)
+        ):
             return None
 
         async def once() -> ChangedMatches | None:

@@ -562,24 +562,14 @@ class SQLite(Dialect):
         def fetch(connection: sqlite3.Connection) -> Sequence[Sequence[Any]]:
             return connection.execute(sql, args).fetchall()
 
-        rows = await self._repeated(driver, fetch)
+        rows = await self.job(driver, fetch, completes=False)
         if driver.immutable is not None:
             self._check_immutable(driver)
         return rows
 
-    async def _repeated(
-        self,
-        driver: _Connection,
-        work: Callable[[sqlite3.Connection], Result],
-        *,
-        completes: bool = False,
+    async def job(
+        self, driver: _Connection, work: Callable[[Any], Result], *, completes: bool = True
     ) -> Result:
-        """The result of a function in the thread of a connection, which is called again if it could not
-        acquire a lock: then it had no effect.
-
-        Args:
-            completes: a cancellation is raised after the function has returned.
-        """
         deadline = time.monotonic() + self._config.timeout
         while True:
             try:
@@ -595,11 +585,6 @@ class SQLite(Dialect):
                     raise
             # The statement had no effect: another connection holds the lock.
             await asyncio.sleep(0)
-
-    async def job(
-        self, driver: _Connection, work: Callable[[Any], Result], *, completes: bool = True
-    ) -> Result:
-        return await self._repeated(driver, work, completes=completes)
 
     async def fetch_dicts(
         self, driver: _Connection, sql: str, args: Sequence[object]
