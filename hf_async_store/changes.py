@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
 from hf_async_store.errors import InvalidVersionError, StorageError
 from hf_async_store.field_operations import FieldUpdate
 from hf_async_store.lifetimes import Lifetimes
-from hf_async_store.values import INT_MAX, Entity, Key, version_of
+from hf_async_store.values import INT_MAX, UPDATED_AT, Entity, Key, version_of
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -124,3 +125,23 @@ class Delete(msgspec.Struct, frozen=True, gc=False):
 Change: TypeAlias = Put | Patch | Delete
 Outcome: TypeAlias = int | None | StorageError
 """The new version (of a Delete: the old one, or None), or the error of that change."""
+
+
+class SamePatch(msgspec.Struct, frozen=True):
+    """A function that makes the same patch for each entity, on condition of its version."""
+
+    fields: dict[str, FieldUpdate]
+    now: Callable[[], str]
+
+    def __call__(self, key: Key, version: int) -> Patch:
+        at = self.now()
+        return Patch(key, {**self.fields, UPDATED_AT: at}, at, version)
+
+
+class ChangedMatches(NamedTuple):
+    """The result of `Engine.change_matches`: the entities as they were read, and for each its change, and
+    the outcome of that."""
+
+    entities: list[Entity]
+    changes: list[Change]
+    outcomes: list[Outcome]

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from hf_async_store import schema_changes
 from hf_async_store.arguments import check_boolean, check_callable, check_seconds
-from hf_async_store.changes import PRESENT, Change, Delete, Outcome, Patch, Record
+from hf_async_store.changes import PRESENT, Change, ChangedMatches, Delete, Outcome, Record
 from hf_async_store.claim_clock import boot_seconds
 from hf_async_store.claim_records import absent
 from hf_async_store.claims import (
@@ -384,15 +384,6 @@ class StorageStrategy(WatchedStore):
         await self._engine.remember(self._schema.values())
         self._record_attempts = 0
 
-    async def _update_first(self, query: Query, patch: Patch) -> list[str] | None:
-        engine = self._usable()
-        if self._lifetimes is not None:
-            return None
-        changed = await engine.update_first(query, patch)
-        if changed and self._record_attempts:
-            await self._record_declarations()
-        return changed
-
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._select_stored(self._living_query(query))
 
@@ -401,6 +392,21 @@ class StorageStrategy(WatchedStore):
 
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return self._streams.read(self._usable().select_batches(self._living_query(query)))
+
+    async def _few(self, query: Query) -> list[Entity] | None:
+        return await self._usable().few(self._living_query(query))
+
+    async def _change_matches(
+        self, query: Query, change: Callable[[Key, int], Change]
+    ) -> ChangedMatches | None:
+        engine = self._usable()
+        if self._lifetimes is not None or self._writes.observer is not None:
+            return None  # they concern each change that is written
+        # As in the coalescer, a cancellation waits until the changes have been written.
+        changed = await run_to_completion(engine.change_matches(query, change))
+        if changed is not None and self._record_attempts:
+            await self._record_declarations(changed.outcomes)
+        return changed
 
     async def _count(self, query: Query) -> int:
         return await self._usable().count(self._living_query(query))

@@ -19,6 +19,7 @@ from hf_async_store import Collection, StorageStrategy
 from hf_async_store.config import MemoryConfig
 from hf_async_store.driver import (
     Change,
+    ChangedMatches,
     Claimed,
     ClaimInfo,
     ClaimTerms,
@@ -29,7 +30,6 @@ from hf_async_store.driver import (
     Key,
     Outcome,
     Owned,
-    Patch,
     Query,
     QueryPlan,
     Reader,
@@ -248,6 +248,18 @@ class _SelectsNoBatches(MemoryEngine):
         return batched(_Nothing().select(query))
 
 
+class _HasNoFew(MemoryEngine):
+    async def few(self, query: Query) -> list[Entity] | None:
+        return []
+
+
+class _ChangesNoMatches(MemoryEngine):
+    async def change_matches(
+        self, query: Query, change: Callable[[Key, int], Change]
+    ) -> ChangedMatches | None:
+        return ChangedMatches([], [], [])
+
+
 class _SelectsNoJSON(MemoryEngine):
     def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
         return _Nothing().select_json(query)
@@ -256,11 +268,6 @@ class _SelectsNoJSON(MemoryEngine):
 class _WritesNothing(MemoryEngine):
     async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
         return [1 for _ in changes]
-
-
-class _UpdatesNothing(MemoryEngine):
-    async def update_first(self, query: Query, patch: Patch) -> list[str] | None:
-        return [f"{each:02}" for each in range(query.limit or 0)]
 
 
 class _WritesWithoutClaim(MemoryEngine):
@@ -322,9 +329,10 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
     (_ExplainsWrongly, "test_64_a_declared_index_is_used_and_named"),
     (_SelectsNothing, _SNAPSHOT),
     (_SelectsNoBatches, _SNAPSHOT),
+    (_HasNoFew, _SNAPSHOT),
+    (_ChangesNoMatches, "test_124_matches_are_changed_in_one_step"),
     (_SelectsNoJSON, _SNAPSHOT),
     (_WritesNothing, "test_02_create_then_get_is_equal_in_value_and_type"),
-    (_UpdatesNothing, "test_101_the_first_of_an_indexed_order"),
     (_WritesWithoutClaim, "test_106_finish_is_one_commit"),
     (_ListsNoClaims, "test_106_renew_extends_and_release_frees"),
     (_BeginsFeedsTooEarly, "test_109_a_watch_begins_when_it_is_entered"),
