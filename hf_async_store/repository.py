@@ -21,6 +21,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager
+from itertools import repeat
 from time import monotonic, perf_counter
 from typing import Final, Literal, TypeAlias, TypeVar, overload
 
@@ -1266,9 +1267,10 @@ def _puts(
     checked = batch_validation.validate_batch(collection, chunk)
     if checked is None:
         return None
-    for _, entity in checked:
-        _stamp(entity, at)
-    return [Put(key, entity, at, expect) for key, entity in checked]
+    keys, entities = checked
+    for each in entities:
+        _stamp(each, at)
+    return list(map(Put, keys, entities, repeat(at), repeat(expect)))
 
 
 async def _in_chunks(
