@@ -211,7 +211,7 @@ class RepositoryInterface(ABC):
             ReferenceViolationError: a declared reference names an entity that does not exist.
         """
         change = self._put(self._schema[collection], entity, ABSENT, self._clock.now())
-        return await self._write_one(change, timeout)
+        return new_version(await self._write((change,), timeout))
 
     async def save_entity(
         self,
@@ -239,7 +239,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=True)
         change = self._put(self._schema[collection], entity, expect, self._clock.now())
-        return await self._write_one(change, timeout)
+        return new_version(await self._write((change,), timeout))
 
     @overload
     async def update_entity(
@@ -298,7 +298,7 @@ class RepositoryInterface(ABC):
         change = self._patch(self._schema[collection], entity_id, fields, expect, self._clock.now())
         if returning:
             return all_succeeded(await self._update_returning([change], timeout), alone=True)[0]
-        return await self._write_one(change, timeout)
+        return new_version(await self._write((change,), timeout))
 
     async def delete_entity(
         self,
@@ -317,7 +317,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=False)
         change = Delete(self._schema[collection].key_of(entity_id), expect)
-        return _succeeded((await self._write((change,), timeout))[0]) is not None
+        return _succeeded(await self._write((change,), timeout)) is not None
 
     async def get_entity(
         self, collection: str, entity_id: str, *, timeout: float | None = None
@@ -699,7 +699,7 @@ class RepositoryInterface(ABC):
             expect: Precondition = ABSENT if stored is None else version_of(stored)
             put = self._put(declared, new, expect, self._clock.now())
             try:
-                version = await self._write_one(put, remaining())
+                version = new_version(await self._write((put,), remaining()))
             except AlreadyExistsError as exc:
                 raise ConcurrencyConflictError(str(exc), retryable=True) from exc
             except EntityNotFoundError as exc:  # it was deleted, or has expired, since it was read
@@ -1142,12 +1142,6 @@ class RepositoryInterface(ABC):
         fields[UPDATED_AT] = at
         return Patch(key, fields, at, _existing(expect))
 
-    async def _write_one(self, change: Put | Patch, timeout: float | None) -> int:
-        """The new version."""
-        version = _succeeded((await self._write((change,), timeout))[0])
-        assert version is not None, "only a delete has no version"
-        return version
-
     async def _write_many(self, changes: Sequence[Put | Patch], timeout: float | None) -> list[int]:
         """The new version of each entity."""
         return _versions(await self._write(changes, timeout)) if changes else []
@@ -1167,10 +1161,19 @@ def _existing(expect: Precondition) -> Precondition:
     return PRESENT if expect is ANY else expect
 
 
-def _succeeded(outcome: Outcome) -> int | None:
+def _succeeded(outcomes: Sequence[Outcome]) -> int | None:
+    """The outcome of the only change of a call."""
+    [outcome] = outcomes
     if isinstance(outcome, StorageError):
         raise outcome
     return outcome
+
+
+def new_version(outcomes: Sequence[Outcome]) -> int:
+    """The version that the only change of a call, which is no delete, has written."""
+    version = _succeeded(outcomes)
+    assert version is not None, "only a delete has no version"
+    return version
 
 
 def _versions(outcomes: Sequence[Outcome]) -> list[int]:
