@@ -45,7 +45,7 @@ from hf_async_store.changes import (
     check_version,
 )
 from hf_async_store.changes_by_filter import ChangesByFilter
-from hf_async_store.collector import GatheredEntities
+from hf_async_store.collector import GatheredObjects
 from hf_async_store.conflict_retry import RETRY_SECONDS, Made, Step
 from hf_async_store.driver import batched
 from hf_async_store.errors import (
@@ -1132,7 +1132,7 @@ class RepositoryInterface(ABC):
         skipped: int = 0,
     ) -> list[Entity]:
         entities: list[Entity] = []
-        gathered = GatheredEntities()
+        gathered = GatheredObjects()
         started = perf_counter()
         try:
             async with operation_timeout(timeout):

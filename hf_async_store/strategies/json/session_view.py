@@ -15,7 +15,7 @@ import msgspec
 
 from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.claim_records import claim_key
-from hf_async_store.collector import GatheredEntities
+from hf_async_store.collector import GatheredObjects
 from hf_async_store.errors import CorruptionError, StorageError
 from hf_async_store.event_loop import Chunks
 from hf_async_store.preconditions import (
@@ -119,7 +119,7 @@ class SessionView(TableReader[StoredEntity]):
                 await reader.close()
         # A session has the write lock: nothing changes between the chunks.
         records: list[Record | None] = []
-        gathered = GatheredEntities()
+        gathered = GatheredObjects()
         async for chunk in Chunks(keys, _READ_CHUNK):
             records += [
                 self.record(key, self.stored_bytes(key.collection, key.id)) for key in chunk
