@@ -53,7 +53,7 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     StorageError,
 )
-from hf_async_store.event_loop import in_thread
+from hf_async_store.event_loop import Chunks, in_thread
 from hf_async_store.generators import Owned
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
@@ -96,6 +96,8 @@ log: Final = logging.getLogger("hf_async_store.json")
 _HEALTH_CHUNK: Final = 1 << 16
 """How many bytes of entities are checked in one step: about 1 ms."""
 
+_HEALTH_ENTITIES: Final = 1 << 14
+
 _HEALTH_LOCK_SECONDS: Final = 5.0
 
 _FEED_TRIES: Final = 3
@@ -131,7 +133,10 @@ class JSONEngine(Engine):
         self.files = FileManager(config, schema)
         self.serializer = JSONSerializer(schema, self._location)
         self.locks = LockManager(
-            self.files.lock(), timeout=config.lock_timeout, owned=self.files.ownership
+            self.files.lock(),
+            timeout=config.lock_timeout,
+            owned=self.files.ownership,
+            while_waiting=lambda: self.follower.read_ahead(),
         )
         loader = StoreLoader(self.files, schema, self.serializer, config.cache_size)
         self.follower = Follower(self.files, loader, self.locks, self.view)
@@ -634,7 +639,8 @@ class JSONEngine(Engine):
             section = state.sections[name]
             unchecked = [
                 (entity_id, stored)
-                for entity_id, stored in section.entities.items()
+                async for chunk in Chunks(list(section.entities.items()), _HEALTH_ENTITIES)
+                for entity_id, stored in chunk
                 if type(stored) is not bytes
             ]
             size = 0
