@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -124,3 +124,12 @@ class Delete(msgspec.Struct, frozen=True, gc=False):
 Change: TypeAlias = Put | Patch | Delete
 Outcome: TypeAlias = int | None | StorageError
 """The new version (of a Delete: the old one, or None), or the error of that change."""
+
+
+class ChangedMatches(NamedTuple):
+    """The result of `Engine.change_matches`: the entities as they were read, and for each its change, and
+    the outcome of that."""
+
+    entities: list[Entity]
+    changes: list[Change]
+    outcomes: list[Outcome]

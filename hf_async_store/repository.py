@@ -20,7 +20,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from time import monotonic, perf_counter
 from typing import Final, Literal, TypeAlias, TypeVar, overload
 
@@ -34,6 +34,7 @@ from hf_async_store.changes import (
     ANY,
     PRESENT,
     Change,
+    ChangedMatches,
     Delete,
     Expect,
     Outcome,
@@ -44,6 +45,7 @@ from hf_async_store.changes import (
     check_version,
 )
 from hf_async_store.changes_by_filter import ChangesByFilter
+from hf_async_store.collector import GatheredEntities
 from hf_async_store.conflict_retry import RETRY_SECONDS
 from hf_async_store.driver import batched
 from hf_async_store.errors import (
@@ -109,6 +111,9 @@ log: Final = logging.getLogger("hf_async_store.retries")
 _CHUNK_SIZE: Final = 128
 """The number of entities validated one by one between two iterations of the event loop."""
 
+_RECORDS_CHUNK: Final = 1 << 14
+"""The number of records whose entities are taken in one step."""
+
 _BATCH_CHUNK_SIZE: Final = 512
 """The number of entities validated together, column by column, in about the same time."""
 
@@ -158,6 +163,28 @@ class RepositoryInterface(ABC):
 
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return batched(self._select(query))
+
+    async def _few(self, query: Query) -> list[Entity] | None:
+        """See `Engine.few`."""
+        del query
+        return None
+
+    async def _change_matches(
+        self, query: Query, change: Callable[[Key, int], Change]
+    ) -> ChangedMatches | None:
+        """See `Engine.change_matches`."""
+        del query, change
+        return None
+
+    async def _batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """The matching entities in batches, by `_few` or by `_select_batches`."""
+        few = await self._few(query)
+        if few is not None:
+            yield few
+            return
+        async with Owned(self._select_batches(query)) as batches:
+            async for each in batches:
+                yield each
 
     # -- expiry ------------------------------------------------------------------------------
 
@@ -528,7 +555,11 @@ class RepositoryInterface(ABC):
         if not keys:
             return []
         records = await self._fetch(keys, timeout)
-        return [None if each is None else each.entity for each in records]
+        return [
+            None if each is None else each.entity
+            async for chunk in Chunks(records, _RECORDS_CHUNK)
+            for each in chunk
+        ]
 
     async def import_entities(
         self,
@@ -1011,7 +1042,7 @@ class RepositoryInterface(ABC):
         read = value_reader(steps)
         started, rows = perf_counter(), 0
         try:
-            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
+            async with operation_timeout(timeout), Owned(self._batches(query)) as batches:
                 async for batch in batches:
                     result.add(map(read, batch))
                     rows += len(batch)
@@ -1104,12 +1135,18 @@ class RepositoryInterface(ABC):
         skipped: int = 0,
     ) -> list[Entity]:
         entities: list[Entity] = []
+        gathered = GatheredEntities()
         started = perf_counter()
         try:
-            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
-                async for batch in batches:
-                    entities += [project(each, fields) for each in batch[skipped:]]
-                    skipped = max(0, skipped - len(batch))
+            async with operation_timeout(timeout):
+                if (few := await self._few(query)) is not None:
+                    entities = [project(each, fields) for each in few[skipped:]]
+                    return entities
+                async with Owned(self._select_batches(query)) as batches:
+                    async for batch in batches:
+                        entities += [project(each, fields) for each in batch[skipped:]]
+                        skipped = max(0, skipped - len(batch))
+                        gathered.add(len(batch))
         finally:
             self._slow_queries.note(query, started, len(entities))
         return entities
@@ -1334,18 +1371,22 @@ def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError
     )
 
 
-@asynccontextmanager
-async def operation_timeout(
+_NO_TIMEOUT: Final = nullcontext()
+
+
+def operation_timeout(
     timeout: float | None, *, outcome_unknown: Callable[[], bool] = bool
-) -> AsyncIterator[None]:
+) -> AbstractAsyncContextManager[None]:
     """Limit the duration of the body to `timeout` seconds.
 
     Raises:
         OperationTimeoutError: the time expired; `outcome_unknown` is called at that moment.
     """
-    if timeout is None:
-        yield
-        return
+    return _NO_TIMEOUT if timeout is None else _limited(timeout, outcome_unknown)
+
+
+@asynccontextmanager
+async def _limited(timeout: float, outcome_unknown: Callable[[], bool]) -> AsyncIterator[None]:
     check_seconds(timeout, "timeout")
     scope = asyncio.timeout(timeout)
     try:

@@ -17,13 +17,13 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from datetime import timedelta
 from operator import attrgetter
 from types import TracebackType
-from typing import ClassVar, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Final, Self, TypeVar, cast
 
 from msgspec.structs import replace
 
 from hf_async_store import schema_changes
 from hf_async_store.arguments import check_boolean, check_callable, check_seconds
-from hf_async_store.changes import PRESENT, Change, Delete, Outcome, Record
+from hf_async_store.changes import PRESENT, Change, ChangedMatches, Delete, Outcome, Record
 from hf_async_store.claim_clock import boot_seconds
 from hf_async_store.claim_records import absent
 from hf_async_store.claims import (
@@ -79,9 +79,11 @@ from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
-from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key, Value, copy_entity
 from hf_async_store.watching import WatchedStore
+
+if TYPE_CHECKING:
+    from hf_async_store.typed_collections import TypedCollection
 
 Result = TypeVar("Result")
 
@@ -386,6 +388,21 @@ class StorageStrategy(WatchedStore):
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return self._streams.read(self._usable().select_batches(self._living_query(query)))
 
+    async def _few(self, query: Query) -> list[Entity] | None:
+        return await self._usable().few(self._living_query(query))
+
+    async def _change_matches(
+        self, query: Query, change: Callable[[Key, int], Change]
+    ) -> ChangedMatches | None:
+        engine = self._usable()
+        if self._lifetimes is not None or self._writes.observer is not None:
+            return None  # they concern each change that is written
+        # As in the coalescer, a cancellation waits until the changes have been written.
+        changed = await run_to_completion(engine.change_matches(query, change))
+        if changed is not None and self._record_attempts:
+            await self._record_declarations(changed.outcomes)
+        return changed
+
     async def _count(self, query: Query) -> int:
         return await self._usable().count(self._living_query(query))
 
@@ -416,7 +433,9 @@ class StorageStrategy(WatchedStore):
         Raises:
             ConfigurationError: this store has no such collection, or several.
         """
-        return TypedCollection(self, model)
+        from hf_async_store.typed_collections import TypedCollection
+
+        return TypedCollection(self, model, self.claim_entities)
 
     def begin_transaction(
         self, isolation: Isolation | None = None, *, read_only: bool = False

@@ -13,7 +13,7 @@ default, a statement of many rows would first copy each page that it changes.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress
 from operator import ne
@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
-from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Put
+from hf_async_store.changes import ABSENT, ANY, Change, ChangedMatches, Delete, Outcome, Put
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import StorageError
 from hf_async_store.preconditions import check_children
 from hf_async_store.query import Comparison, Query
 from hf_async_store.schema import Collection, Field
+from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError, generation_sql
 from hf_async_store.strategies.sql.compiler import compile_query
 from hf_async_store.strategies.sql.decisions import (
@@ -45,7 +46,7 @@ from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.sqlite_feed import last_changes, merge_changes
 from hf_async_store.strategies.sql.writer import Writer
 from hf_async_store.unique import violation
-from hf_async_store.values import CREATED_AT, VERSION, Key
+from hf_async_store.values import CREATED_AT, VERSION, Key, version_of
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -75,7 +76,10 @@ class SQLiteWriter(Writer):
     ) -> list[Outcome]:
         """See `Writer`: in one transaction, if the database accepts all changes."""
         try:
-            return await lease.job(lambda connection: self._commit(connection, changes))
+            imports = len(changes) > 1 and all(_is_import(each) for each in changes)
+            return await lease.job(
+                lambda connection: self._commit(connection, lambda: changes, imports=imports)
+            )
         except REFUSALS as exc:
             if len(changes) == 1:
                 return [exc]
@@ -86,6 +90,33 @@ class SQLiteWriter(Writer):
         except StorageError as exc:
             # The first half was applied, and must not be reported as failed.
             return outcomes + [exc.copy() for _ in changes[middle:]]
+
+    async def change_matches(
+        self, lease: LeasedConnection, query: Query, change: Callable[[Key, int], Change]
+    ) -> ChangedMatches | None:
+        """See `Writer`."""
+        table = self.tables[query.collection]
+        read = reading.in_thread(table, query)
+        if read is None:
+            return None
+
+        def execute(connection: sqlite3.Connection) -> ChangedMatches | None:
+            found: list[reading.Row] | None = None
+            changes: list[Change] = []
+
+            def match() -> list[Change]:
+                nonlocal found
+                found = read(connection)
+                for entity_id, entity in found or ():
+                    changes.append(change(Key(query.collection, entity_id), version_of(entity)))
+                return changes
+
+            outcomes = self._commit(connection, match)
+            if found is None:
+                return None
+            return ChangedMatches([entity for _, entity in found], changes, outcomes)
+
+        return await lease.job(execute)
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
@@ -130,13 +161,20 @@ class SQLiteWriter(Writer):
             self._statements[place] = cached
         return cached
 
-    def _commit(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
-        imports = len(changes) > 1 and all(_is_import(each) for each in changes)
+    def _commit(
+        self,
+        connection: sqlite3.Connection,
+        read: Callable[[], Sequence[Change]],
+        *,
+        imports: bool = False,
+    ) -> list[Outcome]:
+        """Apply changes, which are read under the write lock, in one transaction."""
         if imports:
             connection.execute(f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}")
         try:
             connection.execute("BEGIN IMMEDIATE")
             self._check_catalogue(connection)
+            changes = read()
             feeds = self._feeds({each.key.collection for each in changes})
             since = last_changes(connection, feeds) if feeds else {}
             batch = _Batch(self, connection)

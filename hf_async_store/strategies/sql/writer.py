@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_async_store.changes import Change, Outcome
+from hf_async_store.changes import Change, ChangedMatches, Outcome
 from hf_async_store.config import SQLConfig
+from hf_async_store.query import Query
+from hf_async_store.values import Key
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -33,6 +35,13 @@ class Writer(ABC):
         self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool = True
     ) -> list[Outcome]:
         """See `Engine.write_each`; if not `patient`, `Engine.write_unblocked`."""
+
+    async def change_matches(
+        self, lease: LeasedConnection, query: Query, change: Callable[[Key, int], Change]
+    ) -> ChangedMatches | None:
+        """See `Engine.change_matches`; of a query that `reading.may_be_small`."""
+        del lease, query, change
+        return None
 
     def if_held(self, change: Change) -> tuple[str, list[object]] | None:
         """The statement of a change that has an effect only if `held` has a row, and its arguments.
