@@ -230,9 +230,7 @@ class _HasNoFew(MemoryEngine):
 
 
 class _ChangesNoMatches(MemoryEngine):
-    async def change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
+    async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         return ChangedMatches([], [], [])
 
 
