@@ -27,7 +27,9 @@ from hf_async_store.ordered_index import (
     sorted_in_steps,
     sorted_runs,
 )
+from hf_async_store.passed_over import PassedOver, passed_over
 from hf_async_store.query import Query, compile_filter, ordered, rows_per_step
+from hf_async_store.schema import CLAIM_COLLECTION
 from hf_async_store.table import PastMoment, Table
 from hf_async_store.values import Entity, Key
 
@@ -65,6 +67,13 @@ class TableReader(Reader, Generic[Stored]):
 
     async def _unpin(self, collection: str, moment: PastMoment[Stored]) -> None:
         await self._table(collection).unpin(moment)
+
+    async def passed_over(
+        self, query: Query, most_attempts: int | None
+    ) -> tuple[PassedOver, list[str]]:
+        """See `Session.passed_over`."""
+        claims = self._table(CLAIM_COLLECTION.name)
+        return passed_over(query, most_attempts, self._table(query.collection), claims)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         entity = self._table(query.collection).entity

@@ -104,7 +104,8 @@ class _Stored(Mapping[Key, Entity]):
         return self.table(collection).known_owners(fields).of(digest)
 
     def get(self, key: Key, default: Any = None) -> Any:  # a third of the time of `Mapping.get`
-        return self.table(key.collection).entities.get(key.id, default)
+        table = self.tables.get(key.collection)
+        return default if table is None else table.entities.get(key.id, default)
 
     def __getitem__(self, key: Key) -> Entity:
         return self.table(key.collection).entities[key.id]
@@ -302,13 +303,11 @@ class MemoryEngine(Engine):
         async with self._lock.writing(_LOCK_TIMEOUT):
             self._refuse_closed()
             await self._find_owners()
+            overlay = self._overlay()
             outcomes: list[Outcome] = []
             async for chunk in Chunks(changes, _WRITE_CHUNK):
-                for change in chunk:
-                    self._refuse_closed()
-                    overlay = self._overlay()
-                    outcomes.append(overlay.apply(change))
-                    await self._commit(overlay)
+                outcomes += map(overlay.apply, chunk)
+            await self._commit(overlay)
             return outcomes
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:

@@ -57,6 +57,7 @@ from hf_async_store.event_loop import Chunks, in_thread
 from hf_async_store.generators import Owned
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
+from hf_async_store.passed_over import PassedOver
 from hf_async_store.query import Query
 from hf_async_store.schema import (
     CLAIM_COLLECTION,
@@ -757,6 +758,11 @@ class _JSONSession(Session):
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         return await (await self._begin()).write(changes)
+
+    async def passed_over(
+        self, query: Query, most_attempts: int | None
+    ) -> tuple[PassedOver, list[str]] | None:
+        return await (await self._begin()).passed_over(query, most_attempts)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[Session]:

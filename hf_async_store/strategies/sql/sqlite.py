@@ -91,7 +91,7 @@ class _OpenFiles(NamedTuple):
     """
 
     database: _Identity
-    wal: tuple[tuple[Path, _Identity | None], ...]
+    wal: tuple[tuple[str, _Identity | None], ...]
 
 
 _Job: TypeAlias = "tuple[asyncio.Future[Any] | None, Callable[[], Any]]"
@@ -317,6 +317,7 @@ class SQLite(Dialect):
         # Symbolic links are not resolved here: SQLite follows them itself, and creates its other files next
         # to the target.
         self._path = Path(config.name).absolute()
+        self._location = str(self._path)
         self._file: _Identity | None = None  # set when the file is first opened
         self._drivers: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self.capabilities = Capabilities(
@@ -516,16 +517,16 @@ class SQLite(Dialect):
 
         It is not determined by opening the file, because closing it would release the locks.
         """
-        return self._identity_of(self._path)
+        return self._identity_of(self._location)
 
-    def _wal_files(self) -> tuple[tuple[Path, _Identity | None], ...]:
+    def _wal_files(self) -> tuple[tuple[str, _Identity | None], ...]:
         path = self._path.resolve()
-        paths = [path.with_name(f"{path.name}{each}") for each in _WAL_SUFFIXES]
+        paths = [f"{path}{each}" for each in _WAL_SUFFIXES]
         return tuple((each, self._identity_of(each)) for each in paths)
 
-    def _identity_of(self, path: Path) -> _Identity | None:
+    def _identity_of(self, path: str) -> _Identity | None:
         try:
-            status = path.stat()
+            status = os.stat(path)  # noqa: PTH116  # a Path takes twice as long, for each statement
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as exc:
@@ -567,24 +568,14 @@ class SQLite(Dialect):
         def fetch(connection: sqlite3.Connection) -> Sequence[Sequence[Any]]:
             return connection.execute(sql, args).fetchall()
 
-        rows = await self._repeated(driver, fetch)
+        rows = await self.job(driver, fetch, completes=False)
         if driver.immutable is not None:
             self._check_immutable(driver)
         return rows
 
-    async def _repeated(
-        self,
-        driver: _Connection,
-        work: Callable[[sqlite3.Connection], Result],
-        *,
-        completes: bool = False,
+    async def job(
+        self, driver: _Connection, work: Callable[[Any], Result], *, completes: bool = True
     ) -> Result:
-        """The result of a function in the thread of a connection, which is called again if it could not
-        acquire a lock: then it had no effect.
-
-        Args:
-            completes: a cancellation is raised after the function has returned.
-        """
         deadline = time.monotonic() + self._config.timeout
         while True:
             try:
@@ -600,11 +591,6 @@ class SQLite(Dialect):
                     raise
             # The statement had no effect: another connection holds the lock.
             await asyncio.sleep(0)
-
-    async def job(
-        self, driver: _Connection, work: Callable[[Any], Result], *, completes: bool = True
-    ) -> Result:
-        return await self._repeated(driver, work, completes=completes)
 
     async def fetch_dicts(
         self, driver: _Connection, sql: str, args: Sequence[object]
