@@ -701,6 +701,7 @@ def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, ...]:
         most=config.max_streams,
         exhausted=f"all {config.max_streams} streams are open: raise max_streams, or close a stream",
         waits=False,
+        streams=True,
     )
     levels: list[Isolation | None] = []
     for_reads: list[Connections] = []
