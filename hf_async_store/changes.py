@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -52,7 +52,7 @@ def check_version(expected: object, *, absent: bool) -> Precondition:
         InvalidVersionError: it is not a non-negative integer, ABSENT (where `absent` allows it) or
             ANY, which means that the argument was omitted.
     """
-    if isinstance(expected, Expect) and (expected is ANY or (absent and expected is ABSENT)):
+    if expected is ANY or (absent and expected is ABSENT):
         return expected
     if type(expected) is int and 0 <= expected <= INT_MAX:
         return expected
@@ -124,3 +124,17 @@ class Delete(msgspec.Struct, frozen=True, gc=False):
 Change: TypeAlias = Put | Patch | Delete
 Outcome: TypeAlias = int | None | StorageError
 """The new version (of a Delete: the old one, or None), or the error of that change."""
+
+
+class ChangedMatches(NamedTuple):
+    """The result of `Engine.change_matches`.
+
+    Attributes:
+        keys: of the entities that matched.
+        entities: as they were read: at least their keys and versions, and the fields of the query.
+        outcomes: of the change of each of them.
+    """
+
+    keys: list[Key]
+    entities: list[Entity]
+    outcomes: list[Outcome]

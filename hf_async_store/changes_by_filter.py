@@ -13,10 +13,11 @@ from typing import Final, cast
 import msgspec
 
 from hf_async_store.backoff import Backoff
-from hf_async_store.changes import Change, Outcome
+from hf_async_store.changes import Change, ChangedMatches, Outcome
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     EntityNotFoundError,
+    LockTimeoutError,
     PartialChangeError,
     StorageError,
 )
@@ -75,16 +76,37 @@ class ChangesByFilter:
         query = await self._store._first_page(msgspec.structs.replace(self._query, paged=True))
         while True:
             size = _BATCH_SIZE if query.limit is None else min(_BATCH_SIZE, query.limit - self.done)
-            async with Owned(self._read(query.with_limit(size))) as batches:
-                page = [each async for batch in batches for each in batch]
-            unseen = [each for each in page if seen is None or self._id(each) not in seen]
-            await self._change_independently(unseen)
+            page = await self._change_page(query.with_limit(size), seen)
             if len(page) < max(size, 1):
                 return
             if seen is not None:
                 seen.update(map(self._id, page))
             after = position_of(query, self._id(page[-1]), page[-1])
             query = msgspec.structs.replace(query, after=after)
+
+    async def _change_page(self, query: Query, seen: set[str] | None) -> list[Entity]:
+        """Change the entities that match a query, but those that were seen; returns all of them."""
+        if query.limit and not seen:
+            changed = await self._changed_at_once(query)
+            if changed is not None:
+                await self._change_independently(changed.entities, changed.outcomes)
+                return changed.entities
+        async with Owned(self._read(query)) as batches:
+            page = [each async for batch in batches for each in batch]
+        await self._change_independently(
+            [each for each in page if seen is None or self._id(each) not in seen]
+        )
+        return page
+
+    async def _changed_at_once(self, query: Query) -> ChangedMatches | None:
+        """What the engine changed in one step; None if it cannot, or if that failed without any effect."""
+        try:
+            change = self._change(Key(self._collection.name, ""), 0)
+            return await self._store._change_matches(query, change)
+        except StorageError as exc:
+            if not exc.outcome_unknown and not isinstance(exc, LockTimeoutError):
+                return None
+            raise PartialChangeError(self.done, exc, self.entities) from exc
 
     async def run_in_transaction(self) -> None:
         """Change all of them in the transaction of the primitives; a failure is raised as it is.
@@ -107,7 +129,7 @@ class ChangesByFilter:
         if query.limit == 0:
             return
         try:
-            async with Owned(self._store._select_batches(query)) as batches:
+            async with Owned(self._store._batches(query)) as batches:
                 async for batch in batches:
                     yield batch
         except StorageError as exc:
@@ -115,18 +137,22 @@ class ChangesByFilter:
                 raise
             raise PartialChangeError(self.done, exc, self.entities) from exc
 
-    async def _change_independently(self, entities: Sequence[Entity]) -> None:
+    async def _change_independently(
+        self, entities: Sequence[Entity], outcomes: Sequence[Outcome] | None = None
+    ) -> None:
+        """Change entities; `outcomes`: of the first attempt, if it was made."""
         backoff = Backoff(_CONFLICT_SECONDS, first=_FIRST_PAUSE, longest=_LONGEST_PAUSE)
         while entities:
             try:
-                outcomes = await self._store._write(self._changes(entities), None)
+                if outcomes is None:
+                    outcomes = await self._store._write(self._changes(entities), None)
                 conflict, stale = self._apply(entities, outcomes)
                 if conflict is None:
                     return
                 if not await backoff.pause():
                     raise conflict
                 self._store._note_retry(self._collection.name)
-                entities = await self._matching(stale)
+                entities, outcomes = await self._matching(stale), None
             except StorageError as exc:
                 raise PartialChangeError(self.done, exc, self.entities) from exc
 

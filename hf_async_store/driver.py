@@ -34,6 +34,7 @@ from hf_async_store.changes import (
     ANY,
     PRESENT,
     Change,
+    ChangedMatches,
     ChangeMarker,
     Delete,
     Outcome,
@@ -57,6 +58,7 @@ from hf_async_store.field_operations import FieldChange, plain_fields
 from hf_async_store.generators import Owned
 from hf_async_store.interface_version import INTERFACE_VERSION
 from hf_async_store.overlay import Overlay
+from hf_async_store.passed_over import PassedOver
 from hf_async_store.preconditions import (
     changed,
     check,
@@ -82,6 +84,7 @@ from hf_async_store.values import (
     Entity,
     Key,
     Value,
+    all_canonical,
     canonical,
     copy_entity,
     utc_now,
@@ -97,6 +100,7 @@ __all__ = [
     "Capabilities",
     "Change",
     "ChangeMarker",
+    "ChangedMatches",
     "ClaimClock",
     "ClaimInfo",
     "ClaimTerms",
@@ -349,7 +353,7 @@ class Reader(ABC):
         """As `select_batches`, with `values.canonical` applied to each entity."""
         async with Owned(self.select_batches(query)) as batches:
             async for batch in batches:
-                yield list(map(canonical, batch))
+                yield all_canonical(batch)
 
 
 class Session(Reader):
@@ -376,6 +380,14 @@ class Session(Reader):
             InvalidInputError: the engine has no savepoints.
         """
         raise InvalidInputError("this engine has no nested transactions (savepoints)")
+
+    async def passed_over(
+        self, query: Query, most_attempts: int | None
+    ) -> tuple[PassedOver, list[str]] | None:
+        """What claims have passed over, of an engine with tables in memory (`hf_async_store.passed_over`);
+        None: it is not remembered."""
+        del query, most_attempts
+        return None
 
     async def direct(self, method: str) -> Session:
         """The session of the engine itself, for a method that only this engine has, and that may write.
@@ -453,6 +465,35 @@ class Engine(Reader):
         meantime. The default is for an engine that locks no single entities.
         """
         return await self.write_each(changes)
+
+    async def few(self, query: Query) -> list[Entity] | None:
+        """All that `select_batches` yields, if few entities match, and they can be read in one step.
+
+        None, the default: the caller must use `select_batches`.
+        """
+        del query
+        return None
+
+    async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
+        """Change the entities that match a query with a limit, in one atomic step.
+
+        None, the default, which is right for every engine: nothing was done, for whatever reason, and the
+        store reads the entities and changes each of them.
+
+        Args:
+            change: what is done with each entity, if it still has the version that was read. Of its key,
+                only the collection counts, and its `expect` does not.
+        """
+        del query, change
+        return None
+
+    def shares_changes(self, key: Key) -> bool:
+        """Whether several changes of an entity may be written as one, with the version of the last.
+
+        It is asked for `modify_entity`, when several tasks wait for the same entity. False is the default.
+        """
+        del key
+        return False
 
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:
         """A consistent snapshot that can be read until the context is left, for backups and comparisons.

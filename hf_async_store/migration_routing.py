@@ -40,7 +40,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 
-from hf_async_store.changes import Change, ChangeMarker, Outcome, Put, Record
+from hf_async_store.changes import Change, ChangedMatches, ChangeMarker, Outcome, Put, Record
 from hf_async_store.driver import (
     INTERFACE_VERSION,
     Claimed,
@@ -442,6 +442,9 @@ class MigrationRouter(Engine):
             async for each in items:
                 yield each
 
+    async def few(self, query: Query) -> list[Entity] | None:
+        return await (await self.in_use()).few(query)
+
     async def count(self, query: Query) -> int:
         return await (await self.in_use()).count(query)
 
@@ -462,6 +465,25 @@ class MigrationRouter(Engine):
         route = await self.current_route()
         marked = _with_markers(changes) if route.add_markers else changes
         outcomes = await write(self.engine_of(route), marked)
+        await self._confirm_written(route, changes, outcomes)
+        return outcomes
+
+    async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
+        route = await self.current_route()
+        if route.add_markers:
+            return None
+        changed = await self.engine_of(route).change_matches(query, change)
+        if changed is not None:
+            changes = [msgspec.structs.replace(change, key=each) for each in changed.keys]
+            await self._confirm_written(route, changes, changed.outcomes)
+        return changed
+
+    def shares_changes(self, key: Key) -> bool:
+        return not self._route.add_markers and self._active.shares_changes(key)
+
+    async def _confirm_written(
+        self, route: Route, changes: Sequence[Change], outcomes: Sequence[Outcome]
+    ) -> None:
         # A refused change needs no confirmation, and its outcome is known.
         written = [
             change
@@ -470,7 +492,6 @@ class MigrationRouter(Engine):
         ]
         if written and not self.is_valid(route):
             await self.confirm(route, written)
-        return outcomes
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
         def begin(engine: Engine) -> AbstractAsyncContextManager[Session]:

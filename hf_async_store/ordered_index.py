@@ -18,6 +18,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import msgspec
 
+from hf_async_store.collector import GatheredObjects
 from hf_async_store.errors import StorageError
 from hf_async_store.query import Missing
 from hf_async_store.schema import Collection, Index
@@ -419,6 +420,7 @@ class Indexes(Generic[Stored]):
     ) -> list[list[Entry]]:
         built = self._built
         live = ids is self.entities
+        gathered = GatheredObjects()
         runs: list[list[Entry]] = [[]]
         for number, entity_id in enumerate(ids, 1):
             stored = before[entity_id] if entity_id in before else self.entities[entity_id]
@@ -428,6 +430,7 @@ class Indexes(Generic[Stored]):
                 if len(runs[-1]) >= _RUN:
                     runs[-1].sort()
                     runs.append([])
+                gathered.add(_BUILD_CHUNK)
                 await asyncio.sleep(0)
                 if built is not self._built or (live and before):
                     break
@@ -511,12 +514,33 @@ def record_before(
     before: dict[str, Stored | None], changed: Iterable[str], entities: Mapping[str, Stored]
 ) -> None:
     """Record the values of entities that are about to change, if they did not change before."""
-    for entity_id in changed:
-        if entity_id not in before:
-            before[entity_id] = entities.get(entity_id)
+    new = [each for each in changed if each not in before]
+    before.update(zip(new, map(entities.get, new), strict=True))
 
 
 Sortable = TypeVar("Sortable", Entry, str)
+
+
+async def sorted_runs(items: Sequence[Sortable]) -> list[list[Sortable]]:
+    """The items in sorted runs, for `merged_runs`."""
+    runs = []
+    for start in range(0, len(items), _RUN):
+        if start:
+            await asyncio.sleep(0)
+        runs.append(sorted(items[start : start + _RUN]))
+    return runs
+
+
+async def sorted_in_steps(items: list[Sortable]) -> list[Sortable]:
+    """The items in order."""
+    runs = await sorted_runs(items)
+    if len(runs) == 1:
+        return runs[0]
+    ordered: list[Sortable] = []
+    for piece in merged_runs(runs):
+        ordered += piece
+        await asyncio.sleep(0)
+    return ordered
 
 
 def merged_runs(runs: list[list[Sortable]]) -> Iterator[list[Sortable]]:

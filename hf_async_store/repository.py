@@ -8,7 +8,6 @@ the coroutine runs.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import (
@@ -20,7 +19,8 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from itertools import repeat
 from time import monotonic, perf_counter
 from typing import Final, Literal, TypeAlias, TypeVar, overload
 
@@ -34,6 +34,7 @@ from hf_async_store.changes import (
     ANY,
     PRESENT,
     Change,
+    ChangedMatches,
     Delete,
     Expect,
     Outcome,
@@ -44,7 +45,8 @@ from hf_async_store.changes import (
     check_version,
 )
 from hf_async_store.changes_by_filter import ChangesByFilter
-from hf_async_store.conflict_retry import RETRY_SECONDS
+from hf_async_store.collector import GatheredObjects
+from hf_async_store.conflict_retry import RETRY_SECONDS, Made, Step
 from hf_async_store.driver import batched
 from hf_async_store.errors import (
     AlreadyExistsError,
@@ -64,7 +66,7 @@ from hf_async_store.event_loop import Chunks
 from hf_async_store.field_operations import UpdateMap, read_update
 from hf_async_store.generators import Owned
 from hf_async_store.lifetimes import Clock, Lifetimes
-from hf_async_store.preconditions import changed
+from hf_async_store.modifications import Modifying, Write
 from hf_async_store.query import (
     MISSING,
     Comparison,
@@ -108,6 +110,9 @@ log: Final = logging.getLogger("hf_async_store.retries")
 
 _CHUNK_SIZE: Final = 128
 """The number of entities validated one by one between two iterations of the event loop."""
+
+_RECORDS_CHUNK: Final = 1 << 14
+"""The number of records whose entities are taken in one step."""
 
 _BATCH_CHUNK_SIZE: Final = 512
 """The number of entities validated together, column by column, in about the same time."""
@@ -158,6 +163,26 @@ class RepositoryInterface(ABC):
 
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return batched(self._select(query))
+
+    async def _few(self, query: Query) -> list[Entity] | None:
+        """See `Engine.few`."""
+        del query
+        return None
+
+    async def _change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
+        """See `Engine.change_matches`."""
+        del query, change
+        return None
+
+    async def _batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        """The matching entities in batches, by `_few` or by `_select_batches`."""
+        few = await self._few(query)
+        if few is not None:
+            yield few
+            return
+        async with Owned(self._select_batches(query)) as batches:
+            async for each in batches:
+                yield each
 
     # -- expiry ------------------------------------------------------------------------------
 
@@ -210,7 +235,7 @@ class RepositoryInterface(ABC):
             ReferenceViolationError: a declared reference names an entity that does not exist.
         """
         change = self._put(self._schema[collection], entity, ABSENT, self._clock.now())
-        return await self._write_one(change, timeout)
+        return new_version(await self._write((change,), timeout))
 
     async def save_entity(
         self,
@@ -238,7 +263,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=True)
         change = self._put(self._schema[collection], entity, expect, self._clock.now())
-        return await self._write_one(change, timeout)
+        return new_version(await self._write((change,), timeout))
 
     @overload
     async def update_entity(
@@ -297,7 +322,7 @@ class RepositoryInterface(ABC):
         change = self._patch(self._schema[collection], entity_id, fields, expect, self._clock.now())
         if returning:
             return all_succeeded(await self._update_returning([change], timeout), alone=True)[0]
-        return await self._write_one(change, timeout)
+        return new_version(await self._write((change,), timeout))
 
     async def delete_entity(
         self,
@@ -316,7 +341,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=False)
         change = Delete(self._schema[collection].key_of(entity_id), expect)
-        return _succeeded((await self._write((change,), timeout))[0]) is not None
+        return _succeeded(await self._write((change,), timeout)) is not None
 
     async def get_entity(
         self, collection: str, entity_id: str, *, timeout: float | None = None
@@ -528,7 +553,11 @@ class RepositoryInterface(ABC):
         if not keys:
             return []
         records = await self._fetch(keys, timeout)
-        return [None if each is None else each.entity for each in records]
+        return [
+            None if each is None else each.entity
+            async for chunk in Chunks(records, _RECORDS_CHUNK)
+            for each in chunk
+        ]
 
     async def import_entities(
         self,
@@ -677,43 +706,46 @@ class RepositoryInterface(ABC):
                 raise UnsupportedValueError(f"default must be a dict, not {type(default).__name__}")
             default = declared.entity({declared.key: key.id, **default})[1]
 
-        async def attempt() -> Entity:
-            current = await self._read_to_change(key, remaining())
-            if current is None and default is None:
-                raise EntityNotFoundError(collection, key.id)
-            given = copy_entity(default) if current is None and default is not None else current
-            assert given is not None
-            # The function may change its argument in place.
-            stored = None if current is None else dict(current)
-            result = change(given)
-            new = await result if inspect.isawaitable(result) else result
-            if not isinstance(new, Mapping):
-                raise UnsupportedValueError(
-                    f"modify_entity: the function returned {type(new).__name__}, not the entity"
-                )
-            if new.get(declared.key, key.id) != key.id:
-                raise InvalidFieldError(
-                    f"{collection}.{declared.key} is the key and cannot be changed"
-                )
-            expect: Precondition = ABSENT if stored is None else version_of(stored)
-            put = self._put(declared, new, expect, self._clock.now())
+        def put(new: Mapping[str, object], expect: Precondition) -> Put:
+            return self._put(declared, new, expect, self._clock.now())
+
+        modifying = Modifying(declared, key, change, default, put)
+
+        async def attempt(write: Write) -> Entity:
+            made = await modifying.make(await self._read_to_change(key, remaining()))
             try:
-                version = await self._write_one(put, remaining())
+                written = await write(made, remaining())
             except AlreadyExistsError as exc:
                 raise ConcurrencyConflictError(str(exc), retryable=True) from exc
             except EntityNotFoundError as exc:  # it was deleted, or has expired, since it was read
                 if default is None:
                     raise
                 raise ConcurrencyConflictError(str(exc), retryable=True) from exc
-            written = changed(put, stored)
-            assert written is not None, "only a delete writes nothing"
-            written = {**written, VERSION: version}
-            self._hand_on(key, written)
             return written
 
         most = retry_seconds if timeout is None else min(retry_seconds, timeout)
-        written = await self._retried(key, attempt, most)
+        step = modifying.step if timeout is None else None
+        written = await self._modified(key, attempt, step, most)
         return copy_entity(written) if returning else version_of(written)
+
+    async def _modified(
+        self,
+        key: Key,
+        attempt: Callable[[Write], Awaitable[Entity]],
+        step: Step | None,
+        seconds: float,
+    ) -> Entity:
+        """What `attempt` returns, with a function that writes what it has made; again after conflicts.
+
+        Args:
+            step: as an attempt, without reading and writing, for a task that writes for several.
+        """
+        del step
+        return await self._retried(key, lambda: attempt(self._write_made), seconds)
+
+    async def _write_made(self, made: Made, timeout: float | None) -> Entity:
+        version = new_version(await self._write((made.put,), timeout))
+        return {**made.entity, VERSION: version}
 
     @abstractmethod
     async def _retried(
@@ -724,10 +756,6 @@ class RepositoryInterface(ABC):
     async def _read_to_change(self, key: Key, timeout: float | None) -> Entity | None:
         """The entity of a key for an attempt that writes only if it is unchanged."""
         return await self.get_entity(key.collection, key.id, timeout=timeout)
-
-    @abstractmethod
-    def _hand_on(self, key: Key, written: Entity) -> None:
-        """The current attempt has written this entity: the next one in the queue need not read it."""
 
     def _note_retry(self, collection: str | None) -> None:
         """Something is tried again after a conflict."""
@@ -1011,7 +1039,7 @@ class RepositoryInterface(ABC):
         read = value_reader(steps)
         started, rows = perf_counter(), 0
         try:
-            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
+            async with operation_timeout(timeout), Owned(self._batches(query)) as batches:
                 async for batch in batches:
                     result.add(map(read, batch))
                     rows += len(batch)
@@ -1104,12 +1132,18 @@ class RepositoryInterface(ABC):
         skipped: int = 0,
     ) -> list[Entity]:
         entities: list[Entity] = []
+        gathered = GatheredObjects()
         started = perf_counter()
         try:
-            async with operation_timeout(timeout), Owned(self._select_batches(query)) as batches:
-                async for batch in batches:
-                    entities += [project(each, fields) for each in batch[skipped:]]
-                    skipped = max(0, skipped - len(batch))
+            async with operation_timeout(timeout):
+                if (few := await self._few(query)) is not None:
+                    entities = [project(each, fields) for each in few[skipped:]]
+                    return entities
+                async with Owned(self._select_batches(query)) as batches:
+                    async for batch in batches:
+                        entities += [project(each, fields) for each in batch[skipped:]]
+                        skipped = max(0, skipped - len(batch))
+                        gathered.add(len(batch))
         finally:
             self._slow_queries.note(query, started, len(entities))
         return entities
@@ -1141,12 +1175,6 @@ class RepositoryInterface(ABC):
         fields[UPDATED_AT] = at
         return Patch(key, fields, at, _existing(expect))
 
-    async def _write_one(self, change: Put | Patch, timeout: float | None) -> int:
-        """The new version."""
-        version = _succeeded((await self._write((change,), timeout))[0])
-        assert version is not None, "only a delete has no version"
-        return version
-
     async def _write_many(self, changes: Sequence[Put | Patch], timeout: float | None) -> list[int]:
         """The new version of each entity."""
         return _versions(await self._write(changes, timeout)) if changes else []
@@ -1166,10 +1194,19 @@ def _existing(expect: Precondition) -> Precondition:
     return PRESENT if expect is ANY else expect
 
 
-def _succeeded(outcome: Outcome) -> int | None:
+def _succeeded(outcomes: Sequence[Outcome]) -> int | None:
+    """The outcome of the only change of a call."""
+    [outcome] = outcomes
     if isinstance(outcome, StorageError):
         raise outcome
     return outcome
+
+
+def new_version(outcomes: Sequence[Outcome]) -> int:
+    """The version that the only change of a call, which is no delete, has written."""
+    version = _succeeded(outcomes)
+    assert version is not None, "only a delete has no version"
+    return version
 
 
 def _versions(outcomes: Sequence[Outcome]) -> list[int]:
@@ -1266,9 +1303,10 @@ def _puts(
     checked = batch_validation.validate_batch(collection, chunk)
     if checked is None:
         return None
-    for _, entity in checked:
-        _stamp(entity, at)
-    return [Put(key, entity, at, expect) for key, entity in checked]
+    keys, entities = checked
+    for each in entities:
+        _stamp(each, at)
+    return list(map(Put, keys, entities, repeat(at), repeat(expect)))
 
 
 async def _in_chunks(
@@ -1334,18 +1372,22 @@ def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError
     )
 
 
-@asynccontextmanager
-async def operation_timeout(
+_NO_TIMEOUT: Final = nullcontext()
+
+
+def operation_timeout(
     timeout: float | None, *, outcome_unknown: Callable[[], bool] = bool
-) -> AsyncIterator[None]:
+) -> AbstractAsyncContextManager[None]:
     """Limit the duration of the body to `timeout` seconds.
 
     Raises:
         OperationTimeoutError: the time expired; `outcome_unknown` is called at that moment.
     """
-    if timeout is None:
-        yield
-        return
+    return _NO_TIMEOUT if timeout is None else _limited(timeout, outcome_unknown)
+
+
+@asynccontextmanager
+async def _limited(timeout: float, outcome_unknown: Callable[[], bool]) -> AsyncIterator[None]:
     check_seconds(timeout, "timeout")
     scope = asyncio.timeout(timeout)
     try:

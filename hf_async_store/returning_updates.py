@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from hf_async_store.changes import Change, Outcome, Patch, Record
+from hf_async_store.changes import Change, ChangedMatches, Outcome, Patch, Record
 from hf_async_store.errors import ConcurrencyConflictError, StorageError
 from hf_async_store.event_loop import Chunks
 from hf_async_store.preconditions import changed
@@ -31,7 +31,9 @@ class Primitives(Protocol):
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]: ...
 
-    def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]: ...
+    def _batches(self, query: Query) -> AsyncGenerator[list[Entity], None]: ...
+
+    async def _change_matches(self, query: Query, change: Change) -> ChangedMatches | None: ...
 
     async def _first_page(self, query: Query) -> Query: ...
 

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from hf_async_store import schema_changes
 from hf_async_store.arguments import check_boolean, check_callable, check_seconds
-from hf_async_store.changes import PRESENT, Change, Delete, Outcome, Record
+from hf_async_store.changes import PRESENT, Change, ChangedMatches, Delete, Outcome, Record
 from hf_async_store.claim_clock import boot_seconds
 from hf_async_store.claim_records import absent
 from hf_async_store.claims import (
@@ -40,7 +40,13 @@ from hf_async_store.claims import (
 )
 from hf_async_store.clearing import Clearing
 from hf_async_store.coalescing import Coalescer
-from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
+from hf_async_store.conflict_retry import (
+    RETRY_SECONDS,
+    FairRetryQueue,
+    Made,
+    Step,
+    TransactionTicket,
+)
 from hf_async_store.driver import (
     Capabilities,
     ClaimInfo,
@@ -67,6 +73,7 @@ from hf_async_store.index_advice import advice, advice_by_declaration
 from hf_async_store.interface_version import check_interface_version
 from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
 from hf_async_store.models import Model
+from hf_async_store.modifications import SharedWrite, Write, shared_outcome
 from hf_async_store.observer import Observer, StoreObserver, check_observer
 from hf_async_store.observing import SharedOperations, observed_store
 from hf_async_store.purging import LivingReader, Purging
@@ -388,6 +395,19 @@ class StorageStrategy(WatchedStore):
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return self._streams.read(self._usable().select_batches(self._living_query(query)))
 
+    async def _few(self, query: Query) -> list[Entity] | None:
+        return await self._usable().few(self._living_query(query))
+
+    async def _change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
+        engine = self._usable()
+        if self._lifetimes is not None or self._writes.observer is not None:
+            return None  # they concern each change that is written
+        # As in the coalescer, a cancellation waits until the changes have been written.
+        changed = await run_to_completion(engine.change_matches(query, change))
+        if changed is not None and self._record_attempts:
+            await self._record_declarations(changed.outcomes)
+        return changed
+
     async def _count(self, query: Query) -> int:
         return await self._usable().count(self._living_query(query))
 
@@ -406,9 +426,31 @@ class StorageStrategy(WatchedStore):
             return copy_entity(written)
         return await super()._read_to_change(key, timeout)
 
-    def _hand_on(self, key: Key, written: Entity) -> None:
-        if self._reads is not None:  # a read is a round trip
-            self._retry_queue.hand_on(key, written)
+    async def _modified(
+        self,
+        key: Key,
+        attempt: Callable[[Write], Awaitable[Entity]],
+        step: Step | None,
+        seconds: float,
+    ) -> Entity:
+        self._usable()  # raises before waiting in the queue
+        ticket = self._retry_queue.ticket(key, step)
+
+        async def write(made: Made, timeout: float | None) -> Entity:
+            shares = made.may_be_shared and ticket.follower is not None and self._lifetimes is None
+            if shares and self._engine.shares_changes(key):
+                shared = SharedWrite(ticket, made)
+                written, last = made.entity, await shared.run(self._write_made, timeout)
+            else:
+                written = last = await self._write_made(made, timeout)
+            if self._reads is not None:  # a read is a round trip
+                self._retry_queue.hand_on(key, last)
+            return written
+
+        async def once() -> Entity:
+            return await attempt(write) if ticket.outcome is None else shared_outcome(ticket)
+
+        return await self._retry_queue.retry_with(ticket, once, seconds, self._note_retry)
 
     # -- transactions ------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class Digest:
         """Add several entities, given as their canonical encodings."""
         hashes = [blake2b(each, digest_size=_BYTES).digest() for each in encoded]
         self.count += len(hashes)
-        self._sum += sum([int.from_bytes(each, "big") for each in hashes])
+        self._sum += sum(map(int.from_bytes, hashes))
 
     def __str__(self) -> str:
         return f"{_ALGORITHM}:{self._sum % _MODULUS:0{2 * _BYTES}x}"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import pytest
 
-from hf_async_store.changes import ChangeMarker, Put
+from hf_async_store.changes import ChangeMarker, Patch, Put
+from hf_async_store.driver import Engine
 from hf_async_store.errors import ConcurrencyConflictError, StoreClosedError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Comparison, Query
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hf_async_store.changes import Outcome
-    from hf_async_store.driver import Engine, Reader
+    from hf_async_store.driver import Reader
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.testing.harness import Harness
     from hf_async_store.values import Entity
@@ -78,6 +79,22 @@ class DriverContract:
             for each in ("0", "2"):
                 assert await session.write([_put(each)]) == [1]
             await _check_reader(session, query, "items", ["0", "2"])
+
+    async def test_124_matches_are_changed_in_one_step(self, store: StorageStrategy) -> None:
+        for number in range(3):
+            label = "even" if number % 2 == 0 else "odd"
+            await store.save_entity("items", {"item_id": f"{number}", "label": label})
+        query = Query("items", Comparison(("label",), "eq", "even"), limit=10)
+        change = Patch(Key("items", ""), {"label": "new"}, utc_now(), 0)
+        found = await store.engine.change_matches(query, change)
+        if found is None:
+            return  # it reads and writes separately
+        assert [each["item_id"] for each in found.entities] == ["0", "2"]
+        assert [each.id for each in found.keys] == ["0", "2"]
+        assert [each["version"] for each in found.entities] == [1, 1]
+        assert found.outcomes == [2, 2]
+        labels = [each["label"] for each in await store.query_entities("items")]
+        assert labels == ["new", "odd", "new"]
 
     # -- declarations --------------------------------------------------------------------------
 
@@ -190,6 +207,21 @@ class DriverContract:
                 await store.engine.feed_changed({"notes": position}, 0.05)
             assert (await store.engine.read_feed("notes", position, 10)).position == position
 
+    # -- methods of one engine -----------------------------------------------------------------
+
+    async def test_124_a_method_of_its_own_reaches_the_engine(self, store: StorageStrategy) -> None:
+        """What a method runs in that only this engine has: it sees what is stored, and in a session what
+        the session has written."""
+        await store.save_entity("items", {"item_id": "a"})
+        for writes in (False, True):
+            async with store.engine.direct("its_own", writes=writes) as engine:
+                assert await engine.fetch([Key("items", "a")]) != [None]
+        async with store.engine.session(None) as session:
+            assert await session.write([_put("b")]) == [1]
+            await store.engine.check_direct("its_own")
+            own = await session.direct("its_own")
+            assert await own.fetch([Key("items", "b")]) != [None]
+
     # -- probe and identity --------------------------------------------------------------------
 
     async def test_124_a_probe_reaches_the_store(self, harness: Harness) -> None:
@@ -234,6 +266,8 @@ async def _check_reader(reader: Reader, query: Query, name: str, ids: Sequence[s
     entities = sorted(canonical(each.entity) for each in records)
     async with Owned(reader.select_batches(query)) as batches:
         assert sorted([canonical(each) async for batch in batches for each in batch]) == entities
+    if isinstance(reader, Engine) and (few := await reader.few(query)) is not None:
+        assert sorted(map(canonical, few)) == entities
     async with Owned(reader.select_json(query)) as texts:
         assert sorted([each async for batch in texts for each in batch]) == entities
 

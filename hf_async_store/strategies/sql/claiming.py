@@ -20,7 +20,7 @@ from hf_async_store.changes import Change, Delete, Record
 from hf_async_store.claim_clock import BootClock, Moment, ServerClock
 from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimState, ClaimTerms, lost
 from hf_async_store.config import SQLConfig
-from hf_async_store.driver import Session, giving_back, run_to_completion, written
+from hf_async_store.driver import Session, giving_back, written
 from hf_async_store.errors import PermissionDeniedError
 from hf_async_store.query import Query, compile_order
 from hf_async_store.strategies.sql.compiler import Compiled, compile_query
@@ -140,12 +140,10 @@ class ClaimingSQLEngine(SQLEngine):
         dialect = self._dialect
         name = dialect.names.claims(collection)
         trusted = list(map(dialect.names.table, self.schema))
-        try:
+        with dialect.translating("read the tables"):
             if name not in await dialect.relations(lease.driver):
                 return False
             owners = await dialect.untrusted_owners(lease.driver, [name], trusted)
-        except dialect.driver_errors as exc:
-            raise dialect.translate(exc, doing="read the tables", writes=False) from exc
         if owners:
             raise PermissionDeniedError(
                 f"the table {name} belongs to the role {owners[name]!r}, which owns no table of this "
@@ -156,18 +154,11 @@ class ClaimingSQLEngine(SQLEngine):
     async def _create_claims(self, lease: LeasedConnection, collection: str) -> None:
         dialect, driver = self._dialect, lease.driver
         entities, name = self.known_tables.get(collection), dialect.names.claims(collection)
-        try:
-            handle = await dialect.begin_ddl(driver)
-            try:
+        with dialect.translating("create the table of claims"):
+            async with dialect.changing_tables(driver):
                 if name not in await dialect.relations(driver):
                     for each in self._claim_sql.ddl(name, entities):
                         await dialect.rows(driver, each, ())
-            except BaseException:
-                await run_to_completion(dialect.roll_back(handle))
-                raise
-            await run_to_completion(dialect.commit(handle))
-        except dialect.driver_errors as exc:
-            raise dialect.translate(exc, doing="create the table of claims", writes=False) from exc
 
     async def _exists(self, collection: str) -> bool:
         """Whether the table exists. Nothing is created."""

@@ -20,7 +20,7 @@ import time
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, cast
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -92,7 +92,9 @@ class LeasedConnection:
     async def _rows(
         self, sql: str, args: Sequence[object], doing: str, *, writes: bool
     ) -> Sequence[Sequence[Any]]:
-        return await self._run(lambda: self.dialect.rows(self.driver, sql, args), doing, writes)
+        return await self._run(
+            lambda: self.dialect.rows(self.driver, sql, args), doing, writes=writes
+        )
 
     async def read(self, work: Callable[[Any], Result]) -> Result:
         """See `Dialect.job`, for a function that only reads, by several statements."""
@@ -100,17 +102,34 @@ class LeasedConnection:
             lambda: self.dialect.job(self.driver, work, completes=False), "read", writes=False
         )
 
-    async def _run(self, work: Callable[[], Awaitable[Result]], doing: str, writes: bool) -> Result:
+    async def _run(
+        self,
+        work: Callable[[], Awaitable[Result]],
+        doing: str,
+        *,
+        writes: bool,
+        completes: bool = False,
+        callers: bool = False,
+    ) -> Result:
+        """What a call of the driver returns, whose exceptions are translated.
+
+        Args:
+            doing, writes, callers: see `Dialect.translate`.
+            completes: a cancellation is raised after the call has ended.
+        """
         self._check_open()
         try:
             self.dialect.check_file(self.driver)
             return await work()
         except self.dialect.driver_errors as exc:
-            raise self._error(exc, doing, writes=writes) from exc
+            raise self._error(exc, doing, writes=writes, callers=callers) from exc
         except StorageError:
             raise
-        except BaseException:
-            self.state_unknown = True
+        except BaseException as exc:
+            if callers and isinstance(exc, self.dialect.caller_errors):
+                raise self._error(exc, doing, writes=writes, callers=True) from exc
+            if not (completes and isinstance(exc, asyncio.CancelledError)):
+                self.state_unknown = True
             raise
 
     async def autocommit(
@@ -142,36 +161,27 @@ class LeasedConnection:
     async def job(self, work: Callable[[Any], Result]) -> Result:
         """See `Dialect.job`, for a function that writes: outside a transaction, it commits by itself."""
         commits = not self._transactions
-        self._check_open()
         if commits:
             self.commit_done.clear()
         try:
-            self.dialect.check_file(self.driver)
-            result = await self.dialect.job(self.driver, work)
+            result = await self._run(
+                lambda: self.dialect.job(self.driver, work), "write", writes=commits, completes=True
+            )
             if commits:
                 self._check_committed()
             return result
-        except self.dialect.driver_errors as exc:
-            raise self._error(exc, "write", writes=commits) from exc
-        except (StorageError, asyncio.CancelledError):
-            raise  # a cancellation comes after the function
-        except BaseException:
-            self.state_unknown = True
-            raise
         finally:
             self.commit_done.set()
 
     async def fetch_dicts(self, sql: str, args: Sequence[object]) -> list[dict[str, Value]]:
         """Run a caller's own statement in the open transaction."""
-        self._check_open()
         self.session_altered = True
-        try:
-            rows = await self.dialect.fetch_dicts(self.driver, sql, args)
-        except (*self.dialect.driver_errors, *self.dialect.caller_errors) as exc:
-            raise self._error(exc, "execute the statement", writes=False, callers=True) from exc
-        except BaseException:
-            self.state_unknown = True
-            raise
+        rows = await self._run(
+            lambda: self.dialect.fetch_dicts(self.driver, sql, args),
+            "execute the statement",
+            writes=False,
+            callers=True,
+        )
         self._check_open()
         if not self.dialect.in_transaction(self.driver):
             raise TransactionAbortedError(
@@ -237,14 +247,7 @@ class LeasedConnection:
             self._may_write = True
 
     async def _begin(self, begin: Callable[[], Awaitable[Any]]) -> None:
-        self._check_open()
-        try:
-            handle = await begin()
-        except self.dialect.driver_errors as exc:
-            raise self._error(exc, "begin a transaction", writes=False) from exc
-        except BaseException:
-            self.state_unknown = True
-            raise
+        handle = await self._run(begin, "begin a transaction", writes=False)
         self._transactions.append(handle)
         try:
             self.dialect.check_file(self.driver)
@@ -253,26 +256,19 @@ class LeasedConnection:
             raise
 
     async def _commit(self) -> None:
-        outermost = len(self._transactions) == 1
         handle = self._transactions.pop()
-        self._check_open()
+        outermost = not self._transactions
         if outermost:
             self.commit_done.clear()
         try:
             try:
-                self.dialect.check_file(self.driver)
+                await self._run(lambda: self.dialect.commit(handle), "commit", writes=outermost)
             except StorageError:
                 self._transactions.append(handle)
                 await self._roll_back()
                 raise
-            await self.dialect.commit(handle)
             if outermost:
                 self._check_committed()
-        except self.dialect.driver_errors as exc:
-            error = self._error(exc, "commit", writes=outermost)
-            self._transactions.append(handle)
-            await self._roll_back()
-            raise error from exc
         finally:
             self.commit_done.set()
 
@@ -309,6 +305,7 @@ class Connections:
         waits: whether a caller waits while all connections are in use.
         isolation: the connections only read, and on PostgreSQL each statement does so at this level;
             None: they also write.
+        streams: the connections read much, once.
     """
 
     def __init__(
@@ -321,6 +318,7 @@ class Connections:
         exhausted: str,
         waits: bool = True,
         isolation: Isolation | None = None,
+        streams: bool = False,
     ) -> None:
         self._dialect = dialect
         self._config = config
@@ -329,7 +327,9 @@ class Connections:
         self._waits = waits
         self._semaphore = asyncio.Semaphore(most)
         size = max(kept, 1)
-        self._engine = dialect.engine(size=size, overflow=most - size, isolation=isolation)
+        self._engine = dialect.engine(
+            size=size, overflow=most - size, isolation=isolation, streams=streams
+        )
         self._leased: set[LeasedConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # open connections, or close idle ones
         self._idle: list[LeasedConnection] = []  # checked out and not used
@@ -343,8 +343,7 @@ class Connections:
         self._has_connected = False
         self._closed = False
 
-    @asynccontextmanager
-    async def lease(self) -> AsyncIterator[LeasedConnection]:
+    def lease(self) -> AbstractAsyncContextManager[LeasedConnection]:
         """A connection of the pool.
 
         Raises:
@@ -352,15 +351,7 @@ class Connections:
             UnavailableError, AuthenticationError: a new connection could not be opened.
             StoreClosedError: the store was closed, also amid a statement that does not write.
         """
-        lease = await self.acquire()
-        try:
-            yield lease
-        except BaseException as exc:
-            await self.release(lease, check=True)
-            if lease.force_closed and _is_failed_read(exc, self._dialect):
-                raise StoreClosedError("this store was closed") from exc
-            raise
-        await self.release(lease, check=False)
+        return _Leasing(self)
 
     async def acquire(self) -> LeasedConnection:
         self.check_open()
@@ -390,10 +381,8 @@ class Connections:
             if self._dialect.is_lost(kept.driver):
                 self._start(self._discard(kept.connection, kept.driver))
                 continue
-            lease = LeasedConnection(self._dialect, kept.connection, kept.driver)
-            lease.checked_out_at = kept.checked_out_at
-            self._leased.add(lease)
-            return lease
+            self._leased.add(kept)
+            return kept
         return None
 
     @property
@@ -607,7 +596,25 @@ class Connections:
             self.warn_unclosed()
 
 
-def _is_failed_read(exc: BaseException, dialect: Dialect) -> bool:
+class _Leasing(AbstractAsyncContextManager[LeasedConnection]):
+    """See `Connections.lease`. A generator would take twice as long."""
+
+    __slots__ = ("_lease", "_pool")
+
+    def __init__(self, pool: Connections) -> None:
+        self._pool = pool
+
+    async def __aenter__(self) -> LeasedConnection:
+        self._lease = await self._pool.acquire()
+        return self._lease
+
+    async def __aexit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        await self._pool.release(self._lease, check=exc is not None)
+        if self._lease.force_closed and _is_failed_read(exc, self._lease.dialect):
+            raise StoreClosedError("this store was closed") from exc
+
+
+def _is_failed_read(exc: BaseException | None, dialect: Dialect) -> bool:
     """Whether an error tells that a statement failed that does not write.
 
     Of SQLite's files, closing the last connection removes one.

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
+from hf_async_store.driver import SchemaChange, SchemaProgress
 from hf_async_store.errors import PermissionDeniedError, SchemaMismatchError
 from hf_async_store.schema import SYSTEM_COLLECTIONS, Index, Schema
 from hf_async_store.strategies.sql.catalogue import (
@@ -59,11 +59,9 @@ class SchemaSync(ABC):
             NewerFormatError: a later version of this package created the tables.
             PermissionDeniedError: an untrusted role owns a table of the store itself.
         """
-        try:
+        with self.dialect.translating("read the catalogue"):
             self.dialect.check_file(lease.driver)
             return (await self._read(lease.driver))[0]
-        except self.dialect.driver_errors as exc:
-            raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
 
     async def _read(self, driver: Any) -> tuple[Catalogue | None, dict[str, Relation]]:
         """The catalogue, and the existing relations: see `Dialect.relations`."""
@@ -79,15 +77,13 @@ class SchemaSync(ABC):
     async def _catalogue_rows(self, driver: Any) -> Sequence[Sequence[Any]]:
         table = self.names.catalogue
         try:
-            return await self.dialect.rows(driver, read_sql(self.names), ())
-        except self.dialect.driver_errors as exc:
-            error = self.dialect.translate(exc, doing=f"read the table {table}", writes=False)
-            if isinstance(error, SchemaMismatchError):
-                raise SchemaMismatchError(
-                    f"{table} is not the catalogue of a store ({exc}): rename or drop it, or set "
-                    "table_prefix; if it was one, restore it from a backup"
-                ) from exc
-            raise error from exc
+            with self.dialect.translating(f"read the table {table}"):
+                return await self.dialect.rows(driver, read_sql(self.names), ())
+        except SchemaMismatchError as exc:
+            raise SchemaMismatchError(
+                f"{table} is not the catalogue of a store ({exc.__cause__}): rename or drop it, or set "
+                "table_prefix; if it was one, restore it from a backup"
+            ) from exc.__cause__
 
     async def _refuse_untrusted_owners(self, driver: Any) -> None:
         """Refuse tables of the store itself if they belong to an untrusted role.
@@ -143,22 +139,14 @@ class SchemaSync(ABC):
             NewerFormatError, PermissionDeniedError: as `read`.
         """
         driver = lease.driver
-        try:
+        with self.dialect.translating("create the tables"):
             self.dialect.check_file(driver)
             catalogue, relations = await self._read(driver)
             await self.dialect.prepare_writing(driver)
             empty = await self._empty_tables(driver, catalogue, relations)
-            if catalogue is not None and not (empty or self._missing(catalogue, relations, latest)):
-                return catalogue
-            handle = await self.dialect.begin_ddl(driver)
-            try:
-                catalogue = await self._create_missing(driver, latest, empty)
-            except BaseException:
-                await run_to_completion(self.dialect.roll_back(handle))
-                raise
-            await run_to_completion(self.dialect.commit(handle))
-        except self.dialect.driver_errors as exc:
-            raise self.dialect.translate(exc, doing="create the tables", writes=False) from exc
+            if catalogue is None or empty or self._missing(catalogue, relations, latest):
+                async with self.dialect.changing_tables(driver):
+                    catalogue = await self._create_missing(driver, latest, empty)
         return catalogue
 
     def _missing(
@@ -332,10 +320,8 @@ class SchemaSync(ABC):
         )
 
     async def _run(self, driver: Any, statement: str) -> None:
-        try:
+        with self.dialect.translating(f"run {statement}"):
             await self.dialect.rows(driver, statement, ())
-        except self.dialect.driver_errors as exc:
-            raise self.dialect.translate(exc, doing=f"run {statement}", writes=False) from exc
 
     # -- unique indexes ----------------------------------------------------------------------
 
@@ -348,7 +334,7 @@ class SchemaSync(ABC):
 
     async def unenforced(self, lease: LeasedConnection) -> list[tuple[str, Index]]:
         """See `Engine.unenforced`."""
-        try:
+        with self.dialect.translating("read the catalogue"):
             catalogue, relations = await self._read(lease.driver)
             entries = declared(catalogue or Catalogue(), self.schema.values())
             return [
@@ -360,17 +346,13 @@ class SchemaSync(ABC):
                 for index in self.schema[name].indexes
                 if index.unique and index.fields in unenforced
             ]
-        except self.dialect.driver_errors as exc:
-            raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
 
     # -- changes of the schema ---------------------------------------------------------------
 
     async def changes(self, lease: LeasedConnection) -> list[SchemaChange]:
         """What is missing for the declaration: see `Engine.schema_changes`."""
-        try:
+        with self.dialect.translating("read the catalogue"):
             catalogue, relations = await self._read(lease.driver)
-        except self.dialect.driver_errors as exc:
-            raise self.dialect.translate(exc, doing="read the catalogue", writes=False) from exc
         return self.changes_from(catalogue or Catalogue(), relations)
 
     def changes_from(
@@ -444,7 +426,8 @@ class SchemaSync(ABC):
     async def unrecorded(self, lease: LeasedConnection) -> dict[str, list[str]]:
         """The collections with a change feed of which changes are not recorded, because triggers were
         dropped or disabled: their names."""
-        catalogue, relations = await self._read(lease.driver)
+        with self.dialect.translating("read the catalogue"):
+            catalogue, relations = await self._read(lease.driver)
         entries = {} if catalogue is None else catalogue.entries
         fed = [name for name, entry in entries.items() if entry.has_feed]
         lost = {each: self._lost_triggers(each, relations) for each in fed}

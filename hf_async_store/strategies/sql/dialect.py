@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from hf_async_store.driver import Capabilities, Isolation, QueryPlan
+from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_completion
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
@@ -63,8 +63,14 @@ class Dialect(ABC):
     # -- the driver --------------------------------------------------------------------------
 
     @abstractmethod
-    def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
-        """An engine with a pool of connections, none of them open yet."""
+    def engine(
+        self, *, size: int, overflow: int, isolation: Isolation | None, streams: bool = False
+    ) -> AsyncEngine:
+        """An engine with a pool of connections, none of them open yet.
+
+        Args:
+            streams: they read much, once.
+        """
 
     @abstractmethod
     async def connect_alone(self) -> Any:
@@ -180,6 +186,17 @@ class Dialect(ABC):
             callers: the caller's own statement raised it.
         """
 
+    @contextmanager
+    def translating(self, doing: str) -> Iterator[None]:
+        """Translate the exceptions of the driver, of calls that do not write and commit.
+
+        What uses a driver, and not a lease, is inside one of these.
+        """
+        try:
+            yield
+        except self.driver_errors as exc:
+            raise self.translate(exc, doing=doing, writes=False) from exc
+
     @abstractmethod
     async def is_same_store(self, mine: Any, theirs: Any) -> bool:
         """Whether the connections of two stores of this dialect with the same `names` access the same
@@ -213,6 +230,17 @@ class Dialect(ABC):
     @abstractmethod
     async def begin_ddl(self, driver: Any) -> Any:
         """Begin a transaction for DDL; it excludes every other transaction for DDL."""
+
+    @asynccontextmanager
+    async def changing_tables(self, driver: Any) -> AsyncIterator[None]:
+        """A transaction for DDL: see `begin_ddl`."""
+        handle = await self.begin_ddl(driver)
+        try:
+            yield
+        except BaseException:
+            await run_to_completion(self.roll_back(handle))
+            raise
+        await run_to_completion(self.commit(handle))
 
     # -- the rest ----------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.changes import Change, ChangedMatches, Outcome, Record
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.driver import (
@@ -289,17 +289,16 @@ class SQLEngine(Engine):
 
     async def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         # On a connection of the main pool: the caller must not use the store meanwhile.
-        rows = await self._small(query)
-        if rows is not None:
-            if rows:
-                yield [entity for _, entity in rows]
-            return
         async with (
             self._reading(self._main, reading.statements(query)) as reader,
             Owned(reader.select_batches(query)) as batches,
         ):
             async for batch in batches:
                 yield batch
+
+    async def few(self, query: Query) -> list[Entity] | None:
+        rows = await self._small(query)
+        return None if rows is None else [entity for _, entity in rows]
 
     async def _small(self, query: Query) -> list[reading.Row] | None:
         if not reading.may_be_small(query):
@@ -379,12 +378,8 @@ class SQLEngine(Engine):
         if other._dialect.names != self._dialect.names:
             return False
         async with self._main.lease() as mine, other._main.lease() as theirs:
-            try:
+            with self._dialect.translating("compare the stores"):
                 return await self._dialect.is_same_store(mine.driver, theirs.driver)
-            except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(
-                    exc, doing="compare the stores", writes=False
-                ) from exc
 
     async def undeclared(self) -> list[str]:
         if not self._dialect.exists():
@@ -452,6 +447,20 @@ class SQLEngine(Engine):
         changes = calls[0] if len(calls) == 1 else list(chain.from_iterable(calls))
         outcomes = iter(await self._write(changes, patient=True))
         return [list(islice(outcomes, len(each))) for each in calls]
+
+    async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
+        # Changes that wait for the only writer share a commit, and these would have one of their own.
+        if self._write_lock.locked() or query.has_many_values or not reading.may_be_small(query):
+            return None
+
+        async def once() -> ChangedMatches | None:
+            async with self.writing() as lease:
+                return await self._writer.change_matches(lease, query, change)
+
+        return await self._retried(once)
+
+    def shares_changes(self, key: Key) -> bool:
+        return self._state is not None and self._writer.shares_changes(key.collection)
 
     async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
         return await self._write(changes, patient=False)
@@ -564,12 +573,10 @@ class SQLEngine(Engine):
             names.index(table.collection, table.entry.indexed(each.fields)): each
             for each in self.schema[query.collection].indexes
         }
-        try:
+        with self._dialect.translating("explain the query"):
             plan = await self._dialect.explain(
                 driver, compiled.sql, compiled.args, indexes, len(paths_in(query.where))
             )
-        except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="explain the query", writes=False) from exc
         ready = [each.fields for each in table.entry.indexes if each.ready]
         missing = [each.name for each in indexes.values() if each.fields not in ready]
         detail = plan.detail
@@ -583,14 +590,12 @@ class SQLEngine(Engine):
         name = query.collection
         entry = declared(Catalogue(), [self.schema[name]])[name]
         try:
-            async with self._dialect.scratch(driver) as scratch:
-                await self._sync.create(scratch, name, entry)
-                return await self._explain(scratch, self._table(name, entry), query)
-        except self._dialect.driver_errors as exc:
-            error = self._dialect.translate(exc, doing="explain the query", writes=False)
-            if isinstance(error, ReadOnlyStoreError | PermissionDeniedError):
-                return _NO_TABLE  # temporary tables cannot be created
-            raise error from exc
+            with self._dialect.translating("explain the query"):
+                async with self._dialect.scratch(driver) as scratch:
+                    await self._sync.create(scratch, name, entry)
+                    return await self._explain(scratch, self._table(name, entry), query)
+        except (ReadOnlyStoreError, PermissionDeniedError):
+            return _NO_TABLE  # temporary tables cannot be created
 
     async def probe(self) -> None:
         parameters = [self._dialect.grammar.parameter(n, "text") for n in (1, 2)]
@@ -623,11 +628,9 @@ class SQLEngine(Engine):
         async with self._main.lease() as lease:
             if self._state is not None:
                 problems += await self._damaged_tables(lease, self._state.tables)
-            try:
+            with self._dialect.translating("check the health"):
                 names = {self._dialect.names.table(each): each for each in self.schema}
                 report = await self._dialect.health(lease.driver, names)
-            except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="check the health", writes=False) from exc
             if not problems:
                 found = await self._sync.changes(lease)
                 changes += [f"{each.kind}: {each.detail}" for each in found]
@@ -698,6 +701,7 @@ def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, ...]:
         most=config.max_streams,
         exhausted=f"all {config.max_streams} streams are open: raise max_streams, or close a stream",
         waits=False,
+        streams=True,
     )
     levels: list[Isolation | None] = []
     for_reads: list[Connections] = []

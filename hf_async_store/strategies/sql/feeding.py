@@ -77,10 +77,7 @@ class FeedingSQLEngine(ClaimingSQLEngine):
         if not self._dialect.exists():
             return report
         async with self._main.lease() as lease:
-            try:
-                unrecorded = await self._sync.unrecorded(lease)
-            except self._dialect.driver_errors as exc:
-                raise self._dialect.translate(exc, doing="check the health", writes=False) from exc
+            unrecorded = await self._sync.unrecorded(lease)
         problems = report["problems"]
         assert isinstance(problems, list)
         lost = [

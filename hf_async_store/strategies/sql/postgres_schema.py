@@ -126,33 +126,30 @@ class PostgresSchema(SchemaSync):
         programs may depend on it."""
         await self._run(driver, f"SET LOCAL lock_timeout = {_TABLE_LOCK_MS}")
         sql = f"CREATE OR REPLACE VIEW {self.view_definition(name, entry)}"
-        handle = await self._server.begin(driver, None)  # a savepoint
-        try:
-            await self.dialect.rows(driver, sql, ())
-        except BaseException as exc:
-            await run_to_completion(self.dialect.roll_back(handle))
-            if isinstance(exc, self._server.other_columns):
+        with self.dialect.translating(f"run {sql}"):
+            handle = await self._server.begin(driver, None)  # a savepoint
+            try:
+                await self.dialect.rows(driver, sql, ())
+            except BaseException as exc:
+                await run_to_completion(self.dialect.roll_back(handle))
+                if not isinstance(exc, self._server.other_columns):
+                    raise
                 await self._recreate_view(driver, name, entry)
-            elif isinstance(exc, self.dialect.driver_errors):
-                raise self.dialect.translate(exc, doing=f"run {sql}", writes=False) from exc
             else:
-                raise
-        else:
-            await run_to_completion(self.dialect.commit(handle))
+                await run_to_completion(self.dialect.commit(handle))
 
     async def _recreate_view(self, driver: Any, name: str, entry: Entry) -> None:
         view = self.names.view(name)
         sql = f"DROP VIEW {quoted(view)}"
-        try:
-            await self.dialect.rows(driver, sql, ())
-        except self._server.has_dependents as exc:
-            raise SchemaMismatchError(
-                f"the view {view} must be created again, because the type of a field of {name} was "
-                f"changed, but others depend on it ({exc.detail}): drop them, and create them again "
-                "after the next write. Nothing was changed"
-            ) from exc
-        except self.dialect.driver_errors as exc:
-            raise self.dialect.translate(exc, doing=f"run {sql}", writes=False) from exc
+        with self.dialect.translating(f"run {sql}"):
+            try:
+                await self.dialect.rows(driver, sql, ())
+            except self._server.has_dependents as exc:
+                raise SchemaMismatchError(
+                    f"the view {view} must be created again, because the type of a field of {name} "
+                    f"was changed, but others depend on it ({exc.detail}): drop them, and create them "
+                    "again after the next write. Nothing was changed"
+                ) from exc
         await self._run(driver, f"CREATE VIEW {self.view_definition(name, entry)}")
 
     def changes_of(
@@ -193,15 +190,14 @@ class PostgresSchema(SchemaSync):
         driver = lease.driver
         changes = [*await self.changes(lease), *await self.unenforced(lease)]
         try:
-            if changes:
-                async with self._exclusively(driver):
-                    for name in self.schema:
-                        await self._apply(driver, name, progress)
-            return await self._catalogue(driver)
-        except BaseException as exc:
+            with self.dialect.translating("change the tables"):
+                if changes:
+                    async with self._exclusively(driver):
+                        for name in self.schema:
+                            await self._apply(driver, name, progress)
+                return await self._catalogue(driver)
+        except BaseException:
             lease.state_unknown = True  # its settings and its lock end with the session
-            if isinstance(exc, self.dialect.driver_errors):
-                raise self.dialect.translate(exc, doing="change the tables", writes=False) from exc
             raise
 
     @asynccontextmanager
@@ -307,8 +303,7 @@ class PostgresSchema(SchemaSync):
         Args:
             change: returns the new entry, and the statements that change the table.
         """
-        handle = await self.dialect.begin_ddl(driver)
-        try:
+        async with self.dialect.changing_tables(driver):
             await self._run(driver, f"SET LOCAL lock_timeout = {_TABLE_LOCK_MS}")
             catalogue = await self._catalogue(driver)
             entry, statements = change(catalogue.entries[name])
@@ -317,10 +312,6 @@ class PostgresSchema(SchemaSync):
             changed = catalogue.with_entries({name: entry})
             if changed is not catalogue:
                 await self.record(driver, changed, {name: entry})
-        except BaseException:
-            await run_to_completion(self.dialect.roll_back(handle))
-            raise
-        await run_to_completion(self.dialect.commit(handle))
 
     async def _fill(
         self, driver: Any, table: Table, changes: Sequence[SchemaChange], progress: SchemaProgress

@@ -27,7 +27,7 @@ from hf_async_store.strategies.sql.compiler import (
     compile_query,
     group_of,
 )
-from hf_async_store.values import Entity, Key, Value, canonical
+from hf_async_store.values import Entity, Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -111,15 +111,6 @@ async def select_batches(
             yield [entity for _, entity in batch]
 
 
-async def select_json(
-    lease: LeasedConnection, table: Table, query: Query
-) -> AsyncGenerator[list[bytes], None]:
-    """The canonical JSON of the entities of `records`, in batches."""
-    async with Owned(select_batches(lease, table, query)) as batches:
-        async for batch in batches:
-            yield list(map(canonical, batch))
-
-
 def may_be_small(query: Query) -> bool:
     """Whether `small` may read its rows: it has a small limit, or is for one value of a field."""
     if query.limit is not None:
@@ -162,6 +153,30 @@ async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Row
         rows = await _undamaged(lease, table, lease.read(read))
     else:
         rows = await _all_rows(lease, table, compiled)
+    return _found(table, query, rows)
+
+
+def in_thread(table: Table, query: Query) -> Callable[[Any], list[Row] | None] | None:
+    """What reads as `small` does, of a query with a limit, in the thread of a driver that has one.
+
+    Its rows are not searched for damage; None as `small`.
+    """
+    compiled = compile_query(table, query)
+    after = query.after
+    if not compiled.limited or (after and group_of(table, query.order, after.values)):
+        return None
+    read = _rows_in_thread(table, query, compiled)
+    return lambda connection: _found(table, query, read(connection))
+
+
+def _rows_in_thread(table: Table, query: Query, compiled: Compiled) -> Callable[[Any], list[Any]]:
+    if _is_tried_by_id(table, query):
+        return _by_id_or_index(table, query, compiled)
+    return lambda connection: connection.execute(compiled.sql, compiled.args).fetchall()
+
+
+def _found(table: Table, query: Query, rows: Sequence[Sequence[Any]]) -> list[Row] | None:
+    """The ids and entities of all rows; None if they may have to be sorted in groups."""
     found = [(cast("str", row[0]), table.entity(row)) for row in rows]
     return None if any(_may_be_in_groups(each.path, found) for each in query.order) else found
 

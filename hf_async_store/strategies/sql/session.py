@@ -64,9 +64,6 @@ class SQLReader(Reader):
     def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return self._read(reading.select_batches, query)
 
-    def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
-        return self._read(reading.select_json, query)
-
     async def _read(
         self,
         read: Callable[[LeasedConnection, Table, Query], AsyncGenerator[Item, None]],

@@ -197,20 +197,19 @@ class SQLiteFeed(Feed):
     async def changed(self, tables: Mapping[str, Table], seconds: float) -> None:
         # It is compared with the version that the previous call saw, so no commit is missed in between.
         del tables
-        try:
-            async with asyncio.timeout(seconds):
-                driver, is_new = await self._waiting.use()
-                self._dialect.check_file(driver)
-                before = None if is_new else self._version
-                while (version := await self._look(driver, before)) == before:
-                    pass
-                self._version = version
-        except TimeoutError:
-            pass
-        except self._dialect.driver_errors as exc:
-            raise self._dialect.translate(exc, doing="wait for changes", writes=False) from exc
-        finally:
-            self._waiting.unused()
+        with self._dialect.translating("wait for changes"):
+            try:
+                async with asyncio.timeout(seconds):
+                    driver, is_new = await self._waiting.use()
+                    self._dialect.check_file(driver)
+                    before = None if is_new else self._version
+                    while (version := await self._look(driver, before)) == before:
+                        pass
+                    self._version = version
+            except TimeoutError:
+                pass
+            finally:
+                self._waiting.unused()
 
     async def _look(self, driver: Any, before: int | None) -> int:
         """The version of the data, as soon as it is another one; also after some time."""

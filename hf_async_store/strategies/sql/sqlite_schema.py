@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from hf_async_store.driver import SchemaChange, SchemaProgress, run_to_completion
+from hf_async_store.driver import SchemaChange, SchemaProgress
 from hf_async_store.errors import InvalidInputError
 from hf_async_store.strategies.sql.catalogue import Catalogue, Entry
 from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -93,17 +93,9 @@ class SQLiteSchema(SchemaSync):
         """See `SchemaSync`: the other changes were made by a first write, unless another program has undone
         them since."""
         del complete
-        driver = lease.driver
-        try:
-            handle = await self.dialect.begin_ddl(driver)
-            try:
-                enforced = await self._make_declared(driver)
-            except BaseException:
-                await run_to_completion(self.dialect.roll_back(handle))
-                raise
-            await run_to_completion(self.dialect.commit(handle))
-        except self.dialect.driver_errors as exc:
-            raise self.dialect.translate(exc, doing="change the tables", writes=False) from exc
+        with self.dialect.translating("change the tables"):
+            async with self.dialect.changing_tables(lease.driver):
+                enforced = await self._make_declared(lease.driver)
         for name, index in enforced:
             progress(SchemaChange("unique index", name, index, "enforced"), 1, 1)
         await lease.rows("ANALYZE", doing="analyze the tables")

@@ -17,16 +17,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress
 from operator import ne
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from msgspec.structs import replace
 
-from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Put
+from hf_async_store.changes import ABSENT, ANY, Change, ChangedMatches, Delete, Outcome, Patch, Put
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import StorageError
 from hf_async_store.preconditions import check_children
 from hf_async_store.query import Comparison, Query
 from hf_async_store.schema import Collection, Field
+from hf_async_store.strategies.sql import reading
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError, generation_sql
 from hf_async_store.strategies.sql.compiler import compile_query
 from hf_async_store.strategies.sql.decisions import (
@@ -41,11 +42,12 @@ from hf_async_store.strategies.sql.decisions import (
     row_is_there,
 )
 from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.immediate import committed
 from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.sqlite_feed import last_changes, merge_changes
 from hf_async_store.strategies.sql.writer import Writer
 from hf_async_store.unique import violation
-from hf_async_store.values import CREATED_AT, VERSION, Key
+from hf_async_store.values import CREATED_AT, VERSION, Key, version_of
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -86,6 +88,29 @@ class SQLiteWriter(Writer):
         except StorageError as exc:
             # The first half was applied, and must not be reported as failed.
             return outcomes + [exc.copy() for _ in changes[middle:]]
+
+    async def change_matches(
+        self, lease: LeasedConnection, query: Query, change: Change
+    ) -> ChangedMatches | None:
+        """See `Writer`."""
+        table = self.tables[query.collection]
+        read = reading.in_thread(table, query)
+        if read is None:
+            return None
+
+        def match(connection: sqlite3.Connection) -> ChangedMatches | None:
+            rows = read(connection)
+            if rows is None:
+                return None
+            keys = [Key(query.collection, each) for each, _ in rows]
+            entities = [each for _, each in rows]
+            changes = [
+                replace(change, key=key, expect=version_of(entity))
+                for key, entity in zip(keys, entities, strict=True)
+            ]
+            return ChangedMatches(keys, entities, self._decided(connection, changes))
+
+        return await lease.job(lambda connection: committed(connection, match))
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
@@ -135,22 +160,20 @@ class SQLiteWriter(Writer):
         if imports:
             connection.execute(f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}")
         try:
-            connection.execute("BEGIN IMMEDIATE")
-            self._check_catalogue(connection)
-            feeds = self._feeds({each.key.collection for each in changes})
-            since = last_changes(connection, feeds) if feeds else {}
-            batch = _Batch(self, connection)
-            outcomes = batch.run(changes, all_or_none=False)
-            if since and batch.repeats:
-                merge_changes(connection, since)
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+            return committed(connection, lambda connection: self._decided(connection, changes))
         finally:
             if imports:
                 connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+
+    def _decided(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+        """Decide independent changes under the write lock, and write the accepted ones."""
+        self._check_catalogue(connection)
+        feeds = self._feeds({each.key.collection for each in changes})
+        since = last_changes(connection, feeds) if feeds else {}
+        batch = _Batch(self, connection)
+        outcomes = batch.run(changes, all_or_none=False)
+        if since and batch.repeats:
+            merge_changes(connection, since)
         return outcomes
 
     def _feeds(self, collections: Iterable[str]) -> list[str]:
@@ -226,12 +249,15 @@ class _Batch:
     def _read_parents(self, changes: Sequence[Change]) -> bool:
         """Find out which parents exist; returns whether the references must be checked one by one."""
         wanted: dict[str, set[str]] = {}
-        for (collection, is_delete), group in _by_kind(changes).items():
-            if is_delete:
+        groups = _by_kind(changes)
+        for (collection, kind), group in groups.items():
+            references = self._schema[collection].references
+            if kind is Delete or not references:
                 continue
-            for field in self._schema[collection].references:
+            given = _given(group)
+            for field in references:
                 ids = wanted.setdefault(field.parent, set())
-                ids.update([each for each in _values_of(group, field.name) if type(each) is str])
+                ids.update([each for part in given if type(each := part.get(field.name)) is str])
         self._parents = {}
         for collection, found in wanted.items():
             unread = sorted(each for each in found if Key(collection, each) not in self._rows)
@@ -240,19 +266,17 @@ class _Batch:
             self._parents.update(dict.fromkeys([Key(collection, each) for each in unread], False))
             for [entity_id, _] in self._select(self._tables[collection], VERSION, unread):
                 self._parents[Key(collection, entity_id)] = True
-        changed = {each.key.collection for each in changes}
         may_expire = any(
             expires(each, field.parent)
             for each in changes
             if each.lifetimes is not None
             for field in self._schema[each.key.collection].references
         )
-        deleted = {each.key.collection for each in changes if isinstance(each, Delete)}
         return (
             may_expire
             or not all(self._parents.values())
-            or not changed.isdisjoint(wanted)
-            or any(self._schema.children[each] for each in deleted)
+            or any(collection in wanted for collection, _ in groups)
+            or any(kind is Delete and self._schema.children[each] for each, kind in groups)
         )
 
     def _select(self, table: Table, columns: str, ids: Sequence[str]) -> list[Any]:
@@ -276,10 +300,8 @@ class _Batch:
         table = self._tables[key.collection]
         stored = self._rows[key]
         try:
-            if stored is not None and expires(change, key.collection):
-                stored = present_row(table, change, self._loaded(key, stored))
-            if stored is not None and change.expect is not ANY and change.expect != stored.version:
-                stored = self._loaded(key, stored)
+            if stored is not None:
+                stored = self._judged(table, change, stored)
             row = new_row(table, change, stored)
             if must_check:
                 self._check_references(table, change, stored)
@@ -296,6 +318,13 @@ class _Batch:
             return None
         self._set(key, None)
         return stored.version
+
+    def _judged(self, table: Table, change: Change, stored: Stored) -> Stored | None:
+        """A stored row as a change sees it, with its document if that is needed; None if it has expired."""
+        key, expect = change.key, change.expect
+        if expires(change, key.collection):
+            return present_row(table, change, self._loaded(key, stored))
+        return stored if expect is ANY or expect == stored.version else self._loaded(key, stored)
 
     def _set(self, key: Key, row: Stored | None) -> None:
         self._before.setdefault(key, self._rows[key])
@@ -431,21 +460,17 @@ class _Batch:
                 self._connection.execute(sql, list(chain.from_iterable(part)))
 
 
-def _by_kind(changes: Iterable[Change]) -> dict[tuple[str, bool], list[Change]]:
-    """The changes by collection, deletes apart."""
-    groups: dict[tuple[str, bool], list[Change]] = {}
+def _by_kind(changes: Iterable[Change]) -> dict[tuple[str, type[Change]], list[Change]]:
+    """The changes by collection and type."""
+    groups: dict[tuple[str, type[Change]], list[Change]] = {}
     for each in changes:
-        groups.setdefault((each.key.collection, isinstance(each, Delete)), []).append(each)
+        groups.setdefault((each.key.collection, type(each)), []).append(each)
     return groups
 
 
-def _values_of(changes: Iterable[Change], name: str) -> list[object]:
-    """The values that changes give a field."""
-    return [
-        (each.entity if isinstance(each, Put) else each.fields).get(name)
-        for each in changes
-        if not isinstance(each, Delete)
-    ]
+def _given(changes: Iterable[Change]) -> list[Mapping[str, object]]:
+    """The fields that changes, none of them a delete, give their entities."""
+    return [each.entity if type(each) is Put else cast("Patch", each).fields for each in changes]
 
 
 def _values(columns: int, rows: int) -> str:

@@ -10,13 +10,15 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
-from hf_async_store.changes import Change, Outcome
+from hf_async_store.changes import Change, ChangedMatches, Outcome, Patch
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
+from hf_async_store.query import Query
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.combining import combined
 from hf_async_store.strategies.sql.decisions import marker_put
 from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.matching_update import MatchingUpdate
 from hf_async_store.strategies.sql.pending import Encoder, PendingChange, by_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.sending import (
@@ -42,6 +44,7 @@ class StatementWriter(Writer):
         super().__init__(tables, config)
         # For transactions of the configured isolation level: see `WriteStatements.of`.
         self._locks = self.references and config.isolation != "serializable"
+        self._in_one_step: set[str] = set()  # the collections for which `change_matches` runs
         self._encoder = Encoder(tables, WriteStatements(tables, references=self.references))
 
     async def write_each(
@@ -73,6 +76,35 @@ class StatementWriter(Writer):
         sql = self._encoder.statements.of(shape, locks=self._locks, if_held=True)
         times = self._encoder.statements.times(shape)
         return sql, [None, *times, *self._encoder.arguments(shape, [pending])]
+
+    async def change_matches(
+        self, lease: LeasedConnection, query: Query, change: Change
+    ) -> ChangedMatches | None:
+        """See `Writer`. One at a time for each collection: others share statements and commits."""
+        name = query.collection
+        if not isinstance(change, Patch) or name in self._in_one_step:
+            return None
+        if self.config.pgbouncer or self.config.isolation == "read_committed":
+            return None  # the transaction of a statement would not have one snapshot
+        update = MatchingUpdate.of(self._encoder, query, change, Patience(0).wait(2))
+        if update is None:
+            return None
+        self._in_one_step.add(name)
+        try:
+            return update.result(
+                await lease.rows(update.sql, update.args, doing="write", writes=True)
+            )
+        except (ConcurrencyConflictError, LockTimeoutError, *REFUSALS) as exc:
+            if exc.outcome_unknown:
+                raise
+            return None
+        finally:
+            self._in_one_step.discard(name)
+
+    def shares_changes(self, collection: str) -> bool:
+        """See `Writer`. Not with a change feed, which has each version."""
+        table = self.tables.get(collection)
+        return table is not None and not table.entry.has_feed and not table.unique
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
