@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from hf_async_store.feed import Changes, EntityChange
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.testing.harness import Harness
+    from hf_async_store.values import Entity
 
 FED: Final = Collection(
     "notes", key="note_id", fields=["label", Field("count", "integer")], feed=timedelta(hours=1)
@@ -369,6 +370,21 @@ class FeedContract:
             "a": [("put", 2), ("put", 3), ("put", 4), ("put", 6), ("delete", 6)],
             "c": [("put", 1)],
         }
+
+    async def test_109_changes_of_tasks_that_share_a_write_come_one_by_one(
+        self, harness: Harness
+    ) -> None:
+        feed_of(harness)
+
+        def longer(note: Entity) -> Entity:
+            return {**note, "label": f"{note['label']}x"}
+
+        async with harness.store(COLLECTIONS) as store, store.watch("notes") as changes:
+            await store.create_entity("notes", {"note_id": "a", "label": ""})
+            tasks = (store.modify_entity("notes", "a", longer) for _ in range(8))
+            await asyncio.gather(*tasks)
+            labels = [each.entity and each.entity["label"] for each in await taken(changes, 9)]
+            assert labels == ["x" * each for each in range(9)]
 
     async def test_109_commits_come_in_their_order(self, harness: Harness) -> None:
         feed_of(harness)
