@@ -127,9 +127,14 @@ Outcome: TypeAlias = int | None | StorageError
 
 
 class ChangedMatches(NamedTuple):
-    """The result of `Engine.change_matches`: the entities as they were read, and for each its change, and
-    the outcome of that."""
+    """The result of `Engine.change_matches`.
 
+    Attributes:
+        keys: of the entities that matched.
+        entities: as they were read: at least their keys and versions, and the fields of the query.
+        outcomes: of the change of each of them.
+    """
+
+    keys: list[Key]
     entities: list[Entity]
-    changes: list[Change]
     outcomes: list[Outcome]

@@ -13,8 +13,9 @@ in the commit that does it.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from hashlib import blake2b
+from math import inf
 from typing import Final, Literal, Protocol, cast
 
 import msgspec
@@ -22,8 +23,10 @@ import msgspec
 from hf_async_store.changes import ABSENT, Change, Delete, Outcome, Put, Record
 from hf_async_store.claim_clock import ClaimClock, Moment
 from hf_async_store.errors import ClaimLostError, CorruptionError, StorageError
+from hf_async_store.event_loop import Chunks
 from hf_async_store.generators import Owned
-from hf_async_store.query import Comparison, Query, position_of
+from hf_async_store.passed_over import PassedOver
+from hf_async_store.query import Comparison, CursorPosition, Query, position_of
 from hf_async_store.schema import CLAIM_COLLECTION
 from hf_async_store.values import VERSION, Entity, Key, utc_now
 
@@ -122,6 +125,10 @@ class Records(Protocol):
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]: ...
 
+    async def passed_over(
+        self, query: Query, most_attempts: int | None
+    ) -> tuple[PassedOver, list[str]] | None: ...
+
 
 def claim_key(key: Key) -> Key:
     """The key of the record of a claim of an entity."""
@@ -163,13 +170,18 @@ def state_in(record: Record | None) -> ClaimState | None:
         ) from exc
 
 
+def held_until(state: ClaimState | None, terms: ClaimTerms, now: Moment) -> float | None:
+    """When an entity can be claimed, unless its claim changes; None: now."""
+    if state is None:
+        return None
+    if terms.max_attempts is not None and state.attempts >= terms.max_attempts:
+        return inf
+    return state.ends if state.remaining(now) else None
+
+
 def is_free(state: ClaimState | None, terms: ClaimTerms, now: Moment) -> bool:
     """Whether an entity can be claimed."""
-    if state is None:
-        return True
-    if terms.max_attempts is not None and state.attempts >= terms.max_attempts:
-        return False
-    return not state.remaining(now)
+    return held_until(state, terms, now) is None
 
 
 def taken(state: ClaimState | None, key: Key, terms: ClaimTerms, now: Moment) -> ClaimState:
@@ -214,37 +226,88 @@ async def take(
     session: Records, query: Query, terms: ClaimTerms, clock: ClaimClock
 ) -> list[Claimed]:
     """Claim the first free entities that match a query, up to its limit."""
-    assert query.limit is not None, "claims are limited"
-    claimed: list[Claimed] = []
-    size = query.limit + _FIRST_PAGE
-    page_query = msgspec.structs.replace(query, limit=size, paged=True)
-    while True:
-        async with Owned(session.select(page_query)) as records:
-            page = [each async for each in records]
-        claimed += await _take_free(session, page, query.limit - len(claimed), terms, clock)
-        if len(claimed) == query.limit or len(page) < size:
-            return claimed
-        last = page[-1]
-        size = min(4 * size, _LAST_PAGE)
-        position = position_of(query, last.key.id, last.entity)
-        page_query = msgspec.structs.replace(page_query, limit=size, after=position)
+    known = None if query.has_many_values else await session.passed_over(query, terms.max_attempts)
+    if known is None:
+        taking = _Taking(session, query, terms, clock, None)
+        await taking.take_after(None)
+        return taking.claimed
+    over, times = known
+    taking = _Taking(session, query, terms, clock, over)
+    await taking.take_again(over.begin(clock.now(), times))
+    await taking.take_after(over.position)
+    over.complete()
+    return taking.claimed
 
 
-async def _take_free(
-    session: Records, page: Sequence[Record], limit: int, terms: ClaimTerms, clock: ClaimClock
-) -> list[Claimed]:
-    stored = await session.fetch([claim_key(each.key) for each in page])
-    now = clock.now()
-    claimed: list[Claimed] = []
-    changes: list[Change] = []
-    for record, found in zip(page, stored, strict=True):
-        state = state_in(found)
-        if len(claimed) < limit and is_free(state, terms, now):
-            new = taken(state, record.key, terms, now)
-            changes.append(_put(new, found))
-            claimed.append(Claimed(record, new.token, new.attempts))
-    await _write(session, changes)
-    return claimed
+class _Taking:
+    """Claims the first free entities that match a query, up to its limit.
+
+    Args:
+        over: is told of all entities that were read.
+
+    Attributes:
+        claimed: the entities that were claimed.
+    """
+
+    def __init__(
+        self,
+        session: Records,
+        query: Query,
+        terms: ClaimTerms,
+        clock: ClaimClock,
+        over: PassedOver | None,
+    ) -> None:
+        self._session = session
+        self._query = query
+        self._terms = terms
+        self._clock = clock
+        self._over = over
+        self.claimed: list[Claimed] = []
+
+    @property
+    def _left(self) -> int:
+        assert self._query.limit is not None, "claims are limited"
+        return self._query.limit - len(self.claimed)
+
+    async def take_again(self, ids: Iterable[str]) -> None:
+        """Claim the free ones of some entities, of what was passed over."""
+        assert self._over is not None, "something was"
+        found: list[Record | None] = []
+        async for chunk in Chunks([Key(self._query.collection, each) for each in ids], _LAST_PAGE):
+            found += await self._session.fetch(chunk)
+        await self._take_free(self._over.before(self._query, found))
+
+    async def take_after(self, position: CursorPosition | None) -> None:
+        """Claim the free ones of the entities after a position."""
+        size = self._left + _FIRST_PAGE
+        while self._left:
+            page_query = msgspec.structs.replace(
+                self._query, limit=size, paged=True, after=position
+            )
+            async with Owned(self._session.select(page_query)) as records:
+                page = [each async for each in records]
+            await self._take_free(page)
+            if len(page) < size:
+                return
+            size = min(4 * size, _LAST_PAGE)
+            position = position_of(self._query, page[-1].key.id, page[-1].entity)
+
+    async def _take_free(self, page: Sequence[Record]) -> None:
+        stored = await self._session.fetch([claim_key(each.key) for each in page])
+        now = self._clock.now()
+        changes: list[Change] = []
+        for record, found in zip(page, stored, strict=True):
+            if self._left == 0:
+                break
+            state = state_in(found)
+            held = held_until(state, self._terms, now)
+            if held is None:
+                new = taken(state, record.key, self._terms, now)
+                changes.append(_put(new, found))
+                self.claimed.append(Claimed(record, new.token, new.attempts))
+            if self._over is not None:
+                self._over.read(record, claim_key(record.key).id, held)
+        await _write(self._session, changes)
 
 
 async def take_name(

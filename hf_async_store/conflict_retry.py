@@ -12,11 +12,13 @@ from asyncio import sleep
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from msgspec import Struct, field
 
 from hf_async_store.backoff import Backoff
+from hf_async_store.changes import Put
+from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     RetriesExhaustedError,
@@ -27,6 +29,9 @@ from hf_async_store.errors import (
 from hf_async_store.values import Entity, Key
 
 Result = TypeVar("Result")
+
+Step: TypeAlias = Callable[[Entity], "Made"]
+"""Makes the change of a task from an entity."""
 
 RETRY_SECONDS: Final = 30.0
 
@@ -45,6 +50,18 @@ the current one may be waiting for something else, even for a task behind it in 
 _MAX_HANDED_ON: Final = 3
 """How many tasks of a queue, one after the other, get the entity from the task before them. The next one
 reads it: otherwise another process, which must read it, would hardly ever come first."""
+
+
+class Made(NamedTuple):
+    """A change that was made and not written yet, and the entity after it.
+
+    Attributes:
+        may_be_shared: others may be written with it.
+    """
+
+    put: Put
+    entity: Entity
+    may_be_shared: bool
 
 
 async def retry_conflicts(
@@ -162,7 +179,7 @@ class FairRetryQueue:
         before_retry: Callable[[str | None], object] | None = None,
     ) -> Result:
         """`retry_conflicts` for a transaction, whose entity is known only after a conflict."""
-        ticket = TransactionTicket(self._queues, None, seconds)
+        ticket = TransactionTicket(self._queues, None, seconds=seconds)
         try:
             return await retry_conflicts(lambda: ticket.run(attempt), seconds, ticket, before_retry)
         finally:
@@ -179,7 +196,20 @@ class FairRetryQueue:
 
         Without a conflict, it does not wait and causes no overhead.
         """
-        ticket = Ticket(self._queues, key)
+        return await self.retry_with(self.ticket(key), attempt, seconds, before_retry)
+
+    def ticket(self, key: Key, step: Step | None = None) -> Ticket:
+        """A ticket for `retry_with`."""
+        return Ticket(self._queues, key, step)
+
+    async def retry_with(
+        self,
+        ticket: Ticket,
+        attempt: Callable[[], Awaitable[Result]],
+        seconds: float,
+        before_retry: Callable[[str | None], object] | None = None,
+    ) -> Result:
+        """As `retry`; if the step of the ticket was taken, an attempt returns its outcome."""
         try:
             return await retry_conflicts(attempt, seconds, ticket, before_retry)
         finally:
@@ -187,10 +217,17 @@ class FairRetryQueue:
 
 
 class Ticket(Struct, eq=False):
-    """The position of one task in the queue for one key; without a key, it is in no queue."""
+    """The position of one task in the queue for one key; without a key, it is in no queue.
+
+    Attributes:
+        step: what the task does when it is its turn, if the task before it may do it: see `modifications`.
+        outcome: of the step, once that task has taken it.
+    """
 
     queues: dict[Key, _KeyQueue]
     key: Key | None
+    step: Step | None = None
+    outcome: asyncio.Future[Entity | Exception] | None = None
 
     @property
     def _queue(self) -> _KeyQueue | None:
@@ -226,6 +263,28 @@ class Ticket(Struct, eq=False):
             await waiter
         finally:
             timeout.cancel()
+            if self.outcome is not None and not self.outcome.done():
+                # Also if this task is cancelled: its change is being written.
+                await run_to_completion(asyncio.wait([self.outcome]))
+
+    @property
+    def follower(self) -> Ticket | None:
+        """The next ticket of the queue, if this is the first one, and the other has a step."""
+        queue = self._queue
+        if queue is None or queue.current is not self:
+            return None
+        while queue.waiting and queue.waiting[0][1].done():
+            queue.waiting.popleft()
+        return queue.waiting[0][0] if queue.waiting and queue.waiting[0][0].step else None
+
+    def take_follower(self) -> asyncio.Future[Entity | Exception]:
+        """Take `follower` out of the queue; returns the future of its outcome, which must be set."""
+        queue = self._queue
+        assert queue is not None
+        other, waiter = queue.waiting.popleft()
+        other.outcome = waiter.get_loop().create_future()
+        other.outcome.add_done_callback(lambda _: _wake(waiter))
+        return other.outcome
 
     def release(self) -> None:
         """Leave the first position of the queue, if this ticket has it."""
@@ -261,7 +320,7 @@ class TransactionTicket(Ticket, eq=False):
     first one that it read.
     """
 
-    seconds: float
+    seconds: float = RETRY_SECONDS
     written: Key | None = None
     read: Key | None = None
 

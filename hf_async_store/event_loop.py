@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Generic, ParamSpec, Self, TypeVar
+from time import monotonic
+from typing import TYPE_CHECKING, Final, Generic, ParamSpec, Self, TypeVar
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Parameters = ParamSpec("Parameters")
+
+_STEP_SECONDS: Final = 0.004
 
 
 @cache
@@ -63,6 +66,23 @@ async def in_thread(
         return await asyncio.get_running_loop().run_in_executor(threads, call)
     finally:
         threads.shutdown(wait=False)
+
+
+class TimedSteps:
+    """Divides long work whose pieces take different times: `await steps.pause()` after each piece.
+
+    If the pieces since the last pause took some milliseconds, the event loop runs other tasks.
+    """
+
+    __slots__ = ("_end",)
+
+    def __init__(self) -> None:
+        self._end = monotonic() + _STEP_SECONDS
+
+    async def pause(self) -> None:
+        if monotonic() >= self._end:
+            await asyncio.sleep(0)
+            self._end = monotonic() + _STEP_SECONDS
 
 
 class Chunks(Generic[Item]):

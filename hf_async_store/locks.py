@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from msgspec import Struct
 
 from hf_async_store.errors import LockTimeoutError, StoreClosedError, TransactionReentryError
+from hf_async_store.lock_signals import ReleaseSignal
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
@@ -51,7 +52,7 @@ file of another user."""
 _NEXT_IN_LINE_PAUSE: Final = 0.001
 """The longest pause between two attempts by the one process that is next in line."""
 
-_KEEP_SECONDS: Final = 0.01
+_KEEP_SECONDS: Final = 0.003
 """How long a process may keep the lock for writers one after another, if other processes wait."""
 
 _COMPETING_SECONDS: Final = 1.0
@@ -412,9 +413,10 @@ class LockManager:
     """A reader-writer lock between all tasks of all processes that use one path.
 
     A task first acquires a `ReaderWriterLock`, with the guarantees of that class, and then the lock
-    between processes, which is polled with pauses of at most 5 ms. A process that acquires the lock
+    between processes, which is polled with pauses of at most 5 ms; the next in line is also told when it is
+    released (`ReleaseSignal`). A process that acquires the lock
     in a loop, to read or to write, does not starve another; with `keeps`, it has the lock for at most
-    10 ms more, as long as its event loop runs. The lock of a process that dies is released. Acquiring
+    3 ms more, as long as its event loop runs. The lock of a process that dies is released. Acquiring
     a free lock does not suspend; a cancelled or failed acquire leaves nothing held.
 
     It must not be used in a forked child (see `FileLock`).
@@ -424,6 +426,7 @@ class LockManager:
             created at the first use and are never deleted.
         timeout: the default for the total number of seconds that an acquire may take.
         owned: see `FileLock`.
+        while_waiting: awaited again and again while the lock is not free.
     """
 
     # The turnstile: a process that wants the lock file first locks `.turn`, and keeps it until it
@@ -440,9 +443,12 @@ class LockManager:
         *,
         timeout: float = 30.0,
         owned: Callable[[], Ownership | None] = lambda: None,
+        while_waiting: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._path = path
         self._timeout = timeout
+        self._while_waiting = while_waiting
+        self._released = ReleaseSignal(os.fspath(path))
         self._closed = False
         self._main = FileLock(path, owned)
         self._turnstile = FileLock(f"{os.fspath(path)}.turn", owned)
@@ -503,6 +509,7 @@ class LockManager:
         self._is_kept = False
         self._main.close()
         self._turnstile.close()
+        self._released.close()
 
     async def acquire(self, mode: Mode, timeout: float | None, task: asyncio.Task[Any]) -> None:
         """See `exclusive`, which releases the lock again."""
@@ -531,7 +538,15 @@ class LockManager:
             # The callers of this writer run in the next iteration, and a next writer after them.
             asyncio.get_running_loop().call_soon(self._end_keeping_soon)
         else:
-            self._main.unlock()
+            self._unlock()
+
+    def _unlock(self) -> None:
+        self._main.unlock()
+        if self._is_competing(self._last_release):
+            self._released.send()
+
+    def _is_competing(self, now: float) -> bool:
+        return now - self._last_wait < _COMPETING_SECONDS
 
     def _may_keep(self, now: float) -> bool:
         """Whether the file stays locked for a next writer, which will come at once.
@@ -539,8 +554,7 @@ class LockManager:
         With each change of the process, the others wait until they have polled, and read what was written
         meanwhile. So processes that compete get the lock for some writers each.
         """
-        competing = now - self._last_wait < _COMPETING_SECONDS
-        return competing and self._keep_again <= now < self._keep_until
+        return self._is_competing(now) and self._keep_again <= now < self._keep_until
 
     def _end_keeping_soon(self) -> None:
         if self._is_kept:
@@ -556,7 +570,7 @@ class LockManager:
         if now - self._last_release > _LONG_PAUSE:
             self._keep_again = now + _REST_FACTOR * (now - self._last_release)
         if unlock:
-            self._main.unlock()
+            self._unlock()
 
     async def _join_readers(self, task: asyncio.Task[Any], wait: _Wait) -> None:
         """Register as one of the tasks for which this process holds the lock file to read."""
@@ -579,13 +593,28 @@ class LockManager:
         """Lock the file for this process, after the processes before it in line have had it."""
         await self._poll(self._turnstile, wait, True, _MAX_PAUSE_SECONDS)
         try:
-            if self._main.held is None:
-                await self._poll(self._main, wait, wait.mode == "write", _NEXT_IN_LINE_PAUSE)
+            exclusive = wait.mode == "write"
+            if self._main.held is None and not self._main.try_lock(exclusive):
+                await self._wait_for_release(wait, exclusive)
         finally:
             self._turnstile.unlock()
 
+    async def _wait_for_release(self, wait: _Wait, exclusive: bool) -> None:
+        listener = self._released.listener()
+        try:
+            pause = asyncio.sleep if listener is None else listener.wait
+            await self._poll(self._main, wait, exclusive, _NEXT_IN_LINE_PAUSE, pause)
+        finally:
+            if listener is not None:
+                listener.close()
+
     async def _poll(
-        self, lock: FileLock, wait: _Wait, exclusive: bool, longest_pause: float
+        self,
+        lock: FileLock,
+        wait: _Wait,
+        exclusive: bool,
+        longest_pause: float,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         started = 0.0
         while not self._closed:
@@ -600,7 +629,9 @@ class LockManager:
             # wait. With doubled pauses it could be idle for as long as the wait lasted.
             pause = min(max(_FIRST_PAUSE, (now - started) * _PAUSE_FRACTION), longest_pause)
             # Jitter, so that processes that began to wait together do not poll at the same times.
-            await asyncio.sleep(min(pause * (0.5 + random() / 2), remaining))
+            if self._while_waiting is not None:
+                await self._while_waiting()
+            await sleep(min(pause * (0.5 + random() / 2), remaining))
         raise StoreClosedError(f"the lock {self._path} was closed")
 
     def _timed_out(self, wait: _Wait) -> LockTimeoutError:

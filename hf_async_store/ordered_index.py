@@ -511,12 +511,33 @@ def record_before(
     before: dict[str, Stored | None], changed: Iterable[str], entities: Mapping[str, Stored]
 ) -> None:
     """Record the values of entities that are about to change, if they did not change before."""
-    for entity_id in changed:
-        if entity_id not in before:
-            before[entity_id] = entities.get(entity_id)
+    new = [each for each in changed if each not in before]
+    before.update(zip(new, map(entities.get, new), strict=True))
 
 
 Sortable = TypeVar("Sortable", Entry, str)
+
+
+async def sorted_runs(items: Sequence[Sortable]) -> list[list[Sortable]]:
+    """The items in sorted runs, for `merged_runs`."""
+    runs = []
+    for start in range(0, len(items), _RUN):
+        if start:
+            await asyncio.sleep(0)
+        runs.append(sorted(items[start : start + _RUN]))
+    return runs
+
+
+async def sorted_in_steps(items: list[Sortable]) -> list[Sortable]:
+    """The items in order."""
+    runs = await sorted_runs(items)
+    if len(runs) == 1:
+        return runs[0]
+    ordered: list[Sortable] = []
+    for piece in merged_runs(runs):
+        ordered += piece
+        await asyncio.sleep(0)
+    return ordered
 
 
 def merged_runs(runs: list[list[Sortable]]) -> Iterator[list[Sortable]]:

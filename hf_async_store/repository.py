@@ -8,7 +8,6 @@ the coroutine runs.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import (
@@ -45,7 +44,8 @@ from hf_async_store.changes import (
     check_version,
 )
 from hf_async_store.changes_by_filter import ChangesByFilter
-from hf_async_store.conflict_retry import RETRY_SECONDS
+from hf_async_store.collector import GatheredEntities
+from hf_async_store.conflict_retry import RETRY_SECONDS, Made, Step
 from hf_async_store.driver import batched
 from hf_async_store.errors import (
     AlreadyExistsError,
@@ -65,7 +65,7 @@ from hf_async_store.event_loop import Chunks
 from hf_async_store.field_operations import UpdateMap, read_update
 from hf_async_store.generators import Owned
 from hf_async_store.lifetimes import Clock, Lifetimes
-from hf_async_store.preconditions import changed
+from hf_async_store.modifications import Modifying, Write
 from hf_async_store.query import (
     MISSING,
     Comparison,
@@ -109,6 +109,9 @@ log: Final = logging.getLogger("hf_async_store.retries")
 
 _CHUNK_SIZE: Final = 128
 """The number of entities validated one by one between two iterations of the event loop."""
+
+_RECORDS_CHUNK: Final = 1 << 14
+"""The number of records whose entities are taken in one step."""
 
 _BATCH_CHUNK_SIZE: Final = 512
 """The number of entities validated together, column by column, in about the same time."""
@@ -165,9 +168,7 @@ class RepositoryInterface(ABC):
         del query
         return None
 
-    async def _change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
+    async def _change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         """See `Engine.change_matches`."""
         del query, change
         return None
@@ -551,7 +552,11 @@ class RepositoryInterface(ABC):
         if not keys:
             return []
         records = await self._fetch(keys, timeout)
-        return [None if each is None else each.entity for each in records]
+        return [
+            None if each is None else each.entity
+            async for chunk in Chunks(records, _RECORDS_CHUNK)
+            for each in chunk
+        ]
 
     async def import_entities(
         self,
@@ -700,43 +705,45 @@ class RepositoryInterface(ABC):
                 raise UnsupportedValueError(f"default must be a dict, not {type(default).__name__}")
             default = declared.entity({declared.key: key.id, **default})[1]
 
-        async def attempt() -> Entity:
-            current = await self._read_to_change(key, remaining())
-            if current is None and default is None:
-                raise EntityNotFoundError(collection, key.id)
-            given = copy_entity(default) if current is None and default is not None else current
-            assert given is not None
-            # The function may change its argument in place.
-            stored = None if current is None else dict(current)
-            result = change(given)
-            new = await result if inspect.isawaitable(result) else result
-            if not isinstance(new, Mapping):
-                raise UnsupportedValueError(
-                    f"modify_entity: the function returned {type(new).__name__}, not the entity"
-                )
-            if new.get(declared.key, key.id) != key.id:
-                raise InvalidFieldError(
-                    f"{collection}.{declared.key} is the key and cannot be changed"
-                )
-            expect: Precondition = ABSENT if stored is None else version_of(stored)
-            put = self._put(declared, new, expect, self._clock.now())
+        def put(new: Mapping[str, object], expect: Precondition) -> Put:
+            return self._put(declared, new, expect, self._clock.now())
+
+        modifying = Modifying(declared, key, change, default, put)
+
+        async def attempt(write: Write) -> Entity:
+            made = await modifying.make(await self._read_to_change(key, remaining()))
             try:
-                version = await self._write_one(put, remaining())
+                written = await write(made, remaining())
             except AlreadyExistsError as exc:
                 raise ConcurrencyConflictError(str(exc), retryable=True) from exc
             except EntityNotFoundError as exc:  # it was deleted, or has expired, since it was read
                 if default is None:
                     raise
                 raise ConcurrencyConflictError(str(exc), retryable=True) from exc
-            written = changed(put, stored)
-            assert written is not None, "only a delete writes nothing"
-            written = {**written, VERSION: version}
-            self._hand_on(key, written)
             return written
 
         most = retry_seconds if timeout is None else min(retry_seconds, timeout)
-        written = await self._retried(key, attempt, most)
+        step = modifying.step if timeout is None else None
+        written = await self._modified(key, attempt, step, most)
         return copy_entity(written) if returning else version_of(written)
+
+    async def _modified(
+        self,
+        key: Key,
+        attempt: Callable[[Write], Awaitable[Entity]],
+        step: Step | None,
+        seconds: float,
+    ) -> Entity:
+        """What `attempt` returns, with a function that writes what it has made; again after conflicts.
+
+        Args:
+            step: as an attempt, without reading and writing, for a task that writes for several.
+        """
+        del step
+        return await self._retried(key, lambda: attempt(self._write_made), seconds)
+
+    async def _write_made(self, made: Made, timeout: float | None) -> Entity:
+        return {**made.entity, VERSION: await self._write_one(made.put, timeout)}
 
     @abstractmethod
     async def _retried(
@@ -747,10 +754,6 @@ class RepositoryInterface(ABC):
     async def _read_to_change(self, key: Key, timeout: float | None) -> Entity | None:
         """The entity of a key for an attempt that writes only if it is unchanged."""
         return await self.get_entity(key.collection, key.id, timeout=timeout)
-
-    @abstractmethod
-    def _hand_on(self, key: Key, written: Entity) -> None:
-        """The current attempt has written this entity: the next one in the queue need not read it."""
 
     def _note_retry(self, collection: str | None) -> None:
         """Something is tried again after a conflict."""
@@ -1127,6 +1130,7 @@ class RepositoryInterface(ABC):
         skipped: int = 0,
     ) -> list[Entity]:
         entities: list[Entity] = []
+        gathered = GatheredEntities()
         started = perf_counter()
         try:
             async with operation_timeout(timeout):
@@ -1137,6 +1141,7 @@ class RepositoryInterface(ABC):
                     async for batch in batches:
                         entities += [project(each, fields) for each in batch[skipped:]]
                         skipped = max(0, skipped - len(batch))
+                        gathered.add(len(batch))
         finally:
             self._slow_queries.note(query, started, len(entities))
         return entities

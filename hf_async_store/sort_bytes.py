@@ -27,7 +27,9 @@ _SHORT: Final = MAX_SORT_BYTES // 4  # characters; each has at most 4 bytes
 _MISSING, _NULL, _BOOLEAN, _NUMBER, _STRING, _LIST, _DICT = (bytes([rank]) for rank in range(7))
 _END: Final = b"\x07"
 _FLAGS: Final = _BOOLEAN + b"\x00", _BOOLEAN + b"\x01"
-_INEXACT: Final = _LIST[0]
+INEXACT: Final = _LIST[0]
+"""The first byte of the encoding of a list; those from it on do not determine a value."""
+
 _DOUBLE: Final = struct.Struct(">d").pack
 _ALL_BITS: Final = (1 << 64) - 1
 _SIGN: Final = 1 << 63
@@ -82,7 +84,7 @@ def _number(value: float) -> bytes:
 
 def is_exact(encoded: bytes) -> bool:
     """Whether only values that are `eq` have these bytes."""
-    return len(encoded) < MAX_SORT_BYTES and encoded[0] < _INEXACT
+    return len(encoded) < MAX_SORT_BYTES and encoded[0] < INEXACT
 
 
 class ByteRange(msgspec.Struct, frozen=True, gc=False):

@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from datetime import timedelta
 from operator import attrgetter
 from types import TracebackType
-from typing import ClassVar, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Final, Self, TypeVar, cast
 
 from msgspec.structs import replace
 
@@ -40,7 +40,13 @@ from hf_async_store.claims import (
 )
 from hf_async_store.clearing import Clearing
 from hf_async_store.coalescing import Coalescer
-from hf_async_store.conflict_retry import RETRY_SECONDS, FairRetryQueue, TransactionTicket
+from hf_async_store.conflict_retry import (
+    RETRY_SECONDS,
+    FairRetryQueue,
+    Made,
+    Step,
+    TransactionTicket,
+)
 from hf_async_store.driver import (
     Capabilities,
     ClaimInfo,
@@ -67,6 +73,7 @@ from hf_async_store.index_advice import advice, advice_by_declaration
 from hf_async_store.interface_version import check_interface_version
 from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
 from hf_async_store.models import Model
+from hf_async_store.modifications import SharedWrite, Write, shared_outcome
 from hf_async_store.observer import Observer, StoreObserver, check_observer
 from hf_async_store.observing import SharedOperations, observed_store
 from hf_async_store.purging import LivingReader, Purging
@@ -79,9 +86,11 @@ from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
-from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key, Value, copy_entity
 from hf_async_store.watching import WatchedStore
+
+if TYPE_CHECKING:
+    from hf_async_store.typed_collections import TypedCollection
 
 Result = TypeVar("Result")
 
@@ -389,9 +398,7 @@ class StorageStrategy(WatchedStore):
     async def _few(self, query: Query) -> list[Entity] | None:
         return await self._usable().few(self._living_query(query))
 
-    async def _change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
+    async def _change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         engine = self._usable()
         if self._lifetimes is not None or self._writes.observer is not None:
             return None  # they concern each change that is written
@@ -419,9 +426,31 @@ class StorageStrategy(WatchedStore):
             return copy_entity(written)
         return await super()._read_to_change(key, timeout)
 
-    def _hand_on(self, key: Key, written: Entity) -> None:
-        if self._reads is not None:  # a read is a round trip
-            self._retry_queue.hand_on(key, written)
+    async def _modified(
+        self,
+        key: Key,
+        attempt: Callable[[Write], Awaitable[Entity]],
+        step: Step | None,
+        seconds: float,
+    ) -> Entity:
+        self._usable()  # raises before waiting in the queue
+        ticket = self._retry_queue.ticket(key, step)
+
+        async def write(made: Made, timeout: float | None) -> Entity:
+            shares = made.may_be_shared and ticket.follower is not None and self._lifetimes is None
+            if shares and self._engine.shares_changes(key):
+                shared = SharedWrite(ticket, made)
+                written, last = made.entity, await shared.run(self._write_made, timeout)
+            else:
+                written = last = await self._write_made(made, timeout)
+            if self._reads is not None:  # a read is a round trip
+                self._retry_queue.hand_on(key, last)
+            return written
+
+        async def once() -> Entity:
+            return await attempt(write) if ticket.outcome is None else shared_outcome(ticket)
+
+        return await self._retry_queue.retry_with(ticket, once, seconds, self._note_retry)
 
     # -- transactions ------------------------------------------------------------------------
 
@@ -431,7 +460,9 @@ class StorageStrategy(WatchedStore):
         Raises:
             ConfigurationError: this store has no such collection, or several.
         """
-        return TypedCollection(self, model)
+        from hf_async_store.typed_collections import TypedCollection
+
+        return TypedCollection(self, model, self.claim_entities)
 
     def begin_transaction(
         self, isolation: Isolation | None = None, *, read_only: bool = False

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from hf_async_store.ordered_index import Garbage, Indexes, reclaim, record_before
 from hf_async_store.query import Missing
@@ -48,11 +48,22 @@ class PastMoment(Generic[Stored]):
         return self.indexes.entities.get(entity_id)
 
 
+class Listener(ABC):
+    """Is told what changes in tables."""
+
+    @abstractmethod
+    def note(self, table: Table[Any], changed: Iterable[str]) -> None:
+        """Note that the entities with some ids change, perhaps very many."""
+
+
 class Table(ABC, Generic[Stored]):
     """The entities of one collection, in the form in which an engine stores them.
 
     Args:
         collection: its declaration; None: there is none, and only the ids are indexed.
+
+    Attributes:
+        listeners: who is told what changes, by what they want it for, the oldest first.
     """
 
     def __init__(self, collection: Collection | None) -> None:
@@ -61,7 +72,16 @@ class Table(ABC, Generic[Stored]):
         self.indexes = Indexes(collection, self.entities, self.values)
         self._owners: dict[Fields, Owners] = {}
         self._moments: list[PastMoment[Stored]] = []
+        self.listeners: dict[object, Listener] = {}
         self.garbage: list[Garbage] = []
+
+    def listen(self, what: object, listener: Listener, most: int) -> None:
+        """Tell a listener what changes, instead of the one that wanted the same, and if there are more than
+        `most`, of the oldest one."""
+        self.listeners.pop(what, None)
+        self.listeners[what] = listener
+        if len(self.listeners) > most:
+            del self.listeners[next(iter(self.listeners))]
 
     @abstractmethod
     def values(self, entity_id: str, stored: Stored) -> Sequence[Value | Missing]:
@@ -152,6 +172,8 @@ class Table(ABC, Generic[Stored]):
         Args:
             merged: the copy of the dict that `merged` returned for these images, if any.
         """
+        for listener in self.listeners.values():
+            listener.note(self, images)
         if self._owners and merged is None:
             self._follow(images)
         elif self._owners:

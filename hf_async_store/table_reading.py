@@ -18,8 +18,18 @@ from hf_async_store.changes import Record
 from hf_async_store.driver import QueryPlan, Reader
 from hf_async_store.event_loop import computed
 from hf_async_store.generators import Owned
-from hf_async_store.ordered_index import Entry, Indexes, OrderedIndex, Span, merged_runs
+from hf_async_store.ordered_index import (
+    Entry,
+    Indexes,
+    OrderedIndex,
+    Span,
+    merged_runs,
+    sorted_in_steps,
+    sorted_runs,
+)
+from hf_async_store.passed_over import PassedOver, passed_over
 from hf_async_store.query import Query, compile_filter, ordered, rows_per_step
+from hf_async_store.schema import CLAIM_COLLECTION
 from hf_async_store.table import PastMoment, Table
 from hf_async_store.values import Entity, Key
 
@@ -34,7 +44,6 @@ _UNFILTERED_BATCH: Final = 512
 """The same for entities that are not decoded to be tested."""
 
 _MIN_BATCH: Final = 16
-_RUN: Final = 4096
 _SPANS_PER_BATCH: Final = 64
 _COUNTED_SPANS: Final = 512
 _IN_VAIN: Final = 4
@@ -58,6 +67,13 @@ class TableReader(Reader, Generic[Stored]):
 
     async def _unpin(self, collection: str, moment: PastMoment[Stored]) -> None:
         await self._table(collection).unpin(moment)
+
+    async def passed_over(
+        self, query: Query, most_attempts: int | None
+    ) -> tuple[PassedOver, list[str]]:
+        """See `Session.passed_over`."""
+        claims = self._table(CLAIM_COLLECTION.name)
+        return passed_over(query, most_attempts, self._table(query.collection), claims)
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
         entity = self._table(query.collection).entity
@@ -252,7 +268,6 @@ class _Reading(Generic[Stored]):
             if not later:
                 break
             await self._add_changed(later)
-        self._entries.sort()
         self._index = indexes.get(fields).view()
 
     async def _add_changed(self, changed: Mapping[str, Stored | None]) -> None:
@@ -263,6 +278,7 @@ class _Reading(Generic[Stored]):
                 self._entries.append(entry)
             if not number % _BATCH:
                 await asyncio.sleep(0)
+        self._entries = await sorted_in_steps(self._entries)
 
     def _get(self, entity_id: str) -> Stored | None:
         if entity_id in self._changed:
@@ -288,13 +304,8 @@ class _Reading(Generic[Stored]):
             self._index.release()
 
     async def _sorted_by_id(self, ids: list[str]) -> AsyncGenerator[list[Row[Stored]], None]:
-        runs = []
-        for start in range(0, len(ids), _RUN):
-            runs.append(sorted(ids[start : start + _RUN]))
-            if len(runs) > 1:
-                await asyncio.sleep(0)
         after = self._query.after
-        for piece in merged_runs(runs):
+        for piece in merged_runs(await sorted_runs(ids)):
             later = piece if after is None else piece[bisect_right(piece, after.id) :]
             for start in range(0, len(later), self._batch):
                 yield self._matching(later[start : start + self._batch])

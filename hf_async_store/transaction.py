@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.changes_by_filter import ChangesByFilter
@@ -35,8 +35,10 @@ from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, operation_timeout
 from hf_async_store.schema import Schema
 from hf_async_store.slow_queries import SlowQueries
-from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key
+
+if TYPE_CHECKING:
+    from hf_async_store.typed import TypedRepository
 
 Result = TypeVar("Result")
 
@@ -131,9 +133,11 @@ class Transaction(RepositoryInterface):
             {} if parent is None else dict(parent._known_versions)
         )
 
-    def typed(self, model: type[Model]) -> TypedCollection[Model]:
+    def typed(self, model: type[Model]) -> TypedRepository[Model]:
         """As `StorageStrategy.typed`, in this transaction."""
-        return TypedCollection(self, model)
+        from hf_async_store.typed import TypedRepository
+
+        return TypedRepository(self, model)
 
     def begin_transaction(self) -> Self:
         """A nested transaction: a savepoint that can be rolled back alone.
@@ -335,9 +339,6 @@ class Transaction(RepositoryInterface):
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
         return await attempt()
-
-    def _hand_on(self, key: Key, written: Entity) -> None:
-        pass  # there is no queue in a transaction
 
     async def _create_absent(self, puts: Sequence[Put], timeout: float | None) -> list[bool]:
         # A create that fails would abort the transaction.

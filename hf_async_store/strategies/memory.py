@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.collector import GatheredEntities
 from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
 from hf_async_store.driver import (
     INTERFACE_VERSION,
@@ -416,8 +417,12 @@ class MemoryEngine(Engine):
 
 async def _records(keys: Sequence[Key], get: Callable[[Key], Entity | None]) -> list[Record | None]:
     """Copies of entities; what `get` returns may not change between the chunks."""
-    return [
-        None if (entity := get(key)) is None else Record(key, copy_entity(entity))
-        async for chunk in Chunks(keys, _CHUNK_SIZE)
-        for key in chunk
-    ]
+    records: list[Record | None] = []
+    gathered = GatheredEntities()
+    async for chunk in Chunks(keys, _CHUNK_SIZE):
+        records += [
+            None if (entity := get(key)) is None else Record(key, copy_entity(entity))
+            for key in chunk
+        ]
+        gathered.add(len(chunk))
+    return records

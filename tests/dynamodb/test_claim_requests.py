@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from hf_async_store import ClaimLostError
 from hf_async_store.strategies.dynamodb import candidates
+from hf_async_store.strategies.dynamodb.client import Client
+from hf_async_store.strategies.dynamodb.errors import ResponseLost
 from tests.dynamodb.proxy import Answer, Changed, Request
-from tests.dynamodb.support import HOST_FACTORY, store_at
+from tests.dynamodb.support import HOST_FACTORY, new_prefix, store_at
 
 if TYPE_CHECKING:
-    from hf_async_store import DynamoDBStorageStrategy
+    from hf_async_store import Claim, DynamoDBStorageStrategy
     from tests.dynamodb.proxy import Fault, Proxy, Rule
 
 pytestmark = pytest.mark.hf_sampled
@@ -58,6 +61,32 @@ async def test_104_claimers_that_find_nothing_read_together(proxy: Proxy) -> Non
         assert await asyncio.gather(*[_claimed(store) for _ in range(8)]) == [[]] * 8
         # That of the first began before the others, which share another one; in 4 segments each.
         assert proxy.counted()["Scan"] <= 8
+
+
+@pytest.mark.parametrize("after", [0.0, 0.001])
+async def test_106_a_release_whose_answer_is_lost_before_another_claims(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, after: float
+) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
+        await _fill(store, 1)
+        [claim] = await store.claim_entities("items")
+        call = Client.call
+        taken: list[Claim] = []
+
+        async def lost(client: Client, operation: str, params: Any) -> Any:
+            answer = await call(client, operation, params)
+            if operation == "UpdateItem" and not taken:
+                taken.extend(await other.claim_entities("items", wait=30.0))
+                raise ResponseLost("the answer of DynamoDB was lost", outcome_unknown=True)
+            return answer
+
+        monkeypatch.setattr(Client, "call", lost)
+        await claim.release(after=after)
+        assert taken[0].attempts == 2
+        with pytest.raises(ClaimLostError):
+            await claim.release()
+        await taken[0].finish()
 
 
 async def test_104_a_store_that_others_were_faster_than_spreads(

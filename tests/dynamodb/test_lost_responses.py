@@ -37,6 +37,12 @@ def _save(store: DynamoDBStorageStrategy, entity_id: str, **expected: int) -> Aw
     return store.save_entity("items", {"item_id": entity_id, "label": "ours"}, **expected)
 
 
+def _save_all(store: DynamoDBStorageStrategy, entity_id: str, **expected: int) -> Awaitable[object]:
+    """With `created_at`, so that nothing of the stored entity is kept."""
+    entity = {"item_id": entity_id, "label": "ours", "created_at": "2024-01-01T00:00:00Z"}
+    return store.save_entity("items", entity, **expected)
+
+
 async def _transaction(store: DynamoDBStorageStrategy, entity_id: str) -> int:
     async with store.begin_transaction() as tx:
         return await tx.update_entity("items", entity_id, {"label": "ours"})
@@ -46,6 +52,8 @@ VERBS: Final[dict[str, Verb]] = {
     "create": lambda store, each: store.create_entity("items", {"item_id": each, "label": "ours"}),
     "save": _save,
     "save expecting": lambda store, each: _save(store, each, expected_version=2),
+    "save all": _save_all,
+    "save all expecting": lambda store, each: _save_all(store, each, expected_version=2),
     "update": lambda store, each: store.update_entity("items", each, {"label": "ours"}),
     "update expecting": lambda store, each: store.update_entity(
         "items", each, {"label": "ours"}, expected_version=2
@@ -209,7 +217,7 @@ class _Bench:
             await self.store.update_entity("items", rival.id, {"label": "before"})
         between = _Between(self.call, rival)
         between.answers = answers
-        between.inserts = verb in ("create", "save")
+        between.inserts = verb in ("create", "save", "save all")
         engine = self.store._dynamodb
         engine.writes._write_cache._disabled_until = 0.0
         engine.writes._read_first_until = float("inf") if careful else 0.0

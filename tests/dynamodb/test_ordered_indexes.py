@@ -28,6 +28,7 @@ from hf_async_store import (
     lte,
 )
 from hf_async_store.strategies.dynamodb import reading
+from hf_async_store.testing.assertions import payload
 from tests.dynamodb.proxy import Changed
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -169,6 +170,99 @@ async def test_fifty_rows_of_a_compound_index_are_one_query_of_51_items(proxy: P
         assert reads.taken() == (["Query"], 11)
         assert await store.count_entities("requests", both) == 400
         assert reads.taken() == (["Query"] * 2, 0)
+
+
+def request(number: int) -> dict[str, Any]:
+    return {
+        "request_id": f"r{number:04}",
+        "request_type": f"t{number // 50}",
+        "status": ("PENDING", "DONE")[number % 2],
+        "created_at": job(number)["created_at"],
+    }
+
+
+async def _page(store: DynamoDBStorageStrategy, number: int, *arguments: Any) -> list[Any]:
+    """A page of 10 rows of a walk; the first has the number 1."""
+    cursor = None
+    for _ in range(number):
+        page = await store.query_page("requests", *arguments, 10, cursor=cursor)
+        cursor = page.cursor
+    return list(page.items)
+
+
+_PENDING: Final = {"status": "PENDING"}
+_BOTH: Final = {"status": in_(["PENDING", "DONE"])}
+_EARLIER: Final = {"created_at": lt(job(30)["created_at"])}
+_BETWEEN: Final = {"created_at": between(job(30)["created_at"], job(60)["created_at"])}
+_LATER: Final = {"created_at": gte(job(60)["created_at"])}
+SHAPES: Final[dict[str, tuple[Any, int, int]]] = {
+    # name: the query, how many requests it sends at most, and how many items they read
+    "equality and range": (
+        lambda each: each.query_entities("requests", {**_PENDING, **_LATER}, "created_at", 20),
+        1,
+        21,
+    ),
+    "range": (lambda each: each.query_entities("requests", _LATER, "created_at", 20), 16, 90),
+    "first rows": (lambda each: each.query_entities("requests", None, "created_at", 20), 16, 90),
+    "two partitions": (
+        lambda each: each.query_entities("requests", _BOTH, "-created_at", 20),
+        2,
+        40,
+    ),
+    "all of a value": (lambda each: each.query_entities("requests", {"request_type": "t1"}), 1, 50),
+    "count of a value": (
+        lambda each: each.count_entities("requests", {"request_type": "t1"}),
+        1,
+        0,
+    ),
+    "count of two values": (
+        lambda each: each.count_entities("requests", {"request_type": in_(["t0", "t1"])}),
+        2,
+        0,
+    ),
+    "count of a range": (lambda each: each.count_entities("requests", _BETWEEN), 8, 0),
+    "count of an open range": (lambda each: each.count_entities("requests", _EARLIER), 8, 31),
+    "four pages": (lambda each: _page(each, 4, _PENDING, "created_at"), 4, 4 * 13),
+    "four pages of two partitions": (
+        lambda each: _page(each, 4, _BOTH, "-created_at"),
+        2 * 4,
+        2 * 4 * 13,
+    ),
+    "four pages of all": (lambda each: _page(each, 4, None, "-created_at"), 4 * 16, 4 * 90),
+    "update of the oldest": (
+        lambda each: each.update_where(
+            "requests", _PENDING, {"count": 1}, order_by="created_at", limit=5
+        ),
+        4,
+        20,
+    ),
+}
+
+
+@pytest.mark.parametrize("stored", [200, 800])
+async def test_what_a_query_reads_does_not_depend_on_what_is_stored(
+    proxy: Proxy, stored: int
+) -> None:
+    async with (
+        store_at(proxy.url, collections=HOST_FACTORY) as store,
+        MemoryStorageStrategy(collections=HOST_FACTORY) as memory,
+    ):
+        for each in (store, memory):
+            await each.import_entities("requests", [request(n) for n in range(stored)])
+        reads = Reads(proxy)
+        for name, (query, requests, items) in SHAPES.items():
+            assert _payloads(await query(store)) == _payloads(await query(memory)), name
+            operations, read = reads.taken()
+            assert (len(operations) <= requests, read <= items) == (True, True), (
+                name,
+                operations,
+                read,
+            )
+            assert "Scan" not in operations, name
+
+
+def _payloads(result: Any) -> Any:
+    return [payload(each) for each in result] if isinstance(result, list) else result
 
 
 @pytest.mark.parametrize("order", ["created_at", "-created_at"])

@@ -215,7 +215,11 @@ class World(NamedTuple):
 
 
 class Write(NamedTuple):
-    """A kind of write: its intent, whether it deletes, and how it starts."""
+    """A kind of write: its intent, whether it deletes, and how it starts.
+
+    Attributes:
+        puts: its first attempt writes the whole item if its state is in the write cache.
+    """
 
     intent: Intent
     deletes: bool = False
@@ -224,6 +228,7 @@ class Write(NamedTuple):
     reads_first: bool = False
     whole: bool = False
     conditional: bool = False
+    puts: bool = False
 
     def start(self, world: World) -> World:
         """Choose the first attempt, or again after the cached state was stale."""
@@ -237,7 +242,9 @@ class Write(NamedTuple):
             alone=self.alone,
             reads_first=self.reads_first,
         )
-        return world._replace(state=state, observed=1 if is_cached else world.observed)
+        whole = world.whole or (self.puts and is_cached)
+        observed = 1 if is_cached else world.observed
+        return world._replace(state=state, observed=observed, whole=whole)
 
     # -- the moves of the server and of others ------------------------------------------------
 
@@ -299,13 +306,16 @@ WRITES: Final = {
     "save": Write("save"),
     "save among others": Write("save", alone=False),
     "save whole": Write("save", whole=True),
+    "save cached": Write("save", is_cached=True, puts=True),
     "replace": Write("replace"),
+    "replace cached": Write("replace", is_cached=True, puts=True),
     "update": Write("change"),
     "update cached": Write("change", is_cached=True),
     "update read first": Write("change", reads_first=True),
     "expect": Write("expect"),
     "expect cached": Write("expect", is_cached=True),
     "expect whole": Write("expect", whole=True),
+    "expect cached whole": Write("expect", is_cached=True, puts=True),
     "update where": Write("change", conditional=True),
     "update where expecting": Write("expect", conditional=True),
     "delete": Write("delete", deletes=True),

@@ -271,6 +271,35 @@ async def test_an_update_uses_the_token_that_its_store_wrote_last(proxy: Proxy) 
         assert payload(found) == {"item_id": "a", "count": 5, "label": "theirs"}
 
 
+async def test_a_single_save_replaces_what_its_store_wrote_last(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
+        version = await store.create_entity("items", {"item_id": "a", "label": "x", "old": 1})
+        entity = {"item_id": "a", "created_at": "2024-01-01T00:00:00.000000Z", "new": [1]}
+        proxy.requests.clear()
+        for version in (2, 3):
+            assert await store.save_entity("items", entity) == version
+        assert await store.save_entity("items", entity, expected_version=3) == 4
+        assert await store.update_entity("items", "a", {"label": "y"}) == 5
+        assert await store.save_entity("items", entity) == 6
+        assert proxy.counted() == {"PutItem": 4, "BatchExecuteStatement": 1}
+        found = dict(await store.get_entity("items", "a") or {})
+        assert {**entity, "updated_at": found["updated_at"], "version": 6} == found
+        # A claim stays, and does not mean that the cached state was stale.
+        [claim] = await other.claim_entities("items", {"item_id": "a"}, limit=1)
+        assert await store.save_entity("items", entity) == 7
+        assert [each.state for each in await store.claims("items")] == ["held"]
+        proxy.requests.clear()
+        assert await store.update_entity("items", "a", {"label": "y"}) == 8
+        assert "RETURNING" not in "".join(_statements(proxy))
+        await claim.release()
+        # A write of another store is not overwritten unseen.
+        assert await other.update_entity("items", "a", {"label": "theirs"}) == 9
+        assert await store.save_entity("items", entity) == 10
+        with pytest.raises(ConcurrencyConflictError):
+            await store.save_entity("items", entity, expected_version=9)
+
+
 async def _in_transaction(store: DynamoDBStorageStrategy, entity_id: str) -> int:
     async with store.begin_transaction() as tx:
         return await tx.update_entity("items", entity_id, {"count": 0})

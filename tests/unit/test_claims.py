@@ -71,11 +71,11 @@ class SeededLoop(asyncio.SelectorEventLoop):
 class Schedule:
     """Workers that claim jobs, fail in every way, and record when they work on what."""
 
-    def __init__(self, seed: int, jobs: int = 4, workers: int = 3) -> None:
+    def __init__(self, seed: int) -> None:
         self.loop = SeededLoop(seed)
         self.random = self.loop.random
-        self.jobs = jobs
-        self.workers = workers
+        self.jobs = self.random.randint(1, 3)
+        self.workers = self.random.randint(2, 3)
         self.work: list[tuple[str, float, float]] = []
 
     def now(self) -> Moment:
@@ -136,11 +136,15 @@ class Schedule:
 
 @pytest.fixture
 def virtual_boot_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The holders' own clock, and that of pauses, is the time of the event loop."""
+    """The holders' own clock, and that of pauses, is the time of the event loop.
+
+    The first pause is not so short that most of a schedule would be attempts that find nothing.
+    """
 
     def backoff(seconds: float, **limits: float) -> Backoff:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, SeededLoop)
+        limits["first"] = 0.3
         return Backoff(seconds, **limits, clock=loop.time, jitter=loop.random.uniform)
 
     monkeypatch.setattr(claims_module, "Backoff", backoff)

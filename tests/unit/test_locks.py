@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from hf_async_store import locks
+from hf_async_store import lock_signals, locks
 from hf_async_store.errors import (
     DiskFullError,
     LockTimeoutError,
@@ -905,6 +905,60 @@ async def test_a_lock_that_was_kept_in_vain_is_not_kept_again_soon(
         async with here.exclusive(keeps=True):
             pass
         assert here.exclusive_held == kept
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract sockets")
+async def test_the_next_in_line_is_told_that_the_lock_is_free(
+    manager: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not poll: the test would take as long as the pause."""
+    monkeypatch.setattr(locks, "_FIRST_PAUSE", 600.0)
+    monkeypatch.setattr(locks, "_NEXT_IN_LINE_PAUSE", 600.0)
+    here, there = manager(timeout=900), manager(timeout=900)
+    here._last_wait = time.monotonic()  # it competes
+    first = Visit(here.exclusive())
+    await settle()
+    waiting = Visit(there.exclusive())
+    await settle()
+    await first.leave()
+    async with asyncio.timeout(60):
+        await waiting.inside.wait()
+    await waiting.leave()
+
+
+async def test_without_signals_the_next_in_line_polls(
+    manager: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no such sockets here")
+
+    monkeypatch.setattr(lock_signals, "_socket", refuse)
+    here, there = manager(), manager()
+    here._last_wait = time.monotonic()
+    first = Visit(here.exclusive())
+    await settle()
+    waiting = Visit(there.exclusive())
+    await settle()
+    await first.leave()
+    await waiting.inside.wait()
+    await waiting.leave()
+
+
+async def test_what_is_awaited_while_waiting(manager: Make) -> None:
+    called: list[bool] = []
+
+    async def note() -> None:
+        called.append(True)
+
+    here, there = manager(), manager(while_waiting=note)
+    async with here.exclusive():
+        with pytest.raises(LockTimeoutError):
+            async with there.exclusive(0.01):
+                pass
+    assert called
+    called.clear()
+    async with there.exclusive():
+        assert not called
 
 
 async def test_a_lock_that_is_closed_is_not_kept(competing: tuple[LockManager, Clock]) -> None:

@@ -2,7 +2,8 @@
 
 The attribute is a map: `t` the token, `o` the owner, `r` the era, `e` the end of the lease or of the delay,
 `h` whether it is held until then, `a` the number of attempts, `w` a unique text of the request that made
-it, by which it is recognised if the response was lost. A deletion removes it with the item. Updates leave
+it, by which it is recognised if the response was lost, and `f` the token of the claim before it if that
+was released, by which the release is recognised. A deletion removes it with the item. Updates leave
 it as it is; what replaces an item as a whole keeps it, on condition that it has not changed.
 """
 
@@ -29,6 +30,7 @@ _ENDS: Final = "e"
 _HELD: Final = "h"
 _ATTEMPTS: Final = "a"
 _REQUEST: Final = "w"
+_RELEASED: Final = "f"
 
 
 def claim_in(item: Attributes | None, key: Key) -> ClaimState | None:
@@ -57,24 +59,38 @@ def claim_in(item: Attributes | None, key: Key) -> ClaimState | None:
         ) from exc
 
 
-def claim_attribute(state: ClaimState, request: str) -> Attribute:
-    return {
-        "M": {
-            _REQUEST: {"S": request},
-            _TOKEN: {"N": str(state.token)},
-            _OWNER: {"S": state.owner},
-            _ERA: {"S": state.era},
-            _ENDS: {"N": repr(state.ends)},
-            _HELD: {"BOOL": state.held},
-            _ATTEMPTS: {"N": str(state.attempts)},
-        }
+def claim_attribute(state: ClaimState, request: str, before: ClaimState | None) -> Attribute:
+    """The attribute of a new claim, which a request makes.
+
+    Args:
+        before: the claim that it replaces.
+    """
+    members: Attributes = {
+        _REQUEST: {"S": request},
+        _TOKEN: {"N": str(state.token)},
+        _OWNER: {"S": state.owner},
+        _ERA: {"S": state.era},
+        _ENDS: {"N": repr(state.ends)},
+        _HELD: {"BOOL": state.held},
+        _ATTEMPTS: {"N": str(state.attempts)},
     }
+    if before is not None and not before.held:
+        members[_RELEASED] = {"N": str(before.token)}
+    return {"M": members}
 
 
 def is_made_by(item: Attributes | None, request: str) -> bool:
     """Whether the claim of an item was made by a request."""
-    claim = (item or {}).get(CLAIM, {}).get("M", {})
-    return bool(claim.get(_REQUEST) == {"S": request})
+    return _has(item, _REQUEST, {"S": request})
+
+
+def follows_release(item: Attributes | None, token: int) -> bool:
+    """Whether the claim of an item was made after the one with this token was released."""
+    return _has(item, _RELEASED, {"N": str(token)})
+
+
+def _has(item: Attributes | None, member: str, value: Attribute) -> bool:
+    return bool((item or {}).get(CLAIM, {}).get("M", {}).get(member) == value)
 
 
 def same_claim(item: Attributes, names: Names) -> str:

@@ -38,6 +38,7 @@ from hf_async_store.strategies.dynamodb.claim_items import (
     also_if,
     claim_attribute,
     claim_in,
+    follows_release,
     held_claim,
     is_made_by,
     same_claim,
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from hf_async_store.claim_clock import ClaimClock, Moment
     from hf_async_store.claim_records import ClaimState
     from hf_async_store.strategies.dynamodb.client import Client
-    from hf_async_store.strategies.dynamodb.codec import Attributes
+    from hf_async_store.strategies.dynamodb.codec import Attribute, Attributes
     from hf_async_store.strategies.dynamodb.independent_writes import Writes
     from hf_async_store.strategies.dynamodb.reading import Reading
     from hf_async_store.strategies.dynamodb.tables import Tables
@@ -139,32 +140,34 @@ class Claiming:
     ) -> bool:
         """Claim an item that is as it was read; returns whether it was."""
         key = record.key
-        new = taken(claim_in(item, key), key, terms, now)
+        before = claim_in(item, key)
+        new = taken(before, key, terms, now)
         made = new_token()
+        attribute = claim_attribute(new, made, before)
         # Listed before the request, because its answer may be lost.
         own = self._claimed(record, new)
         claimed.append(own)
         is_own: bool | StorageError | None = None
         if self._statements.can_express(item) and not self._tables.has_stream(key.collection):
-            is_own = await self._statements.claim(self._statement(key, item, new, made))
+            is_own = await self._statements.claim(self._statement(key, item, attribute, made))
         if not isinstance(is_own, bool):  # it is not known, but a repetition recognises it
-            is_own = await self._update(self._request(key, item, new, made), made)
+            is_own = await self._update(self._request(key, item, attribute), made)
         if is_own:
             self.candidates.note_own(key)
         else:
             claimed.remove(own)
         return is_own
 
-    def _statement(self, key: Key, item: Attributes, new: ClaimState, made: str) -> ClaimStatement:
+    def _statement(self, key: Key, item: Attributes, new: Attribute, made: str) -> ClaimStatement:
         name = self._tables.mappings[key.collection].key
         table = self._tables.name(key.collection)
-        return ClaimStatement(table, (name, key.id), item, claim_attribute(new, made), made)
+        return ClaimStatement(table, (name, key.id), item, new, made)
 
-    def _request(self, key: Key, item: Attributes, new: ClaimState, made: str) -> dict[str, Any]:
+    def _request(self, key: Key, item: Attributes, new: Attribute) -> dict[str, Any]:
         mapping = self._tables.mappings[key.collection]
         request = {**self._at(key), **unchanged(mapping, item)}
         also_if(request, lambda names: same_claim(item, names))
-        add_expression(request, "UpdateExpression", lambda names: _set(names, new, made))
+        add_expression(request, "UpdateExpression", lambda names: _set(names, new))
         return request
 
     async def claim_name(
@@ -180,7 +183,8 @@ class Claiming:
             names = Names()
             new = taken(state, key, terms, now)
             made = new_token()
-            update, condition = _set(names, new, made), same_claim(item or {}, names)
+            attribute = claim_attribute(new, made, state)
+            update, condition = _set(names, attribute), same_claim(item or {}, names)
             expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
             request = {**self._at(key), **expressions}
             own = self._claimed(Record(key, {VERSION: 0}), new)
@@ -296,6 +300,7 @@ class Claiming:
         except ConditionFailed as exc:
             state = claim_in(exc.item, key)
             released = state is None or (state.token == token and not state.held)
+            released = released or follows_release(exc.item, token)
             if ends and exc.outcome_unknown and released:
                 return  # by an attempt whose response was lost
             check_held(state, key, token, now)  # raises, and says why
@@ -339,6 +344,6 @@ class Claiming:
         return sorted(found, key=lambda each: each.id)
 
 
-def _set(names: Names, state: ClaimState, made: str) -> str:
-    """The UpdateExpression that writes a claim, which `made` identifies."""
-    return f"SET {names.name(CLAIM)} = {names.value(claim_attribute(state, made))}"
+def _set(names: Names, claim: Attribute) -> str:
+    """The UpdateExpression that writes a claim."""
+    return f"SET {names.name(CLAIM)} = {names.value(claim)}"

@@ -121,6 +121,11 @@ class Client:
         if connection is not None:
             await run_to_completion(connection.close())
 
+    def abandon(self) -> None:
+        self._closed = True
+        if self._connection is not None:
+            self._connection.abandon()
+
 
 def _closed() -> StoreClosedError:
     return StoreClosedError("this store was closed")
@@ -140,7 +145,8 @@ class _Connection:
         self._target = target
         self._stack = stack
         self._credentials = credentials
-        self._send = client._endpoint.http_session.send
+        self._transport = client._endpoint.http_session
+        self._send = self._transport.send
         self._url = client.meta.endpoint_url.rstrip("/") + "/"
         self._host = urlsplit(self._url).netloc.rpartition("@")[2]
         self._region = client.meta.region_name
@@ -180,6 +186,9 @@ class _Connection:
     async def close(self) -> None:
         await self._stack.aclose()
 
+    def abandon(self) -> None:
+        self._transport.abandon()
+
 
 def check_endpoint(url: str | None) -> None:
     """Check that an endpoint is a valid URL.
@@ -202,7 +211,7 @@ async def _connect(config: DynamoDBConfig, service: str) -> _Connection:
     """Open a client. botocore's imports and file reads run in a thread."""
     async with AsyncExitStack() as stack:
         try:
-            session = await in_thread(_create_session, config, service)
+            session = await in_thread(_create_session, config)
             client = await stack.enter_async_context(
                 session.create_client(
                     service, region_name=config.region, endpoint_url=config.endpoint
@@ -220,17 +229,17 @@ async def _connect(config: DynamoDBConfig, service: str) -> _Connection:
 
 @lru_cache
 def _loader(data_path: str | None) -> Any:
-    """Botocore's loader of service models, shared by all stores of the process.
-
-    Loading the models takes about 0.1 s, and the loader caches them.
-    """
+    """Botocore's loader of data files, shared by all stores of the process: it caches them."""
     from botocore.loaders import create_loader  # type: ignore[import-untyped]
 
-    return create_loader(data_path)
+    from hf_async_store.strategies.dynamodb.service_data import ServiceData
+
+    search_paths = create_loader(data_path).search_paths
+    return ServiceData(search_paths, include_default_search_paths=False)
 
 
-def _create_session(config: DynamoDBConfig, service: str) -> Any:
-    """Create a session and load the service model into its cache, which is slow and blocks.
+def _create_session(config: DynamoDBConfig) -> Any:
+    """Create a session and load data files into its cache, which is slow and blocks.
 
     All clients of the session, including those that request credentials, use `Transport`.
     """
@@ -253,8 +262,6 @@ def _create_session(config: DynamoDBConfig, service: str) -> Any:
     )
     loader = _loader(session.get_config_variable("data_path"))
     session.register_component("data_loader", loader)
-    loader.load_service_model(service, "service-2")
-    loader.load_service_model(service, "endpoint-rule-set-1")
-    for name in ("endpoints", "partitions", "sdk-default-configuration"):
+    for name in ("endpoints", "partitions", "sdk-default-configuration", "_retry"):
         loader.load_data(name)
     return session

@@ -7,7 +7,8 @@ Most changes become one PartiQL statement each, and up to 25 statements share a
 * An update or delete that only requires the entity to exist is sent without a read, and the response
   returns the version. If the write cache has the state of the entity, an update writes the next
   version on condition that the token is unchanged.
-* A single save without an expected version uses `UpdateItem`, which inserts or replaces.
+* A single save without an expected version uses `UpdateItem`, which inserts or replaces. If the write cache
+  has the state of the entity, a single save replaces the item on condition that the token is unchanged.
 * If there are several changes, the items of such saves are read first, because PartiQL has no upsert.
   Each becomes an insert, or an update of the attributes that differ on condition that the token is
   unchanged; it is repeated if another write came first.
@@ -29,7 +30,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from hf_async_store.changes import Change, Delete, Patch
+from hf_async_store.changes import Change, Delete, Patch, Put
 from hf_async_store.errors import (
     AuthenticationError,
     ConcurrencyConflictError,
@@ -81,7 +82,7 @@ from hf_async_store.strategies.dynamodb.write_states import (
     Response,
     first_state,
 )
-from hf_async_store.values import VERSION
+from hf_async_store.values import CREATED_AT, VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -306,7 +307,9 @@ class Writes:
         """Choose the first attempt, which may use the state in the write cache."""
         change = op.change
         receipt = None
-        if isinstance(change, Patch) and not op.whole:
+        # PutItem is the cheapest request for a whole entity, but several changes share statements.
+        is_put = alone and isinstance(change, Put) and CREATED_AT in change.entity
+        if (is_put or isinstance(change, Patch)) and not op.whole:
             receipt = self._write_cache.get(op.table, change.key.id)
             if op.intent == "expect" and receipt and receipt.version != change.expect:
                 receipt = None
@@ -321,6 +324,7 @@ class Writes:
             # The response to a save that is sent alone always returns the version.
             reads_first=reads_first or (self._returns_item(op) is False and not is_save),
         )
+        op.whole = op.whole or (is_put and receipt is not None)
 
     def _returns_item(self, op: WriteOp) -> bool | None:
         """Whether the response to an attempt without a read contains the item; None: not known yet."""
@@ -422,8 +426,10 @@ class Writes:
     def _failed(self, op: WriteOp, exc: StorageError) -> StorageError | None:
         """Apply an error response; return it if it requires a pause."""
         if isinstance(exc, ConditionFailed):
+            # A claim that was taken meanwhile does not change the token.
+            is_stale = op.state == "cached" and not op.is_observed(exc.item)
             op.respond_with(exc.item)
-            if op.state == "start":
+            if is_stale and op.state == "start":
                 self._write_cache.report_stale_entry()
             return None
         response = _response_of(exc)

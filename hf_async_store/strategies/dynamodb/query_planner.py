@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 _MAX_SPANS: Final = 100
 """For more requests than this, a scan is cheaper."""
 
+_BOUNDING: Final = frozenset(
+    {"eq", "in", "gt", "gte", "lt", "lte", "timestamp_lte", "between", "begins_with"}
+)
+
 Bounds: TypeAlias = tuple[SortKey | None, SortKey | None]
 """The lowest and the highest sort key, both included; None for no bound."""
 
@@ -72,6 +76,8 @@ class Access(msgspec.Struct, frozen=True):
         equal_parts: the number of parts of a composite sort key before them, which are the same in all
             rows.
         implied: the comparisons of the filter that hold for all rows in the spans.
+        bounds: comparisons that hold for most rows in the spans: not for values of other types than the
+            declared one, and for those that are equal in their sort keys only.
         equalities: the number of fields of the index that the filter compares for equality.
         has_range: the spans are parts of the partitions.
     """
@@ -83,6 +89,7 @@ class Access(msgspec.Struct, frozen=True):
     descending: bool = False
     equal_parts: int = 0
     implied: tuple[Comparison, ...] = ()
+    bounds: tuple[Comparison, ...] = ()
     equalities: int = 0
     has_range: bool = False
 
@@ -180,6 +187,7 @@ class _IndexPlanner:
             descending=bool(ordered_parts) and order[0].descending,
             equal_parts=equal_parts,
             implied=tuple(self._implied(equal_parts)),
+            bounds=tuple(self._bounds(equal_parts)),
             equalities=sum((name,) in self._candidates for name in self._compared(equal_parts)),
             has_range=has_range,
         )
@@ -213,6 +221,11 @@ class _IndexPlanner:
         for each in (*equal, *rest[:1]):
             on_field = self._only_comparison(each) if each in equal else self._on(each)
             yield from filter(_has_exact_ranges, on_field)
+
+    def _bounds(self, equal_parts: int) -> Iterable[Comparison]:
+        """The comparisons that bound the spans."""
+        for name in self._shape.sort_fields[equal_parts : equal_parts + 1]:
+            yield from (each for each in self._on(name) if each.op in _BOUNDING)
 
     def _is_exact(self, comparison: Comparison) -> bool:
         """Whether the keys of an index contain exactly the values for which a comparison is true."""

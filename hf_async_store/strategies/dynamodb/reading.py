@@ -419,6 +419,7 @@ class _Rows:
         self._matches = compile_filter(query.where)
         self.filter_expression = ""
         self.is_exact = False
+        self._is_bounded = _without(query.where, (*access.implied, *access.bounds)) == EVERYTHING
         if access.ids is None:
             self._translate_filter()
 
@@ -626,7 +627,7 @@ class _Rows:
         limit = self._query.limit
         if limit is None:
             return None
-        if self._reads_only_matches:
+        if self._is_bounded:
             return min(limit + 1 + (self._query.after is not None), 5_000)
         return min(32 + limit * _ROWS_PER_MATCH, 5_000)
 

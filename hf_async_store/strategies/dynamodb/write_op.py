@@ -153,8 +153,13 @@ class WriteOp:
             is_own=token_of(item) == self.token,
             has_version=type(expect) is not int or self.version_of(item) == expect,
             is_older=item.get(UPDATED_AT, {}).get("S", self.requested_at) < self.requested_at,
-            is_observed=self.observed is not None and token_of(item) == token_of(self.observed),
+            is_observed=self.is_observed(item),
         )
+
+    def is_observed(self, item: Attributes | None) -> bool:
+        """Whether an item has the token of the observed one."""
+        observed = self.observed
+        return item is not None and observed is not None and token_of(item) == token_of(observed)
 
     # -- outcomes ----------------------------------------------------------------------------
 

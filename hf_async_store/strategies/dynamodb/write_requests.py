@@ -254,6 +254,7 @@ def whole_item_request(op: WriteOp) -> tuple[str, dict[str, Any]]:
         return "Delete", {**request, "Key": {op.mapping.key: {"S": change.key.id}}}
     op.new_version = version = cast("int", entity[VERSION])
     item = op.mapping.item(change.key.id, entity, version, op.token)
+    op.receipt = receipt_of(item, version, op.token)
     if isinstance(change, Patch) and observed is not None:
         op.mapping.check_attributes(observed)
         op.mapping.keep_encodings(item, observed)

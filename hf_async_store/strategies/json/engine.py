@@ -53,10 +53,11 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     StorageError,
 )
-from hf_async_store.event_loop import in_thread
+from hf_async_store.event_loop import Chunks, in_thread
 from hf_async_store.generators import Owned
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
+from hf_async_store.passed_over import PassedOver
 from hf_async_store.query import Query
 from hf_async_store.schema import (
     CLAIM_COLLECTION,
@@ -95,6 +96,8 @@ log: Final = logging.getLogger("hf_async_store.json")
 _HEALTH_CHUNK: Final = 1 << 16
 """How many bytes of entities are checked in one step: about 1 ms."""
 
+_HEALTH_ENTITIES: Final = 1 << 14
+
 _HEALTH_LOCK_SECONDS: Final = 5.0
 
 _FEED_TRIES: Final = 3
@@ -130,7 +133,10 @@ class JSONEngine(Engine):
         self.files = FileManager(config, schema)
         self.serializer = JSONSerializer(schema, self._location)
         self.locks = LockManager(
-            self.files.lock(), timeout=config.lock_timeout, owned=self.files.ownership
+            self.files.lock(),
+            timeout=config.lock_timeout,
+            owned=self.files.ownership,
+            while_waiting=lambda: self.follower.read_ahead(),
         )
         loader = StoreLoader(self.files, schema, self.serializer, config.cache_size)
         self.follower = Follower(self.files, loader, self.locks, self.view)
@@ -633,7 +639,8 @@ class JSONEngine(Engine):
             section = state.sections[name]
             unchecked = [
                 (entity_id, stored)
-                for entity_id, stored in section.entities.items()
+                async for chunk in Chunks(list(section.entities.items()), _HEALTH_ENTITIES)
+                for entity_id, stored in chunk
                 if type(stored) is not bytes
             ]
             size = 0
@@ -751,6 +758,11 @@ class _JSONSession(Session):
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         return await (await self._begin()).write(changes)
+
+    async def passed_over(
+        self, query: Query, most_attempts: int | None
+    ) -> tuple[PassedOver, list[str]] | None:
+        return await (await self._begin()).passed_over(query, most_attempts)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[Session]:

@@ -294,6 +294,17 @@ class Follower:
                 f"{USE_UNDAMAGED if exc.remains else USE_FILES}"
             ) from exc
 
+    async def read_ahead(self) -> None:
+        """Read what other processes append while this one waits for a lock, so that it has less to read
+        when it holds the lock. What cannot be read is left to `refresh_locked`."""
+        state = self.state
+        if state is None or not state.is_open or self.write_locked or self._refreshing.locked():
+            return
+        with suppress(StorageError, OSError):
+            if os.fstat(state.fd).st_size > state.offset:
+                async with self._alone():
+                    await self._read_tail(state)
+
     async def _follow(self, recover_from: str | None = None) -> StoreState:
         async with self._alone():
             state = self.state
@@ -374,7 +385,7 @@ class Follower:
 
     async def _read_tail(self, state: StoreState) -> bool:
         """Read the records after the offset; False if the journal is shorter."""
-        path = self._files.journal(state.generation)
+        path = self._files.journal_path(state.generation)
         status = os.fstat(state.fd)
         size = status.st_size
         if has_failed_sync(status):
@@ -390,7 +401,7 @@ class Follower:
             elif entry.kind is Kind.SEAL:
                 state.sealed = True
             elif entry.kind is Kind.FOLD:
-                self.loader.announce(state, read_naming(Fold, entry.payload, str(path)).files)
+                self.loader.announce(state, read_naming(Fold, entry.payload, path).files)
             if entry.before:
                 state.feed_end = FeedPosition(state.generation, state.offset, entry.check)
             state.offset = end

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
-from hf_async_store.event_loop import in_thread
+from hf_async_store.event_loop import TimedSteps, in_thread
 from hf_async_store.ordered_index import reclaim
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.schema import Schema
@@ -342,7 +342,8 @@ class StoreLoader:
         Returns:
             Whether all commits of the generation were applied.
         """
-        for number, entry in enumerate(journal.entries, 1):
+        steps = TimedSteps()
+        for entry in journal.entries:
             if entry.kind is Kind.COMMIT:
                 try:
                     images = await self.commit(state, entry, recovering=recover_from is not None)
@@ -352,8 +353,7 @@ class StoreLoader:
                     return False
                 await state.reclaim()
                 await reclaim_images(entry, images)
-            if not number % 64:
-                await asyncio.sleep(0)
+            await steps.pause()
         return journal.complete
 
     async def commit(
@@ -374,13 +374,11 @@ class StoreLoader:
             ) from exc
         for name in images.keys() - state.sections.keys():
             state.sections[name] = self._undeclared_section(state, name)
-        already_contained = {
-            collection
-            for name, content in state.content.items()
-            if content.covers > state.generation
-            for collection in self.collections_of(name, state)
-        }
-        missing = {name: each for name, each in images.items() if name not in already_contained}
+        missing = images
+        newer = [each for each in state.content if state.content[each].covers > state.generation]
+        if newer:
+            contained = set().union(*[self.collections_of(each, state) for each in newer])
+            missing = {name: each for name, each in images.items() if name not in contained}
         if missing:
             state.apply(missing, entry.size, await state.merged(missing))
         if recovering:
@@ -640,7 +638,7 @@ async def _load_lines(section: CollectionTable, data: bytes, start: int, *, trus
 
 
 async def scan_file(
-    fd: int, path: Path, size: int, offset: int = 0, sequence: int = 0
+    fd: int, path: str | Path, size: int, offset: int = 0, sequence: int = 0
 ) -> AsyncGenerator[tuple[Entry, int], None]:
     """`scan` a journal of `size` bytes from `offset` on, and return control to the event loop in
     between."""
@@ -799,7 +797,7 @@ def open_journal(path: Path) -> int:
     return fd
 
 
-def read_chunks(fd: int, offset: int, size: int, path: Path) -> Iterator[bytes]:
+def read_chunks(fd: int, offset: int, size: int, path: str | Path) -> Iterator[bytes]:
     """Read a journal from `offset` up to `size`, in chunks."""
     while offset < size:
         try:

@@ -16,6 +16,7 @@ import msgspec
 
 from hf_async_store.changes import ANY, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.claim_records import claim_key
+from hf_async_store.collector import GatheredEntities
 from hf_async_store.errors import CorruptionError, StorageError
 from hf_async_store.event_loop import Chunks
 from hf_async_store.preconditions import (
@@ -114,11 +115,14 @@ class SessionView(TableReader[StoredEntity]):
             finally:
                 await reader.close()
         # A session has the write lock: nothing changes between the chunks.
-        return [
-            self.record(key, self.stored_bytes(key.collection, key.id))
-            async for chunk in Chunks(keys, _READ_CHUNK)
-            for key in chunk
-        ]
+        records: list[Record | None] = []
+        gathered = GatheredEntities()
+        async for chunk in Chunks(keys, _READ_CHUNK):
+            records += [
+                self.record(key, self.stored_bytes(key.collection, key.id)) for key in chunk
+            ]
+            gathered.add(len(chunk))
+        return records
 
     def record(self, key: Key, raw: bytes | None) -> Record | None:
         return None if raw is None else Record(key, self._entity(key, raw))

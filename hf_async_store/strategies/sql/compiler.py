@@ -85,6 +85,7 @@ def compile_query(
     args: Arguments | None = None,
     also: Callable[[], str] | None = None,
     prefix: Sequence[str] = (),
+    selected: str | None = None,
 ) -> Compiled:
     """The SELECT of a query.
 
@@ -96,6 +97,7 @@ def compile_query(
         also: adds a further condition to them.
         prefix: fields that are compared for equality. They are compared as ranges, and come first in the
             order, so that no other index has this order: see `index_order`.
+        selected: what the statement returns, instead of `Table.selected`.
     """
     compiler = _Compiler(table, args, prefix)
     descending = bool(query.order) and query.order[-1].descending
@@ -118,7 +120,7 @@ def compile_query(
     )
     where = _all(conditions)
     return Compiled(
-        f"SELECT {table.selected} FROM {table.name} AS t WHERE {where} "
+        f"SELECT {selected or table.selected} FROM {table.name} AS t WHERE {where} "
         f"ORDER BY {order}" + (f" LIMIT {query.limit}" if limited else ""),
         compiler.args.values,
         None if exact else compile_filter(query.where),
@@ -407,7 +409,7 @@ class _Compiler:
             if operands is None:  # no row has such a value: the cursor is forged
                 return [FALSE]
             if key.terms:
-                pairs.append((key, operands))
+                pairs.append((key, tuple(map(self._grammar.unknown, operands))))
         if len({key.descending for key, _ in pairs}) == 1:
             terms = [term for key, _ in pairs for term in key.terms]
             operands = tuple(each for _, found in pairs for each in found)

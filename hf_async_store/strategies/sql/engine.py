@@ -134,6 +134,7 @@ class SQLEngine(Engine):
         self._shared_commits = Coalescer[Sequence[Change], list[Outcome]](
             self._write_together, lanes=1, size=_CALLS_OF_A_COMMIT, writes=True
         )
+        self._changing: set[str] = set()  # the collections for which `change_matches` runs
         self._prepare_lock = asyncio.Lock()
         self._write_lock = asyncio.Lock()  # used if only one connection can write at a time
 
@@ -448,24 +449,29 @@ class SQLEngine(Engine):
         outcomes = iter(await self._write(changes, patient=True))
         return [list(islice(outcomes, len(each))) for each in calls]
 
-    async def change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
-        # Changes that wait for the only writer share a commit, and these would have one of their own.
+    async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
+        name = query.collection
+        # Changes of several calls share statements and commits, and these would have their own.
         if (
-            not self._dialect.single_writer
+            name in self._changing
             or self._write_lock.locked()
             or query.has_many_values
             or not reading.may_be_small(query)
         ):
             return None
-        return await self._retried(lambda: self._change_matches(query, change))
 
-    async def _change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
-        async with self.writing() as lease:
-            return await self._writer.change_matches(lease, query, change)
+        async def once() -> ChangedMatches | None:
+            async with self.writing() as lease:
+                return await self._writer.change_matches(lease, query, change)
+
+        self._changing.add(name)
+        try:
+            return await self._retried(once)
+        finally:
+            self._changing.discard(name)
+
+    def shares_changes(self, key: Key) -> bool:
+        return self._state is not None and self._writer.shares_changes(key.collection)
 
     async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
         return await self._write(changes, patient=False)

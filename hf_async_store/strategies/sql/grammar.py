@@ -68,6 +68,10 @@ class Grammar(ABC):
     def in_list(self, parameter: str) -> str:
         """The operator and operand for: is in the list of strings that is an argument."""
 
+    def unknown(self, operand: str) -> str:
+        """An operand whose value does not affect the plan of a statement."""
+        return operand
+
     @abstractmethod
     def read(self, column: str) -> str:
         """The expression by which a SELECT reads the document column as text."""

@@ -72,6 +72,11 @@ class PostgresGrammar(Grammar):
     def in_list(self, parameter: str) -> str:
         return f"= ANY({parameter})"
 
+    def unknown(self, operand: str) -> str:
+        # The server compares what a plan costs for the known values, and for any. For a position, it would
+        # always find the first one cheaper, and plan each page again, which takes longer than to read it.
+        return f"(SELECT {operand})"
+
     def read(self, column: str) -> str:
         return f"{column}::text"
 

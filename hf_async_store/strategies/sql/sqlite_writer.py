@@ -13,7 +13,7 @@ default, a statement of many rows would first copy each page that it changes.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress
 from operator import ne
@@ -90,7 +90,7 @@ class SQLiteWriter(Writer):
             return outcomes + [exc.copy() for _ in changes[middle:]]
 
     async def change_matches(
-        self, lease: LeasedConnection, query: Query, change: Callable[[Key, int], Change]
+        self, lease: LeasedConnection, query: Query, change: Change
     ) -> ChangedMatches | None:
         """See `Writer`."""
         table = self.tables[query.collection]
@@ -103,10 +103,12 @@ class SQLiteWriter(Writer):
             if rows is None:
                 return None
             keys = [Key(query.collection, each) for each, _ in rows]
-            changes = [change(key, version_of(row[1])) for key, row in zip(keys, rows, strict=True)]
-            return ChangedMatches(
-                [each for _, each in rows], changes, self._decided(connection, changes)
-            )
+            entities = [each for _, each in rows]
+            changes = [
+                replace(change, key=key, expect=version_of(entity))
+                for key, entity in zip(keys, entities, strict=True)
+            ]
+            return ChangedMatches(keys, entities, self._decided(connection, changes))
 
         return await lease.job(lambda connection: committed(connection, match))
 

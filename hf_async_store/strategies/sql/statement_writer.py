@@ -10,13 +10,17 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
-from hf_async_store.changes import Change, Outcome
+import msgspec
+
+from hf_async_store.changes import PRESENT, Change, ChangedMatches, Outcome, Patch
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
+from hf_async_store.query import Query
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.combining import combined
 from hf_async_store.strategies.sql.decisions import marker_put
 from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.first_update import update_of_first
 from hf_async_store.strategies.sql.pending import Encoder, PendingChange, by_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.sending import (
@@ -28,7 +32,7 @@ from hf_async_store.strategies.sql.sending import (
 from hf_async_store.strategies.sql.waves import wave_numbers
 from hf_async_store.strategies.sql.write_sql import StatementKey, WriteStatements
 from hf_async_store.strategies.sql.writer import Writer
-from hf_async_store.values import Key
+from hf_async_store.values import VERSION, Entity, Key
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -73,6 +77,36 @@ class StatementWriter(Writer):
         sql = self._encoder.statements.of(shape, locks=self._locks, if_held=True)
         times = self._encoder.statements.times(shape)
         return sql, [None, *times, *self._encoder.arguments(shape, [pending])]
+
+    async def change_matches(
+        self, lease: LeasedConnection, query: Query, change: Change
+    ) -> ChangedMatches | None:
+        """See `Writer`."""
+        if self.config.pgbouncer or self.config.isolation == "read_committed":
+            return None  # its transaction would not have one snapshot
+        if not isinstance(change, Patch):
+            return None
+        patch = msgspec.structs.replace(change, expect=PRESENT)
+        statement = update_of_first(self._encoder, query, patch, Patience(0).wait(2))
+        if statement is None:
+            return None
+        try:
+            rows = await lease.rows(*statement, doing="write", writes=True)
+        except (ConcurrencyConflictError, LockTimeoutError, *REFUSALS) as exc:
+            if exc.outcome_unknown:
+                raise
+            return None
+        if any(version is None for _, version in rows):
+            return None
+        name = self.tables[query.collection].key_field
+        entities: list[Entity] = [{name: each, VERSION: version - 1} for each, version in rows]
+        keys = [Key(query.collection, each) for each, _ in rows]
+        return ChangedMatches(keys, entities, [version for _, version in rows])
+
+    def shares_changes(self, collection: str) -> bool:
+        """See `Writer`. Not with a change feed, which has each version."""
+        table = self.tables.get(collection)
+        return table is not None and not table.entry.has_feed and not table.unique
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""

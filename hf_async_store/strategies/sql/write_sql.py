@@ -200,25 +200,36 @@ class WriteStatements:
         *,
         locks: bool,
     ) -> str:
-        expected = _expected(columns) + _same(shape, columns) + living.own
-        version, doc, patched = f"t.{VERSION} + 1::bigint", "i.d", ""
-        if shape.imported:
-            version = columns.add("bigint")
-        if shape.verb == "patch":
-            stored = f"t.{DOC}"
-            if shape.removes:
-                removed = columns.add("text")
-                stored = f"(t.{DOC} - coalesce({removed}::text[], '{{}}'::text[]))"
-            size = columns.add("bigint")
-            doc = f"{stored} || i.d"
-            patched = f" AND {_is_light(size)}"
-        keys = _key_columns(shape, columns)
+        written, condition = _assignments(table, shape, columns, living)
         parents = "".join(self._parents(table, shape, columns, living, locks=locks))
-        written, condition = _row(table, shape, doc, version, keys)
         return (
             f"UPDATE {table.name} AS t SET {written} FROM {columns.source(documents=True)} "
-            f"WHERE t.{table.key} = i.c0 AND {_FEW} AND {expected} AND {condition}{patched}{parents}"
-            f"{self._current()}"
+            f"WHERE t.{table.key} = i.c0 AND {_FEW} AND {condition}{parents}{self._current()}"
+        )
+
+    def assignments(self, shape: StatementKey) -> tuple[str, str]:
+        """Those of a patch without references, and the condition of a row, for `of_selected`.
+
+        The arguments are `lock_timeout`, the JSON array of the document, and the columns of arguments
+        without the ids.
+        """
+        columns, table = _Scalars(2), self._tables[shape.collection]
+        return _assignments(table, shape, columns, self._living(shape))
+
+    def of_selected(self, table: Table, selection: str, assignments: str) -> str:
+        """The statement that changes all rows of a SELECT, or none; it returns their ids, each with its new
+        version, NULL if it was not changed.
+
+        Args:
+            selection: of the place, the id, and a condition that must be true for all rows.
+        """
+        return (
+            f"WITH chosen (place, id, decided) AS MATERIALIZED ({selection}), "
+            f"written (id, version) AS (UPDATE {table.name} AS t SET {assignments} "
+            f"FROM {_LOCK_TIMEOUT}, chosen AS c WHERE t.ctid = c.place "
+            f"AND NOT EXISTS (SELECT 1 FROM chosen AS o WHERE NOT o.decided){self._current()} "
+            f"RETURNING t.{table.key}, t.{VERSION}) "
+            "SELECT c.id, w.version FROM chosen AS c LEFT JOIN written AS w ON w.id = c.id"
         )
 
     def _current(self) -> str:
@@ -297,6 +308,27 @@ def refers_to(table: Table, field: str, encoded: str, entity_id: str) -> str:
     return f"c.{quoted(key_column(field))} = {encoded} AND {test}"
 
 
+def _assignments(
+    table: Table, shape: StatementKey, columns: _Columns, living: _Living
+) -> tuple[str, str]:
+    """The assignments of a row that is replaced or patched, and their condition."""
+    expected = _expected(columns) + _same(shape, columns) + living.own
+    version, doc, patched = f"t.{VERSION} + 1::bigint", columns.document, ""
+    if shape.imported:
+        version = columns.add("bigint")
+    if shape.verb == "patch":
+        stored = f"t.{DOC}"
+        if shape.removes:
+            removed = columns.add("text")
+            stored = f"(t.{DOC} - coalesce({removed}::text[], '{{}}'::text[]))"
+        size = columns.add("bigint")
+        doc = f"{stored} || {doc}"
+        patched = f" AND {_is_light(size)}"
+    keys = _key_columns(shape, columns)
+    written, condition = _row(table, shape, doc, version, keys)
+    return written, f"{expected} AND {condition}{patched}"
+
+
 def _row(
     table: Table, shape: StatementKey, doc: str, version: str, keys: dict[str, str]
 ) -> tuple[str, str]:
@@ -373,7 +405,12 @@ class _Columns:
     Args:
         first: the number of the parameter of the first one.
         alone: there is one row of arguments.
+
+    Attributes:
+        document: that of the row.
     """
+
+    document = "i.d"
 
     def __init__(self, first: int, *, alone: bool) -> None:
         self.alone = alone
@@ -407,3 +444,15 @@ class _Columns:
         docs = f"${self._first + len(arrays)}::text::jsonb" if documents else "'[]'::jsonb"
         functions = f"{unnest}, pg_catalog.jsonb_array_elements({docs})"
         return f"{_LOCK_TIMEOUT}, ROWS FROM ({functions}) AS i ({', '.join(names)})"
+
+
+class _Scalars(_Columns):
+    """The arguments of one row where there is no FROM clause. The document is the first one."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__(first + 1, alone=True)
+        self.document = f"(${first}::text::jsonb -> 0)"
+
+    def add(self, kind: str) -> str:
+        super().add(kind)
+        return f"(${self._first + len(self._kinds) - 1}::text::{kind}[])[1]"

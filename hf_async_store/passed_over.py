@@ -1,0 +1,158 @@
+"""What claims have passed over: remembered, so that a claim does not read again what others hold.
+
+The claims of a query read its first entities, in order, until enough of them are free. `PassedOver`
+remembers how far they have read, and until when each entity up to there is held. The next claim reads on
+from there; of what comes before, it reads again what was free, what has changed since, and what is not held
+any more. So it finds the same entities as if it had read from the start.
+
+It is for engines that have the entities, and the records of their claims, in tables in memory. Its methods
+are called while nobody else changes these.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from itertools import islice
+from operator import itemgetter
+from typing import Any, Final, cast
+
+import msgspec
+
+from hf_async_store.changes import Record
+from hf_async_store.claim_clock import Moment
+from hf_async_store.query import (
+    Comparison,
+    CursorPosition,
+    Filter,
+    Not,
+    Query,
+    SortKey,
+    compile_filter,
+    compile_order,
+    position_of,
+)
+from hf_async_store.table import Listener, Table
+
+_MOST_CHANGES: Final = 4096
+"""After more changes between two claims, the second one reads from the start."""
+
+_MOST_QUERIES: Final = 8
+_MOST_OF_ALL: Final = 64
+"""For how many queries of a collection, and of all of them, is remembered what was passed over."""
+
+
+class PassedOver(Listener):
+    """What the claims of one query have passed over.
+
+    Attributes:
+        position: of the last entity that was read; None: read from the start.
+    """
+
+    def __init__(self, query: Query, entities: Table[Any]) -> None:
+        self.position: CursorPosition | None = None
+        self._query = query
+        self._entities = entities
+        self._sort_key = compile_order(query)
+        self._end: SortKey = ()
+        self._era = ""
+        self._times: list[str] = []
+        self._again: set[str] = set()  # the ids of entities that must be read again
+        self._held: dict[
+            str, str
+        ] = {}  # the entities that are held, by the records of their claims
+        self._ends: list[tuple[float, str]] = []  # a heap of when these end, with outdated times
+        self._changes: set[str] | None = (
+            None  # the claims that have changed; None: nothing is known
+        )
+
+    def note(self, table: Table[Any], changed: Iterable[str]) -> None:
+        if self._changes is not None:
+            noted = self._again if table is self._entities else self._changes
+            noted.update(islice(changed, _MOST_CHANGES + 1))
+            if len(noted) > _MOST_CHANGES:
+                self._changes = None
+
+    def begin(self, now: Moment, times: list[str]) -> list[str]:
+        """The ids of the entities up to `position` that must be read again; the caller then calls `read`
+        with each entity that it reads, and `complete`, without which nothing is known.
+
+        Args:
+            now: by the clock of claims.
+            times: up to which entities have expired. If they are earlier than before, some live again.
+        """
+        era, seconds = now
+        assert seconds is not None, "the store has no clock of its own"
+        changes, self._changes = self._changes, None
+        if changes is None or era != self._era or self._times > times:
+            self.position, self._end, self._held, self._ends = None, (), {}, []
+            self._again, changes = set(), set()
+        self._era, self._times = era, times
+        while self._ends and self._ends[0][0] <= seconds:
+            changes.add(heapq.heappop(self._ends)[1])
+        self._again.update(self._held.pop(each) for each in changes if each in self._held)
+        return list(self._again)
+
+    def before(self, query: Query, records: Iterable[Record | None]) -> list[Record]:
+        """The entities that were read again that match, and are not after `position`, in order."""
+        matches, key = compile_filter(query.where), self._sort_key
+        found = [each for each in records if each is not None and matches(each.entity)]
+        keyed = [(key(each.key.id, each.entity), each) for each in found]
+        keyed = sorted((each for each in keyed if each[0] <= self._end), key=itemgetter(0))
+        self._again = {each.key.id for _, each in keyed}
+        return [each for _, each in keyed]
+
+    def read(self, record: Record, claim: str, held_until: float | None) -> None:
+        """Note an entity that was read.
+
+        Args:
+            claim: the id of the record of its claim.
+            held_until: None: it can be claimed.
+        """
+        entity_id, entity = record.key.id, record.entity
+        if held_until is None:
+            self._again.add(entity_id)
+        else:
+            self._again.discard(entity_id)
+            self._held[claim] = entity_id
+            heapq.heappush(self._ends, (held_until, claim))
+        key = self._sort_key(entity_id, entity)
+        if self.position is None or key > self._end:
+            self._end, self.position = key, position_of(self._query, entity_id, entity)
+
+    def complete(self) -> None:
+        """What was read is known from now on."""
+        self._changes = set()
+
+
+def passed_over(
+    query: Query, most_attempts: int | None, entities: Table[Any], claims: Table[Any]
+) -> tuple[PassedOver, list[str]]:
+    """What claims of a query have passed over, and up to which times entities have expired, for `begin`.
+
+    Args:
+        most_attempts: `max_attempts` of these claims.
+        entities, claims: the tables of the collection, and of the records of claims.
+    """
+    times: list[str] = []
+    where = _timeless(query.where, times)
+    # A text, because 1 == True.
+    shape = query.collection, repr((where, query.order, most_attempts))
+    found = entities.listeners.get(shape)
+    known = found is claims.listeners.get(shape) and isinstance(found, PassedOver)
+    over = cast("PassedOver", found) if known else PassedOver(query, entities)
+    entities.listen(shape, over, _MOST_QUERIES)
+    claims.listen(shape, over, _MOST_OF_ALL)
+    return over, times
+
+
+def _timeless(where: Filter, times: list[str]) -> Filter:
+    """The filter without the times up to which entities have expired, which are added to a list."""
+    if isinstance(where, Comparison):
+        if where.op != "timestamp_lte":
+            return where
+        times.append(cast("str", where.value))
+        return msgspec.structs.replace(where, value=None)
+    if isinstance(where, Not):
+        return Not(_timeless(where.part, times))
+    return type(where)(tuple(_timeless(each, times) for each in where.parts))

@@ -1,0 +1,70 @@
+"""While a call gathers many entities, none of them starts a full collection."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_async_store
+
+PROGRAM = """
+import asyncio, gc
+import hf_async_store
+
+TAGS = {"owner": "somebody"}
+COLLECTION = hf_async_store.Collection("jobs", key="job_id", open=True)
+
+def jobs():
+    return [{"job_id": f"j{each:05}", "tags": dict(TAGS)} for each in range(30_000)]
+
+async def full_collections(call):
+    gc.collect()
+    before = gc.get_stats()[2]["collections"]
+    result = await call
+    return gc.get_stats()[2]["collections"] - before, len(result)
+
+async def main():
+    async with hf_async_store.open_store("URL", collections=[COLLECTION]) as store:
+        await store.save_entities("jobs", jobs())
+        ids = [each["job_id"] for each in jobs()]
+        await read(store, ids)
+        async with store.begin_transaction() as tx:
+            await read(tx, ids)
+        if hasattr(store, "read_file"):
+            print(await full_collections(decoded(store)))
+
+async def read(store, ids):
+    print(await full_collections(store.query_entities("jobs")))
+    print(await full_collections(store.get_entities("jobs", ids)))
+
+async def decoded(store):
+    return (await store.read_file())["jobs"]
+
+BEFORE
+asyncio.run(main())
+print(gc.get_freeze_count() > 0)
+"""
+
+
+def output_of(url: str, before: str = "") -> list[str]:
+    program = PROGRAM.replace("URL", url).replace("BEFORE", before)
+    package = Path(hf_async_store.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(package)}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+
+
+def test_results_of_the_memory_engine() -> None:
+    assert output_of("memory:") == ["(0, 30000)"] * 4 + ["False"]
+
+
+def test_results_of_the_json_engine(tmp_path: Path) -> None:
+    assert output_of(f"json:{tmp_path}/db.json") == ["(0, 30000)"] * 5 + ["False"]
+
+
+def test_what_a_program_has_frozen_stays_frozen() -> None:
+    assert output_of("memory:", "gc.freeze()")[-1] == "True"
