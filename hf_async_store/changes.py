@@ -52,7 +52,7 @@ def check_version(expected: object, *, absent: bool) -> Precondition:
         InvalidVersionError: it is not a non-negative integer, ABSENT (where `absent` allows it) or
             ANY, which means that the argument was omitted.
     """
-    if isinstance(expected, Expect) and (expected is ANY or (absent and expected is ABSENT)):
+    if expected is ANY or (absent and expected is ABSENT):
         return expected
     if type(expected) is int and 0 <= expected <= INT_MAX:
         return expected

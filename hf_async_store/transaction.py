@@ -32,7 +32,7 @@ from hf_async_store.field_operations import UpdateMap
 from hf_async_store.lifetimes import Clock, Lifetimes
 from hf_async_store.models import Model
 from hf_async_store.query import Query
-from hf_async_store.repository import RepositoryInterface, operation_timeout
+from hf_async_store.repository import RepositoryInterface, new_version, operation_timeout
 from hf_async_store.schema import Schema
 from hf_async_store.slow_queries import SlowQueries
 from hf_async_store.values import Entity, Key
@@ -186,7 +186,7 @@ class Transaction(RepositoryInterface):
         expect = PRESENT if seen is ANY else seen
         change = self._patch(declared, key.id, fields, expect, self._clock.now())
         try:
-            return await self._write_one(change, timeout)
+            return new_version(await self._write((change,), timeout))
         except ConcurrencyConflictError as exc:
             exc.retryable = True
             raise

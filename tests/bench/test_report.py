@@ -21,7 +21,7 @@ from hf_async_store_bench.results import Results
 from hf_async_store_bench.run import Run
 from hf_async_store_bench.settings import Series, Settings
 from hf_async_store_bench.statistics import ratio_of_runs
-from hf_async_store_bench.systems import chosen
+from hf_async_store_bench.systems import chosen, named
 from hf_async_store_bench.tables import shown
 
 SETTINGS = Settings(
@@ -185,7 +185,9 @@ async def test_latencies_are_measured_at_several_shares(tmp_path: Path) -> None:
     settings = msgspec.structs.replace(SETTINGS, series=(), shares=(0.25, 0.5))
     names = ["json", "group commit by hand"]
     with Environments(folder=str(tmp_path)) as environments:
-        found = await Run(settings, chosen(names), environments, lambda text: None).whole()
+        found = await Run(
+            settings, list(map(named, names)), environments, lambda text: None
+        ).whole()
     ways = ("as fast as it is answered", "25% at fixed times", "50% at fixed times")
     assert [each[:3] for each in tables.latencies(found).rows] == [
         ("save, 4 tasks", name, each) for name in names for each in ways

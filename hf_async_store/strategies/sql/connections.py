@@ -304,6 +304,7 @@ class Connections:
         waits: whether a caller waits while all connections are in use.
         isolation: the connections only read, and on PostgreSQL each statement does so at this level;
             None: they also write.
+        streams: the connections read much, once.
     """
 
     def __init__(
@@ -316,6 +317,7 @@ class Connections:
         exhausted: str,
         waits: bool = True,
         isolation: Isolation | None = None,
+        streams: bool = False,
     ) -> None:
         self._dialect = dialect
         self._config = config
@@ -324,7 +326,9 @@ class Connections:
         self._waits = waits
         self._semaphore = asyncio.Semaphore(most)
         size = max(kept, 1)
-        self._engine = dialect.engine(size=size, overflow=most - size, isolation=isolation)
+        self._engine = dialect.engine(
+            size=size, overflow=most - size, isolation=isolation, streams=streams
+        )
         self._leased: set[LeasedConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # open connections, or close idle ones
         self._idle: list[LeasedConnection] = []  # checked out and not used

@@ -134,7 +134,6 @@ class SQLEngine(Engine):
         self._shared_commits = Coalescer[Sequence[Change], list[Outcome]](
             self._write_together, lanes=1, size=_CALLS_OF_A_COMMIT, writes=True
         )
-        self._changing: set[str] = set()  # the collections for which `change_matches` runs
         self._prepare_lock = asyncio.Lock()
         self._write_lock = asyncio.Lock()  # used if only one connection can write at a time
 
@@ -450,25 +449,15 @@ class SQLEngine(Engine):
         return [list(islice(outcomes, len(each))) for each in calls]
 
     async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
-        name = query.collection
-        # Changes of several calls share statements and commits, and these would have their own.
-        if (
-            name in self._changing
-            or self._write_lock.locked()
-            or query.has_many_values
-            or not reading.may_be_small(query)
-        ):
+        # Changes that wait for the only writer share a commit, and these would have one of their own.
+        if self._write_lock.locked() or query.has_many_values or not reading.may_be_small(query):
             return None
 
         async def once() -> ChangedMatches | None:
             async with self.writing() as lease:
                 return await self._writer.change_matches(lease, query, change)
 
-        self._changing.add(name)
-        try:
-            return await self._retried(once)
-        finally:
-            self._changing.discard(name)
+        return await self._retried(once)
 
     def shares_changes(self, key: Key) -> bool:
         return self._state is not None and self._writer.shares_changes(key.collection)
@@ -712,6 +701,7 @@ def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, ...]:
         most=config.max_streams,
         exhausted=f"all {config.max_streams} streams are open: raise max_streams, or close a stream",
         waits=False,
+        streams=True,
     )
     levels: list[Isolation | None] = []
     for_reads: list[Connections] = []

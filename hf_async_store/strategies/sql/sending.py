@@ -135,7 +135,7 @@ class _Batch(ABC):
             if pending.later:  # some of them may not depend on what is stored
                 await self._send_one_by_one(pending)
             else:
-                self.fail(pending, _overtaken(pending.change.key))
+                self.fail(pending, overtaken(pending.change.key))
 
     def fail(self, pending: PendingChange, exc: StorageError) -> None:
         """Store the outcome of a change, and of those that are combined with it."""
@@ -579,7 +579,8 @@ def halves(items: Sequence[_Item]) -> list[list[_Item]]:
     return [list(items[: len(items) // 2]), list(items[len(items) // 2 :])]
 
 
-def _overtaken(key: Key) -> ConcurrencyConflictError:
+def overtaken(key: Key) -> ConcurrencyConflictError:
+    """The error of a change whose precondition was met each time, and that had no effect."""
     return ConcurrencyConflictError(
         f"{key.collection} {key.id!r}: other writers kept changing the entity between each write "
         "and the read after it: try again",

@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from hf_async_store.changes import PRESENT, Change, ChangedMatches, Outcome, Patch
+from hf_async_store.changes import Change, ChangedMatches, Outcome, Patch
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
 from hf_async_store.query import Query
@@ -20,7 +18,7 @@ from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.combining import combined
 from hf_async_store.strategies.sql.decisions import marker_put
 from hf_async_store.strategies.sql.errors import REFUSALS
-from hf_async_store.strategies.sql.first_update import update_of_first
+from hf_async_store.strategies.sql.matching_update import MatchingUpdate
 from hf_async_store.strategies.sql.pending import Encoder, PendingChange, by_statement
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.sending import (
@@ -32,7 +30,7 @@ from hf_async_store.strategies.sql.sending import (
 from hf_async_store.strategies.sql.waves import wave_numbers
 from hf_async_store.strategies.sql.write_sql import StatementKey, WriteStatements
 from hf_async_store.strategies.sql.writer import Writer
-from hf_async_store.values import VERSION, Entity, Key
+from hf_async_store.values import Key
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -46,6 +44,7 @@ class StatementWriter(Writer):
         super().__init__(tables, config)
         # For transactions of the configured isolation level: see `WriteStatements.of`.
         self._locks = self.references and config.isolation != "serializable"
+        self._in_one_step: set[str] = set()  # the collections for which `change_matches` runs
         self._encoder = Encoder(tables, WriteStatements(tables, references=self.references))
 
     async def write_each(
@@ -81,27 +80,26 @@ class StatementWriter(Writer):
     async def change_matches(
         self, lease: LeasedConnection, query: Query, change: Change
     ) -> ChangedMatches | None:
-        """See `Writer`."""
+        """See `Writer`. One at a time for each collection: others share statements and commits."""
+        name = query.collection
+        if not isinstance(change, Patch) or name in self._in_one_step:
+            return None
         if self.config.pgbouncer or self.config.isolation == "read_committed":
-            return None  # its transaction would not have one snapshot
-        if not isinstance(change, Patch):
+            return None  # the transaction of a statement would not have one snapshot
+        update = MatchingUpdate.of(self._encoder, query, change, Patience(0).wait(2))
+        if update is None:
             return None
-        patch = msgspec.structs.replace(change, expect=PRESENT)
-        statement = update_of_first(self._encoder, query, patch, Patience(0).wait(2))
-        if statement is None:
-            return None
+        self._in_one_step.add(name)
         try:
-            rows = await lease.rows(*statement, doing="write", writes=True)
+            return update.result(
+                await lease.rows(update.sql, update.args, doing="write", writes=True)
+            )
         except (ConcurrencyConflictError, LockTimeoutError, *REFUSALS) as exc:
             if exc.outcome_unknown:
                 raise
             return None
-        if any(version is None for _, version in rows):
-            return None
-        name = self.tables[query.collection].key_field
-        entities: list[Entity] = [{name: each, VERSION: version - 1} for each, version in rows]
-        keys = [Key(query.collection, each) for each, _ in rows]
-        return ChangedMatches(keys, entities, [version for _, version in rows])
+        finally:
+            self._in_one_step.discard(name)
 
     def shares_changes(self, collection: str) -> bool:
         """See `Writer`. Not with a change feed, which has each version."""

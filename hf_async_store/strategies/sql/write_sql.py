@@ -200,36 +200,41 @@ class WriteStatements:
         *,
         locks: bool,
     ) -> str:
-        written, condition = _assignments(table, shape, columns, living)
+        expected = _expected(columns) + _same(shape, columns) + living.own
+        written, condition = _assignments(table, shape, columns)
         parents = "".join(self._parents(table, shape, columns, living, locks=locks))
         return (
             f"UPDATE {table.name} AS t SET {written} FROM {columns.source(documents=True)} "
-            f"WHERE t.{table.key} = i.c0 AND {_FEW} AND {condition}{parents}{self._current()}"
+            f"WHERE t.{table.key} = i.c0 AND {_FEW} AND {expected} AND {condition}{parents}"
+            f"{self._current()}"
         )
 
     def assignments(self, shape: StatementKey) -> tuple[str, str]:
         """Those of a patch without references, and the condition of a row, for `of_selected`.
 
         The arguments are `lock_timeout`, the JSON array of the document, and the columns of arguments
-        without the ids.
+        without the ids and versions.
         """
-        columns, table = _Scalars(2), self._tables[shape.collection]
-        return _assignments(table, shape, columns, self._living(shape))
+        return _assignments(self._tables[shape.collection], shape, _Scalars(2))
 
-    def of_selected(self, table: Table, selection: str, assignments: str) -> str:
-        """The statement that changes all rows of a SELECT, or none; it returns their ids, each with its new
-        version, NULL if it was not changed.
+    def of_selected(self, table: Table, selection: str, assignments: str, values: int) -> str:
+        """The statement that changes all rows of a SELECT, or none. It returns, for each, the id, the old
+        and the new version, or NULL, and further values.
 
         Args:
-            selection: of the place, the id, and a condition that must be true for all rows.
+            selection: of the place, the id, the version, a condition that must be true for all rows, the
+                number of the row, and the values.
         """
+        names = [f"v{number}" for number in range(values)]
+        columns = ", ".join(["place", "id", "version", "decided", "number", *names])
+        returned = ", ".join(["c.id", "c.version", "w.version", *(f"c.{each}" for each in names)])
         return (
-            f"WITH chosen (place, id, decided) AS MATERIALIZED ({selection}), "
+            f"WITH chosen ({columns}) AS MATERIALIZED ({selection}), "
             f"written (id, version) AS (UPDATE {table.name} AS t SET {assignments} "
             f"FROM {_LOCK_TIMEOUT}, chosen AS c WHERE t.ctid = c.place "
             f"AND NOT EXISTS (SELECT 1 FROM chosen AS o WHERE NOT o.decided){self._current()} "
             f"RETURNING t.{table.key}, t.{VERSION}) "
-            "SELECT c.id, w.version FROM chosen AS c LEFT JOIN written AS w ON w.id = c.id"
+            f"SELECT {returned} FROM chosen AS c LEFT JOIN written AS w ON w.id = c.id ORDER BY c.number"
         )
 
     def _current(self) -> str:
@@ -308,11 +313,8 @@ def refers_to(table: Table, field: str, encoded: str, entity_id: str) -> str:
     return f"c.{quoted(key_column(field))} = {encoded} AND {test}"
 
 
-def _assignments(
-    table: Table, shape: StatementKey, columns: _Columns, living: _Living
-) -> tuple[str, str]:
+def _assignments(table: Table, shape: StatementKey, columns: _Columns) -> tuple[str, str]:
     """The assignments of a row that is replaced or patched, and their condition."""
-    expected = _expected(columns) + _same(shape, columns) + living.own
     version, doc, patched = f"t.{VERSION} + 1::bigint", columns.document, ""
     if shape.imported:
         version = columns.add("bigint")
@@ -326,7 +328,7 @@ def _assignments(
         patched = f" AND {_is_light(size)}"
     keys = _key_columns(shape, columns)
     written, condition = _row(table, shape, doc, version, keys)
-    return written, f"{expected} AND {condition}{patched}"
+    return written, f"{condition}{patched}"
 
 
 def _row(

@@ -1,0 +1,103 @@
+"""An update of the first entities of a query in one statement on PostgreSQL, instead of a query and writes.
+
+The statement finds them, and changes all or none. Its transaction has one snapshot, so it fails if another
+one has changed one of them since. It changes none if the server cannot decide for one of them as the store
+would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hf_async_store.changes import ChangedMatches
+from hf_async_store.sort_bytes import INEXACT, MAX_SORT_BYTES
+from hf_async_store.strategies.sql.compiler import compile_query
+from hf_async_store.strategies.sql.grammar import Arguments, decode_json
+from hf_async_store.strategies.sql.names import DOC, key_column, quoted
+from hf_async_store.strategies.sql.sending import overtaken
+from hf_async_store.values import VERSION, Entity, Key
+
+if TYPE_CHECKING:
+    from hf_async_store.changes import Patch
+    from hf_async_store.query import Query
+    from hf_async_store.strategies.sql.pending import Encoder
+    from hf_async_store.strategies.sql.rows import Table
+
+
+class MatchingUpdate(NamedTuple):
+    """The statement, and how its result is read.
+
+    Attributes:
+        names: the fields of the order, whose values it returns; the query needs no others.
+    """
+
+    table: Table
+    names: Sequence[str]
+    sql: str
+    args: list[object]
+
+    @classmethod
+    def of(
+        cls, encoder: Encoder, query: Query, change: Patch, seconds: float
+    ) -> MatchingUpdate | None:
+        """The update of what a query selects; None if one statement is not enough.
+
+        Args:
+            seconds: how long it waits for a lock.
+        """
+        table = encoder.tables.get(query.collection)
+        names = None if table is None else _sorted_by(table, query)
+        if table is None or names is None or query.fields is None:
+            return None
+        pending = encoder.pending(0, change)
+        shape = pending.shape
+        if shape is None or shape.unique or shape.parents:
+            return None
+        _, _, *columns, document = encoder.arguments(shape, [pending], alone=True)
+        args = Arguments(table.grammar)
+        args.values = [str(int(seconds * 1000)), document, *columns]
+        assignments, condition = encoder.statements.assignments(shape)
+        decided = " AND ".join([condition, *(_is_placed(each) for each in names)])
+        values = [f"(t.{DOC} -> '{each}'::text)::text" for each in names]
+        selected = ", ".join(["t.ctid", f"t.{table.key}", f"t.{VERSION}", f"({decided}) IS TRUE"])
+        selected = ", ".join([selected, "pg_catalog.row_number() OVER ()", *values])
+        compiled = compile_query(table, query, args=args, selected=selected)
+        if not compiled.limited:
+            return None
+        sql = encoder.statements.of_selected(table, compiled.sql, assignments, len(values))
+        return cls(table, names, sql, args.values)
+
+    def result(self, rows: Sequence[Sequence[Any]]) -> ChangedMatches | None:
+        """What was changed; None: nothing, because one of them must be decided by the store."""
+        if rows and all(row[2] is None for row in rows):
+            return None
+        found = ChangedMatches([], [], [])
+        for entity_id, version, written, *values in rows:
+            entity: Entity = {self.table.key_field: entity_id, VERSION: version}
+            for name, value in zip(self.names, values, strict=True):
+                if value is not None:
+                    entity[name] = decode_json(value)
+            found.entities.append(entity)
+            key = Key(self.table.collection, entity_id)
+            found.keys.append(key)
+            # A trigger that this store did not make may keep a row as it is.
+            found.outcomes.append(overtaken(key) if written is None else written)
+        return found
+
+
+def _sorted_by(table: Table, query: Query) -> list[str] | None:
+    """The fields of the order, other than the id and the version; None if one has no key column."""
+    names = [str(each.path[0]) for each in query.order if len(each.path) == 1]
+    names = [each for each in names if each not in (VERSION, table.key_field)]
+    is_sorted = all(len(each.path) == 1 for each in query.order) and table.ready >= {*names}
+    return names if is_sorted else None
+
+
+def _is_placed(name: str) -> str:
+    """The condition that the key column of a field determines the place of the row."""
+    column = f"t.{quoted(key_column(name))}"
+    return (
+        f"pg_catalog.octet_length({column}) < {MAX_SORT_BYTES}::int "
+        f"AND pg_catalog.get_byte({column}, 0) < {INEXACT}::int"
+    )
