@@ -17,7 +17,7 @@ DATA ?=
 BASE ?=
 OPTIONS ?=
 
-.PHONY: demo test test-long test-peers check format bench bench-full bench-queries bench-compare dist docs clean
+.PHONY: demo test test-long test-peers check format bench bench-full bench-speed bench-soak bench-queries bench-compare dist docs clean
 
 demo: $(STAMP)  ## the main job on real input: an orchestrator, three processes, one killed
 	$(BIN)/hf-async-store demo $(if $(STORE),--store $(STORE)) $(if $(DATA),--data $(DATA))
@@ -55,6 +55,12 @@ bench: $(BENCH_STAMP)  ## measures this machine within 2 minutes; the report is 
 
 bench-full: $(BENCH_STAMP)  ## everything within 20 minutes; writes the results into docs/benchmarks.md
 	$(BIN)/hf-async-store bench --full --output benchmarks/results --page docs/benchmarks.md
+
+bench-speed: $(STAMP)  ## each engine beside what is written by hand, and latencies under load; writes docs/benchmarks.md
+	$(BIN)/hf-async-store bench --speed --output benchmarks/results/speed --page docs/benchmarks.md $(OPTIONS)
+
+bench-soak: $(STAMP)  ## the longest pause of the event loop in ten minutes; OPTIONS: of another engine
+	$(BIN)/hf-async-store bench --output benchmarks/results/soak --duration 600 $(if $(OPTIONS),$(OPTIONS),--only json --workload "soak of json")
 
 bench-queries: $(STAMP)  ## what queries cost on stores of 1,000 to 1,000,000 machines; takes 10 minutes
 	$(BIN)/hf-async-store bench --output benchmarks/results --entities 1000000 $(foreach engine,json sqlite postgresql,--workload "queries of $(engine)")

@@ -99,7 +99,10 @@ SECTIONS: Final[Mapping[str, Section]] = {
     "typed": Section(
         "Typed collections",
         "The methods of one collection, with instances of a class instead of dicts.",
-        ("TypedCollection", "TypedPage", "Versioned", "TypedChanges", "TypedChange"),
+        (
+            *("TypedCollection", "TypedRepository", "TypedPage", "Versioned", "TypedClaim"),
+            *("TypedChanges", "TypedChange"),
+        ),
     ),
     "observation": Section(
         "Observation",

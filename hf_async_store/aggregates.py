@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from hf_async_store.collector import GatheredObjects
 from hf_async_store.errors import InvalidQueryError, UnsupportedValueError
 from hf_async_store.event_loop import Chunks
 from hf_async_store.query import (
@@ -56,12 +57,15 @@ class Counts:
 
     def __init__(self) -> None:
         self._groups: dict[Any, tuple[Value | Missing, int]] = {}
+        self._gathered = GatheredObjects()
 
     def add(self, values: Iterable[Value | Missing]) -> None:
+        before = len(self._groups)
         for value in values:
             key = order_key(value)
             shown, count = self._groups.get(key, (value, 0))
             self._groups[key] = (_shown(shown, value), count + 1)
+        self._gathered.add(len(self._groups) - before)
 
     async def sorted(self) -> list[tuple[Value | Missing, int]]:
         """Each value with its count, in the order of `query.order_key`.

@@ -8,10 +8,12 @@ one, which also produces the error messages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from datetime import datetime
 from itertools import chain, repeat
 from math import isfinite
-from operator import methodcaller
 from types import NoneType
 from typing import Any, Final, TypeAlias, TypeVar, cast
 
@@ -31,7 +33,6 @@ from hf_async_store.values import (
     VERSION,
     Entity,
     Key,
-    is_canonical_timestamp,
     normalise,
     parse_timestamp,
 )
@@ -40,7 +41,7 @@ Each = TypeVar("Each")
 Column: TypeAlias = Sequence[Any]
 """The values of one field; `_types_of` tells their types."""
 
-_VALUES: Final = methodcaller("values")
+_VALUES: Final[Callable[[dict[str, Any]], Iterable[Any]]] = dict.values
 _MIN_GROUP_SIZE: Final = 8
 """The average number of entities with the same fields from which on columns are faster."""
 
@@ -52,35 +53,49 @@ _ALLOWED_TYPES: Final[Mapping[str, frozenset[type]]] = {
     "number": frozenset({int, float, NoneType}),
     "boolean": frozenset({bool, NoneType}),
 }
+_CANONICAL_FORM: Final = b"0000-00-00T00:00:00.000000Z"
+_DIGITS_TO_ZEROS: Final = bytes.maketrans(b"123456789", b"000000000")
 _JSON_SIZE_FACTOR: Final = 8  # a value has at most 8 times the size of its JSON: `LIGHT_BYTES`
 
 
 def group_by_keys(items: Sequence[Mapping[str, object]]) -> dict[tuple[str, ...], list[int]] | None:
-    """The indexes of dicts, grouped by the sequence of their keys; None if the groups are small."""
+    """The indexes of dicts, grouped by the sequence of their keys.
+
+    None if the groups are small, or a key is unusual: not ASCII, with U+0000, or no plain `str`.
+    """
     if len(items) < _MIN_GROUP_SIZE:
         return None
-    keys = list(map(tuple, items))
-    if keys.count(keys[0]) == len(keys):
-        return {keys[0]: list(range(len(keys)))}
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for index, each in enumerate(keys):
-        groups.setdefault(each, []).append(index)
-    return groups if len(groups) * _MIN_GROUP_SIZE <= len(keys) else None
+    names = list(chain.from_iterable(items))
+    if names and _types_of(names) != {str}:
+        return None
+    # If the concatenated keys repeat those of the first dict, so do the keys of each: those of one are
+    # distinct, so none has more.
+    first = tuple(items[0])
+    if names == [*first] * len(items):
+        groups = {first: list(range(len(items)))}
+    else:
+        groups = {}
+        for index, each in enumerate(map(tuple, items)):
+            groups.setdefault(each, []).append(index)
+    is_worthwhile = len(groups) * _MIN_GROUP_SIZE <= len(items)
+    return groups if is_worthwhile and all(map(_are_usual_names, groups)) else None
 
 
-def columns_of(items: Sequence[dict[str, Each]]) -> list[tuple[Each, ...]]:
-    """The values of dicts with the same keys in the same order: one tuple for each key."""
-    return list(zip(*map(_VALUES, items), strict=True))
+def columns_of(items: Sequence[dict[str, Each]]) -> list[list[Each]]:
+    """The values of dicts with the same keys in the same order: one list for each key."""
+    values = list(chain.from_iterable(map(_VALUES, items)))
+    width = len(items[0])
+    return [values[place::width] for place in range(width)]
 
 
 def validate_batch(
     collection: Collection, items: Sequence[Mapping[str, object]]
-) -> list[tuple[Key, Entity]] | None:
+) -> tuple[list[Key], list[Entity]] | None:
     """The keys of whole entities, and portable, validated copies of them without `version`.
 
     None means that the entities must be validated one by one; they may be valid or not.
     """
-    if _types_of(items) != {dict} or _types_of(list(chain.from_iterable(items))) != {str}:
+    if _types_of(items) != {dict}:
         return None
     groups = group_by_keys(items)
     if groups is None or not all(_has_required_fields(collection, names) for names in groups):
@@ -97,7 +112,7 @@ def validate_batch(
     ids: Column = [each[collection.key] for each in entities]
     if not _are_ids(ids) or (size > MAX_ENTITY_BYTES and not _within_size_limit(entities)):
         return None
-    return list(zip(map(Key, repeat(collection.name), ids), entities, strict=True))
+    return list(map(Key, repeat(collection.name), ids)), entities
 
 
 def _validated(
@@ -135,9 +150,8 @@ class _UnusualValueError(Exception):
 
 
 def _has_required_fields(collection: Collection, names: Sequence[str]) -> bool:
-    """Whether the required fields are present, and all names are usual."""
-    complete = collection.key in names and all(each in names for each in collection.required)
-    return complete and _are_usual_names(names)
+    """Whether the key and the required fields are present."""
+    return collection.key in names and all(each in names for each in collection.required)
 
 
 def _are_usual_names(names: Sequence[str]) -> bool:
@@ -179,11 +193,7 @@ def _stored_containers(column: Column, types: set[type], depth: int) -> tuple[Co
     """A column of dicts, lists or values of several types in its stored form, and a bound of its size."""
     if types == {dict} and depth <= MAX_DEPTH:
         groups = group_by_keys(column)
-        if (
-            groups is not None
-            and _types_of(list(chain.from_iterable(column))) <= {str}
-            and all(map(_are_usual_names, groups))
-        ):
+        if groups is not None:
             return _validated(column, groups, {}, depth)
     column = [normalise(each, depth=depth) for each in column]
     return column, _JSON_SIZE_FACTOR * len(msgspec.json.encode(column))
@@ -217,15 +227,27 @@ def _stored_numbers(column: Column, types: set[type]) -> Column:
 
 def _stored_timestamps(column: Column) -> Column:
     """The timestamps in canonical form. A batch usually has few distinct ones, each parsed once."""
-    parsed = {
-        each: each if each is None or is_canonical_timestamp(each) else parse_timestamp(each)
-        for each in set(column)
-    }
-    if all(canonical == each for each, canonical in parsed.items()):
+    distinct = set(column) - {None}
+    if _are_canonical_timestamps(distinct):
         return column
-    if any(canonical is None for each, canonical in parsed.items() if each is not None):
+    parsed = {each: parse_timestamp(each) for each in distinct}
+    if None in parsed.values():
         raise _UnusualValueError
-    return [parsed[each] for each in column]
+    return [None if each is None else parsed[each] for each in column]
+
+
+def _are_canonical_timestamps(texts: AbstractSet[str]) -> bool:
+    """Whether all of them are certainly in canonical form."""
+    joined = "".join(texts)
+    if set(map(len, texts)) - {len(_CANONICAL_FORM)} or not joined.isascii():
+        return False
+    if joined.encode().translate(_DIGITS_TO_ZEROS) != _CANONICAL_FORM * len(texts):
+        return False
+    try:
+        deque(map(datetime.fromisoformat, texts), maxlen=0)
+    except ValueError:
+        return False
+    return True
 
 
 def _are_ids(ids: Sequence[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 from typing import Final, NamedTuple, TypeAlias
 
@@ -11,7 +10,7 @@ import msgspec
 from hf_async_store.errors import InvalidVersionError, StorageError
 from hf_async_store.field_operations import FieldUpdate
 from hf_async_store.lifetimes import Lifetimes
-from hf_async_store.values import INT_MAX, UPDATED_AT, Entity, Key, version_of
+from hf_async_store.values import INT_MAX, Entity, Key, version_of
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -53,7 +52,7 @@ def check_version(expected: object, *, absent: bool) -> Precondition:
         InvalidVersionError: it is not a non-negative integer, ABSENT (where `absent` allows it) or
             ANY, which means that the argument was omitted.
     """
-    if isinstance(expected, Expect) and (expected is ANY or (absent and expected is ABSENT)):
+    if expected is ANY or (absent and expected is ABSENT):
         return expected
     if type(expected) is int and 0 <= expected <= INT_MAX:
         return expected
@@ -127,21 +126,15 @@ Outcome: TypeAlias = int | None | StorageError
 """The new version (of a Delete: the old one, or None), or the error of that change."""
 
 
-class SamePatch(msgspec.Struct, frozen=True):
-    """A function that makes the same patch for each entity, on condition of its version."""
-
-    fields: dict[str, FieldUpdate]
-    now: Callable[[], str]
-
-    def __call__(self, key: Key, version: int) -> Patch:
-        at = self.now()
-        return Patch(key, {**self.fields, UPDATED_AT: at}, at, version)
-
-
 class ChangedMatches(NamedTuple):
-    """The result of `Engine.change_matches`: the entities as they were read, and for each its change, and
-    the outcome of that."""
+    """The result of `Engine.change_matches`.
 
+    Attributes:
+        keys: of the entities that matched.
+        entities: as they were read: at least their keys and versions, and the fields of the query.
+        outcomes: of the change of each of them.
+    """
+
+    keys: list[Key]
     entities: list[Entity]
-    changes: list[Change]
     outcomes: list[Outcome]

@@ -101,7 +101,8 @@ class ChangesByFilter:
     async def _changed_at_once(self, query: Query) -> ChangedMatches | None:
         """What the engine changed in one step; None if it cannot, or if that failed without any effect."""
         try:
-            return await self._store._change_matches(query, self._change)
+            change = self._change(Key(self._collection.name, ""), 0)
+            return await self._store._change_matches(query, change)
         except StorageError as exc:
             if not exc.outcome_unknown and not isinstance(exc, LockTimeoutError):
                 return None

@@ -233,7 +233,7 @@ async def take(
         return taking.claimed
     over, times = known
     taking = _Taking(session, query, terms, clock, over)
-    await taking.take_again(over.begin(clock.now(), times))
+    await taking.take_again(over, over.begin(clock.now(), times))
     await taking.take_after(over.position)
     over.complete()
     return taking.claimed
@@ -269,13 +269,19 @@ class _Taking:
         assert self._query.limit is not None, "claims are limited"
         return self._query.limit - len(self.claimed)
 
-    async def take_again(self, ids: Iterable[str]) -> None:
-        """Claim the free ones of some entities, of what was passed over."""
-        assert self._over is not None, "something was"
+    async def take_again(self, over: PassedOver, changed: Iterable[str]) -> None:
+        """Claim the first free ones of what was passed over, of which some may have changed."""
+        found = over.before(self._query, await self._fetched(changed))
+        free: list[Record] = []
+        while ids := over.next_free(self._left - len(free)):
+            free += over.before(self._query, await self._fetched(ids))
+        await self._take_free(over.before(self._query, found + free))
+
+    async def _fetched(self, ids: Iterable[str]) -> list[Record]:
         found: list[Record | None] = []
         async for chunk in Chunks([Key(self._query.collection, each) for each in ids], _LAST_PAGE):
             found += await self._session.fetch(chunk)
-        await self._take_free(self._over.before(self._query, found))
+        return [each for each in found if each is not None]
 
     async def take_after(self, position: CursorPosition | None) -> None:
         """Claim the free ones of the entities after a position."""
@@ -297,16 +303,15 @@ class _Taking:
         now = self._clock.now()
         changes: list[Change] = []
         for record, found in zip(page, stored, strict=True):
-            if self._left == 0:
-                break
             state = state_in(found)
             held = held_until(state, self._terms, now)
-            if held is None:
+            takes = held is None and self._left > 0
+            if takes:
                 new = taken(state, record.key, self._terms, now)
                 changes.append(_put(new, found))
                 self.claimed.append(Claimed(record, new.token, new.attempts))
             if self._over is not None:
-                self._over.read(record, claim_key(record.key).id, held)
+                self._over.read(record, claim_key(record.key).id, held, taken=takes)
         await _write(self._session, changes)
 
 

@@ -411,7 +411,8 @@ def _without_blocked(
     batch: _Batch[Item, Result], results: Sequence[Result | StorageError]
 ) -> tuple[_Batch[Item, Result], Sequence[Result | StorageError], _Batch[Item, Result]]:
     """A batch and its results without the items that were blocked, and those."""
-    if not any(isinstance(each, LockTimeoutError) for each in results):
+    kinds = set(map(type, results))  # mostly few, so not `isinstance` for each result
+    if not any(issubclass(each, LockTimeoutError) for each in kinds):
         return batch, results, []
     singles = [(waiter, each, each + 1) for waiter, *of in batch for each in range(*of)]
     pairs = list(zip(singles, results, strict=True))
@@ -422,18 +423,16 @@ def _without_blocked(
 
 def _deliver(batch: _Batch[Item, Result], results: Sequence[Result | StorageError]) -> None:
     """Give the callers the results of their items, which are in the order of the batch."""
+    assert len(results) == sum([end - index for _, index, end in batch]), "one result per item"
     place = 0
     for waiter, index, end in batch:
         count = end - index
-        given = results[place : place + count]
-        assert len(given) == count, "`run` returns one result per item"
-        waiter.results[index:end] = given
+        waiter.results[index:end] = results[place : place + count]
         place += count
         waiter.remaining -= count
         waiter.release(count)
         if not waiter.remaining and not waiter.done.done():
             waiter.done.set_result(None)
-    assert place == len(results), "`run` returns one result per item"
 
 
 def _fail(batch: _Batch[Item, Result], exc: BaseException) -> bool:

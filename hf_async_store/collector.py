@@ -1,4 +1,4 @@
-"""The garbage collector of Python, while a call gathers many entities for its caller.
+"""The garbage collector of Python, while a call gathers many objects.
 
 The collector traverses all kept objects again whenever there are a quarter more. While a result of
 100,000 entities with nested values grows, it does so two or three times, the last time for 60 to 120 ms,
@@ -10,16 +10,16 @@ from __future__ import annotations
 import gc
 from typing import Final
 
-_ENTITIES: Final = 2_000
+_OBJECTS: Final = 2_000
 """So few do not yet start a full collection."""
 
 _MOST: Final = 250
-"""How often entities are exempted between two full collections: the cycles of other tasks that are exempted
+"""How often objects are exempted between two full collections: the cycles of other tasks that are exempted
 with them, at most some hundred objects each time, wait for the next one."""
 
 
-class GatheredEntities:
-    """Entities that a call keeps until it returns them.
+class GatheredObjects:
+    """Objects without cycles, such as entities, that a call keeps until it returns.
 
     As soon as there are some thousand, they join the objects that only a full collection traverses, as all
     objects do that are kept for long. None is started by them alone.
@@ -32,7 +32,7 @@ class GatheredEntities:
 
     def add(self, number: int) -> None:
         self._young += number
-        if self._young >= _ENTITIES:
+        if self._young >= _OBJECTS:
             self._young = 0
             _exemptions.grant()
 

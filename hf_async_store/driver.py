@@ -466,11 +466,6 @@ class Engine(Reader):
         """
         return await self.write_each(changes)
 
-    def _shares_changes(self, key: Key) -> bool:
-        """Whether several changes of an entity may be written as one, with the version of the last."""
-        del key
-        return False
-
     async def few(self, query: Query) -> list[Entity] | None:
         """All that `select_batches` yields, if few entities match, and they can be read in one step.
 
@@ -479,19 +474,26 @@ class Engine(Reader):
         del query
         return None
 
-    async def change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
-        """Read the entities that match a query with a limit, and apply a change of each, in one step.
+    async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
+        """Change the entities that match a query with a limit, in one atomic step.
 
-        None, the default: nothing was done, and the caller must use `few` or `select_batches`, and
-        `write_each`.
+        None, the default, which is right for every engine: nothing was done, for whatever reason, and the
+        store reads the entities and changes each of them.
 
         Args:
-            change: returns the change of an entity that has a version; it may be called in a thread.
+            change: what is done with each entity, if it still has the version that was read. Of its key,
+                only the collection counts, and its `expect` does not.
         """
         del query, change
         return None
+
+    def shares_changes(self, key: Key) -> bool:
+        """Whether several changes of an entity may be written as one, with the version of the last.
+
+        It is asked for `modify_entity`, when several tasks wait for the same entity. False is the default.
+        """
+        del key
+        return False
 
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:
         """A consistent snapshot that can be read until the context is left, for backups and comparisons.

@@ -7,7 +7,6 @@ or the text "5" for an integer field, is an error and not an empty result. `path
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Final
 
 from hf_async_store.errors import InvalidQueryError
@@ -50,6 +49,8 @@ def is_known(collection: Collection, name: str) -> bool:
 def undeclared(collection: Collection, name: str) -> str:
     """The message that a field is not declared, with the nearest declared ones, or else with all."""
     known = [*collection.fields, VERSION]
+    from difflib import get_close_matches
+
     near = get_close_matches(name, known)
     listed = f"the nearest are: {', '.join(near)}" if near else f"declared are: {_listed(known)}"
     return f"{collection.name} has no declared field {_shown(name)}; {listed}"

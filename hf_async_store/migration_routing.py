@@ -468,16 +468,18 @@ class MigrationRouter(Engine):
         await self._confirm_written(route, changes, outcomes)
         return outcomes
 
-    async def change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
+    async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         route = await self.current_route()
         if route.add_markers:
             return None
         changed = await self.engine_of(route).change_matches(query, change)
         if changed is not None:
-            await self._confirm_written(route, changed.changes, changed.outcomes)
+            changes = [msgspec.structs.replace(change, key=each) for each in changed.keys]
+            await self._confirm_written(route, changes, changed.outcomes)
         return changed
+
+    def shares_changes(self, key: Key) -> bool:
+        return not self._route.add_markers and self._active.shares_changes(key)
 
     async def _confirm_written(
         self, route: Route, changes: Sequence[Change], outcomes: Sequence[Outcome]
@@ -490,9 +492,6 @@ class MigrationRouter(Engine):
         ]
         if written and not self.is_valid(route):
             await self.confirm(route, written)
-
-    def _shares_changes(self, key: Key) -> bool:
-        return not self._route.add_markers and self._active._shares_changes(key)
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
         def begin(engine: Engine) -> AbstractAsyncContextManager[Session]:

@@ -18,6 +18,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import msgspec
 
+from hf_async_store.collector import GatheredObjects
 from hf_async_store.errors import StorageError
 from hf_async_store.query import Missing
 from hf_async_store.schema import Collection, Index
@@ -419,6 +420,7 @@ class Indexes(Generic[Stored]):
     ) -> list[list[Entry]]:
         built = self._built
         live = ids is self.entities
+        gathered = GatheredObjects()
         runs: list[list[Entry]] = [[]]
         for number, entity_id in enumerate(ids, 1):
             stored = before[entity_id] if entity_id in before else self.entities[entity_id]
@@ -428,6 +430,7 @@ class Indexes(Generic[Stored]):
                 if len(runs[-1]) >= _RUN:
                     runs[-1].sort()
                     runs.append([])
+                gathered.add(_BUILD_CHUNK)
                 await asyncio.sleep(0)
                 if built is not self._built or (live and before):
                     break

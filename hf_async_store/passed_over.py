@@ -1,9 +1,9 @@
 """What claims have passed over: remembered, so that a claim does not read again what others hold.
 
 The claims of a query read its first entities, in order, until enough of them are free. `PassedOver`
-remembers how far they have read, and until when each entity up to there is held. The next claim reads on
-from there; of what comes before, it reads again what was free, what has changed since, and what is not held
-any more. So it finds the same entities as if it had read from the start.
+remembers how far they have read, which of these entities are free, and until when the others are held. The
+next claim takes the first free ones, and reads on from there; it reads again what has changed since, and
+what is not held any more. So it finds the same entities as if it had read from the start.
 
 It is for engines that have the entities, and the records of their claims, in tables in memory. Its methods
 are called while nobody else changes these.
@@ -50,21 +50,24 @@ class PassedOver(Listener):
     """
 
     def __init__(self, query: Query, entities: Table[Any]) -> None:
-        self.position: CursorPosition | None = None
         self._query = query
         self._entities = entities
         self._sort_key = compile_order(query)
-        self._end: SortKey = ()
-        self._era = ""
-        self._times: list[str] = []
         self._again: set[str] = set()  # the ids of entities that must be read again
-        self._held: dict[
+        self._changes: set[str] | None = None  # claims that changed; None: nothing is known
+        self._forget("", [])
+
+    def _forget(self, era: str, times: list[str]) -> None:
+        self._era, self._times = era, times
+        self.position: CursorPosition | None = None
+        self._end: SortKey = ()
+        self._again.clear()
+        self._of: dict[
             str, str
-        ] = {}  # the entities that are held, by the records of their claims
-        self._ends: list[tuple[float, str]] = []  # a heap of when these end, with outdated times
-        self._changes: set[str] | None = (
-            None  # the claims that have changed; None: nothing is known
-        )
+        ] = {}  # by the record of its claim, each entity that is held or free
+        self._ends: list[tuple[float, str]] = []  # a heap of when claims end, with outdated times
+        self._free: dict[str, SortKey] = {}
+        self._first: list[tuple[SortKey, str]] = []  # a heap of these, with outdated ones
 
     def note(self, table: Table[Any], changed: Iterable[str]) -> None:
         if self._changes is not None:
@@ -85,44 +88,63 @@ class PassedOver(Listener):
         assert seconds is not None, "the store has no clock of its own"
         changes, self._changes = self._changes, None
         if changes is None or era != self._era or self._times > times:
-            self.position, self._end, self._held, self._ends = None, (), {}, []
-            self._again, changes = set(), set()
-        self._era, self._times = era, times
+            self._forget(era, times)
+            return []
+        self._times = times
         while self._ends and self._ends[0][0] <= seconds:
             changes.add(heapq.heappop(self._ends)[1])
-        self._again.update(self._held.pop(each) for each in changes if each in self._held)
-        return list(self._again)
+        self._again.update(self._of.pop(each) for each in changes if each in self._of)
+        again, self._again = list(self._again), set()
+        for each in again:
+            self._free.pop(each, None)
+        return again
 
-    def before(self, query: Query, records: Iterable[Record | None]) -> list[Record]:
-        """The entities that were read again that match, and are not after `position`, in order."""
+    def next_free(self, number: int) -> list[str]:
+        """The ids of the first entities that are free and were not read again, up to a number; they are
+        not returned again."""
+        found: list[str] = []
+        while self._first and len(found) < number:
+            key, entity_id = heapq.heappop(self._first)
+            if self._free.get(entity_id) == key:
+                del self._free[entity_id]
+                found.append(entity_id)
+        return found
+
+    def before(self, query: Query, records: Iterable[Record]) -> list[Record]:
+        """Those of the entities that match, and are not after `position`, in order."""
         matches, key = compile_filter(query.where), self._sort_key
-        found = [each for each in records if each is not None and matches(each.entity)]
+        found = [each for each in records if matches(each.entity)]
         keyed = [(key(each.key.id, each.entity), each) for each in found]
-        keyed = sorted((each for each in keyed if each[0] <= self._end), key=itemgetter(0))
-        self._again = {each.key.id for _, each in keyed}
-        return [each for _, each in keyed]
+        keyed.sort(key=itemgetter(0))
+        return [each for at, each in keyed if at <= self._end]
 
-    def read(self, record: Record, claim: str, held_until: float | None) -> None:
+    def read(self, record: Record, claim: str, held_until: float | None, *, taken: bool) -> None:
         """Note an entity that was read.
 
         Args:
             claim: the id of the record of its claim.
-            held_until: None: it can be claimed.
+            held_until: None: it was free.
+            taken: it is being claimed.
         """
         entity_id, entity = record.key.id, record.entity
-        if held_until is None:
-            self._again.add(entity_id)
-        else:
-            self._again.discard(entity_id)
-            self._held[claim] = entity_id
-            heapq.heappush(self._ends, (held_until, claim))
         key = self._sort_key(entity_id, entity)
         if self.position is None or key > self._end:
             self._end, self.position = key, position_of(self._query, entity_id, entity)
+        if taken:
+            self._again.add(entity_id)
+            return
+        self._of[claim] = entity_id
+        if held_until is None:
+            self._free[entity_id] = key
+            heapq.heappush(self._first, (key, entity_id))
+        else:
+            heapq.heappush(self._ends, (held_until, claim))
 
     def complete(self) -> None:
-        """What was read is known from now on."""
-        self._changes = set()
+        """What was read is known from now on, unless most of it is outdated."""
+        known = len(self._free) + len(self._ends)
+        if len(self._of) + len(self._first) <= 3 * known + _MOST_CHANGES:
+            self._changes = set()
 
 
 def passed_over(

@@ -20,6 +20,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from itertools import repeat
 from time import monotonic, perf_counter
 from typing import Final, Literal, TypeAlias, TypeVar, overload
 
@@ -41,11 +42,10 @@ from hf_async_store.changes import (
     Precondition,
     Put,
     Record,
-    SamePatch,
     check_version,
 )
 from hf_async_store.changes_by_filter import ChangesByFilter
-from hf_async_store.collector import GatheredEntities
+from hf_async_store.collector import GatheredObjects
 from hf_async_store.conflict_retry import RETRY_SECONDS, Made, Step
 from hf_async_store.driver import batched
 from hf_async_store.errors import (
@@ -169,9 +169,7 @@ class RepositoryInterface(ABC):
         del query
         return None
 
-    async def _change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
+    async def _change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         """See `Engine.change_matches`."""
         del query, change
         return None
@@ -237,7 +235,7 @@ class RepositoryInterface(ABC):
             ReferenceViolationError: a declared reference names an entity that does not exist.
         """
         change = self._put(self._schema[collection], entity, ABSENT, self._clock.now())
-        return await self._write_one(change, timeout)
+        return new_version(await self._write((change,), timeout))
 
     async def save_entity(
         self,
@@ -265,7 +263,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=True)
         change = self._put(self._schema[collection], entity, expect, self._clock.now())
-        return await self._write_one(change, timeout)
+        return new_version(await self._write((change,), timeout))
 
     @overload
     async def update_entity(
@@ -324,7 +322,7 @@ class RepositoryInterface(ABC):
         change = self._patch(self._schema[collection], entity_id, fields, expect, self._clock.now())
         if returning:
             return all_succeeded(await self._update_returning([change], timeout), alone=True)[0]
-        return await self._write_one(change, timeout)
+        return new_version(await self._write((change,), timeout))
 
     async def delete_entity(
         self,
@@ -343,7 +341,7 @@ class RepositoryInterface(ABC):
         """
         expect = check_version(expected_version, absent=False)
         change = Delete(self._schema[collection].key_of(entity_id), expect)
-        return _succeeded((await self._write((change,), timeout))[0]) is not None
+        return _succeeded(await self._write((change,), timeout)) is not None
 
     async def get_entity(
         self, collection: str, entity_id: str, *, timeout: float | None = None
@@ -746,7 +744,8 @@ class RepositoryInterface(ABC):
         return await self._retried(key, lambda: attempt(self._write_made), seconds)
 
     async def _write_made(self, made: Made, timeout: float | None) -> Entity:
-        return {**made.entity, VERSION: await self._write_one(made.put, timeout)}
+        version = new_version(await self._write((made.put,), timeout))
+        return {**made.entity, VERSION: version}
 
     @abstractmethod
     async def _retried(
@@ -797,7 +796,10 @@ class RepositoryInterface(ABC):
         if declared.key in fields:
             raise InvalidFieldError(f"{collection}.{declared.key} is the key and cannot be changed")
 
-        change = SamePatch(fields, self._clock.now)
+        def change(key: Key, version: int) -> Patch:
+            at = self._clock.now()
+            return Patch(key, {**fields, UPDATED_AT: at}, at, version)
+
         matching = ChangesByFilter(self, declared, query, change)
         await self._change_by_filter(matching)
         return matching.done
@@ -1130,7 +1132,7 @@ class RepositoryInterface(ABC):
         skipped: int = 0,
     ) -> list[Entity]:
         entities: list[Entity] = []
-        gathered = GatheredEntities()
+        gathered = GatheredObjects()
         started = perf_counter()
         try:
             async with operation_timeout(timeout):
@@ -1173,12 +1175,6 @@ class RepositoryInterface(ABC):
         fields[UPDATED_AT] = at
         return Patch(key, fields, at, _existing(expect))
 
-    async def _write_one(self, change: Put | Patch, timeout: float | None) -> int:
-        """The new version."""
-        version = _succeeded((await self._write((change,), timeout))[0])
-        assert version is not None, "only a delete has no version"
-        return version
-
     async def _write_many(self, changes: Sequence[Put | Patch], timeout: float | None) -> list[int]:
         """The new version of each entity."""
         return _versions(await self._write(changes, timeout)) if changes else []
@@ -1198,10 +1194,19 @@ def _existing(expect: Precondition) -> Precondition:
     return PRESENT if expect is ANY else expect
 
 
-def _succeeded(outcome: Outcome) -> int | None:
+def _succeeded(outcomes: Sequence[Outcome]) -> int | None:
+    """The outcome of the only change of a call."""
+    [outcome] = outcomes
     if isinstance(outcome, StorageError):
         raise outcome
     return outcome
+
+
+def new_version(outcomes: Sequence[Outcome]) -> int:
+    """The version that the only change of a call, which is no delete, has written."""
+    version = _succeeded(outcomes)
+    assert version is not None, "only a delete has no version"
+    return version
 
 
 def _versions(outcomes: Sequence[Outcome]) -> list[int]:
@@ -1298,9 +1303,10 @@ def _puts(
     checked = batch_validation.validate_batch(collection, chunk)
     if checked is None:
         return None
-    for _, entity in checked:
-        _stamp(entity, at)
-    return [Put(key, entity, at, expect) for key, entity in checked]
+    keys, entities = checked
+    for each in entities:
+        _stamp(each, at)
+    return list(map(Put, keys, entities, repeat(at), repeat(expect)))
 
 
 async def _in_chunks(

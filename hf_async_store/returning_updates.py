@@ -7,7 +7,7 @@ that met another version is read and written again.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from time import monotonic
 from typing import Final, Protocol
 
@@ -33,9 +33,7 @@ class Primitives(Protocol):
 
     def _batches(self, query: Query) -> AsyncGenerator[list[Entity], None]: ...
 
-    async def _change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None: ...
+    async def _change_matches(self, query: Query, change: Change) -> ChangedMatches | None: ...
 
     async def _first_page(self, query: Query) -> Query: ...
 

@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from datetime import timedelta
 from operator import attrgetter
 from types import TracebackType
-from typing import ClassVar, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Final, Self, TypeVar, cast
 
 from msgspec.structs import replace
 
@@ -86,9 +86,11 @@ from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
 from hf_async_store.transforms import Transforms, check_transforms
-from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key, Value, copy_entity
 from hf_async_store.watching import WatchedStore
+
+if TYPE_CHECKING:
+    from hf_async_store.typed_collections import TypedCollection
 
 Result = TypeVar("Result")
 
@@ -396,9 +398,7 @@ class StorageStrategy(WatchedStore):
     async def _few(self, query: Query) -> list[Entity] | None:
         return await self._usable().few(self._living_query(query))
 
-    async def _change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
+    async def _change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         engine = self._usable()
         if self._lifetimes is not None or self._writes.observer is not None:
             return None  # they concern each change that is written
@@ -438,7 +438,7 @@ class StorageStrategy(WatchedStore):
 
         async def write(made: Made, timeout: float | None) -> Entity:
             shares = made.may_be_shared and ticket.follower is not None and self._lifetimes is None
-            if shares and self._engine._shares_changes(key):
+            if shares and self._engine.shares_changes(key):
                 shared = SharedWrite(ticket, made)
                 written, last = made.entity, await shared.run(self._write_made, timeout)
             else:
@@ -460,7 +460,9 @@ class StorageStrategy(WatchedStore):
         Raises:
             ConfigurationError: this store has no such collection, or several.
         """
-        return TypedCollection(self, model)
+        from hf_async_store.typed_collections import TypedCollection
+
+        return TypedCollection(self, model, self.claim_entities)
 
     def begin_transaction(
         self, isolation: Isolation | None = None, *, read_only: bool = False

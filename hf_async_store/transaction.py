@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.changes_by_filter import ChangesByFilter
@@ -32,11 +32,13 @@ from hf_async_store.field_operations import UpdateMap
 from hf_async_store.lifetimes import Clock, Lifetimes
 from hf_async_store.models import Model
 from hf_async_store.query import Query
-from hf_async_store.repository import RepositoryInterface, operation_timeout
+from hf_async_store.repository import RepositoryInterface, new_version, operation_timeout
 from hf_async_store.schema import Schema
 from hf_async_store.slow_queries import SlowQueries
-from hf_async_store.typed import TypedCollection
 from hf_async_store.values import Entity, Key
+
+if TYPE_CHECKING:
+    from hf_async_store.typed import TypedRepository
 
 Result = TypeVar("Result")
 
@@ -131,9 +133,11 @@ class Transaction(RepositoryInterface):
             {} if parent is None else dict(parent._known_versions)
         )
 
-    def typed(self, model: type[Model]) -> TypedCollection[Model]:
+    def typed(self, model: type[Model]) -> TypedRepository[Model]:
         """As `StorageStrategy.typed`, in this transaction."""
-        return TypedCollection(self, model)
+        from hf_async_store.typed import TypedRepository
+
+        return TypedRepository(self, model)
 
     def begin_transaction(self) -> Self:
         """A nested transaction: a savepoint that can be rolled back alone.
@@ -182,7 +186,7 @@ class Transaction(RepositoryInterface):
         expect = PRESENT if seen is ANY else seen
         change = self._patch(declared, key.id, fields, expect, self._clock.now())
         try:
-            return await self._write_one(change, timeout)
+            return new_version(await self._write((change,), timeout))
         except ConcurrencyConflictError as exc:
             exc.retryable = True
             raise

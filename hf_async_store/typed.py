@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-)
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from difflib import get_close_matches
-from typing import Final, Generic, Literal, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Final, Generic, NamedTuple, TypeAlias
 
 from hf_async_store.arguments import check_callable, check_listed, check_mapping
 from hf_async_store.backoff import Backoff
@@ -33,7 +23,6 @@ from hf_async_store.errors import (
     StorageError,
 )
 from hf_async_store.event_loop import Chunks
-from hf_async_store.feed import Changes
 from hf_async_store.field_operations import Operation, UpdateMap
 from hf_async_store.generators import Owned
 from hf_async_store.models import Model, ModelCodec, codec_of
@@ -78,61 +67,7 @@ class TypedPage(NamedTuple, Generic[Model]):
     invalid: list[EntityMismatchError]
 
 
-class TypedChange(NamedTuple, Generic[Model]):
-    """A change of an instance: as `EntityChange`; `instance` is None for a delete."""
-
-    kind: Literal["put", "delete"]
-    id: str
-    version: int
-    instance: Model | None
-    token: str
-
-
-class TypedChanges(AsyncIterator[TypedChange[Model]], Generic[Model]):
-    """As `Changes`, with instances."""
-
-    def __init__(self, changes: Changes, instance: Callable[[Entity], Model]) -> None:
-        self._changes = changes
-        self._instance = instance
-
-    @property
-    def token(self) -> str:
-        """As `Changes.token`."""
-        return self._changes.token
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TypedChange[Model]:
-        """The next change; waits for it.
-
-        Raises:
-            EntityMismatchError: the entity does not fit the model. The next call continues after it.
-        """
-        change = await anext(self._changes)
-        instance = None if change.entity is None else self._instance(change.entity)
-        return TypedChange(change.kind, change.id, change.version, instance, change.token)
-
-
-@runtime_checkable
-class _Watchable(Protocol):
-    """A store, in contrast to a transaction."""
-
-    def watch(
-        self, collection: str, filters: Filters = None, *, since: str | None = None
-    ) -> AbstractAsyncContextManager[Changes]: ...
-
-    async def wait_for(
-        self,
-        collection: str,
-        entity_id: str,
-        filters: Filters = None,
-        *,
-        timeout: float | None,  # as everywhere
-    ) -> Entity: ...
-
-
-class TypedCollection(Generic[Model]):
+class TypedRepository(Generic[Model]):
     """The methods of a collection that was declared by `Collection.from_model`.
 
     They are those of `RepositoryInterface`, with its arguments and errors. What they return fits the
@@ -140,7 +75,7 @@ class TypedCollection(Generic[Model]):
     function that is called with the error of each entity that does not fit, and continue with the
     others; without it, they raise the first.
 
-    Get it by `store.typed(Job)` or, in a transaction, `tx.typed(Job)`.
+    Get it by `tx.typed(Job)` in a transaction, or by `store.typed(Job)`: a `TypedCollection`.
     """
 
     def __init__(self, repository: RepositoryInterface, model: type[Model]) -> None:
@@ -164,19 +99,27 @@ class TypedCollection(Generic[Model]):
         """The id of an instance."""
         return self._key(self._codec.entity(instance))
 
+    def instance_of(self, entity: Entity) -> Model:
+        """The instance for an entity that a method of the store has returned.
+
+        Raises:
+            EntityMismatchError: it does not fit the model.
+        """
+        return self._codec.instance(self._name, self._collection.id_of(entity), entity)
+
     # -- one entity --------------------------------------------------------------------------
 
     async def get(self, entity_id: str, *, timeout: float | None = None) -> Model | None:
         """The instance, or None if it does not exist."""
         entity = await self._repository.get_entity(self._name, entity_id, timeout=timeout)
-        return None if entity is None else self._instance(entity)
+        return None if entity is None else self.instance_of(entity)
 
     async def get_versioned(
         self, entity_id: str, *, timeout: float | None = None
     ) -> Versioned[Model] | None:
         """The instance and its version, for a model without a field that holds it."""
         entity = await self._repository.get_entity(self._name, entity_id, timeout=timeout)
-        return None if entity is None else Versioned(self._instance(entity), version_of(entity))
+        return None if entity is None else Versioned(self.instance_of(entity), version_of(entity))
 
     async def create(self, instance: Model, *, timeout: float | None = None) -> int:
         """Insert a new entity; returns its version, 1. See `create_entity`."""
@@ -253,7 +196,7 @@ class TypedCollection(Generic[Model]):
 
         def changed(stored: Entity) -> dict[str, object] | Awaitable[dict[str, object]]:
             is_stored = VERSION in stored
-            given = self._instance(stored) if default is None or is_stored else deepcopy(default)
+            given = self.instance_of(stored) if default is None or is_stored else deepcopy(default)
             result = change(given)
             if inspect.isawaitable(result):
                 return awaited(stored, result)
@@ -354,29 +297,6 @@ class TypedCollection(Generic[Model]):
         """`delete` for each id, in one batch. See `delete_entities`."""
         return await self._repository.delete_entities(self._name, ids, timeout=timeout)
 
-    # -- watching ----------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def watch(
-        self, filters: Filters = None, *, since: str | None = None
-    ) -> AsyncGenerator[TypedChanges[Model], None]:
-        """The committed changes of the instances. See `StorageStrategy.watch`."""
-        watched = self._watchable().watch(self._name, filters, since=since)
-        async with watched as changes:
-            yield TypedChanges(changes, self._instance)
-
-    async def wait_for(
-        self, entity_id: str, filters: Filters = None, *, timeout: float | None
-    ) -> Model:
-        """Wait until an instance matches. See `StorageStrategy.wait_for`."""
-        store = self._watchable()
-        return self._instance(await store.wait_for(self._name, entity_id, filters, timeout=timeout))
-
-    def _watchable(self) -> _Watchable:
-        if not isinstance(self._repository, _Watchable):
-            raise InvalidInputError("changes are watched by a store, not in a transaction")
-        return self._repository
-
     # -- queries -----------------------------------------------------------------------------
 
     async def query(
@@ -437,6 +357,24 @@ class TypedCollection(Generic[Model]):
         """The values of a field, each with the number of entities. See `RepositoryInterface.count_by`."""
         return await self._repository.count_by(self._name, field, filters, timeout=timeout)
 
+    async def sum_of(
+        self, field: str | Path, filters: Filters = None, *, timeout: float | None = None
+    ) -> int | float:
+        """The sum of the numbers in a field. See `RepositoryInterface.sum_of`."""
+        return await self._repository.sum_of(self._name, field, filters, timeout=timeout)
+
+    async def min_of(
+        self, field: str | Path, filters: Filters = None, *, timeout: float | None = None
+    ) -> Value:
+        """The least value of a field. See `RepositoryInterface.min_of`."""
+        return await self._repository.min_of(self._name, field, filters, timeout=timeout)
+
+    async def max_of(
+        self, field: str | Path, filters: Filters = None, *, timeout: float | None = None
+    ) -> Value:
+        """The greatest value of a field. See `RepositoryInterface.max_of`."""
+        return await self._repository.max_of(self._name, field, filters, timeout=timeout)
+
     async def update_where(
         self,
         filters: Filters,
@@ -463,9 +401,6 @@ class TypedCollection(Generic[Model]):
     def _key(self, entity: Mapping[str, object]) -> str:
         return self._collection.key_of(entity.get(self._collection.key)).id
 
-    def _instance(self, entity: Entity) -> Model:
-        return self._codec.instance(self._name, self._collection.id_of(entity), entity)
-
     async def _converted(self, entities: Iterable[Entity], on_invalid: OnInvalid) -> list[Model]:
         return [
             instance
@@ -478,7 +413,7 @@ class TypedCollection(Generic[Model]):
             check_callable(on_invalid, "on_invalid")
         for each in entities:
             try:
-                instance = self._instance(each)
+                instance = self.instance_of(each)
             except EntityMismatchError as exc:
                 if on_invalid is None:
                     raise
@@ -506,6 +441,8 @@ class TypedCollection(Generic[Model]):
         for attribute, value in fields.items():
             name = self._codec.name_of(attribute)
             if name is None:
+                from difflib import get_close_matches
+
                 nearest = get_close_matches(attribute, self._codec.attributes, 1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
                 if attribute in ("expected_version", "timeout"):

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from hf_async_store.testing.assertions import no_complaints
 from hf_async_store.testing.harness import skip_engine
-from hf_async_store.testing.plugin import FULL_VARIABLE, SEED_VARIABLE
+from hf_async_store.testing.plugin import FULL_VARIABLE, repeating
 from hf_async_store_bench.servers import (
     DynamoDBServer,
     PostgresServer,
@@ -75,8 +75,11 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("full" if is_full else "plain")
 
 
-def pytest_report_header() -> str:
-    return f"--hf-seed {os.environ[SEED_VARIABLE]} repeats the random choices of this run"
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Print the seed, also with `-q`, which leaves out the header."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line(repeating())
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -35,10 +35,14 @@ async def bench(arguments: argparse.Namespace) -> int:
     from hf_async_store_bench import report  # what draws takes a while to import
 
     settings = _settings(arguments)
-    systems = chosen(arguments.only) or list(ALL if arguments.full else SHORT_SYSTEMS)
+    systems = chosen(arguments.only) or list(
+        ALL if arguments.full or arguments.speed else SHORT_SYSTEMS
+    )
     systems += [of_url(arguments.store)] if arguments.store else []
     if arguments.page is not None:
-        report.around_results(Path(arguments.page))  # before the minutes of a run, not after
+        report.around_results(
+            Path(arguments.page), settings.mode
+        )  # before the minutes of a run, not after
     with Environments(durable=not arguments.no_fsync, folder=arguments.folder) as environments:
         run = Run(settings, systems, environments, tell)
         for each in ALL:
@@ -59,13 +63,8 @@ async def bench(arguments: argparse.Namespace) -> int:
 
 async def advice(arguments: argparse.Namespace) -> int:
     """Measure the engines under the load that is described, and recommend one."""
-    wanted = Load(
-        workload="mixed",
-        entities=arguments.entities,
-        tasks=arguments.tasks,
-        processes=arguments.processes,
-        reads=arguments.reads_percent,
-    )
+    how = {each: getattr(arguments, each) for each in ("entities", "tasks", "processes")}
+    wanted = Load(workload="mixed", reads=arguments.reads_percent, **how)
     with Environments(folder=arguments.folder) as environments:
         found = await recommend.advise(wanted, environments, tell)
     _say(msgspec.json.encode(found).decode() if arguments.json else recommend.as_text(found))
@@ -88,7 +87,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    settings = FULL if arguments.full else SHORT
+    settings = FULL if arguments.full else targets.speed() if arguments.speed else SHORT
     named = arguments.workload
     known = (*WORKLOADS, *SCENARIOS)
     for each in named:
@@ -101,12 +100,13 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     loads = tuple(dict.fromkeys(msgspec.structs.replace(each, **given) for each in loads))
     changed: dict[str, Any] = {"loads": loads, "seed": arguments.seed, "rate": arguments.rate}
     if arguments.duration is not None:
-        changed |= {"duration": arguments.duration, "steady": arguments.duration}
+        duration = arguments.duration
+        changed |= {"duration": duration, "steady": duration, "scenario_seconds": duration}
     if arguments.rounds is not None:
         changed |= {"rounds": arguments.rounds, "again": False}
     if named or given:
         # What is chosen by hand is run wherever it can be, and as long as it takes.
-        changed |= {"series": (), "compared": None, "budget": None, "again": False}
+        changed |= {"series": (), "compared": None, "budget": None, "again": False, "pairs": None}
         changed["scenarios"] = tuple(each for each in named if each in SCENARIOS)
         if arguments.entities and all(len(SCENARIOS[i].sizes) == 1 for i in changed["scenarios"]):
             changed["scenario_sizes"] = (arguments.entities,)
@@ -132,7 +132,7 @@ def _say(text: str) -> None:
 def _show(results: Results, written: list[Path]) -> None:
     shown = [_short(tables.measured(results, each)) for each in results.loads if results.of(each)]
     shown += [*map(tables.grown, results.sweeps), tables.targets(results)]
-    for table in (*shown, tables.skipped(results, asked_for=True)):
+    for table in (*shown, tables.latencies(results), tables.skipped(results, asked_for=True)):
         if table.rows:
             _say(tables.as_text(table) + "\n")
     for each in results.failures:

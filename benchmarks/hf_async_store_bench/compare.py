@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from hf_async_store_bench.results import Cell, Results
 from hf_async_store_bench.statistics import Interval, ratio_of_runs
-from hf_async_store_bench.tables import Table, change_shown, shown
+from hf_async_store_bench.tables import Table, change_shown, changed
 
 SMALLEST: Final = 0.05  # a change by less is not told: machines differ from one day to the next
 _WORDS: Final = ("slower", "faster", "same within the noise")
@@ -53,25 +53,15 @@ def drift(found: list[Difference]) -> float | None:
 
 def as_table(found: list[Difference]) -> Table:
     """What changed comes first."""
-    rows = [
-        (
-            each.old.system,
-            each.old.load.name,
-            shown(each.old.rate),
-            shown(each.new.rate),
-            f"{change_shown(each.change.value)} %",
-            f"{change_shown(each.change.low)} .. {change_shown(each.change.high)} %",
-            each.word,
-        )
-        for each in sorted(found, key=lambda each: _WORDS.index(each.word))
-    ]
+    rows = []
+    for each in sorted(found, key=lambda each: _WORDS.index(each.word)):
+        of, rates = (each.old.system, each.old.load.name), (each.old.rate, each.new.rate)
+        rows.append((*changed(of, *rates, each.change), each.word))
     heads = ("", "load", "old", "new", "change", "95 % interval", "")
     note = ""
     if (moved := drift(found)) is not None:
-        note = (
-            f"The baselines, which are the same code in both, moved by {change_shown(moved)} % "
-            "(the median): so much may be the machine."
-        )
+        by = f"{change_shown(moved)} % (the median)"
+        note = f"The baselines, the same code in both, moved by {by}: so much may be the machine."
     return Table("New against old, units a second", heads, rows, note)
 
 

@@ -68,12 +68,11 @@ class TinyDB(Competitor):
 
         database = tinydb.TinyDB(Path(environment.folder) / "tinydb.json")
         key = tinydb.where(_KEY)
+        others = (database.insert_multiple, database.close, database.all)
         return cls(
             lambda machine: database.upsert(machine, key == machine[_KEY]),
             lambda machine: database.get(key == machine),
-            database.insert_multiple,
-            database.close,
-            database.all,
+            *others,
         )
 
 
@@ -108,12 +107,8 @@ class DiskCache(Competitor):
                 for each in machines:
                     stored.set(each[_KEY], each)
 
-        return cls(
-            lambda machine: stored.set(machine[_KEY], machine),
-            stored.get,
-            create_many,
-            stored.close,
-        )
+        others = (stored.get, create_many, stored.close)
+        return cls(lambda machine: stored.set(machine[_KEY], machine), *others)
 
 
 class KeyValuePostgreSQL(Competitor):

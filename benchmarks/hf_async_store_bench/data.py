@@ -36,11 +36,9 @@ def machine(number: int, size: int = USUAL_BYTES, count: int = 0) -> Entity:
 
 
 def _small(number: int) -> Entity:
-    return {
-        "machine_id": machine_id(number),
-        "request_id": request_id(number // MACHINES_OF_A_REQUEST),
-        "status": STATUSES[number % len(STATUSES)],
-    }
+    request = request_id(number // MACHINES_OF_A_REQUEST)
+    status = STATUSES[number % len(STATUSES)]
+    return {"machine_id": machine_id(number), "request_id": request, "status": status}
 
 
 def _rest(number: int) -> Entity:
@@ -59,13 +57,8 @@ def machine_id(number: int) -> str:
 
 
 def request(number: int, machines: int = MACHINES_OF_A_REQUEST) -> Entity:
-    return {
-        "request_id": request_id(number),
-        "template_id": "t-1",
-        "machine_count": machines,
-        "status": "PENDING",
-        "request_type": "acquire",
-    }
+    named = {"request_id": request_id(number), "template_id": "t-1", "machine_count": machines}
+    return {**named, "status": "PENDING", "request_type": "acquire"}
 
 
 def request_id(number: int) -> str:
@@ -90,10 +83,8 @@ def batches(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
 
 def transaction_limit(can: Capabilities) -> int | None:
     """How many entities of ours fit in one transaction; None: any number."""
-    limits = [can.max_transaction_changes]
-    if can.max_transaction_bytes is not None:
-        limits.append(can.max_transaction_bytes // _ENTITY_BYTES)
-    return min((each for each in limits if each is not None), default=None)
+    size = can.max_transaction_bytes and can.max_transaction_bytes // _ENTITY_BYTES
+    return min((i for i in (can.max_transaction_changes, size) if i is not None), default=None)
 
 
 async def settled_count(

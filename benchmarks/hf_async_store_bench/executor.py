@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final, TypeVar
@@ -103,7 +104,7 @@ class Executor:
         try:
             await group.end()  # whoever filled it
             await settled()
-            return await group.measure(name)
+            return await group.measure(name, self._settings.scenario_seconds)
         finally:
             await group.end()
             self.datasets.give_back(group)
@@ -116,18 +117,27 @@ class Executor:
         """As fast as it is answered."""
         cell.rounds += await self._round(group, cell, self._settings.duration)
 
-    async def steady_round(self, group: WorkerGroup, cell: Cell) -> None:
-        """At fixed times, about half as many as it can: how long does one wait then?"""
-        operations = sum(each.operations for each in cell.rounds)
-        seconds = sum(each.seconds for each in cell.rounds)
-        if not self._settings.steady or not operations:
-            return
-        half = min(operations / seconds / 2, _STEADY_MOST * group.load.processes)
-        rate = self._settings.rate or half
-        # Of what is slow, enough to say something, within reason.
-        length = min(max(self._settings.steady, 10 / rate), self._settings.steady * 2)
-        if length * rate >= _STEADY_LEAST:
-            cell.steady += await self._round(group, cell, length, rate)
+    async def steady_rounds(self, group: WorkerGroup, cell: Cell, most: float = math.inf) -> float:
+        """At fixed times, at parts of what it can do, or of `most` operations a second if that is less:
+        how long does one wait then? Returns what it can do."""
+        settings, done = self._settings, RoundStats.together(cell.rounds).operations
+        can = done / (sum(each.seconds for each in cell.rounds) or 1)
+        several = len(settings.shares) > 1
+        if not settings.steady or not can or (several and group.load.workload != "save"):
+            return most
+        if several:  # at fixed times: the harness has more to do than without
+            for each in await self._round(group, cell, settings.steady, 2 * can):
+                can = each.operations / each.seconds
+        for share in settings.shares:
+            highest = math.inf if several else _STEADY_MOST * group.load.processes
+            rate = settings.rate or min(min(can, most) * share, highest)
+            # Of what is slow, enough to say something, within reason.
+            length = min(max(settings.steady, 10 / rate), settings.steady * 2)
+            if length * rate >= _STEADY_LEAST:
+                for each in await self._round(group, cell, length, rate):
+                    each.share = share
+                    cell.steady.append(each)
+        return can
 
     async def verify(self, group: WorkerGroup, cell: Cell) -> None:
         """Everything that was acknowledged is there."""

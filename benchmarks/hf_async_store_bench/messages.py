@@ -98,13 +98,14 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The part of one worker process."""
+    """The part of one worker process; `seconds`: of a scenario that lasts as long as one likes."""
 
     system: SystemUnderTest
     environment: Environment
     load: Load
     index: int = 0
     seed: int = 1
+    seconds: float = 0.0
 
 
 class WrongAnswerError(Exception):
@@ -117,8 +118,9 @@ class RoundStats(msgspec.Struct, kw_only=True):
     Attributes:
         operations: that were acknowledged; `units` is how many entities they were about.
         errors: by the name of the exception; conflicts are counted apart.
-        unserved: open loop: operations that were due and had not begun when the round was ended. They
-            count in the latencies with the time that they had waited by then.
+        share: open loop: of what the system can do.
+        unserved: operations that were due and had not begun when the round was ended. They count in the
+            latencies with the time that they had waited by then.
         memory: bytes by which the process has grown since before it opened its system.
         written: bytes to disks, to a DynamoDB server, and by a PostgreSQL server into its log; None
             where the system does not say.
@@ -132,6 +134,7 @@ class RoundStats(msgspec.Struct, kw_only=True):
     retries: int = 0
     wrong: list[str] = []
     unserved: int = 0
+    share: float = 0.0
     processor: float = 0.0
     memory: int = 0
     written: int | None = None

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 
 class LineProcess:
@@ -32,15 +32,10 @@ class LineProcess:
         changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-m", "hf_async_store_bench", role]
         with errors.open("ab") as stderr:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=stderr,
-                limit=2**28,
-                start_new_session=True,
-                env={**os.environ, **changed} if source else None,
-            )
+            pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
+            how: dict[str, Any] = {**pipes, "limit": 2**28, "start_new_session": True}
+            how["env"] = {**os.environ, **changed} if source else None
+            process = await asyncio.create_subprocess_exec(*command, stderr=stderr, **how)
         started = cls(process, errors)
         started.tell(first)
         return started

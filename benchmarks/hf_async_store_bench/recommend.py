@@ -28,8 +28,9 @@ _NEEDS: Final = {
 }
 
 
-class Candidate(msgspec.Struct, kw_only=True, frozen=True):
-    """One engine under that load: what it does, seconds at half of that, memory, why it does not fit."""
+class Candidate(msgspec.Struct, frozen=True):
+    """One engine under that load: what it does, seconds at half of that, memory, what it needs, and why it
+    does not fit."""
 
     engine: str
     rate: float
@@ -42,7 +43,7 @@ class Candidate(msgspec.Struct, kw_only=True, frozen=True):
     against: str = ""
 
 
-class Advice(msgspec.Struct, kw_only=True):
+class Advice(msgspec.Struct):
     wanted: Load
     measured: Load
     candidates: list[Candidate]
@@ -62,17 +63,10 @@ async def advise(wanted: Load, environments: Environments, tell: Told) -> Advice
     small = msgspec.structs.replace(load, entities=max(100, entities // 10))
     brief = Settings(mode="advise", loads=(small,), rounds=1, duration=0.2, steady=0.0)
     fewer = await Run(brief, systems, environments, tell).whole()
-    advice = Advice(
-        wanted=wanted,
-        measured=load,
-        candidates=[
-            _candidate(wanted, cell, fewer.cell(name, small.name))
-            for name in _NEEDS
-            if (cell := results.cell(name, load.name))
-        ],
-        skipped=results.skipped,
-        failures=results.failures + fewer.failures,
-    )
+    cells = [(results.cell(each, load.name), fewer.cell(each, small.name)) for each in _NEEDS]
+    candidates = [_candidate(wanted, cell, other) for cell, other in cells if cell]
+    failures = results.failures + fewer.failures
+    advice = Advice(wanted, load, candidates, results.skipped, failures)
     decide(advice)
     return advice
 
@@ -84,17 +78,10 @@ def _candidate(wanted: Load, cell: Cell, small: Cell | None) -> Candidate:
         step = (memory - small.memory) / (cell.load.entities - small.load.entities)
         memory = max(memory, memory + step * more)
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _MEMORY_SHARE
-    return Candidate(
-        engine=cell.system,
-        rate=cell.rate,
-        low=min(cell.rates),
-        high=max(cell.rates),
-        p50=cell.calm.percentile(0.5),
-        p99=cell.calm.percentile(0.99),
-        memory=memory,
-        needs=_NEEDS[cell.system],
-        against=f"would take {bytes_shown(memory)} of memory" if memory > most else "",
-    )
+    against = f"would take {bytes_shown(memory)} of memory" if memory > most else ""
+    does = (cell.rate, min(cell.rates), max(cell.rates))
+    waits = (cell.calm.percentile(0.5), cell.calm.percentile(0.99))
+    return Candidate(cell.system, *does, *waits, memory, _NEEDS[cell.system], against)
 
 
 def decide(advice: Advice) -> None:
@@ -148,8 +135,7 @@ def as_text(advice: Advice) -> str:
             each.engine,
             shown(each.rate),
             range_shown(each.low, each.high),
-            time_shown(each.p50),
-            time_shown(each.p99),
+            *map(time_shown, (each.p50, each.p99)),
             bytes_shown(each.memory),
             each.against or ("recommended" if each.engine == advice.engine else ""),
         )

@@ -39,20 +39,14 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 def as_markdown(results: Results) -> str:
     """The tables; the charts are in the other files."""
-    shown = [
-        tables.throughput(results, engines=True),
-        *_measured(results),
-        tables.baselines(results),
-        tables.ratios(results),
-        *map(tables.grown, results.sweeps),
-        tables.conditions(results),
-        tables.targets(results),
-        tables.skipped(results),
-    ]
+    shown = [tables.throughput(results, engines=True), *_measured(results)]
+    shown += [tables.baselines(results), tables.ratios(results), *map(tables.grown, results.sweeps)]
+    shown += [tables.conditions(results), tables.targets(results), tables.latencies(results)]
+    shown += [tables.skipped(results)]
     parts = [f"# {TITLE}", "", tables.verdict(results), ""]
     parts += [f"- {each}" for each in results.failures]
     parts += ["", *(f"- {each}" for each in tables.READING), ""]
-    return "\n".join([*parts, *(tables.as_markdown(each, 2) for each in shown)])
+    return "\n".join([*parts, *(tables.as_markdown(each, 2) for each in shown if each.rows)])
 
 
 def _measured(results: Results) -> list[Table]:
@@ -63,7 +57,7 @@ def as_page(results: Results) -> str:
     """One HTML page with nothing outside of it."""
     grown = [_figures(charts.growth(results), 380), *map(_table, map(tables.grown, results.sweeps))]
     every = _folded("Every ratio to a baseline or a competitor", tables.ratios(results))
-    numbers = [*map(_table, _measured(results)), every]
+    numbers = [*map(_table, (*_measured(results), tables.latencies(results))), every]
     engines = tables.throughput(results, engines=True)
     conditions = tables.conditions(results)
     compared = [
@@ -125,31 +119,36 @@ def _cell(text: str) -> str:
     return f"<td{mark}>{escape(text)}</td>"
 
 
-_BEGIN: Final = "<!-- results: written by `make bench-full` -->"
+_BEGIN: Final = "<!-- results: written by `make bench-{}` -->"
 _END: Final = "<!-- end of results -->"
 _WIDTH: Final = 110
 
 
-def around_results(page: Path) -> tuple[str, str]:
-    """What stands before and after the results in a Markdown file; or ConfigurationError."""
+def around_results(page: Path, mode: str) -> tuple[str, str]:
+    """What stands before and after the results of such a run in a Markdown file, with the lines that mark
+    them; or ConfigurationError."""
+    begin = _BEGIN.format(mode)
     try:
         text = page.read_text(encoding="utf-8")
     except OSError as exc:
         raise ConfigurationError(f"--page {page}: cannot be read: {exc.strerror}") from exc
-    if _BEGIN not in text or _END not in text:
-        raise ConfigurationError(f"--page {page}: needs the lines {_BEGIN!r} and {_END!r}")
-    return text.partition(_BEGIN)[0], text.partition(_END)[2]
+    before, found, after = text.partition(begin)
+    if not found or _END not in after:
+        raise ConfigurationError(f"--page {page}: needs the lines {begin!r} and {_END!r}")
+    return before + begin, after[after.index(_END) :]
 
 
 def write_into(page: Path, results: Results) -> None:
     """Replace the results in a page of the documentation."""
-    before, after = around_results(page)
-    found = [tables.throughput(results, engines=True), *map(tables.grown, results.sweeps)]
-    found += [tables.baselines(results), tables.throughput(results, engines=False)]
-    found += [tables.conditions(results), tables.targets(results), tables.skipped(results)]
+    before, after = around_results(page, results.mode)
+    found = [tables.targets(results), tables.latencies(results), tables.conditions(results)]
+    if results.mode == "full":
+        found[:0] = [tables.throughput(results, engines=True), *map(tables.grown, results.sweeps)]
+        found += [tables.baselines(results), tables.throughput(results, engines=False)]
+        found += [tables.skipped(results)]
     parts = [tables.as_markdown(each) for each in found if each.rows]
     lines = [line for each in (tables.verdict(results), "", *parts) for line in _wrapped(each)]
-    page.write_text(before + "\n".join([_BEGIN, "", *lines, _END]) + after, "utf-8")
+    page.write_text(before + "\n".join(["", "", *lines, ""]) + after, "utf-8")
 
 
 def _wrapped(text: str) -> list[str]:

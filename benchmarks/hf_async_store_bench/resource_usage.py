@@ -88,14 +88,10 @@ def processor_seconds() -> float:
 
 
 def machine() -> dict[str, str]:
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": str(os.cpu_count()),
-        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
-        "one sync": f"{_sync_seconds() * 1000:.2f} ms",
-        "folder": tempfile.gettempdir(),
-    }
+    memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    sync, folder = f"{_sync_seconds() * 1000:.2f} ms", tempfile.gettempdir()
+    has = {"processor": _processor(), "cores": str(os.cpu_count()), "memory": memory}
+    return {"system": platform.platform(), **has, "one sync": sync, "folder": folder}
 
 
 def versions() -> dict[str, str]:

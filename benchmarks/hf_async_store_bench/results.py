@@ -19,7 +19,7 @@ FORMAT: Final = 2
 
 class Cell(msgspec.Struct, kw_only=True):
     """One system under one load: rounds as fast as it answered, next to those of the same number of
-    other systems; steady ones at fixed times, half as fast; how much was verified, and what failed."""
+    other systems; steady ones at fixed times, at parts of that; how much was verified, and what failed."""
 
     system: str
     role: Role
@@ -41,6 +41,12 @@ class Cell(msgspec.Struct, kw_only=True):
         return statistics.median(self.rates) if self.rounds else 0.0
 
     @property
+    def told(self) -> str:
+        """The rate in words, with its range."""
+        low, high = min(self.rates), max(self.rates)
+        return f"{self.system} {self.rate:,.0f} ({low:,.0f} .. {high:,.0f}) a second"
+
+    @property
     def processor(self) -> float:
         """Seconds of computing for each unit, in the measured process."""
         return statistics.median([each.processor / max(each.units, 1) for each in self.rounds])
@@ -59,7 +65,7 @@ class Cell(msgspec.Struct, kw_only=True):
     @property
     def calm(self) -> Histogram:
         """Latencies at about half of that speed, counted from when each operation was due."""
-        return RoundStats.together(self.steady).latencies
+        return RoundStats.together(each for each in self.steady if each.share <= 0.5).latencies
 
 
 class Point(msgspec.Struct, kw_only=True, frozen=True):
@@ -100,7 +106,7 @@ class Sweep(msgspec.Struct, kw_only=True):
 
 class Figure(msgspec.Struct, kw_only=True, frozen=True):
     """One figure of merit, with its target in words, if any, and the range of its rounds or the
-    interval of a ratio; or a note why there is no value."""
+    interval of a ratio, and what it was made of; or a note why there is no value."""
 
     engine: str
     what: str
@@ -111,6 +117,7 @@ class Figure(msgspec.Struct, kw_only=True, frozen=True):
     high: float | None = None
     met: bool | None = None
     note: str = ""
+    detail: str = ""
 
 
 class Skipped(msgspec.Struct, frozen=True):

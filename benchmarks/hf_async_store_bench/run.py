@@ -17,7 +17,7 @@ from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.executor import Executor
 from hf_async_store_bench.messages import Load, SystemUnderTest
 from hf_async_store_bench.results import Cell, Results, cell_of
-from hf_async_store_bench.scaling import Scaling
+from hf_async_store_bench.scaling import scaling
 from hf_async_store_bench.scenarios import SCENARIOS
 from hf_async_store_bench.settings import Settings
 from hf_async_store_bench.statistics import uncertainty
@@ -99,8 +99,8 @@ class Run:
         weights = {each: each.share for each in self._settings.series}
         part = min(self._settings.first_share + sum(weights.values()), 1.0)
         for series, seconds in self._shares(weights, self._budget * part):
-            growth = Scaling(series, strategies, self._executor, seconds)
-            self.results.sweeps += await growth.measured(self._tell)
+            found = await scaling(series, strategies, self._executor, seconds, self._tell)
+            self.results.sweeps += found
 
     def _shares(
         self, weights: Mapping[_Part, float], until: float
@@ -178,10 +178,14 @@ class Run:
     async def _steady_rounds(
         self, load: Load, turns: Sequence[tuple[WorkerGroup, Cell]], until: float
     ) -> None:
-        """Of the engines in any case, of the others as far as there is time."""
+        """Of the engines in any case, of the others as far as there is time, no faster."""
+        most: dict[str, float] = {}
         for group, cell in sorted(turns, key=lambda each: each[1].role != "strategy"):
-            if cell.role == "strategy" or time.monotonic() < until:
-                await self._executor.steady_round(group, cell)
+            if cell.role == "strategy":
+                most[cell.engine] = await self._executor.steady_rounds(group, cell)
+            elif time.monotonic() < until:
+                highest = most.get(cell.engine, math.inf)
+                await self._executor.steady_rounds(group, cell, highest)
             else:
                 what = f"{load.name}: latencies of baselines and competitors"
                 self._executor.skip(what, _NO_TIME)
@@ -194,10 +198,12 @@ class Run:
     def _systems_of(self, load: Load) -> list[SystemUnderTest]:
         """Those that can do it, and the competitors only in one process: they promise no more."""
         workload, compared = WORKLOADS[load.workload], self._settings.compared
+        pairs = self._settings.pairs
         return [
             each
             for each in self._systems
-            if workload.can_measure(each.load())
+            if (pairs is None or each.name in pairs[load.name])
+            and workload.can_measure(each.load())
             and (each.role == "strategy" or compared is None or load.workload in compared)
             and (each.role != "competitor" or load.processes == 1)
         ]

@@ -76,17 +76,14 @@ class _Process:
 
     def _launch(self) -> subprocess.Popen[bytes]:
         with (self.folder / "log").open("ab") as log:
-            return subprocess.Popen(
-                self.command,
-                cwd=self.folder,
-                env={**os.environ, **self.environment},
-                user=self.user,
-                extra_groups=[] if self.user else None,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # a Ctrl-C at the terminal is for us
+            how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            how |= {"user": self.user, "extra_groups": []} if self.user else {}
+            how["env"] = {**os.environ, **self.environment}
+            how["start_new_session"] = True  # a Ctrl-C at the terminal is for us
+            started: subprocess.Popen[bytes] = subprocess.Popen(
+                self.command, cwd=self.folder, **how
             )
+            return started
 
     def _said(self) -> str:
         return (self.folder / "log").read_text(errors="replace")[-2000:]
@@ -213,26 +210,14 @@ def postgres(
         port = _free_port()
         command: list[str | Path] = [programs / "initdb", "-D", folder / "data", "-U", "postgres"]
         command += ["-A", "trust", "-E", "UTF8", "--no-sync", "--no-instructions"]
-        made = subprocess.run(
-            [*command, f"--locale={locale}"],
-            cwd=folder,
-            user=user,
-            extra_groups=[] if user else None,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command += [f"--locale={locale}"]
+        how: dict[str, Any] = {"user": user, "extra_groups": [] if user else None, "cwd": folder}
+        made = subprocess.run(command, capture_output=True, text=True, check=False, **how)
         if made.returncode:
             raise ServerUnavailable(f"initdb failed: {made.stderr[-2000:]}")
-        options = {
-            "port": str(port),
-            "listen_addresses": _HOST,
-            "unix_socket_directories": "",
-            "max_connections": "200",
-            "fsync": "on" if durable else "off",
-            "log_min_messages": "fatal",
-            **(settings or {}),
-        }
+        options = {"port": str(port), "listen_addresses": _HOST, "unix_socket_directories": ""}
+        options |= {"fsync": "on" if durable else "off", "log_min_messages": "fatal"}
+        options |= {"max_connections": "200", **(settings or {})}
         command = [programs / "postgres", "-D", folder / "data"]
         command += [f"--{name}={value}" for name, value in options.items()]
         status = folder / "data" / "postmaster.pid"
@@ -293,12 +278,10 @@ class DynamoDBServer(_Server):
     def _ask(self, operation: str, body: Mapping[str, object]) -> Any:
         """By hand: a driver takes long to import, and the server looks at no signature."""
         address = urlsplit(self.endpoint_url)
-        headers = {
-            "Content-Type": "application/x-amz-json-1.0",
-            "X-Amz-Target": f"DynamoDB_20120810.{operation}",
-            "Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/eu-west-1/dynamodb/"
-            "aws4_request, SignedHeaders=host, Signature=0",
-        }
+        signed = "Credential=test/20260101/eu-west-1/dynamodb/aws4_request, SignedHeaders=host"
+        headers = {"Authorization": f"AWS4-HMAC-SHA256 {signed}, Signature=0"}
+        headers["Content-Type"] = "application/x-amz-json-1.0"
+        headers["X-Amz-Target"] = f"DynamoDB_20120810.{operation}"
         with closing(HTTPConnection(address.netloc, timeout=30)) as connection:
             connection.request("POST", "/", json.dumps(body), headers)
             return json.load(connection.getresponse())

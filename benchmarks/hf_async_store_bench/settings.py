@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Final, Literal, TypeAlias
 
 import msgspec
@@ -15,8 +15,9 @@ Parameter: TypeAlias = Literal["entities", "tasks", "size", "processes"]
 
 
 class Series(msgspec.Struct, frozen=True):
-    """One sweep: a parameter, its values from small to large, the workloads that are run at each of
-    them on one filled store (what writes comes last), and the share of the run's budget."""
+    """One sweep: a parameter, its values in the order in which they are measured (the ends first), the
+    workloads that are run at each of them on one filled store (what writes comes last), and the share of
+    the run's budget."""
 
     parameter: Parameter
     values: tuple[int, ...]
@@ -31,12 +32,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         rounds: of each system at one visit to a load, if there is time.
         steady: seconds of the round at fixed times; 0: none.
-        rate: its operations a second; None: half as many as the system can do, 5,000 at most.
+        shares: one such round for each of these parts of what the system can do; several: of saves
+            alone; one: with 5,000 operations a second at most.
+        rate: operations a second instead.
         budget: seconds of the whole run; None: as long as it takes.
         first_share: of the budget, for the first visit to all loads.
         again: go on with further visits until the budget is spent.
         scenario_sizes: machines in the stores of the scenarios, if not those that they name.
+        scenario_seconds: how long a scenario goes on that lasts as long as one likes.
         compared: the workloads under which baselines and competitors run, too; None: wherever they can.
+        pairs: the systems that run under each load, by its name; None: wherever they can.
     """
 
     mode: str
@@ -44,6 +49,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int = 3
     duration: float
     steady: float
+    shares: tuple[float, ...] = (0.5,)
     rate: float | None = None
     budget: float | None = None
     first_share: float = 1.0
@@ -52,6 +58,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     series: tuple[Series, ...] = ()
     scenarios: tuple[str, ...] = ()
     scenario_sizes: tuple[int, ...] = ()
+    scenario_seconds: float = 10.0
+    pairs: Mapping[str, Set[str]] | None = None
     seed: int = 1
 
 
@@ -68,7 +76,7 @@ SHORT: Final = Settings(
     compared=("save", "get", "acquire", "one-shot"),
 )
 
-_SIZES: Final = (100, 1000, 10_000, 100_000)
+_SIZES: Final = (100, 100_000, 1000, 10_000)
 
 FULL: Final = Settings(
     mode="full",
@@ -79,11 +87,22 @@ FULL: Final = Settings(
     first_share=0.4,
     again=True,
     series=(
-        Series("tasks", (1, 8, 64, 512), ("get", "save"), Load(workload="get"), 0.05),
+        Series("tasks", (1, 512, 8, 64), ("get", "save"), Load(workload="get"), 0.05),
         Series("size", _SIZES, ("get", "save"), Load(workload="get", entities=1000), 0.05),
-        Series("processes", (1, 2, 4, 8), ("save",), Load(workload="save", tasks=8), 0.04),
+        Series("processes", (1, 8, 2, 4), ("save",), Load(workload="save", tasks=8), 0.04),
     ),
     scenarios=tuple(SCENARIOS),
+)
+
+
+SPEED: Final = Settings(
+    mode="speed",
+    loads=(),  # those of targets.csv: see `targets.speed`
+    rounds=7,
+    duration=0.5,
+    steady=1.0,
+    shares=(0.5, 0.8, 0.95),
+    scenarios=("migrate to sqlite", "migrate to postgresql"),
 )
 
 

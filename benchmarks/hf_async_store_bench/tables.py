@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from hf_async_store_bench.histogram import Histogram
 from hf_async_store_bench.messages import RoundStats
 from hf_async_store_bench.results import Cell, Figure, Results, Sweep, ratio
+from hf_async_store_bench.statistics import Interval
 from hf_async_store_bench.systems import BASELINES
 from hf_async_store_bench.workloads import WORKLOADS
 
@@ -25,7 +27,7 @@ def targets(results: Results) -> Table:
     """Every figure that was measured, with its target if it has one."""
     found = [each for each in results.figures if each.value is not None]
     note = "A ratio is against the system named, in the same run; its range is the 95 % interval."
-    heads = ("engine", "what", "value", "range", "target", "")
+    heads = ("engine", "what", "value", "range", "target", "", "measured")
     return Table("Figures and their targets", heads, [_target(each) for each in found], note)
 
 
@@ -35,7 +37,7 @@ def _target(figure: Figure) -> tuple[str, ...]:
     if figure.low is not None and figure.high is not None and figure.low != figure.high:
         span = range_shown(figure.low, figure.high)
     met = {True: "met", False: "MISSED", None: ""}[figure.met]
-    return figure.engine, figure.what, value, span, figure.target, met
+    return figure.engine, figure.what, value, span, figure.target, met, figure.detail
 
 
 def measured(results: Results, load: str) -> Table:
@@ -52,22 +54,38 @@ _MEASURED: Final = ("range", *_WAITS, "processor", "memory", "written", *_COUNTS
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
-    calm, written, together = cell.calm, cell.written, RoundStats.together(cell.rounds)
+    written, together = cell.written, RoundStats.together(cell.rounds)
     errors = RoundStats.together([*cell.rounds, *cell.steady]).errors
-    waits = [*(calm.percentile(share) for share in (0.5, 0.99, 0.999)), calm.highest]
-    return (
-        cell.system,
-        shown(cell.rate),
-        range_shown(min(cell.rates), max(cell.rates)),
-        *(time_shown(each) if calm.count else "" for each in waits),
-        time_shown(cell.processor),
-        bytes_shown(cell.memory),
-        "" if written is None else bytes_shown(written),
-        f"{together.conflicts:,}",
-        f"{together.retries:,}",
-        ", ".join(f"{count} {name}" for name, count in errors.items()),
-        f"{cell.checked:,}",
-    )
+    rates = (shown(cell.rate), range_shown(min(cell.rates), max(cell.rates)))
+    costs = (time_shown(cell.processor), bytes_shown(cell.memory))
+    bytes_written = "" if written is None else bytes_shown(written)
+    counts = (f"{together.conflicts:,}", f"{together.retries:,}")
+    named = ", ".join(f"{count} {name}" for name, count in errors.items())
+    found = (*rates, *_waits(cell.calm), *costs, bytes_written, *counts, named)
+    return (cell.system, *found, f"{cell.checked:,}")
+
+
+def latencies(results: Results) -> Table:
+    """Throughput against latency: as fast as it is answered, and at fixed times."""
+    rows = []
+    for cell in (each for each in results.cells if len(each.steady) > 1):
+        for each in (RoundStats.together(cell.rounds), *cell.steady):
+            name = f"{each.share:.0%} at fixed times" if each.share else "as fast as it is answered"
+            rate = shown(each.rate if each.share else cell.rate)
+            rows.append((cell.load.name, cell.system, name, rate, *_waits(each.latencies)))
+    heads = ("load", "", "", "a second", *_WAITS)
+    return Table("Throughput against latency", heads, rows, _FIXED)
+
+
+_FIXED: Final = (
+    "At fixed times, a latency counts from when the operation was due. A baseline has the rates of its "
+    "engine, if it can do as much."
+)
+
+
+def _waits(latencies: Histogram) -> list[str]:
+    waits = [*map(latencies.percentile, (0.5, 0.99, 0.999)), latencies.highest]
+    return [time_shown(each) if latencies.count else "" for each in waits]
 
 
 def throughput(results: Results, *, engines: bool) -> Table:
@@ -177,6 +195,14 @@ def _aligned(column: Sequence[str], *, words: bool) -> list[str]:
     width = max(map(len, column))
     words = words or any(cell[:1].isalpha() for cell in column[1:])
     return [cell.ljust(width) if words else cell.rjust(width) for cell in column]
+
+
+def changed(
+    cells: Sequence[str], old: float, new: float, change: Interval, digits: int = 0
+) -> list[str]:
+    """The beginning of a row about a rate that has changed: of what, its values, and the change."""
+    value, low, high = (change_shown(each, digits) for each in change)
+    return [*cells, shown(old), shown(new), f"{value} %", f"{low} .. {high} %"]
 
 
 def as_markdown(table: Table, level: int = 3) -> str:

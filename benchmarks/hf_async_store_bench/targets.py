@@ -10,33 +10,48 @@ import msgspec
 
 from hf_async_store_bench.csv_rows import rows_beside
 from hf_async_store_bench.messages import Load, Measurement
-from hf_async_store_bench.results import Figure, Results, ratio
+from hf_async_store_bench.results import Cell, Figure, Results, ratio
 from hf_async_store_bench.scenarios import SCENARIOS
-from hf_async_store_bench.statistics import ratios
+from hf_async_store_bench.settings import SPEED, Settings
+from hf_async_store_bench.statistics import ratio_of_runs, ratios
+from hf_async_store_bench.tables import shown
 
 _NOT_RUN: Final = "not in this run"
 
 
 class PerformanceTarget(msgspec.Struct, frozen=True, kw_only=True):
-    """A figure of one load, as its ratio to a baseline, if any: of rates, of the times of one operation,
-    or of processor time."""
+    """A figure of one load, as its ratio to a system, if any, under the same load or another workload: of
+    rates, of the times of one operation, or of processor time. `table`: that of a shorter run."""
 
     engine: str
     workload: str
     tasks: int
+    processes: int = 1
+    burst: int = 1000
     against: str | None = None
+    other: str | None = None
+    other_tasks: int | None = None
     of: str
     at_least: float | None = None
     at_most: float | None = None
+    table: str = ""
 
     @property
-    def load(self) -> str:
-        return Load(workload=self.workload, tasks=self.tasks).name
+    def load(self) -> Load:
+        how = {"tasks": self.tasks, "processes": self.processes, "burst": self.burst}
+        return Load(workload=self.workload, **how)
+
+    @property
+    def other_load(self) -> Load:
+        other = {"workload": self.other or self.workload, "tasks": self.other_tasks or self.tasks}
+        return msgspec.structs.replace(self.load, **other)
 
     @property
     def what(self) -> str:
         of = {"rate": "", "time": ", time of one operation", "processor": ", processor time"}
-        return self.load + of[self.of] + (f", against {self.against}" if self.against else "")
+        against = f", against {self.against}" if self.against else ""
+        against += f": {self.other_load.name}" if self.other else ""
+        return self.load.name + of[self.of] + against
 
 
 TARGETS: Final = rows_beside(__file__, PerformanceTarget)
@@ -71,28 +86,44 @@ def _figure(
 
 
 def _measured(results: Results, target: PerformanceTarget) -> Figure:
-    unit, value = "x" if target.against else "a second", _value(results, target)
+    ours = results.cell(target.engine, target.load.name)
+    theirs = results.cell(target.against or "", target.other_load.name)
     bounds = (target.at_least, target.at_most)
-    return _figure(target.engine, target.what, unit, *bounds, value)
+    unit, value = "x" if target.against else "a second", _value(target, ours, theirs)
+    figure = _figure(target.engine, target.what, unit, *bounds, value)
+    found = [each.told for each in (ours, theirs) if each]
+    if ours and theirs:
+        found.append(f"{shown(theirs.processor / max(ours.processor, 1e-9))} x by processor time")
+    return msgspec.structs.replace(figure, detail="; ".join(found))
 
 
-def _value(results: Results, target: PerformanceTarget) -> _Value | str:
+def _value(target: PerformanceTarget, ours: Cell | None, theirs: Cell | None) -> _Value | str:
     """The figure with its interval, or why there is none."""
-    ours = results.cell(target.engine, target.load)
     if ours is None:
         return _NOT_RUN
     if target.against is None:
         return ours.rate, min(ours.rates), max(ours.rates)
-    theirs = results.cell(target.against, target.load)
     if theirs is None:
         return f"{target.against} is not in this run"
     if target.of == "processor":
         value = ours.processor / max(theirs.processor, 1e-9)
         return value, value, value
-    found = ratio(ours, theirs)
+    found = ratio_of_runs(ours.rates, theirs.rates) if target.other else ratio(ours, theirs)
     if found is None:
         return "no round in common"
     return found.inverse if target.of == "time" else found
+
+
+def speed() -> Settings:
+    """The loads and the scenarios of the table of speed, each on the systems that it names."""
+    pairs: dict[str, set[str]] = {}
+    loads: dict[Load, None] = {}
+    for each in TARGETS:
+        if each.table:
+            for load, name in ((each.load, each.engine), (each.other_load, each.against)):
+                loads[load] = None
+                pairs.setdefault(load.name, set()).add(name or each.engine)
+    return msgspec.structs.replace(SPEED, loads=tuple(loads), pairs=pairs)
 
 
 def _lost_writes(results: Results) -> Iterator[Figure]:

@@ -31,7 +31,7 @@ from hf_async_store_bench.run import Run, tell
 from hf_async_store_bench.settings import FULL, Settings, chosen_loads
 from hf_async_store_bench.statistics import Interval, ratio_of_pairs
 from hf_async_store_bench.systems import named
-from hf_async_store_bench.tables import Table, change_shown, shown
+from hf_async_store_bench.tables import Table, changed
 
 NOTHING_SLOWER, SLOWER, BROKEN = 0, 3, 4
 ENGINES: Final = ("json", "sqlite", "postgresql", "dynamodb")
@@ -149,25 +149,15 @@ async def compare(options: argparse.Namespace, sources: dict[str, str]) -> int:
 
 def as_table(changes: Sequence[Change]) -> Table:
     """What changed comes first."""
-    rows = [
-        (
-            each.engine,
-            each.load.name,
-            shown(each.base),
-            shown(each.head),
-            f"{change_shown(each.first.value, 1)} %",
-            _range(each.first),
-            "" if each.second is None else _range(each.second),
-            each.verdict,
-        )
-        for each in sorted(changes, key=lambda each: VERDICTS.index(each.verdict))
-    ]
+    rows = []
+    for each in sorted(changes, key=lambda each: VERDICTS.index(each.verdict)):
+        of, again = (each.engine, each.load.name), ""
+        if each.second is not None:
+            *_, again = changed(of, each.base, each.head, each.second, 1)
+        row = changed(of, each.base, each.head, each.first, 1)
+        rows.append((*row, again, each.verdict))
     heads = ("", "load", "base", "head", "change", "95 % interval", "once more", "")
     return Table("The head against the base, units a second", heads, rows)
-
-
-def _range(interval: Interval) -> str:
-    return f"{change_shown(interval.low, 1)} .. {change_shown(interval.high, 1)} %"
 
 
 def _options() -> argparse.Namespace:

@@ -7,6 +7,8 @@ import os
 import sys
 from typing import Any
 
+import msgspec
+
 from hf_async_store_bench import resource_usage
 from hf_async_store_bench.acked_writes import add_all
 from hf_async_store_bench.adapters import fill
@@ -34,7 +36,8 @@ class Worker:
     async def scenario(self, command: Command) -> Answer:
         from hf_async_store_bench.scenarios import SCENARIOS
 
-        return Answer(measurements=await SCENARIOS[command.workload].measure(self._plan))
+        plan = msgspec.structs.replace(self._plan, seconds=command.seconds)
+        return Answer(measurements=await SCENARIOS[command.workload].measure(plan))
 
     async def end(self) -> None:
         if self._system is not None:

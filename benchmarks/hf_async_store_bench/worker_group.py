@@ -72,8 +72,8 @@ class WorkerGroup:
         answer = await self._ask(self._workers[0], messages.Command(do="verify", acked=acked))
         return answer.verification
 
-    async def measure(self, scenario: str) -> list[messages.Measurement]:
-        command = messages.Command(do="scenario", workload=scenario)
+    async def measure(self, scenario: str, seconds: float) -> list[messages.Measurement]:
+        command = messages.Command(do="scenario", workload=scenario, seconds=seconds)
         return (await self._ask(await self._worker(0), command)).measurements
 
     async def end(self) -> None:

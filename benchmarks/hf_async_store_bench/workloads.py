@@ -7,7 +7,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, cast
 
-from hf_async_store import BatchError, ConcurrencyConflictError, StorageError, StorageStrategy
+import hf_async_store as hfas
+from hf_async_store import ConcurrencyConflictError, StorageError, StorageStrategy
 from hf_async_store_bench import data
 from hf_async_store_bench.acked_writes import AckedByEntity, AckedWrites, lost_writes, writing
 from hf_async_store_bench.adapters import StoreAdapter
@@ -286,7 +287,7 @@ class Poll(StoreWorkload, name="poll", unit="polls", counts=False):
         outcomes: Sequence[object]
         try:
             outcomes = await self.store.update_entities("machines", changes, versions)
-        except BatchError as exc:
+        except hfas.BatchError as exc:
             outcomes = exc.outcomes
         errors = [each if isinstance(each, StorageError) else None for each in outcomes]
         for entry, error in zip(self.acked_of(*versions), errors, strict=True):
@@ -335,4 +336,14 @@ class Contend(StoreWorkload, name="contend", unit="steps"):
         with writing(*self.acked_of(counter)):
             await self.store.modify_entity("machines", counter, step)
         self.retries += tries - 1
+        return 1
+
+
+class Increment(StoreWorkload, name="increment", unit="steps"):
+    """All tasks count one entity up by an operation of the store."""
+
+    async def one(self, slot: int) -> int:
+        counter = data.machine_id(0)
+        with writing(*self.acked_of(counter)):
+            await self.store.update_entity("machines", counter, {"count": hfas.increment(1)})
         return 1

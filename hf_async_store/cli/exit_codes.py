@@ -89,10 +89,16 @@ def code_of_kind(kind: type[StorageError]) -> int:
     return next((code for code, kinds in _CODES.items() if issubclass(kind, kinds)), STORAGE)
 
 
-def sentence(exc: StorageError) -> str:
-    """The message of an error as one line, with a hint what to do."""
+def sentence(exc: StorageError, exists: str | None = None) -> str:
+    """The message of an error as one line, with a hint what to do.
+
+    Args:
+        exists: the hint if the entity exists already, instead of that for `put`.
+    """
     message = str(exc)
     hint = next((hint for kind, hint in _HINTS if isinstance(exc, kind)), None)
+    if exists is not None and isinstance(exc, errors.AlreadyExistsError):
+        hint = exists
     if isinstance(exc, errors.ReferenceViolationError):
         hint = (
             "delete the children first"

@@ -334,7 +334,7 @@ def _lines(sample: Sample) -> Iterator[str]:
         yield f"locks held: {', '.join(sample.locks)}"
     sizes = dict(_sizes(health))
     if sizes:
-        yield "sizes: " + ", ".join(f"{name} {number:,}" for name, number in sizes.items())
+        yield "bytes: " + ", ".join(f"{name} {number:,}" for name, number in sizes.items())
     connections = [_counted(name, health[name]) for name in _CONNECTIONS if name in health]
     if connections:
         yield f"connections: {'; '.join(connections)}"

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hf_async_store.values import Entity
 
 _BATCH_SIZE: Final = 1000
+_EXISTS: Final = "use --update, --replace or --skip-existing"
 _MAX_SHOWN: Final = 10
 """Maximum number of refused rows that are reported one by one."""
 
@@ -288,7 +289,8 @@ class _Import:
         self._store_failed |= code_of(error) == STORAGE
         if self._counts.refused <= _MAX_SHOWN or self._arguments.verbose:
             where = f"{self._source}, line {row.line}"
-            text = sentence(error).removeprefix("item 0: ")  # of a batch of this row alone
+            # The prefix is that of a batch of this row alone.
+            text = sentence(error, _EXISTS).removeprefix("item 0: ")
             output.log_line(text if text.startswith(where) else f"{where}: {text}")
 
     async def _write_entities(

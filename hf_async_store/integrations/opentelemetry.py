@@ -57,6 +57,7 @@ class _Decision(NamedTuple):
     """What is known about the span of a context, which most calls of a task have in common."""
 
     context: contexts.Context
+    span: trace.Span
     is_sampled: bool
     is_none: bool
 
@@ -72,18 +73,18 @@ def _decision(context: contexts.Context) -> _Decision:
     span = trace.get_current_span(context)
     parent = span.get_span_context()  # perhaps that of another process
     is_sampled = span.is_recording() or parent.trace_flags.sampled
-    made = _Decision(context, is_sampled, is_none=not parent.is_valid)
+    made = _Decision(context, span, is_sampled, is_none=not parent.is_valid)
     _DECISION.set(made)
     return made
 
 
-def _recording_span() -> trace.Span | None:
-    """The current span, if it is recorded."""
+def _sampled_span() -> trace.Span | None:
+    """The current span, if it is sampled."""
     context = contexts.get_current()
-    if not context or not _decision(context).is_sampled:
+    if not context:
         return None
-    span = trace.get_current_span(context)
-    return span if span.is_recording() else None
+    known = _decision(context)
+    return known.span if known.is_sampled else None
 
 
 class OpenTelemetryObserver(Observer):
@@ -185,7 +186,7 @@ class _ObservedStore(StoreObserver):
         self.observer = observer
         self.system = system
         self.waiting = waiting
-        self.caller = _RUNNING.get if observer.method_spans else _recording_span
+        self.caller = _RUNNING.get if observer.method_spans else _sampled_span
         self._attributes: dict[tuple[str, str | None], dict[str, str]] = {}
 
     def attributes(self, name: str, collection: str | None) -> dict[str, str]:
@@ -301,7 +302,8 @@ class _SharedOperation(_Operation):
     def __init__(
         self, store: _ObservedStore, operation: Operation, callers: Sequence[trace.Span]
     ) -> None:
-        # A caller that was cancelled, or whose time has passed, has ended.
+        # A caller that was cancelled, or whose time has passed, has ended. One of another process cannot be
+        # given links.
         self._callers = [each for each in callers if each.is_recording()]
         parent = self._callers[0] if self._callers else None
         super().__init__(store, operation, parent, is_recorded=parent is not None)

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.changes import Change, Outcome, Record
-from hf_async_store.collector import GatheredEntities
+from hf_async_store.collector import GatheredObjects
 from hf_async_store.config import MemoryConfig, StorageConfig, strategy_config
 from hf_async_store.driver import (
     INTERFACE_VERSION,
@@ -104,7 +104,8 @@ class _Stored(Mapping[Key, Entity]):
         return self.table(collection).known_owners(fields).of(digest)
 
     def get(self, key: Key, default: Any = None) -> Any:  # a third of the time of `Mapping.get`
-        return self.table(key.collection).entities.get(key.id, default)
+        table = self.tables.get(key.collection)
+        return default if table is None else table.entities.get(key.id, default)
 
     def __getitem__(self, key: Key) -> Entity:
         return self.table(key.collection).entities[key.id]
@@ -302,13 +303,11 @@ class MemoryEngine(Engine):
         async with self._lock.writing(_LOCK_TIMEOUT):
             self._refuse_closed()
             await self._find_owners()
+            overlay = self._overlay()
             outcomes: list[Outcome] = []
             async for chunk in Chunks(changes, _WRITE_CHUNK):
-                for change in chunk:
-                    self._refuse_closed()
-                    overlay = self._overlay()
-                    outcomes.append(overlay.apply(change))
-                    await self._commit(overlay)
+                outcomes += map(overlay.apply, chunk)
+            await self._commit(overlay)
             return outcomes
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
@@ -418,7 +417,7 @@ class MemoryEngine(Engine):
 async def _records(keys: Sequence[Key], get: Callable[[Key], Entity | None]) -> list[Record | None]:
     """Copies of entities; what `get` returns may not change between the chunks."""
     records: list[Record | None] = []
-    gathered = GatheredEntities()
+    gathered = GatheredObjects()
     async for chunk in Chunks(keys, _CHUNK_SIZE):
         records += [
             None if (entity := get(key)) is None else Record(key, copy_entity(entity))

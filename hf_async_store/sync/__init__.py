@@ -19,9 +19,12 @@ from hf_async_store import strategies
 from hf_async_store.expiry import PURGE_SECONDS
 from hf_async_store.schema import HOST_FACTORY, Collection
 from hf_async_store.sync.calls import Stream
+from hf_async_store.sync.claims import Claim, TypedClaim
 from hf_async_store.sync.feed import Changes, Subscription
-from hf_async_store.sync.store import Claim, Repository, Snapshot, Store, Transaction
-from hf_async_store.sync.typed import TypedCollection
+from hf_async_store.sync.store import Store
+from hf_async_store.sync.transaction import Repository, Snapshot, Transaction
+from hf_async_store.sync.typed import TypedRepository
+from hf_async_store.sync.typed_collections import TypedCollection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -113,7 +116,9 @@ __all__ = [
     "Stream",
     "Subscription",
     "Transaction",
+    "TypedClaim",
     "TypedCollection",
+    "TypedRepository",
     "backup_store",
     "blocking_store",
     "compare_stores",

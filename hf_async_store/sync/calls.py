@@ -72,8 +72,8 @@ def _blocking(
     @wraps(method)
     def call(self: Blocking, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         caller = self._caller()
-        passed = partial(_passed, caller if calls_back else None)
-        named = {each: passed(value) for each, value in kwargs.items()}
+        passed = partial(_passed, caller) if calls_back else _listed
+        named = {each: passed(value) for each, value in kwargs.items()} if kwargs else {}
         work: Callable[[], Awaitable[Result]] = partial(
             getattr(self._target, name), *map(passed, args), **named
         )
@@ -236,17 +236,22 @@ class Stream(Iterator[Item], Generic[Item]):
         self.close()
 
 
-def _passed(caller: Caller | None, argument: Any) -> Any:
+def _listed(argument: Any) -> Any:
     """An argument as it is passed on: code of the caller runs in the calling thread.
 
     An iterator becomes the list of its items, copied, because it may change an item that it has
-    returned. A function becomes one that is called by `caller`, if that is given.
+    returned.
     """
     if hasattr(type(argument), "__next__"):
         return [_copied(each) for each in argument]
-    if caller is not None and callable(argument):
-        return lambda *args: caller.call_back(partial(argument, *args))
     return argument
+
+
+def _passed(caller: Caller, argument: Any) -> Any:
+    """As `_listed`; a function becomes one that is called by `caller`."""
+    if callable(argument) and not hasattr(type(argument), "__next__"):
+        return lambda *args: caller.call_back(partial(argument, *args))
+    return _listed(argument)
 
 
 def passed_functions(caller: Caller, functions: Any) -> Any:

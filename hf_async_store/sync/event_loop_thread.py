@@ -56,18 +56,17 @@ class _Call(Generic[Result]):
         reply: sets the result of `function` in the event loop.
     """
 
-    __slots__ = ("cancelled", "ended", "error", "function", "reply", "result", "turn", "work")
+    cancelled = False
+    ended = False
+    result: Result | None = None
+    error: BaseException | None = None
+    function: Callable[[], object] | None = None
+    reply: Callable[[], Any] | None = None
 
     def __init__(self, work: Callable[[], Awaitable[Result]]) -> None:
         self.work = work
         self.turn = threading.Lock()
         self.turn.acquire()
-        self.cancelled = False
-        self.ended = False
-        self.result: Result | None = None
-        self.error: BaseException | None = None
-        self.function: Callable[[], object] | None = None
-        self.reply: Callable[[], Any] | None = None
 
     # In the thread.
 
@@ -471,14 +470,12 @@ class _Presence:
 
 def refuse_running_loop() -> None:
     """Raise `EventLoopMismatchError` if the current thread runs an event loop."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    raise EventLoopMismatchError(
-        "a blocking call would stop the event loop that runs in this thread: use "
-        "`hf_async_store.open_store` there"
-    )
+    # Not `get_running_loop`, whose exception takes as long as the rest of what a call does here.
+    if asyncio._get_running_loop() is not None:
+        raise EventLoopMismatchError(
+            "a blocking call would stop the event loop that runs in this thread: use "
+            "`hf_async_store.open_store` there"
+        )
 
 
 os.register_at_fork(after_in_child=EventLoopThread.forget)

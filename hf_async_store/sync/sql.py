@@ -7,7 +7,8 @@ from typing import ClassVar
 from hf_async_store.strategies.sql.strategy import SQLStorageStrategy
 from hf_async_store.strategies.sql.strategy import SQLTransaction as AsyncSQLTransaction
 from hf_async_store.sync.calls import blocking
-from hf_async_store.sync.store import Store, Transaction
+from hf_async_store.sync.store import Store
+from hf_async_store.sync.transaction import Transaction
 
 
 class SQLTransaction(Transaction):

@@ -1,219 +1,37 @@
-"""The blocking store, its transactions and its snapshots."""
+"""The blocking store."""
 
 from __future__ import annotations
 
-from asyncio import CancelledError
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
-from hf_async_store import claims, driver, repository, strategy, transaction
+from hf_async_store import claims, strategy, transaction
 from hf_async_store.arguments import check_callable
 from hf_async_store.claims import LEASE_SECONDS
 from hf_async_store.conflict_retry import RETRY_SECONDS
-from hf_async_store.errors import ClaimLostError, StoreClosedError
+from hf_async_store.errors import StoreClosedError
 from hf_async_store.models import Model
-from hf_async_store.sync.calls import (
-    Blocking,
-    Context,
-    Entering,
-    blocking,
-    calling_back,
-    passed_functions,
-    streaming,
-)
+from hf_async_store.sync.calls import Context, blocking, passed_functions
+from hf_async_store.sync.claims import Claim
 from hf_async_store.sync.event_loop_thread import EventLoopThread, refuse_running_loop
 from hf_async_store.sync.feed import Changes, Subscription
-from hf_async_store.sync.typed import TypedCollection
+from hf_async_store.sync.transaction import Repository, Snapshot, Transaction
+from hf_async_store.sync.typed_collections import TypedCollection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from datetime import datetime
 
     from hf_async_store.driver import Capabilities, Isolation, SchemaProgress
     from hf_async_store.feed import EntityChange
     from hf_async_store.query import Filters, OrderBy
-    from hf_async_store.schema import Collection
     from hf_async_store.transforms import Transforms
-    from hf_async_store.values import Entity, Key, Value
+    from hf_async_store.values import Value
 
 Result = TypeVar("Result")
-
-
-class Repository(Blocking):
-    """The methods that the store and its transactions share: as in `RepositoryInterface`."""
-
-    _target: repository.RepositoryInterface
-
-    @property
-    def collections(self) -> Mapping[str, Collection]:
-        """As `RepositoryInterface.collections`."""
-        return self._target.collections
-
-    create_entity = blocking(repository.RepositoryInterface.create_entity)
-    save_entity = blocking(repository.RepositoryInterface.save_entity)
-    update_entity = blocking(repository.RepositoryInterface.update_entity)
-    delete_entity = blocking(repository.RepositoryInterface.delete_entity)
-    get_entity = blocking(repository.RepositoryInterface.get_entity)
-    modify_entity = calling_back(repository.RepositoryInterface.modify_entity)
-
-    create_entities = blocking(repository.RepositoryInterface.create_entities)
-    save_entities = blocking(repository.RepositoryInterface.save_entities)
-    update_entities = blocking(repository.RepositoryInterface.update_entities)
-    delete_entities = blocking(repository.RepositoryInterface.delete_entities)
-    get_entities = blocking(repository.RepositoryInterface.get_entities)
-    import_entities = blocking(repository.RepositoryInterface.import_entities)
-
-    query_entities = blocking(repository.RepositoryInterface.query_entities)
-    stream_entities = streaming(repository.RepositoryInterface.stream_entities)
-    query_page = blocking(repository.RepositoryInterface.query_page)
-    count_entities = blocking(repository.RepositoryInterface.count_entities)
-
-    update_where = blocking(repository.RepositoryInterface.update_where)
-    delete_where = blocking(repository.RepositoryInterface.delete_where)
-    count_by = blocking(repository.RepositoryInterface.count_by)
-    sum_of = blocking(repository.RepositoryInterface.sum_of)
-    min_of = blocking(repository.RepositoryInterface.min_of)
-    max_of = blocking(repository.RepositoryInterface.max_of)
-
-
-class Transaction(Entering, Repository):
-    """As the asynchronous `Transaction`, for use with `with`. Calls of several threads take turns."""
-
-    _target: transaction.Transaction
-
-    def __enter__(self) -> Self:
-        try:
-            self._run(self._enter)
-            return self
-        except BaseException as exc:
-            self._leave_if_interrupted(exc)
-            raise
-
-    def typed(self, model: type[Model]) -> TypedCollection[Model]:
-        """As `Transaction.typed`."""
-        return TypedCollection(self._target.typed(model), self._loop_thread)
-
-    def begin_transaction(self) -> Self:
-        """As `Transaction.begin_transaction`."""
-
-        async def begin() -> transaction.Transaction:
-            return self._target.begin_transaction()
-
-        return type(self)(self._run(begin), self._loop_thread)
-
-    conditional_update = blocking(transaction.Transaction.conditional_update)
-
-
-class Snapshot(Blocking):
-    """As `driver.Reader`."""
-
-    fetch = blocking(driver.Reader.fetch)
-    first_page = blocking(driver.Reader.first_page)
-    count = blocking(driver.Reader.count)
-    select = streaming(driver.Reader.select)
-    select_batches = streaming(driver.Reader.select_batches, read_ahead=1)
-    select_json = streaming(driver.Reader.select_json, read_ahead=1)
-
-
-class Claim(Blocking):
-    """As the asynchronous `Claim`, for use with `with`: it is renewed in the background.
-
-    If it is lost meanwhile, its methods raise ClaimLostError from then on, and so does the end of the
-    block: a thread cannot be cancelled.
-    """
-
-    _target: claims.Claim
-
-    def __init__(
-        self,
-        claim: claims.Claim,
-        loop_thread: EventLoopThread,
-        transaction_type: type[Transaction],
-    ) -> None:
-        super().__init__(claim, loop_thread)
-        self._transaction_type = transaction_type
-
-    def __repr__(self) -> str:
-        return repr(self._target)
-
-    @property
-    def key(self) -> Key:
-        """Collection and id of the entity."""
-        return self._target.key
-
-    @property
-    def collection(self) -> str:
-        """The collection of the entity."""
-        return self._target.collection
-
-    @property
-    def id(self) -> str:
-        """The id of the entity."""
-        return self._target.id
-
-    @property
-    def entity(self) -> Entity:
-        """The entity as it was claimed."""
-        return self._target.entity
-
-    @property
-    def version(self) -> int:
-        """The version that was claimed, or written last through the claim."""
-        return self._target.version
-
-    @property
-    def token(self) -> int:
-        """As `Claim.token`."""
-        return self._target.token
-
-    @property
-    def attempts(self) -> int:
-        """As `Claim.attempts`."""
-        return self._target.attempts
-
-    @property
-    def expires_at(self) -> datetime:
-        """As `Claim.expires_at`."""
-        return self._target.expires_at
-
-    @property
-    def lease(self) -> float:
-        """In seconds."""
-        return self._target.lease
-
-    update = blocking(claims.Claim.update)
-    finish = blocking(claims.Claim.finish)
-    delete = blocking(claims.Claim.delete)
-    renew = blocking(claims.Claim.renew)
-    release = blocking(claims.Claim.release)
-
-    def transaction(self) -> Transaction:
-        """As `Claim.transaction`, for use with `with`."""
-        return self._transaction_type(self._target.transaction(), self._opened())
-
-    def __enter__(self) -> Self:
-        async def enter() -> None:
-            self._target._enter(None)
-
-        self._run(enter)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if exc is not None and not isinstance(exc, Exception):
-            # KeyboardInterrupt, SystemExit: in a task, asyncio would end the event loop.
-            with suppress(ClaimLostError):
-                self._run(partial(self._target.__aexit__, None, CancelledError(), None))
-            return
-        self._run(partial(self._target.__aexit__, None, exc, None))
 
 
 class Store(Repository):
@@ -319,7 +137,7 @@ class Store(Repository):
 
     def typed(self, model: type[Model]) -> TypedCollection[Model]:
         """As `StorageStrategy.typed`."""
-        return TypedCollection(self._target.typed(model), self._loop_thread)
+        return TypedCollection(self._target.typed(model), self._loop_thread, self.transaction_type)
 
     # -- transactions ------------------------------------------------------------------------
 

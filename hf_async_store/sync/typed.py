@@ -6,8 +6,7 @@ generic class, type checkers other than mypy do not know the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Generic
 
 from hf_async_store import typed
@@ -18,68 +17,73 @@ from hf_async_store.query import Filters, OrderBy
 from hf_async_store.schema import Collection
 from hf_async_store.sync.calls import (
     Blocking,
-    Context,
     Stream,
     blocking,
     calling_back,
     streaming,
 )
-from hf_async_store.sync.feed import Changes
-from hf_async_store.typed import OnInvalid, TypedChange, TypedPage, Versioned
+from hf_async_store.typed import OnInvalid, TypedPage, Versioned
+from hf_async_store.values import Entity
 
-_get = blocking(typed.TypedCollection.get)
-_get_versioned = blocking(typed.TypedCollection.get_versioned)
-_create = blocking(typed.TypedCollection.create)
-_save = blocking(typed.TypedCollection.save)
-_modify = calling_back(typed.TypedCollection.modify)
-_get_many = calling_back(typed.TypedCollection.get_many)
-_create_many = blocking(typed.TypedCollection.create_many)
-_save_many = blocking(typed.TypedCollection.save_many)
-_query = calling_back(typed.TypedCollection.query)
-_stream = streaming(typed.TypedCollection.stream)
-_page = blocking(typed.TypedCollection.page)
-_wait_for = blocking(typed.TypedCollection.wait_for)
+_get = blocking(typed.TypedRepository.get)
+_get_versioned = blocking(typed.TypedRepository.get_versioned)
+_create = blocking(typed.TypedRepository.create)
+_save = blocking(typed.TypedRepository.save)
+_modify = calling_back(typed.TypedRepository.modify)
+_get_many = calling_back(typed.TypedRepository.get_many)
+_create_many = blocking(typed.TypedRepository.create_many)
+_save_many = blocking(typed.TypedRepository.save_many)
+_query = calling_back(typed.TypedRepository.query)
+_stream = streaming(typed.TypedRepository.stream)
+_page = blocking(typed.TypedRepository.page)
 
 
-class TypedCollection(Blocking, Generic[Model]):
-    """As `typed.TypedCollection`."""
+class TypedRepository(Blocking, Generic[Model]):
+    """As `typed.TypedRepository`."""
 
-    _target: typed.TypedCollection[Model]
+    _target: typed.TypedRepository[Model]
 
     @property
     def model(self) -> type[Model]:
-        """As `typed.TypedCollection.model`."""
+        """As `typed.TypedRepository.model`."""
         return self._target.model
 
     @property
     def collection(self) -> Collection:
-        """As `typed.TypedCollection.collection`."""
+        """As `typed.TypedRepository.collection`."""
         return self._target.collection
 
     def id_of(self, instance: Model) -> str:
-        """As `typed.TypedCollection.id_of`."""
+        """As `typed.TypedRepository.id_of`."""
         return self._target.id_of(instance)
 
-    patch = blocking(typed.TypedCollection.patch)
-    delete = blocking(typed.TypedCollection.delete)
-    delete_many = blocking(typed.TypedCollection.delete_many)
-    count = blocking(typed.TypedCollection.count)
-    count_by = blocking(typed.TypedCollection.count_by)
-    update_where = blocking(typed.TypedCollection.update_where)
-    delete_where = blocking(typed.TypedCollection.delete_where)
+    def instance_of(self, entity: Entity) -> Model:
+        """As `typed.TypedRepository.instance_of`."""
+        return self._target.instance_of(entity)
+
+    patch = blocking(typed.TypedRepository.patch)
+    delete = blocking(typed.TypedRepository.delete)
+    delete_many = blocking(typed.TypedRepository.delete_many)
+    count = blocking(typed.TypedRepository.count)
+    count_by = blocking(typed.TypedRepository.count_by)
+    sum_of = blocking(typed.TypedRepository.sum_of)
+    min_of = blocking(typed.TypedRepository.min_of)
+    max_of = blocking(typed.TypedRepository.max_of)
+    update_where = blocking(typed.TypedRepository.update_where)
+    delete_where = blocking(typed.TypedRepository.delete_where)
 
     def get(self, entity_id: str, *, timeout: float | None = None) -> Model | None:
-        """As `typed.TypedCollection.get`."""
+        """As `typed.TypedRepository.get`."""
         return _get(self, entity_id, timeout=timeout)
 
     def get_versioned(
         self, entity_id: str, *, timeout: float | None = None
     ) -> Versioned[Model] | None:
-        """As `typed.TypedCollection.get_versioned`."""
+        """As `typed.TypedRepository.get_versioned`."""
         return _get_versioned(self, entity_id, timeout=timeout)
 
     def create(self, instance: Model, *, timeout: float | None = None) -> int:
-        """As `typed.TypedCollection.create`."""
+        """As `typed.TypedRepository.create`."""
         return _create(self, instance, timeout=timeout)
 
     def save(
@@ -89,7 +93,7 @@ class TypedCollection(Blocking, Generic[Model]):
         expected_version: int | Expect = ANY,
         timeout: float | None = None,
     ) -> int:
-        """As `typed.TypedCollection.save`."""
+        """As `typed.TypedRepository.save`."""
         return _save(self, instance, expected_version=expected_version, timeout=timeout)
 
     def modify(
@@ -100,7 +104,7 @@ class TypedCollection(Blocking, Generic[Model]):
         default: Model | None = None,
         retry_seconds: float = RETRY_SECONDS,
     ) -> int:
-        """As `typed.TypedCollection.modify`; `change` is called in the calling thread."""
+        """As `typed.TypedRepository.modify`; `change` is called in the calling thread."""
         return _modify(self, entity_id, change, default=default, retry_seconds=retry_seconds)
 
     def get_many(
@@ -110,15 +114,15 @@ class TypedCollection(Blocking, Generic[Model]):
         on_invalid: OnInvalid = None,
         timeout: float | None = None,
     ) -> list[Model | None]:
-        """As `typed.TypedCollection.get_many`."""
+        """As `typed.TypedRepository.get_many`."""
         return _get_many(self, ids, on_invalid=on_invalid, timeout=timeout)
 
     def create_many(self, instances: Iterable[Model], *, timeout: float | None = None) -> list[int]:
-        """As `typed.TypedCollection.create_many`."""
+        """As `typed.TypedRepository.create_many`."""
         return _create_many(self, instances, timeout=timeout)
 
     def save_many(self, instances: Iterable[Model]) -> list[int]:
-        """As `typed.TypedCollection.save_many`."""
+        """As `typed.TypedRepository.save_many`."""
         return _save_many(self, instances)
 
     def query(
@@ -131,7 +135,7 @@ class TypedCollection(Blocking, Generic[Model]):
         on_invalid: OnInvalid = None,
         timeout: float | None = None,
     ) -> list[Model]:
-        """As `typed.TypedCollection.query`."""
+        """As `typed.TypedRepository.query`."""
         return _query(
             self, filters, order_by, limit, offset=offset, on_invalid=on_invalid, timeout=timeout
         )
@@ -144,7 +148,7 @@ class TypedCollection(Blocking, Generic[Model]):
         *,
         on_invalid: OnInvalid = None,
     ) -> Stream[Model]:
-        """As `typed.TypedCollection.stream`."""
+        """As `typed.TypedRepository.stream`."""
         return _stream(self, filters, order_by, limit, on_invalid=on_invalid)
 
     def page(
@@ -156,18 +160,5 @@ class TypedCollection(Blocking, Generic[Model]):
         cursor: str | None = None,
         timeout: float | None = None,
     ) -> TypedPage[Model]:
-        """As `typed.TypedCollection.page`."""
+        """As `typed.TypedRepository.page`."""
         return _page(self, filters, order_by, limit, cursor=cursor, timeout=timeout)
-
-    @contextmanager
-    def watch(
-        self, filters: Filters = None, *, since: str | None = None
-    ) -> Iterator[Changes[TypedChange[Model]]]:
-        """As `typed.TypedCollection.watch`, for use with `with`."""
-        with Context(self._opened(), self._target.watch(filters, since=since)) as changes:
-            yield Changes(changes, self._loop_thread)
-
-    def wait_for(self, entity_id: str, filters: Filters = None, *, timeout: float | None) -> Model:
-        """As `typed.TypedCollection.wait_for`."""
-        instance: Model = _wait_for(self, entity_id, filters, timeout=timeout)
-        return instance

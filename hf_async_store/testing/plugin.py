@@ -113,6 +113,11 @@ def random_of(name: str) -> Random:
     return Random(f"{os.environ[SEED_VARIABLE]} {name}")
 
 
+def repeating() -> str:
+    """How a run is repeated with the same seed."""
+    return f"--hf-seed {os.environ[SEED_VARIABLE]} repeats the random choices of this run"
+
+
 class _SkippedEngines:
     """Reports the engines and the faults that were skipped; fails the run if all engines are required."""
 
@@ -149,3 +154,6 @@ class _SkippedEngines:
             )
         for each in self._not_tried:
             terminalreporter.line(each, yellow=True)
+        failed = (*terminalreporter.getreports("failed"), *terminalreporter.getreports("error"))
+        if any("hf_sampled" in each.keywords for each in failed):
+            terminalreporter.line(repeating())

@@ -125,6 +125,23 @@ class StreamContract:
                     "label": how,
                 }
 
+    async def test_121_an_abandoned_store_keeps_what_was_acknowledged(
+        self, harness: Harness
+    ) -> None:
+        """The process can end without a warning."""
+        url = harness.url()
+        if url is None:
+            store = await harness.store().open()
+            store.abandon()
+            return
+        code, stderr = await _child(_UNCLOSED_STORE_PROGRAM, url, "abandons")
+        assert code == 0, stderr
+        for each in (*_ERROR_MESSAGES, "ResourceWarning"):
+            assert each not in stderr, stderr
+        async with harness.store() as store:
+            assert (await get_existing(store, "items", "acknowledged"))["label"] == "abandons"
+            assert await store.update_entity("items", "acknowledged", {}) == 2
+
     # 136 ------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("way", LEAVING)
@@ -262,6 +279,8 @@ async def main():
         raise RuntimeError("the service fails")
     if how == "exits":
         sys.exit(3)
+    if how == "abandons":
+        store.abandon()
 
 asyncio.run(main())
 """

@@ -12,7 +12,7 @@ from hf_async_store_bench import resource_usage
 from hf_async_store_bench.dataset_cache import DatasetCache
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Load
-from hf_async_store_bench.scaling import ends_first
+from hf_async_store_bench.settings import FULL
 from hf_async_store_bench.systems import chosen, named
 
 GET = Load(workload="get", tasks=2, entities=300)
@@ -94,15 +94,8 @@ def test_bytes_sent_by_a_connection_are_counted() -> None:
 
 
 def test_sweeps_begin_with_both_ends() -> None:
-    assert ends_first([100, 1000, 10_000, 100_000, 1_000_000]) == [
-        100,
-        1_000_000,
-        10_000,
-        1000,
-        100_000,
-    ]
-    assert ends_first([1, 8, 64, 512]) == [1, 512, 8, 64]
-    assert ends_first([1]) == [1]
+    for each in FULL.series:
+        assert set(each.values[:2]) == {min(each.values), max(each.values)}
 
 
 @pytest.mark.long

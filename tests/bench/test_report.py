@@ -13,13 +13,15 @@ import pytest
 from browser import browse
 from PIL import Image
 
-from hf_async_store_bench import charts, report, targets
+from hf_async_store import ConfigurationError
+from hf_async_store_bench import charts, report, tables, targets
 from hf_async_store_bench.environments import Environments
 from hf_async_store_bench.messages import Load
 from hf_async_store_bench.results import Results
 from hf_async_store_bench.run import Run
 from hf_async_store_bench.settings import Series, Settings
-from hf_async_store_bench.systems import chosen
+from hf_async_store_bench.statistics import ratio_of_runs
+from hf_async_store_bench.systems import chosen, named
 from hf_async_store_bench.tables import shown
 
 SETTINGS = Settings(
@@ -169,13 +171,67 @@ async def test_a_sweep_stops_at_its_budget(tmp_path: Path) -> None:
     with Environments(folder=str(tmp_path)) as environments:
         found = await Run(settings, chosen(["memory"]), environments, lambda text: None).whole()
     assert [point.size for point in found.sweeps[0].curves[0].points] == [100]
-    assert [each.what for each in found.skipped] == ["growth with entities: memory at 400, 200"]
+    skipped = [f"growth with entities: at {each}" for each in (200, 400)]
+    assert [each.what for each in found.skipped] == skipped
 
 
 def test_every_target_has_a_row(results: Results) -> None:
     rows = {(each.engine, each.what) for each in results.figures}
     assert {(each.engine, each.what) for each in targets.TARGETS} <= rows
     assert all(each.note for each in results.figures if each.value is None)
+
+
+async def test_latencies_are_measured_at_several_shares(tmp_path: Path) -> None:
+    settings = msgspec.structs.replace(SETTINGS, series=(), shares=(0.25, 0.5))
+    names = ["json", "group commit by hand"]
+    with Environments(folder=str(tmp_path)) as environments:
+        found = await Run(
+            settings, list(map(named, names)), environments, lambda text: None
+        ).whole()
+    ways = ("as fast as it is answered", "25% at fixed times", "50% at fixed times")
+    assert [each[:3] for each in tables.latencies(found).rows] == [
+        ("save, 4 tasks", name, each) for name in names for each in ways
+    ]
+
+
+def test_the_table_of_speed_measures_each_target_and_nothing_else() -> None:
+    settings = targets.speed()
+    pairs = settings.pairs or {}
+    assert {each.name for each in settings.loads} == pairs.keys()
+    for target in targets.TARGETS:
+        if target.table:
+            assert target.engine in pairs[target.load.name]
+            assert (target.against or target.engine) in pairs[target.other_load.name]
+
+
+def test_another_load_may_be_the_baseline(results: Results) -> None:
+    """The rate of one load in parts of that of another, in the same run."""
+    target = targets.PerformanceTarget(
+        engine="memory", workload="get", tasks=1, against="memory", other="save", other_tasks=4,
+        of="rate", at_least=1.0,
+    )  # fmt: skip
+    figure = targets._measured(results, target)
+    assert figure.what == "get, 1 task, against memory: save, 4 tasks"
+    get, save = (results.cell("memory", each) for each in ("get, 1 task", "save, 4 tasks"))
+    assert get is not None
+    assert save is not None
+    assert (figure.value, figure.low, figure.high) == ratio_of_runs(get.rates, save.rates)
+    assert "x by processor time" in figure.detail
+
+
+def test_the_results_of_a_run_are_written_where_the_page_has_its_lines(
+    results: Results, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    lines = [f"<!-- results: written by `make bench-{each}` -->" for each in ("full", "speed")]
+    page.write_text("".join(f"{each}\n\nold\n\n<!-- end of results -->\n" for each in lines))
+    report.write_into(page, msgspec.structs.replace(results, mode="speed"))
+    full, speed = page.read_text().split(lines[1])
+    assert "old" in full
+    assert "old" not in speed
+    assert "| memory |" in speed
+    with pytest.raises(ConfigurationError, match="bench-short"):
+        report.around_results(page, "short")
 
 
 def _charts(results: Results) -> Iterator[charts.Chart]:

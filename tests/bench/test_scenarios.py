@@ -27,6 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     "name",
     [
         "opening",
+        "soak of json",
         *(
             pytest.param(each, marks=pytest.mark.long)
             for each in ("event loop", "memory", "migration memory")

@@ -110,7 +110,7 @@ def test_a_screen(way: str) -> None:
     with on_a_terminal("top", "--interval", "600") as (terminal, process):
         seen = read_until(terminal, "a test write took")
         assert "machines" in seen
-        assert "sizes: " in seen
+        assert "bytes: " in seen
         assert "\x1b[?1049h" in seen
         if way == "q":
             os.write(terminal, b"q")

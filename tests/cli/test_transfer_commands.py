@@ -102,7 +102,7 @@ def test_a_file_of_another_program(filled: Cli) -> None:
     words = ("import", "machines", "hosts.csv", "--format", "csv", "--key", "hostname")
     ran = filled(*words, "--dry-run")
     assert (ran.code, ran.rows[0]["imported"], ran.rows[0]["refused"]) == (3, 1, 1)
-    assert "line 2: machines already has an entity 'm-1'" in ran.err
+    assert "line 2: machines already has an entity 'm-1'; use --update, --replace or" in ran.err
     ran = filled(*words, "--skip-existing", "--dry-run")
     assert (ran.code, ran.rows[0]["imported"], ran.rows[0]["skipped"]) == (0, 1, 1)
     assert filled("count", "machines").out == "3\n"

@@ -169,3 +169,10 @@ def test_nothing_is_reported_if_no_engine_was_skipped(tmp_path: Path) -> None:
     result = run(tmp_path, "-k", "passes or seed", HF_ASYNC_STORE_REQUIRE_ENGINES="all")
     assert result.returncode == pytest.ExitCode.OK, result.stdout
     assert "left out" not in result.stdout
+
+
+def test_a_run_in_which_a_variant_failed_names_its_seed(tmp_path: Path) -> None:
+    (tmp_path / "test_failing.py").write_text(_VARIANTS.replace("pass", "assert not number", 1))
+    result = run(tmp_path, "-q", "test_failing.py", "--hf-seed=7")
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout
+    assert "--hf-seed 7 repeats the random choices of this run" in result.stdout.splitlines()

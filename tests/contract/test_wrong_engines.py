@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import pytest
 
-from hf_async_store import Collection, StorageStrategy
+from hf_async_store import Collection
 from hf_async_store.config import MemoryConfig
 from hf_async_store.driver import (
     Change,
@@ -37,45 +37,35 @@ from hf_async_store.driver import (
     Session,
     batched,
 )
-from hf_async_store.errors import ConcurrencyConflictError
+from hf_async_store.errors import (
+    ConcurrencyConflictError,
+    StorageError,
+    UnavailableError,
+)
 from hf_async_store.query import EVERYTHING
 from hf_async_store.strategies.json.engine import JSONEngine
 from hf_async_store.strategies.memory import MemoryEngine
 from hf_async_store.strategies.sql.engine import SQLEngine
-from hf_async_store.strategy import schema_of
 from hf_async_store.testing.contract import StrategyContract
-from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, Harness
 from tests.contract.harnesses import JSONHarness, MemoryHarness, SQLiteHarness
+from tests.contract.wrong_engines import (
+    Nothing,
+    Wrapped,
+    WrongHarness,
+    is_refused,
+    run_case,
+    sessions_of,
+)
 
-_SECONDS: Final = 20.0
 _TOKEN: Final = 1
 
 
-class _Nothing(Reader):
-    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
-        return [None for _ in keys]
-
-    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        for each in ():
-            yield each
-
-
-class _Wrapped:
-    """A reader or a session that does one thing wrongly."""
-
-    def __init__(self, right: Any) -> None:
-        self._right = right
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._right, name)
-
-
-class _MiscountsFilters(_Wrapped):
+class _MiscountsFilters(Wrapped):
     async def count(self, query: Query) -> int:
         return await self._right.count(query) + (query.where != EVERYTHING)
 
 
-class _WritesNoMarkers(_Wrapped):
+class _WritesNoMarkers(Wrapped):
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         outcomes: list[Outcome] = await self._right.write(_unmarked(changes))
         return outcomes
@@ -87,7 +77,7 @@ def _unmarked(changes: Iterable[Change]) -> list[Change]:
 
 class _EmptySnapshot(MemoryEngine):
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:
-        return nullcontext(_Nothing())
+        return nullcontext(Nothing())
 
 
 class _LiveSnapshot(MemoryEngine):
@@ -104,13 +94,6 @@ class _MiscountingSnapshot(MemoryEngine):
     async def snapshot(self) -> AsyncGenerator[Any, None]:
         async with super().snapshot() as reader:
             yield _MiscountsFilters(reader)
-
-
-class _MiscountingSession(MemoryEngine):
-    @asynccontextmanager
-    async def session(self, isolation: Isolation | None) -> AsyncGenerator[Any, None]:
-        async with super().session(isolation) as session:
-            yield _MiscountsFilters(session)
 
 
 class _Miscounts(MemoryEngine):
@@ -136,13 +119,6 @@ class _RemembersNothing(MemoryEngine):
 class _DropsMarkers(MemoryEngine):
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         return await super().write_each(_unmarked(changes))
-
-
-class _DropsMarkersOfSessions(MemoryEngine):
-    @asynccontextmanager
-    async def session(self, isolation: Isolation | None) -> AsyncGenerator[Any, None]:
-        async with super().session(isolation) as session:
-            yield _WritesNoMarkers(session)
 
 
 class _DropsEntries(MemoryEngine):
@@ -240,12 +216,12 @@ class _ExplainsWrongly(MemoryEngine):
 
 class _SelectsNothing(MemoryEngine):
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        return _Nothing().select(query)
+        return Nothing().select(query)
 
 
 class _SelectsNoBatches(MemoryEngine):
     def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        return batched(_Nothing().select(query))
+        return batched(Nothing().select(query))
 
 
 class _HasNoFew(MemoryEngine):
@@ -254,15 +230,13 @@ class _HasNoFew(MemoryEngine):
 
 
 class _ChangesNoMatches(MemoryEngine):
-    async def change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
+    async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         return ChangedMatches([], [], [])
 
 
 class _SelectsNoJSON(MemoryEngine):
     def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
-        return _Nothing().select_json(query)
+        return Nothing().select_json(query)
 
 
 class _WritesNothing(MemoryEngine):
@@ -292,6 +266,115 @@ class _NeverCloses(MemoryEngine):
         pass
 
 
+class _OrdersPagesById(MemoryEngine):
+    async def first_page(self, query: Query) -> Query:
+        return msgspec.structs.replace(query, order=(), by_id=True)
+
+
+class _PagesOfEverything(MemoryEngine):
+    async def first_page(self, query: Query) -> Query:
+        return msgspec.structs.replace(await super().first_page(query), where=EVERYTHING)
+
+
+class _IsUnwell(MemoryEngine):
+    async def health(self) -> Mapping[str, Any]:
+        return {"problems": ["nothing can be done about it"]}
+
+
+class _TellsObjects(MemoryEngine):
+    async def health(self) -> Mapping[str, Any]:
+        return {"engine_object": self}
+
+
+class _TellsWhatIsStored(MemoryEngine):
+    async def health(self) -> Mapping[str, Any]:
+        return {"tables": str([each.entities for each in self._stored.tables.values()])}
+
+
+class _DescribesObjects(MemoryEngine):
+    def describe(self) -> Mapping[str, Any]:
+        return {"location": Path("/")}
+
+
+class _DescribesWhatIsStored(MemoryEngine):
+    def describe(self) -> Mapping[str, Any]:
+        return {"tables": str([each.entities for each in self._stored.tables.values()])}
+
+
+class _LeadsElsewhere(MemoryEngine):
+    def direct(self, method: str, *, writes: bool) -> AbstractAsyncContextManager[Engine]:
+        return nullcontext(MemoryEngine(self._schema, MemoryConfig()))
+
+
+class _LeadsNowhere(MemoryEngine):
+    def direct(self, method: str, *, writes: bool) -> AbstractAsyncContextManager[Any]:
+        return nullcontext()
+
+
+class _RefusesItsOwn(MemoryEngine):
+    async def check_direct(self, method: str) -> None:
+        raise UnavailableError(f"{method} is refused")
+
+
+class _LeadsOutOfTheSession(Wrapped):
+    async def direct(self, method: str) -> Any:
+        return Nothing()
+
+
+class _FailsToAbandon(MemoryEngine):
+    def abandon(self) -> None:
+        raise UnavailableError("the connections cannot be closed now")
+
+
+class _WritesNothingInSessions(Wrapped):
+    async def write(self, changes: Sequence[Change]) -> list[Outcome]:
+        return [1 for _ in changes]
+
+
+class _HidesFailures(Wrapped):
+    async def write(self, changes: Sequence[Change]) -> list[Outcome]:
+        outcomes = await self._right.write(changes)
+        return [1 if isinstance(each, StorageError) else each for each in outcomes]
+
+
+class _KeepsWhatIsRolledBack(Wrapped):
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncGenerator[Any, None]:
+        yield self._right
+
+
+class _RollsBackWhatIsKept(Wrapped):
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncGenerator[Any, None]:
+        with suppress(ZeroDivisionError):
+            async with self._right.savepoint() as inner:
+                yield inner
+                raise ZeroDivisionError
+
+
+class _CommitsFailures(MemoryEngine):
+    @asynccontextmanager
+    async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
+        failure: BaseException | None = None
+        async with super().session(isolation) as session:
+            try:
+                yield session
+            except BaseException as exc:  # raised again below
+                failure = exc
+        if failure is not None:
+            raise failure
+
+
+class _RefusesAllOrNone(MemoryEngine):
+    async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        outcomes = await super().write_each(changes)
+        failed = [each for each in outcomes if isinstance(each, StorageError)]
+        return [failed[0] for _ in outcomes] if failed else outcomes
+
+
+_DESCRIBED: Final = "test_70_what_a_store_tells_of_itself"
+_DIRECT: Final = "test_124_a_method_of_its_own_reaches_the_engine"
+_ABANDONED: Final = "test_121_an_abandoned_store_keeps_what_was_acknowledged"
 _SNAPSHOT: Final = "test_124_a_snapshot_has_what_was_written"
 _TOLD: Final = "test_124_declarations_are_recorded_and_merged"
 _SAME: Final = "test_134_two_stores_on_the_same_data_are_the_same_store"
@@ -303,13 +386,13 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
     (_EmptyEventualSnapshot, _SNAPSHOT),
     (_MiscountingSnapshot, _SNAPSHOT),
     (_LiveSnapshot, "test_47_a_snapshot_does_not_change_while_it_is_open"),
-    (_MiscountingSession, "test_124_a_transaction_counts_what_it_selects"),
+    (sessions_of(_MiscountsFilters), "test_124_a_transaction_counts_what_it_selects"),
     (_Miscounts, "test_63_count_equals_the_streamed_length"),
     (_KnowsNoUndeclared, "test_124_an_entity_is_fetched_without_a_declaration"),
     (_KnowsNoDeclarations, _TOLD),
     (_RemembersNothing, _TOLD),
     (_DropsMarkers, "test_124_a_marker_is_written_with_its_change"),
-    (_DropsMarkersOfSessions, "test_124_a_marker_is_part_of_a_transaction"),
+    (sessions_of(_WritesNoMarkers), "test_124_a_marker_is_part_of_a_transaction"),
     (_DropsEntries, "test_109_a_claim_is_no_change"),
     (_ForgetsBefore, "test_109_an_entity_comes_as_it_was_written"),
     (_NeverWakes, "test_124_a_wait_for_a_feed_ends_with_a_change"),
@@ -337,6 +420,28 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
     (_ListsNoClaims, "test_106_renew_extends_and_release_frees"),
     (_BeginsFeedsTooEarly, "test_109_a_watch_begins_when_it_is_entered"),
     (_NeverCloses, "test_124_a_session_cannot_commit_after_close"),
+    (_LiveSnapshot, "test_128_every_read_sees_one_snapshot"),
+    (_OrdersPagesById, "test_62_pages_show_every_unchanged_row_once"),
+    (_PagesOfEverything, "test_61_limit_counts_matches"),
+    (_IsUnwell, _DESCRIBED),
+    (_TellsObjects, _DESCRIBED),
+    (_TellsWhatIsStored, _DESCRIBED),
+    (_DescribesWhatIsStored, _DESCRIBED),
+    (_DescribesObjects, "test_76_opening_does_no_io"),
+    (_LeadsElsewhere, _DIRECT),
+    (_LeadsNowhere, _DIRECT),
+    (_RefusesItsOwn, _DIRECT),
+    (sessions_of(_LeadsOutOfTheSession), _DIRECT),
+    (_FailsToAbandon, _ABANDONED),
+    (sessions_of(_WritesNothingInSessions), "test_35_commit_shows_everything_across_collections"),
+    (sessions_of(_HidesFailures), "test_39_a_failed_change_aborts_the_transaction"),
+    (sessions_of(_KeepsWhatIsRolledBack), "test_44_an_inner_rollback_keeps_the_outer_work"),
+    (
+        sessions_of(_RollsBackWhatIsKept),
+        "test_44_inner_changes_are_committed_by_the_outer_transaction",
+    ),
+    (_CommitsFailures, "test_36_an_exception_rolls_back_and_propagates"),
+    (_RefusesAllOrNone, "test_66_a_conflict_does_not_affect_the_other_changes"),
 ]
 
 
@@ -344,54 +449,16 @@ def _number(case: str) -> int:
     return int(case.split("_")[1])
 
 
-class _WrongHarness(MemoryHarness):
-    def __init__(self, engine: type[MemoryEngine]) -> None:
-        self.capabilities = engine.capabilities
-        self._engine = engine
-
-    def store(
-        self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
-    ) -> StorageStrategy:
-        schema = schema_of(collections)
-        config = msgspec.convert(settings, MemoryConfig)
-        return StorageStrategy(self._engine(schema, config), schema)
-
-
-async def _run(case: str, harness: Harness) -> None:
-    """Run a case of the contract."""
-    method = getattr(StrategyContract(), case)
-    wanted = inspect.signature(method).parameters
-    given: dict[str, object] = {
-        each: harness for each in ("harness", "enforcing") if each in wanted
-    }
-    async with asyncio.timeout(_SECONDS):
-        if "store" not in wanted:
-            await method(**given)
-            return
-        async with harness.store() as store:
-            await method(store=store, **given)
-
-
-async def _is_refused(case: str, harness: Harness) -> bool:
-    try:
-        await _run(case, harness)
-    except Exception:
-        return True
-    except pytest.fail.Exception:
-        return True
-    return False
-
-
 @pytest.mark.parametrize("case", sorted({case for _, case in _IN_MEMORY}))
 async def test_the_right_engine_passes(case: str) -> None:
-    await _run(case, MemoryHarness())
+    await run_case(case, MemoryHarness())
 
 
 @pytest.mark.parametrize(
     ("engine", "case"), _IN_MEMORY, ids=[each.__name__.strip("_") for each, _ in _IN_MEMORY]
 )
 async def test_a_wrong_engine_fails(engine: type[MemoryEngine], case: str) -> None:
-    assert await _is_refused(case, _WrongHarness(engine))
+    assert await is_refused(case, WrongHarness(engine))
 
 
 # -- an engine that works after `close` ----------------------------------------------------------
@@ -406,7 +473,7 @@ async def test_an_engine_that_reads_after_close_fails() -> None:
     case = StrategyContract().test_124_no_method_works_after_close
     await case(MemoryHarness())
     with pytest.raises(AssertionError, match="fetch"):
-        await case(_WrongHarness(_ReadsAfterClose))
+        await case(WrongHarness(_ReadsAfterClose))
 
 
 # -- engines whose stores outlive their programs -------------------------------------------------
@@ -449,8 +516,9 @@ WRONG_METHODS: Final = {
     *(
         (method, _number(case))
         for engine, case in _IN_MEMORY
-        for method in vars(engine)
-        if method[0] != "_" and inspect.isfunction(getattr(engine, method))
+        for kind in (engine, getattr(engine, "sessions", engine))
+        for method in vars(kind)
+        if method[0] != "_" and inspect.isfunction(getattr(kind, method))
     ),
 }
 """Each method that an engine does wrongly, with the number of the case that refuses it."""
@@ -466,17 +534,17 @@ async def test_a_wrong_engine_with_files_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    await _run(case, JSONHarness(tmp_path / "right", "db.json"))
+    await run_case(case, JSONHarness(tmp_path / "right", "db.json"))
     monkeypatch.setattr(JSONEngine, method, wrong)
-    assert await _is_refused(case, JSONHarness(tmp_path / "wrong", "db.json"))
+    assert await is_refused(case, JSONHarness(tmp_path / "wrong", "db.json"))
 
 
 async def test_an_engine_that_hides_what_it_lacks_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await _run(_INDEX, SQLiteHarness(tmp_path / "right"))
+    await run_case(_INDEX, SQLiteHarness(tmp_path / "right"))
     monkeypatch.setattr(SQLEngine, "schema_changes", _no_names)
-    assert await _is_refused(_INDEX, SQLiteHarness(tmp_path / "wrong"))
+    assert await is_refused(_INDEX, SQLiteHarness(tmp_path / "wrong"))
 
 
 # -- engines whose transactions are optimistic --------------------------------------------------
@@ -498,7 +566,7 @@ class _Optimistic(MemoryEngine):
 
 @pytest.mark.parametrize("case", [_FIRST_CLAIM, "test_106_renew_extends_and_release_frees"])
 async def test_the_defaults_of_claims_try_again_after_a_conflict(case: str) -> None:
-    await _run(case, _WrongHarness(_Optimistic))
+    await run_case(case, WrongHarness(_Optimistic))
 
 
 def test_no_part_of_the_contract_hides_a_fixture_or_a_test_of_another() -> None:

@@ -14,6 +14,7 @@ import pytest
 from docs_site import reference
 from hf_async_store import driver
 from hf_async_store.driver import INTERFACE_VERSION, Capabilities, Engine, Reader, Session
+from tests.contract.test_wrong_capabilities import WRONG
 from tests.contract.test_wrong_engines import WRONG_METHODS
 from tests.docs.test_contract_page import listed
 
@@ -90,6 +91,17 @@ def test_a_case_that_refuses_a_wrong_method_is_in_its_row(method: str, case: int
         each.name: each for kind in (Reader, Session, Engine) for each in rows_below(kind.__name__)
     }
     assert case in rows[method].cases
+
+
+def test_each_method_is_done_wrongly_by_an_engine() -> None:
+    rows = [each for kind in (Reader, Session, Engine) for each in rows_below(kind.__name__)]
+    assert {each.name for each in rows} == {method for method, _ in WRONG_METHODS}
+
+
+@pytest.mark.parametrize(("capability", "case"), sorted({(each[0], each[2]) for each in WRONG}))
+def test_a_case_that_refuses_a_wrong_declaration_is_in_its_row(capability: str, case: str) -> None:
+    rows = {each.name: each for each in rows_below("Capabilities")}
+    assert int(case.split("_")[1]) in rows[capability].cases
 
 
 def test_the_version_is_on_the_page() -> None:

@@ -14,8 +14,10 @@ from hf_async_store import (
     Entity,
     Page,
     Transaction,
+    TypedClaim,
     TypedCollection,
     TypedPage,
+    TypedRepository,
     Value,
     Versioned,
     and_,
@@ -90,6 +92,17 @@ async def typed() -> None:
         assert_type(await jobs.patch("j", status="DONE"), int)
         assert_type(await jobs.modify("j", _done), int)
         assert_type(await jobs.save(Job("k"), expected_version=ABSENT), int)
+        [claim] = await jobs.claim({"status": "WAITING"}, order_by="job_id", wait=1.0)
+        assert_type(claim, TypedClaim[Job])
+        async with claim as entered:
+            assert_type(entered, TypedClaim[Job])
+            assert_type(claim.instance.status, str)
+            assert_type(await claim.update(status="RUNNING"), int)
+            assert_type(claim.claim.entity, Entity)
+            async with claim.transaction() as tx:
+                assert_type(tx.typed(Job), TypedRepository[Job])
+            await claim.finish(_done(claim.instance), status="DONE")
+        assert_type(jobs.instance_of({"job_id": "j"}), Job)
         async with store.begin_transaction() as tx:
             assert_type(await tx.typed(Machine).get("m"), Machine | None)
 
@@ -103,3 +116,12 @@ def blocking() -> None:
         assert_type(store.get_entity("jobs", "j"), Entity | None)
         assert_type(store.typed(Job).get("j"), Job | None)
         assert_type(store.typed(Job).query(), list[Job])
+        [claim] = store.typed(Job).claim(limit=1)
+        assert_type(claim, sync.TypedClaim[Job])
+        with claim as entered:
+            assert_type(entered, sync.TypedClaim[Job])
+            assert_type(claim.instance, Job)
+            assert_type(claim.update(Job("j")), int)
+            with claim.transaction() as tx:
+                assert_type(tx.typed(Job).get("j"), Job | None)
+            claim.finish(status="DONE")

@@ -36,6 +36,13 @@ async def mistakes() -> None:
         await jobs.save(Job("j"), expected_version="1")  # error
         await jobs.modify("j", lambda _: Machine("m"))  # error
         await jobs.query(["status"])  # error
+        [claim] = await jobs.claim()
+        print(claim.instance.name)  # error
+        await claim.update(Machine("m"))  # error
+        await claim.finish({"status": "DONE"})  # error
+        await jobs.claim(lease="1")  # error
+        async with store.begin_transaction() as tx:
+            await tx.typed(Job).claim()  # error
         await store.save_entity("jobs", ["j"])  # error
         await store.get_entity("jobs", 1)  # error
         await store.query_entities("jobs", "status")  # error
@@ -50,3 +57,5 @@ def blocking_mistakes() -> None:
     with sync.open_store("memory:", collections=[JOBS]) as store:
         store.typed(Job).save(Machine("m"))  # error
         print(store.typed(Job).get("j").status)  # error
+        [claim] = store.typed(Job).claim()
+        claim.finish(Machine("m"))  # error

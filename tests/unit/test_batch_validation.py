@@ -71,7 +71,7 @@ def check_same(collection: Collection, items: list[Any]) -> bool:
     assert with_types(items) == before, "the batch validation modified its input"
     if found is None:
         return False
-    assert with_types(found) == validated_one_by_one(collection, items)
+    assert with_types(list(zip(*found, strict=True))) == validated_one_by_one(collection, items)
     return True
 
 
@@ -197,4 +197,4 @@ def test_the_result_shares_nothing_with_the_input() -> None:
     assert found is not None
     items[0]["any"].append("more")
     items[0]["text"] = "more"
-    assert found[0][1] == entity(0, any=[0])
+    assert found[1][0] == entity(0, any=[0])

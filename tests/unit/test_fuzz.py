@@ -354,7 +354,7 @@ def _batches(items: list[Any]) -> None:
     if together is None:
         return  # then each entity is validated
     assert refused is None, f"column by column it was accepted: {refused}"
-    assert [(key, typed(entity)) for key, entity in together] == [
+    assert [(key, typed(entity)) for key, entity in zip(*together, strict=True)] == [
         (key, typed(entity)) for key, entity in one_by_one
     ]
 

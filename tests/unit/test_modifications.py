@@ -31,7 +31,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return await write(self, changes)
 
     monkeypatch.setattr(MemoryEngine, "write_each", noted)
-    monkeypatch.setattr(MemoryEngine, "_shares_changes", lambda self, key: True)
+    monkeypatch.setattr(MemoryEngine, "shares_changes", lambda self, key: True)
     return found
 
 

@@ -19,6 +19,7 @@ PAIRS: Final[list[tuple[type, type]]] = [
     (hf_async_store.StorageStrategy, sync.Store),
     (hf_async_store.Transaction, sync.Transaction),
     (Reader, sync.Snapshot),
+    (hf_async_store.TypedRepository, sync.TypedRepository),
     (hf_async_store.TypedCollection, sync.TypedCollection),
     (hf_async_store.JSONStorageStrategy, sync.JSONStore),
     (hf_async_store.SQLStorageStrategy, sync.SQLStore),

@@ -20,6 +20,7 @@ import pytest
 from hf_async_store import (
     ABSENT,
     BatchError,
+    ClaimLostError,
     Collection,
     ConcurrencyConflictError,
     ConfigurationError,
@@ -771,3 +772,182 @@ async def test_two_tasks_that_save_one_entity_both_succeed(opened: Any) -> None:
         *(jobs.save_many([model(job_id="j"), model(job_id=f"j{n}")]) for n in range(8))
     )
     assert (await jobs.get_versioned("j")).version == 16
+
+
+# -- claims ---------------------------------------------------------------------------------
+
+
+async def test_a_claim_has_an_instance(opened: Any) -> None:
+    store, model, place = opened
+    jobs = store.typed(model)
+    await jobs.create_many(
+        [model(job_id=each, place=place(room="r", floor=2)) for each in ("a", "b")]
+    )
+    claimed = await jobs.claim({"status": Status.WAITING}, order_by="job_id", limit=5)
+    assert [each.instance for each in claimed] == await jobs.query(order_by="job_id")
+    assert await jobs.claim() == []
+    a, b = claimed
+    assert (a.id, a.collection, a.key.id, a.version, a.attempts) == ("a", "jobs", "a", 1, 1)
+    assert (a.token, a.lease, a.expires_at) == (a.claim.token, 30.0, a.claim.expires_at)
+    assert repr(a) == repr(a.claim)
+    async with a as same:
+        assert same is a
+        assert await a.update(status=Status.DONE, attempts=increment(2)) == 2
+        await a.renew(60.0)
+        await a.finish(due_at=AT)
+    assert await jobs.get("a") == model(
+        job_id="a", status=Status.DONE, attempts=2, due_at=AT, place=place(room="r", floor=2)
+    )
+    await b.release(after=60.0)
+    assert [each.id for each in await store.claims("jobs")] == ["b"]
+    await store.break_claim("jobs", "b")
+    [again] = await jobs.claim({"job_id": "b"})
+    await again.delete()
+    assert await jobs.get("b") is None
+
+
+async def test_a_claim_writes_what_was_changed_in_its_instance(opened: Any) -> None:
+    store, model, place = opened
+    jobs = store.typed(model)
+    await store.create_entity("jobs", {"job_id": "a", "unknown": 1})
+    [claim] = await jobs.claim()
+    with pytest.raises(UnsupportedValueError, match="an instance of"):
+        await claim.update({"status": "DONE"})
+    job = claim.instance
+    job.attempts, job.tags = 7, ["x"]
+    await store.update_entity("jobs", "a", {"status": "DONE"})  # by another program
+    assert await claim.update(job) == 3
+    job.tags.append("y")
+    job.place = place(room="r")
+    await claim.finish(job, attempts=8)
+    stored = await store.get_entity("jobs", "a")
+    del stored["created_at"], stored["updated_at"]
+    assert stored == {
+        "job_id": "a",
+        "unknown": 1,
+        "status": "DONE",
+        "attempts": 8,
+        "tags": ["x", "y"],
+        "place": {"room": "r", "floor": 0},
+        "version": 4,
+    }
+    assert await store.claims("jobs") == []
+
+
+async def test_an_instance_undoes_what_its_claim_has_written(opened: Any) -> None:
+    store, model, _ = opened
+    jobs = store.typed(model)
+    await jobs.create(model(job_id="a"))
+    [claim] = await jobs.claim()
+    await claim.update(status=Status.DONE, attempts=increment(1))
+    await claim.finish(claim.instance)
+    assert await jobs.get("a") == model(job_id="a")
+
+
+async def test_a_transaction_of_a_claim_is_typed(opened: Any) -> None:
+    store, model, _ = opened
+    jobs = store.typed(model)
+    await jobs.create(model(job_id="a"))
+    [claim] = await jobs.claim()
+    async with claim.transaction() as tx:
+        typed = tx.typed(model)
+        await typed.save(model(job_id="a", attempts=1))
+        await typed.create(model(job_id="b"))
+        assert not hasattr(typed, "claim")
+        assert not hasattr(typed, "watch")
+    await store.break_claim("jobs", "a")
+    for change in (
+        lambda: claim.update(attempts=2),
+        lambda: claim.update(model(job_id="a", attempts=2)),
+        lambda: claim.finish(attempts=2),
+        claim.finish,
+        claim.renew,
+        claim.release,
+        claim.delete,
+    ):
+        with pytest.raises(ClaimLostError):
+            await change()
+    assert (await jobs.get("a")).attempts == 1
+
+
+async def test_an_entity_that_does_not_fit_is_claimed(opened: Any) -> None:
+    store, model, _ = opened
+    jobs = store.typed(model)
+    await store.create_entity("jobs", {"job_id": "a", "status": "NONE"})
+    [claim] = await jobs.claim()
+    with pytest.raises(EntityMismatchError, match="status"):
+        _ = claim.instance
+    with pytest.raises(EntityMismatchError, match="status"):
+        await claim.update(model(job_id="a"))
+    assert await jobs.claim() == []
+    with pytest.raises(InvalidFieldError, match="did you mean 'status'"):
+        await claim.finish(state=Status.DONE)
+    await claim.finish(status=Status.DONE)
+    assert await jobs.get("a") == model(job_id="a", status=Status.DONE)
+
+
+class Document(msgspec.Struct, omit_defaults=True):
+    document_id: str
+    content: Any = None
+    note: str | None = None
+    version: int = 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [({"a": [1]}, {"a": [1, 2]}), (1, True), (1, 1.0), ([{}], [{"b": None}])]
+)
+async def test_a_claim_finds_changes_inside_of_values(before: Any, after: Any, url: str) -> None:
+    collection = Collection.from_model(Document, key="document_id")
+    async with open_store(url, collections=[collection]) as store:
+        documents = store.typed(Document)
+        await documents.create(Document("d", before, "n"))
+        [claim] = await documents.claim()
+        document = claim.instance
+        if isinstance(before, dict):
+            document.content["a"].append(2)
+        elif isinstance(before, list):
+            document.content[0]["b"] = None
+        else:
+            document.content = after
+        document.note = None
+        assert await claim.update(document) == 2
+        entity = await store.get_entity("documents", "d")
+        assert entity is not None
+        assert repr(entity["content"]) == repr(after)
+        assert "note" not in entity
+        with pytest.raises(InvalidFieldError):
+            await claim.update(Document("e"))
+
+
+async def test_entities_of_the_store_become_instances(opened: Any) -> None:
+    store, model, _ = opened
+    jobs = store.typed(model)
+    await jobs.create_many([model(job_id=each, attempts=n) for n, each in enumerate("abc")])
+    updated = await store.update_entity("jobs", "a", {"attempts": 5}, returning=True)
+    assert jobs.instance_of(updated) == model(job_id="a", attempts=5)
+    assert await jobs.sum_of("attempts") == 8
+    assert await jobs.min_of("attempts", {"job_id": "b"}) == 1
+    assert await jobs.max_of("attempts") == 5
+    with pytest.raises(EntityMismatchError):
+        jobs.instance_of({"job_id": "a", "attempts": "x"})
+
+
+def test_blocking_callers_claim_instances(url: str) -> None:
+    with sync.open_store(url, collections=[declared(DataJob)]) as store:
+        jobs = store.typed(DataJob)
+        jobs.create(DataJob("a"))
+        [claim] = jobs.claim(order_by="job_id")
+        assert claim.instance == DataJob("a")
+        assert (claim.id, claim.attempts) == ("a", 1)
+        assert claim.claim.entity["status"] == "WAITING"
+        with claim:
+            claim.instance.attempts = 3
+            assert claim.update(claim.instance) == 2
+            with claim.transaction() as tx:
+                tx.typed(DataJob).create(DataJob("b"))
+            claim.finish(status=Status.DONE)
+        assert jobs.get("a") == DataJob("a", Status.DONE, 3)
+        assert jobs.max_of("attempts") == 3
+        assert jobs.instance_of(store.get_entity("jobs", "b") or {}) == DataJob("b")
+        with pytest.raises(ClaimLostError):
+            claim.update(attempts=1)

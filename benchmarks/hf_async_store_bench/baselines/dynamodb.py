@@ -28,30 +28,21 @@ class _Client(Baseline):
 
     async def start(self) -> None:
         self._table = f"{self.environment.prefix}-baseline"
-        client = get_session().create_client(
-            "dynamodb",
-            region_name="eu-west-1",
-            endpoint_url=self.environment.server,
-            aws_access_key_id="bench",
-            aws_secret_access_key="bench",  # the test server takes any
-            config=AioConfig(parameter_validation=False, max_pool_connections=64),
-        )
+        config = AioConfig(parameter_validation=False, max_pool_connections=64)
+        where = {"region_name": "eu-west-1", "endpoint_url": self.environment.server}
+        keys = {"aws_access_key_id": "bench", "aws_secret_access_key": "bench"}  # it takes any
+        client = get_session().create_client("dynamodb", config=config, **where, **keys)
         self._client = await self.stack.enter_async_context(client)
         # Another process of this run may be faster.
         with suppress(self._client.exceptions.ResourceInUseException):
+            names, every = (_KEY, *_INDEXES), {"Projection": {"ProjectionType": "ALL"}}
             await self._client.create_table(
                 TableName=self._table,
                 KeySchema=_key_schema(_KEY),
-                AttributeDefinitions=[
-                    {"AttributeName": each, "AttributeType": "S"} for each in (_KEY, *_INDEXES)
-                ],
+                AttributeDefinitions=[{"AttributeName": i, "AttributeType": "S"} for i in names],
                 GlobalSecondaryIndexes=[
-                    {
-                        "IndexName": f"{hash_key}-index",
-                        "KeySchema": _key_schema(hash_key, range_key),
-                        "Projection": {"ProjectionType": "ALL"},
-                    }
-                    for hash_key, range_key in _INDEXES.items()
+                    {"IndexName": f"{each[0]}-index", "KeySchema": _key_schema(*each), **every}
+                    for each in _INDEXES.items()
                 ],
                 BillingMode="PAY_PER_REQUEST",
             )
@@ -105,15 +96,11 @@ class Each(_Client):
         names = {f"#{place}": name for place, name in enumerate(fields)}
         values = {f":{place}": _value(value) for place, value in enumerate(fields.values())}
         sets = ", ".join(f"#{place} = :{place}" for place in range(len(fields)))
-        await self._client.update_item(
-            TableName=self._table,
-            Key={_KEY: {"S": machine}},
-            UpdateExpression=f"SET {sets} ADD version :one",
-            ExpressionAttributeNames=names,
-            ExpressionAttributeValues={**values, ":one": {"N": "1"}},
-            ReturnValues="UPDATED_NEW",
-            **condition,
-        )
+        changed = {"Key": {_KEY: {"S": machine}}, "ExpressionAttributeNames": names}
+        changed["ExpressionAttributeValues"] = {**values, ":one": {"N": "1"}}
+        changed["UpdateExpression"] = f"SET {sets} ADD version :one"
+        every = {"TableName": self._table, "ReturnValues": "UPDATED_NEW"}
+        await self._client.update_item(**every, **changed, **condition)
 
     async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:
         """In one transaction, which can hold 100."""
@@ -138,6 +125,7 @@ class Batched(BatchedOperations, _Client):
         self._saves = Batching(self._put_batch, size=_WRITES, at_once=_AT_ONCE)
         self._gets = Batching(self._get_all, size=_READS, at_once=_AT_ONCE)
 
+    create = BatchedOperations.save
     save_many = create_many = _Client.fill
 
     async def acquire(self, request: Entity, machines: Sequence[Entity]) -> None:

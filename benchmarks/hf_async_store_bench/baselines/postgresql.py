@@ -161,13 +161,10 @@ class Core(tables.CoreOperations, _Baseline):
 
     async def start(self) -> None:
         await super().start()
-        self.engine = create_async_engine(
-            self.environment.server.replace("postgresql://", "postgresql+asyncpg://", 1),
-            isolation_level="AUTOCOMMIT",
-            pool_size=_CONNECTIONS,
-            json_serializer=str,  # rows hold documents as text
-            json_deserializer=str,
-        )
+        url = self.environment.server.replace("postgresql://", "postgresql+asyncpg://", 1)
+        how = {"isolation_level": "AUTOCOMMIT", "pool_size": _CONNECTIONS}
+        texts = {"json_serializer": str, "json_deserializer": str}  # rows hold documents as text
+        self.engine = create_async_engine(url, **how, **texts)
         self.stack.push_async_callback(self.engine.dispose)
 
 

@@ -21,6 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     one = parser.add_mutually_exclusive_group()
     add("short", one, action="store_true")
     add("full", one, action="store_true")
+    add("speed", one, action="store_true")
     for name in ("only", "workload"):
         add(name, metavar="NAME", action="append", default=[])
     for name in ("entities", "size", "tasks", "processes", "burst", "rounds"):

@@ -446,14 +446,9 @@ def _request(name: str, template: object, count: int, kind: str, **more: object)
 
 
 def _machine_fields(request: str, template: str) -> dict[str, Any]:
-    return {
-        "request_id": request,
-        "template_id": template,
-        "return_request_id": None,
-        "status": "pending",
-        "tags": {"Environment": "demo", "Owner": "数据"},
-        "price": 0.0416,
-    }
+    fields = {"request_id": request, "template_id": template, "return_request_id": None}
+    tags = {"Environment": "demo", "Owner": "数据"}
+    return {**fields, "status": "pending", "tags": tags, "price": 0.0416}
 
 
 def _machines(names: Sequence[str], shared: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,18 +6,12 @@ import argparse
 import random
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
-from hf_async_store import (
-    HOST_FACTORY,
-    Collection,
-    Expire,
-    StorageStrategy,
-    begins_with,
-    open_store,
-)
+import hf_async_store as hfas
+from hf_async_store import Collection, Expire, StorageStrategy
 
 KEPT_SECONDS: Final = 1.0  # how long returns of the run are kept after their completion
 _FEED: Final = timedelta(hours=1)  # how long changes are kept for watchers
@@ -70,22 +64,21 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """The store, not entered yet."""
         store = self.settings.store
         place = store if store is not None else Path(str(self.settings.config))
-        return open_store(place, collections=self.collections(), purge_seconds=KEPT_SECONDS)
+        return hfas.open_store(place, collections=self.collections(), purge_seconds=KEPT_SECONDS)
 
     def collections(self) -> list[Collection]:
         """Those of the spec, of which requests and machines can be watched; completed returns of the run
         expire, and nothing else."""
-        where = {"status": "COMPLETED", "request_id": begins_with(f"{self.prefix}return-")}
+        where = {"status": "COMPLETED", "request_id": hfas.begins_with(f"{self.prefix}return-")}
         expires = Expire("completed_at", after=timedelta(seconds=KEPT_SECONDS), where=where)
-        templates, requests, machines = HOST_FACTORY
+        templates, requests, machines = hfas.HOST_FACTORY
         return [templates, _watched(requests, expires), _watched(machines)]
 
 
 def _watched(old: Collection, expires: Expire | None = None) -> Collection:
     fields = list(old.fields.values())[1:-2]  # a collection declares its key and its times itself
-    return Collection(
-        old.name, key=old.key, fields=fields, indexes=old.indexes, expires=expires, feed=_FEED
-    )
+    how: dict[str, Any] = {"indexes": old.indexes, "expires": expires, "feed": _FEED}
+    return Collection(old.name, key=old.key, fields=fields, **how)
 
 
 def draw_sizes(seed: int, process: int, requests: int) -> list[int]:

@@ -141,16 +141,13 @@ class _Run:
             self._screen.stage(f"The store has some of {source} already: nothing is imported.")
 
     def _plans(self, first: Plan, processes: int) -> list[Plan]:
-        return [
-            msgspec.structs.replace(
-                first,
-                index=index,
-                write_log=str(self.folder / f"process-{index + 1}.notes"),
-                sizes=draw_sizes(self._settings.seed, index, part),
-                endless=0 < index == processes - 1,
-            )
-            for index, part in enumerate(shares(self._settings.requests, processes))
-        ]
+        plans = []
+        for index, part in enumerate(shares(self._settings.requests, processes)):
+            sizes = draw_sizes(self._settings.seed, index, part)
+            log = str(self.folder / f"process-{index + 1}.notes")
+            changed = {"index": index, "write_log": log, "endless": 0 < index == processes - 1}
+            plans.append(msgspec.structs.replace(first, sizes=sizes, **changed))
+        return plans
 
     async def _work(self, store: StorageStrategy, plans: Sequence[Plan]) -> float:
         """Run all processes at the same time; returns the seconds that they worked."""

@@ -152,18 +152,11 @@ class Verifier:
         waits = "whoever waited for a request got it completed"
         reads = Counter(read.work for each in self.logs for read in each.reads)
         writes = sum(len(each.operations) for each in self.logs)
-        return [
-            *self._entity_by_entity(),
-            self._loaded(),
-            self._counts(),
-            self._transactions(),
-            self._orphans(),
-            self._holders(),
-            self._noted("machines", complete, reads["look"]),
-            self._noted("waiters", waits, reads["wait"]),
-            self._finished(),
-            self._noted("errors", "no error but conflicts", writes),
-        ]
+        found = [*self._entity_by_entity(), self._loaded(), self._counts(), self._transactions()]
+        found += [self._orphans(), self._holders()]
+        found += [self._noted("machines", complete, reads["look"])]
+        found += [self._noted("waiters", waits, reads["wait"]), self._finished()]
+        return [*found, self._noted("errors", "no error but conflicts", writes)]
 
     def to_come(self) -> set[tuple[EntityKey, Answer]]:
         """All that was acknowledged in the collections that are watched."""

@@ -121,6 +121,11 @@ class Client:
         if connection is not None:
             await run_to_completion(connection.close())
 
+    def abandon(self) -> None:
+        self._closed = True
+        if self._connection is not None:
+            self._connection.abandon()
+
 
 def _closed() -> StoreClosedError:
     return StoreClosedError("this store was closed")
@@ -140,7 +145,8 @@ class _Connection:
         self._target = target
         self._stack = stack
         self._credentials = credentials
-        self._send = client._endpoint.http_session.send
+        self._transport = client._endpoint.http_session
+        self._send = self._transport.send
         self._url = client.meta.endpoint_url.rstrip("/") + "/"
         self._host = urlsplit(self._url).netloc.rpartition("@")[2]
         self._region = client.meta.region_name
@@ -179,6 +185,9 @@ class _Connection:
 
     async def close(self) -> None:
         await self._stack.aclose()
+
+    def abandon(self) -> None:
+        self._transport.abandon()
 
 
 def check_endpoint(url: str | None) -> None:

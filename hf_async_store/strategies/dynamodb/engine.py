@@ -338,6 +338,10 @@ class DynamoDBEngine(Engine):
             await self._cache.close()
         await self.client.close()
 
+    def abandon(self) -> None:
+        self._streams.abandon()
+        self.client.abandon()
+
 
 def _ignore(change: SchemaChange, done: int, total: int | None) -> None:
     del change, done, total

@@ -58,7 +58,7 @@ from hf_async_store.strategies.dynamodb.errors import (
 )
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import probe_id
-from hf_async_store.strategies.dynamodb.partiql import ConditionBuilder, delete
+from hf_async_store.strategies.dynamodb.partiql import delete
 from hf_async_store.strategies.dynamodb.request_retry import (
     is_safe_to_retry,
     throttled,
@@ -270,7 +270,7 @@ class Writes:
             return
         table, (name, _) = deletes[0].table, deletes[0].key
         key = {name: {"S": probe_id()}}
-        statement = delete(table, (name, key[name]["S"]), ConditionBuilder())
+        statement = delete(table, (name, key[name]["S"]), ())
         try:
             await self._client.read("PutItem", {"TableName": table, "Item": key})
             response = await self._client.read("BatchExecuteStatement", {"Statements": [statement]})

@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hf_async_store.strategies.dynamodb.codec import is_plain_name
-from hf_async_store.strategies.dynamodb.items import DECLARATION_DIGEST, SIZE, TOKEN
-from hf_async_store.values import UPDATED_AT, VERSION
+from hf_async_store.strategies.dynamodb.items import SIZE
+from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Statement: TypeAlias = dict[str, Any]
 Path: TypeAlias = "tuple[str, ...]"
+Condition: TypeAlias = "tuple[tuple[str, str, Attribute], ...]"
+"""What must hold for an update or delete in addition to its key: attributes, operators and values."""
 
 # Source: DynamoDB API Reference, BatchStatementRequest.
 MAX_STATEMENT: Final = 8192
@@ -43,51 +45,8 @@ def _insert(table: str, names: Sequence[str]) -> str:
     return f'INSERT INTO "{table}" VALUE {{{values}}}'
 
 
-class ConditionBuilder:
-    """The condition of an update or delete, in addition to its key.
-
-    Attributes:
-        comparisons: the names of attributes, each with an operator; all must hold.
-        values: what they are compared with.
-    """
-
-    __slots__ = ("comparisons", "values")
-
-    def __init__(
-        self, comparisons: Sequence[tuple[str, str]] = (), values: Sequence[Attribute] = ()
-    ) -> None:
-        self.comparisons = tuple(comparisons)
-        self.values = list(values)
-
-    @property
-    def expression(self) -> str:
-        """The condition, with `?` for its values; "" if there is none."""
-        return " AND ".join([f'"{name}" {operator} ?' for name, operator in self.comparisons])
-
-    @classmethod
-    def version(cls, version: int, requested_at: str) -> ConditionBuilder:
-        """The item has this version, and was last updated before the write was requested.
-
-        Otherwise, a delayed attempt could be applied after the entity was deleted and created
-        again, when it has the same version.
-        """
-        comparisons = ((VERSION, "="), (UPDATED_AT, "<"))
-        return cls(comparisons, [{"N": str(version)}, {"S": requested_at}])
-
-    @classmethod
-    def token(cls, token: str) -> ConditionBuilder:
-        return cls(((TOKEN, "="),), [{"S": token}])
-
-    def and_declaration(self, digest: Attribute) -> ConditionBuilder:
-        """Add the condition that the item was written with this declaration."""
-        return self._and(DECLARATION_DIGEST, "=", digest)
-
-    def and_size_at_most(self, max_size: int) -> ConditionBuilder:
-        """Add the condition that the stored size is at most `max_size`."""
-        return self._and(SIZE, "<=", {"N": str(max_size)})
-
-    def _and(self, name: str, operator: str, value: Attribute) -> ConditionBuilder:
-        return ConditionBuilder([*self.comparisons, (name, operator)], [*self.values, value])
+def _conjunction(condition: Condition) -> str:
+    return "".join([f' AND "{name}" {operator} ?' for name, operator, _ in condition])
 
 
 def update(
@@ -95,7 +54,7 @@ def update(
     key: tuple[str, str],
     assignments: dict[Path, Attribute],
     removed: Sequence[Path],
-    condition: ConditionBuilder,
+    condition: Condition,
     *,
     version: int | None,
     added_size: int | None,
@@ -112,7 +71,7 @@ def update(
         key[0],
         paths,
         tuple(removed),
-        condition.expression,
+        _conjunction(condition),
         version is None,
         added_size is not None,
     )
@@ -128,7 +87,7 @@ def update(
     values.append({"S": key[1]})
     return {
         "Statement": statement,
-        "Parameters": values + condition.values,
+        "Parameters": [*values, *(value for _, _, value in condition)],
         "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
     }
 
@@ -149,9 +108,7 @@ def _update(
     if adds_size:
         clauses.append(f'SET "{SIZE}" = "{SIZE}" + ?')
     clauses += [f"REMOVE {_quoted(each)}" for each in removed]
-    clauses.append(f'WHERE "{key}" = ?')
-    if condition:
-        clauses.append(f"AND {condition}")
+    clauses.append(f'WHERE "{key}" = ?{condition}')
     if adds_version:
         clauses.append("RETURNING MODIFIED NEW *")
     return " ".join(clauses)
@@ -161,14 +118,12 @@ def _quoted(path: Path) -> str:
     return ".".join('"' + each.replace('"', '""') + '"' for each in path)
 
 
-def delete(table: str, key: tuple[str, str], condition: ConditionBuilder) -> Statement:
+def delete(table: str, key: tuple[str, str], condition: Condition) -> Statement:
     """Delete an item if it exists and satisfies `condition`; the response returns the deleted item."""
     # The names of tables and keys are validated where they are declared; all else is a parameter.
-    statement = f'DELETE FROM "{table}" WHERE "{key[0]}" = ?'  # noqa: S608
-    if condition.comparisons:
-        statement += f" AND {condition.expression}"
+    where = f'"{key[0]}" = ?{_conjunction(condition)}'
     return {
-        "Statement": f"{statement} RETURNING ALL OLD *",
-        "Parameters": [{"S": key[1]}, *condition.values],
+        "Statement": f'DELETE FROM "{table}" WHERE {where} RETURNING ALL OLD *',  # noqa: S608
+        "Parameters": [{"S": key[1]}, *(value for _, _, value in condition)],
         "ReturnValuesOnConditionCheckFailure": "ALL_OLD",
     }

@@ -93,6 +93,11 @@ class Transport(AIOHTTPSession):  # type: ignore[misc]  # its base has no types
             self._unclosed.detach()
         await super().__aexit__(*exc)
 
+    def abandon(self) -> None:
+        """Leave the sessions open until the process ends, without a warning."""
+        if self._unclosed is not None:
+            self._unclosed.detach()
+
     async def _get_session(self, proxy_url: str | None) -> _BoundedSession:
         return _BoundedSession(await super()._get_session(proxy_url))
 

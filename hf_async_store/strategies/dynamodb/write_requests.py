@@ -27,7 +27,7 @@ from hf_async_store.strategies.dynamodb.items import (
     version_of,
 )
 from hf_async_store.strategies.dynamodb.partiql import (
-    ConditionBuilder,
+    Condition,
     Path,
     Statement,
     delete,
@@ -39,6 +39,7 @@ from hf_async_store.values import (
     CREATED_AT,
     INT_MAX,
     MAX_ENTITY_BYTES,
+    UPDATED_AT,
     VERSION,
     Entity,
     Removed,
@@ -88,24 +89,27 @@ def statement_of(op: WriteOp, support: StatementSupport) -> Statement | None:
     return delete(op.table, op.key, condition) if is_delete else _update(op, condition)
 
 
-def _condition(op: WriteOp) -> ConditionBuilder | None:
+def _condition(op: WriteOp) -> Condition | None:
     """The condition of an update or delete, whose `new_version` it sets; None if none is sufficient."""
     if op.state in ("token", "cached"):
         return _token_condition(op)
     expect = op.change.expect
-    condition = ConditionBuilder()
+    condition: Condition = ()
     if isinstance(expect, int):
-        condition = ConditionBuilder.version(expect, op.requested_at)
+        # Otherwise, a delayed attempt could be applied after the entity was deleted and created again,
+        # when it has the same version.
+        is_older = UPDATED_AT, "<", {"S": op.requested_at}
+        condition = ((VERSION, "=", {"N": str(expect)}), is_older)
     if isinstance(op.change, Delete):
         return condition
     if isinstance(expect, int):
         if expect == INT_MAX:
             return None  # if this is the stored version, there is no next one
         op.new_version = expect + 1
-    return condition.and_declaration(op.mapping.digest)
+    return (*condition, (DECLARATION_DIGEST, "=", op.mapping.digest))
 
 
-def _token_condition(op: WriteOp) -> ConditionBuilder | None:
+def _token_condition(op: WriteOp) -> Condition | None:
     observed = cast("Attributes", op.observed)
     token = token_of(observed)
     if token is None:
@@ -115,12 +119,12 @@ def _token_condition(op: WriteOp) -> ConditionBuilder | None:
         if isinstance(op.change, Patch) and not is_current:
             return None
         op.new_version = next_version(op.change.key, op.version_of(observed))
-    condition = ConditionBuilder.token(token)
+    condition: Condition = ((TOKEN, "=", {"S": token}),)
     if isinstance(op.change, Delete):
         return condition
     # Another declaration may have rewritten the item, without a new token because the entity is the same.
     digest = op.mapping.digest if op.state == "cached" else observed.get(DECLARATION_DIGEST)
-    return None if digest is None else condition.and_declaration(digest)
+    return None if digest is None else (*condition, (DECLARATION_DIGEST, "=", digest))
 
 
 def _insert(op: WriteOp, *, whole: bool) -> Statement:
@@ -134,13 +138,13 @@ def _insert(op: WriteOp, *, whole: bool) -> Statement:
     return insert(op.table, item, whole=whole)
 
 
-def _update(op: WriteOp, condition: ConditionBuilder) -> Statement | None:
+def _update(op: WriteOp, condition: Condition) -> Statement | None:
     if isinstance(op.change, Put):
         return None if op.change.import_version is not None else _replace(op, op.change, condition)
     return _patch(op, cast("Patch", op.change), condition)
 
 
-def _replace(op: WriteOp, put: Put, condition: ConditionBuilder) -> Statement | None:
+def _replace(op: WriteOp, put: Put, condition: Condition) -> Statement | None:
     version = cast("int", op.new_version)
     attributes, names = op.mapping.parts(put.entity, keep_created=True)
     attributes.pop(op.mapping.key)
@@ -154,7 +158,7 @@ def _replace(op: WriteOp, put: Put, condition: ConditionBuilder) -> Statement | 
     return _update_with(op, assigned, removed, condition, None)
 
 
-def _patch(op: WriteOp, patch: Patch, condition: ConditionBuilder) -> Statement | None:
+def _patch(op: WriteOp, patch: Patch, condition: Condition) -> Statement | None:
     fields = plain_fields(patch.fields)
     if fields is None:
         return None
@@ -170,7 +174,7 @@ def _patch(op: WriteOp, patch: Patch, condition: ConditionBuilder) -> Statement 
         op.receipt = receipt_of({SIZE: assigned[SIZE,]}, op.new_version, op.token)
         added_size = None
     else:
-        condition = condition.and_size_at_most(MAX_ENTITY_BYTES - added_size)
+        condition = (*condition, (SIZE, "<=", {"N": str(MAX_ENTITY_BYTES - added_size)}))
     return _update_with(op, assigned, removed, condition, added_size)
 
 
@@ -178,7 +182,7 @@ def _update_with(
     op: WriteOp,
     assigned: dict[Path, Attribute],
     removed: Sequence[Path],
-    condition: ConditionBuilder,
+    condition: Condition,
     added_size: int | None,
 ) -> Statement | None:
     """The update of an existing item; see `partiql.update`."""
@@ -196,7 +200,7 @@ def _update_with(
     if added_size is not None:
         sets.append(_added(names, SIZE, added_size))
     conditions = [f"attribute_exists({names.name(op.mapping.key)})"]
-    for (name, operator), value in zip(condition.comparisons, condition.values, strict=True):
+    for name, operator, value in condition:
         conditions.append(f"{names.name(name)} {operator} {names.value(value)}")
     return _update_request(op, names, sets, removed, " AND ".join(conditions))
 

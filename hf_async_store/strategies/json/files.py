@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -51,6 +52,9 @@ _RESERVED: Final = re.compile(
 
 _KEPT: Final = re.compile(r"(\d+)-(\d+)")
 
+_LARGE_FILE: Final = 1 << 20
+"""The digest of a larger file is computed while it is parsed."""
+
 _DECOMPRESS_CHUNK: Final = 1 << 20
 _MIN_DECOMPRESS_LIMIT: Final = 64 << 20
 _MAX_COMPRESSION_RATIO: Final = 100
@@ -82,10 +86,14 @@ class Signature(msgspec.Struct, frozen=True):
 
 
 class DataFile(msgspec.Struct, frozen=True):
-    """A data file that was read: `text` is its decompressed content; the rest identifies the file."""
+    """A data file that was read: `text` is its decompressed content; the rest identifies the file.
+
+    Attributes:
+        digest: of a large file, it is being computed in a thread.
+    """
 
     text: bytes
-    digest: str
+    digest: asyncio.Future[str]
     signature: Signature
 
 
@@ -397,7 +405,7 @@ class FileManager:
             each = await read_file(path, trusted=trusted)
             if each is not None:
                 files.append(each)
-        if len(files) > 1 and not {each.digest for each in files} <= {
+        if len(files) > 1 and not {await each.digest for each in files} <= {
             each.digest for each in known
         }:
             raise CorruptionError(
@@ -558,16 +566,27 @@ async def read_file(path: Path, trusted: Container[str] = ()) -> DataFile | None
     # One call in a worker thread, and not aiofiles, which would need one call for each step, and
     # 6 ms of import time in every short-lived process. Each step releases the GIL.
     try:
-        return await in_thread(_read, path, trusted)
+        text, digest, signature = await in_thread(_read, path, trusted)
     except FileNotFoundError:
         return None
     except OSError as exc:
         raise translate_os_error(exc, f"read {path}") from exc
     except zlib.error as exc:
         raise CorruptionError(f"{path} is not a complete gzip file: {exc}") from exc
+    computed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    if digest is not None:
+        computed.set_result(digest)
+    else:
+        computed = asyncio.ensure_future(in_thread(_digest, text))
+    return DataFile(text, computed, signature)
 
 
-def _read(path: Path, trusted: Container[str]) -> DataFile:
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(path: Path, trusted: Container[str]) -> tuple[bytes, str | None, Signature]:
+    """The decompressed content, the digest unless it takes long, and the signature."""
     # O_NONBLOCK: opening a pipe must not wait for its other end.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with open(fd, "rb") as file:  # noqa: PTH123
@@ -577,12 +596,13 @@ def _read(path: Path, trusted: Container[str]) -> DataFile:
                 f"{path} is {_file_type(status)}; a data file must be a regular file"
             )
         data = file.read()
-    digest = hashlib.sha256(data).hexdigest()
-    content = data
+    signature = Signature.of(status)
     if path.suffix == _GZIP_SUFFIX:
+        digest = _digest(data)
         limit = max(_MIN_DECOMPRESS_LIMIT, _MAX_COMPRESSION_RATIO * len(data))
         content = _decompressed(path, data, sys.maxsize if digest in trusted else limit)
-    return DataFile(content, digest, Signature.of(status))
+        return content, digest, signature
+    return data, None if len(data) > _LARGE_FILE else _digest(data), signature
 
 
 def _decompressed(path: Path, data: bytes, limit: int) -> bytes:

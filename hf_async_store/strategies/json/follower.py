@@ -451,7 +451,7 @@ class Follower:
             match = next((each for each in known if Signature.known(each) == signature), None)
             if match is None:
                 file = await self._files.read(name, known)
-                digest = None if file is None else file.digest
+                digest = None if file is None else await file.digest
                 match = next((each for each in reversed(known) if each.digest == digest), None)
                 signature = None if file is None else file.signature
             if match is None or match.covers < state.content[name].covers:

@@ -18,7 +18,12 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
+from hf_async_store.errors import (
+    ConfigurationError,
+    CorruptionError,
+    DataFileConflictError,
+    StorageError,
+)
 from hf_async_store.event_loop import TimedSteps, in_thread
 from hf_async_store.ordered_index import reclaim
 from hf_async_store.os_errors import translate_os_error
@@ -28,6 +33,7 @@ from hf_async_store.strategies.json.files import (
     SYSTEM_SECTIONS,
     DataFile,
     FileManager,
+    Signature,
     has_failed_sync,
 )
 from hf_async_store.strategies.json.journal import (
@@ -408,19 +414,54 @@ class StoreLoader:
         """
         known = state.known.get(name, [])
         file = await self._files.read(name, known)
-        if file is not None and not known:
+        if file is None:
+            state.signatures[name] = None
+            return self._set_content(name, None, state, recover_from, first)
+        if not known:
             self._refuse_other_links(name)
-        digest = None if file is None else file.digest
+        digest = await self._expected_digest(file, known)
+        named = self._set_content(name, digest, state, recover_from, first)
+        try:
+            wrapped = await self._parse_file(name, file, state)
+        except StorageError:
+            if await file.digest == digest or not known:
+                raise
+        actual = await file.digest
+        if actual != digest:
+            # It was parsed as if it were the content with its signature, or without a known one.
+            named = self._set_content(name, actual, state, recover_from, first)
+            if known:
+                self._forget_file(name, state)
+                wrapped = await self._parse_file(name, file, state)
+        state.signatures[name] = file.signature
+        state.content[name] = msgspec.structs.replace(state.content[name], wrapped=wrapped)
+        return named
+
+    async def _expected_digest(self, file: DataFile, known: list[FileState]) -> str:
+        """The digest of the known content with the signature of a file. If there is none, that of the
+        file, for which parsing waits only if there are other known contents."""
+        for each in reversed(known):
+            if each.digest is not None and Signature.known(each) == file.signature:
+                return each.digest
+        return "" if not known and not file.digest.done() else await file.digest
+
+    def _set_content(
+        self, name: str, digest: str | None, state: StoreState, recover_from: str | None, first: int
+    ) -> bool:
+        """Record the content of a data file; False if no journal names it."""
+        known = state.known.get(name, [])
         match = next((each for each in reversed(known) if each.digest == digest), None)
         if match is not None and match.covers < first <= max(each.covers for each in known):
             match = None  # an older file was put back after a compaction
-        content = match or self._accepted_content(name, digest, state, recover_from, first)
-        state.content[name] = content
-        state.signatures[name] = None if file is None else file.signature
-        if file is not None:
-            wrapped = await self._parse_file(name, file, state)
-            state.content[name] = msgspec.structs.replace(content, wrapped=wrapped)
+        state.content[name] = match or self._accepted_content(
+            name, digest, state, recover_from, first
+        )
         return match is not None
+
+    def _forget_file(self, name: str, state: StoreState) -> None:
+        for collection in self.collections_of(name, state):
+            state.sections[collection] = self.section(collection)
+        state.extras.pop(name, None)
 
     def _refuse_other_links(self, name: str) -> None:
         """Refuse a file without a journal that has other hard links: it may have a journal there."""
@@ -467,9 +508,7 @@ class StoreLoader:
         try:
             return await self._parse_file_lines(name, file.text, state)
         except OtherLayout:
-            for collection in self.collections_of(name, state):
-                state.sections[collection] = self.section(collection)
-            state.extras.pop(name, None)
+            self._forget_file(name, state)
             return await self._parse_other_layout(name, file.text, state)
 
     async def _parse_file_lines(self, name: str, data: bytes, state: StoreState) -> bool:

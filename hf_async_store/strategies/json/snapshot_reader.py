@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from typing import Final
 
 from hf_async_store.changes import Record
-from hf_async_store.collector import GatheredEntities
+from hf_async_store.collector import GatheredObjects
 from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.serializer import StoredEntity
 from hf_async_store.strategies.json.store_state import StoreState
@@ -54,7 +54,7 @@ class SnapshotReader(TableReader[StoredEntity]):
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         records: list[Record | None] = []
-        gathered = GatheredEntities()
+        gathered = GatheredObjects()
         for number, key in enumerate(keys, 1):
             section, moment = self._sections[key.collection]
             stored = moment.get(key.id)

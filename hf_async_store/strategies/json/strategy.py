@@ -12,7 +12,7 @@ import msgspec
 
 from hf_async_store.arguments import check_mapping, check_seconds
 from hf_async_store.changes import check_version
-from hf_async_store.collector import GatheredEntities
+from hf_async_store.collector import GatheredObjects
 from hf_async_store.config import (
     JSONConfig,
     StorageConfig,
@@ -193,7 +193,7 @@ class JSONStorageStrategy(StorageStrategy):
     async def _decoded(self, state: StoreState, name: str) -> dict[str, Entity]:
         section = state.sections[name]
         entities: dict[str, Entity] = {}
-        gathered = GatheredEntities()
+        gathered = GatheredObjects()
         for number, entity_id in enumerate(list(section.entities), 1):
             raw = section.canonical(entity_id)
             if raw is not None:

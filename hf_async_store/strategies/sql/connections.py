@@ -256,26 +256,19 @@ class LeasedConnection:
             raise
 
     async def _commit(self) -> None:
-        outermost = len(self._transactions) == 1
         handle = self._transactions.pop()
-        self._check_open()
+        outermost = not self._transactions
         if outermost:
             self.commit_done.clear()
         try:
             try:
-                self.dialect.check_file(self.driver)
+                await self._run(lambda: self.dialect.commit(handle), "commit", writes=outermost)
             except StorageError:
                 self._transactions.append(handle)
                 await self._roll_back()
                 raise
-            await self.dialect.commit(handle)
             if outermost:
                 self._check_committed()
-        except self.dialect.driver_errors as exc:
-            error = self._error(exc, "commit", writes=outermost)
-            self._transactions.append(handle)
-            await self._roll_back()
-            raise error from exc
         finally:
             self.commit_done.set()
 
@@ -312,6 +305,7 @@ class Connections:
         waits: whether a caller waits while all connections are in use.
         isolation: the connections only read, and on PostgreSQL each statement does so at this level;
             None: they also write.
+        streams: the connections read much, once.
     """
 
     def __init__(
@@ -324,6 +318,7 @@ class Connections:
         exhausted: str,
         waits: bool = True,
         isolation: Isolation | None = None,
+        streams: bool = False,
     ) -> None:
         self._dialect = dialect
         self._config = config
@@ -332,7 +327,9 @@ class Connections:
         self._waits = waits
         self._semaphore = asyncio.Semaphore(most)
         size = max(kept, 1)
-        self._engine = dialect.engine(size=size, overflow=most - size, isolation=isolation)
+        self._engine = dialect.engine(
+            size=size, overflow=most - size, isolation=isolation, streams=streams
+        )
         self._leased: set[LeasedConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # open connections, or close idle ones
         self._idle: list[LeasedConnection] = []  # checked out and not used

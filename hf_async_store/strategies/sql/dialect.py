@@ -63,8 +63,14 @@ class Dialect(ABC):
     # -- the driver --------------------------------------------------------------------------
 
     @abstractmethod
-    def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
-        """An engine with a pool of connections, none of them open yet."""
+    def engine(
+        self, *, size: int, overflow: int, isolation: Isolation | None, streams: bool = False
+    ) -> AsyncEngine:
+        """An engine with a pool of connections, none of them open yet.
+
+        Args:
+            streams: they read much, once.
+        """
 
     @abstractmethod
     async def connect_alone(self) -> Any:

@@ -448,25 +448,22 @@ class SQLEngine(Engine):
         outcomes = iter(await self._write(changes, patient=True))
         return [list(islice(outcomes, len(each))) for each in calls]
 
-    async def change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
+    async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         # Changes that wait for the only writer share a commit, and these would have one of their own.
-        if self._write_lock.locked() or not reading.may_be_small(query):
+        if self._write_lock.locked() or query.has_many_values or not reading.may_be_small(query):
             return None
-        return await self._retried(lambda: self._change_matches(query, change))
 
-    async def _change_matches(
-        self, query: Query, change: Callable[[Key, int], Change]
-    ) -> ChangedMatches | None:
-        async with self.writing() as lease:
-            return await self._writer.change_matches(lease, query, change)
+        async def once() -> ChangedMatches | None:
+            async with self.writing() as lease:
+                return await self._writer.change_matches(lease, query, change)
+
+        return await self._retried(once)
+
+    def shares_changes(self, key: Key) -> bool:
+        return self._state is not None and self._writer.shares_changes(key.collection)
 
     async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
         return await self._write(changes, patient=False)
-
-    def _shares_changes(self, key: Key) -> bool:
-        return self._state is not None and self._writer.shares_changes(key.collection)
 
     async def _write(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
         outcomes = await self._retried(lambda: self._write_each(changes, patient=patient))
@@ -704,6 +701,7 @@ def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, ...]:
         most=config.max_streams,
         exhausted=f"all {config.max_streams} streams are open: raise max_streams, or close a stream",
         waits=False,
+        streams=True,
     )
     levels: list[Isolation | None] = []
     for_reads: list[Connections] = []

@@ -19,7 +19,7 @@ from hf_async_store.strategies.sql.sending import overtaken
 from hf_async_store.values import VERSION, Entity, Key
 
 if TYPE_CHECKING:
-    from hf_async_store.changes import SamePatch
+    from hf_async_store.changes import Patch
     from hf_async_store.query import Query
     from hf_async_store.strategies.sql.pending import Encoder
     from hf_async_store.strategies.sql.rows import Table
@@ -33,14 +33,13 @@ class MatchingUpdate(NamedTuple):
     """
 
     table: Table
-    change: SamePatch
     names: Sequence[str]
     sql: str
     args: list[object]
 
     @classmethod
     def of(
-        cls, encoder: Encoder, query: Query, change: SamePatch, seconds: float
+        cls, encoder: Encoder, query: Query, change: Patch, seconds: float
     ) -> MatchingUpdate | None:
         """The update of what a query selects; None if one statement is not enough.
 
@@ -51,7 +50,7 @@ class MatchingUpdate(NamedTuple):
         names = None if table is None else _sorted_by(table, query)
         if table is None or names is None or query.fields is None:
             return None
-        pending = encoder.pending(0, change(Key(query.collection, ""), 0))
+        pending = encoder.pending(0, change)
         shape = pending.shape
         if shape is None or shape.unique or shape.parents:
             return None
@@ -67,7 +66,7 @@ class MatchingUpdate(NamedTuple):
         if not compiled.limited:
             return None
         sql = encoder.statements.of_selected(table, compiled.sql, assignments, len(values))
-        return cls(table, change, names, sql, args.values)
+        return cls(table, names, sql, args.values)
 
     def result(self, rows: Sequence[Sequence[Any]]) -> ChangedMatches | None:
         """What was changed; None: nothing, because one of them must be decided by the store."""
@@ -81,7 +80,7 @@ class MatchingUpdate(NamedTuple):
                     entity[name] = decode_json(value)
             found.entities.append(entity)
             key = Key(self.table.collection, entity_id)
-            found.changes.append(self.change(key, version))
+            found.keys.append(key)
             # A trigger that this store did not make may keep a row as it is.
             found.outcomes.append(overtaken(key) if written is None else written)
         return found

@@ -175,7 +175,9 @@ class PostgreSQL(Dialect):
 
     # -- the driver --------------------------------------------------------------------------
 
-    def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
+    def engine(
+        self, *, size: int, overflow: int, isolation: Isolation | None, streams: bool = False
+    ) -> AsyncEngine:
         return create_async_engine(
             "postgresql+asyncpg://",
             async_creator=lambda: self._connect(isolation),

@@ -62,6 +62,9 @@ _CACHE_KIB: Final = 16_000
 """The maximum size of the page cache of a connection. With the 2 MB of SQLite, writing 1,000 of 100,000
 entities reads most pages of their indexes anew from the file."""
 
+_STREAM_CACHE_KIB: Final = 2_000
+"""The same for a connection that reads a whole store: it reads most pages once."""
+
 _FIRST_READ: Final = "SELECT count(*) FROM sqlite_master"
 """SQLite opens its files only when a connection reads for the first time."""
 
@@ -333,10 +336,13 @@ class SQLite(Dialect):
 
     # -- the driver --------------------------------------------------------------------------
 
-    def engine(self, *, size: int, overflow: int, isolation: Isolation | None) -> AsyncEngine:
+    def engine(
+        self, *, size: int, overflow: int, isolation: Isolation | None, streams: bool = False
+    ) -> AsyncEngine:
+        cache = _STREAM_CACHE_KIB if streams else _CACHE_KIB
         return create_async_engine(
             "sqlite+aiosqlite://",
-            async_creator=self._connect,
+            async_creator=partial(self._connect, cache),
             poolclass=AsyncAdaptedQueuePool,
             pool_size=size,
             max_overflow=overflow,
@@ -348,10 +354,10 @@ class SQLite(Dialect):
     async def connect_alone(self) -> _Connection:
         return await self._connect()
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self, cache_kib: int = _CACHE_KIB) -> _Connection:
         # The task may be cancelled while the thread of the driver opens the connection; the driver
         # would then lose the connection, and never close it.
-        opening = asyncio.ensure_future(self._open())
+        opening = asyncio.ensure_future(self._open(cache_kib))
         try:
             return await run_to_completion(opening)
         except asyncio.CancelledError:
@@ -359,7 +365,7 @@ class SQLite(Dialect):
                 await run_to_completion(opening.result().close())
             raise
 
-    async def _open(self) -> _Connection:
+    async def _open(self, cache_kib: int) -> _Connection:
         for _ in range(_OPEN_ATTEMPTS):
             before = self._identity()
             if self._file is None and before is None:
@@ -369,7 +375,7 @@ class SQLite(Dialect):
             for each in list(self._drivers):
                 if each.is_open:
                     self.check_file(each)  # else SQLite would create missing files again
-            driver = await self._open_once()
+            driver = await self._open_once(cache_kib)
             if driver.files is not None and driver.files.database == before:
                 self._file = before
                 self._drivers.add(driver)
@@ -379,7 +385,7 @@ class SQLite(Dialect):
             f"cannot open {self._path}: it was replaced during each of {_OPEN_ATTEMPTS} attempts"
         )
 
-    async def _open_once(self) -> _Connection:
+    async def _open_once(self, cache_kib: int) -> _Connection:
         immutable = self._immutable_status()
         mode = "mode=ro&immutable=1" if immutable is not None else "mode=rw"
         name = f"file:{quote(str(self._path))}?{mode}"
@@ -399,7 +405,7 @@ class SQLite(Dialect):
         driver.immutable = immutable
         try:
             await driver
-            await self._prepare(driver)
+            await self._prepare(driver, cache_kib)
             driver.files = self._current_files()
         except sqlite3.Error as exc:
             # Translate before closing, which frees resources and so can hide the cause.
@@ -411,14 +417,14 @@ class SQLite(Dialect):
             raise
         return driver
 
-    async def _prepare(self, driver: _Connection) -> None:
+    async def _prepare(self, driver: _Connection, cache_kib: int = _CACHE_KIB) -> None:
         for name, (arguments, function) in FUNCTIONS.items():
             await driver.create_function(name, arguments, function, deterministic=True)
         await driver.create_function(NANOSECONDS, 0, nanoseconds)
         enforced = "ON" if self._config.enforce_references else "OFF"
         await self.rows(driver, f"PRAGMA synchronous = {self._config.synchronous}", ())
         await self.rows(driver, f"PRAGMA foreign_keys = {enforced}", ())
-        await self.rows(driver, f"PRAGMA cache_size = -{_CACHE_KIB}", ())
+        await self.rows(driver, f"PRAGMA cache_size = -{cache_kib}", ())
         await self.rows(driver, _FIRST_READ, ())
 
     async def prepare_writing(self, driver: _Connection) -> None:
@@ -562,24 +568,14 @@ class SQLite(Dialect):
         def fetch(connection: sqlite3.Connection) -> Sequence[Sequence[Any]]:
             return connection.execute(sql, args).fetchall()
 
-        rows = await self._repeated(driver, fetch)
+        rows = await self.job(driver, fetch, completes=False)
         if driver.immutable is not None:
             self._check_immutable(driver)
         return rows
 
-    async def _repeated(
-        self,
-        driver: _Connection,
-        work: Callable[[sqlite3.Connection], Result],
-        *,
-        completes: bool = False,
+    async def job(
+        self, driver: _Connection, work: Callable[[Any], Result], *, completes: bool = True
     ) -> Result:
-        """The result of a function in the thread of a connection, which is called again if it could not
-        acquire a lock: then it had no effect.
-
-        Args:
-            completes: a cancellation is raised after the function has returned.
-        """
         deadline = time.monotonic() + self._config.timeout
         while True:
             try:
@@ -595,11 +591,6 @@ class SQLite(Dialect):
                     raise
             # The statement had no effect: another connection holds the lock.
             await asyncio.sleep(0)
-
-    async def job(
-        self, driver: _Connection, work: Callable[[Any], Result], *, completes: bool = True
-    ) -> Result:
-        return await self._repeated(driver, work, completes=completes)
 
     async def fetch_dicts(
         self, driver: _Connection, sql: str, args: Sequence[object]

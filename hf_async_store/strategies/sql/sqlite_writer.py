@@ -13,15 +13,15 @@ default, a statement of many rows would first copy each page that it changes.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress
 from operator import ne
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from msgspec.structs import replace
 
-from hf_async_store.changes import ABSENT, ANY, Change, ChangedMatches, Delete, Outcome, Put
+from hf_async_store.changes import ABSENT, ANY, Change, ChangedMatches, Delete, Outcome, Patch, Put
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import StorageError
 from hf_async_store.preconditions import check_children
@@ -42,6 +42,7 @@ from hf_async_store.strategies.sql.decisions import (
     row_is_there,
 )
 from hf_async_store.strategies.sql.errors import REFUSALS
+from hf_async_store.strategies.sql.immediate import committed
 from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.sqlite_feed import last_changes, merge_changes
 from hf_async_store.strategies.sql.writer import Writer
@@ -76,10 +77,7 @@ class SQLiteWriter(Writer):
     ) -> list[Outcome]:
         """See `Writer`: in one transaction, if the database accepts all changes."""
         try:
-            imports = len(changes) > 1 and all(_is_import(each) for each in changes)
-            return await lease.job(
-                lambda connection: self._commit(connection, lambda: changes, imports=imports)
-            )
+            return await lease.job(lambda connection: self._commit(connection, changes))
         except REFUSALS as exc:
             if len(changes) == 1:
                 return [exc]
@@ -92,7 +90,7 @@ class SQLiteWriter(Writer):
             return outcomes + [exc.copy() for _ in changes[middle:]]
 
     async def change_matches(
-        self, lease: LeasedConnection, query: Query, change: Callable[[Key, int], Change]
+        self, lease: LeasedConnection, query: Query, change: Change
     ) -> ChangedMatches | None:
         """See `Writer`."""
         table = self.tables[query.collection]
@@ -100,23 +98,19 @@ class SQLiteWriter(Writer):
         if read is None:
             return None
 
-        def execute(connection: sqlite3.Connection) -> ChangedMatches | None:
-            found: list[reading.Row] | None = None
-            changes: list[Change] = []
-
-            def match() -> list[Change]:
-                nonlocal found
-                found = read(connection)
-                for entity_id, entity in found or ():
-                    changes.append(change(Key(query.collection, entity_id), version_of(entity)))
-                return changes
-
-            outcomes = self._commit(connection, match)
-            if found is None:
+        def match(connection: sqlite3.Connection) -> ChangedMatches | None:
+            rows = read(connection)
+            if rows is None:
                 return None
-            return ChangedMatches([entity for _, entity in found], changes, outcomes)
+            keys = [Key(query.collection, each) for each, _ in rows]
+            entities = [each for _, each in rows]
+            changes = [
+                replace(change, key=key, expect=version_of(entity))
+                for key, entity in zip(keys, entities, strict=True)
+            ]
+            return ChangedMatches(keys, entities, self._decided(connection, changes))
 
-        return await lease.job(execute)
+        return await lease.job(lambda connection: committed(connection, match))
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
@@ -161,34 +155,25 @@ class SQLiteWriter(Writer):
             self._statements[place] = cached
         return cached
 
-    def _commit(
-        self,
-        connection: sqlite3.Connection,
-        read: Callable[[], Sequence[Change]],
-        *,
-        imports: bool = False,
-    ) -> list[Outcome]:
-        """Apply changes, which are read under the write lock, in one transaction."""
+    def _commit(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+        imports = len(changes) > 1 and all(_is_import(each) for each in changes)
         if imports:
             connection.execute(f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}")
         try:
-            connection.execute("BEGIN IMMEDIATE")
-            self._check_catalogue(connection)
-            changes = read()
-            feeds = self._feeds({each.key.collection for each in changes})
-            since = last_changes(connection, feeds) if feeds else {}
-            batch = _Batch(self, connection)
-            outcomes = batch.run(changes, all_or_none=False)
-            if since and batch.repeats:
-                merge_changes(connection, since)
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+            return committed(connection, lambda connection: self._decided(connection, changes))
         finally:
             if imports:
                 connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+
+    def _decided(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
+        """Decide independent changes under the write lock, and write the accepted ones."""
+        self._check_catalogue(connection)
+        feeds = self._feeds({each.key.collection for each in changes})
+        since = last_changes(connection, feeds) if feeds else {}
+        batch = _Batch(self, connection)
+        outcomes = batch.run(changes, all_or_none=False)
+        if since and batch.repeats:
+            merge_changes(connection, since)
         return outcomes
 
     def _feeds(self, collections: Iterable[str]) -> list[str]:
@@ -264,12 +249,15 @@ class _Batch:
     def _read_parents(self, changes: Sequence[Change]) -> bool:
         """Find out which parents exist; returns whether the references must be checked one by one."""
         wanted: dict[str, set[str]] = {}
-        for (collection, is_delete), group in _by_kind(changes).items():
-            if is_delete:
+        groups = _by_kind(changes)
+        for (collection, kind), group in groups.items():
+            references = self._schema[collection].references
+            if kind is Delete or not references:
                 continue
-            for field in self._schema[collection].references:
+            given = _given(group)
+            for field in references:
                 ids = wanted.setdefault(field.parent, set())
-                ids.update([each for each in _values_of(group, field.name) if type(each) is str])
+                ids.update([each for part in given if type(each := part.get(field.name)) is str])
         self._parents = {}
         for collection, found in wanted.items():
             unread = sorted(each for each in found if Key(collection, each) not in self._rows)
@@ -278,19 +266,17 @@ class _Batch:
             self._parents.update(dict.fromkeys([Key(collection, each) for each in unread], False))
             for [entity_id, _] in self._select(self._tables[collection], VERSION, unread):
                 self._parents[Key(collection, entity_id)] = True
-        changed = {each.key.collection for each in changes}
         may_expire = any(
             expires(each, field.parent)
             for each in changes
             if each.lifetimes is not None
             for field in self._schema[each.key.collection].references
         )
-        deleted = {each.key.collection for each in changes if isinstance(each, Delete)}
         return (
             may_expire
             or not all(self._parents.values())
-            or not changed.isdisjoint(wanted)
-            or any(self._schema.children[each] for each in deleted)
+            or any(collection in wanted for collection, _ in groups)
+            or any(kind is Delete and self._schema.children[each] for each, kind in groups)
         )
 
     def _select(self, table: Table, columns: str, ids: Sequence[str]) -> list[Any]:
@@ -314,10 +300,8 @@ class _Batch:
         table = self._tables[key.collection]
         stored = self._rows[key]
         try:
-            if stored is not None and expires(change, key.collection):
-                stored = present_row(table, change, self._loaded(key, stored))
-            if stored is not None and change.expect is not ANY and change.expect != stored.version:
-                stored = self._loaded(key, stored)
+            if stored is not None:
+                stored = self._judged(table, change, stored)
             row = new_row(table, change, stored)
             if must_check:
                 self._check_references(table, change, stored)
@@ -334,6 +318,13 @@ class _Batch:
             return None
         self._set(key, None)
         return stored.version
+
+    def _judged(self, table: Table, change: Change, stored: Stored) -> Stored | None:
+        """A stored row as a change sees it, with its document if that is needed; None if it has expired."""
+        key, expect = change.key, change.expect
+        if expires(change, key.collection):
+            return present_row(table, change, self._loaded(key, stored))
+        return stored if expect is ANY or expect == stored.version else self._loaded(key, stored)
 
     def _set(self, key: Key, row: Stored | None) -> None:
         self._before.setdefault(key, self._rows[key])
@@ -469,21 +460,17 @@ class _Batch:
                 self._connection.execute(sql, list(chain.from_iterable(part)))
 
 
-def _by_kind(changes: Iterable[Change]) -> dict[tuple[str, bool], list[Change]]:
-    """The changes by collection, deletes apart."""
-    groups: dict[tuple[str, bool], list[Change]] = {}
+def _by_kind(changes: Iterable[Change]) -> dict[tuple[str, type[Change]], list[Change]]:
+    """The changes by collection and type."""
+    groups: dict[tuple[str, type[Change]], list[Change]] = {}
     for each in changes:
-        groups.setdefault((each.key.collection, isinstance(each, Delete)), []).append(each)
+        groups.setdefault((each.key.collection, type(each)), []).append(each)
     return groups
 
 
-def _values_of(changes: Iterable[Change], name: str) -> list[object]:
-    """The values that changes give a field."""
-    return [
-        (each.entity if isinstance(each, Put) else each.fields).get(name)
-        for each in changes
-        if not isinstance(each, Delete)
-    ]
+def _given(changes: Iterable[Change]) -> list[Mapping[str, object]]:
+    """The fields that changes, none of them a delete, give their entities."""
+    return [each.entity if type(each) is Put else cast("Patch", each).fields for each in changes]
 
 
 def _values(columns: int, rows: int) -> str:

@@ -6,11 +6,11 @@ can share a statement.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
-from hf_async_store.changes import Change, ChangedMatches, Outcome, SamePatch
+from hf_async_store.changes import Change, ChangedMatches, Outcome, Patch
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
 from hf_async_store.query import Query
@@ -78,11 +78,11 @@ class StatementWriter(Writer):
         return sql, [None, *times, *self._encoder.arguments(shape, [pending])]
 
     async def change_matches(
-        self, lease: LeasedConnection, query: Query, change: Callable[[Key, int], Change]
+        self, lease: LeasedConnection, query: Query, change: Change
     ) -> ChangedMatches | None:
         """See `Writer`. One at a time for each collection: others share statements and commits."""
         name = query.collection
-        if not isinstance(change, SamePatch) or name in self._in_one_step:
+        if not isinstance(change, Patch) or name in self._in_one_step:
             return None
         if self.config.pgbouncer or self.config.isolation == "read_committed":
             return None  # the transaction of a statement would not have one snapshot

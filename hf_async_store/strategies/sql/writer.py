@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_async_store.changes import Change, ChangedMatches, Outcome
 from hf_async_store.config import SQLConfig
 from hf_async_store.query import Query
-from hf_async_store.values import Key
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -37,7 +36,7 @@ class Writer(ABC):
         """See `Engine.write_each`; if not `patient`, `Engine.write_unblocked`."""
 
     async def change_matches(
-        self, lease: LeasedConnection, query: Query, change: Callable[[Key, int], Change]
+        self, lease: LeasedConnection, query: Query, change: Change
     ) -> ChangedMatches | None:
         """See `Engine.change_matches`; of a query that `reading.may_be_small`."""
         del lease, query, change
