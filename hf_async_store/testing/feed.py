@@ -213,6 +213,23 @@ class FeedContract:
         counts = [each.entity and each.entity.get("count") for each in found if each.id == "a"]
         assert counts == [1, 2, 3, 4, 5, 6, None, None]
 
+    async def test_109_each_change_of_tasks_that_queue_comes(self, harness: Harness) -> None:
+        feed_of(harness)
+        async with harness.store(COLLECTIONS) as store:
+            await store.create_entity("notes", {"note_id": "a", "count": 0})
+
+            async def one_more(_: int) -> int:
+                return await store.modify_entity(
+                    "notes", "a", lambda each: {**each, "count": cast("int", each["count"]) + 1}
+                )
+
+            async with store.watch("notes") as changes:
+                versions = await asyncio.gather(*map(one_more, range(8)))
+                found = await taken(changes, 8)
+            assert sorted(versions) == list(range(2, 10))
+            assert [each.version for each in found] == list(range(2, 10))
+            assert [each.entity and each.entity["count"] for each in found] == list(range(1, 9))
+
     async def test_109_an_entity_comes_as_it_was_written(self, harness: Harness) -> None:
         feed_of(harness)
         data = {"note_id": "a", "label": "\u00e9\U0001f600", "deep": {"n": [1, 1.5, None, True]}}

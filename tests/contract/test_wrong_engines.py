@@ -244,6 +244,11 @@ class _WritesNothing(MemoryEngine):
         return [1 for _ in changes]
 
 
+class _SharesWhatAFeedHas(MemoryEngine):
+    def shares_changes(self, key: Key) -> bool:
+        return True
+
+
 class _WritesWithoutClaim(MemoryEngine):
     async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int:
         [outcome] = await self.write_each([change])
@@ -415,6 +420,7 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
     (_HasNoFew, _SNAPSHOT),
     (_ChangesNoMatches, "test_124_matches_are_changed_in_one_step"),
     (_SelectsNoJSON, _SNAPSHOT),
+    (_SharesWhatAFeedHas, "test_109_each_change_of_tasks_that_queue_comes"),
     (_WritesNothing, "test_02_create_then_get_is_equal_in_value_and_type"),
     (_WritesWithoutClaim, "test_106_finish_is_one_commit"),
     (_ListsNoClaims, "test_106_renew_extends_and_release_frees"),
