@@ -191,12 +191,16 @@ class TypedRepository(Generic[Model]):
         """
         check_callable(change, "change")
 
-        async def changed(stored: Entity) -> dict[str, object]:
+        async def awaited(stored: Entity, result: Awaitable[Model]) -> dict[str, object]:
+            return self._merged(stored, self._codec.entity(await result))
+
+        def changed(stored: Entity) -> dict[str, object] | Awaitable[dict[str, object]]:
             is_stored = VERSION in stored
             given = self.instance_of(stored) if default is None or is_stored else deepcopy(default)
             result = change(given)
-            new = await result if inspect.isawaitable(result) else result
-            return self._merged(stored, self._codec.entity(new))
+            if inspect.isawaitable(result):
+                return awaited(stored, result)
+            return self._merged(stored, self._codec.entity(result))
 
         return await self._repository.modify_entity(
             self._name,

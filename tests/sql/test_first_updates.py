@@ -94,7 +94,7 @@ async def test_a_locked_entity_is_not_waited_for_by_the_others(
 ) -> None:
     """All or none in the statement; then each entity for itself."""
     url = postgres_server.database()
-    async with _filled(f"{url}?timeout=1") as store:
+    async with _filled(url), open_store(f"{url}?timeout=2", collections=[_JOBS]) as store:
         other = await asyncpg.connect(url)
         async with other.transaction():
             await other.fetch("SELECT 1 FROM \"jobs-entities\" WHERE job_id = '4' FOR UPDATE")

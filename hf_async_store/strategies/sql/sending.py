@@ -424,6 +424,7 @@ class IndependentBatch(_Batch):
         self._in_transactions = config.pgbouncer
         self._backoff = conflict_backoff(config.timeout)
         self._blocked: dict[Key, LockTimeoutError] = {}
+        self._timed_out = False  # a statement reached `statement_timeout`
 
     async def run(self, groups: Sequence[list[PendingChange]]) -> list[Outcome]:
         """Execute changes.
@@ -470,11 +471,19 @@ class IndependentBatch(_Batch):
         except OperationTimeoutError as exc:
             # A statement that waits for a lock may end by `statement_timeout` before `lock_timeout`: that
             # counts from its beginning.
-            if exc.outcome_unknown or not await self._locked(piece):
+            if exc.outcome_unknown:
                 raise
-            error = LockTimeoutError(str(exc))
-            error.__cause__ = exc
-            return await self._after_waiting(piece, error)
+            if await self._locked(piece):
+                error = LockTimeoutError(str(exc))
+                error.__cause__ = exc
+                return await self._after_waiting(piece, error)
+            if self._timed_out:
+                raise
+            # Another row may be locked: that of a parent, or one that is not committed. Sent once more, the
+            # statement waits for a short time, and tells it.
+            self._timed_out = True
+            self._patience.shorten()
+            return [piece]
 
     def between_statements(self) -> AbstractAsyncContextManager[None]:
         # Not serializable, so that it is no reason for another transaction to fail.

@@ -186,7 +186,7 @@ class WriteStatements:
             conflict = f"UPDATE SET {written} WHERE {condition}{living.own}"
         return (
             f"INSERT INTO {table.name} AS t ({', '.join(names)}) "
-            f"SELECT {', '.join(values)} FROM {columns.source(documents=True)} "
+            f"SELECT {', '.join(values)} FROM {columns.source(documents=True, locks=locks)} "
             f"WHERE TRUE{parents}{self._current()} "
             f"ON CONFLICT ({table.key}) DO {conflict}"
         )
@@ -204,7 +204,7 @@ class WriteStatements:
         written, condition = _assignments(table, shape, columns)
         parents = "".join(self._parents(table, shape, columns, living, locks=locks))
         return (
-            f"UPDATE {table.name} AS t SET {written} FROM {columns.source(documents=True)} "
+            f"UPDATE {table.name} AS t SET {written} FROM {columns.source(documents=True, locks=locks)} "
             f"WHERE t.{table.key} = i.c0 AND {_FEW} AND {expected} AND {condition}{parents}"
             f"{self._current()}"
         )
@@ -263,6 +263,7 @@ class WriteStatements:
     ) -> Iterator[str]:
         """The conditions that the parent of every reference exists."""
         lock = " FOR KEY SHARE" if locks else ""
+        after = " AND s.c IS NOT NULL" if locks and columns.alone else ""
         fields = self.parents_of(shape)
         values = [columns.add("text") for _ in fields]
         for number, (field, value) in enumerate(zip(fields, values, strict=True)):
@@ -273,7 +274,7 @@ class WriteStatements:
             wanted = value if columns.alone else "w.id"
             found = (
                 f"SELECT t.{parent.key} FROM {parent.name} AS t "
-                f"WHERE t.{parent.key} = {wanted}{living.parents[number]} LIMIT 1{lock}"
+                f"WHERE t.{parent.key} = {wanted}{living.parents[number]}{after} LIMIT 1{lock}"
             )
             is_there = f"= ({found})"
             if not columns.alone:
@@ -430,8 +431,13 @@ class _Columns:
         place = self._first + len(self._kinds) + 1 + number
         return f"pg_catalog.json_array_elements_text(${place}::text::json)"
 
-    def source(self, *, documents: bool) -> str:
-        """The items of a FROM clause that provide the rows of arguments."""
+    def source(self, *, documents: bool, locks: bool = False) -> str:
+        """The items of a FROM clause that provide the rows of arguments.
+
+        Args:
+            locks: conditions lock parents, so that `lock_timeout` must be set before the first row: the
+                rows depend on the item that sets it, and so does what is independent of the row.
+        """
         arrays = [f"${n}::text::{kind}[]" for n, kind in enumerate(self._kinds, self._first)]
         if self.alone:
             values = [f"({each})[1] AS c{n}" for n, each in enumerate(arrays)]
@@ -444,6 +450,8 @@ class _Columns:
         # Also without documents: by the number of rows of the arrays alone, the server would plan each
         # execution of the statement.
         docs = f"${self._first + len(arrays)}::text::jsonb" if documents else "'[]'::jsonb"
+        if locks:
+            docs = f"CASE WHEN s.c IS NOT NULL THEN {docs} END"
         functions = f"{unnest}, pg_catalog.jsonb_array_elements({docs})"
         return f"{_LOCK_TIMEOUT}, ROWS FROM ({functions}) AS i ({', '.join(names)})"
 
