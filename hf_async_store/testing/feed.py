@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from hf_async_store.feed import Changes, EntityChange
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.testing.harness import Harness
+    from hf_async_store.values import Entity
 
 FED: Final = Collection(
     "notes", key="note_id", fields=["label", Field("count", "integer")], feed=timedelta(hours=1)
@@ -142,6 +143,10 @@ async def no_other_task() -> None:
             return
         await asyncio.sleep(0.02)
     pytest.fail(f"tasks are still running: {others}")
+
+
+def _count_one_more(entity: Entity) -> Entity:
+    return {**entity, "count": cast("int", entity["count"]) + 1}
 
 
 class FeedContract:
@@ -266,6 +271,19 @@ class FeedContract:
                     await store.create_entity("notes", {"note_id": "outer"})
                 assert briefly(await all_before(store, changes)) == [("put", "outer", 1)]
 
+    async def test_109_each_modification_of_an_entity_comes(self, harness: Harness) -> None:
+        feed_of(harness)
+        tasks = 12
+        async with harness.store(COLLECTIONS) as store:
+            await store.create_entity("notes", {"note_id": "a", "count": 0})
+            async with store.watch("notes") as changes:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(tasks):
+                        group.create_task(store.modify_entity("notes", "a", _count_one_more))
+                found = await all_before(store, changes)
+        assert by_entity(briefly(found)) == {"a": [("put", n + 1) for n in range(1, tasks + 1)]}
+        assert all(payload(each.entity)["count"] == each.version - 1 for each in found)
+
     async def test_109_changes_of_one_commit_are_one(self, harness: Harness) -> None:
         feed_of(harness)
         async with harness.store(COLLECTIONS) as store:
@@ -369,6 +387,21 @@ class FeedContract:
             "a": [("put", 2), ("put", 3), ("put", 4), ("put", 6), ("delete", 6)],
             "c": [("put", 1)],
         }
+
+    async def test_109_changes_of_tasks_that_share_a_write_come_one_by_one(
+        self, harness: Harness
+    ) -> None:
+        feed_of(harness)
+
+        def longer(note: Entity) -> Entity:
+            return {**note, "label": f"{note['label']}x"}
+
+        async with harness.store(COLLECTIONS) as store, store.watch("notes") as changes:
+            await store.create_entity("notes", {"note_id": "a", "label": ""})
+            tasks = (store.modify_entity("notes", "a", longer) for _ in range(8))
+            await asyncio.gather(*tasks)
+            labels = [each.entity and each.entity["label"] for each in await taken(changes, 9)]
+            assert labels == ["x" * each for each in range(9)]
 
     async def test_109_commits_come_in_their_order(self, harness: Harness) -> None:
         feed_of(harness)
