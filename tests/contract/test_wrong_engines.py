@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from hf_async_store import Collection
+from hf_async_store.claim_clock import Moment
 from hf_async_store.config import MemoryConfig
 from hf_async_store.driver import (
     Change,
@@ -42,7 +43,8 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
-from hf_async_store.query import EVERYTHING
+from hf_async_store.passed_over import PassedOver
+from hf_async_store.query import EVERYTHING, CursorPosition
 from hf_async_store.strategies.json.engine import JSONEngine
 from hf_async_store.strategies.memory import MemoryEngine
 from hf_async_store.strategies.sql.engine import SQLEngine
@@ -244,9 +246,24 @@ class _WritesNothing(MemoryEngine):
         return [1 for _ in changes]
 
 
-class _SharesWhatAFeedHas(MemoryEngine):
+class _SharesFedChanges(MemoryEngine):
     def shares_changes(self, key: Key) -> bool:
         return True
+
+
+class _EverythingIsPassedOver(PassedOver):
+    def begin(self, now: Moment, times: list[str]) -> list[str]:
+        self.position = CursorPosition((), "\U0010ffff")
+        return []
+
+
+class _PassesOverEverything(Wrapped):
+    async def passed_over(
+        self, query: Query, most_attempts: int | None
+    ) -> tuple[PassedOver, list[str]]:
+        over, times = await self._right.passed_over(query, most_attempts)
+        over.__class__ = _EverythingIsPassedOver
+        return over, times
 
 
 class _WritesWithoutClaim(MemoryEngine):
@@ -420,7 +437,8 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
     (_HasNoFew, _SNAPSHOT),
     (_ChangesNoMatches, "test_124_matches_are_changed_in_one_step"),
     (_SelectsNoJSON, _SNAPSHOT),
-    (_SharesWhatAFeedHas, "test_109_each_change_of_tasks_that_queue_comes"),
+    (_SharesFedChanges, "test_109_each_modification_of_an_entity_comes"),
+    (sessions_of(_PassesOverEverything), _FIRST_CLAIM),
     (_WritesNothing, "test_02_create_then_get_is_equal_in_value_and_type"),
     (_WritesWithoutClaim, "test_106_finish_is_one_commit"),
     (_ListsNoClaims, "test_106_renew_extends_and_release_frees"),

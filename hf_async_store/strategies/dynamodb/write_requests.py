@@ -199,9 +199,10 @@ def _update_with(
         sets.append(f"{names.name(VERSION)} = {names.value({'N': str(version)})}")
     if added_size is not None:
         sets.append(_added(names, SIZE, added_size))
-    conditions = [f"attribute_exists({names.name(op.mapping.key)})"]
-    for name, operator, value in condition:
-        conditions.append(f"{names.name(name)} {operator} {names.value(value)}")
+    # It does not hold for a missing item.
+    conditions = [
+        f"{names.name(name)} {sign} {names.value(value)}" for name, sign, value in condition
+    ]
     return _update_request(op, names, sets, removed, " AND ".join(conditions))
 
 
@@ -328,7 +329,6 @@ def update_item(
     assignments.append(f"{names.name(TOKEN)} = {names.value({'S': op.token})}")
     assignments += [_added(names, VERSION, 1), _added(names, SIZE, added_size)]
     conditions = [
-        f"attribute_exists({names.name(op.mapping.key)})",
         f"({condition})",
         f"{names.name(DECLARATION_DIGEST)} = {names.value(op.mapping.digest)}",
         f"{version} < {names.value({'N': str(INT_MAX)})}",
