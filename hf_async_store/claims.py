@@ -132,7 +132,9 @@ class Claim:
             ClaimLostError: the claim is not held any more; nothing was written.
             InvalidFieldError, UnsupportedValueError, ReferenceViolationError: as in `update_entity`.
         """
-        return await self._update(changes, ends=False)
+        with self._noticing_loss():
+            self.version = await self._store._update_claimed(self, changes, ends=False)
+        return self.version
 
     async def finish(self, changes: UpdateMap | None = None) -> None:
         """End the claim, with a last change of the entity in the same commit, if there is one.
@@ -146,12 +148,7 @@ class Claim:
                 engine = await self._store._claiming_engine(self)
                 await engine.release_claim(self.key, self.token, None)
             else:
-                await self._update(changes, ends=True)
-
-    async def _update(self, changes: UpdateMap, *, ends: bool) -> int:
-        with self._noticing_loss():
-            self.version = await self._store._update_claimed(self, changes, ends=ends)
-        return self.version
+                self.version = await self._store._update_claimed(self, changes, ends=True)
 
     @contextmanager
     def _noticing_loss(self) -> Iterator[None]:

@@ -542,7 +542,7 @@ class LockManager:
 
     def _unlock(self) -> None:
         self._main.unlock()
-        if self._is_competing(self._last_release):
+        if not self._closed and self._is_competing(self._last_release):
             self._released.send()
 
     def _is_competing(self, now: float) -> bool:

@@ -132,7 +132,9 @@ class Overlay:
 
             def exists(key: Key) -> bool:
                 parent = self.get(key)
-                return parent is not None and is_there(change, key, parent)
+                if parent is None or change.lifetimes is None:  # the usual case
+                    return parent is not None
+                return is_there(change, key, parent)
 
             check_parents(self._schema, change, current, exists)
         elif current is not None:

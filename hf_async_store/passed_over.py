@@ -34,8 +34,9 @@ from hf_async_store.query import (
 )
 from hf_async_store.table import Listener, Table
 
-_MOST_CHANGES: Final = 4096
-"""After more changes between two claims, the second one reads from the start."""
+_MOST_CHANGES: Final = 1024
+"""After more changes between two claims, the second one reads from the start: in pages, and only up to the
+first entities that are free."""
 
 _MOST_QUERIES: Final = 8
 _MOST_OF_ALL: Final = 64
@@ -94,6 +95,8 @@ class PassedOver(Listener):
         while self._ends and self._ends[0][0] <= seconds:
             changes.add(heapq.heappop(self._ends)[1])
         self._again.update(self._of.pop(each) for each in changes if each in self._of)
+        if len(self._again) > _MOST_CHANGES:
+            self._forget(era, times)
         again, self._again = list(self._again), set()
         for each in again:
             self._free.pop(each, None)

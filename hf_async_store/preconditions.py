@@ -162,13 +162,14 @@ def missing_parents(
     if isinstance(change, Delete):
         return []
     fields = change.entity if isinstance(change, Put) else change.fields
-    return [
-        (field, parent)
-        for field in schema[change.key.collection].references
-        if isinstance(parent := fields.get(field.name), str)
-        and (target := Key(field.parent, parent)) != change.key
-        and not exists(target)
-    ]
+    missing: list[tuple[Field, str]] = []
+    for field in schema[change.key.collection].references:
+        parent = fields.get(field.name)
+        if isinstance(parent, str):
+            target = Key(field.parent, parent)
+            if not exists(target) and target != change.key:
+                missing.append((field, parent))
+    return missing
 
 
 def check_parents(

@@ -22,7 +22,7 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from itertools import repeat
 from time import monotonic, perf_counter
-from typing import Final, Literal, TypeAlias, TypeVar, overload
+from typing import Final, Literal, TypeAlias, TypeVar, cast, overload
 
 from msgspec.structs import replace
 
@@ -601,6 +601,7 @@ class RepositoryInterface(ABC):
         changes = await _in_chunks(
             check_listed(entities, "entities"),
             lambda each: _imported(declared, each, expected, at),
+            None if expected_versions else lambda chunk: _import_puts(declared, chunk, at),
             collection=declared,
         )
         expected.assert_exhausted()
@@ -1294,6 +1295,22 @@ def _stamp(entity: Entity, at: str) -> None:
     # The dump of a model contains null for a field that was not set.
     if CREATED_AT in entity and entity[CREATED_AT] is None:
         del entity[CREATED_AT]
+
+
+def _import_puts(
+    collection: Collection, chunk: Sequence[Mapping[str, object]], at: str
+) -> list[Put] | None:
+    """`_imported` of each without an expected version, as `_puts`."""
+    checked = batch_validation.validate_batch(collection, chunk)
+    if checked is None:
+        return None
+    versions = [each.get(VERSION, 0) for each in chunk]
+    if set(map(type, versions)) != {int}:
+        return None
+    stored = cast("list[int]", versions)
+    if min(stored) < 0:  # validated as a value, so it has at most 64 bits
+        return None
+    return list(map(Put, *checked, repeat(at), repeat(ANY), stored))
 
 
 def _puts(

@@ -269,6 +269,8 @@ async def soak(plan: Plan) -> list[Measurement]:
         async with open_store(plan.environment.url) as second:
             await second.query_entities("machines", asked())
 
+    gc.collect()
+    gc.freeze()  # what the harness has imported is none of the store's
     async with open_store(plan.environment.url) as store:
         newest = partial(store.query_entities, "machines", {"status": "PENDING"}, "-created_at", 50)
         work: list[tuple[float, Callable[[], Awaitable[object]]]] = [

@@ -388,6 +388,21 @@ class FeedContract:
             "c": [("put", 1)],
         }
 
+    async def test_109_changes_of_tasks_that_share_a_write_come_one_by_one(
+        self, harness: Harness
+    ) -> None:
+        feed_of(harness)
+
+        def longer(note: Entity) -> Entity:
+            return {**note, "label": f"{note['label']}x"}
+
+        async with harness.store(COLLECTIONS) as store, store.watch("notes") as changes:
+            await store.create_entity("notes", {"note_id": "a", "label": ""})
+            tasks = (store.modify_entity("notes", "a", longer) for _ in range(8))
+            await asyncio.gather(*tasks)
+            labels = [each.entity and each.entity["label"] for each in await taken(changes, 9)]
+            assert labels == ["x" * each for each in range(9)]
+
     async def test_109_commits_come_in_their_order(self, harness: Harness) -> None:
         feed_of(harness)
         if not harness.capabilities.feed_order:

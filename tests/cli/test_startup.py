@@ -57,6 +57,16 @@ def test_the_modules_that_are_imported(words: list[str]) -> None:
     assert {each.partition(".")[0] for each in imported} & HEAVY == set()
 
 
+def test_help_imports_no_store() -> None:
+    code = "import sys\nfrom hf_async_store.cli import main\nmain(['--help'])\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert "hf_async_store.cli.arguments" in imported
+    assert imported & {"hf_async_store.strategy", "hf_async_store.driver"} == set()
+
+
 RATIO = 2.5
 ROUNDS = 10
 

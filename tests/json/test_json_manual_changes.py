@@ -26,6 +26,7 @@ from hf_async_store.errors import (
     DataFileConflictError,
     StorageError,
 )
+from hf_async_store.strategies.json import files
 from hf_async_store.strategies.json.journal import Seal, control, record
 from tests.json.support import (
     SINGLE,
@@ -744,6 +745,34 @@ async def test_91_a_file_is_replaced_during_a_compaction(
             )
             assert b'"name":"2"' not in each.read_bytes()
         assert not temporary(tmp_path)
+
+
+@pytest.mark.parametrize("largest", [0, 1 << 40])
+@pytest.mark.parametrize("edit", ["valid", "damaged"])
+async def test_91_an_edit_that_the_signature_of_the_file_does_not_show(
+    tmp_path: Path, edit: str, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file is parsed as if it were the known one with its signature, until its digest is known."""
+    monkeypatch.setattr(files, "_LARGE_FILE", largest)
+    await _generations(tmp_path, "single_file")
+    file = tmp_path / SINGLE
+    status = file.stat()
+    old = b'{"version":3,"template_id":"t","name":"2"' if edit == "valid" else b"{\n"
+    text = file.read_bytes()
+    assert old in text
+    new = old.replace(b'"2"', b'"3"') if edit == "valid" else b"[\n"
+    file.write_bytes(text.replace(old, new, 1))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    if edit == "damaged":
+        with pytest.raises(CorruptionError):
+            await reopened(tmp_path, "single_file")
+    else:
+        async with open_json(tmp_path, "single_file") as store:
+            entity = await store.get_entity("templates", "t")
+            assert entity is not None
+            assert entity["name"] == "3"
+            assert store._json.follower.state is not None
+            assert store._json.follower.state.replaced == {SINGLE}
 
 
 async def test_91_a_file_that_is_copied_while_it_is_read(tmp_path: Path) -> None:

@@ -13,9 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_async_store import HOST_FACTORY, Collection, Field, StorageError, batch_validation
+from hf_async_store import (
+    HOST_FACTORY,
+    Collection,
+    Field,
+    StorageError,
+    batch_validation,
+    open_store,
+)
 from hf_async_store.testing.repetitions import repetitions
-from hf_async_store.values import MAX_ENTITY_BYTES
+from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES
 
 pytestmark = pytest.mark.hf_sampled
 
@@ -198,3 +205,64 @@ def test_the_result_shares_nothing_with_the_input() -> None:
     items[0]["any"].append("more")
     items[0]["text"] = "more"
     assert found[1][0] == entity(0, any=[0])
+
+
+@pytest.mark.parametrize(
+    "version", [0, 7, INT_MAX, -1, True, None, "1", 1.0, INT_MAX + 1], ids=repr
+)
+async def test_versions_of_a_batch_of_imports_are_checked_as_of_each(version: object) -> None:
+    items = [entity(number) for number in range(16)]  # 0 if it is missing
+    items[-1]["version"] = version
+    async with open_store("memory:", collections=[EVERY]) as store:
+
+        async def imported(batch: list[dict[str, Any]]) -> list[int] | str:
+            try:
+                return await store.import_entities("every", batch)
+            except StorageError as exc:
+                return str(exc)
+
+        alone = [await imported([each]) for each in items]
+        together = await imported(items)
+    failures = [each for each in alone if isinstance(each, str)]
+    if failures:
+        assert together == failures[0]
+    else:
+        assert together == [version for [version] in alone]
+        assert together == [0] * 15 + [version]
+
+
+_MOMENTS = st.sampled_from(
+    [
+        "2026-01-01T00:00:00.000000Z",
+        "2024-02-29T23:59:59.999999Z",
+        "2026-02-29T00:00:00.000000Z",
+        "2026-02-30T00:00:00.000000Z",
+        "2026-01-01T24:00:00.000000Z",
+        "0000-01-01T00:00:00.000000Z",
+        "2026-01-01T00:00:00.00000Z",
+        "2026-01-01T00:00:00.0000000Z",
+        "2026-01-01 00:00:00.000000Z",
+        "2026-01-01T00:00:00+00:00",
+        "2026-01-01T00:00:00.00000٣Z",
+        "2026-01-01",
+        "T00:00:00.000000Z",
+        "",
+        None,
+    ]
+)
+
+
+@given(st.lists(_MOMENTS, min_size=8, max_size=12))
+@settings(max_examples=repetitions(200), deadline=None)
+def test_a_column_of_timestamps_is_that_of_each(moments: list[str | None]) -> None:
+    check_same(EVERY, [entity(number, moment=each) for number, each in enumerate(moments)])
+
+
+@settings(deadline=None)
+@given(st.lists(st.permutations("abc").map(tuple) | st.sampled_from([("a",), ("a", "b"), ()])))
+def test_dicts_are_grouped_by_their_keys(keys: list[tuple[str, ...]]) -> None:
+    found = batch_validation.group_by_keys([dict.fromkeys(each) for each in keys])
+    expected: dict[tuple[str, ...], list[int]] = {}
+    for place, each in enumerate(keys):
+        expected.setdefault(each, []).append(place)
+    assert found == expected or (found is None and len(expected) * 8 > len(keys)) or not keys

@@ -20,6 +20,7 @@ from typing import Final, TypeVar
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import StorageError
 from hf_async_store.event_loop import in_thread
+from hf_async_store.ordered_index import reclaim
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile
 from hf_async_store.strategies.json.files import (
@@ -122,6 +123,8 @@ class JournalWriter:
             await self._append(state, kind, payload, images, merged, size)
         finally:
             await state.reclaim()
+        if size > _LARGE_RECORD:
+            await reclaim(payload)
 
     async def append_control(self, state: StoreState, body: Head | Seal | Fold) -> None:
         """Append a record other than a COMMIT."""

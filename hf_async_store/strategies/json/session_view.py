@@ -152,7 +152,7 @@ class SessionView(TableReader[StoredEntity]):
         """
         outcomes: list[Outcome] = []
         async for chunk in Chunks(changes, _WRITE_CHUNK):
-            puts = self._usual_puts(chunk) if each else None
+            puts = self._usual_puts(chunk) if each and len(chunk) > 1 else None
             if puts is not None:
                 outcomes += self._put_all(puts)
                 continue

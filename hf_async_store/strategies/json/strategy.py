@@ -21,6 +21,7 @@ from hf_async_store.config import (
     strategy_config,
 )
 from hf_async_store.errors import InvalidInputError, UnsupportedValueError
+from hf_async_store.ordered_index import reclaim
 from hf_async_store.preconditions import missing_parent
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategies.json.engine import JSONEngine
@@ -137,6 +138,8 @@ class JSONStorageStrategy(StorageStrategy):
                 name: await self._changed_images(state, name, wanted[name]) for name in wanted
             }
             await self._json.commit(state, {name: each for name, each in images.items() if each})
+            for each in images.values():
+                await reclaim(each)
             await self._record_declarations()
 
     async def checkpoint(

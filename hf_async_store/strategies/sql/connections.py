@@ -119,7 +119,6 @@ class LeasedConnection:
         """
         self._check_open()
         try:
-            self.dialect.check_file(self.driver)
             return await work()
         except self.dialect.driver_errors as exc:
             raise self._error(exc, doing, writes=writes, callers=callers) from exc

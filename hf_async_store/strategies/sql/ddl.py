@@ -60,7 +60,6 @@ class SchemaSync(ABC):
             PermissionDeniedError: an untrusted role owns a table of the store itself.
         """
         with self.dialect.translating("read the catalogue"):
-            self.dialect.check_file(lease.driver)
             return (await self._read(lease.driver))[0]
 
     async def _read(self, driver: Any) -> tuple[Catalogue | None, dict[str, Relation]]:
@@ -140,7 +139,6 @@ class SchemaSync(ABC):
         """
         driver = lease.driver
         with self.dialect.translating("create the tables"):
-            self.dialect.check_file(driver)
             catalogue, relations = await self._read(driver)
             await self.dialect.prepare_writing(driver)
             empty = await self._empty_tables(driver, catalogue, relations)

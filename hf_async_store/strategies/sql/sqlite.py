@@ -576,10 +576,16 @@ class SQLite(Dialect):
     async def job(
         self, driver: _Connection, work: Callable[[Any], Result], *, completes: bool = True
     ) -> Result:
+        # In the thread, because each of its system calls releases the interpreter lock, for which the event
+        # loop would then wait.
+        def checked(connection: sqlite3.Connection) -> Result:
+            self.check_file(driver)
+            return work(connection)
+
         deadline = time.monotonic() + self._config.timeout
         while True:
             try:
-                running = driver.run(work)
+                running = driver.run(checked)
                 return await (run_to_completion(running) if completes else running)
             except sqlite3.OperationalError as exc:
                 if _is_undecodable(exc) and driver.text_factory is str:
@@ -595,6 +601,7 @@ class SQLite(Dialect):
     async def fetch_dicts(
         self, driver: _Connection, sql: str, args: Sequence[object]
     ) -> list[dict[str, Value]]:
+        self.check_file(driver)
         async with driver.execute(sql, args) as cursor:
             rows = await cursor.fetchall()
             names = [each[0] for each in cursor.description or ()]
@@ -650,11 +657,15 @@ class SQLite(Dialect):
 
     async def roll_back(self, handle: Any) -> None:
         driver, savepoint = handle
-        if savepoint is not None:
-            await self.rows(driver, f"ROLLBACK TO {savepoint}", ())
-            await self.rows(driver, f"RELEASE {savepoint}", ())
-        elif driver.in_transaction:
-            await self.rows(driver, "ROLLBACK", ())
+
+        def work(connection: sqlite3.Connection) -> None:
+            if savepoint is not None:
+                connection.execute(f"ROLLBACK TO {savepoint}")
+                connection.execute(f"RELEASE {savepoint}")
+            elif connection.in_transaction:
+                connection.execute("ROLLBACK")
+
+        await driver.run(work)  # not as a job, which a file that was replaced refuses
 
     def in_transaction(self, driver: _Connection) -> bool:
         return driver.in_transaction

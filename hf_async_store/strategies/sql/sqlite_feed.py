@@ -201,7 +201,6 @@ class SQLiteFeed(Feed):
             try:
                 async with asyncio.timeout(seconds):
                     driver, is_new = await self._waiting.use()
-                    self._dialect.check_file(driver)
                     before = None if is_new else self._version
                     while (version := await self._look(driver, before)) == before:
                         pass
