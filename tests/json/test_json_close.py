@@ -312,3 +312,28 @@ async def _close_amid(
     may_go_on.set()
     await asyncio.gather(calling, closing)
     assert not was_closed
+
+
+async def test_a_commit_after_one_whose_thread_could_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def fails(self: threading.Thread) -> None:
+        if self.name == "hf-async-store-append":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    async with open_json(tmp_path, "single_file") as store:
+        monkeypatch.setattr(threading.Thread, "start", fails)
+        with pytest.raises(RuntimeError, match="can't start"):
+            await store.save_entity(T, {"template_id": "t-1"})
+        monkeypatch.setattr(threading.Thread, "start", start)
+        saving = asyncio.create_task(store.save_entity(T, {"template_id": "t-2"}))
+        await asyncio.wait([saving], timeout=20)
+        if not saving.done():  # it would wait for ever, also if it is cancelled
+            thread = store._json.journal._appends
+            thread._thread = None
+            thread.submit(thread._jobs.get())
+            pytest.fail("the commit waits for a thread that is not there")
+    assert (await reopened(tmp_path, "single_file"))[T].keys() == {"t-2"}
