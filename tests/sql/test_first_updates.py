@@ -94,7 +94,9 @@ async def test_pages_follow_the_order(postgres_server: PostgresServer) -> None:
     async with open_store(postgres_server.database(), collections=[_JOBS]) as store:
         ids = [f"{n:04}" for n in range(1100)]
         for start in reversed(range(10)):  # not stored in their order
-            await store.save_entities("jobs", [{"job_id": each, "rank": 1} for each in ids[start::10]])
+            await store.save_entities(
+                "jobs", [{"job_id": each, "rank": 1} for each in ids[start::10]]
+            )
         assert await store.update_where("jobs", {"rank": 1}, {"note": "x"}) == 1100
         jobs = await store.query_entities("jobs")
         assert {each["version"] for each in jobs} == {2}

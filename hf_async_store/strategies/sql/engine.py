@@ -449,8 +449,8 @@ class SQLEngine(Engine):
         return [list(islice(outcomes, len(each))) for each in calls]
 
     async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
-        # Changes that wait for the only writer share a commit, and these would have one of their own. Before
-        # the first write, something may have to be created, which is only done for what matches.
+        # Changes that wait for the only writer share a commit, and these would have one of their own.
+        # Before the first write, something may have to be created, which is only done for what matches.
         if self._write_lock.locked() or not self._ready:
             return None
         if query.has_many_values or not reading.may_be_small(query):

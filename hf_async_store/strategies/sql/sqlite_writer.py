@@ -92,8 +92,8 @@ class SQLiteWriter(Writer):
     async def change_matches(
         self, lease: LeasedConnection, query: Query, change: Change
     ) -> ChangedMatches | None:
-        """See `Writer`. If another process has the write lock, nothing is done: there may be no matches, for
-        which nobody need wait."""
+        """See `Writer`. If another process has the write lock, nothing is done: there may be no matches,
+        for which nobody need wait."""
         table = self.tables[query.collection]
         read = reading.in_thread(table, query)
         if read is None:
