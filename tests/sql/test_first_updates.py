@@ -89,6 +89,19 @@ async def test_several_where_more_must_be_decided(
         assert (await get_existing(store, "jobs", "5"))["version"] == 2
 
 
+async def test_pages_follow_the_order(postgres_server: PostgresServer) -> None:
+    """The position of the next page is the last one of a page, also if the server sorts the rows."""
+    async with open_store(postgres_server.database(), collections=[_JOBS]) as store:
+        ids = [f"{n:04}" for n in range(1100)]
+        for start in reversed(range(10)):  # not stored in their order
+            await store.save_entities(
+                "jobs", [{"job_id": each, "rank": 1} for each in ids[start::10]]
+            )
+        assert await store.update_where("jobs", {"rank": 1}, {"note": "x"}) == 1100
+        jobs = await store.query_entities("jobs")
+        assert {each["version"] for each in jobs} == {2}
+
+
 async def test_a_locked_entity_is_not_waited_for_by_the_others(
     postgres_server: PostgresServer,
 ) -> None:

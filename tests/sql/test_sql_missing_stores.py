@@ -48,6 +48,8 @@ async def read_nothing(store: Any, collection: str = "templates") -> None:
     assert await store.query_entities(collection, {"updated_at": "2026-01-01"}, limit=3) == []
     page = await store.query_page(collection, limit=3)
     assert (page.items, page.cursor) == ([], None)
+    assert await store.update_where(collection, {}, {"updated_at": "2026-01-01"}, limit=3) == 0
+    assert await store.delete_where(collection, {}, limit=3) == 0
     assert [each async for each in store.stream_entities(collection)] == []
     assert await store.count_entities(collection) == 0
 

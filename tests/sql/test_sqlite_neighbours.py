@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hf_async_store import BatchError, StorageError, UnavailableError, open_store
+from hf_async_store import (
+    BatchError,
+    LockTimeoutError,
+    PartialChangeError,
+    StorageError,
+    UnavailableError,
+    open_store,
+)
 from hf_async_store.changes import Put
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.engine import SQLEngine
@@ -172,3 +179,19 @@ async def test_135_readers_do_not_wait_for_a_blocked_writer(tmp_path: Path) -> N
         other.rollback()
         other.close()
         assert await asyncio.gather(*writers) == [1, 1]
+
+
+async def test_nothing_that_matches_needs_no_write_lock(tmp_path: Path) -> None:
+    """Another process may write for long; what has nothing to write does not wait for it."""
+    url = f"sqlite:{tmp_path / 'store.db'}"
+    async with open_store(f"{url}?timeout=0.2") as store:
+        await store.save_entity("templates", template(1))
+        other = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        assert await store.update_where("templates", {"image_id": "2"}, {"image_id": "3"}) == 0
+        assert await store.delete_where("templates", {"image_id": "2"}, limit=1) == 0
+        with pytest.raises(PartialChangeError) as caught:
+            await store.delete_where("templates", {"image_id": "1"}, limit=1)
+        other.close()
+        assert isinstance(caught.value.cause, LockTimeoutError)
+        assert await store.delete_where("templates", {"image_id": "1"}, limit=1) == 1

@@ -450,7 +450,10 @@ class SQLEngine(Engine):
 
     async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         # Changes that wait for the only writer share a commit, and these would have one of their own.
-        if self._write_lock.locked() or query.has_many_values or not reading.may_be_small(query):
+        # Before the first write, something may have to be created, which is only done for what matches.
+        if self._write_lock.locked() or not self._ready:
+            return None
+        if query.has_many_values or not reading.may_be_small(query):
             return None
 
         async def once() -> ChangedMatches | None:

@@ -60,8 +60,8 @@ class MatchingUpdate(NamedTuple):
         assignments, condition = encoder.statements.assignments(shape)
         decided = " AND ".join([condition, *(_is_placed(each) for each in names)])
         values = [f"(t.{DOC} -> '{each}'::text)::text" for each in names]
-        selected = ", ".join(["t.ctid", f"t.{table.key}", f"t.{VERSION}", f"({decided}) IS TRUE"])
-        selected = ", ".join([selected, "pg_catalog.row_number() OVER ()", *values])
+        place = ["t.ctid", f"t.{table.key}", f"t.{VERSION}", f"({decided}) IS TRUE"]
+        selected = ", ".join([*place, *values])
         compiled = compile_query(table, query, args=args, selected=selected)
         if not compiled.limited:
             return None

@@ -92,7 +92,8 @@ class SQLiteWriter(Writer):
     async def change_matches(
         self, lease: LeasedConnection, query: Query, change: Change
     ) -> ChangedMatches | None:
-        """See `Writer`."""
+        """See `Writer`. If another process has the write lock, nothing is done: there may be no matches,
+        for which nobody need wait."""
         table = self.tables[query.collection]
         read = reading.in_thread(table, query)
         if read is None:
@@ -110,7 +111,15 @@ class SQLiteWriter(Writer):
             ]
             return ChangedMatches(keys, entities, self._decided(connection, changes))
 
-        return await lease.job(lambda connection: committed(connection, match))
+        def at_once(connection: sqlite3.Connection) -> ChangedMatches | None:
+            try:
+                return committed(connection, match)
+            except sqlite3.OperationalError as exc:
+                if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                    return None
+                raise
+
+        return await lease.job(at_once)
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""

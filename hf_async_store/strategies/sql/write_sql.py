@@ -222,14 +222,16 @@ class WriteStatements:
         and the new version, or NULL, and further values.
 
         Args:
-            selection: of the place, the id, the version, a condition that must be true for all rows, the
-                number of the row, and the values.
+            selection: of the place, the id, the version, a condition that must be true for all rows, and
+                the values, in the order in which they are returned.
         """
         names = [f"v{number}" for number in range(values)]
-        columns = ", ".join(["place", "id", "version", "decided", "number", *names])
+        columns = ", ".join(["place", "id", "version", "decided", *names, "number"])
         returned = ", ".join(["c.id", "c.version", "w.version", *(f"c.{each}" for each in names)])
         return (
-            f"WITH chosen ({columns}) AS MATERIALIZED ({selection}), "
+            # The number is that of the sorted row: in the selection itself, rows are numbered before.
+            f"WITH chosen ({columns}) AS MATERIALIZED "
+            f"(SELECT f.*, pg_catalog.row_number() OVER () FROM ({selection}) AS f), "
             f"written (id, version) AS (UPDATE {table.name} AS t SET {assignments} "
             f"FROM {_LOCK_TIMEOUT}, chosen AS c WHERE t.ctid = c.place "
             f"AND NOT EXISTS (SELECT 1 FROM chosen AS o WHERE NOT o.decided){self._current()} "
