@@ -919,6 +919,27 @@ async def test_a_claim_finds_changes_inside_of_values(before: Any, after: Any, u
             await claim.update(Document("e"))
 
 
+class Measured(msgspec.Struct):
+    measured_id: str
+    ratio: float | None = None
+    content: Any = None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("ratio", float("nan")), ("ratio", float("inf")), ("content", "\ud800")]
+)
+async def test_a_claim_refuses_what_cannot_be_stored(field: str, value: Any) -> None:
+    collection = Collection.from_model(Measured, key="measured_id", name="measured")
+    async with open_store("memory:", collections=[collection]) as store:
+        measured = store.typed(Measured)
+        await measured.create(Measured("a"))
+        [claim] = await measured.claim()
+        for _ in range(2):
+            with pytest.raises(UnsupportedValueError, match=field):
+                await claim.update(Measured("a", **{field: value}))
+        assert await claim.update(Measured("a", 1.5)) == 2
+
+
 async def test_entities_of_the_store_become_instances(opened: Any) -> None:
     store, model, _ = opened
     jobs = store.typed(model)
