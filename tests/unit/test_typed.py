@@ -919,8 +919,8 @@ async def test_a_claim_finds_changes_inside_of_values(before: Any, after: Any, u
             await claim.update(Document("e"))
 
 
-class Measured(msgspec.Struct):
-    measured_id: str
+class Reading(msgspec.Struct):
+    reading_id: str
     ratio: float | None = None
     content: Any = None
 
@@ -929,15 +929,15 @@ class Measured(msgspec.Struct):
     ("field", "value"), [("ratio", float("nan")), ("ratio", float("inf")), ("content", "\ud800")]
 )
 async def test_a_claim_refuses_what_cannot_be_stored(field: str, value: Any) -> None:
-    collection = Collection.from_model(Measured, key="measured_id", name="measured")
+    collection = Collection.from_model(Reading, key="reading_id", name="readings")
     async with open_store("memory:", collections=[collection]) as store:
-        measured = store.typed(Measured)
-        await measured.create(Measured("a"))
-        [claim] = await measured.claim()
+        readings = store.typed(Reading)
+        await readings.create(Reading("a"))
+        [claim] = await readings.claim()
         for _ in range(2):
             with pytest.raises(UnsupportedValueError, match=field):
-                await claim.update(Measured("a", **{field: value}))
-        assert await claim.update(Measured("a", 1.5)) == 2
+                await claim.update(Reading("a", **{field: value}))
+        assert await claim.update(Reading("a", 1.5)) == 2
 
 
 async def test_entities_of_the_store_become_instances(opened: Any) -> None:
