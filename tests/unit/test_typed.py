@@ -853,8 +853,9 @@ async def test_a_transaction_of_a_claim_is_typed(opened: Any) -> None:
         typed = tx.typed(model)
         await typed.save(model(job_id="a", attempts=1))
         await typed.create(model(job_id="b"))
-        assert not hasattr(typed, "claim")
-        assert not hasattr(typed, "watch")
+        for refused in (typed.claim, typed.watch, typed.wait_for):
+            with pytest.raises(InvalidInputError, match="by a store"):
+                refused("a")
     await store.break_claim("jobs", "a")
     for change in (
         lambda: claim.update(attempts=2),
@@ -966,6 +967,9 @@ def test_blocking_callers_claim_instances(url: str) -> None:
             assert claim.update(claim.instance) == 2
             with claim.transaction() as tx:
                 tx.typed(DataJob).create(DataJob("b"))
+                typed: Any = tx.typed(DataJob)
+                with pytest.raises(InvalidInputError, match="by a store"):
+                    typed.claim()
             claim.finish(status=Status.DONE)
         assert jobs.get("a") == DataJob("a", Status.DONE, 3)
         assert jobs.max_of("attempts") == 3
