@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeAlias
 
 from hf_async_store.arguments import check_callable, check_listed, check_mapping
 from hf_async_store.backoff import Backoff
@@ -167,7 +167,8 @@ class TypedRepository(Generic[Model]):
     async def patch(self, entity_id: str, /, **fields: object) -> int:
         """Change only the given fields of the model; returns the new version. See `update_entity`.
 
-        All names are those of fields: for `expected_version`, call `update_entity` of the store.
+        All names are those of fields: for `expected_version`, call `update_entity` of the store. The values
+        must fit their fields in the class; what a class says about several fields together is not checked.
 
         Example:
             `await jobs.patch("j-1", status=Status.DONE, attempts=increment(1))`
@@ -383,7 +384,10 @@ class TypedRepository(Generic[Model]):
         order_by: OrderBy = None,
         limit: int | None = None,
     ) -> int:
-        """Change the given fields of every match. See `RepositoryInterface.update_where`."""
+        """Change the given fields of every match. See `RepositoryInterface.update_where`.
+
+        The values must fit their fields in the class, as for `patch`.
+        """
         return await self._repository.update_where(
             self._name, filters, self._stored(changes), order_by=order_by, limit=limit
         )
@@ -468,12 +472,15 @@ class TypedRepository(Generic[Model]):
         return dict(self._stored(named))
 
     def _stored(self, changes: UpdateMap) -> UpdateMap:
-        """An update with the values as they are stored."""
+        """An update with the values as they are stored; each fits its field."""
         check_mapping(changes, "changes")
-        return {
-            name: value if isinstance(value, _UNCHANGED) else self._codec.value(name, value)
-            for name, value in changes.items()
-        }
+        stored: dict[Any, object] = {}
+        for name, value in changes.items():
+            if isinstance(value, Removed):
+                self._codec.check_removal(name)
+            computed = isinstance(value, _UNCHANGED)
+            stored[name] = value if computed else self._codec.value(name, value)
+        return stored
 
 
 _UNCHANGED: Final = (Operation, Removed)

@@ -10,7 +10,7 @@ import uuid
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import attrs
 import msgspec
@@ -19,6 +19,7 @@ import pytest
 
 from hf_async_store import (
     ABSENT,
+    REMOVE,
     BatchError,
     ClaimLostError,
     Collection,
@@ -976,3 +977,173 @@ def test_blocking_callers_claim_instances(url: str) -> None:
         assert jobs.instance_of(store.get_entity("jobs", "b") or {}) == DataJob("b")
         with pytest.raises(ClaimLostError):
             claim.update(attempts=1)
+
+
+# -- values that the class refuses ----------------------------------------------------------
+
+Title = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class StructArticle(msgspec.Struct):
+    job_id: str
+    author: Place
+    note: str | None
+    title: Title = "untitled"
+    status: Status = Status.WAITING
+    due_at: datetime | None = None
+
+
+@dataclasses.dataclass
+class DataArticle:
+    job_id: str
+    author: DataPlace
+    note: str | None
+    title: Title = "untitled"
+    status: Status = Status.WAITING
+    due_at: datetime | None = None
+
+
+@attrs.define
+class AttrsArticle:
+    job_id: str
+    author: DataPlace
+    note: str | None
+    title: str = attrs.field(default="untitled", validator=attrs.validators.min_len(1))
+    status: Status = Status.WAITING
+    due_at: datetime | None = attrs.field(default=None)
+
+    @due_at.validator
+    def _follows(self, _: object, value: datetime | None) -> None:
+        if value is not None and self.title == "no date":
+            raise ValueError("no date is allowed")
+
+
+class PydanticArticle(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, alias_generator=lambda name: name
+    )
+
+    job_id: str
+    author: PydanticPlace
+    note: str | None
+    title: str = pydantic.Field("untitled", min_length=1)
+    status: Status = Status.WAITING
+    due_at: datetime | None = None
+
+
+ARTICLES: list[tuple[Any, Any]] = [
+    (StructArticle, Place),
+    (DataArticle, DataPlace),
+    (AttrsArticle, DataPlace),
+    (PydanticArticle, PydanticPlace),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("title", ""),
+        ("title", None),
+        ("status", "BURNT"),
+        ("author", {"nome": "ada"}),
+        ("author", {"room": 5}),
+        ("author", REMOVE),
+        ("note", REMOVE),
+        ("due_at", "soon"),
+    ],
+)
+@pytest.mark.parametrize(("model", "place"), ARTICLES, ids=lambda each: each.__name__)
+async def test_a_value_that_the_class_refuses_is_not_stored(
+    model: Any, place: Any, field: str, value: Any
+) -> None:
+    async with open_store("memory:", collections=[declared(model)]) as store:
+        articles = store.typed(model)
+        article = model(job_id="a", author=place(room="r"), note=None)
+        await articles.create(article)
+        with pytest.raises(InvalidFieldError, match=field):
+            await articles.patch("a", **{field: value})
+        with pytest.raises(InvalidFieldError, match=field):
+            await articles.update_where({"job_id": "a"}, {field: value})
+        async with store.begin_transaction() as tx:
+            with pytest.raises(InvalidFieldError, match=field):
+                await tx.typed(model).patch("a", **{field: value})
+        [claim] = await articles.claim()
+        with pytest.raises(InvalidFieldError, match=field):
+            await claim.update(**{field: value})
+        with pytest.raises(InvalidFieldError, match=field):
+            await claim.finish(**{field: value})
+        assert await articles.get_versioned("a") == (article, 1)
+
+
+@pytest.mark.parametrize(("model", "place"), ARTICLES, ids=lambda each: each.__name__)
+async def test_a_value_that_the_class_accepts_is_stored(model: Any, place: Any) -> None:
+    async with open_store("memory:", collections=[declared(model)]) as store:
+        articles = store.typed(model)
+        await articles.create(model(job_id="a", author=place(room="r"), note=None))
+        await articles.patch(
+            "a", title="t", status="DONE", author={"room": "q"}, due_at="2026-01-02"
+        )
+        await articles.patch("a", note="n", due_at=AT, title=REMOVE)
+        assert await articles.get("a") == model(
+            job_id="a", author=place(room="q"), note="n", status=Status.DONE, due_at=AT
+        )
+        await articles.update_where({}, {"due_at": "2026-01-02T10:00:00+01:00"})
+        assert (await articles.get("a")).due_at == datetime(2026, 1, 2, 9, tzinfo=UTC)
+
+
+class Node(pydantic.BaseModel):
+    """A model whose fields are validated by functions."""
+
+    job_id: str
+    size: Annotated[int, pydantic.AfterValidator(lambda size: abs(size))] = 0
+    word: str = pydantic.Field("a", alias="text")
+    longer: str = ""
+    text_of_list: list[str] = []
+    marked: Annotated[int, pydantic.WrapValidator(lambda n, next_, info: next_(n))] = 0
+    child: Self | None = None
+
+    @pydantic.field_validator("word", "longer")
+    @classmethod
+    def _is_lower(cls, value: str) -> str:
+        if value != value.lower():
+            raise ValueError(f"{cls.__name__} needs lower case")
+        return value
+
+    @pydantic.field_validator("longer")
+    @classmethod
+    def _is_longer(cls, value: str, info: pydantic.ValidationInfo) -> str:
+        if value and len(value) <= len(info.data["word"]):
+            raise ValueError("not longer than word")
+        return value
+
+    @pydantic.field_validator("text_of_list", mode="plain")
+    @classmethod
+    def _listed(cls, value: Any, info: pydantic.ValidationInfo) -> list[str]:
+        assert "word" in info.data
+        return list(value)
+
+    @pydantic.field_validator("job_id", mode="wrap")
+    @classmethod
+    def _key(cls, value: Any, next_: Any) -> str:
+        return str(next_(value))
+
+
+async def test_validators_of_one_field_of_pydantic_are_asked() -> None:
+    async with open_store("memory:", collections=[declared_only(Node)]) as store:
+        nodes = store.typed(Node)
+        await nodes.create(Node(job_id="n"))
+        for field in ("word", "longer"):
+            with pytest.raises(InvalidFieldError, match="Node needs lower case"):
+                await nodes.patch("n", **{field: "ABC"})
+        with pytest.raises(InvalidFieldError, match=r"Node, field 'text': .* valid string"):
+            await nodes.patch("n", word=None)
+        child = Node(job_id="c")
+        await nodes.patch(
+            "n", job_id="n", size=-5, longer="abc", text_of_list="xy", marked=2, child=child
+        )
+        # The one that compares two fields is not asked.
+        await nodes.patch("n", word="b")
+        read = await nodes.get("n")
+        assert read is not None
+        assert (read.size, read.word, read.longer, read.marked) == (5, "b", "abc", 2)
+        assert (read.text_of_list, read.child) == (["x", "y"], child)
