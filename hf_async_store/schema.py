@@ -367,6 +367,12 @@ class Collection:
         )
         if key not in codec.names:
             raise ConfigurationError(f"{model.__name__} has no field {key!r}, which is the key")
+        kind = next((each.type for each in codec.fields if each.name == key), "text")
+        if kind in ("integer", "number", "boolean"):
+            raise ConfigurationError(
+                f"{model.__name__}.{key} is the key, and of type {kind}; ids are strings: declare it as "
+                "str or UUID"
+            )
         collection.model = model
         return collection
 

@@ -979,6 +979,65 @@ def test_blocking_callers_claim_instances(url: str) -> None:
             claim.update(attempts=1)
 
 
+# -- ids that are not strings ----------------------------------------------------------------
+
+
+class Parcel(msgspec.Struct):
+    parcel_id: uuid.UUID
+    n: int = 0
+
+
+class PydanticParcel(pydantic.BaseModel):
+    parcel_id: uuid.UUID
+    n: int = 0
+
+
+@pytest.mark.parametrize("model", [Parcel, PydanticParcel])
+async def test_an_id_may_be_a_uuid(model: Any, url: str) -> None:
+    declared = Collection.from_model(model, key="parcel_id", name="parcels")
+    async with open_store(url, collections=[declared]) as store:
+        parcels = store.typed(model)
+        one, other = uuid.UUID(int=1), uuid.UUID(int=2)
+        await parcels.create_many([model(parcel_id=one), model(parcel_id=other)])
+        assert await parcels.get(one) == model(parcel_id=one)
+        assert await parcels.patch(one, n=1) == 2
+
+        def count(parcel: Any) -> Any:
+            parcel.n += 1
+            return parcel
+
+        assert await parcels.modify(one, count) == 3
+        assert await parcels.get_versioned(one) == (model(parcel_id=one, n=2), 3)
+        assert await parcels.get_many([other, str(one)]) == [
+            model(parcel_id=other),
+            model(parcel_id=one, n=2),
+        ]
+        assert await parcels.wait_for(one, {"n": 2}, timeout=5) == model(parcel_id=one, n=2)
+        assert await parcels.delete(one)
+        assert await parcels.delete_many([one, other]) == [False, True]
+        with pytest.raises(InvalidInputError, match="must be a string, not int"):
+            await parcels.get(1)
+        with pytest.raises(InvalidInputError, match="ids must be a list"):
+            await parcels.get_many("ab")
+
+
+class Numbered(msgspec.Struct):
+    job_id: int
+
+
+class NumberedOrNot(pydantic.BaseModel):
+    job_id: float | None = None
+
+
+@pytest.mark.parametrize(("model", "kind"), [(Numbered, "integer"), (NumberedOrNot, "number")])
+def test_an_id_is_not_a_number(model: Any, kind: str) -> None:
+    with pytest.raises(
+        ConfigurationError,
+        match=rf"{model.__name__}.job_id is the key, and of type {kind}; ids are strings",
+    ):
+        Collection.from_model(model, key="job_id")
+
+
 # -- values that the class refuses ----------------------------------------------------------
 
 Title = Annotated[str, msgspec.Meta(min_length=1)]
