@@ -167,15 +167,8 @@ class ModelCodec(Generic[Model]):
             UnsupportedValueError: it cannot be stored.
             InvalidFieldError: it does not fit the field, so that the entity could not be read any more.
         """
-        kind = type(value).__name__
+        stored = self.stored(name, value)
         field = self._by_name.get(name)
-        try:
-            _refuse_what_is_lost(value, kind)
-            stored = self._library.dump_value(
-                self.model, None if field is None else field.attribute, value
-            )
-        except (TypeError, ValueError, RecursionError) as exc:
-            raise _not_stored(kind, exc) from exc
         if field is not None:
             try:
                 self._check(field, stored)
@@ -185,6 +178,17 @@ class ModelCodec(Generic[Model]):
                     f"{self.model.__name__}, field {where or name!r}: {problem}"
                 ) from exc
         return stored
+
+    def stored(self, name: str | None, value: object) -> object:
+        """A value in its stored form, as `value`, whether it fits its field or not."""
+        kind = type(value).__name__
+        field = None if name is None else self._by_name.get(name)
+        attribute = None if field is None else field.attribute
+        try:
+            _refuse_what_is_lost(value, kind)
+            return self._library.dump_value(self.model, attribute, value)
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise _not_stored(kind, exc) from exc
 
     def check_removal(self, name: str) -> None:
         """Raise `InvalidFieldError` for a field without which no instance can be made."""

@@ -7,9 +7,10 @@ import dataclasses
 import subprocess
 import sys
 import uuid
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import attrs
@@ -34,8 +35,12 @@ from hf_async_store import (
     References,
     StoreVersion,
     UnsupportedValueError,
+    between,
+    gt,
+    in_,
     increment,
     open_store,
+    path,
     sync,
 )
 
@@ -1036,6 +1041,75 @@ def test_an_id_is_not_a_number(model: Any, kind: str) -> None:
         match=rf"{model.__name__}.job_id is the key, and of type {kind}; ids are strings",
     ):
         Collection.from_model(model, key="job_id")
+
+
+# -- values of types that only models have ---------------------------------------------------
+
+
+class StructPrice(msgspec.Struct):
+    price_id: str
+    amount: Annotated[Decimal, msgspec.Meta(description="in euros")]
+    since: time = time(8)
+    lasts: timedelta = timedelta(hours=1)
+    raw: bytes = b"\x01"
+    content: Any = None
+
+
+@dataclasses.dataclass
+class DataPrice:
+    price_id: str
+    amount: Decimal
+    since: time = time(8)
+    lasts: timedelta = timedelta(hours=1)
+    raw: bytes = b"\x01"
+    content: Any = None
+
+
+class PydanticPrice(pydantic.BaseModel):
+    price_id: str
+    amount: Decimal = pydantic.Field(alias="cost", ge=0)
+    since: time = time(8)
+    lasts: timedelta = timedelta(hours=1)
+    raw: bytes = b"\x01"
+    content: Any = None
+
+
+@pytest.mark.parametrize("model", [StructPrice, DataPrice, PydanticPrice])
+async def test_a_filter_may_be_of_a_type_that_only_models_have(model: Any, url: str) -> None:
+    declared = Collection.from_model(model, key="price_id", name="prices")
+    name = "cost" if model is PydanticPrice else "amount"
+    async with open_store(url, collections=[declared]) as store:
+        prices = store.typed(model)
+        amounts = [Decimal(each) for each in ("1.10", "10", "9")]
+        await prices.create_many(
+            [model(price_id=str(each), **{name: each}, content=[]) for each in amounts]
+        )
+        for amount in amounts:
+            [found] = await prices.query({name: amount})
+            assert found.amount == amount
+        # As text, as the page says.
+        assert [each.amount for each in await prices.query(order_by=name)] == amounts
+        assert await prices.count({name: in_(amounts[:2])}) == 2
+        assert await prices.count({name: between(Decimal(1), Decimal(3))}) == 2
+        assert await prices.count({name: gt(Decimal(-1))}) == 3
+        for field, value in [
+            ("since", time(8)),
+            ("lasts", timedelta(hours=1)),
+            ("raw", b"\x01"),
+        ]:
+            assert await prices.count({field: value}) == 3
+        assert await prices.count({path("content", 0): Decimal(1)}) == 0
+        assert await store.count_entities("prices", {name: amounts[0]}) == 1
+        assert await prices.update_where({name: amounts[0]}, {name: amounts[1]}) == 1
+        with pytest.raises(UnsupportedValueError, match="of type Fraction is not supported"):
+            await prices.count({name: Fraction(1)})
+
+
+async def test_a_filter_of_a_collection_without_a_model_is_of_the_types_of_json() -> None:
+    plain = Collection("prices", key="price_id", fields=["amount"])
+    async with open_store("memory:", collections=[plain]) as store:
+        with pytest.raises(UnsupportedValueError, match="amount: .* Decimal is not supported"):
+            await store.count_entities("prices", {"amount": Decimal(1)})
 
 
 # -- values that the class refuses ----------------------------------------------------------
