@@ -247,10 +247,12 @@ class ModelCodec(Generic[Model]):
                 try:
                     self._check(each, entity[each.name])
                 except ValueError as other:
-                    found += self._library.problems(other)
+                    [(where, what)] = self._library.problems(other)
+                    found.append((where or each.name, what))
             elif not each.has_default:
                 found.append((each.name, "it is missing"))
-        return found
+        is_repeated = not found[0][0] and found[0][1] in [what for _, what in found[1:]]
+        return found[1:] if is_repeated else found
 
 
 class _Library:
@@ -355,8 +357,14 @@ class _Pydantic(_Library):
             stored = sys.modules["pydantic_core"].to_jsonable_python(value, by_alias=True)
         else:
             # By the serializer of the model, because its fields may have serializers of their own.
-            instance = model.model_construct()
-            vars(instance)[attribute] = value
+            # Nothing is called for the defaults of the others, which are not written.
+            instance = model.__new__(model)
+            object.__setattr__(
+                instance, "__dict__", dict.fromkeys(model.model_fields) | {attribute: value}
+            )
+            object.__setattr__(instance, "__pydantic_fields_set__", {attribute})
+            object.__setattr__(instance, "__pydantic_extra__", None)
+            object.__setattr__(instance, "__pydantic_private__", None)
             [stored] = model.__pydantic_serializer__.to_python(
                 instance, mode="json", by_alias=True, include={attribute}, warnings="none"
             ).values()

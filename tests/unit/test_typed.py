@@ -344,6 +344,15 @@ async def test_an_error_names_missing_fields_and_not_too_many(model: Any) -> Non
         assert str(refused.value).endswith("; and 5 more") is (model is PydanticLoose)
 
 
+def test_an_error_names_what_a_validator_of_attrs_refuses() -> None:
+    entity: Any = {"job_id": "j", "title": "", "author": {"room": "r"}, "note": 1, "version": 1}
+    with pytest.raises(EntityMismatchError) as refused:
+        codec_of(AttrsArticle).instance("jobs", "j", {**entity, "note": None})
+    assert refused.value.field == "title"
+    with pytest.raises(EntityMismatchError, match="field 'note': .*; field 'title': ") as refused:
+        codec_of(AttrsArticle).instance("jobs", "j", entity)
+
+
 def test_a_name_that_cannot_be_stored_is_to_be_given_another() -> None:
     class Camel(msgspec.Struct):
         job_id: str
@@ -1322,6 +1331,44 @@ class Node(pydantic.BaseModel):
     @classmethod
     def _key(cls, value: Any, next_: Any) -> str:
         return str(next_(value))
+
+
+class Produced(pydantic.BaseModel):
+    job_id: str
+    n: int = 0
+    length: int = pydantic.Field(default_factory=lambda others: len(others["job_id"]))
+
+
+async def test_a_patch_asks_for_no_default() -> None:
+    async with open_store("memory:", collections=[declared_only(Produced)]) as store:
+        produced = store.typed(Produced)
+        await produced.create(Produced(job_id="abc"))
+        await produced.patch("abc", n=1)
+        assert await produced.get("abc") == Produced(job_id="abc", n=1, length=3)
+
+
+class Tree(pydantic.BaseModel):
+    job_id: str
+    children: list[Tree] = []
+    leaf: Leaf | None = None
+
+
+class Leaf(pydantic.BaseModel):
+    name: str
+
+
+async def test_fields_of_recursive_models_are_checked() -> None:
+    async with open_store("memory:", collections=[declared_only(Tree)]) as store:
+        trees = store.typed(Tree)
+        await trees.create(Tree(job_id="t"))
+        with pytest.raises(InvalidFieldError, match=r"children.0.job_id"):
+            await trees.patch("t", children=[{"job_id": 5}])
+        with pytest.raises(InvalidFieldError, match=r"leaf.name"):
+            await trees.patch("t", leaf={})
+        await trees.patch("t", children=[Tree(job_id="u")], leaf=Leaf(name="l"))
+        assert await trees.get("t") == Tree(
+            job_id="t", children=[Tree(job_id="u")], leaf=Leaf(name="l")
+        )
 
 
 async def test_validators_of_one_field_of_pydantic_are_asked() -> None:
