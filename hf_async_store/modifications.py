@@ -20,6 +20,7 @@ from hf_async_store.changes import ABSENT, Precondition, Put
 from hf_async_store.conflict_retry import Made, Ticket
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import (
+    ConcurrencyConflictError,
     EntityNotFoundError,
     InvalidFieldError,
     StorageError,
@@ -123,7 +124,21 @@ class SharedWrite:
     def __init__(self, ticket: Ticket, made: Made) -> None:
         self.made = made
         self._ends: list[tuple[asyncio.Future[Entity | Exception], Entity | Exception]] = []
-        expect = made.put.expect
+        try:
+            self._take_steps(ticket)
+        except BaseException:  # for example KeyboardInterrupt
+            for end, _ in self._ends:
+                end.set_result(ConcurrencyConflictError("nothing was written", retryable=True))
+            raise
+        if self._ends:
+            put, version = self.made.put, version_of(self.made.entity)
+            entity = {name: each for name, each in self.made.entity.items() if name != VERSION}
+            put = msgspec.structs.replace(
+                put, entity=entity, expect=made.put.expect, import_version=version
+            )
+            self.made = self.made._replace(put=put)
+
+    def _take_steps(self, ticket: Ticket) -> None:
         while len(self._ends) < _MOST and (other := ticket.follower) is not None:
             assert other.step is not None
             try:
@@ -135,11 +150,6 @@ class SharedWrite:
                 self._ends.append((ticket.take_follower(), exc))
             else:
                 self._ends.append((ticket.take_follower(), self.made.entity))
-        if self._ends:
-            put, version = self.made.put, version_of(self.made.entity)
-            entity = {name: each for name, each in self.made.entity.items() if name != VERSION}
-            put = msgspec.structs.replace(put, entity=entity, expect=expect, import_version=version)
-            self.made = self.made._replace(put=put)
 
     async def run(self, write: Write, timeout: float | None) -> Entity:
         """Write it, and tell the tasks; returns what is stored.

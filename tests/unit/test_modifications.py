@@ -203,3 +203,26 @@ async def test_one_with_a_timeout_writes_itself(store: StorageStrategy, writes: 
     tasks = await queued(store, *map(logged, "xyz"), timeout=30.0)
     assert await asyncio.gather(*tasks) == [2, 3, 4]
     assert writes == [1, 1, 1]
+
+
+async def test_a_function_that_ends_the_program(store: StorageStrategy) -> None:
+    """The tasks whose changes were made, and will not be written with the others, try again."""
+
+    class EndError(BaseException):
+        pass
+
+    times = 0
+
+    def ends(entity: Entity) -> Entity:
+        nonlocal times
+        times += 1
+        raise EndError
+
+    first, second, third = await queued(store, logged("x"), logged("y"), ends)
+    _, waiting = await asyncio.wait([first, second, third], timeout=20)
+    assert not waiting
+    assert isinstance(first.exception(), EndError)
+    assert isinstance(third.exception(), EndError)
+    assert second.result() == 2
+    assert times == 2
+    assert (await stored(store))["log"] == ["y"]
