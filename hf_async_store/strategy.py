@@ -437,10 +437,11 @@ class StorageStrategy(WatchedStore):
         ticket = self._retry_queue.ticket(key, step)
 
         async def write(made: Made, timeout: float | None) -> Entity:
-            shares = made.may_be_shared and ticket.follower is not None and self._lifetimes is None
-            if shares and self._engine.shares_changes(key):
+            # With a timeout, it could not wait for the write of the others.
+            shares = timeout is None and made.may_be_shared and self._lifetimes is None
+            if shares and ticket.follower is not None and self._engine.shares_changes(key):
                 shared = SharedWrite(ticket, made)
-                written, last = made.entity, await shared.run(self._write_made, timeout)
+                written, last = made.entity, await shared.run(self._write_made)
             else:
                 written = last = await self._write_made(made, timeout)
             if self._reads is not None:  # a read is a round trip
