@@ -336,3 +336,26 @@ async def test_all_tasks_end_if_all_are_cancelled_before_the_write(store: Storag
     done, _ = await asyncio.wait(tasks, timeout=10)
     assert done == {*tasks}
     assert not store._retry_queue.contended
+
+
+async def test_a_function_refuses_what_is_stored_not_what_was_handed_on(
+    store: StorageStrategy,
+) -> None:
+    """The answer to the write of the task before may come after later changes of others."""
+    seen: list[object] = []
+
+    def refuses(entity: Entity) -> Any:
+        seen.append(entity["log"])
+        raise LookupError
+
+    holder = store._retry_queue.ticket(KEY)
+    await holder.acquire(1)
+    old = await stored(store)
+    await store.update_entity("jobs", "a", {"log": ["other"]})
+    task = asyncio.create_task(store.modify_entity("jobs", "a", refuses))
+    await asyncio.sleep(0)
+    store._retry_queue.hand_on(KEY, old)
+    holder.release()
+    with pytest.raises(LookupError):
+        await task
+    assert seen == [[], ["other"]]
