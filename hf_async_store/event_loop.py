@@ -58,12 +58,17 @@ async def in_thread(
     The thread is a new one, and ends with the call: those of the default executor may all wait for the
     result of a call of the store, and threads that are kept would outlive the stores.
     """
+    return await begun_in_thread(partial(work, *args, **options))
+
+
+def begun_in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
+    """As `in_thread`, for a caller that does something else meanwhile. No task waits for the thread, so
+    the future may be abandoned."""
     from concurrent.futures import ThreadPoolExecutor
 
     threads = ThreadPoolExecutor(1, thread_name_prefix="hf-async-store-file")
     try:
-        call = partial(work, *args, **options)
-        return await asyncio.get_running_loop().run_in_executor(threads, call)
+        return asyncio.get_running_loop().run_in_executor(threads, work)
     finally:
         threads.shutdown(wait=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from typing import Final, Generic, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeAlias
 
 from hf_async_store.arguments import check_callable, check_listed, check_mapping
 from hf_async_store.backoff import Backoff
@@ -395,6 +395,22 @@ class TypedRepository(Generic[Model]):
         return await self._repository.delete_where(
             self._name, filters, order_by=order_by, limit=limit
         )
+
+    # -- what only a store has ---------------------------------------------------------------
+
+    if not TYPE_CHECKING:  # which refuses them, as they are not there
+
+        def claim(self, *_: object, **__: object) -> None:
+            """Refused: see `TypedCollection`."""
+            raise InvalidInputError("entities are claimed by a store, not in a transaction")
+
+        def watch(self, *_: object, **__: object) -> None:
+            """Refused: see `TypedCollection`."""
+            raise InvalidInputError("changes are watched by a store, not in a transaction")
+
+        def wait_for(self, *_: object, **__: object) -> None:
+            """Refused: see `TypedCollection`."""
+            raise InvalidInputError("changes are awaited by a store, not in a transaction")
 
     # -- conversion --------------------------------------------------------------------------
 

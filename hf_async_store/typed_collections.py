@@ -9,16 +9,13 @@ from functools import cached_property
 from types import TracebackType
 from typing import Final, Generic, Literal, NamedTuple, Self
 
-import msgspec
-
 from hf_async_store.claims import LEASE_SECONDS, Claim
 from hf_async_store.feed import Changes
-from hf_async_store.field_operations import Operation
 from hf_async_store.models import Model
 from hf_async_store.query import Filters, OrderBy
 from hf_async_store.transaction import Transaction
 from hf_async_store.typed import TypedRepository
-from hf_async_store.values import REMOVE, Entity, Key, Removed
+from hf_async_store.values import REMOVE, Entity, Key
 from hf_async_store.watching import WatchedStore
 
 
@@ -163,7 +160,7 @@ class TypedClaim(Generic[Model]):
         return {
             name: value
             for name, value in changes.items()
-            if _encoded(value) != _encoded(self._stored.get(name, REMOVE))
+            if not _is_same(value, self._stored.get(name, REMOVE))
         } | named
 
     async def delete(self) -> None:
@@ -195,9 +192,15 @@ class TypedClaim(Generic[Model]):
         await self.claim.__aexit__(kind, exc, traceback)
 
 
-def _encoded(value: object) -> object:
-    """What tells two stored values apart, among them 1, 1.0 and true."""
-    return value if isinstance(value, (Operation, Removed)) else msgspec.json.encode(value)
+def _is_same(one: object, other: object) -> bool:
+    """Whether two values are stored alike: 1, 1.0 and true are not, and NaN is like no other."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_same(one[each], other[each]) for each in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return one == other
 
 
 class TypedCollection(TypedRepository[Model]):

@@ -7,7 +7,7 @@ generic class, type checkers other than mypy do not know the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Generic
+from typing import TYPE_CHECKING, Generic
 
 from hf_async_store import typed
 from hf_async_store.changes import ANY, Expect
@@ -162,3 +162,8 @@ class TypedRepository(Blocking, Generic[Model]):
     ) -> TypedPage[Model]:
         """As `typed.TypedRepository.page`."""
         return _page(self, filters, order_by, limit, cursor=cursor, timeout=timeout)
+
+    if not TYPE_CHECKING:  # which refuses them, as they are not there
+        claim = typed.TypedRepository.claim
+        watch = typed.TypedRepository.watch
+        wait_for = typed.TypedRepository.wait_for

@@ -57,6 +57,18 @@ def test_the_modules_that_are_imported(words: list[str]) -> None:
     assert {each.partition(".")[0] for each in imported} & HEAVY == set()
 
 
+def test_the_package_names_all_that_can_be_imported_from_it() -> None:
+    code = (
+        "import hf_async_store, sys\n"
+        "assert set(hf_async_store.__all__) <= set(dir(hf_async_store))\n"
+        "assert 'hf_async_store.errors' not in sys.modules\n"
+        "for each in hf_async_store.__all__:\n"
+        "    assert getattr(hf_async_store, each) is getattr(hf_async_store, each)\n"
+        "assert not hasattr(hf_async_store, 'open_stores')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
 def test_help_imports_no_store() -> None:
     code = "import sys\nfrom hf_async_store.cli import main\nmain(['--help'])\nprint(*sys.modules)"
     done = subprocess.run(

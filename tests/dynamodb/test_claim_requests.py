@@ -89,6 +89,34 @@ async def test_106_a_release_whose_answer_is_lost_before_another_claims(
         await taken[0].finish()
 
 
+async def test_106_a_finish_whose_answer_is_lost_before_another_claims(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ended the claim has left no trace: whether it was this finish is not known."""
+    prefix = new_prefix()
+    async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
+        await _fill(store, 1)
+        [claim] = await store.claim_entities("items")
+        call = Client.call
+        taken: list[Claim] = []
+
+        async def lost(client: Client, operation: str, params: Any) -> Any:
+            answer = await call(client, operation, params)
+            if operation == "UpdateItem" and not taken:
+                taken.extend(await other.claim_entities("items", wait=30.0))
+                raise ResponseLost("the answer of DynamoDB was lost", outcome_unknown=True)
+            return answer
+
+        monkeypatch.setattr(Client, "call", lost)
+        with pytest.raises(ClaimLostError) as caught:
+            await claim.finish()
+        assert caught.value.outcome_unknown
+        with pytest.raises(ClaimLostError) as caught:
+            await claim.finish()
+        assert not caught.value.outcome_unknown
+        await taken[0].finish()
+
+
 async def test_104_a_store_that_others_were_faster_than_spreads(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

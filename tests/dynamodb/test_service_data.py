@@ -50,7 +50,9 @@ def test_the_endpoints_of_services_are_those_of_botocore(service: str) -> None:
 def test_the_metadata_is_that_of_botocore(service: str) -> None:
     own = ServiceData().load_service_model(service, "service-2")["metadata"]
     metadata = Loader().load_service_model(service, "service-2")["metadata"]
-    named = {"signingName": metadata["endpointPrefix"], **metadata}
+    # Later versions of botocore have added these.
+    added = {each: own[each] for each in ("auth", "protocols")}
+    named = {"signingName": metadata["endpointPrefix"], **added, **metadata}
     assert own == {each: named[each] for each in own}
 
 

@@ -300,6 +300,27 @@ async def test_a_single_save_replaces_what_its_store_wrote_last(proxy: Proxy) ->
             await store.save_entity("items", entity, expected_version=9)
 
 
+async def test_single_saves_of_a_claimed_entity_are_one_request_each(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        entity = {"item_id": "a", "created_at": "2024-01-01T00:00:00.000000Z"}
+        await store.save_entity("items", entity)
+        [claim] = await store.claim_entities("items")
+        await store.save_entity("items", entity)  # finds the claim
+        proxy.requests.clear()
+        for version in (3, 4):
+            assert await store.save_entity("items", entity) == version
+        assert await store.save_entity("items", entity, expected_version=4) == 5
+        assert await store.update_entity("items", "a", {"label": "y"}) == 6
+        assert await store.save_entity("items", entity) == 7
+        assert proxy.counted() == {"UpdateItem": 3, "BatchExecuteStatement": 2}
+        [info] = await store.claims("items")
+        assert (info.state, info.token) == ("held", claim.token)
+        await claim.release()
+        proxy.requests.clear()
+        assert await store.save_entity("items", entity) == 8
+        assert proxy.counted() == {"UpdateItem": 1}
+
+
 async def _in_transaction(store: DynamoDBStorageStrategy, entity_id: str) -> int:
     async with store.begin_transaction() as tx:
         return await tx.update_entity("items", entity_id, {"count": 0})

@@ -18,7 +18,7 @@ import pytest
 
 from hf_async_store import Collection, JSONStorageStrategy
 from hf_async_store.errors import StorageError, StoreClosedError
-from hf_async_store.strategies.json import declarations_file, journal_writer
+from hf_async_store.strategies.json import declarations_file, files, journal_writer, recovery
 from tests.json.support import both_layouts, open_files, open_json, reopened, temporary
 
 pytestmark = pytest.mark.hf_sampled(by="layout")
@@ -312,3 +312,61 @@ async def _close_amid(
     may_go_on.set()
     await asyncio.gather(calling, closing)
     assert not was_closed
+
+
+async def test_a_commit_after_one_whose_thread_could_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def fails(self: threading.Thread) -> None:
+        if self.name == "hf-async-store-append":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    async with open_json(tmp_path, "single_file") as store:
+        monkeypatch.setattr(threading.Thread, "start", fails)
+        with pytest.raises(RuntimeError, match="can't start"):
+            await store.save_entity(T, {"template_id": "t-1"})
+        monkeypatch.setattr(threading.Thread, "start", start)
+        saving = asyncio.create_task(store.save_entity(T, {"template_id": "t-2"}))
+        await asyncio.wait([saving], timeout=20)
+        if not saving.done():  # it would wait for ever, also if it is cancelled
+            thread = store._json.journal._appends
+            thread._thread = None
+            job = thread._jobs.get()
+            assert job is not None
+            thread.submit(job)
+            pytest.fail("the commit waits for a thread that is not there")
+    assert (await reopened(tmp_path, "single_file"))[T].keys() == {"t-2"}
+
+
+async def test_no_task_is_left_when_opening_a_large_file_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_json(tmp_path, "single_file") as store:
+        await store.save_entity(T, {"template_id": "t-1"})
+    monkeypatch.setattr(files, "_LARGE_FILE", 0)
+    may_end, digest = threading.Event(), files._digest
+    parses = asyncio.Event()
+
+    def slowly(data: bytes) -> str:
+        assert may_end.wait(60)
+        return digest(data)
+
+    async def parsing(*_: object) -> bool:
+        parses.set()
+        return await asyncio.Future()
+
+    monkeypatch.setattr(files, "_digest", slowly)
+    monkeypatch.setattr(recovery.StoreLoader, "_parse_file", parsing)
+    before = asyncio.all_tasks()
+    opening = asyncio.create_task(reopened(tmp_path, "single_file"))
+    await parses.wait()
+    opening.cancel()
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        assert asyncio.all_tasks() == before
+    finally:
+        may_end.set()

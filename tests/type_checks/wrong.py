@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+import hf_async_store
 from hf_async_store import Collection, Index, open_store, sync
 
 
@@ -21,6 +22,7 @@ Collection.from_model(Job)  # error
 Collection.from_model(Job("j"), key="job_id")  # error
 Collection("jobs", "job_id")  # error
 Index("status", sort=1)  # error
+hf_async_store.open_stores()  # error
 
 
 async def mistakes() -> None:

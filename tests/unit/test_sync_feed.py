@@ -140,9 +140,12 @@ async def test_109_typed_collections() -> None:
         await jobs.save(Job("c", "DONE"))
         assert await waiting == Job("c", "DONE")
         async with store.begin_transaction() as tx:
-            typed = tx.typed(Job)
-            assert not hasattr(typed, "wait_for")  # they are of a store
-            assert not hasattr(typed, "watch")
+            typed: Any = tx.typed(Job)  # type checkers refuse it
+            with pytest.raises(InvalidInputError, match="by a store"):
+                await typed.wait_for("c", timeout=_SECONDS)
+            with pytest.raises(InvalidInputError, match="by a store"):
+                async with typed.watch():
+                    pass
 
 
 def test_113_the_retention_of_a_declaration() -> None:

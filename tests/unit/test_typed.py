@@ -853,8 +853,9 @@ async def test_a_transaction_of_a_claim_is_typed(opened: Any) -> None:
         typed = tx.typed(model)
         await typed.save(model(job_id="a", attempts=1))
         await typed.create(model(job_id="b"))
-        assert not hasattr(typed, "claim")
-        assert not hasattr(typed, "watch")
+        for refused in (typed.claim, typed.watch, typed.wait_for):
+            with pytest.raises(InvalidInputError, match="by a store"):
+                refused("a")
     await store.break_claim("jobs", "a")
     for change in (
         lambda: claim.update(attempts=2),
@@ -919,6 +920,27 @@ async def test_a_claim_finds_changes_inside_of_values(before: Any, after: Any, u
             await claim.update(Document("e"))
 
 
+class Reading(msgspec.Struct):
+    reading_id: str
+    ratio: float | None = None
+    content: Any = None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("ratio", float("nan")), ("ratio", float("inf")), ("content", "\ud800")]
+)
+async def test_a_claim_refuses_what_cannot_be_stored(field: str, value: Any) -> None:
+    collection = Collection.from_model(Reading, key="reading_id", name="readings")
+    async with open_store("memory:", collections=[collection]) as store:
+        readings = store.typed(Reading)
+        await readings.create(Reading("a"))
+        [claim] = await readings.claim()
+        for _ in range(2):
+            with pytest.raises(UnsupportedValueError, match=field):
+                await claim.update(Reading("a", **{field: value}))
+        assert await claim.update(Reading("a", 1.5)) == 2
+
+
 async def test_entities_of_the_store_become_instances(opened: Any) -> None:
     store, model, _ = opened
     jobs = store.typed(model)
@@ -945,6 +967,9 @@ def test_blocking_callers_claim_instances(url: str) -> None:
             assert claim.update(claim.instance) == 2
             with claim.transaction() as tx:
                 tx.typed(DataJob).create(DataJob("b"))
+                typed: Any = tx.typed(DataJob)
+                with pytest.raises(InvalidInputError, match="by a store"):
+                    typed.claim()
             claim.finish(status=Status.DONE)
         assert jobs.get("a") == DataJob("a", Status.DONE, 3)
         assert jobs.max_of("attempts") == 3

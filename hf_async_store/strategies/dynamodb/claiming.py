@@ -25,6 +25,7 @@ from hf_async_store.claim_records import (
     taken,
 )
 from hf_async_store.errors import (
+    ClaimLostError,
     ConcurrencyConflictError,
     EntityNotFoundError,
     StorageError,
@@ -301,10 +302,15 @@ class Claiming:
             state = claim_in(exc.item, key)
             released = state is None or (state.token == token and not state.held)
             released = released or follows_release(exc.item, token)
-            if ends and exc.outcome_unknown and released:
+            is_unknown = ends and exc.outcome_unknown
+            if is_unknown and released:
                 return  # by an attempt whose response was lost
-            check_held(state, key, token, now)  # raises, and says why
-            raise lost(key, "its lease is about to end") from exc
+            try:
+                check_held(state, key, token, now)  # raises, and says why
+                raise lost(key, "its lease is about to end") from exc
+            except ClaimLostError as loss:
+                loss.outcome_unknown = is_unknown
+                raise
 
     # -- for operators -----------------------------------------------------------------------
 

@@ -313,6 +313,8 @@ class Writes:
             receipt = self._write_cache.get(op.table, change.key.id)
             if op.intent == "expect" and receipt and receipt.version != change.expect:
                 receipt = None
+            if is_put and receipt and receipt.is_claimed:
+                receipt = None  # it does not contain the claim, which PutItem would have to repeat
         if receipt is not None:
             op.observed = receipt.as_attributes()
         is_save = op.intent == "save"

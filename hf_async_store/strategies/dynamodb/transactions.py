@@ -48,6 +48,7 @@ from hf_async_store.strategies.dynamodb.errors import (
     translate,
 )
 from hf_async_store.strategies.dynamodb.items import (
+    CLAIM,
     SIZE,
     TOKEN,
     new_token,
@@ -423,7 +424,8 @@ class DynamoDBSession(Session):
         for key, action in zip(keys, actions, strict=True):
             if "Put" in action:
                 item = action["Put"]["Item"]
-                receipt = WriteReceipt(int(item[VERSION]["N"]), token, int(item[SIZE]["N"]))
+                version, size = int(item[VERSION]["N"]), int(item[SIZE]["N"])
+                receipt = WriteReceipt(version, token, size, CLAIM in item)
                 self._write_cache.put(self._tables.name(key.collection), key.id, receipt)
 
     def _action(self, key: Key, written: Mapping[Key, Entity | None], token: str) -> dict[str, Any]:

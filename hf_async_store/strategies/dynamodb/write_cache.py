@@ -23,11 +23,16 @@ _DISABLED_SECONDS: Final = 60.0
 
 
 class WriteReceipt(NamedTuple):
-    """The state of an entity after a write."""
+    """The state of an entity after a write.
+
+    Attributes:
+        is_claimed: whether the item has a claim; None: the write did not tell.
+    """
 
     version: int
     token: str
     size: int
+    is_claimed: bool | None = None
 
     def as_attributes(self) -> Attributes:
         """This state as attributes of an item."""
@@ -52,8 +57,13 @@ class WriteCache:
     def put(self, table: str, entity_id: str, receipt: WriteReceipt) -> None:
         key = table, entity_id
         known = self._receipts.pop(key, None)
-        # The order of the responses may differ from the order in which the writes were applied.
-        self._receipts[key] = receipt if known is None or known.version < receipt.version else known
+        if known is not None:
+            # The order of the responses may differ from the order in which the writes were applied.
+            if known.version >= receipt.version:
+                receipt = known
+            elif receipt.is_claimed is None:
+                receipt = receipt._replace(is_claimed=known.is_claimed)
+        self._receipts[key] = receipt
         if len(self._receipts) > _MAX_ENTRIES:
             del self._receipts[next(iter(self._receipts))]
 

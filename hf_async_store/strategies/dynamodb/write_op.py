@@ -19,6 +19,7 @@ from hf_async_store.field_operations import plain_fields
 from hf_async_store.preconditions import present
 from hf_async_store.strategies.dynamodb.errors import TABLE_REMEDY
 from hf_async_store.strategies.dynamodb.items import (
+    CLAIM,
     ItemMapping,
     new_token,
     size_bound_of,
@@ -230,7 +231,7 @@ class WriteOp:
 def receipt_of(item: Attributes, version: int, token: str) -> WriteReceipt | None:
     """The state after a write of these attributes; None if they do not contain a size."""
     size = size_bound_of(item)
-    return None if size is None else WriteReceipt(version, token, size)
+    return None if size is None else WriteReceipt(version, token, size, CLAIM in item or None)
 
 
 def _requested_at(change: Change) -> str:

@@ -259,12 +259,13 @@ def whole_item_request(op: WriteOp) -> tuple[str, dict[str, Any]]:
         return "Delete", {**request, "Key": {op.mapping.key: {"S": change.key.id}}}
     op.new_version = version = cast("int", entity[VERSION])
     item = op.mapping.item(change.key.id, entity, version, op.token)
-    op.receipt = receipt_of(item, version, op.token)
     if isinstance(change, Patch) and observed is not None:
         op.mapping.check_attributes(observed)
         op.mapping.keep_encodings(item, observed)
     if stored is not None and is_there(change, change.key, stored):  # else its claim has ended
         keep_claim(request, item, observed)
+    receipt = receipt_of(item, version, op.token)
+    op.receipt = receipt and receipt._replace(is_claimed=CLAIM in item)
     return "Put", {**request, "Item": item}
 
 

@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import AsyncIterator, Container, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,7 @@ import msgspec
 from hf_async_store.config import JSONConfig
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
-from hf_async_store.event_loop import in_thread
+from hf_async_store.event_loop import begun_in_thread, in_thread
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import Ownership, keep, of_a_new_store, share
 from hf_async_store.schema import CLAIM_COLLECTION, SUBSCRIPTION_COLLECTION, Schema
@@ -577,7 +578,7 @@ async def read_file(path: Path, trusted: Container[str] = ()) -> DataFile | None
     if digest is not None:
         computed.set_result(digest)
     else:
-        computed = asyncio.ensure_future(in_thread(_digest, text))
+        computed = begun_in_thread(partial(_digest, text))
     return DataFile(text, computed, signature)
 
 

@@ -380,10 +380,11 @@ class _AppendThread:
     def submit(self, job: _AppendJob) -> None:
         if self._thread is None:
             # A daemon, as a store that is never closed must not keep the process alive.
-            self._thread = Thread(
+            thread = Thread(
                 target=_run_all, args=(self._jobs,), name="hf-async-store-append", daemon=True
             )
-            self._thread.start()
+            thread.start()  # may fail: then the next append tries again
+            self._thread = thread
         self._jobs.put(job)
 
     def close(self) -> None:
