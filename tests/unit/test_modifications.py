@@ -251,20 +251,6 @@ async def test_a_cancellation_in_a_function_is_for_its_own_task(store: StorageSt
     assert not store._retry_queue.contended
 
 
-async def test_an_exit_in_a_function_leaves_nobody_waiting(store: StorageStrategy) -> None:
-    class Exit(BaseException):
-        pass
-
-    def exits(entity: Entity) -> Any:
-        raise Exit
-
-    tasks = await queued(store, logged("x"), logged("y"), exits)
-    done, _ = await asyncio.wait(tasks, timeout=10)
-    assert done == {*tasks}
-    assert [type(each.exception()) for each in tasks] == [Exit, type(None), Exit]
-    assert (await stored(store))["log"] == ["y"]
-
-
 async def test_after_the_entity_was_deleted_a_default_counts(
     store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,3 +345,26 @@ async def test_a_function_refuses_what_is_stored_not_what_was_handed_on(
     with pytest.raises(LookupError):
         await task
     assert seen == [[], ["other"]]
+
+
+async def test_a_function_that_ends_the_program(store: StorageStrategy) -> None:
+    """The tasks whose changes were made, and will not be written with the others, try again."""
+
+    class EndError(BaseException):
+        pass
+
+    times = 0
+
+    def ends(entity: Entity) -> Entity:
+        nonlocal times
+        times += 1
+        raise EndError
+
+    first, second, third = await queued(store, logged("x"), logged("y"), ends)
+    _, waiting = await asyncio.wait([first, second, third], timeout=20)
+    assert not waiting
+    assert isinstance(first.exception(), EndError)
+    assert isinstance(third.exception(), EndError)
+    assert second.result() == 2
+    assert times == 2
+    assert (await stored(store))["log"] == ["y"]
