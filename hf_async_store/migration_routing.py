@@ -308,10 +308,7 @@ class MigrationRouter(Engine):
         passed = {own}
         while state is not None and state.phase == "FINALIZED":
             if not self._was_in_migration:
-                raise StoreRelocatedError(
-                    f"this store was migrated to {state.other_location}; open that store",
-                    state.other_location,
-                )
+                raise _migrated_to(state.other_location)
             # It was migrated while it was open here: from now on it is the store at the new location.
             own = self._recorded(state.other_location)
             if own in passed:
@@ -366,7 +363,9 @@ class MigrationRouter(Engine):
         if location not in self._engines:
             engine = self._open_engine(location)
             if engine is None:
-                raise _not_permitted(str(location))
+                assert location is not None, "the own store is permitted"
+                # Until the end of the migration, the other store may not be opened alone either.
+                raise (_migrated_to if location == self._followed_to else _not_permitted)(location)
             self._engines[location] = engine
         return self._engines[location]
 
@@ -867,9 +866,13 @@ def _not_permitted(location: str) -> StoreRelocatedError:
     return StoreRelocatedError(
         f"this store takes part in a live migration with {location}, which this program may not open, "
         "because `follow_moves` of its storage configuration does not name that store: add it to "
-        "`follow_moves`, or open that store instead",
+        "`follow_moves` (on the command line: --store 'URL?follow_moves=OTHER')",
         location,
     )
+
+
+def _migrated_to(location: str) -> StoreRelocatedError:
+    return StoreRelocatedError(f"this store was migrated to {location}; open that store", location)
 
 
 def _with_markers(changes: Sequence[Change]) -> list[Change]:

@@ -225,7 +225,7 @@ def test_live_migrate_from_start_to_finalize(filled: Cli) -> None:
         ran = filled(*words)
         assert ran.code == 4
         assert f"json:{Path('moved').absolute()}" in ran.message
-        assert "follow_moves" in ran.message
+        assert "--store 'URL?follow_moves=OTHER'" in ran.message
     follows = ["--store", f"{STORE}?follow_moves={TARGET}"]
     assert filled("put", "machines", '{"machine_id": "late"}', *follows).code == 0
     both = ["--from", follows[1], "--to", f"{TARGET}?follow_moves={STORE}"]

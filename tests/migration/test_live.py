@@ -324,6 +324,27 @@ async def test_records_that_name_each_other_are_not_followed_without_end(place: 
             await store.get_entity("accounts", "a-0", timeout=20.0)
 
 
+async def test_what_a_program_that_may_not_follow_is_told(place: Place) -> None:
+    source, target = place("json-single", "a"), place("json-split", "b")
+    await prepared(source)
+    async with (
+        open_store(source, collections=COLLECTIONS) as old,
+        open_store(target, collections=COLLECTIONS) as new,
+        LiveMigration(source, target, collections=COLLECTIONS) as move,
+    ):
+        await move.start(cut_over=False)
+        assert await old.get_entity("accounts", "a-0")
+        await move.start()
+        for store in (old, new):  # either would raise the error in the place of the other
+            with pytest.raises(StoreRelocatedError, match="follow_moves=OTHER") as caught:
+                await store.get_entity("accounts", "a-0")
+            assert "open that store" not in str(caught.value)
+        await move.finalize()
+        with pytest.raises(StoreRelocatedError, match="was migrated to .*; open that store"):
+            await old.get_entity("accounts", "a-0")
+        assert await new.get_entity("accounts", "a-0")
+
+
 # -- crashes --------------------------------------------------------------------------------
 
 
