@@ -937,7 +937,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"{_CLI}.migrate_commands:verify",
         _VERIFY,
         "If the stores differ, the exit code is 3, and the first differences are reported by id and\n"
-        "field.\n\n"
+        "field. A store is not compared with itself: so not during a live migration, in which both\n"
+        "follow to the active store.\n\n"
         f"  {PROGRAM} verify --from json:data --to json:data.json\n"
         f"  {PROGRAM} verify backups/backup_20250630T120000Z.jsonl.gz\n",
         dict.fromkeys(("store", "config"), f"{_GIVE_BOTH}, or a backup file"),
