@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -34,8 +35,21 @@ from uuid import UUID
 
 import msgspec
 
-from hf_async_store.errors import ConfigurationError, EntityMismatchError, UnsupportedValueError
-from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, FieldType
+from hf_async_store import single_fields
+from hf_async_store.errors import (
+    ConfigurationError,
+    EntityMismatchError,
+    InvalidFieldError,
+    UnsupportedValueError,
+)
+from hf_async_store.values import (
+    CREATED_AT,
+    UPDATED_AT,
+    VERSION,
+    Entity,
+    FieldType,
+    parse_timestamp,
+)
 
 Model = TypeVar("Model")
 
@@ -70,6 +84,7 @@ class ModelField(NamedTuple):
         type: the declared type that its annotation stands for.
         required: it has no default and is not optional.
         references: its mark, if it is a reference.
+        has_default: an instance can be made without it.
     """
 
     name: str
@@ -77,6 +92,7 @@ class ModelField(NamedTuple):
     type: FieldType
     required: bool
     references: References | None
+    has_default: bool
 
 
 class ModelCodec(Generic[Model]):
@@ -97,7 +113,8 @@ class ModelCodec(Generic[Model]):
         self._library = library
         self.fields, self.version, self._version_attribute = _described(model, library)
         self.attributes: Final = {each.attribute: each.name for each in self.fields}
-        self._attributes: Final = {name: each for each, name in self.attributes.items()}
+        self._by_name: Final = {each.name: each for each in self.fields}
+        self._single: dict[str, type | None] = {}
         self.names: Final = frozenset([*self.attributes.values(), *library.tags(model)])
         self._checked = tuple(
             (each.name, each.attribute)
@@ -148,13 +165,50 @@ class ModelCodec(Generic[Model]):
 
         Raises:
             UnsupportedValueError: it cannot be stored.
+            InvalidFieldError: it does not fit the field, so that the entity could not be read any more.
         """
+        stored = self.stored(name, value)
+        field = self._by_name.get(name)
+        if field is not None:
+            try:
+                self._check(field, stored)
+            except ValueError as exc:
+                where, problem = self._library.problem(exc)
+                raise InvalidFieldError(
+                    f"{self.model.__name__}, field {where or name!r}: {problem}"
+                ) from exc
+        return stored
+
+    def stored(self, name: str | None, value: object) -> object:
+        """A value in its stored form, as `value`, whether it fits its field or not."""
         kind = type(value).__name__
+        field = None if name is None else self._by_name.get(name)
+        attribute = None if field is None else field.attribute
         try:
             _refuse_what_is_lost(value, kind)
-            return self._library.dump_value(self.model, self._attributes.get(name), value)
+            return self._library.dump_value(self.model, attribute, value)
         except (TypeError, ValueError, RecursionError) as exc:
             raise _not_stored(kind, exc) from exc
+
+    def check_removal(self, name: str) -> None:
+        """Raise `InvalidFieldError` for a field without which no instance can be made."""
+        field = self._by_name.get(name)
+        if field is not None and not field.has_default:
+            raise InvalidFieldError(
+                f"{self.model.__name__}, field {name!r}: it has no default, and cannot be removed"
+            )
+
+    def _check(self, field: ModelField, stored: object) -> None:
+        """Raise a ValueError of the library if a stored value does not fit its field."""
+        if field.name not in self._single:
+            self._single[field.name] = self._library.single(self.model, field)
+        single = self._single[field.name]
+        if single is None:
+            return
+        if field.type == "timestamp" and isinstance(stored, str):
+            stored = parse_timestamp(stored) or stored  # as the store writes it
+        with suppress(OverflowError, UnicodeEncodeError):  # the store names what it cannot contain
+            self._library.load(single, {field.name: stored})
 
     def instance(self, collection: str, entity_id: str, entity: Entity) -> Model:
         """The instance for a stored entity. Fields that are unknown to the model are left out.
@@ -207,6 +261,10 @@ class _Library:
     def dump_value(self, model: type, attribute: str | None, value: object) -> object:
         """A value of a field; the attribute is None if the model does not have it."""
         return msgspec.to_builtins(value, str_keys=True)
+
+    def single(self, model: type, field: ModelField) -> type | None:
+        """A class that has only this field; None if the field cannot be checked alone."""
+        return single_fields.of_annotation(model, field.attribute, field.name)
 
     def load(self, model: type, entity: Mapping[str, object]) -> object:
         return msgspec.convert(entity, model, str_keys=True)
@@ -272,6 +330,9 @@ class _Pydantic(_Library):
             ).values()
         _refuse_masked([value], {type(value).__name__: stored})
         return stored
+
+    def single(self, model: type, field: ModelField) -> type | None:
+        return single_fields.of_pydantic(model, field.attribute)
 
     def load(self, model: Any, entity: Mapping[str, object]) -> object:
         return model.model_validate_json(msgspec.json.encode(entity))
@@ -390,6 +451,7 @@ def _described(
                 annotation.type,
                 is_required and not annotation.is_optional,
                 annotation.references,
+                not is_required,
             )
         )
     if len(versions) > 1:

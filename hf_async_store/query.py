@@ -615,7 +615,10 @@ class _FilterReader:
             raise _refused(
                 op, steps, "needs a value, not a set; for any of several values, in_([...])"
             )
-        value, size = weighed(item, steps)
+        try:
+            value, size = weighed(item, steps)
+        except UnsupportedValueError:
+            value, size = weighed(self._collection.as_stored(steps, item), steps)
         self._add_size(size)
         if isinstance(value, str) and op.name not in _STRING_OPS:
             field = self._collection.field_at(steps)

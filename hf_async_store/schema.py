@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from datetime import time, timedelta
+from decimal import Decimal
 from types import MappingProxyType, NoneType
 from typing import Final, Self
 
@@ -367,6 +368,12 @@ class Collection:
         )
         if key not in codec.names:
             raise ConfigurationError(f"{model.__name__} has no field {key!r}, which is the key")
+        kind = next((each.type for each in codec.fields if each.name == key), "text")
+        if kind in ("integer", "number", "boolean"):
+            raise ConfigurationError(
+                f"{model.__name__}.{key} is the key, and of type {kind}; ids are strings: declare it as "
+                "str or UUID"
+            )
         collection.model = model
         return collection
 
@@ -438,6 +445,13 @@ class Collection:
         """The declared field at a path; None for an undeclared one, and for a path inside a field."""
         name, *inner = path
         return self.fields.get(name) if isinstance(name, str) and not inner else None
+
+    def as_stored(self, path: Sequence[str | int], value: object) -> object:
+        """A value of a query as the model stores it, if it is of a type that only models have."""
+        if self.model is None or not isinstance(value, Decimal | time | timedelta | bytes):
+            return value
+        field = self.field_at(path)
+        return codec_of(self.model).stored(None if field is None else field.name, value)
 
     def _bad_id(self, entity_id: str) -> InvalidKeyError:
         return InvalidKeyError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeAlias, cast
+from uuid import UUID
 
 from hf_async_store.arguments import check_callable, check_listed, check_mapping
 from hf_async_store.backoff import Backoff
@@ -42,6 +43,9 @@ from hf_async_store.values import (
 
 _CHUNK_SIZE: Final = 128
 """How many instances are converted between two iterations of the event loop."""
+
+Id: TypeAlias = str | UUID
+"""An id, as a model may hold it."""
 
 OnInvalid: TypeAlias = Callable[[EntityMismatchError], object] | None
 
@@ -109,16 +113,20 @@ class TypedRepository(Generic[Model]):
 
     # -- one entity --------------------------------------------------------------------------
 
-    async def get(self, entity_id: str, *, timeout: float | None = None) -> Model | None:
+    async def get(self, entity_id: Id, *, timeout: float | None = None) -> Model | None:
         """The instance, or None if it does not exist."""
-        entity = await self._repository.get_entity(self._name, entity_id, timeout=timeout)
+        entity = await self._repository.get_entity(
+            self._name, id_string(entity_id), timeout=timeout
+        )
         return None if entity is None else self.instance_of(entity)
 
     async def get_versioned(
-        self, entity_id: str, *, timeout: float | None = None
+        self, entity_id: Id, *, timeout: float | None = None
     ) -> Versioned[Model] | None:
         """The instance and its version, for a model without a field that holds it."""
-        entity = await self._repository.get_entity(self._name, entity_id, timeout=timeout)
+        entity = await self._repository.get_entity(
+            self._name, id_string(entity_id), timeout=timeout
+        )
         return None if entity is None else Versioned(self.instance_of(entity), version_of(entity))
 
     async def create(self, instance: Model, *, timeout: float | None = None) -> int:
@@ -164,19 +172,22 @@ class TypedRepository(Generic[Model]):
             timeout=timeout,
         )
 
-    async def patch(self, entity_id: str, /, **fields: object) -> int:
+    async def patch(self, entity_id: Id, /, **fields: object) -> int:
         """Change only the given fields of the model; returns the new version. See `update_entity`.
 
-        All names are those of fields: for `expected_version`, call `update_entity` of the store.
+        All names are those of fields: for `expected_version`, call `update_entity` of the store. The values
+        must fit their fields in the class; what a class says about several fields together is not checked.
 
         Example:
             `await jobs.patch("j-1", status=Status.DONE, attempts=increment(1))`
         """
-        return await self._repository.update_entity(self._name, entity_id, self._named(fields))
+        return await self._repository.update_entity(
+            self._name, id_string(entity_id), self._named(fields)
+        )
 
     async def modify(
         self,
-        entity_id: str,
+        entity_id: Id,
         change: Callable[[Model], Model | Awaitable[Model]],
         *,
         default: Model | None = None,
@@ -204,7 +215,7 @@ class TypedRepository(Generic[Model]):
 
         return await self._repository.modify_entity(
             self._name,
-            entity_id,
+            id_string(entity_id),
             changed,
             default=None if default is None else self._codec.entity(default),
             retry_seconds=retry_seconds,
@@ -212,27 +223,27 @@ class TypedRepository(Generic[Model]):
 
     async def delete(
         self,
-        entity_id: str,
+        entity_id: Id,
         *,
         expected_version: int | Expect = ANY,
         timeout: float | None = None,
     ) -> bool:
         """Delete an entity; returns whether it existed. See `delete_entity`."""
         return await self._repository.delete_entity(
-            self._name, entity_id, expected_version=expected_version, timeout=timeout
+            self._name, id_string(entity_id), expected_version=expected_version, timeout=timeout
         )
 
     # -- many --------------------------------------------------------------------------------
 
     async def get_many(
         self,
-        ids: Iterable[str],
+        ids: Iterable[Id],
         *,
         on_invalid: OnInvalid = None,
         timeout: float | None = None,
     ) -> list[Model | None]:
         """The instances in the order of `ids`; None for each that does not exist or does not fit."""
-        entities = await self._repository.get_entities(self._name, ids, timeout=timeout)
+        entities = await self._repository.get_entities(self._name, _strings(ids), timeout=timeout)
         return [
             None if each is None else next(self._instances([each], on_invalid), None)
             async for chunk in Chunks(entities, _CHUNK_SIZE)
@@ -293,9 +304,9 @@ class TypedRepository(Generic[Model]):
             outcomes = exc.outcomes
         return dict(zip(entities, outcomes, strict=True))
 
-    async def delete_many(self, ids: Iterable[str], *, timeout: float | None = None) -> list[bool]:
+    async def delete_many(self, ids: Iterable[Id], *, timeout: float | None = None) -> list[bool]:
         """`delete` for each id, in one batch. See `delete_entities`."""
-        return await self._repository.delete_entities(self._name, ids, timeout=timeout)
+        return await self._repository.delete_entities(self._name, _strings(ids), timeout=timeout)
 
     # -- queries -----------------------------------------------------------------------------
 
@@ -383,7 +394,10 @@ class TypedRepository(Generic[Model]):
         order_by: OrderBy = None,
         limit: int | None = None,
     ) -> int:
-        """Change the given fields of every match. See `RepositoryInterface.update_where`."""
+        """Change the given fields of every match. See `RepositoryInterface.update_where`.
+
+        The values must fit their fields in the class, as for `patch`.
+        """
         return await self._repository.update_where(
             self._name, filters, self._stored(changes), order_by=order_by, limit=limit
         )
@@ -468,12 +482,15 @@ class TypedRepository(Generic[Model]):
         return dict(self._stored(named))
 
     def _stored(self, changes: UpdateMap) -> UpdateMap:
-        """An update with the values as they are stored."""
+        """An update with the values as they are stored; each fits its field."""
         check_mapping(changes, "changes")
-        return {
-            name: value if isinstance(value, _UNCHANGED) else self._codec.value(name, value)
-            for name, value in changes.items()
-        }
+        stored: dict[Any, object] = {}
+        for name, value in changes.items():
+            if isinstance(value, Removed):
+                self._codec.check_removal(name)
+            computed = isinstance(value, _UNCHANGED)
+            stored[name] = value if computed else self._codec.value(name, value)
+        return stored
 
 
 _UNCHANGED: Final = (Operation, Removed)
@@ -481,6 +498,15 @@ _UNCHANGED: Final = (Operation, Removed)
 
 _OVERTAKEN: Final = (ConcurrencyConflictError, AlreadyExistsError, EntityNotFoundError)
 """The errors of a save whose entity another task changed, created or deleted after it was read."""
+
+
+def id_string(entity_id: Id) -> str:
+    """The id as it is stored."""
+    return str(entity_id) if isinstance(entity_id, UUID) else entity_id
+
+
+def _strings(ids: Iterable[Id]) -> Iterable[str]:
+    return cast("Iterable[str]", ids)  # the repository makes strings of UUIDs, in chunks
 
 
 def _declared(repository: RepositoryInterface, model: type) -> Collection:

@@ -14,7 +14,7 @@ from hf_async_store.feed import Changes
 from hf_async_store.models import Model
 from hf_async_store.query import Filters, OrderBy
 from hf_async_store.transaction import Transaction
-from hf_async_store.typed import TypedRepository
+from hf_async_store.typed import Id, TypedRepository, id_string
 from hf_async_store.values import REMOVE, Entity, Key
 from hf_async_store.watching import WatchedStore
 
@@ -252,9 +252,9 @@ class TypedCollection(TypedRepository[Model]):
             yield TypedChanges(changes, self.instance_of)
 
     async def wait_for(
-        self, entity_id: str, filters: Filters = None, *, timeout: float | None
+        self, entity_id: Id, filters: Filters = None, *, timeout: float | None
     ) -> Model:
         """Wait until an instance matches. See `StorageStrategy.wait_for`."""
         return self.instance_of(
-            await self._store.wait_for(self._name, entity_id, filters, timeout=timeout)
+            await self._store.wait_for(self._name, id_string(entity_id), filters, timeout=timeout)
         )

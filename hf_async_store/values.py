@@ -307,7 +307,7 @@ def _plain(value: object) -> object:
     if type(value).__module__ == "ipaddress":
         return str(value)
     raise _NotStorableError(
-        f"a value of type {type_name(value)} cannot be stored (pass a string, a number or a list)"
+        f"a value of type {type_name(value)} is not supported (pass a string, a number or a list)"
     )
 
 

@@ -22,7 +22,7 @@ from hf_async_store.sync.calls import (
     calling_back,
     streaming,
 )
-from hf_async_store.typed import OnInvalid, TypedPage, Versioned
+from hf_async_store.typed import Id, OnInvalid, TypedPage, Versioned
 from hf_async_store.values import Entity
 
 _get = blocking(typed.TypedRepository.get)
@@ -72,12 +72,12 @@ class TypedRepository(Blocking, Generic[Model]):
     update_where = blocking(typed.TypedRepository.update_where)
     delete_where = blocking(typed.TypedRepository.delete_where)
 
-    def get(self, entity_id: str, *, timeout: float | None = None) -> Model | None:
+    def get(self, entity_id: Id, *, timeout: float | None = None) -> Model | None:
         """As `typed.TypedRepository.get`."""
         return _get(self, entity_id, timeout=timeout)
 
     def get_versioned(
-        self, entity_id: str, *, timeout: float | None = None
+        self, entity_id: Id, *, timeout: float | None = None
     ) -> Versioned[Model] | None:
         """As `typed.TypedRepository.get_versioned`."""
         return _get_versioned(self, entity_id, timeout=timeout)
@@ -98,7 +98,7 @@ class TypedRepository(Blocking, Generic[Model]):
 
     def modify(
         self,
-        entity_id: str,
+        entity_id: Id,
         change: Callable[[Model], Model],
         *,
         default: Model | None = None,
@@ -109,7 +109,7 @@ class TypedRepository(Blocking, Generic[Model]):
 
     def get_many(
         self,
-        ids: Iterable[str],
+        ids: Iterable[Id],
         *,
         on_invalid: OnInvalid = None,
         timeout: float | None = None,

@@ -16,6 +16,7 @@ from hf_async_store.sync.event_loop_thread import EventLoopThread
 from hf_async_store.sync.feed import Changes
 from hf_async_store.sync.transaction import Transaction
 from hf_async_store.sync.typed import TypedRepository
+from hf_async_store.typed import Id
 from hf_async_store.typed_collections import TypedChange
 
 _wait_for = blocking(typed_collections.TypedCollection.wait_for)
@@ -69,7 +70,7 @@ class TypedCollection(TypedRepository[Model]):
         with Context(self._opened(), self._target.watch(filters, since=since)) as changes:
             yield Changes(changes, self._loop_thread)
 
-    def wait_for(self, entity_id: str, filters: Filters = None, *, timeout: float | None) -> Model:
+    def wait_for(self, entity_id: Id, filters: Filters = None, *, timeout: float | None) -> Model:
         """As `typed_collections.TypedCollection.wait_for`."""
         instance: Model = _wait_for(self, entity_id, filters, timeout=timeout)
         return instance

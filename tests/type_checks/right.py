@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import assert_type
+from uuid import UUID
 
 import msgspec
 import pydantic
@@ -105,6 +106,21 @@ async def typed() -> None:
         assert_type(jobs.instance_of({"job_id": "j"}), Job)
         async with store.begin_transaction() as tx:
             assert_type(await tx.typed(Machine).get("m"), Machine | None)
+
+
+class Order(msgspec.Struct):
+    order_id: UUID
+
+
+async def keys_of_other_types(order_id: UUID) -> None:
+    async with open_store(
+        "memory:", collections=[Collection.from_model(Order, key="order_id")]
+    ) as store:
+        orders = store.typed(Order)
+        assert_type(await orders.get(order_id), Order | None)
+        assert_type(await orders.get_many([order_id, str(order_id)]), list[Order | None])
+        assert_type(await orders.patch(order_id), int)
+        assert_type(await orders.delete(order_id), bool)
 
 
 def _done(job: Job) -> Job:

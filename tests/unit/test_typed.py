@@ -7,10 +7,11 @@ import dataclasses
 import subprocess
 import sys
 import uuid
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import attrs
 import msgspec
@@ -19,6 +20,7 @@ import pytest
 
 from hf_async_store import (
     ABSENT,
+    REMOVE,
     BatchError,
     ClaimLostError,
     Collection,
@@ -33,8 +35,12 @@ from hf_async_store import (
     References,
     StoreVersion,
     UnsupportedValueError,
+    between,
+    gt,
+    in_,
     increment,
     open_store,
+    path,
     sync,
 )
 
@@ -976,3 +982,301 @@ def test_blocking_callers_claim_instances(url: str) -> None:
         assert jobs.instance_of(store.get_entity("jobs", "b") or {}) == DataJob("b")
         with pytest.raises(ClaimLostError):
             claim.update(attempts=1)
+
+
+# -- ids that are not strings ----------------------------------------------------------------
+
+
+class Parcel(msgspec.Struct):
+    parcel_id: uuid.UUID
+    n: int = 0
+
+
+class PydanticParcel(pydantic.BaseModel):
+    parcel_id: uuid.UUID
+    n: int = 0
+
+
+@pytest.mark.parametrize("model", [Parcel, PydanticParcel])
+async def test_an_id_may_be_a_uuid(model: Any, url: str) -> None:
+    declared = Collection.from_model(model, key="parcel_id", name="parcels")
+    async with open_store(url, collections=[declared]) as store:
+        parcels = store.typed(model)
+        one, other = uuid.UUID(int=1), uuid.UUID(int=2)
+        await parcels.create_many([model(parcel_id=one), model(parcel_id=other)])
+        assert await parcels.get(one) == model(parcel_id=one)
+        assert await parcels.patch(one, n=1) == 2
+
+        def count(parcel: Any) -> Any:
+            parcel.n += 1
+            return parcel
+
+        assert await parcels.modify(one, count) == 3
+        assert await parcels.get_versioned(one) == (model(parcel_id=one, n=2), 3)
+        assert await parcels.get_many([other, str(one)]) == [
+            model(parcel_id=other),
+            model(parcel_id=one, n=2),
+        ]
+        assert await parcels.wait_for(one, {"n": 2}, timeout=5) == model(parcel_id=one, n=2)
+        assert await parcels.delete(one)
+        assert await parcels.delete_many([one, other]) == [False, True]
+        with pytest.raises(InvalidInputError, match="must be a string, not int"):
+            await parcels.get(1)
+        with pytest.raises(InvalidInputError, match="ids must be a list"):
+            await parcels.get_many("ab")
+
+
+class Numbered(msgspec.Struct):
+    job_id: int
+
+
+class NumberedOrNot(pydantic.BaseModel):
+    job_id: float | None = None
+
+
+@pytest.mark.parametrize(("model", "kind"), [(Numbered, "integer"), (NumberedOrNot, "number")])
+def test_an_id_is_not_a_number(model: Any, kind: str) -> None:
+    with pytest.raises(
+        ConfigurationError,
+        match=rf"{model.__name__}.job_id is the key, and of type {kind}; ids are strings",
+    ):
+        Collection.from_model(model, key="job_id")
+
+
+# -- values of types that only models have ---------------------------------------------------
+
+
+class StructPrice(msgspec.Struct):
+    price_id: str
+    amount: Annotated[Decimal, msgspec.Meta(description="in euros")]
+    since: time = time(8)
+    lasts: timedelta = timedelta(hours=1)
+    raw: bytes = b"\x01"
+    content: Any = None
+
+
+@dataclasses.dataclass
+class DataPrice:
+    price_id: str
+    amount: Decimal
+    since: time = time(8)
+    lasts: timedelta = timedelta(hours=1)
+    raw: bytes = b"\x01"
+    content: Any = None
+
+
+class PydanticPrice(pydantic.BaseModel):
+    price_id: str
+    amount: Decimal = pydantic.Field(alias="cost", ge=0)
+    since: time = time(8)
+    lasts: timedelta = timedelta(hours=1)
+    raw: bytes = b"\x01"
+    content: Any = None
+
+
+@pytest.mark.parametrize("model", [StructPrice, DataPrice, PydanticPrice])
+async def test_a_filter_may_be_of_a_type_that_only_models_have(model: Any, url: str) -> None:
+    declared = Collection.from_model(model, key="price_id", name="prices")
+    name = "cost" if model is PydanticPrice else "amount"
+    async with open_store(url, collections=[declared]) as store:
+        prices = store.typed(model)
+        amounts = [Decimal(each) for each in ("1.10", "10", "9")]
+        await prices.create_many(
+            [model(price_id=str(each), **{name: each}, content=[]) for each in amounts]
+        )
+        for amount in amounts:
+            [found] = await prices.query({name: amount})
+            assert found.amount == amount
+        # As text, as the page says.
+        assert [each.amount for each in await prices.query(order_by=name)] == amounts
+        assert await prices.count({name: in_(amounts[:2])}) == 2
+        assert await prices.count({name: between(Decimal(1), Decimal(3))}) == 2
+        assert await prices.count({name: gt(Decimal(-1))}) == 3
+        for field, value in [
+            ("since", time(8)),
+            ("lasts", timedelta(hours=1)),
+            ("raw", b"\x01"),
+        ]:
+            assert await prices.count({field: value}) == 3
+        assert await prices.count({path("content", 0): Decimal(1)}) == 0
+        assert await store.count_entities("prices", {name: amounts[0]}) == 1
+        assert await prices.update_where({name: amounts[0]}, {name: amounts[1]}) == 1
+        with pytest.raises(UnsupportedValueError, match="of type Fraction is not supported"):
+            await prices.count({name: Fraction(1)})
+
+
+async def test_a_filter_of_a_collection_without_a_model_is_of_the_types_of_json() -> None:
+    plain = Collection("prices", key="price_id", fields=["amount"])
+    async with open_store("memory:", collections=[plain]) as store:
+        with pytest.raises(UnsupportedValueError, match="amount: .* Decimal is not supported"):
+            await store.count_entities("prices", {"amount": Decimal(1)})
+
+
+# -- values that the class refuses ----------------------------------------------------------
+
+Title = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class StructArticle(msgspec.Struct):
+    job_id: str
+    author: Place
+    note: str | None
+    title: Title = "untitled"
+    status: Status = Status.WAITING
+    due_at: datetime | None = None
+
+
+@dataclasses.dataclass
+class DataArticle:
+    job_id: str
+    author: DataPlace
+    note: str | None
+    title: Title = "untitled"
+    status: Status = Status.WAITING
+    due_at: datetime | None = None
+
+
+@attrs.define
+class AttrsArticle:
+    job_id: str
+    author: DataPlace
+    note: str | None
+    title: str = attrs.field(default="untitled", validator=attrs.validators.min_len(1))
+    status: Status = Status.WAITING
+    due_at: datetime | None = attrs.field(default=None)
+
+    @due_at.validator
+    def _follows(self, _: object, value: datetime | None) -> None:
+        if value is not None and self.title == "no date":
+            raise ValueError("no date is allowed")
+
+
+class PydanticArticle(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, alias_generator=lambda name: name
+    )
+
+    job_id: str
+    author: PydanticPlace
+    note: str | None
+    title: str = pydantic.Field("untitled", min_length=1)
+    status: Status = Status.WAITING
+    due_at: datetime | None = None
+
+
+ARTICLES: list[tuple[Any, Any]] = [
+    (StructArticle, Place),
+    (DataArticle, DataPlace),
+    (AttrsArticle, DataPlace),
+    (PydanticArticle, PydanticPlace),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("title", ""),
+        ("title", None),
+        ("status", "BURNT"),
+        ("author", {"nome": "ada"}),
+        ("author", {"room": 5}),
+        ("author", REMOVE),
+        ("note", REMOVE),
+        ("due_at", "soon"),
+    ],
+)
+@pytest.mark.parametrize(("model", "place"), ARTICLES, ids=lambda each: each.__name__)
+async def test_a_value_that_the_class_refuses_is_not_stored(
+    model: Any, place: Any, field: str, value: Any
+) -> None:
+    async with open_store("memory:", collections=[declared(model)]) as store:
+        articles = store.typed(model)
+        article = model(job_id="a", author=place(room="r"), note=None)
+        await articles.create(article)
+        with pytest.raises(InvalidFieldError, match=field):
+            await articles.patch("a", **{field: value})
+        with pytest.raises(InvalidFieldError, match=field):
+            await articles.update_where({"job_id": "a"}, {field: value})
+        async with store.begin_transaction() as tx:
+            with pytest.raises(InvalidFieldError, match=field):
+                await tx.typed(model).patch("a", **{field: value})
+        [claim] = await articles.claim()
+        with pytest.raises(InvalidFieldError, match=field):
+            await claim.update(**{field: value})
+        with pytest.raises(InvalidFieldError, match=field):
+            await claim.finish(**{field: value})
+        assert await articles.get_versioned("a") == (article, 1)
+
+
+@pytest.mark.parametrize(("model", "place"), ARTICLES, ids=lambda each: each.__name__)
+async def test_a_value_that_the_class_accepts_is_stored(model: Any, place: Any) -> None:
+    async with open_store("memory:", collections=[declared(model)]) as store:
+        articles = store.typed(model)
+        await articles.create(model(job_id="a", author=place(room="r"), note=None))
+        await articles.patch(
+            "a", title="t", status="DONE", author={"room": "q"}, due_at="2026-01-02"
+        )
+        await articles.patch("a", note="n", due_at=AT, title=REMOVE)
+        assert await articles.get("a") == model(
+            job_id="a", author=place(room="q"), note="n", status=Status.DONE, due_at=AT
+        )
+        await articles.update_where({}, {"due_at": "2026-01-02T10:00:00+01:00"})
+        assert (await articles.get("a")).due_at == datetime(2026, 1, 2, 9, tzinfo=UTC)
+
+
+class Node(pydantic.BaseModel):
+    """A model whose fields are validated by functions."""
+
+    job_id: str
+    size: Annotated[int, pydantic.AfterValidator(lambda size: abs(size))] = 0
+    word: str = pydantic.Field("a", alias="text")
+    longer: str = ""
+    text_of_list: list[str] = []
+    marked: Annotated[int, pydantic.WrapValidator(lambda n, next_, info: next_(n))] = 0
+    child: Self | None = None
+
+    @pydantic.field_validator("word", "longer")
+    @classmethod
+    def _is_lower(cls, value: str) -> str:
+        if value != value.lower():
+            raise ValueError(f"{cls.__name__} needs lower case")
+        return value
+
+    @pydantic.field_validator("longer")
+    @classmethod
+    def _is_longer(cls, value: str, info: pydantic.ValidationInfo) -> str:
+        if value and len(value) <= len(info.data["word"]):
+            raise ValueError("not longer than word")
+        return value
+
+    @pydantic.field_validator("text_of_list", mode="plain")
+    @classmethod
+    def _listed(cls, value: Any, info: pydantic.ValidationInfo) -> list[str]:
+        assert "word" in info.data
+        return list(value)
+
+    @pydantic.field_validator("job_id", mode="wrap")
+    @classmethod
+    def _key(cls, value: Any, next_: Any) -> str:
+        return str(next_(value))
+
+
+async def test_validators_of_one_field_of_pydantic_are_asked() -> None:
+    async with open_store("memory:", collections=[declared_only(Node)]) as store:
+        nodes = store.typed(Node)
+        await nodes.create(Node(job_id="n"))
+        for field in ("word", "longer"):
+            with pytest.raises(InvalidFieldError, match="Node needs lower case"):
+                await nodes.patch("n", **{field: "ABC"})
+        with pytest.raises(InvalidFieldError, match=r"Node, field 'text': .* valid string"):
+            await nodes.patch("n", word=None)
+        child = Node(job_id="c")
+        await nodes.patch(
+            "n", job_id="n", size=-5, longer="abc", text_of_list="xy", marked=2, child=child
+        )
+        # The one that compares two fields is not asked.
+        await nodes.patch("n", word="b")
+        read = await nodes.get("n")
+        assert read is not None
+        assert (read.size, read.word, read.longer, read.marked) == (5, "b", "abc", 2)
+        assert (read.text_of_list, read.child) == (["x", "y"], child)
