@@ -59,7 +59,7 @@ def get(arguments: Namespace) -> int:
 
 def put(arguments: Namespace) -> int:
     context = Context(arguments)
-    collection = context.collection()
+    collection = context.collection(needs_store=False)
     if arguments.create and arguments.expected_version is not None:
         raise InvalidInputError("give either --create or --expected-version, not both")
     # Read before the event loop runs, so that Ctrl-C interrupts reading from a keyboard.

@@ -393,6 +393,11 @@ def test_a_filter_that_is_wrong(filled: Cli, command: str) -> None:
         ["checkpoint"],
         ["backup"],
         ["backups"],
+        ["get", "jobs", "j-1"],
+        ["count", "jobs"],
+        ["update", "jobs", "j-1", "status=x"],
+        ["export", "jobs", "--format", "csv"],
+        ["watch", "jobs"],
     ],
 )
 def test_a_store_that_is_not_there(cli: Cli, workplace: Path, words: list[str]) -> None:
