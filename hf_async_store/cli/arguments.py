@@ -769,9 +769,9 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "With --transform, each function is called with each entity of its collection, and returns the\n"
         "fields to change or None. It runs before the rest, so that it can provide required values. For\n"
         "an entity that it has transformed it must return nothing new.\n\n"
-        "With --complete you state that all programs with an\n"
-        "older declaration have ended: DynamoDB queries use new indexes only then. Name the collections\n"
-        "by --collections, HF_ASYNC_STORE_COLLECTIONS, or storage.collections of the configuration.\n\n"
+        "With --complete you state that all programs with an older declaration have ended: DynamoDB\n"
+        "queries use new indexes only then. Name the collections by --collections,\n"
+        "HF_ASYNC_STORE_COLLECTIONS, or storage.collections of the configuration.\n\n"
         f"  {PROGRAM} schema plan --collections shop.collections:ALL\n"
         f"  {PROGRAM} schema apply --collections shop.collections:ALL --transform shop.changes:ALL\n"
         f"  {PROGRAM} schema check --collections shop.collections:ALL --allow values\n",
