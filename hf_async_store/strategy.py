@@ -435,12 +435,16 @@ class StorageStrategy(WatchedStore):
     ) -> Entity:
         self._usable()  # raises before waiting in the queue
         ticket = self._retry_queue.ticket(key, step)
+        has_made = False
 
         async def write(made: Made, timeout: float | None) -> Entity:
-            shares = made.may_be_shared and ticket.follower is not None and self._lifetimes is None
-            if shares and self._engine.shares_changes(key):
+            nonlocal has_made
+            has_made = True
+            # With a timeout, it could not wait for the write of the others.
+            shares = timeout is None and made.may_be_shared and self._lifetimes is None
+            if shares and ticket.follower is not None and self._engine.shares_changes(key):
                 shared = SharedWrite(ticket, made)
-                written, last = made.entity, await shared.run(self._write_made, timeout)
+                written, last = made.entity, await shared.run(self._write_made)
             else:
                 written = last = await self._write_made(made, timeout)
             if self._reads is not None:  # a read is a round trip
@@ -448,7 +452,17 @@ class StorageStrategy(WatchedStore):
             return written
 
         async def once() -> Entity:
-            return await attempt(write) if ticket.outcome is None else shared_outcome(ticket)
+            nonlocal has_made
+            if ticket.outcome is not None:
+                return shared_outcome(ticket)
+            has_made, is_read = False, not self._retry_queue.has_handed_on(key)
+            try:
+                return await attempt(write)
+            except Exception:
+                if has_made or is_read:
+                    raise
+            # What the task before wrote may have been older than this call: it must not be the reason.
+            return await attempt(write)
 
         return await self._retry_queue.retry_with(ticket, once, seconds, self._note_retry)
 

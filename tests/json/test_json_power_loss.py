@@ -323,13 +323,16 @@ async def test_82_the_folders_above_a_new_store_are_synced(
 
 # -- a sync that failed -------------------------------------------------------------------------
 
+_NOT_IDLE: Final[dict[str, Any]] = {"update_files": "at close"}
+"""No process compacts on its own because it was idle for a second, as on a busy machine."""
+
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 async def test_82_a_failed_sync_is_detected_by_other_processes(tmp_path: Path, layout: str) -> None:
     """No process appends to that journal: the next writer first writes all data into new files."""
-    async with open_json(tmp_path, layout) as store:
+    async with open_json(tmp_path, layout, **_NOT_IDLE) as store:
         await store.save_entity("templates", {"template_id": "ours"})
-        async with Member("unsynced", tmp_path, layout) as failing:
+        async with Member("unsynced", tmp_path, layout, settings=_NOT_IDLE) as failing:
             failing.say()
             assert await failing.line() == {"unknown": True}
             [journal] = journals(tmp_path)
@@ -352,7 +355,7 @@ async def test_82_a_failed_sync_is_detected_by_other_processes(tmp_path: Path, l
 async def test_82_a_store_opened_after_a_failed_sync_detects_it(
     tmp_path: Path, layout: str
 ) -> None:
-    async with Member("unsynced", tmp_path, layout) as failing:
+    async with Member("unsynced", tmp_path, layout, settings=_NOT_IDLE) as failing:
         failing.say()
         assert await failing.line() == {"unknown": True}
         failing.say()
