@@ -845,10 +845,11 @@ class StorageStrategy(WatchedStore):
         progress: SchemaProgress | None = None,
         complete: bool = False,
         transform: Transforms | None = None,
-    ) -> None:
+    ) -> int:
         """Bring the store to the declared collections, while other programs read and write.
 
-        It can be interrupted at any time, run again, and run by several processes at once.
+        It can be interrupted at any time, run again, and run by several processes at once. Returns the
+        number of entities that `transform` has changed.
 
         Args:
             progress: called for each change as it proceeds.
@@ -872,7 +873,7 @@ class StorageStrategy(WatchedStore):
         check_boolean(complete, "complete")
         if progress is not None:
             check_callable(progress, "progress")
-        await schema_changes.apply(
+        return await schema_changes.apply(
             self._usable(), self._schema, progress, transforms, complete=complete
         )
 
