@@ -449,8 +449,8 @@ class MigrationRouter(Engine):
             async for each in items:
                 yield each
 
-    async def few(self, query: Query) -> list[Entity] | None:
-        return await (await self.in_use()).few(query)
+    async def select_at_once(self, query: Query) -> list[Entity] | None:
+        return await (await self.in_use()).select_at_once(query)
 
     async def count(self, query: Query) -> int:
         return await (await self.in_use()).count(query)

@@ -395,8 +395,8 @@ class StorageStrategy(WatchedStore):
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return self._streams.read(self._usable().select_batches(self._living_query(query)))
 
-    async def _few(self, query: Query) -> list[Entity] | None:
-        return await self._usable().few(self._living_query(query))
+    async def _select_at_once(self, query: Query) -> list[Entity] | None:
+        return await self._usable().select_at_once(self._living_query(query))
 
     async def _change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         engine = self._usable()
