@@ -47,12 +47,16 @@ class _Exemptions:
     def grant(self) -> None:
         """Move all objects to the oldest generation, without traversing them.
 
-        A program that has frozen objects itself keeps them frozen: then nothing is moved.
+        A program that has frozen objects itself keeps them frozen: then nothing is moved, and these are not
+        counted again before the next full collection.
         """
         full = gc.get_stats()[2]["collections"]
         if full != self._full:
             self._full, self._granted = full, 0
-        if self._granted < _MOST and gc.isenabled() and not gc.get_freeze_count():
+        if self._granted < _MOST and gc.isenabled():
+            if gc.get_freeze_count():  # counting takes long if they are many
+                self._granted = _MOST
+                return
             self._granted += 1
             gc.freeze()
             gc.unfreeze()

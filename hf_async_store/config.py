@@ -1082,9 +1082,16 @@ def _expand(string: str, path: str, encode: Callable[[str], str] = str) -> str:
 
 # -- files ----------------------------------------------------------------------------------
 
+_SQLITE_HEADER: Final = b"SQLite format 3\0"
+
 
 def _from_file(path: str, *, follows: bool = True) -> StorageConfig:
-    data, problem = decode_json(_read(path), path)
+    content = _read(path)
+    if content.startswith(_SQLITE_HEADER):
+        raise ConfigurationError(
+            f"{path!r} is a SQLite file, not a configuration file; did you mean 'sqlite:{path}'?"
+        )
+    data, problem = decode_json(content, path)
     if problem is not None:
         raise ConfigurationError(problem)
     with _error_prefix(f"{path}: "):

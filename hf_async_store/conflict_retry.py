@@ -164,6 +164,11 @@ class FairRetryQueue:
         elif queue is not None:
             queue.handed_on = 0
 
+    def has_handed_on(self, key: Key) -> bool:
+        """Whether `handed_on` has an entity."""
+        queue = self._queues.get(key)
+        return queue is not None and queue.given is not None
+
     def handed_on(self, key: Key) -> Entity | None:
         """The entity of a key as the previous task of its queue wrote it, once."""
         queue = self._queues.get(key)

@@ -466,7 +466,7 @@ class Engine(Reader):
         """
         return await self.write_each(changes)
 
-    async def few(self, query: Query) -> list[Entity] | None:
+    async def select_at_once(self, query: Query) -> list[Entity] | None:
         """All that `select_batches` yields, if few entities match, and they can be read in one step.
 
         None, the default: the caller must use `select_batches`.

@@ -43,8 +43,10 @@ async def rewrite(
     collection: Collection,
     change: Callable[[Entity], Awaitable[NewFields]],
     report: Callable[[int], None],
-) -> None:
+) -> int:
     """Rewrite the entities of a collection, in batches; each is a write like any other.
+
+    Returns the number of entities that were written.
 
     Args:
         change: returns the fields to change, validated. It may be called several times for an entity.
@@ -54,12 +56,13 @@ async def rewrite(
         UnavailableError: other programs change some of the entities all the time.
         StorageError: a change is refused. Those of the batches before it have been made.
     """
-    done = 0
+    done = written = 0
     async with Owned(pages(engine, collection)) as read:
         async for page in read:
-            await _rewrite_page(engine, collection, page, change)
+            written += await _rewrite_page(engine, collection, page, change)
             done += len(page)
             report(done)
+    return written
 
 
 def reporting(progress: SchemaProgress, change: SchemaChange) -> Callable[[int], None]:
@@ -87,17 +90,20 @@ async def _rewrite_page(
     collection: Collection,
     entities: Sequence[Entity],
     change: Callable[[Entity], Awaitable[NewFields]],
-) -> None:
+) -> int:
+    written = 0
     backoff = Backoff(_CONFLICT_SECONDS, first=_FIRST_PAUSE, longest=_LONGEST_PAUSE)
     while True:
         changed: list[Key] = []
         for start in range(0, len(entities), _BATCH_SIZE):
             batch = entities[start : start + _BATCH_SIZE]
             patches = [_patch(collection, each, await change(each)) for each in batch]
-            changed += await _write(engine, [each for each in patches if each is not None])
+            count, conflicts = await _write(engine, [each for each in patches if each is not None])
+            written += count
+            changed += conflicts
             await asyncio.sleep(0)
         if not changed:
-            return
+            return written
         if not await backoff.pause():
             raise UnavailableError(
                 f"{len(changed):,} entities of {collection.name}, the first of them {changed[0].id!r}, "
@@ -114,14 +120,17 @@ def _patch(collection: Collection, entity: Entity, fields: NewFields) -> Patch |
     return Patch(key, {**fields, UPDATED_AT: now}, now, version_of(entity))
 
 
-async def _write(engine: Engine, patches: Sequence[Patch]) -> list[Key]:
-    """Write changes; returns the keys of the entities that another program has changed meanwhile."""
+async def _write(engine: Engine, patches: Sequence[Patch]) -> tuple[int, list[Key]]:
+    """Write changes; returns how many were written, and the keys of the entities that another program has
+    changed meanwhile."""
     if not patches:
-        return []
-    changed = []
+        return 0, []
+    written, changed = 0, []
     for patch, outcome in zip(patches, await engine.write_each(patches), strict=True):
         if isinstance(outcome, ConcurrencyConflictError) and not outcome.outcome_unknown:
             changed.append(patch.key)
         elif isinstance(outcome, StorageError) and not isinstance(outcome, EntityNotFoundError):
             raise outcome
-    return changed
+        else:
+            written += not isinstance(outcome, StorageError)
+    return written, changed

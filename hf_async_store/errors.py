@@ -298,7 +298,8 @@ class ClaimLostError(StorageError):
     """A claim or a lock is not held any more, so what was done under it was refused.
 
     Its lease has ended, it was released or broken, or its entity was deleted. Another program may work on
-    the entity now.
+    the entity now. With `outcome_unknown`, the call itself may have ended the claim: its first answer was
+    lost.
     """
 
     def __init__(self, message: str, collection: str, entity_id: str) -> None:

@@ -305,23 +305,24 @@ class MigrationRouter(Engine):
     async def _read_route(self) -> Route | None:
         own = self._followed_to
         state = await self._state_at(own)
+        passed = {own}
         while state is not None and state.phase == "FINALIZED":
             if not self._was_in_migration:
-                raise StoreRelocatedError(
-                    f"this store was migrated to {state.other_location}; open that store",
-                    state.other_location,
-                )
+                raise _migrated_to(state.other_location)
             # It was migrated while it was open here: from now on it is the store at the new location.
-            self._followed_to = own = state.other_location
+            own = self._recorded(state.other_location)
+            if own in passed:
+                raise _invalid_record("stores that were migrated name each other")
+            passed.add(own)
+            self._followed_to = own
             state = await self._state_at(own)
         if state is None:
             if own is None:
                 return _NO_MIGRATION
             return Route(own, self._engine_at(own), add_markers=False, term=0)
         self._was_in_migration = True  # if the migration is finalized, this process follows it
-        source, target = (
-            (own, state.other_location) if state.role == "source" else (state.other_location, own)
-        )
+        other = self._recorded(state.other_location)
+        source, target = (own, other) if state.role == "source" else (other, own)
         if state.role == "target":
             source_state = await self._state_at(source)
             here = self._own_location() if own is None else own
@@ -332,8 +333,8 @@ class MigrationRouter(Engine):
             ):
                 # The migration was ended at the source, but this record still exists.
                 raise StoreRelocatedError(
-                    f"the live migration to this store was ended; open {source} instead",
-                    f"{source}",
+                    f"the live migration to this store was ended; open {state.other_location} instead",
+                    state.other_location,
                 )
             state = source_state
         if state.phase in ("CUTTING_OVER", "ROLLING_BACK"):
@@ -344,6 +345,10 @@ class MigrationRouter(Engine):
         engine = self._engine_at(active)
         add_markers = state.phase != "FINALIZED" and engine.capabilities.change_markers
         return Route(active, engine, add_markers=add_markers, term=state.term)
+
+    def _recorded(self, location: str) -> str | None:
+        """A location in a record; None if it is that of the store that was opened, which is permitted."""
+        return None if location == self._own_location() else location
 
     async def _state_at(self, location: str | None) -> MigrationState | None:
         if location is None and None not in self._engines:
@@ -358,7 +363,9 @@ class MigrationRouter(Engine):
         if location not in self._engines:
             engine = self._open_engine(location)
             if engine is None:
-                raise _not_permitted(str(location))
+                assert location is not None, "the own store is permitted"
+                # Until the end of the migration, the other store may not be opened alone either.
+                raise (_migrated_to if location == self._followed_to else _not_permitted)(location)
             self._engines[location] = engine
         return self._engines[location]
 
@@ -442,8 +449,8 @@ class MigrationRouter(Engine):
             async for each in items:
                 yield each
 
-    async def few(self, query: Query) -> list[Entity] | None:
-        return await (await self.in_use()).few(query)
+    async def select_at_once(self, query: Query) -> list[Entity] | None:
+        return await (await self.in_use()).select_at_once(query)
 
     async def count(self, query: Query) -> int:
         return await (await self.in_use()).count(query)
@@ -859,9 +866,13 @@ def _not_permitted(location: str) -> StoreRelocatedError:
     return StoreRelocatedError(
         f"this store takes part in a live migration with {location}, which this program may not open, "
         "because `follow_moves` of its storage configuration does not name that store: add it to "
-        "`follow_moves`, or open that store instead",
+        "`follow_moves` (on the command line: --store 'URL?follow_moves=OTHER')",
         location,
     )
+
+
+def _migrated_to(location: str) -> StoreRelocatedError:
+    return StoreRelocatedError(f"this store was migrated to {location}; open that store", location)
 
 
 def _with_markers(changes: Sequence[Change]) -> list[Change]:

@@ -12,7 +12,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import copy_context
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -20,8 +20,11 @@ from hf_async_store.changes import ABSENT, Precondition, Put
 from hf_async_store.conflict_retry import Made, Ticket
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import (
+    ConcurrencyConflictError,
     EntityNotFoundError,
     InvalidFieldError,
+    InvalidInputError,
+    ReferenceViolationError,
     StorageError,
     UnsupportedValueError,
 )
@@ -34,9 +37,14 @@ Modify: TypeAlias = Callable[[Entity], Any]
 _MOST: Final = 64
 """The maximum number of changes that share a write."""
 
-_ITERATIONS: Final = 2
+_ITERATIONS: Final = 3
 """After so many iterations of the event loop, the tasks that shared a write, and have changed the entity
 again, are in the queue again."""
+
+_REFUSALS: Final = (InvalidInputError, ReferenceViolationError)
+"""The errors of a write that may be due to one of the changes."""
+
+_NOT_WRITTEN: Final = ConcurrencyConflictError("the shared write was not made", retryable=True)
 
 
 class Write(Protocol):
@@ -113,6 +121,15 @@ class Modifying:
         return Made(put, written, _keeps_references(self._declared, put, stored))
 
 
+class _End(NamedTuple):
+    """The task of a change that another one writes: the future of its outcome, and the outcome if it is
+    written."""
+
+    ticket: Ticket
+    told: asyncio.Future[Entity | Exception]
+    outcome: Entity | Exception
+
+
 class SharedWrite:
     """What a task has made, and the changes of the tasks that follow it in the queue.
 
@@ -121,49 +138,63 @@ class SharedWrite:
     """
 
     def __init__(self, ticket: Ticket, made: Made) -> None:
-        self.made = made
-        self._ends: list[tuple[asyncio.Future[Entity | Exception], Entity | Exception]] = []
-        expect = made.put.expect
-        while len(self._ends) < _MOST and (other := ticket.follower) is not None:
-            assert other.step is not None
-            try:
-                self.made = other.step(copy_entity(self.made.entity))
-            except NotSharedError:
-                other.step = None
-                break
-            except Exception as exc:  # noqa: BLE001  # whatever the function raises is for its own caller
-                self._ends.append((ticket.take_follower(), exc))
-            else:
-                self._ends.append((ticket.take_follower(), self.made.entity))
+        self.made = self._own = made
+        self._ends: list[_End] = []
+        try:
+            while len(self._ends) < _MOST and (other := ticket.follower) is not None:
+                self._add(ticket, other)
+        except BaseException:
+            self._tell(_NOT_WRITTEN)
+            raise
         if self._ends:
             put, version = self.made.put, version_of(self.made.entity)
             entity = {name: each for name, each in self.made.entity.items() if name != VERSION}
+            expect = made.put.expect
             put = msgspec.structs.replace(put, entity=entity, expect=expect, import_version=version)
             self.made = self.made._replace(put=put)
 
-    async def run(self, write: Write, timeout: float | None) -> Entity:
+    def _add(self, ticket: Ticket, other: Ticket) -> None:
+        assert other.step is not None
+        outcome: Entity | Exception
+        try:
+            self.made = other.step(copy_entity(self.made.entity))
+            outcome = self.made.entity
+        except (NotSharedError, asyncio.CancelledError):
+            other.step = None  # so that it is nobody's follower
+            return
+        except Exception as exc:  # noqa: BLE001  # whatever the function raises is for its own caller
+            outcome = exc
+        self._ends.append(_End(other, ticket.take_follower(), outcome))
+
+    async def run(self, write: Write) -> Entity:
         """Write it, and tell the tasks; returns what is stored.
 
         If the caller is cancelled, it is completed first.
         """
         if not self._ends:
-            return await write(self.made, timeout)
-        await run_to_completion(self._run(write))
+            return await write(self.made, None)
+        writing = asyncio.ensure_future(write(self.made, None))
+        # Called also if the task of the write is cancelled before it begins.
+        writing.add_done_callback(lambda ended: self._tell(_failure(ended)))
+        try:
+            await run_to_completion(writing)
+        except _REFUSALS:
+            return await write(self._own, None)
         for _ in range(_ITERATIONS):
             await asyncio.sleep(0)
         return self.made.entity
 
-    async def _run(self, write: Write) -> None:
-        try:
-            await write(self.made, None)
-        except BaseException as exc:
-            error = StorageError("the shared write was interrupted", outcome_unknown=True)
-            error = exc if isinstance(exc, StorageError) else error
-            for end, _ in self._ends:
-                end.set_result(error.copy())
-            raise
-        for end, outcome in self._ends:
-            end.set_result(outcome)
+    def _tell(self, failure: StorageError | None) -> None:
+        """Tell the tasks how the write ended. A task that may have another outcome alone tries again."""
+        for other, end, outcome in self._ends:
+            if failure is None:
+                end.set_result(outcome)
+                continue
+            if isinstance(failure, _REFUSALS):
+                other.step = None
+            again = isinstance(failure, (*_REFUSALS, EntityNotFoundError))
+            again = again or isinstance(outcome, Exception)
+            end.set_result(_NOT_WRITTEN.copy() if again else failure.copy())
 
 
 def shared_outcome(ticket: Ticket) -> Entity:
@@ -173,6 +204,13 @@ def shared_outcome(ticket: Ticket) -> Entity:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+def _failure(writing: asyncio.Future[Entity]) -> StorageError | None:
+    exc = None if writing.cancelled() else writing.exception()
+    if not writing.cancelled() and (exc is None or isinstance(exc, StorageError)):
+        return exc
+    return StorageError("the shared write was interrupted", outcome_unknown=True)
 
 
 def _keeps_references(declared: Collection, put: Put, stored: Entity | None) -> bool:

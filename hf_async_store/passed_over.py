@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 from itertools import islice
+from math import inf
 from operator import itemgetter
 from typing import Any, Final, cast
 
@@ -66,6 +67,7 @@ class PassedOver(Listener):
         self._of: dict[
             str, str
         ] = {}  # by the record of its claim, each entity that is held or free
+        self._held: set[str] = set()
         self._ends: list[tuple[float, str]] = []  # a heap of when claims end, with outdated times
         self._free: dict[str, SortKey] = {}
         self._first: list[tuple[SortKey, str]] = []  # a heap of these, with outdated ones
@@ -100,6 +102,7 @@ class PassedOver(Listener):
         again, self._again = list(self._again), set()
         for each in again:
             self._free.pop(each, None)
+        self._held.difference_update(again)
         return again
 
     def next_free(self, number: int) -> list[str]:
@@ -140,14 +143,21 @@ class PassedOver(Listener):
         if held_until is None:
             self._free[entity_id] = key
             heapq.heappush(self._first, (key, entity_id))
-        else:
+            return
+        self._held.add(entity_id)
+        if held_until < inf:
             heapq.heappush(self._ends, (held_until, claim))
 
     def complete(self) -> None:
         """What was read is known from now on, unless most of it is outdated."""
-        known = len(self._free) + len(self._ends)
-        if len(self._of) + len(self._first) <= 3 * known + _MOST_CHANGES:
+        known = len(self._free) + len(self._held)
+        if len(self._of) + len(self._first) + len(self._ends) <= 4 * known + _MOST_CHANGES:
             self._changes = set()
+
+    def end(self) -> None:
+        """Nothing is known from now on."""
+        self._changes = None
+        self._forget("", [])
 
 
 def passed_over(
@@ -166,8 +176,10 @@ def passed_over(
     found = entities.listeners.get(shape)
     known = found is claims.listeners.get(shape) and isinstance(found, PassedOver)
     over = cast("PassedOver", found) if known else PassedOver(query, entities)
-    entities.listen(shape, over, _MOST_QUERIES)
-    claims.listen(shape, over, _MOST_OF_ALL)
+    for table, most in (entities, _MOST_QUERIES), (claims, _MOST_OF_ALL):
+        dropped = table.listen(shape, over, most)
+        if isinstance(dropped, PassedOver):
+            dropped.end()  # the other table may still tell it what changes
     return over, times
 
 

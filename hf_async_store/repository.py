@@ -164,8 +164,8 @@ class RepositoryInterface(ABC):
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return batched(self._select(query))
 
-    async def _few(self, query: Query) -> list[Entity] | None:
-        """See `Engine.few`."""
+    async def _select_at_once(self, query: Query) -> list[Entity] | None:
+        """See `Engine.select_at_once`."""
         del query
         return None
 
@@ -175,8 +175,8 @@ class RepositoryInterface(ABC):
         return None
 
     async def _batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
-        """The matching entities in batches, by `_few` or by `_select_batches`."""
-        few = await self._few(query)
+        """The matching entities in batches, by `_select_at_once` or by `_select_batches`."""
+        few = await self._select_at_once(query)
         if few is not None:
             yield few
             return
@@ -1137,7 +1137,7 @@ class RepositoryInterface(ABC):
         started = perf_counter()
         try:
             async with operation_timeout(timeout):
-                if (few := await self._few(query)) is not None:
+                if (few := await self._select_at_once(query)) is not None:
                     entities = [project(each, fields) for each in few[skipped:]]
                     return entities
                 async with Owned(self._select_batches(query)) as batches:

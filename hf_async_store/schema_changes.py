@@ -91,20 +91,22 @@ async def apply(
     transforms: Transforms,
     *,
     complete: bool,
-) -> None:
+) -> int:
     """Transform the entities, then bring the store to the declaration.
 
-    It can be interrupted and run again: what is done is not done again.
+    It can be interrupted and run again: what is done is not done again. Returns the number of entities that
+    the transforms have changed.
 
     Raises:
         SchemaMismatchError: the data breaks the declaration; nothing was changed, except by the
             transforms, which may provide required values.
     """
     report = progress or _ignore
+    transformed = 0
     if transforms:
         _refuse(unrecorded(await engine.declarations(), schema), "nothing was changed")
         for name, function in transforms.items():
-            await transform(engine, schema[name], function, report)
+            transformed += await transform(engine, schema[name], function, report)
     changes = await compared(engine, schema)
     for each in changes:
         log.info("to do: %s of %s", each.kind, _place(each))
@@ -119,6 +121,7 @@ async def apply(
         if each.kind in ("collection", "field", "index", "expiry"):
             report(each, 1, 1)
     log.info("the store agrees with the declared collections")
+    return transformed
 
 
 def _refuse(changes: Iterable[SchemaChange], state: str) -> None:

@@ -395,8 +395,8 @@ class StorageStrategy(WatchedStore):
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return self._streams.read(self._usable().select_batches(self._living_query(query)))
 
-    async def _few(self, query: Query) -> list[Entity] | None:
-        return await self._usable().few(self._living_query(query))
+    async def _select_at_once(self, query: Query) -> list[Entity] | None:
+        return await self._usable().select_at_once(self._living_query(query))
 
     async def _change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         engine = self._usable()
@@ -435,12 +435,16 @@ class StorageStrategy(WatchedStore):
     ) -> Entity:
         self._usable()  # raises before waiting in the queue
         ticket = self._retry_queue.ticket(key, step)
+        has_made = False
 
         async def write(made: Made, timeout: float | None) -> Entity:
-            shares = made.may_be_shared and ticket.follower is not None and self._lifetimes is None
-            if shares and self._engine.shares_changes(key):
+            nonlocal has_made
+            has_made = True
+            # With a timeout, it could not wait for the write of the others.
+            shares = timeout is None and made.may_be_shared and self._lifetimes is None
+            if shares and ticket.follower is not None and self._engine.shares_changes(key):
                 shared = SharedWrite(ticket, made)
-                written, last = made.entity, await shared.run(self._write_made, timeout)
+                written, last = made.entity, await shared.run(self._write_made)
             else:
                 written = last = await self._write_made(made, timeout)
             if self._reads is not None:  # a read is a round trip
@@ -448,7 +452,17 @@ class StorageStrategy(WatchedStore):
             return written
 
         async def once() -> Entity:
-            return await attempt(write) if ticket.outcome is None else shared_outcome(ticket)
+            nonlocal has_made
+            if ticket.outcome is not None:
+                return shared_outcome(ticket)
+            has_made, is_read = False, not self._retry_queue.has_handed_on(key)
+            try:
+                return await attempt(write)
+            except Exception:
+                if has_made or is_read:
+                    raise
+            # What the task before wrote may have been older than this call: it must not be the reason.
+            return await attempt(write)
 
         return await self._retry_queue.retry_with(ticket, once, seconds, self._note_retry)
 
@@ -831,10 +845,11 @@ class StorageStrategy(WatchedStore):
         progress: SchemaProgress | None = None,
         complete: bool = False,
         transform: Transforms | None = None,
-    ) -> None:
+    ) -> int:
         """Bring the store to the declared collections, while other programs read and write.
 
-        It can be interrupted at any time, run again, and run by several processes at once.
+        It can be interrupted at any time, run again, and run by several processes at once. Returns the
+        number of entities that `transform` has changed.
 
         Args:
             progress: called for each change as it proceeds.
@@ -858,7 +873,7 @@ class StorageStrategy(WatchedStore):
         check_boolean(complete, "complete")
         if progress is not None:
             check_callable(progress, "progress")
-        await schema_changes.apply(
+        return await schema_changes.apply(
             self._usable(), self._schema, progress, transforms, complete=complete
         )
 

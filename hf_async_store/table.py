@@ -75,13 +75,14 @@ class Table(ABC, Generic[Stored]):
         self.listeners: dict[object, Listener] = {}
         self.garbage: list[Garbage] = []
 
-    def listen(self, what: object, listener: Listener, most: int) -> None:
+    def listen(self, what: object, listener: Listener, most: int) -> Listener | None:
         """Tell a listener what changes, instead of the one that wanted the same, and if there are more than
-        `most`, of the oldest one."""
+        `most`, of the oldest one, which is returned."""
         self.listeners.pop(what, None)
         self.listeners[what] = listener
-        if len(self.listeners) > most:
-            del self.listeners[next(iter(self.listeners))]
+        if len(self.listeners) <= most:
+            return None
+        return self.listeners.pop(next(iter(self.listeners)))
 
     @abstractmethod
     def values(self, entity_id: str, stored: Stored) -> Sequence[Value | Missing]:

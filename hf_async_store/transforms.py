@@ -40,8 +40,8 @@ def check_transforms(transforms: Transforms, schema: Schema) -> None:
 
 async def transform(
     engine: Engine, collection: Collection, function: Transform, progress: SchemaProgress
-) -> None:
-    """Apply a transform to all entities of a collection.
+) -> int:
+    """Apply a transform to all entities of a collection; returns how many it has changed.
 
     Raises:
         InvalidInputError: the transform changes an entity that it has transformed again.
@@ -58,7 +58,7 @@ async def transform(
             exc.add_note(f"in the transform of {collection.name} {collection.id_of(entity)!r}")
             raise
 
-    await rewrite(engine, collection, change, reporting(progress, described))
+    return await rewrite(engine, collection, change, reporting(progress, described))
 
 
 async def _new_fields(collection: Collection, entity: Entity, function: Transform) -> NewFields:

@@ -350,7 +350,8 @@ def parse_timestamp(text: str) -> str | None:
         parsed = datetime.fromisoformat(text)
     except ValueError:
         return None
-    if len(text) == 27 and FIXED_FORM.match(text):
+    # From Python 3.14 on, T24:00 is the beginning of the next day.
+    if len(text) == 27 and FIXED_FORM.match(text) and text[11:13] != "24":
         return text
     if parsed.tzinfo is None:
         parsed = parsed.replace(tzinfo=UTC)

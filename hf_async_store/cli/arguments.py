@@ -304,6 +304,24 @@ def _mode(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", action="store_true", help="continue an interrupted migration")
 
 
+class _Named(argparse.Action):
+    """An option whose own name is kept with its value."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, (option, values))
+
+
+def _aggregate(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    for option, text in (
+        ("--by", "count each value of this field; one line of JSON for each"),
+        ("--sum", "the sum of this field instead; values that are no numbers are left out"),
+        ("--min", "the least value of this field instead; null if there is none"),
+        ("--max", "the greatest value of this field instead; null if there is none"),
+    ):
+        group.add_argument(option, metavar="FIELD", help=text, dest="aggregate", action=_Named)
+
+
 def _leave_out(
     what: str = "that is stored but not declared",
     otherwise: str = "If anything else undeclared is stored, the command fails and writes nothing",
@@ -595,16 +613,13 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"  {PROGRAM} query machines status=RUNNING --fields private_ip,name --json\n",
     ),
     "count": Command(
-        "count COLLECTION [FILTER...]",
-        "count the entities that match all filters",
+        "count COLLECTION [FILTER...] [OPTIONS]",
+        "count the entities that match all filters, or add up one of their fields",
         f"{_CLI}.entity_commands:count",
-        (
-            _COLLECTION,
-            _FILTERS,
-            _argument("--by", "FIELD", "count each value of this field; one line of JSON for each"),
-        ),
+        (_COLLECTION, _FILTERS, _aggregate),
         f"{_FILTER_HELP}\n  {PROGRAM} count machines status=RUNNING\n"
-        f"  {PROGRAM} count machines --by status\n",
+        f"  {PROGRAM} count machines --by status\n"
+        f"  {PROGRAM} count requests status=COMPLETED --sum machine_count\n",
     ),
     "watch": Command(
         "watch COLLECTION [FILTER...] [OPTIONS]",
@@ -754,9 +769,9 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "With --transform, each function is called with each entity of its collection, and returns the\n"
         "fields to change or None. It runs before the rest, so that it can provide required values. For\n"
         "an entity that it has transformed it must return nothing new.\n\n"
-        "With --complete you state that all programs with an\n"
-        "older declaration have ended: DynamoDB queries use new indexes only then. Name the collections\n"
-        "by --collections, HF_ASYNC_STORE_COLLECTIONS, or storage.collections of the configuration.\n\n"
+        "With --complete you state that all programs with an older declaration have ended: DynamoDB\n"
+        "queries use new indexes only then. Name the collections by --collections,\n"
+        "HF_ASYNC_STORE_COLLECTIONS, or storage.collections of the configuration.\n\n"
         f"  {PROGRAM} schema plan --collections shop.collections:ALL\n"
         f"  {PROGRAM} schema apply --collections shop.collections:ALL --transform shop.changes:ALL\n"
         f"  {PROGRAM} schema check --collections shop.collections:ALL --allow values\n",
@@ -937,7 +952,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"{_CLI}.migrate_commands:verify",
         _VERIFY,
         "If the stores differ, the exit code is 3, and the first differences are reported by id and\n"
-        "field.\n\n"
+        "field. A store is not compared with itself: so not during a live migration, in which both\n"
+        "follow to the active store.\n\n"
         f"  {PROGRAM} verify --from json:data --to json:data.json\n"
         f"  {PROGRAM} verify backups/backup_20250630T120000Z.jsonl.gz\n",
         dict.fromkeys(("store", "config"), f"{_GIVE_BOTH}, or a backup file"),

@@ -22,6 +22,7 @@ from hf_async_store.errors import (
     OperationTimeoutError,
     StorageError,
     StoreNotFoundError,
+    UnknownCollectionError,
 )
 from hf_async_store.migration_routing import unrouted
 from hf_async_store.redaction import redact_text
@@ -74,9 +75,22 @@ class Context:
         self.existed = True
         self._deadline: float | None = None
 
-    def collection(self) -> Collection:
-        """The declared collection that the arguments name."""
-        return self.schema[self.arguments.collection]
+    def collection(self, *, needs_store: bool = True) -> Collection:
+        """The declared collection that the arguments name.
+
+        Args:
+            needs_store: of a store that does not exist, say that and not that it has no such collection.
+        """
+        try:
+            return self.schema[self.arguments.collection]
+        except UnknownCollectionError:
+            if needs_store and not run_work(self.arguments, self._exists()):
+                raise self.not_found() from None
+            raise
+
+    async def _exists(self) -> bool:
+        async with _opened(open_store(self.config)) as store:
+            return await store.exists()
 
     # -- running -----------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from hf_async_store.changes import Expect
     from hf_async_store.cli.filter_syntax import EntityInput
+    from hf_async_store.query import Filters, Path
     from hf_async_store.schema import Collection
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.values import Entity
@@ -59,7 +60,7 @@ def get(arguments: Namespace) -> int:
 
 def put(arguments: Namespace) -> int:
     context = Context(arguments)
-    collection = context.collection()
+    collection = context.collection(needs_store=False)
     if arguments.create and arguments.expected_version is not None:
         raise InvalidInputError("give either --create or --expected-version, not both")
     # Read before the event loop runs, so that Ctrl-C interrupts reading from a keyboard.
@@ -363,21 +364,32 @@ def _show_table(collection: Collection, rows: list[Entity], fields: list[str] | 
 
 
 def count(arguments: Namespace) -> int:
-    from hf_async_store.cli.filter_syntax import filters_of, group_of
-    from hf_async_store.query import MISSING
+    from hf_async_store.cli.filter_syntax import aggregated_of, filters_of
 
     context = Context(arguments)
     collection = context.collection()
     filters = filters_of(arguments.filters, collection)
-    group = None if arguments.by is None else group_of(arguments.by, collection)
+    option, word = arguments.aggregate or ("", "")
+    field = aggregated_of(word, option, collection) if option else None
 
     async def work(store: StorageStrategy) -> int:
-        if group is None:
+        if field is None:
             output.json_line(await store.count_entities(collection.name, filters))
-            return 0
-        for value, number in await store.count_by(collection.name, group, filters):
-            shown = {} if value is MISSING else {"value": value}
-            output.json_line({**shown, "count": number})
+        elif option == "--by":
+            await _show_groups(store, collection.name, field, filters)
+        else:
+            compute = {"--sum": store.sum_of, "--min": store.min_of, "--max": store.max_of}[option]
+            output.json_line(await compute(collection.name, field, filters))
         return 0
 
     return context.run(work, needs_store=True)
+
+
+async def _show_groups(
+    store: StorageStrategy, collection: str, field: Path, filters: Filters
+) -> None:
+    from hf_async_store.query import MISSING
+
+    for value, number in await store.count_by(collection, field, filters):
+        shown = {} if value is MISSING else {"value": value}
+        output.json_line({**shown, "count": number})

@@ -188,9 +188,9 @@ def fields_of(words: Iterable[str], collection: Collection) -> list[Path] | None
     return [_named_path(each, "--fields", collection, nested=False) for each in names] or None
 
 
-def group_of(word: str, collection: Collection) -> Path:
-    """Parse `--by`: the path of the value that is counted."""
-    return _named_path(word, "--by", collection)
+def aggregated_of(word: str, option: str, collection: Collection) -> Path:
+    """Parse `--by`, `--sum`, `--min` or `--max`: the path of the value that is counted or compared."""
+    return _named_path(word, option, collection)
 
 
 def _names(words: Iterable[str]) -> list[str]:

@@ -38,7 +38,12 @@ def schema(arguments: Namespace) -> int:
 
     async def work(store: StorageStrategy) -> int:
         if arguments.action == "apply":
-            await context.with_timeout(_apply(store, transforms, complete=arguments.complete))
+            number = await context.with_timeout(
+                _apply(store, transforms, complete=arguments.complete)
+            )
+            if transforms is not None:
+                shown = f"{number:,} entities transformed"
+                output.result(arguments, {"transformed": number}, shown)
         changes = await store.schema_changes()
         _show(arguments, changes)
         if arguments.action == "check" and any(
@@ -61,7 +66,7 @@ def _transforms(named: str) -> Transforms:
     return value
 
 
-async def _apply(store: StorageStrategy, transforms: Transforms | None, *, complete: bool) -> None:
+async def _apply(store: StorageStrategy, transforms: Transforms | None, *, complete: bool) -> int:
     done: dict[str, int] = {}
     with Bars({}) as bars, repeatable("run `schema apply` again to complete it"):
 
@@ -71,7 +76,7 @@ async def _apply(store: StorageStrategy, transforms: Transforms | None, *, compl
             bars.advance(what, count - done.get(what, 0))
             done[what] = count
 
-        await store.apply_schema(progress, complete, transforms)
+        return await store.apply_schema(progress, complete, transforms)
 
 
 def _title(change: SchemaChange) -> str:

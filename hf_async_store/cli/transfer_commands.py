@@ -116,7 +116,7 @@ def _written(name: str | None) -> Iterator[Callable[[bytes], object]]:
 
 def import_(arguments: Namespace) -> int:
     context = Context(arguments)
-    collection = context.collection()
+    collection = context.collection(needs_store=False)
     if arguments.keep_versions and arguments.existing == "update":
         raise InvalidInputError("--keep-versions cannot be combined with --update")
     with ExitStack() as stack:

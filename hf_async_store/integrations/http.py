@@ -196,7 +196,10 @@ def expected_version(headers: Headers) -> int | Expect:
         return ANY
     tags = [] if match.strip() == _ANYTHING else _tags(match)
     if len(tags) != 1:
-        raise InvalidInputError("If-Match of this request must be one entity tag")
+        raise InvalidInputError(
+            "If-Match of this request must be one entity tag; to take * or several tags, the endpoint "
+            "needs check_preconditions in a transaction"
+        )
     version = _version_in(tags[0])
     if version is None:
         raise PreconditionFailedError(f"no entity has the tag {tags[0]}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from hf_async_store.migration.digest import Digest
-from hf_async_store.migration.store_checks import refuse_undeclared, require_store
+from hf_async_store.migration.store_checks import refuse_same, refuse_undeclared, require_store
 from hf_async_store.query import build_query
 from hf_async_store.values import Entity, Key, canonical
 
@@ -99,10 +99,12 @@ async def compare_stores(
         StoreNotFoundError: one of the stores does not exist.
         ConfigurationError: one of the stores holds undeclared collections or fields that are not
             in `leave_out`.
+        MigrationError: both are the same store, or this cannot be determined.
     """
     for store, what in ((source, "the source"), (target, "the target")):
         await require_store(store, what)
         await refuse_undeclared(store, what, leave_out)
+    await refuse_same(source.is_same_store(target), "nothing was compared")
     async with (
         source.snapshot(expired=True) as source_reader,
         target.snapshot(expired=True) as target_reader,

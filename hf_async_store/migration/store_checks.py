@@ -81,26 +81,29 @@ async def require_store(store: Inspectable, label: str = "") -> None:
         )
 
 
-async def refuse_same(is_same: Awaitable[bool]) -> None:
-    """Refuse to migrate a store to itself.
+async def refuse_same(is_same: Awaitable[bool], nothing: str = "nothing was written") -> None:
+    """Refuse to migrate a store to itself, or to compare it with itself.
 
     Args:
         is_same: the call of `is_same_store`, not awaited yet.
+        nothing: what was not done, for the error.
 
     Raises:
-        MigrationError: source and target are the same store, or this cannot be determined; nothing
-            was written.
+        MigrationError: source and target are the same store, or this cannot be determined.
     """
     try:
         same = await is_same
     except StorageError as exc:
         raise MigrationError(
-            "it cannot be determined whether source and target are the same store, so nothing was "
-            f"written: {exc}",
+            f"it cannot be determined whether source and target are the same store, so {nothing}: "
+            f"{exc}",
             retryable=exc.retryable,
         ) from exc
     if same:
-        raise MigrationError("source and target are the same store; nothing was written")
+        raise MigrationError(
+            "source and target are the same store, or both follow a live migration to the same one; "
+            f"{nothing}"
+        )
 
 
 async def refuse_undeclared(

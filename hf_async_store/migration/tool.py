@@ -296,6 +296,7 @@ class MigrationTool:
 
         Raises:
             StoreNotFoundError: one of the stores does not exist.
+            MigrationError: both are the same store, or this cannot be determined.
             VerificationError: the stores differ; `differences` lists the first differences by id
                 and field.
         """
@@ -307,7 +308,12 @@ class MigrationTool:
         return {name: each.target_count for name, each in compared.collections.items()}
 
     async def compare(self) -> Comparison:
-        """Compare the declared collections: counts, digests, and the first differences."""
+        """Compare the declared collections: counts, digests, and the first differences.
+
+        Raises:
+            MigrationError: both are the same store, or this cannot be determined.
+        """
+        await refuse_same(self.source.is_same_store(self.target), "nothing was compared")
         async with (
             self.source.snapshot(expired=True) as source,
             self.target.snapshot(expired=True) as target,

@@ -283,12 +283,12 @@ class Store(Repository):
         progress: SchemaProgress | None = None,
         complete: bool = False,
         transform: Transforms | None = None,
-    ) -> None:
+    ) -> int:
         """As `StorageStrategy.apply_schema`. The functions of `transform` are called in the calling thread;
         `progress` is called in another one, and must not use the store."""
         caller = self._caller()
         functions = passed_functions(caller, transform)
-        caller.run(partial(self._target.apply_schema, progress, complete, functions))
+        return caller.run(partial(self._target.apply_schema, progress, complete, functions))
 
     def is_same_store(self, other: Store) -> bool:
         """As `StorageStrategy.is_same_store`."""

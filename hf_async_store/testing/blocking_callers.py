@@ -568,9 +568,10 @@ class BlockingContract:
         assert store.modify_entity("items", "a", change) == 2
         assert store.run_transaction(work) == 3
         reported: list[int] = []
-        store.apply_schema(
+        transformed = store.apply_schema(
             lambda change, done, total: reported.append(done), transform={"items": transform}
         )
+        assert transformed == 4
         assert 4 in reported
         assert store.count_entities("items", {"label": "new"}) == 4
         assert set(threads) == {threading.current_thread()}

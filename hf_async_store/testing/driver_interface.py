@@ -266,7 +266,7 @@ async def _check_reader(reader: Reader, query: Query, name: str, ids: Sequence[s
     entities = sorted(canonical(each.entity) for each in records)
     async with Owned(reader.select_batches(query)) as batches:
         assert sorted([canonical(each) async for batch in batches for each in batch]) == entities
-    if isinstance(reader, Engine) and (few := await reader.few(query)) is not None:
+    if isinstance(reader, Engine) and (few := await reader.select_at_once(query)) is not None:
         assert sorted(map(canonical, few)) == entities
     async with Owned(reader.select_json(query)) as texts:
         assert sorted([each async for batch in texts for each in batch]) == entities

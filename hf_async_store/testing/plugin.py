@@ -155,5 +155,6 @@ class _SkippedEngines:
         for each in self._not_tried:
             terminalreporter.line(each, yellow=True)
         failed = (*terminalreporter.getreports("failed"), *terminalreporter.getreports("error"))
-        if any("hf_sampled" in each.keywords for each in failed):
+        # A module that cannot be collected has no keywords.
+        if any("hf_sampled" in getattr(each, "keywords", ()) for each in failed):
             terminalreporter.line(repeating())

@@ -52,12 +52,16 @@ class SettableClock:
         """Stop the clock at a time, by default now: from then on it shows this, until it is advanced.
 
         Raises:
-            InvalidInputError: the time has no time zone, or has passed.
+            InvalidInputError: the time has no time zone, or is before what the clock shows.
         """
         now = self()
         stopped = now if time is None else time
-        if stopped.tzinfo is None or stopped < now:
-            raise InvalidInputError(f"the time must have a time zone and not have passed: {time}")
+        if stopped.tzinfo is None:
+            raise InvalidInputError(f"{time} needs a time zone, such as datetime(..., tzinfo=UTC)")
+        if stopped < now:
+            raise InvalidInputError(
+                f"the clock shows {now} and never goes back: take a later time, not {time}"
+            )
         self._stopped = stopped
 
     def set_in(self, store: StorageStrategy) -> None:

@@ -414,6 +414,16 @@ class TransactionContract:
             rest = await tx.query_page("items", filters, "item_id", limit=9, cursor=page.cursor)
             assert [each["item_id"] for each in rest.items] == expected[1:]
 
+    async def test_37_reads_are_what_is_stored(self, store: StorageStrategy) -> None:
+        await store.create_entities("items", [item("replaced", label="old"), item("changed")])
+        ids = ["new", "replaced", "changed"]
+        async with store.begin_transaction() as tx:
+            await tx.create_entity("items", item("new"))
+            await tx.save_entity("items", item("replaced", label="new"))
+            await tx.update_entity("items", "changed", {"label": "new"})
+            found = await tx.get_entities("items", ids)
+        assert await store.get_entities("items", ids) == found, "with all versions and times"
+
     async def test_37_reads_return_copies(self, store: StorageStrategy) -> None:
         async with store.begin_transaction() as tx:
             await tx.create_entity("items", item("a", data={"list": [1]}))

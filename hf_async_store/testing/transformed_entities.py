@@ -86,11 +86,12 @@ class TransformContract:
         async with lasting.store(NEW) as store:
             with pytest.raises(SchemaMismatchError, match="city"):
                 await store.apply_schema()
-            await store.apply_schema(
+            transformed = await store.apply_schema(
                 lambda change, done, total: reported.append((change.kind, done)),
                 complete=True,
                 transform={"things": moved},
             )
+            assert transformed == COUNT
             await check_moved(store)
             after = await get_existing(store, "things", "t04")
             assert after[VERSION] == 2
@@ -102,7 +103,8 @@ class TransformContract:
                 await asyncio.sleep(0)
                 return moved(entity)
 
-            await store.apply_schema(transform={"things": again, "parts": again})
+            transforms = {"things": again, "parts": again}
+            assert await store.apply_schema(transform=transforms) == 0
             assert await get_existing(store, "things", "t04") == after, "nothing is done twice"
 
     async def test_97_a_transform_that_would_change_each_time_is_refused(

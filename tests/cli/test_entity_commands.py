@@ -339,6 +339,21 @@ def test_count_by(filled: Cli) -> None:
     assert """'["statu"]'""" in refused.err
 
 
+def test_sum_min_and_max(filled: Cli) -> None:
+    filled("update", "machines", "m-1", '["cores"]=8')
+    filled("update", "machines", "m-2", '["cores"]=2.5')
+    assert filled("count", "machines", "--sum", '["cores"]').out == "10.5\n"
+    assert filled("count", "machines", "status=GONE", "--sum", '["cores"]').out == "0\n"
+    assert filled("count", "machines", "--min", '["cores"]').rows == [2.5]
+    assert filled("count", "machines", "--max", '["cores"]').rows == [8]
+    assert filled("count", "machines", "--max", "status").rows == ["STOPPED"]
+    assert filled("count", "machines", "status=GONE", "--min", "status").rows == [None]
+    assert "declared as text" in filled("count", "machines", "--sum", "status").message
+    assert "--max statu" in filled("count", "machines", "--max", "statu").message
+    both = filled("count", "machines", "--sum", '["cores"]', "--by", "status")
+    assert (both.code, "not allowed with" in both.message) == (2, True)
+
+
 def test_update_where(filled: Cli) -> None:
     assert filled("update-where", "machines", "--set", "name=x").code == 2  # never everything
     assert filled("update-where", "machines", "status=RUNNING").code == 2  # no change is given
@@ -393,6 +408,11 @@ def test_a_filter_that_is_wrong(filled: Cli, command: str) -> None:
         ["checkpoint"],
         ["backup"],
         ["backups"],
+        ["get", "jobs", "j-1"],
+        ["count", "jobs"],
+        ["update", "jobs", "j-1", "status=x"],
+        ["export", "jobs", "--format", "csv"],
+        ["watch", "jobs"],
     ],
 )
 def test_a_store_that_is_not_there(cli: Cli, workplace: Path, words: list[str]) -> None:

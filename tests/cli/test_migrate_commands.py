@@ -179,6 +179,12 @@ def test_verify_names_the_differences(filled: Cli) -> None:
     assert filled("verify", "--from", STORE).code == 2
 
 
+def test_verify_refuses_to_compare_a_store_with_itself(filled: Cli) -> None:
+    ran = filled("verify", "--from", STORE, "--to", STORE)
+    assert (ran.code, ran.out) == (4, "")
+    assert "source and target are the same store" in ran.message
+
+
 def test_backup_verify_restore(filled: Cli) -> None:
     ran = filled("backup", "b/monday.jsonl.gz")
     assert ran.rows[0]["entities"] == {"templates": 1, "requests": 2, "machines": 3}
@@ -219,9 +225,13 @@ def test_live_migrate_from_start_to_finalize(filled: Cli) -> None:
         ran = filled(*words)
         assert ran.code == 4
         assert f"json:{Path('moved').absolute()}" in ran.message
-        assert "follow_moves" in ran.message
+        assert "--store 'URL?follow_moves=OTHER'" in ran.message
     follows = ["--store", f"{STORE}?follow_moves={TARGET}"]
     assert filled("put", "machines", '{"machine_id": "late"}', *follows).code == 0
+    both = ["--from", follows[1], "--to", f"{TARGET}?follow_moves={STORE}"]
+    ran = filled("verify", *both)
+    assert (ran.code, ran.out) == (4, "")
+    assert "are the same store" in ran.message
     permits = {"storage": {"json_strategy": {"storage_type": "split_files", "base_path": "moved"}}}
     permits["storage"]["follow_moves"] = [STORE]  # type: ignore[assignment]
     Path("target.json").write_text(json.dumps(permits))

@@ -399,8 +399,8 @@ def test_an_invalid_path(cli: Cli) -> None:
     assert "File name too long" in ran.message
 
 
-def test_a_message_is_one_printable_line(cli: Cli) -> None:
-    ran = cli("get", "machines\x1b[31m\nx", "m-1")
+def test_a_message_is_one_printable_line(filled: Cli) -> None:
+    ran = filled("get", "machines\x1b[31m\nx", "m-1")
     assert ran.code == 2
     assert ran.message.isprintable()
 

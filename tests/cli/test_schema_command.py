@@ -82,9 +82,9 @@ def test_apply_refuses_missing_values(cli: Cli) -> None:
 
 def test_apply_with_a_transform(cli: Cli) -> None:
     filled(cli)
-    for _ in range(2):
+    for transformed in (2, 0):
         ran = cli("schema", "apply", *named("STRICT"), "--transform", "changes_of_a_test:ALL")
-        assert (ran.code, ran.rows) == (0, []), ran.message
+        assert (ran.code, ran.rows) == (0, [{"transformed": transformed}]), ran.message
         found = {each["job_id"]: each for each in cli("query", "jobs", "--json").rows}
         assert found["b"]["bytes"] == "large"
         assert (found["b"]["owner"], found["a"]["owner"]) == ("nobody", "o")

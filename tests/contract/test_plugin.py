@@ -176,3 +176,11 @@ def test_a_run_in_which_a_variant_failed_names_its_seed(tmp_path: Path) -> None:
     result = run(tmp_path, "-q", "test_failing.py", "--hf-seed=7")
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout
     assert "--hf-seed 7 repeats the random choices of this run" in result.stdout.splitlines()
+
+
+def test_a_module_that_cannot_be_imported_is_told_as_ever(tmp_path: Path) -> None:
+    (tmp_path / "test_broken.py").write_text("import nothing_of_this_name\n")
+    result = run(tmp_path, "-q", "test_broken.py")
+    assert result.returncode == pytest.ExitCode.INTERRUPTED, result.stdout + result.stderr
+    assert "nothing_of_this_name" in result.stdout
+    assert "1 error" in result.stdout.splitlines()[-1]

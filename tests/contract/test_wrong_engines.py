@@ -226,8 +226,8 @@ class _SelectsNoBatches(MemoryEngine):
         return batched(Nothing().select(query))
 
 
-class _HasNoFew(MemoryEngine):
-    async def few(self, query: Query) -> list[Entity] | None:
+class _SelectsNothingAtOnce(MemoryEngine):
+    async def select_at_once(self, query: Query) -> list[Entity] | None:
         return []
 
 
@@ -445,7 +445,7 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
     (_ExplainsWrongly, "test_64_a_declared_index_is_used_and_named"),
     (_SelectsNothing, _SNAPSHOT),
     (_SelectsNoBatches, _SNAPSHOT),
-    (_HasNoFew, _SNAPSHOT),
+    (_SelectsNothingAtOnce, _SNAPSHOT),
     (_ChangesNoMatches, "test_124_matches_are_changed_in_one_step"),
     (_SelectsNoJSON, _SNAPSHOT),
     (_SharesFedChanges, "test_109_each_modification_of_an_entity_comes"),

@@ -302,6 +302,12 @@ def test_preconditions_on_an_entity() -> None:
     assert not is_match({"if-match": f"W/{TAG}"}, entity)
 
 
+@pytest.mark.parametrize("value", ["*", f"{TAG}, {TAG}"])
+def test_what_an_endpoint_can_do_for_more_than_one_tag(value: str) -> None:
+    with pytest.raises(InvalidInputError, match=r"\* or several tags.*check_preconditions in a tr"):
+        expected_version({"if-match": value})
+
+
 @pytest.mark.parametrize("header", ["if-match", "if-none-match"])
 @pytest.mark.parametrize("value", ["3", f"x{TAG}", f"{TAG} x", f"{TAG} {TAG}", ""])
 def test_malformed_preconditions_are_refused(header: str, value: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Final, Self
 
 from hf_async_store import JSONStorageStrategy
 from hf_async_store.errors import ConcurrencyConflictError, StorageError
+from hf_async_store.strategies.json import compaction
 from hf_async_store.values import Key
 from tests.json.support import WHOLE, Call, FileCalls, open_json
 
@@ -203,6 +204,7 @@ async def sleeper_in_a_fold(store: JSONStorageStrategy) -> str:
 
 async def unsynced(store: JSONStorageStrategy) -> bool:
     """Make one commit whose sync fails, and nothing else."""
+    compaction._IDLE_SECONDS = 300  # type: ignore[misc]  # it is a constant for all but this test
 
     def hook(call: Call, size: int) -> int:
         if call.name == "fdatasync" and ".journal." in call.path:

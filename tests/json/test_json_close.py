@@ -334,7 +334,9 @@ async def test_a_commit_after_one_whose_thread_could_not_start(
         if not saving.done():  # it would wait for ever, also if it is cancelled
             thread = store._json.journal._appends
             thread._thread = None
-            thread.submit(thread._jobs.get())
+            job = thread._jobs.get()
+            assert job is not None
+            thread.submit(job)
             pytest.fail("the commit waits for a thread that is not there")
     assert (await reopened(tmp_path, "single_file"))[T].keys() == {"t-2"}
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from support import KINDS, place_of
 from hf_async_store import (
     ClaimLostError,
     Collection,
+    CorruptionError,
     Index,
     MigrationError,
     StorageStrategy,
@@ -260,6 +262,87 @@ async def test_nothing_acknowledged_is_lost_through_switch_rollback_and_finalize
         with pytest.raises(StoreRelocatedError) as caught:
             await store.get_entity("templates", "t-1")
         assert caught.value.new_url == place_of(target)
+
+
+async def test_a_program_returns_to_the_store_that_it_opened(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That store needs no entry in its own `follow_moves`, in any step of several migrations."""
+    source, target = place("json-single", "a"), place("sqlite", "b")
+    await prepared(source)
+    wait, programs, writes = live._wait_for_leases, list[StorageStrategy](), 0
+
+    async def write() -> None:
+        nonlocal writes
+        for each in programs:
+            await each.modify_entity(
+                "accounts", "a-0", lambda e: {**e, "balance": e["balance"] + 1}
+            )  # type: ignore[operator]
+            writes += 1
+
+    async with AsyncExitStack() as stack:
+
+        async def program(url: str, other: str) -> None:
+            store = open_store(url, collections=COLLECTIONS, follow_moves=[other])
+            programs.append(await stack.enter_async_context(store))
+
+        async def moved_to(one: str, other: str, *actions: str) -> None:
+            async with LiveMigration(one, other, collections=COLLECTIONS) as move:
+
+                async def wait_and_write() -> None:
+                    await wait()
+                    if move._current().phase not in ("CUTTING_OVER", "ROLLING_BACK"):
+                        await write()
+
+                monkeypatch.setattr(live, "_wait_for_leases", wait_and_write)
+                for action in actions:
+                    await getattr(move, action)()
+                    await write()
+
+        await program(source, target)
+        await moved_to(source, target, "start")
+        await program(target, source)
+        await moved_to(source, target, "rollback", "start", "finalize")
+        await moved_to(target, source, "start", "finalize")
+        found = await programs[0].get_entity("accounts", "a-0")
+        assert found is not None
+        assert found["balance"] == BALANCE + writes
+
+
+async def test_records_that_name_each_other_are_not_followed_without_end(place: Place) -> None:
+    source, target = place("json-single", "a"), place("sqlite", "b")
+    await prepared(source)
+    async with (
+        open_store(source, collections=COLLECTIONS, follow_moves=[source, target]) as store,
+        LiveMigration(source, target, collections=COLLECTIONS) as move,
+    ):
+        await move.start()
+        assert await store.get_entity("accounts", "a-0")
+        await move._change_state(phase="FINALIZED", other_location=move.source_location)
+        await live._wait_for_leases()
+        with pytest.raises(CorruptionError, match="name each other"):
+            await store.get_entity("accounts", "a-0", timeout=20.0)
+
+
+async def test_what_a_program_that_may_not_follow_is_told(place: Place) -> None:
+    source, target = place("json-single", "a"), place("json-split", "b")
+    await prepared(source)
+    async with (
+        open_store(source, collections=COLLECTIONS) as old,
+        open_store(target, collections=COLLECTIONS) as new,
+        LiveMigration(source, target, collections=COLLECTIONS) as move,
+    ):
+        await move.start(cut_over=False)
+        assert await old.get_entity("accounts", "a-0")
+        await move.start()
+        for store in (old, new):  # either would raise the error in the place of the other
+            with pytest.raises(StoreRelocatedError, match="follow_moves=OTHER") as caught:
+                await store.get_entity("accounts", "a-0")
+            assert "open that store" not in str(caught.value)
+        await move.finalize()
+        with pytest.raises(StoreRelocatedError, match="was migrated to .*; open that store"):
+            await old.get_entity("accounts", "a-0")
+        assert await new.get_entity("accounts", "a-0")
 
 
 # -- crashes --------------------------------------------------------------------------------

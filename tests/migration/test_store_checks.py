@@ -129,6 +129,22 @@ async def test_134_a_copy_is_another_store(kind: str, place: Place, tmp_path: Pa
         assert report.verified
 
 
+@pytest.mark.parametrize("kind", ["memory", *FILES])
+async def test_a_store_is_not_compared_with_itself(kind: str, place: Place, tmp_path: Path) -> None:
+    url = "memory:" if kind == "memory" else place(kind, "a")
+    async with opened(url) as store, opened(url) as second:
+        await fill(store, 5)
+        other = store if kind == "memory" else second
+        tool = MigrationTool(store, other, settings(tmp_path))
+        for compare in (
+            lambda: compare_stores(store, other),
+            lambda: tool.compare(),
+            lambda: tool.validate_migration(),
+        ):
+            with pytest.raises(MigrationError, match=r"are the same store.*nothing was compared"):
+                await compare()
+
+
 async def test_a_migration_is_refused_if_the_identity_cannot_be_determined(tmp_path: Path) -> None:
     async with opened(f"json:{tmp_path}/a.json") as source, opened("memory:") as target:
         await fill(source, 5)

@@ -94,12 +94,23 @@ async def test_pages_follow_the_order(postgres_server: PostgresServer) -> None:
     async with open_store(postgres_server.database(), collections=[_JOBS]) as store:
         ids = [f"{n:04}" for n in range(1100)]
         for start in reversed(range(10)):  # not stored in their order
-            await store.save_entities(
-                "jobs", [{"job_id": each, "rank": 1} for each in ids[start::10]]
-            )
-        assert await store.update_where("jobs", {"rank": 1}, {"note": "x"}) == 1100
+            await store.save_entities("jobs", [{"job_id": each} for each in ids[start::10]])
+        assert await store.update_where("jobs", {}, {"note": "x"}) == 1100
         jobs = await store.query_entities("jobs")
         assert {each["version"] for each in jobs} == {2}
+
+
+async def test_what_must_be_searched_for_disturbs_no_transaction(
+    postgres_server: PostgresServer,
+) -> None:
+    """A serializable statement that reads all rows would make a transaction fail that changes any."""
+    url = postgres_server.database()
+    async with _filled(url) as store, open_store(url, collections=[_JOBS]) as other:
+        await other.save_entity("jobs", {"job_id": "x", "rank": 20})
+        async with store.begin_transaction() as tx:
+            await tx.get_entity("jobs", "x")
+            assert await other.update_where("jobs", {"rank": 20}, {"note": "n"}, limit=1) == 1
+            await tx.update_entity("jobs", "0", {"note": "n"})
 
 
 async def test_a_locked_entity_is_not_waited_for_by_the_others(

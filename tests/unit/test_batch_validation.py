@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from enum import Enum, IntEnum
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from hf_async_store import (
     StorageError,
     batch_validation,
     open_store,
+    values,
 )
 from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES
@@ -266,3 +267,22 @@ def test_dicts_are_grouped_by_their_keys(keys: list[tuple[str, ...]]) -> None:
     for place, each in enumerate(keys):
         expected.setdefault(each, []).append(place)
     assert found == expected or (found is None and len(expected) * 8 > len(keys)) or not keys
+
+
+class DatetimeOfPython314(datetime):
+    @classmethod
+    def fromisoformat(cls, text: str) -> datetime:  # type: ignore[override]  # a plain one is enough
+        found = datetime.fromisoformat(text.replace("T24:00", "T00:00"))
+        return found + timedelta(days="T24:00" in text)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_24_o_clock_is_stored_as_the_next_day(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (batch_validation, values):
+        monkeypatch.setattr(module, "datetime", DatetimeOfPython314)
+    field = Field("at", type="timestamp")
+    collection = Collection("jobs", key="job_id", fields=[field])
+    items = [{"job_id": f"{each}", "at": "2024-02-29T24:00:00.000000Z"} for each in range(count)]
+    found = batch_validation.validate_batch(collection, items)
+    stored = [collection.entity(each)[1] for each in items] if found is None else found[1]
+    assert {each["at"] for each in stored} == {"2024-03-01T00:00:00.000000Z"}

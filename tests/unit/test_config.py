@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -461,6 +463,17 @@ def test_the_error_for_a_malformed_file_names_the_position(
     with pytest.raises(ConfigurationError, match=problem) as caught:
         load_config(path)
     assert str(caught.value).startswith(str(path))
+
+
+def test_a_sqlite_file_is_no_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE a (b)")
+    with pytest.raises(ConfigurationError) as caught:
+        load_config(str(path))
+    assert str(caught.value) == (
+        f"'{path}' is a SQLite file, not a configuration file; did you mean 'sqlite:{path}'?"
+    )
 
 
 def test_a_missing_file_names_both_possibilities() -> None:

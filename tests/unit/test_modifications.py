@@ -9,8 +9,17 @@ from typing import Any
 
 import pytest
 
-from hf_async_store import Collection, ConcurrencyConflictError, Field, StorageStrategy, open_store
-from hf_async_store.changes import Patch
+from hf_async_store import (
+    Collection,
+    ConcurrencyConflictError,
+    Field,
+    InvalidInputError,
+    OperationTimeoutError,
+    StorageStrategy,
+    UnavailableError,
+    open_store,
+)
+from hf_async_store.changes import Delete, Patch
 from hf_async_store.strategies.memory import MemoryEngine
 from hf_async_store.values import Entity, Key
 
@@ -203,3 +212,159 @@ async def test_one_with_a_timeout_writes_itself(store: StorageStrategy, writes: 
     tasks = await queued(store, *map(logged, "xyz"), timeout=30.0)
     assert await asyncio.gather(*tasks) == [2, 3, 4]
     assert writes == [1, 1, 1]
+
+
+async def test_one_with_a_timeout_does_not_write_for_others(
+    store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would have to wait for their write."""
+    gate = asyncio.Event()
+    write = MemoryEngine.write_each
+
+    async def slow(self: MemoryEngine, changes: Any) -> Any:
+        await gate.wait()
+        return await write(self, changes)
+
+    monkeypatch.setattr(MemoryEngine, "write_each", slow)
+    holder = store._retry_queue.ticket(KEY)
+    await holder.acquire(1)
+    first = asyncio.create_task(store.modify_entity("jobs", "a", logged("x"), timeout=0.05))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(store.modify_entity("jobs", "a", logged("y")))
+    await asyncio.sleep(0)
+    holder.release()
+    done, _ = await asyncio.wait([first], timeout=10)
+    gate.set()
+    assert done
+    assert isinstance(first.exception(), OperationTimeoutError)
+    await second
+
+
+async def test_a_cancellation_in_a_function_is_for_its_own_task(store: StorageStrategy) -> None:
+    def cancelled(entity: Entity) -> Any:
+        raise asyncio.CancelledError
+
+    tasks = await queued(store, logged("x"), logged("y"), cancelled, logged("z"))
+    done, _ = await asyncio.wait(tasks, timeout=10)
+    assert [each in done and each.cancelled() for each in tasks] == [False, False, True, False]
+    assert (await stored(store))["log"] == list("xyz")
+    assert not store._retry_queue.contended
+
+
+async def test_after_the_entity_was_deleted_a_default_counts(
+    store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = MemoryEngine.write_each
+
+    async def overtaken(self: MemoryEngine, changes: Any) -> Any:
+        monkeypatch.setattr(MemoryEngine, "write_each", write)
+        await write(self, [Delete(KEY)])
+        return await write(self, changes)
+
+    monkeypatch.setattr(MemoryEngine, "write_each", overtaken)
+    tasks = await queued(store, *map(logged, "xyz"), default={"log": []})
+    assert sorted(await asyncio.gather(*tasks)) == [1, 2, 3]
+    assert sorted((await stored(store))["log"]) == list("xyz")  # type: ignore[type-var, arg-type]
+
+
+async def test_what_the_database_refuses_is_refused_for_one(
+    store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = MemoryEngine.write_each
+
+    async def refusing(self: MemoryEngine, changes: Any) -> Any:
+        if any("bad" in each.entity["log"] for each in changes):
+            raise InvalidInputError("a constraint rejects the change")
+        return await write(self, changes)
+
+    monkeypatch.setattr(MemoryEngine, "write_each", refusing)
+    tasks = await queued(store, *map(logged, ["x", "bad", "y"]))
+    first, bad, last = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(bad, InvalidInputError)
+    assert [first, last] == [2, 3]
+    assert (await stored(store))["log"] == ["x", "y"]
+
+
+async def test_a_function_that_raised_has_no_unknown_outcome(
+    store: StorageStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = MemoryEngine.write_each
+
+    async def lost(self: MemoryEngine, changes: Any) -> Any:
+        monkeypatch.setattr(MemoryEngine, "write_each", write)
+        await write(self, changes)
+        raise UnavailableError("lost", outcome_unknown=True)
+
+    def refuses(entity: Entity) -> Any:
+        raise LookupError(entity["log"])
+
+    monkeypatch.setattr(MemoryEngine, "write_each", lost)
+    tasks = await queued(store, logged("x"), refuses, logged("y"))
+    first, second, third = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(first, UnavailableError)
+    assert isinstance(third, UnavailableError)
+    assert isinstance(second, LookupError)
+    assert second.args == (["x", "y"],), "what is stored, not what was made for the others"
+
+
+async def test_all_tasks_end_if_all_are_cancelled_before_the_write(store: StorageStrategy) -> None:
+    shared = asyncio.get_running_loop().create_future()
+
+    def last(entity: Entity) -> Entity:
+        if not shared.done():
+            shared.set_result(None)  # this task runs next, before that of the write
+        return entity
+
+    tasks = await queued(store, logged("x"), logged("y"), last)
+    await shared
+    for each in asyncio.all_tasks() - {asyncio.current_task()}:
+        each.cancel()
+    done, _ = await asyncio.wait(tasks, timeout=10)
+    assert done == {*tasks}
+    assert not store._retry_queue.contended
+
+
+async def test_a_function_refuses_what_is_stored_not_what_was_handed_on(
+    store: StorageStrategy,
+) -> None:
+    """The answer to the write of the task before may come after later changes of others."""
+    seen: list[object] = []
+
+    def refuses(entity: Entity) -> Any:
+        seen.append(entity["log"])
+        raise LookupError
+
+    holder = store._retry_queue.ticket(KEY)
+    await holder.acquire(1)
+    old = await stored(store)
+    await store.update_entity("jobs", "a", {"log": ["other"]})
+    task = asyncio.create_task(store.modify_entity("jobs", "a", refuses))
+    await asyncio.sleep(0)
+    store._retry_queue.hand_on(KEY, old)
+    holder.release()
+    with pytest.raises(LookupError):
+        await task
+    assert seen == [[], ["other"]]
+
+
+async def test_a_function_that_ends_the_program(store: StorageStrategy) -> None:
+    """The tasks whose changes were made, and will not be written with the others, try again."""
+
+    class EndError(BaseException):
+        pass
+
+    times = 0
+
+    def ends(entity: Entity) -> Entity:
+        nonlocal times
+        times += 1
+        raise EndError
+
+    first, second, third = await queued(store, logged("x"), logged("y"), ends)
+    _, waiting = await asyncio.wait([first, second, third], timeout=20)
+    assert not waiting
+    assert isinstance(first.exception(), EndError)
+    assert isinstance(third.exception(), EndError)
+    assert second.result() == 2
+    assert times == 2
+    assert (await stored(store))["log"] == ["y"]

@@ -17,11 +17,14 @@ from hf_async_store import (
     claim_records,
     desc,
     in_,
+    ne,
     open_store,
     passed_over,
 )
 from hf_async_store.claim_clock import Moment
 from hf_async_store.migration_routing import unrouted
+from hf_async_store.schema import CLAIM_COLLECTION
+from hf_async_store.strategies.memory import MemoryEngine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -180,3 +183,59 @@ async def test_104_what_is_held_is_read_once(
             if expected == "0602":
                 await store.delete_entity("jobs", "0000")
                 await store.create_entity("jobs", jobs[0])
+
+
+def known_of(store: StorageStrategy) -> list[passed_over.PassedOver]:
+    """What is remembered for claims of jobs in memory."""
+    engine = unrouted(store.engine)
+    assert isinstance(engine, MemoryEngine)
+    tables = engine._stored.tables
+    found = {
+        id(each): each
+        for name in ("jobs", CLAIM_COLLECTION.name)
+        for each in tables[name].listeners.values()
+    }
+    return [each for each in found.values() if isinstance(each, passed_over.PassedOver)]
+
+
+def size_of(over: passed_over.PassedOver) -> int:
+    return len(over._of) + len(over._ends) + len(over._free) + len(over._first)
+
+
+@pytest.mark.parametrize("kind", ["exhausted", "held", "deleted"])
+async def test_104_what_is_remembered_does_not_grow_by_changes(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passed_over, "_MOST_CHANGES", 20)
+    most = None if kind == "held" else 1
+    async with open_store("memory:", collections=JOBS) as store:
+        await store.create_entities("jobs", [{"job_id": f"{each:02}"} for each in range(3)])
+        held = await store.claim_entities("jobs", limit=3, lease=60.0, max_attempts=most)
+        if kind != "held":
+            for each in held:
+                await each.release()
+        for number in range(200):
+            if kind == "deleted":
+                await store.create_entity("jobs", {"job_id": f"new{number}"})
+                [claim] = await store.claim_entities("jobs", lease=60.0, max_attempts=most)
+                await claim.release()
+            else:
+                await store.update_entity("jobs", "01", {"rank": f"{number}"})
+            assert await store.claim_entities("jobs", lease=60.0, max_attempts=most) == []
+            if kind == "deleted":
+                await store.delete_entity("jobs", f"new{number}")
+        [over] = known_of(store)
+        assert size_of(over) < 60
+
+
+async def test_104_what_is_remembered_of_many_queries_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passed_over, "_MOST_QUERIES", 2)
+    async with open_store("memory:", collections=JOBS) as store:
+        await store.create_entities("jobs", [{"job_id": f"{each:02}"} for each in range(30)])
+        await store.claim_entities("jobs", limit=30, lease=60.0)
+        for number in range(10):
+            filters = {"status": ne(f"{number}")}
+            assert await store.claim_entities("jobs", filters, lease=60.0) == []
+        assert len([each for each in known_of(store) if size_of(each)]) == 2

@@ -296,7 +296,7 @@ class SQLEngine(Engine):
             async for batch in batches:
                 yield batch
 
-    async def few(self, query: Query) -> list[Entity] | None:
+    async def select_at_once(self, query: Query) -> list[Entity] | None:
         rows = await self._small(query)
         return None if rows is None else [entity for _, entity in rows]
 

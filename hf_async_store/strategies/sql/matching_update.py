@@ -8,9 +8,10 @@ would.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hf_async_store.changes import ChangedMatches
+from hf_async_store.query import And, Comparison
 from hf_async_store.sort_bytes import INEXACT, MAX_SORT_BYTES
 from hf_async_store.strategies.sql.compiler import compile_query
 from hf_async_store.strategies.sql.grammar import Arguments, decode_json
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from hf_async_store.query import Query
     from hf_async_store.strategies.sql.pending import Encoder
     from hf_async_store.strategies.sql.rows import Table
+
+
+_LEADING: Final = ("eq", "lt", "lte", "gt", "gte", "between")
 
 
 class MatchingUpdate(NamedTuple):
@@ -49,6 +53,8 @@ class MatchingUpdate(NamedTuple):
         table = encoder.tables.get(query.collection)
         names = None if table is None else _sorted_by(table, query)
         if table is None or names is None or query.fields is None:
+            return None
+        if not _index_leads(table, query):
             return None
         pending = encoder.pending(0, change)
         shape = pending.shape
@@ -92,6 +98,26 @@ def _sorted_by(table: Table, query: Query) -> list[str] | None:
     names = [each for each in names if each not in (VERSION, table.key_field)]
     is_sorted = all(len(each.path) == 1 for each in query.order) and table.ready >= {*names}
     return names if is_sorted else None
+
+
+def _index_leads(table: Table, query: Query) -> bool:
+    """Whether an index leads to the first matches: it begins with the fields compared for equality, ends
+    with those of the order, which the id follows, and only the first of these is in a range.
+
+    Else many rows may be read, and what a serializable statement reads makes other transactions fail.
+    """
+    parts = query.where.parts if isinstance(query.where, And) else (query.where,)
+    compared = [each for each in parts if isinstance(each, Comparison) and each.op in _LEADING]
+    if len(compared) < len(parts) or len({each.descending for each in query.order}) > 1:
+        return False
+    equal = {each.path for each in compared if each.op == "eq"}
+    ordered = [each.path for each in query.order if each.path != (table.key_field,)]
+    indexes = [(), *(each.fields for each in table.entry.indexes if each.ready)]
+    for paths in ([(name,) for name in fields] for fields in indexes):
+        leads = {*paths[: len(equal)]} == equal and paths[len(equal) :] == ordered
+        if leads and all(each.path in paths[: len(equal) + 1] for each in compared):
+            return True
+    return False
 
 
 def _is_placed(name: str) -> str:
