@@ -89,7 +89,8 @@ class Context:
             raise
 
     async def _exists(self) -> bool:
-        async with _opened(open_store(self.config)) as store:
+        collections = list(self.schema.values())
+        async with _opened(open_store(self.config, collections=collections)) as store:
             return await store.exists()
 
     # -- running -----------------------------------------------------------------------------
