@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from functools import cache
 from math import isfinite
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
     ClassVar,
@@ -41,9 +40,7 @@ import msgspec
 from hf_async_store.errors import ConfigurationError
 from hf_async_store.json_input import decode_json
 from hf_async_store.redaction import REDACTED, is_sensitive, redact_text, redact_url
-
-if TYPE_CHECKING:
-    from hf_async_store.values import Value
+from hf_async_store.value_types import Value
 
 FOLLOW_MOVES: Final = "follow_moves"
 COLLECTIONS: Final = "collections"
