@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from functools import cache
 from math import isfinite
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     ClassVar,
@@ -40,7 +41,9 @@ import msgspec
 from hf_async_store.errors import ConfigurationError
 from hf_async_store.json_input import decode_json
 from hf_async_store.redaction import REDACTED, is_sensitive, redact_text, redact_url
-from hf_async_store.value_types import Value
+
+if TYPE_CHECKING:
+    from hf_async_store.values import Value
 
 FOLLOW_MOVES: Final = "follow_moves"
 COLLECTIONS: Final = "collections"
@@ -496,7 +499,10 @@ _ENDPOINT: Final = (
 )
 
 StrategyConfig: TypeAlias = JSONConfig | SQLConfig | DynamoDBConfig | MemoryConfig
-Options: TypeAlias = "StrategyConfig | Mapping[str, Value]"
+if TYPE_CHECKING:
+    Options: TypeAlias = StrategyConfig | Mapping[str, Value]
+else:  # without a module for the type of values, which only `help` would use
+    Options = StrategyConfig | Mapping[str, object]
 """The configuration of a strategy: a model, or the plain mapping of a third-party one."""
 
 _SIMILAR_NAME: Final = 0.8
