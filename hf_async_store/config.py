@@ -556,6 +556,9 @@ class StorageConfig(_RedactedRepr, frozen=True, kw_only=True):
     def location(self) -> str:
         """The location of the store: a URL in canonical form, without secrets, to compare and to show.
 
+        Of a third-party strategy, it contains the URL and the settings in `LOCATION_KEYS`. A live migration
+        does not rely on it alone: a store is followed to only if it has a record of the migration.
+
         Raises:
             ConfigurationError: the configuration does not define a location for other processes.
         """
