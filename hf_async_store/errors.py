@@ -137,7 +137,8 @@ class EntityMismatchError(StorageError):
 
     Attributes:
         collection, entity_id: the entity.
-        field: the path of the first field that does not fit; "" for the entity as a whole.
+        field: the path of the first field that does not fit; "" for the entity as a whole. The message
+            names the others.
     """
 
     def __init__(

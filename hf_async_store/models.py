@@ -115,7 +115,8 @@ class ModelCodec(Generic[Model]):
         self.attributes: Final = {each.attribute: each.name for each in self.fields}
         self._by_name: Final = {each.name: each for each in self.fields}
         self._single: dict[str, type | None] = {}
-        self.names: Final = frozenset([*self.attributes.values(), *library.tags(model)])
+        self._in_order: Final = (*self.attributes.values(), *library.tags(model))
+        self.names: Final = frozenset(self._in_order)
         self._checked = tuple(
             (each.name, each.attribute)
             for each in self.fields
@@ -173,7 +174,7 @@ class ModelCodec(Generic[Model]):
             try:
                 self._check(field, stored)
             except ValueError as exc:
-                where, problem = self._library.problem(exc)
+                where, problem = self._library.problems(exc)[0]
                 raise InvalidFieldError(
                     f"{self.model.__name__}, field {where or name!r}: {problem}"
                 ) from exc
@@ -216,16 +217,42 @@ class ModelCodec(Generic[Model]):
         Raises:
             EntityMismatchError: the entity does not fit the model.
         """
-        known = {name: entity[name] for name in self.names if name in entity}
+        known = {name: entity[name] for name in self._in_order if name in entity}
         if self.version is not None:
             known[self.version] = entity[VERSION]
         try:
             return cast("Model", self._library.load(self.model, known))
         except ValueError as exc:  # of msgspec and of pydantic, and of validators of the user's
-            field, problem = self._library.problem(exc)
+            (field, problem), *others = self._problems(exc, known)
+            listed = [f"; field {where!r}: {what}" for where, what in others[: _MAX_PROBLEMS - 1]]
+            more = len(others) - len(listed)
             raise EntityMismatchError(
-                collection, entity_id, self.model.__name__, field, problem
+                collection,
+                entity_id,
+                self.model.__name__,
+                field,
+                "".join([problem, *listed, f"; and {more} more" if more else ""]),
             ) from exc
+
+    def _problems(self, exc: ValueError, entity: Mapping[str, object]) -> list[tuple[str, str]]:
+        """The paths of the fields of an entity that do not fit, and what is wrong with each."""
+        found = self._library.problems(exc)
+        if self._library.names_all:
+            return found
+        first = _FIRST_STEP.match(found[0][0])
+        for each in self.fields:
+            if first is not None and each.name == first[0]:
+                continue
+            if each.name in entity:
+                try:
+                    self._check(each, entity[each.name])
+                except ValueError as other:
+                    [(where, what)] = self._library.problems(other)
+                    found.append((where or each.name, what))
+            elif not each.has_default:
+                found.append((each.name, "it is missing"))
+        is_repeated = not found[0][0] and found[0][1] in [what for _, what in found[1:]]
+        return found[1:] if is_repeated else found
 
 
 class _Library:
@@ -269,18 +296,25 @@ class _Library:
     def load(self, model: type, entity: Mapping[str, object]) -> object:
         return msgspec.convert(entity, model, str_keys=True)
 
-    def problem(self, exc: ValueError) -> tuple[str, str]:
-        """The path of the field that does not fit, and what is wrong."""
+    names_all = False
+    """Whether an error names all fields that do not fit, and not only the first."""
+
+    def problems(self, exc: ValueError) -> list[tuple[str, str]]:
+        """The paths of the fields that do not fit, and what is wrong with each."""
         message = str(exc)
         found = _MSGSPEC_PATH.search(message)
         if found is None:
             missing = _MSGSPEC_MISSING.search(message)
-            return ("" if missing is None else missing[1]), message
-        return found[1], message[: found.start()]
+            return [("" if missing is None else missing[1], message)]
+        return [(found[1], message[: found.start()])]
 
 
 _MSGSPEC_PATH: Final = re.compile(r" - at `\$\.?([^`]*)`$")
 _MSGSPEC_MISSING: Final = re.compile(r"required field `([^`]*)`")
+_FIRST_STEP: Final = re.compile(r"[^.\[]+")
+
+_MAX_PROBLEMS: Final = 5
+"""How many fields an `EntityMismatchError` names."""
 
 
 class _Pydantic(_Library):
@@ -323,8 +357,14 @@ class _Pydantic(_Library):
             stored = sys.modules["pydantic_core"].to_jsonable_python(value, by_alias=True)
         else:
             # By the serializer of the model, because its fields may have serializers of their own.
-            instance = model.model_construct()
-            vars(instance)[attribute] = value
+            # Nothing is called for the defaults of the others, which are not written.
+            instance = model.__new__(model)
+            object.__setattr__(
+                instance, "__dict__", dict.fromkeys(model.model_fields) | {attribute: value}
+            )
+            object.__setattr__(instance, "__pydantic_fields_set__", {attribute})
+            object.__setattr__(instance, "__pydantic_extra__", None)
+            object.__setattr__(instance, "__pydantic_private__", None)
             [stored] = model.__pydantic_serializer__.to_python(
                 instance, mode="json", by_alias=True, include={attribute}, warnings="none"
             ).values()
@@ -337,12 +377,14 @@ class _Pydantic(_Library):
     def load(self, model: Any, entity: Mapping[str, object]) -> object:
         return model.model_validate_json(msgspec.json.encode(entity))
 
-    def problem(self, exc: ValueError) -> tuple[str, str]:
+    names_all = True
+
+    def problems(self, exc: ValueError) -> list[tuple[str, str]]:
         errors: Callable[..., list[dict[str, Any]]] | None = getattr(exc, "errors", None)
         if errors is None:
-            return "", str(exc)
-        first = errors(include_input=False, include_url=False, include_context=False)[0]
-        return ".".join(map(str, first["loc"])), first["msg"]
+            return [("", str(exc))]
+        found = errors(include_input=False, include_url=False, include_context=False)
+        return [(".".join(map(str, each["loc"])), each["msg"]) for each in found]
 
 
 def _not_stored(what: str, exc: Exception) -> UnsupportedValueError:

@@ -130,6 +130,16 @@ class Field(msgspec.Struct, frozen=True):
         )
 
 
+def _check_stored_name(field: ModelField, model: type) -> None:
+    try:
+        _checked_name(field.name, f"{model.__name__}: field name")
+    except ConfigurationError as exc:
+        raise ConfigurationError(
+            f"{exc}; give it an alias (pydantic) or another name (`rename` of msgspec), under which it is "
+            "stored; a field of a dataclass or an attrs class is stored under its own name"
+        ) from exc
+
+
 def _field_of(field: ModelField) -> Field:
     """The declaration of a field of a model."""
     # The store sets the timestamps, so an instance need not have them.
@@ -354,6 +364,8 @@ class Collection:
             ConfigurationError: it is not such a class, or a field cannot be declared.
         """
         codec: ModelCodec[object] = codec_of(model)
+        for each in codec.fields:
+            _check_stored_name(each, model)
         declared = {each.name: _field_of(each) for each in codec.fields if each.name != key}
         given = check_declared(fields, Field, f"the fields of {model.__name__}", Field)
         declared.update({each.name: each for each in given})

@@ -57,13 +57,14 @@ def of_pydantic(model: Any, attribute: str) -> type | None:
             )
         elif each.info.mode != "after":
             return None
-    single: type = pydantic.create_model(
+    single = pydantic.create_model(
         model.__name__,
-        __config__={**model.model_config, "use_attribute_docstrings": False},
+        __config__=model.model_config | {"use_attribute_docstrings": False, "defer_build": False},
         __validators__=validators,
         **{attribute: (field.annotation, copy(field))},
     )
-    return single
+    # It is not complete if an annotation contains a name that only the model could look up.
+    return single if single.__pydantic_complete__ else None
 
 
 def _as_function(validator: Callable[..., object], mode: str) -> Callable[..., object]:

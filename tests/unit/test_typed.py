@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 import subprocess
 import sys
 import uuid
@@ -43,6 +44,7 @@ from hf_async_store import (
     path,
     sync,
 )
+from hf_async_store.models import codec_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -296,6 +298,76 @@ async def test_an_entity_that_does_not_fit_does_not_spoil_the_others(opened: Any
     assert len([each async for each in jobs.stream(on_invalid=found.append)]) == 2
     assert await jobs.get_many(["a", "b"], on_invalid=found.append) == [model(job_id="a"), None]
     assert len(found) == 5
+
+
+async def test_an_error_names_every_field_that_does_not_fit(opened: Any) -> None:
+    store, model, _ = opened
+    jobs = store.typed(model)
+    wrong = {"status": "LOST", "due_at": "2026-01-02", "place": {"floor": 1}, "tags": [1]}
+    await store.save_entity("jobs", {"job_id": "j", **wrong})
+    await store.save_entity("jobs", {"job_id": "k", "place": {"room": 1, "floor": "x"}, "tags": 5})
+    with pytest.raises(EntityMismatchError) as refused:
+        await jobs.get("j")
+    assert refused.value.field == "status"
+    named = re.findall(r"field '(\w+)", str(refused.value))
+    assert named == ["status", "place", "tags"]
+    with pytest.raises(EntityMismatchError) as refused:
+        await jobs.get("k")
+    assert refused.value.field == "place.room"
+    assert set(re.findall(r"field '([\w.]+)", str(refused.value))) >= {"place.room", "tags"}
+
+
+class Loose(msgspec.Struct):
+    job_id: str
+    first: str
+    second: str | None
+    third: list[int] = []
+
+
+class PydanticLoose(pydantic.BaseModel):
+    job_id: str
+    first: str
+    second: str | None
+    third: list[int] = []
+
+
+@pytest.mark.parametrize("model", [Loose, PydanticLoose])
+async def test_an_error_names_missing_fields_and_not_too_many(model: Any) -> None:
+    plain = Collection("jobs", key="job_id", fields=[Field("third", "json")])
+    async with open_store("memory:", collections=[plain]) as store:
+        await store.save_entity("jobs", {"job_id": "j", "third": list("abcdefgh")})
+        entity = await store.get_entity("jobs", "j")
+        with pytest.raises(EntityMismatchError) as refused:
+            codec_of(model).instance("jobs", "j", entity or {})
+        named = re.findall(r"field '(\w+)", str(refused.value))
+        assert set(named) == {"first", "second", "third"}
+        assert str(refused.value).endswith("; and 5 more") is (model is PydanticLoose)
+
+
+def test_an_error_names_what_a_validator_of_attrs_refuses() -> None:
+    entity: Any = {"job_id": "j", "title": "", "author": {"room": "r"}, "note": 1, "version": 1}
+    with pytest.raises(EntityMismatchError) as refused:
+        codec_of(AttrsArticle).instance("jobs", "j", {**entity, "note": None})
+    assert refused.value.field == "title"
+    with pytest.raises(EntityMismatchError, match="field 'note': .*; field 'title': ") as refused:
+        codec_of(AttrsArticle).instance("jobs", "j", entity)
+
+
+def test_a_name_that_cannot_be_stored_is_to_be_given_another() -> None:
+    class Camel(msgspec.Struct):
+        job_id: str
+        hostName: str = ""
+
+    class Renamed(msgspec.Struct, rename={"hostName": "host_name"}):
+        job_id: str
+        hostName: str = ""
+
+    with pytest.raises(
+        ConfigurationError,
+        match=r"Camel: field name 'hostName' does not match .*; give it an alias",
+    ):
+        Collection.from_model(Camel, key="job_id")
+    assert "host_name" in Collection.from_model(Renamed, key="job_id").fields
 
 
 async def test_a_transaction_is_typed_too(opened: Any) -> None:
@@ -1259,6 +1331,44 @@ class Node(pydantic.BaseModel):
     @classmethod
     def _key(cls, value: Any, next_: Any) -> str:
         return str(next_(value))
+
+
+class Produced(pydantic.BaseModel):
+    job_id: str
+    n: int = 0
+    length: int = pydantic.Field(default_factory=lambda others: len(others["job_id"]))
+
+
+async def test_a_patch_asks_for_no_default() -> None:
+    async with open_store("memory:", collections=[declared_only(Produced)]) as store:
+        produced = store.typed(Produced)
+        await produced.create(Produced(job_id="abc"))
+        await produced.patch("abc", n=1)
+        assert await produced.get("abc") == Produced(job_id="abc", n=1, length=3)
+
+
+class Tree(pydantic.BaseModel):
+    job_id: str
+    children: list[Tree] = []
+    leaf: Leaf | None = None
+
+
+class Leaf(pydantic.BaseModel):
+    name: str
+
+
+async def test_fields_of_recursive_models_are_checked() -> None:
+    async with open_store("memory:", collections=[declared_only(Tree)]) as store:
+        trees = store.typed(Tree)
+        await trees.create(Tree(job_id="t"))
+        with pytest.raises(InvalidFieldError, match=r"children.0.job_id"):
+            await trees.patch("t", children=[{"job_id": 5}])
+        with pytest.raises(InvalidFieldError, match=r"leaf.name"):
+            await trees.patch("t", leaf={})
+        await trees.patch("t", children=[Tree(job_id="u")], leaf=Leaf(name="l"))
+        assert await trees.get("t") == Tree(
+            job_id="t", children=[Tree(job_id="u")], leaf=Leaf(name="l")
+        )
 
 
 async def test_validators_of_one_field_of_pydantic_are_asked() -> None:
