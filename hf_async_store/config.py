@@ -52,6 +52,18 @@ NO_STRATEGY: Final = (
     "strategy: required, because no strategy is named (json, sql, dynamodb or memory)"
 )
 
+LOCATION_KEYS: Final = (
+    "host",
+    "port",
+    "database",
+    "name",
+    "schema",
+    "region",
+    "table_prefix",
+    "endpoint_url",
+)
+"""The settings of a third-party strategy that are part of the location of a store, beside its URL."""
+
 STRATEGY_GROUP: Final = "hf_async_store.strategies"
 """The entry-point group under which other packages register a strategy by name."""
 
@@ -345,9 +357,13 @@ class SQLConfig(_Model, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def _part(self) -> str:
         """The part of the database that is the store, as the query of a URL."""
-        named = {"schema": self.schema, "table_prefix": self.table_prefix}
-        query = "&".join(f"{key}={_quoted(each)}" for key, each in named.items() if each)
-        return query and f"?{query}"
+        return _query({"schema": self.schema, "table_prefix": self.table_prefix})
+
+
+def _query(named: Mapping[str, str]) -> str:
+    """The query of a URL, without empty values."""
+    query = "&".join(f"{key}={_quoted(each)}" for key, each in named.items() if each)
+    return query and f"?{query}"
 
 
 def _port(digits: str) -> int:
@@ -483,7 +499,10 @@ _ENDPOINT: Final = (
 )
 
 StrategyConfig: TypeAlias = JSONConfig | SQLConfig | DynamoDBConfig | MemoryConfig
-Options: TypeAlias = "StrategyConfig | Mapping[str, Value]"
+if TYPE_CHECKING:
+    Options: TypeAlias = StrategyConfig | Mapping[str, Value]
+else:  # without a module for the type of values, which only `help` would use
+    Options = StrategyConfig | Mapping[str, object]
 """The configuration of a strategy: a model, or the plain mapping of a third-party one."""
 
 _SIMILAR_NAME: Final = 0.8
@@ -537,6 +556,9 @@ class StorageConfig(_RedactedRepr, frozen=True, kw_only=True):
     def location(self) -> str:
         """The location of the store: a URL in canonical form, without secrets, to compare and to show.
 
+        Of a third-party strategy, it contains the URL and the settings in `LOCATION_KEYS`. A live migration
+        does not rely on it alone: a store is followed to only if it has a record of the migration.
+
         Raises:
             ConfigurationError: the configuration does not define a location for other processes.
         """
@@ -549,7 +571,10 @@ class StorageConfig(_RedactedRepr, frozen=True, kw_only=True):
             )
         scheme, _, body = url.partition("?")[0].partition(":")
         user, at, rest = body.rpartition("@")
-        return f"{scheme}:{'//' if at and user.startswith('//') else ''}{_quoted_path(rest)}"
+        part = _query(
+            {each: redact_url(str(self.options.get(each) or "")) for each in LOCATION_KEYS}
+        )
+        return f"{scheme}:{'//' if at and user.startswith('//') else ''}{_quoted_path(rest)}{part}"
 
     def block(self, name: str) -> Options:
         """The configuration of a strategy: the selected one, or one of `others`.

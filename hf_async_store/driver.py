@@ -452,7 +452,9 @@ class Engine(Reader):
         """Release all resources; no acknowledged write is lost. Called once.
 
         Sessions, snapshots and reads may still be open: the next call of each, and a commit, then raise
-        StoreClosedError, and so does every method of the engine that reaches what is stored.
+        StoreClosedError, and so does every method of the engine that reaches what is stored. A read that
+        has begun, such as a stream, may also end as ever, and a session that wrote nothing without an
+        error.
         """
 
     # -- defaults ----------------------------------------------------------------------------
@@ -499,8 +501,9 @@ class Engine(Reader):
         """A consistent snapshot that can be read until the context is left, for backups and comparisons.
 
         It does not block writers, and may cost memory or disk space for what they change meanwhile.
-        If `query_isolation` is "eventual", it is not more consistent than queries; the default, the
-        engine itself, is for such engines alone.
+        It contains the collections of the schema; others need not be in it. If `query_isolation` is
+        "eventual", it is not more consistent than queries; the default, the engine itself, is for such
+        engines alone.
         """
         if self.capabilities.query_isolation != "eventual":
             raise NotImplementedError("an engine with query_isolation 'snapshot' needs `snapshot`")
@@ -792,11 +795,21 @@ class Engine(Reader):
             raise NotImplementedError("an engine with the capability 'durable' needs `probe`")
 
     async def health(self) -> Mapping[str, Value]:
-        """The engine's part of `health()`; its `problems` lists the conditions that require action."""
+        """The engine's part of `health()`, with keys of its own choice.
+
+        `problems` is a list of texts, one for each condition that requires action, which `health()` adds to
+        its own. What `probe` raises is one already, so it does not belong in this list.
+        """
         return {}
 
     def describe(self) -> Mapping[str, Value]:
-        """Where the data is stored and how it is configured, without secrets."""
+        """Where the data is stored and how it is configured, without secrets.
+
+        Every key is optional. Messages name the store by `folder` and `files`, or by those that there are
+        of `path`, `server`, `database`, `schema`, `region`, `endpoint_url` and `table_prefix`; the store
+        of a third-party strategy that was opened by a URL, by its location. The progress file of a
+        migration belongs to stores with the same description, apart from `configuration`, the settings.
+        """
         return {}
 
     def direct(self, method: str, *, writes: bool) -> AbstractAsyncContextManager[Engine]:
@@ -824,7 +837,11 @@ class Engine(Reader):
         del method
 
     def abandon(self) -> None:
-        """See `StorageStrategy.abandon`. The default is for an engine whose finalizers do not warn."""
+        """See `StorageStrategy.abandon`. The default is for an engine whose finalizers do not warn.
+
+        The finalizer of `asyncio.StreamWriter` does: an engine on streams of asyncio closes them here,
+        without waiting.
+        """
 
 
 _CATALOGUE_KEY: Final = Key(CATALOGUE_COLLECTION.name, "declarations")

@@ -185,7 +185,7 @@ class FieldChange(msgspec.Struct, frozen=True):
         return value if self.field is None else self.field.check(value, self.collection)
 
 
-FieldUpdate: TypeAlias = "Value | Removed | FieldChange"
+FieldUpdate: TypeAlias = Value | Removed | FieldChange
 """What an update does with one field: a new value, REMOVE, or a change of the stored value."""
 
 

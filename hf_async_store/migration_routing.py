@@ -343,12 +343,37 @@ class MigrationRouter(Engine):
         self._switch_seen = None
         active = source if state.phase == "COPYING" else target
         engine = self._engine_at(active)
+        if active not in (own, self._route.location) and not await self._is_other_side(
+            active, state
+        ):
+            return None
         add_markers = state.phase != "FINALIZED" and engine.capabilities.change_markers
         return Route(active, engine, add_markers=add_markers, term=state.term)
 
     def _recorded(self, location: str) -> str | None:
         """A location in a record; None if it is that of the store that was opened, which is permitted."""
         return None if location == self._own_location() else location
+
+    async def _is_other_side(self, active: str | None, state: MigrationState) -> bool:
+        """Check that the store to follow to has a record of the migration, too: two stores may have one
+        location, because it does not contain every setting. False if the phase has changed meanwhile.
+
+        Args:
+            state: the record of the source, read before.
+
+        Raises:
+            StoreRelocatedError: it is another store.
+        """
+        if await self._state_at(active) is not None:
+            return True
+        if await self._state_at(self._followed_to) != state:
+            return False
+        raise StoreRelocatedError(
+            f"this store takes part in a live migration with {active}, but the store that "
+            "`follow_moves` configures there has no record of this migration, so it is another store: "
+            "configure it as for `live-migrate`, with the same settings",
+            active or "",
+        )
 
     async def _state_at(self, location: str | None) -> MigrationState | None:
         if location is None and None not in self._engines:

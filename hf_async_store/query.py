@@ -193,7 +193,7 @@ class Combined(msgspec.Struct, frozen=True):
     filters: tuple[FilterMap | Combined, ...]
 
 
-FilterMap: TypeAlias = "Mapping[Any, object]"
+FilterMap: TypeAlias = Mapping[Any, object]
 """Maps a declared field or a `path` to a value, which means equality, or to an operator. All must match.
 
 The type of the keys is not `str | Path`, because type checkers infer `object` for both in one dict.

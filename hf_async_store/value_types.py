@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, ForwardRef, TypeAlias
 
-Value: TypeAlias = "None | bool | int | float | str | list[Value] | dict[str, Value]"
+if TYPE_CHECKING:
+    Value: TypeAlias = "None | bool | int | float | str | list[Value] | dict[str, Value]"
+else:
+    # With its module: `help` evaluates the annotations of a class in the module of that class.
+    Value = ForwardRef(
+        "None | bool | int | float | str | list[Value] | dict[str, Value]", module=__name__
+    )
 Entity: TypeAlias = dict[str, Value]

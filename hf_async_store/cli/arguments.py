@@ -205,6 +205,24 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+_OTHER_WORDS: Final = {
+    "save": "put",
+    "create": "put",
+    "add": "put",
+    "insert": "put",
+    "upsert": "put",
+    "read": "get",
+    "show": "get",
+    "remove": "delete",
+    "rm": "delete",
+    "find": "query",
+    "select": "query",
+    "list": "query",
+    "ls": "query",
+}
+"""The commands that are meant by other words for them."""
+
+
 def _no_command(name: str) -> str:
     from hf_async_store.cli.extensions import names
 
@@ -216,7 +234,7 @@ def _no_command(name: str) -> str:
         return f"{name!r} is a command of another package, which is {_install_hint(name)}"
     from difflib import get_close_matches
 
-    close = get_close_matches(name, commands, n=1)
+    close = [_OTHER_WORDS[name]] if name in _OTHER_WORDS else get_close_matches(name, commands, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown command {name!r}; the commands are {known}{hint}"
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -167,6 +167,8 @@ class Context:
     def location(self) -> str:
         """The location of the store for messages."""
         options = self.config.options
+        if isinstance(options, Mapping) and "url" in options:
+            return self.config.location()
         if not isinstance(options, JSONConfig):
             from hf_async_store.migration import location_of
 

@@ -79,11 +79,14 @@ class Checkpoint(msgspec.Struct):
     format: str = _FORMAT
 
 
-def identity(store: StorageStrategy) -> str:
+def identity(store: StorageStrategy, configured: str = "") -> str:
     """A hash of the location of a store as it is written, by which its checkpoint is found.
 
     Settings that do not belong to the location are ignored. Two spellings of one location have two
     identities; `is_same_store` finds out whether two stores are the same.
+
+    Args:
+        configured: the location in the configuration of a third-party strategy, which may describe none.
     """
     description = {
         name: value
@@ -95,6 +98,8 @@ def identity(store: StorageStrategy) -> str:
     location: dict[str, Value] = {each: settings[each] for each in names}
     if not (store.capabilities.durable or store.capabilities.multi_process):
         location["object"] = id(store)  # the store exists only in this process
+    if configured:
+        location["configured"] = configured
     encoded = msgspec.json.encode({**description, **location}, order="deterministic")
     return blake2b(encoded, digest_size=8).hexdigest()
 
@@ -104,10 +109,18 @@ class CheckpointFile:
 
     Args:
         folder: the folder in which the file is stored.
+        configured: see `identity`, of each.
     """
 
-    def __init__(self, folder: Path, source: StorageStrategy, target: StorageStrategy) -> None:
-        self.pair = f"{identity(source)}-{identity(target)}"
+    def __init__(
+        self,
+        folder: Path,
+        source: StorageStrategy,
+        target: StorageStrategy,
+        configured: tuple[str, str] = ("", ""),
+    ) -> None:
+        stores = zip((source, target), configured, strict=True)
+        self.pair = "-".join(identity(*each) for each in stores)
         self.path = folder / f"migration-{self.pair}.checkpoint"
         self._newest: bytes | None = None
         self._writing: asyncio.Task[None] | None = None

@@ -316,6 +316,11 @@ class LiveMigration:
         """Check that the two stores can begin a live migration."""
         await require_store(self._source, "the source")
         await refuse_same(self._source.is_same_store(self._target))
+        if self.source_location == self.target_location:
+            raise MigrationError(
+                f"source and target have the same location, {self.source_location}, though they are two "
+                "stores: nothing was written. Applications could not tell them apart; name another target"
+            )
         await refuse_undeclared(self._source, "the source")
         target_state = await self._read_state(self._target)
         if target_state is not None:

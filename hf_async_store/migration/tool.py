@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from pathlib import Path
@@ -176,7 +176,8 @@ class MigrationTool:
         location = self._config.backup_location
         path = Path(location)
         folder = path if location.endswith("/") or path.is_dir() else path.parent
-        self._file = CheckpointFile(folder, self.source, self.target)
+        configured = (_configured_location(source), _configured_location(target))
+        self._file = CheckpointFile(folder, self.source, self.target, configured)
 
     async def __aenter__(self) -> Self:
         for store, argument in zip((self.source, self.target), self._arguments, strict=True):
@@ -632,6 +633,15 @@ def _store(
     if isinstance(argument, StorageStrategy):
         return argument
     return open_store(load_config(argument), collections=collections)
+
+
+def _configured_location(argument: StorageStrategy | ConfigSource) -> str:
+    """The location of a store that a third-party strategy opens; empty if it is another, or has none."""
+    if not isinstance(argument, StorageStrategy):
+        config = load_config(argument)
+        if isinstance(config.options, Mapping) and "url" in config.options:
+            return config.location()
+    return ""
 
 
 def _check_location(location: object) -> None:

@@ -169,11 +169,22 @@ class PlantedRecordContract:
         self, harness: Harness, planted: Path, tmp_path: Path
     ) -> None:
         target = f"json:{tmp_path}/permitted.json"
-        async with open_store(target, collections=CONTRACT_COLLECTIONS) as store:
-            await store.save_entity("counters", {"counter_id": "c", "n": "there"})
-        await plant(harness, {"role": "source", "other": target})
+        declared = [*CONTRACT_COLLECTIONS, *MIGRATION_COLLECTIONS]
         url = harness.url()
         assert url is not None
+        async with open_store(target, collections=declared) as store:
+            await store.save_entity("counters", {"counter_id": "c", "n": "there"})
+            await plant(harness, {"role": "source", "other": target})
+            async with open_store(
+                url, collections=CONTRACT_COLLECTIONS, follow_moves=[target]
+            ) as source:
+                for message in await _refusal_messages(source, StoreRelocatedError):
+                    assert "has no record of this migration" in message
+            await store.save_entity(
+                MIGRATION_COLLECTION.name,
+                {MIGRATION_COLLECTION.key: MIGRATION_KEY.id}
+                | {**_RECORD, "role": "target", "other": target},
+            )
         # The permitted URL may have another spelling and other settings; its settings are used.
         permitted = f"json:{tmp_path}/folder/../permitted.json?cache_size=7"
         async with open_store(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from hf_async_store.errors import ConfigurationError, SchemaMismatchError
+from hf_async_store.migration_routing import MigrationRouter
 from hf_async_store.schema import Collection, Field, Index
 from hf_async_store.testing.assertions import get_existing
 from hf_async_store.testing.harness import SharesDatabase
@@ -66,6 +67,10 @@ class SharedDatabaseContract:
                 for other in (name, names[number - 1]):
                     async with store_of(other) as second:
                         assert await store.is_same_store(second) is (other == name)
+        engines = [store_of(name).engine for name in names]
+        found = [each._own_location() for each in engines if isinstance(each, MigrationRouter)]
+        locations = [each for each in found if each is not None]
+        assert len(set(locations)) == len(locations), "two stores have the same location"
 
     def _is_accepted(self, shared: SharesDatabase, name: str) -> bool:
         try:

@@ -89,3 +89,34 @@ def test_an_unknown_command_is_refused_as_before(cli: Cli) -> None:
     ran = cli("gte")
     assert ran.code == 2
     assert "did you mean 'get'?" in ran.message
+
+
+def test_another_word_for_a_command_is_understood(cli: Cli) -> None:
+    for word, command in (("save", "put"), ("list", "query"), ("remove", "delete")):
+        assert f"did you mean '{command}'?" in cli(word).message
+
+
+def test_a_store_of_another_package_is_named_by_its_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    (tmp_path / "acme_strategy.py").write_text(_ACME)
+    info = tmp_path / "acme_strategy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-strategy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[hf_async_store.strategies]\nacme = acme_strategy:AcmeStrategy\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    url = "acme://app:hunter2@host/3?table_prefix=cli&token=hunter2"
+    ran = cli("put", "templates", '{"template_id": "t-1"}', "--store", url)
+    assert ran.message == "note: a new store was created at acme://host/3?table_prefix=cli"
+
+
+_ACME = """
+from hf_async_store.strategies.sql import SQLStorageStrategy
+
+
+class AcmeStrategy(SQLStorageStrategy):
+    def __init__(self, config, *, collections):
+        super().__init__("sqlite:acme.db?table_prefix=cli", collections=collections)
+"""
