@@ -52,6 +52,8 @@ from hf_async_store.testing.contract import StrategyContract
 from tests.contract.harnesses import JSONHarness, MemoryHarness, SQLiteHarness
 from tests.contract.wrong_engines import (
     Nothing,
+    Optimistic,
+    OptimisticSession,
     Wrapped,
     WrongHarness,
     is_refused,
@@ -586,7 +588,66 @@ async def test_an_engine_that_hides_what_it_lacks_fails(
 # -- engines whose transactions are optimistic --------------------------------------------------
 
 
-class _Optimistic(MemoryEngine):
+class _ComparesNoQueries(OptimisticSession):
+    """Compares the entities that a query has returned, like those that were read by key."""
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        async with Owned(super().select(query)) as records:
+            async for each in records:
+                self.read.setdefault(each.key, self._stored.get(each.key))
+                yield each
+
+    def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        return batched(self.select(query))
+
+    def is_current(self) -> bool:
+        self.queried.clear()
+        return super().is_current()
+
+
+class _ComparesTheLastRead(OptimisticSession):
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        self.read.clear()
+        return await super().fetch(keys)
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        self.read.clear()
+        async with Owned(super().select(query)) as records:
+            async for each in records:
+                yield each
+
+    def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        return batched(self.select(query))
+
+
+_PHANTOM: Final = "test_41_a_phantom_is_a_conflict_if_declared"
+_MOMENT: Final = "test_40_what_was_read_in_several_calls_is_of_one_moment"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        _PHANTOM,
+        _MOMENT,
+        "test_41_write_skew_by_queries_is_prevented_if_declared",
+        "test_47_the_sum_is_constant_in_every_snapshot",
+    ],
+)
+async def test_an_engine_that_compares_at_the_commit_passes(case: str) -> None:
+    await run_case(case, WrongHarness(Optimistic))
+
+
+@pytest.mark.parametrize(
+    ("session", "case"), [(_ComparesNoQueries, _PHANTOM), (_ComparesTheLastRead, _MOMENT)]
+)
+async def test_an_engine_that_compares_too_little_fails(
+    session: type[OptimisticSession], case: str
+) -> None:
+    engine = type(session.__name__, (Optimistic,), {"session_class": session})
+    assert await is_refused(case, WrongHarness(engine))
+
+
+class _RefusesEverySecond(MemoryEngine):
     """Every second commit of a session is refused, as if another transaction had come first."""
 
     commits = 0
@@ -602,7 +663,7 @@ class _Optimistic(MemoryEngine):
 
 @pytest.mark.parametrize("case", [_FIRST_CLAIM, "test_106_renew_extends_and_release_frees"])
 async def test_the_defaults_of_claims_try_again_after_a_conflict(case: str) -> None:
-    await run_case(case, WrongHarness(_Optimistic))
+    await run_case(case, WrongHarness(_RefusesEverySecond))
 
 
 def test_no_part_of_the_contract_hides_a_fixture_or_a_test_of_another() -> None:
