@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final, NoReturn, Protocol, runtime_checkable
 from hf_async_store.schema import HOST_FACTORY, Collection, Field, Index
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import Iterable, Mapping
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from hf_async_store.driver import Capabilities
     from hf_async_store.strategy import StorageStrategy
@@ -87,6 +87,18 @@ class DropsResponses(Protocol):
 
 
 @runtime_checkable
+class DropsAllResponses(Protocol):
+    """A harness that can lose the responses of all writes, those of repeated requests too."""
+
+    hurried: Mapping[str, object]
+    """The settings with which a store soon gives up repeating a request, so that a case is short."""
+
+    def lose_answers(self) -> AbstractContextManager[None]:
+        """Until the context is left, let the engine execute each write request, and lose its response."""
+        ...
+
+
+@runtime_checkable
 class CutsConnections(Protocol):
     """A harness that can break the connections of its stores, for example by a `FaultyProxy`."""
 
@@ -109,7 +121,7 @@ class ExcludesFaults(Protocol):
     """A harness of an engine to which some faults cannot happen, such as one without connections."""
 
     impossible_faults: tuple[type, ...]
-    """Of the three protocols above, those of faults that cannot happen."""
+    """Of the protocols above that inject faults, those of faults that cannot happen."""
 
 
 @runtime_checkable

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ class FaultyProxy:
     def __init__(self, host: str, port: int) -> None:
         self.to = host, port
         self._loses: Callable[[bytes], bool] | None = None
+        self._loses_more = False
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -44,6 +45,16 @@ class FaultyProxy:
                 accepts the commit alone: with the answer to an earlier statement, nothing was written.
         """
         self._loses = to
+        self._loses_more = False
+
+    @contextmanager
+    def lose_answers(self, to: Callable[[bytes], bool]) -> Iterator[None]:
+        """Within the context, lose the answer to each request that `to` accepts, as `lose_next_answer`."""
+        self._loses_more, self._loses = True, to
+        try:
+            yield
+        finally:
+            self._loses = None
 
     def cut_connections(self) -> None:
         """Break all connections; new ones are accepted."""
@@ -101,8 +112,9 @@ class FaultyProxy:
         answering = asyncio.create_task(self._answer(answers, writer, silent))
         try:
             while data := await reader.read(65536):
-                if self._loses is not None and self._loses(data):
-                    self._loses = None
+                loses = self._loses  # read once: another thread sets it
+                if loses is not None and loses(data):
+                    self._loses = loses if self._loses_more else None
                     self.lost += 1
                     silent.set()
                 requests.write(data)

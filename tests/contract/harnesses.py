@@ -23,6 +23,7 @@ from hf_async_store.strategies.sql.feed_state import decoded_state
 from hf_async_store.testing.harness import (
     CONTRACT_COLLECTIONS,
     CutsConnections,
+    DropsAllResponses,
     DropsResponses,
     InjectsThrottling,
 )
@@ -39,7 +40,12 @@ if TYPE_CHECKING:
     from hf_async_store.testing.harness import Harness
     from hf_async_store_bench.servers import PostgresServer
 
-_NO_SERVER: Final[tuple[type, ...]] = (CutsConnections, DropsResponses, InjectsThrottling)
+_NO_SERVER: Final[tuple[type, ...]] = (
+    CutsConnections,
+    DropsAllResponses,
+    DropsResponses,
+    InjectsThrottling,
+)
 
 
 class MemoryHarness:
@@ -357,6 +363,8 @@ def _elsewhere(url: str, work: Callable[[Any], Awaitable[Any]]) -> Any:
 class DynamoDBHarness:
     """Tables with a separate prefix, accessed through a proxy that can inject faults."""
 
+    hurried: Mapping[str, object] = {"retry_timeout": 0.2}
+
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
         self._prefix = f"t{secrets.token_hex(6)}"
@@ -400,6 +408,16 @@ class DynamoDBHarness:
             return Cut(applied=True)
 
         self._proxy.rule = rule
+
+    @contextmanager
+    def lose_answers(self) -> Iterator[None]:
+        self._proxy.rule = lambda request: (
+            Cut(applied=True) if request.operation in WRITES else None
+        )
+        try:
+            yield
+        finally:
+            self._proxy.rule = None
 
     async def forget_feed(self, store: StorageStrategy, collection: str) -> None:
         # An iterator of the test server contains the number of records before it.

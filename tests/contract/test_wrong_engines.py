@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 import pytest
@@ -664,6 +670,63 @@ class _RefusesEverySecond(MemoryEngine):
 @pytest.mark.parametrize("case", [_FIRST_CLAIM, "test_106_renew_extends_and_release_frees"])
 async def test_the_defaults_of_claims_try_again_after_a_conflict(case: str) -> None:
     await run_case(case, WrongHarness(_RefusesEverySecond))
+
+
+# -- engines whose answers are lost --------------------------------------------------------------
+
+
+class _LosesAnswers(MemoryEngine):
+    """Stores everything, and while `is_losing`, answers with this error."""
+
+    is_losing = False
+    error = UnavailableError("the connection was lost", outcome_unknown=True, retryable=False)
+
+    async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        outcomes = await super().write_each(changes)
+        self._lose()
+        return outcomes
+
+    @asynccontextmanager
+    async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
+        async with super().session(isolation) as session:
+            yield session
+        self._lose()
+
+    def _lose(self) -> None:
+        if self.is_losing:
+            raise self.error.copy()
+
+
+class _HidesLostAnswers(_LosesAnswers):
+    error = UnavailableError("the server cannot be reached")
+
+
+class _RepeatsAfterLostAnswers(_LosesAnswers):
+    error = UnavailableError("the connection was lost", outcome_unknown=True, retryable=True)
+
+
+class _LosingHarness(WrongHarness):
+    hurried: Mapping[str, object] = {}
+
+    @contextmanager
+    def lose_answers(self) -> Iterator[None]:
+        [store] = self._stores
+        engine = cast("_LosesAnswers", store.engine)
+        engine.is_losing = True
+        yield
+        engine.is_losing = False
+
+
+_ALL_LOST: Final = "test_34_if_every_response_is_lost_the_outcome_is_unknown"
+
+
+async def test_an_engine_that_says_that_the_outcome_is_unknown_passes() -> None:
+    await run_case(_ALL_LOST, _LosingHarness(_LosesAnswers))
+
+
+@pytest.mark.parametrize("engine", [_HidesLostAnswers, _RepeatsAfterLostAnswers])
+async def test_an_engine_that_hides_lost_answers_fails(engine: type[MemoryEngine]) -> None:
+    assert await is_refused(_ALL_LOST, _LosingHarness(engine))
 
 
 def test_no_part_of_the_contract_hides_a_fixture_or_a_test_of_another() -> None:
