@@ -21,7 +21,7 @@ from typing import Any, Final, cast
 import msgspec
 import pytest
 
-from hf_async_store import Collection
+from hf_async_store import Collection, StorageStrategy
 from hf_async_store.claim_clock import Moment
 from hf_async_store.config import MemoryConfig
 from hf_async_store.driver import (
@@ -36,6 +36,7 @@ from hf_async_store.driver import (
     Isolation,
     Key,
     Outcome,
+    Overlay,
     Owned,
     Query,
     QueryPlan,
@@ -46,6 +47,8 @@ from hf_async_store.driver import (
 )
 from hf_async_store.errors import (
     ConcurrencyConflictError,
+    ConfigurationError,
+    SchemaMismatchError,
     StorageError,
     UnavailableError,
 )
@@ -55,6 +58,7 @@ from hf_async_store.strategies.json.engine import JSONEngine
 from hf_async_store.strategies.memory import MemoryEngine
 from hf_async_store.strategies.sql.engine import SQLEngine
 from hf_async_store.testing.contract import StrategyContract
+from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from tests.contract.harnesses import JSONHarness, MemoryHarness, SQLiteHarness
 from tests.contract.wrong_engines import (
     Nothing,
@@ -670,6 +674,67 @@ class _RefusesEverySecond(MemoryEngine):
 @pytest.mark.parametrize("case", [_FIRST_CLAIM, "test_106_renew_extends_and_release_frees"])
 async def test_the_defaults_of_claims_try_again_after_a_conflict(case: str) -> None:
     await run_case(case, WrongHarness(_RefusesEverySecond))
+
+
+# -- engines in a database with something of another program -------------------------------------
+
+
+class _RefusesOccupied(MemoryEngine):
+    occupied = "things"
+
+    async def _commit(self, overlay: Overlay) -> None:
+        self._refuse({each.collection for each in overlay.changes})
+        await super()._commit(overlay)
+
+    def _refuse(self, collections: Iterable[str]) -> None:
+        if self.occupied in collections:
+            raise SchemaMismatchError("things belongs to another program; set table_prefix")
+
+
+class _CommitsBeforeWhatIsOccupied(_RefusesOccupied):
+    async def _commit(self, overlay: Overlay) -> None:
+        for key, entity in overlay.changes.items():
+            self._refuse([key.collection])
+            self._stored.table(key.collection).apply({key.id: entity}, None)
+
+
+class _OccupiedHarness(WrongHarness):
+    """All stores have the same data."""
+
+    def __init__(self, engine: type[MemoryEngine]) -> None:
+        super().__init__(engine)
+        self._tables: dict[str, Any] = {}
+
+    def store(
+        self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
+    ) -> StorageStrategy:
+        store = super().store(collections, **settings)
+        stored = cast("MemoryEngine", store.engine)._stored
+        self._tables.update({**stored.tables, **self._tables})
+        stored.tables = self._tables
+        return store
+
+    def neighbour(self, name: str, collections: Iterable[Collection]) -> StorageStrategy:
+        raise ConfigurationError(f"no store {name}")
+
+    async def occupy(self, collection: str) -> str:
+        assert collection == _RefusesOccupied.occupied
+        return collection
+
+    async def occupant(self) -> object:
+        return None
+
+
+_OCCUPIED: Final = "test_98_nothing_of_a_transaction_with_a_refused_collection_is_written"
+
+
+async def test_an_engine_that_refuses_what_is_occupied_passes() -> None:
+    await run_case(_OCCUPIED, _OccupiedHarness(_RefusesOccupied))
+
+
+async def test_an_engine_that_commits_before_what_is_occupied_fails() -> None:
+    with pytest.raises(AssertionError):
+        await run_case(_OCCUPIED, _OccupiedHarness(_CommitsBeforeWhatIsOccupied))
 
 
 # -- engines whose answers are lost --------------------------------------------------------------

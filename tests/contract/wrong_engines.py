@@ -103,7 +103,7 @@ async def run_case(case: str, harness: Harness) -> None:
                 if name in ("store", "store_with_savepoints"):
                     given[name] = await stack.enter_async_context(harness.store())
                 else:
-                    assert name in ("harness", "enforcing"), name
+                    assert name in ("harness", "enforcing", "shared"), name
                     given[name] = harness
             try:
                 await method(**given)
