@@ -98,6 +98,27 @@ class DropsAllResponses(Protocol):
         ...
 
 
+class HeldWrite(Protocol):
+    """A write request that is held up on its way to the engine."""
+
+    async def arrived(self) -> None:
+        """Wait until the request has been sent."""
+        ...
+
+    async def release(self) -> None:
+        """Pass the request on, even if its client has gone, and wait until the engine has responded."""
+        ...
+
+
+@runtime_checkable
+class HoldsWrites(Protocol):
+    """A harness that can hold up a write request on its way to the engine."""
+
+    def hold_next_write(self) -> HeldWrite:
+        """Hold up the next write request, which for a transaction is that of its commit."""
+        ...
+
+
 @runtime_checkable
 class CutsConnections(Protocol):
     """A harness that can break the connections of its stores, for example by a `FaultyProxy`."""

@@ -27,6 +27,7 @@ from hf_async_store.testing.assertions import (
 )
 from hf_async_store.testing.concurrency import failure_of, is_shared
 from hf_async_store.testing.harness import (
+    CONTRACT_COLLECTIONS,
     DropsAllResponses,
     DropsResponses,
     Harness,
@@ -432,7 +433,7 @@ class VersionContract:
     ) -> None:
         if not isinstance(harness, DropsAllResponses):
             skip_fault(harness, DropsAllResponses)
-        async with harness.store(**harness.hurried) as store:
+        async with harness.store(CONTRACT_COLLECTIONS, **harness.hurried) as store:
             if verb != "create":
                 await store.create_entity("items", _ENTITY)
             await store.create_entity("items", {"item_id": "other"})  # makes what entities need

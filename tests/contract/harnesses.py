@@ -25,9 +25,11 @@ from hf_async_store.testing.harness import (
     CutsConnections,
     DropsAllResponses,
     DropsResponses,
+    HoldsWrites,
     InjectsThrottling,
 )
-from tests.dynamodb.proxy import WRITES, Answer, Cut, Fault, Partly, Proxy, Request, throttled
+from hf_async_store.testing.proxy import HeldRequest
+from tests.dynamodb.proxy import WRITES, Answer, Cut, Fault, Held, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -44,6 +46,7 @@ _NO_SERVER: Final[tuple[type, ...]] = (
     CutsConnections,
     DropsAllResponses,
     DropsResponses,
+    HoldsWrites,
     InjectsThrottling,
 )
 
@@ -408,6 +411,18 @@ class DynamoDBHarness:
             return Cut(applied=True)
 
         self._proxy.rule = rule
+
+    def hold_next_write(self) -> HeldRequest:
+        held = HeldRequest()
+
+        def rule(request: Request) -> Fault | None:
+            if request.operation not in WRITES:
+                return None
+            self._proxy.rule = None
+            return Held(held)
+
+        self._proxy.rule = rule
+        return held
 
     @contextmanager
     def lose_answers(self) -> Iterator[None]:

@@ -44,6 +44,7 @@ from hf_async_store.driver import (
     Record,
     Session,
     batched,
+    run_to_completion,
 )
 from hf_async_store.errors import (
     ConcurrencyConflictError,
@@ -59,6 +60,7 @@ from hf_async_store.strategies.memory import MemoryEngine
 from hf_async_store.strategies.sql.engine import SQLEngine
 from hf_async_store.testing.contract import StrategyContract
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.proxy import HeldRequest
 from tests.contract.harnesses import JSONHarness, MemoryHarness, SQLiteHarness
 from tests.contract.wrong_engines import (
     Nothing,
@@ -775,8 +777,7 @@ class _LosingHarness(WrongHarness):
 
     @contextmanager
     def lose_answers(self) -> Iterator[None]:
-        [store] = self._stores
-        engine = cast("_LosesAnswers", store.engine)
+        engine = cast("_LosesAnswers", self._stores[-1].engine)
         engine.is_losing = True
         yield
         engine.is_losing = False
@@ -791,7 +792,64 @@ async def test_an_engine_that_says_that_the_outcome_is_unknown_passes() -> None:
 
 @pytest.mark.parametrize("engine", [_HidesLostAnswers, _RepeatsAfterLostAnswers])
 async def test_an_engine_that_hides_lost_answers_fails(engine: type[MemoryEngine]) -> None:
-    assert await is_refused(_ALL_LOST, _LosingHarness(engine))
+    with pytest.raises(AssertionError, match="it was applied|a repetition may be a conflict"):
+        await run_case(_ALL_LOST, _LosingHarness(engine))
+
+
+# -- engines that are cancelled during a commit --------------------------------------------------
+
+
+class _Late(Optimistic):
+    """A commit waits until `held` is released."""
+
+    held: HeldRequest | None = None
+
+    async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        return await run_to_completion(self._written_late(changes))
+
+    async def _written_late(self, changes: Sequence[Change]) -> list[Outcome]:
+        async with self._holding():
+            return await super().write_each(changes)
+
+    async def finish(self, session: OptimisticSession) -> None:
+        await run_to_completion(self._finished_late(session))
+
+    async def _finished_late(self, session: OptimisticSession) -> None:
+        async with self._holding():
+            await super().finish(session)
+
+    @asynccontextmanager
+    async def _holding(self) -> AsyncGenerator[None, None]:
+        held, self.held = self.held, None
+        if held is not None:
+            await held.hold()
+        yield
+        if held is not None:
+            held.answer()
+
+
+class _LeavesItsCommit(_Late):
+    async def finish(self, session: OptimisticSession) -> None:
+        await asyncio.shield(self._finished_late(session))
+
+
+class _LateHarness(WrongHarness):
+    def hold_next_write(self) -> HeldRequest:
+        engine = cast("_Late", self._stores[-1].engine)
+        engine.held = HeldRequest()
+        return engine.held
+
+
+_ON_ITS_WAY: Final = "test_126_a_write_on_its_way_is_not_applied_after_its_cancellation"
+
+
+async def test_an_engine_that_completes_its_commit_passes() -> None:
+    await run_case(_ON_ITS_WAY, _LateHarness(_Late))
+
+
+async def test_an_engine_that_leaves_its_commit_fails() -> None:
+    with pytest.raises(AssertionError, match="after CancelledError"):
+        await run_case(_ON_ITS_WAY, _LateHarness(_LeavesItsCommit))
 
 
 def test_no_part_of_the_contract_hides_a_fixture_or_a_test_of_another() -> None:

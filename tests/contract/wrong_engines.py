@@ -177,6 +177,10 @@ class Optimistic(MemoryEngine):
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
         session = self.session_class(self)
         yield session
+        await self.finish(session)
+
+    async def finish(self, session: OptimisticSession) -> None:
+        """Commit, if what was read is as it was."""
         async with self._lock.writing():
             if not session.is_current():
                 raise ConcurrencyConflictError("another came first", retryable=True)
