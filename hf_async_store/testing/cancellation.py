@@ -27,7 +27,14 @@ from hf_async_store.testing.assertions import (
     typed,
 )
 from hf_async_store.testing.cancellation_stepper import at_turn, cancelled_at, turns, was_cancelled
-from hf_async_store.testing.concurrency import HANG_SECONDS, is_shared, second_store, seeded
+from hf_async_store.testing.concurrency import (
+    HANG_SECONDS,
+    has_ended,
+    is_shared,
+    second_store,
+    seeded,
+)
+from hf_async_store.testing.harness import HoldsWrites, skip_fault
 from hf_async_store.values import INT_MAX
 
 if TYPE_CHECKING:
@@ -401,6 +408,28 @@ class CancellationContract:
                     await _wait_for_earlier_writes(store, [("items", each) for each in ids])
                     assert await payloads(store, "items", cancelled_ids) == at_once
                     assert await payloads(other, "items", cancelled_ids) == at_once
+
+    @pytest.mark.parametrize("name", _VERBS_ON_ONE)
+    async def test_126_a_write_on_its_way_is_not_applied_after_its_cancellation(
+        self, harness: Harness, store: StorageStrategy, name: str
+    ) -> None:
+        """It is cancelled after its request was sent, and before the engine has received it."""
+        if not isinstance(harness, HoldsWrites):
+            skip_fault(harness, HoldsWrites)
+        await store.create_entity("items", {"item_id": "a", "label": "before"})
+        async with second_store(harness, store) as other, asyncio.timeout(HANG_SECONDS):
+            held = harness.hold_next_write()
+            task = asyncio.create_task(_run_on(store, _VERBS_ON_ONE[name], "a"))
+            await held.arrived()
+            task.cancel()
+            has_raised = await has_ended(task)
+            at_once = await payloads(other, "items", ["a"]) if has_raised else None
+            await held.release()
+            await asyncio.wait({task})
+            found = await payloads(other, "items", ["a"])
+            if has_raised and task.cancelled():
+                assert found == at_once, "it was applied after CancelledError was raised"
+        await usable(store)
 
     async def test_126_after_a_timeout_of_the_caller_the_state_is_final(
         self, store: StorageStrategy

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final, NoReturn, Protocol, runtime_checkable
 from hf_async_store.schema import HOST_FACTORY, Collection, Field, Index
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import Iterable, Mapping
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from hf_async_store.driver import Capabilities
     from hf_async_store.strategy import StorageStrategy
@@ -87,6 +87,39 @@ class DropsResponses(Protocol):
 
 
 @runtime_checkable
+class DropsAllResponses(Protocol):
+    """A harness that can lose the responses of all writes, those of repeated requests too."""
+
+    hurried: Mapping[str, object]
+    """The settings with which a store soon gives up repeating a request, so that a case is short."""
+
+    def lose_answers(self) -> AbstractContextManager[None]:
+        """Until the context is left, let the engine execute each write request, and lose its response."""
+        ...
+
+
+class HeldWrite(Protocol):
+    """A write request that is held up on its way to the engine."""
+
+    async def arrived(self) -> None:
+        """Wait until the request has been sent."""
+        ...
+
+    async def release(self) -> None:
+        """Pass the request on, even if its client has gone, and wait until the engine has responded."""
+        ...
+
+
+@runtime_checkable
+class HoldsWrites(Protocol):
+    """A harness that can hold up a write request on its way to the engine."""
+
+    def hold_next_write(self) -> HeldWrite:
+        """Hold up the next write request, which for a transaction is that of its commit."""
+        ...
+
+
+@runtime_checkable
 class CutsConnections(Protocol):
     """A harness that can break the connections of its stores, for example by a `FaultyProxy`."""
 
@@ -109,7 +142,7 @@ class ExcludesFaults(Protocol):
     """A harness of an engine to which some faults cannot happen, such as one without connections."""
 
     impossible_faults: tuple[type, ...]
-    """Of the three protocols above, those of faults that cannot happen."""
+    """Of the protocols above that inject faults, those of faults that cannot happen."""
 
 
 @runtime_checkable

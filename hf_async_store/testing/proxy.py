@@ -7,12 +7,46 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 _SECONDS = 10.0
+
+
+class HeldRequest:
+    """A request that a proxy has not passed on yet; it is used in another thread than that of the proxy."""
+
+    def __init__(self) -> None:
+        self._arrived: Future[None] = Future()
+        self._released: Future[None] = Future()
+        self._answered: Future[None] = Future()
+
+    async def arrived(self) -> None:
+        """Wait until a client has sent the request."""
+        await _done(self._arrived)
+
+    async def release(self) -> None:
+        """Pass the request on, even if its client has gone, and wait until the server has responded."""
+        self._released.set_result(None)
+        await _done(self._answered)
+
+    async def hold(self) -> None:
+        """Of the proxy: wait until the request may be passed on."""
+        self._arrived.set_result(None)
+        await asyncio.wrap_future(self._released)
+
+    def answer(self) -> None:
+        """Of the proxy: the server has responded, or the connection to it is lost."""
+        if not self._answered.done():
+            self._answered.set_result(None)
+
+
+async def _done(future: Future[None]) -> None:
+    async with asyncio.timeout(_SECONDS):
+        await asyncio.shield(asyncio.wrap_future(future))
 
 
 class FaultyProxy:
@@ -30,6 +64,8 @@ class FaultyProxy:
     def __init__(self, host: str, port: int) -> None:
         self.to = host, port
         self._loses: Callable[[bytes], bool] | None = None
+        self._loses_more = False
+        self._holds: tuple[Callable[[bytes], bool], HeldRequest] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -44,6 +80,22 @@ class FaultyProxy:
                 accepts the commit alone: with the answer to an earlier statement, nothing was written.
         """
         self._loses = to
+        self._loses_more = False
+
+    @contextmanager
+    def lose_answers(self, to: Callable[[bytes], bool]) -> Iterator[None]:
+        """Within the context, lose the answer to each request that `to` accepts, as `lose_next_answer`."""
+        self._loses_more, self._loses = True, to
+        try:
+            yield
+        finally:
+            self._loses = None
+
+    def hold_next_request(self, to: Callable[[bytes], bool]) -> HeldRequest:
+        """Hold up the next request that `to` accepts, as in `lose_next_answer`, until it is released."""
+        held = HeldRequest()
+        self._holds = to, held
+        return held
 
     def cut_connections(self) -> None:
         """Break all connections; new ones are accepted."""
@@ -96,15 +148,24 @@ class FaultyProxy:
         except OSError:
             writer.transport.abort()
             return
-        silent = asyncio.Event()
+        silent, answered = asyncio.Event(), asyncio.Event()
         self._writers |= {writer, requests}
-        answering = asyncio.create_task(self._answer(answers, writer, silent))
+        answering = asyncio.create_task(self._answer(answers, writer, silent, answered))
         try:
             while data := await reader.read(65536):
-                if self._loses is not None and self._loses(data):
-                    self._loses = None
+                loses = self._loses  # read once: another thread sets it
+                if loses is not None and loses(data):
+                    self._loses = loses if self._loses_more else None
                     self.lost += 1
                     silent.set()
+                if self._holds is not None and self._holds[0](data):
+                    (_, held), self._holds = self._holds, None
+                    await held.hold()
+                    answered.clear()
+                    requests.write(data)
+                    await answered.wait()  # before the client can close the connection
+                    held.answer()
+                    continue
                 requests.write(data)
                 await requests.drain()
             requests.close()
@@ -117,10 +178,19 @@ class FaultyProxy:
                 each.transport.abort()
 
     async def _answer(
-        self, answers: asyncio.StreamReader, writer: asyncio.StreamWriter, silent: asyncio.Event
+        self,
+        answers: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        silent: asyncio.Event,
+        answered: asyncio.Event,
     ) -> None:
-        with suppress(OSError):
+        try:
             while (data := await answers.read(65536)) and not silent.is_set():
+                answered.set()
                 writer.write(data)
                 await writer.drain()
+        except OSError:
+            pass
+        finally:
+            answered.set()
         writer.transport.abort()

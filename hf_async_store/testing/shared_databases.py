@@ -100,6 +100,24 @@ class SharedDatabaseContract:
         recorded = {each.name for each in await store.recorded_collections()}
         assert recorded == {"things", "parts"}
 
+    @pytest.mark.parametrize("first", ["things", "others"])
+    async def test_98_nothing_of_a_transaction_with_a_refused_collection_is_written(
+        self, harness: Harness, shared: SharesDatabase, first: str
+    ) -> None:
+        await shared.occupy("things")
+        before = await shared.occupant()
+        others = Collection("others", key="other_id")
+        changes = {"things": {"thing_id": "t"}, "others": {"other_id": "o"}}
+        order = sorted(changes, key=lambda each: each != first)
+        async with harness.store([*COLLECTIONS, others]) as store:
+            with pytest.raises(SchemaMismatchError):
+                async with store.begin_transaction() as tx:
+                    for collection in order:
+                        await tx.save_entity(collection, changes[collection])
+        assert await shared.occupant() == before
+        async with harness.store([others]) as store:
+            assert await store.get_entity("others", "o") is None
+
     async def test_98_what_has_the_name_of_a_table_is_refused_and_left_alone(
         self, harness: Harness, shared: SharesDatabase
     ) -> None:

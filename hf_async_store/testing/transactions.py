@@ -268,6 +268,31 @@ async def _check_all_verbs_refuse(tx: Transaction) -> None:
         tx.begin_transaction()
 
 
+_ACTIVE: Final = {"active": True}
+
+
+async def _queried(tx: Transaction, order_by: str | None = None) -> int:
+    return len(await tx.query_entities("items", _ACTIVE, order_by))
+
+
+async def _on_a_page(tx: Transaction) -> int:
+    return len((await tx.query_page("items", _ACTIVE)).items)
+
+
+async def _streamed(tx: Transaction) -> int:
+    return len([each async for each in tx.stream_entities("items", _ACTIVE)])
+
+
+_COUNTS: Final[dict[str, Callable[[Transaction], Awaitable[int]]]] = {
+    "query": _queried,
+    "ordered query": lambda tx: _queried(tx, "-count"),
+    "page": _on_a_page,
+    "stream": _streamed,
+    "count": lambda tx: tx.count_entities("items", _ACTIVE),
+}
+"""The number of active items, by each kind of query."""
+
+
 class TransactionContract:
     """Cases 35 to 46."""
 
@@ -625,34 +650,43 @@ class TransactionContract:
             assert await tx.conditional_update("items", "a", {"label": "x"}) == 2
         assert await labels(store, "a") == ["x"]
 
-    async def test_40_a_read_only_transaction_reads_a_consistent_state(
-        self, store: StorageStrategy
+    @pytest.mark.parametrize("then", ["ends", "writes"])
+    @pytest.mark.parametrize("second", ["by key", "by query"])
+    async def test_40_what_was_read_in_several_calls_is_of_one_moment(
+        self, store: StorageStrategy, harness: Harness, second: str, then: str
     ) -> None:
+        """Otherwise the transaction ends with a conflict, at the latest at its commit."""
+        if second == "by query" and store.capabilities.queries_in_transaction != "serializable":
+            pytest.skip("the engine does not declare serializable queries")
         await store.create_entities("items", [item("a", label="old"), item("b", label="old")])
 
-        async def change_both() -> None:
-            async with store.begin_transaction() as tx:
-                await tx.update_entities("items", {"b": {"label": "new"}, "a": {"label": "new"}})
+        async def change_both(tx: Transaction) -> None:
+            await tx.update_entities("items", {"b": {"label": "new"}, "a": {"label": "new"}})
 
         seen: list[object] = []
 
-        async def read_one_by_one() -> None:
+        async def depend(run_rival: Callable[[], Awaitable[bool]]) -> bool:
             async with store.begin_transaction() as tx:
                 seen.extend(await labels(tx, "a"))
-                rivals.append(asyncio.create_task(change_both()))
-                await has_ended(*rivals)
-                seen.extend(await labels(tx, "b"))
+                rival_completed = await run_rival()
+                if second == "by key":
+                    seen.extend(await labels(tx, "b"))
+                else:
+                    found = await tx.query_entities("items", {"item_id": "b"})
+                    seen.extend(each["label"] for each in found)
+                if then == "writes":
+                    await tx.create_entity("items", item("written"))
+                return rival_completed
 
-        rivals: list[asyncio.Task[None]] = []
-        async with asyncio.timeout(HANG_SECONDS):
-            failure = await failure_of(read_one_by_one())
-            await asyncio.gather(*rivals)
+        async with second_store(harness, store) as other:
+            failure = await _run_with_rival(
+                depend, lambda: other.run_transaction(change_both), before=True
+            )
         if failure is None:
             assert seen == ["old", "old"]
-        else:
-            assert isinstance(failure, ConcurrencyConflictError)
-            assert failure.retryable
         assert await labels(store, "a", "b") == ["new", "new"]
+        written = failure is None and then == "writes"
+        assert await version_of(store, "written") == (1 if written else None)
 
     # -- 41: write skew ----------------------------------------------------------------------
 
@@ -693,6 +727,36 @@ class TransactionContract:
         await _check_write_skew(
             store, on_call, lambda tx, name: tx.update_entity("items", name, {"active": False})
         )
+
+    @pytest.mark.parametrize("how", _COUNTS)
+    @pytest.mark.parametrize("rival", ["creates", "updates"])
+    async def test_41_a_phantom_is_a_conflict_if_declared(
+        self, store: StorageStrategy, harness: Harness, rival: str, how: str
+    ) -> None:
+        """Each of two transactions must see what the other one writes, so that no order explains both."""
+        if store.capabilities.queries_in_transaction != "serializable":
+            pytest.skip("the engine does not declare serializable queries")
+        await store.create_entities(
+            "items", [item("there", active=True), item("noted", label="old")]
+        )
+        if rival == "updates":
+            await store.create_entity("items", item("phantom", active=False))
+
+        async def add_a_match(tx: Transaction) -> None:
+            [noted] = await labels(tx, "noted")
+            await tx.save_entity("items", item("phantom", active=True, label=noted))
+
+        async def depend(run_rival: Callable[[], Awaitable[bool]]) -> bool:
+            async with store.begin_transaction() as tx:
+                assert await _COUNTS[how](tx) == 1
+                rival_completed = await run_rival()
+                await tx.update_entity("items", "noted", {"label": "there is one"})
+                return rival_completed
+
+        async with second_store(harness, store) as other:
+            failure = await _run_with_rival(depend, lambda: other.run_transaction(add_a_match))
+        noted = "old" if failure else "there is one"
+        assert await labels(store, "noted", "phantom") == [noted, noted]
 
     # -- 42: limits --------------------------------------------------------------------------
 

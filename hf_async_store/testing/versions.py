@@ -25,8 +25,15 @@ from hf_async_store.testing.assertions import (
     refused_at_once,
     typed,
 )
-from hf_async_store.testing.concurrency import is_shared
-from hf_async_store.testing.harness import DropsResponses, Harness, ObservesIO, skip_fault
+from hf_async_store.testing.concurrency import failure_of, is_shared
+from hf_async_store.testing.harness import (
+    CONTRACT_COLLECTIONS,
+    DropsAllResponses,
+    DropsResponses,
+    Harness,
+    ObservesIO,
+    skip_fault,
+)
 from hf_async_store.testing.process_workers import run_workers, winners
 from hf_async_store.testing.repetitions import repetitions
 from hf_async_store.values import Key, utc_now
@@ -419,6 +426,31 @@ class VersionContract:
             assert found is not None
             assert found["label"] == "new"
             assert found["version"] == before.get("a", 0) + 1
+
+    @pytest.mark.parametrize("verb", ["create", "save", "update", "delete", "transaction"])
+    async def test_34_if_every_response_is_lost_the_outcome_is_unknown(
+        self, harness: Harness, verb: str
+    ) -> None:
+        if not isinstance(harness, DropsAllResponses):
+            skip_fault(harness, DropsAllResponses)
+        async with harness.store(CONTRACT_COLLECTIONS, **harness.hurried) as store:
+            if verb != "create":
+                await store.create_entity("items", _ENTITY)
+            await store.create_entity("items", {"item_id": "other"})  # makes what entities need
+            await store.get_entity("items", "a")  # connects, as above
+            with harness.lose_answers():
+                failure = await failure_of(_write_once(store, verb))
+            # It may also succeed: an engine may find out by reading.
+            if failure is not None:
+                assert isinstance(failure, StorageError), failure
+                assert failure.outcome_unknown, f"it was applied: {failure!r}"
+                assert not failure.retryable, f"a repetition may be a conflict: {failure!r}"
+            found = await store.get_entity("items", "a")
+            if verb == "delete":
+                assert found is None
+            else:
+                assert found is not None
+                assert (found["label"], found["version"]) == ("new", 1 if verb == "create" else 2)
 
 
 def _check_conflict(

@@ -23,10 +23,13 @@ from hf_async_store.strategies.sql.feed_state import decoded_state
 from hf_async_store.testing.harness import (
     CONTRACT_COLLECTIONS,
     CutsConnections,
+    DropsAllResponses,
     DropsResponses,
+    HoldsWrites,
     InjectsThrottling,
 )
-from tests.dynamodb.proxy import WRITES, Answer, Cut, Fault, Partly, Proxy, Request, throttled
+from hf_async_store.testing.proxy import HeldRequest
+from tests.dynamodb.proxy import WRITES, Answer, Cut, Fault, Held, Partly, Proxy, Request, throttled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -39,7 +42,13 @@ if TYPE_CHECKING:
     from hf_async_store.testing.harness import Harness
     from hf_async_store_bench.servers import PostgresServer
 
-_NO_SERVER: Final[tuple[type, ...]] = (CutsConnections, DropsResponses, InjectsThrottling)
+_NO_SERVER: Final[tuple[type, ...]] = (
+    CutsConnections,
+    DropsAllResponses,
+    DropsResponses,
+    HoldsWrites,
+    InjectsThrottling,
+)
 
 
 class MemoryHarness:
@@ -357,6 +366,8 @@ def _elsewhere(url: str, work: Callable[[Any], Awaitable[Any]]) -> Any:
 class DynamoDBHarness:
     """Tables with a separate prefix, accessed through a proxy that can inject faults."""
 
+    hurried: Mapping[str, object] = {"retry_timeout": 0.2}
+
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
         self._prefix = f"t{secrets.token_hex(6)}"
@@ -400,6 +411,28 @@ class DynamoDBHarness:
             return Cut(applied=True)
 
         self._proxy.rule = rule
+
+    def hold_next_write(self) -> HeldRequest:
+        held = HeldRequest()
+
+        def rule(request: Request) -> Fault | None:
+            if request.operation not in WRITES:
+                return None
+            self._proxy.rule = None
+            return Held(held)
+
+        self._proxy.rule = rule
+        return held
+
+    @contextmanager
+    def lose_answers(self) -> Iterator[None]:
+        self._proxy.rule = lambda request: (
+            Cut(applied=True) if request.operation in WRITES else None
+        )
+        try:
+            yield
+        finally:
+            self._proxy.rule = None
 
     async def forget_feed(self, store: StorageStrategy, collection: str) -> None:
         # An iterator of the test server contains the number of records before it.

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 import pytest
 
-from hf_async_store import Collection
+from hf_async_store import Collection, StorageStrategy
 from hf_async_store.claim_clock import Moment
 from hf_async_store.config import MemoryConfig
 from hf_async_store.driver import (
@@ -30,6 +36,7 @@ from hf_async_store.driver import (
     Isolation,
     Key,
     Outcome,
+    Overlay,
     Owned,
     Query,
     QueryPlan,
@@ -37,9 +44,12 @@ from hf_async_store.driver import (
     Record,
     Session,
     batched,
+    run_to_completion,
 )
 from hf_async_store.errors import (
     ConcurrencyConflictError,
+    ConfigurationError,
+    SchemaMismatchError,
     StorageError,
     UnavailableError,
 )
@@ -49,9 +59,13 @@ from hf_async_store.strategies.json.engine import JSONEngine
 from hf_async_store.strategies.memory import MemoryEngine
 from hf_async_store.strategies.sql.engine import SQLEngine
 from hf_async_store.testing.contract import StrategyContract
+from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.proxy import HeldRequest
 from tests.contract.harnesses import JSONHarness, MemoryHarness, SQLiteHarness
 from tests.contract.wrong_engines import (
     Nothing,
+    Optimistic,
+    OptimisticSession,
     Wrapped,
     WrongHarness,
     is_refused,
@@ -586,7 +600,66 @@ async def test_an_engine_that_hides_what_it_lacks_fails(
 # -- engines whose transactions are optimistic --------------------------------------------------
 
 
-class _Optimistic(MemoryEngine):
+class _ComparesNoQueries(OptimisticSession):
+    """Compares the entities that a query has returned, like those that were read by key."""
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        async with Owned(super().select(query)) as records:
+            async for each in records:
+                self.read.setdefault(each.key, self._stored.get(each.key))
+                yield each
+
+    def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        return batched(self.select(query))
+
+    def is_current(self) -> bool:
+        self.queried.clear()
+        return super().is_current()
+
+
+class _ComparesTheLastRead(OptimisticSession):
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        self.read.clear()
+        return await super().fetch(keys)
+
+    async def select(self, query: Query) -> AsyncGenerator[Record, None]:
+        self.read.clear()
+        async with Owned(super().select(query)) as records:
+            async for each in records:
+                yield each
+
+    def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
+        return batched(self.select(query))
+
+
+_PHANTOM: Final = "test_41_a_phantom_is_a_conflict_if_declared"
+_MOMENT: Final = "test_40_what_was_read_in_several_calls_is_of_one_moment"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        _PHANTOM,
+        _MOMENT,
+        "test_41_write_skew_by_queries_is_prevented_if_declared",
+        "test_47_the_sum_is_constant_in_every_snapshot",
+    ],
+)
+async def test_an_engine_that_compares_at_the_commit_passes(case: str) -> None:
+    await run_case(case, WrongHarness(Optimistic))
+
+
+@pytest.mark.parametrize(
+    ("session", "case"), [(_ComparesNoQueries, _PHANTOM), (_ComparesTheLastRead, _MOMENT)]
+)
+async def test_an_engine_that_compares_too_little_fails(
+    session: type[OptimisticSession], case: str
+) -> None:
+    engine = type(session.__name__, (Optimistic,), {"session_class": session})
+    assert await is_refused(case, WrongHarness(engine))
+
+
+class _RefusesEverySecond(MemoryEngine):
     """Every second commit of a session is refused, as if another transaction had come first."""
 
     commits = 0
@@ -602,7 +675,181 @@ class _Optimistic(MemoryEngine):
 
 @pytest.mark.parametrize("case", [_FIRST_CLAIM, "test_106_renew_extends_and_release_frees"])
 async def test_the_defaults_of_claims_try_again_after_a_conflict(case: str) -> None:
-    await run_case(case, WrongHarness(_Optimistic))
+    await run_case(case, WrongHarness(_RefusesEverySecond))
+
+
+# -- engines in a database with something of another program -------------------------------------
+
+
+class _RefusesOccupied(MemoryEngine):
+    occupied = "things"
+
+    async def _commit(self, overlay: Overlay) -> None:
+        self._refuse({each.collection for each in overlay.changes})
+        await super()._commit(overlay)
+
+    def _refuse(self, collections: Iterable[str]) -> None:
+        if self.occupied in collections:
+            raise SchemaMismatchError("things belongs to another program; set table_prefix")
+
+
+class _CommitsBeforeWhatIsOccupied(_RefusesOccupied):
+    async def _commit(self, overlay: Overlay) -> None:
+        for key, entity in overlay.changes.items():
+            self._refuse([key.collection])
+            self._stored.table(key.collection).apply({key.id: entity}, None)
+
+
+class _OccupiedHarness(WrongHarness):
+    """All stores have the same data."""
+
+    def __init__(self, engine: type[MemoryEngine]) -> None:
+        super().__init__(engine)
+        self._tables: dict[str, Any] = {}
+
+    def store(
+        self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
+    ) -> StorageStrategy:
+        store = super().store(collections, **settings)
+        stored = cast("MemoryEngine", store.engine)._stored
+        self._tables.update({**stored.tables, **self._tables})
+        stored.tables = self._tables
+        return store
+
+    def neighbour(self, name: str, collections: Iterable[Collection]) -> StorageStrategy:
+        raise ConfigurationError(f"no store {name}")
+
+    async def occupy(self, collection: str) -> str:
+        assert collection == _RefusesOccupied.occupied
+        return collection
+
+    async def occupant(self) -> object:
+        return None
+
+
+_OCCUPIED: Final = "test_98_nothing_of_a_transaction_with_a_refused_collection_is_written"
+
+
+async def test_an_engine_that_refuses_what_is_occupied_passes() -> None:
+    await run_case(_OCCUPIED, _OccupiedHarness(_RefusesOccupied))
+
+
+async def test_an_engine_that_commits_before_what_is_occupied_fails() -> None:
+    with pytest.raises(AssertionError):
+        await run_case(_OCCUPIED, _OccupiedHarness(_CommitsBeforeWhatIsOccupied))
+
+
+# -- engines whose answers are lost --------------------------------------------------------------
+
+
+class _LosesAnswers(MemoryEngine):
+    """Stores everything, and while `is_losing`, answers with this error."""
+
+    is_losing = False
+    error = UnavailableError("the connection was lost", outcome_unknown=True, retryable=False)
+
+    async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        outcomes = await super().write_each(changes)
+        self._lose()
+        return outcomes
+
+    @asynccontextmanager
+    async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
+        async with super().session(isolation) as session:
+            yield session
+        self._lose()
+
+    def _lose(self) -> None:
+        if self.is_losing:
+            raise self.error.copy()
+
+
+class _HidesLostAnswers(_LosesAnswers):
+    error = UnavailableError("the server cannot be reached")
+
+
+class _RepeatsAfterLostAnswers(_LosesAnswers):
+    error = UnavailableError("the connection was lost", outcome_unknown=True, retryable=True)
+
+
+class _LosingHarness(WrongHarness):
+    hurried: Mapping[str, object] = {}
+
+    @contextmanager
+    def lose_answers(self) -> Iterator[None]:
+        engine = cast("_LosesAnswers", self._stores[-1].engine)
+        engine.is_losing = True
+        yield
+        engine.is_losing = False
+
+
+_ALL_LOST: Final = "test_34_if_every_response_is_lost_the_outcome_is_unknown"
+
+
+async def test_an_engine_that_says_that_the_outcome_is_unknown_passes() -> None:
+    await run_case(_ALL_LOST, _LosingHarness(_LosesAnswers))
+
+
+@pytest.mark.parametrize("engine", [_HidesLostAnswers, _RepeatsAfterLostAnswers])
+async def test_an_engine_that_hides_lost_answers_fails(engine: type[MemoryEngine]) -> None:
+    with pytest.raises(AssertionError, match="it was applied|a repetition may be a conflict"):
+        await run_case(_ALL_LOST, _LosingHarness(engine))
+
+
+# -- engines that are cancelled during a commit --------------------------------------------------
+
+
+class _Late(Optimistic):
+    """A commit waits until `held` is released."""
+
+    held: HeldRequest | None = None
+
+    async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        return await run_to_completion(self._written_late(changes))
+
+    async def _written_late(self, changes: Sequence[Change]) -> list[Outcome]:
+        async with self._holding():
+            return await super().write_each(changes)
+
+    async def finish(self, session: OptimisticSession) -> None:
+        await run_to_completion(self._finished_late(session))
+
+    async def _finished_late(self, session: OptimisticSession) -> None:
+        async with self._holding():
+            await super().finish(session)
+
+    @asynccontextmanager
+    async def _holding(self) -> AsyncGenerator[None, None]:
+        held, self.held = self.held, None
+        if held is not None:
+            await held.hold()
+        yield
+        if held is not None:
+            held.answer()
+
+
+class _LeavesItsCommit(_Late):
+    async def finish(self, session: OptimisticSession) -> None:
+        await asyncio.shield(self._finished_late(session))
+
+
+class _LateHarness(WrongHarness):
+    def hold_next_write(self) -> HeldRequest:
+        engine = cast("_Late", self._stores[-1].engine)
+        engine.held = HeldRequest()
+        return engine.held
+
+
+_ON_ITS_WAY: Final = "test_126_a_write_on_its_way_is_not_applied_after_its_cancellation"
+
+
+async def test_an_engine_that_completes_its_commit_passes() -> None:
+    await run_case(_ON_ITS_WAY, _LateHarness(_Late))
+
+
+async def test_an_engine_that_leaves_its_commit_fails() -> None:
+    with pytest.raises(AssertionError, match="after CancelledError"):
+        await run_case(_ON_ITS_WAY, _LateHarness(_LeavesItsCommit))
 
 
 def test_no_part_of_the_contract_hides_a_fixture_or_a_test_of_another() -> None:

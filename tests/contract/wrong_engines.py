@@ -15,9 +15,21 @@ import pytest
 
 from hf_async_store import Collection, StorageStrategy
 from hf_async_store.config import MemoryConfig
-from hf_async_store.driver import Isolation, Key, Query, Reader, Record
-from hf_async_store.strategies.memory import MemoryEngine
+from hf_async_store.driver import (
+    Change,
+    Entity,
+    Isolation,
+    Key,
+    Outcome,
+    Query,
+    Reader,
+    Record,
+    Session,
+)
+from hf_async_store.errors import ConcurrencyConflictError
+from hf_async_store.strategies.memory import MemoryEngine, _MemorySession
 from hf_async_store.strategy import schema_of
+from hf_async_store.table import Table
 from hf_async_store.testing.contract import StrategyContract
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, Harness
 from tests.contract.harnesses import MemoryHarness
@@ -91,7 +103,7 @@ async def run_case(case: str, harness: Harness) -> None:
                 if name in ("store", "store_with_savepoints"):
                     given[name] = await stack.enter_async_context(harness.store())
                 else:
-                    assert name in ("harness", "enforcing"), name
+                    assert name in ("harness", "enforcing", "shared"), name
                     given[name] = harness
             try:
                 await method(**given)
@@ -123,3 +135,53 @@ async def is_refused(case: str, harness: Harness) -> bool:
         if isinstance(harness, WrongHarness):
             await harness.close()
     return False
+
+
+class OptimisticSession(_MemorySession):
+    """Reads what is committed at that moment, and remembers it for the commit."""
+
+    def __init__(self, engine: Optimistic) -> None:
+        super().__init__(engine._stored, engine._overlay())
+        self.read: dict[Key, Entity | None] = {}
+        self.queried: dict[str, dict[str, Entity]] = {}
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        for each in keys:
+            self.read.setdefault(each, self._stored.get(each))
+        return await super().fetch(keys)
+
+    async def write(self, changes: Sequence[Change]) -> list[Outcome]:
+        for each in changes:
+            self.read.setdefault(each.key, self._stored.get(each.key))
+        return await super().write(changes)
+
+    def _table(self, collection: str) -> Table[Entity]:
+        """The table of a collection, for every kind of query."""
+        table = self._stored.table(collection)
+        self.queried.setdefault(collection, dict(table.entities))
+        return table
+
+    def is_current(self) -> bool:
+        """Whether what was read and queried is as it was."""
+        return all(self._stored.get(key) is entity for key, entity in self.read.items()) and all(
+            self._stored.table(name).entities == entities for name, entities in self.queried.items()
+        )
+
+
+class Optimistic(MemoryEngine):
+    """A right engine whose transactions lock nothing: the commit compares what they have read."""
+
+    session_class = OptimisticSession
+
+    @asynccontextmanager
+    async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
+        session = self.session_class(self)
+        yield session
+        await self.finish(session)
+
+    async def finish(self, session: OptimisticSession) -> None:
+        """Commit, if what was read is as it was."""
+        async with self._lock.writing():
+            if not session.is_current():
+                raise ConcurrencyConflictError("another came first", retryable=True)
+            await self._commit(session.overlay)

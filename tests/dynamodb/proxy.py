@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from hf_async_store.testing.proxy import FaultyProxy
+from hf_async_store.testing.proxy import FaultyProxy, HeldRequest
 
 _WRITES = ("BatchExecuteStatement", "BatchWriteItem", "TransactWriteItems", "PutItem", "UpdateItem")
 WRITES = (*_WRITES, "DeleteItem")
@@ -110,11 +110,17 @@ class Endless(NamedTuple):
     """A response with an endless body."""
 
 
+class Held(NamedTuple):
+    """The response of the server, to which the request is passed on when it is released."""
+
+    request: HeldRequest
+
+
 class Torn(NamedTuple):
     """The first half of the response of the server."""
 
 
-Fault = Raw | Dripped | Endless | Torn | Changed | Answer | Cut | Late | Failed | Partly
+Fault = Held | Raw | Dripped | Endless | Torn | Changed | Answer | Cut | Late | Failed | Partly
 Rule = Callable[[Request], Fault | None]
 
 
@@ -193,6 +199,8 @@ class Proxy(FaultyProxy):
             return incoming.respond(fault.status, fault.body, fault.headers)
         if isinstance(fault, Endless):
             return await incoming.respond_endlessly()
+        if isinstance(fault, Held):
+            await fault.request.hold()
         if isinstance(fault, Late):
             await asyncio.sleep(fault.seconds)  # and even if the client has given up
         if isinstance(fault, Cut) and not fault.applied:
@@ -203,6 +211,8 @@ class Proxy(FaultyProxy):
             status, answer = await self._pass_on(request, request.body)
         except aiohttp.ClientError:
             return await incoming.cut(Cut(applied=False))
+        if isinstance(fault, Held):
+            fault.request.answer()
         if isinstance(fault, Cut):
             return await incoming.cut(fault)
         if isinstance(fault, Raw):

@@ -59,6 +59,41 @@ async def test_an_answer_is_lost_after_its_request_was_passed_on() -> None:
     assert seen == [b"write\n", b"read\n", b"write again\n", b"write\n"]
 
 
+async def test_the_answers_to_all_repetitions_are_lost() -> None:
+    seen: list[bytes] = []
+    async with echo(seen) as port:
+        with FaultyProxy("127.0.0.1", port) as proxy:
+            with proxy.lose_answers(lambda data: b"write" in data):
+                assert await ask(proxy, b"write\n") == b""
+                assert await ask(proxy, b"read\n") == b"read\n"
+                assert await ask(proxy, b"write again\n") == b""
+            assert await ask(proxy, b"write\n") == b"write\n"
+            assert proxy.lost == 2
+            proxy.lose_next_answer(lambda data: b"write" in data)
+            assert await ask(proxy, b"write\n") == b""
+            assert await ask(proxy, b"write\n") == b"write\n"
+    assert seen.count(b"write again\n") == 1
+
+
+async def test_a_request_is_held_up_and_passed_on_though_its_client_has_gone() -> None:
+    seen: list[bytes] = []
+    async with echo(seen) as port:
+        with FaultyProxy("127.0.0.1", port) as proxy:
+            for stays in (True, False):
+                held = proxy.hold_next_request(lambda data: b"write" in data)
+                assert await ask(proxy, b"read\n") == b"read\n"
+                asking = asyncio.create_task(ask(proxy, b"write\n"))
+                await held.arrived()
+                assert b"write\n" not in seen
+                if not stays:
+                    asking.cancel()
+                    await asyncio.wait({asking})
+                await held.release()
+                assert seen.pop() == b"write\n"
+                if stays:
+                    assert await asking == b"write\n"
+
+
 async def test_connections_are_cut_and_new_ones_accepted() -> None:
     async with echo([]) as port:
         with FaultyProxy("127.0.0.1", port) as proxy:

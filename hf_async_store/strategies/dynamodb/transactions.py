@@ -509,6 +509,7 @@ class DynamoDBSession(Session):
                     # Whatever the last error, an earlier attempt may have been applied.
                     is_unknown = token is not None and error.outcome_unknown
                     error.outcome_unknown = response_lost or is_unknown
+                    error.retryable = error.retryable and not error.outcome_unknown
                     raise error from (exc.__cause__ if error is exc else exc)
 
     def _error(self, exc: StorageError, keys: Sequence[Key]) -> StorageError:
