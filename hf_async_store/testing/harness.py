@@ -129,6 +129,16 @@ class CutsConnections(Protocol):
 
 
 @runtime_checkable
+class RestartsServer(Protocol):
+    """A harness of an engine that declares `durable`, whose server no other test uses."""
+
+    async def restart(self) -> None:
+        """Kill the server, so that it cannot save what it has only in memory, and start it again with
+        the data that it has left; return when it responds."""
+        ...
+
+
+@runtime_checkable
 class InjectsThrottling(Protocol):
     """A harness that can let its engine throttle requests."""
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import pytest
+
 from hf_async_store.errors import UnavailableError
 from hf_async_store.testing.concurrency import HANG_SECONDS
-from hf_async_store.testing.harness import CutsConnections, Harness, skip_fault
+from hf_async_store.testing.harness import (
+    CutsConnections,
+    Harness,
+    RestartsServer,
+    skip_fault,
+)
 
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
@@ -46,6 +53,29 @@ class LostConnectionContract:
         stored = {each["item_id"] for each in await _read(store)}
         assert acknowledged <= stored <= acknowledged | unknown
         await store.save_entity("items", {"item_id": "last"})
+
+    async def test_84_what_was_acknowledged_outlasts_the_server(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        if not harness.capabilities.durable:
+            pytest.skip("the engine is not durable")
+        if not isinstance(harness, RestartsServer):
+            skip_fault(harness, RestartsServer)
+        await store.create_entities("items", [{"item_id": each} for each in "abcd"])
+        await store.update_entity("items", "b", {"label": "updated"})
+        async with store.begin_transaction() as tx:
+            await tx.update_entity("items", "c", {"label": "in a transaction"})
+            await tx.delete_entity("items", "d")
+        before = await _read(store)
+        await harness.restart()
+        assert _by_id(await _read(store)) == _by_id(before)
+        async with harness.store() as again:
+            assert _by_id(await _read(again)) == _by_id(before)
+            assert await again.update_entity("items", "a", {"label": "later"}) == 2
+
+
+def _by_id(entities: list[dict[str, object]]) -> dict[object, dict[str, object]]:
+    return {each["item_id"]: each for each in entities}
 
 
 async def _read(store: StorageStrategy) -> list[dict[str, object]]:

@@ -27,6 +27,7 @@ from hf_async_store.testing.harness import (
     DropsResponses,
     HoldsWrites,
     InjectsThrottling,
+    RestartsServer,
 )
 from hf_async_store.testing.proxy import HeldRequest
 from tests.dynamodb.proxy import WRITES, Answer, Cut, Fault, Held, Partly, Proxy, Request, throttled
@@ -48,6 +49,7 @@ _NO_SERVER: Final[tuple[type, ...]] = (
     DropsResponses,
     HoldsWrites,
     InjectsThrottling,
+    RestartsServer,
 )
 
 
@@ -304,6 +306,14 @@ class PostgreSQLHarness:
         name = urlsplit(self._url).path[1:]
         query = f"SELECT pid || ' ' || state FROM pg_stat_activity WHERE datname = '{name}'"
         return ask(self._server.url, query)
+
+
+class RestartedPostgreSQLHarness(PostgreSQLHarness):
+    """A database on a server of its own."""
+
+    async def restart(self) -> None:
+        await asyncio.to_thread(self._server.kill)
+        await asyncio.to_thread(self._server.start)
 
 
 class PgbouncerHarness(PostgreSQLHarness):

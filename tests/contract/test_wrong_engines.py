@@ -796,6 +796,41 @@ async def test_an_engine_that_hides_lost_answers_fails(engine: type[MemoryEngine
         await run_case(_ALL_LOST, _LosingHarness(engine))
 
 
+# -- engines whose server forgets ----------------------------------------------------------------
+
+
+class _Lasting(MemoryEngine):
+    capabilities = msgspec.structs.replace(MemoryEngine.capabilities, durable=True)
+
+
+class _RestartedHarness(_OccupiedHarness):
+    """A server without data on disk, or with all of them there.
+
+    Args:
+        keeps: it has them.
+    """
+
+    def __init__(self, *, keeps: bool) -> None:
+        super().__init__(_Lasting)
+        self._keeps = keeps
+
+    async def restart(self) -> None:
+        for table in () if self._keeps else self._tables.values():
+            table.apply(dict.fromkeys(table.entities), None)
+
+
+_OUTLASTS: Final = "test_84_what_was_acknowledged_outlasts_the_server"
+
+
+async def test_an_engine_whose_server_keeps_everything_passes() -> None:
+    await run_case(_OUTLASTS, _RestartedHarness(keeps=True))
+
+
+async def test_an_engine_whose_server_forgets_fails() -> None:
+    with pytest.raises(AssertionError):
+        await run_case(_OUTLASTS, _RestartedHarness(keeps=False))
+
+
 # -- engines that are cancelled during a commit --------------------------------------------------
 
 

@@ -27,7 +27,8 @@ from hf_async_store.strategies.sql.connections import Connections
 from hf_async_store.testing.proxy import FaultyProxy
 from hf_async_store_bench.acked_writes import AckedByEntity, AckedWrites, lost_writes, writing
 from hf_async_store_bench.servers import ServerUnavailable, postgres
-from tests.contract.harnesses import ask, execute
+from tests.contract.harnesses import RestartedPostgreSQLHarness, ask, execute
+from tests.contract.wrong_engines import run_case
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,6 +61,15 @@ async def test_84_the_server_is_killed_under_load_and_restarted() -> None:
         await _killed_under_load(server)
     finally:
         context.__exit__(None, None, None)
+
+
+async def test_84_the_case_of_the_contract_about_a_killed_server() -> None:
+    try:
+        with postgres(durable=True) as server:
+            harness = RestartedPostgreSQLHarness(server)
+            await run_case("test_84_what_was_acknowledged_outlasts_the_server", harness)
+    except ServerUnavailable as exc:
+        pytest.skip(str(exc))
 
 
 async def _acknowledge(acknowledged: AckedByEntity, count: int) -> None:
