@@ -67,6 +67,10 @@ _GRACE: Final = 5.0
 """How many seconds the driver waits longer than `statement_timeout`, within which the server reports that
 a statement was cancelled."""
 
+_REQUEST_SECONDS: Final = 1.0
+"""How long a connection that is ended waits for its requests to cancel statements, which take milliseconds
+unless the server does not respond."""
+
 _UNLIMITED: Final = 7 * 24 * 3600.0
 """How many seconds the driver waits for statements such as the build of an index."""
 
@@ -577,6 +581,10 @@ class PostgreSQL(Dialect):
         # must not delay that. Closing a connection in use would first connect again, to cancel the
         # statement, which `statement_timeout` ends as well.
         if in_use or _SESSIONS[driver].state_unknown:
+            # Terminating the connection would cancel the driver's requests to cancel its statements, and
+            # one that is cancelled amid connecting leaves an exception that is never retrieved.
+            if requests := [each for each in driver._cancellations if not each.done()]:
+                await asyncio.wait(requests, timeout=_REQUEST_SECONDS)
             driver.terminate()
 
     async def is_same_store(self, mine: Any, theirs: Any) -> bool:
