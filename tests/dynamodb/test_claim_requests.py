@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from tests.dynamodb.proxy import Answer, Changed, Request
 from tests.dynamodb.support import HOST_FACTORY, new_prefix, store_at
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from hf_async_store import Claim, DynamoDBStorageStrategy
     from tests.dynamodb.proxy import Fault, Proxy, Rule
 
@@ -63,10 +66,12 @@ async def test_104_claimers_that_find_nothing_read_together(proxy: Proxy) -> Non
         assert proxy.counted()["Scan"] <= 8
 
 
-@pytest.mark.parametrize("after", [0.0, 0.001])
-async def test_106_a_release_whose_answer_is_lost_before_another_claims(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, after: float
-) -> None:
+@asynccontextmanager
+async def _overtaken(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[Claim, list[Claim]]]:
+    """A claim, of whose next request the answer is lost, after another store has claimed the entity; and
+    the claim of that store."""
     prefix = new_prefix()
     async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
         await _fill(store, 1)
@@ -82,6 +87,14 @@ async def test_106_a_release_whose_answer_is_lost_before_another_claims(
             return answer
 
         monkeypatch.setattr(Client, "call", lost)
+        yield claim, taken
+
+
+@pytest.mark.parametrize("after", [0.0, 0.001])
+async def test_106_a_release_whose_answer_is_lost_before_another_claims(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, after: float
+) -> None:
+    async with _overtaken(proxy, monkeypatch) as (claim, taken):
         await claim.release(after=after)
         assert taken[0].attempts == 2
         with pytest.raises(ClaimLostError):
@@ -93,21 +106,7 @@ async def test_106_a_finish_whose_answer_is_lost_before_another_claims(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What ended the claim has left no trace: whether it was this finish is not known."""
-    prefix = new_prefix()
-    async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
-        await _fill(store, 1)
-        [claim] = await store.claim_entities("items")
-        call = Client.call
-        taken: list[Claim] = []
-
-        async def lost(client: Client, operation: str, params: Any) -> Any:
-            answer = await call(client, operation, params)
-            if operation == "UpdateItem" and not taken:
-                taken.extend(await other.claim_entities("items", wait=30.0))
-                raise ResponseLost("the answer of DynamoDB was lost", outcome_unknown=True)
-            return answer
-
-        monkeypatch.setattr(Client, "call", lost)
+    async with _overtaken(proxy, monkeypatch) as (claim, taken):
         with pytest.raises(ClaimLostError) as caught:
             await claim.finish()
         assert caught.value.outcome_unknown

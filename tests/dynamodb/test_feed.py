@@ -494,19 +494,22 @@ def _empty_page(request: Request) -> Answer:
     return Answer(200, {"Records": [], "NextShardIterator": following})
 
 
+class _EmptyPages:
+    """A rule of the proxy: the next `left` answers to GetRecords are empty pages."""
+
+    left = 0
+
+    def __call__(self, request: Request) -> Any:
+        if request.operation != "GetRecords" or not self.left:
+            return None
+        self.left -= 1
+        return _empty_page(request)
+
+
 async def test_empty_pages_before_records_are_not_the_end(proxy: Proxy) -> None:
     """GetRecords may have to be called several times before it returns the next records."""
     prefix = new_prefix()
-    empty = 0
-
-    def rule(request: Request) -> Any:
-        nonlocal empty
-        if request.operation != "GetRecords" or not empty:
-            return None
-        empty -= 1
-        return _empty_page(request)
-
-    proxy.rule = rule
+    proxy.rule = empty = _EmptyPages()
     async with store_at(proxy.url, prefix, FED) as store:
         async with store.watch("jobs") as first:
             ids = [f"j{each}" for each in range(20)]  # more batches than are kept for others
@@ -516,7 +519,7 @@ async def test_empty_pages_before_records_are_not_the_end(proxy: Proxy) -> None:
                 tokens.append((await anext(first)).token)
             waiting = asyncio.create_task(anext(first))
             await asyncio.sleep(0.5)
-            empty = 3
+            empty.left = 3
             async with asyncio.timeout(10), store.watch("jobs", since=tokens[0]) as second:
                 assert [(await anext(second)).id for _ in ids[1:]] == ids[1:]
             waiting.cancel()
@@ -556,16 +559,7 @@ async def test_an_empty_page_after_many_others_is_not_the_end(
 ) -> None:
     monkeypatch.setattr("hf_async_store.strategies.dynamodb.feed._FIRST_PAUSE", 0.0)
     prefix = new_prefix()
-    empty = 0
-
-    def rule(request: Request) -> Any:
-        nonlocal empty
-        if request.operation != "GetRecords" or not empty:
-            return None
-        empty -= 1
-        return _empty_page(request)
-
-    proxy.rule = rule
+    proxy.rule = empty = _EmptyPages()
     async with store_at(proxy.url, prefix, FED) as store:
         await store.create_entity("jobs", {"job_id": "old"})
         first, second = [await store._dynamodb.feed_position("jobs") for _ in range(2)]
@@ -578,14 +572,14 @@ async def test_an_empty_page_after_many_others_is_not_the_end(
                 batch = await store._dynamodb.read_feed("jobs", first, 10)
                 entries, first = batch.entries, batch.position
             assert [each.key.id for each in entries] == [name]
-            empty = 1
+            empty.left = 1
             assert not (await store._dynamodb.read_feed("jobs", second, 10)).is_end
             if name == "a":
                 # As if what was read were older: some empty pages are the end.
-                empty = 25
+                empty.left = 25
                 while not (await store._dynamodb.read_feed("jobs", second, 10)).is_end:
                     pass
-                empty = 0
+                empty.left = 0
         read = await store._dynamodb.read_feed("jobs", second, 10)
         assert [each.key.id for each in read.entries] == ["a", "b"]
 
