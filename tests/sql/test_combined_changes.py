@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,9 @@ from hf_async_store.testing.assertions import get_existing
 from hf_async_store.values import Key
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+    from hf_async_store import StorageStrategy
     from hf_async_store.strategies.sql.pending import PendingChange
     from hf_async_store.values import Entity
     from hf_async_store_bench.servers import PostgresServer
@@ -125,16 +127,25 @@ def between(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], Awaitable[obje
     return actions
 
 
-async def test_an_entity_that_is_deleted_and_created_again_keeps_its_fields(
-    postgres_server: PostgresServer, between: list[Callable[[], Awaitable[object]]]
-) -> None:
-    """It has the version of the one that was read."""
-    url = postgres_server.database()
+@asynccontextmanager
+async def _two_stores(
+    server: PostgresServer,
+) -> AsyncIterator[tuple[StorageStrategy, StorageStrategy]]:
+    """Two stores on one counter."""
+    url = server.database()
     async with (
         open_store(url, collections=[_counters()]) as store,
         open_store(url, collections=[_counters()]) as other,
     ):
         await store.save_entity("counters", {"counter_id": "c", "count": 0})
+        yield store, other
+
+
+async def test_an_entity_that_is_deleted_and_created_again_keeps_its_fields(
+    postgres_server: PostgresServer, between: list[Callable[[], Awaitable[object]]]
+) -> None:
+    """It has the version of the one that was read."""
+    async with _two_stores(postgres_server) as (store, other):
         assert await other.count_entities("counters") == 1
 
         async def recreate() -> None:
@@ -153,12 +164,7 @@ async def test_changes_without_a_condition_are_never_overtaken(
     postgres_server: PostgresServer, between: list[Callable[[], Awaitable[object]]]
 ) -> None:
     """Another program writes the entity after each read: alone, they would not read it."""
-    url = postgres_server.database()
-    async with (
-        open_store(url, collections=[_counters()]) as store,
-        open_store(url, collections=[_counters()]) as other,
-    ):
-        await store.save_entity("counters", {"counter_id": "c", "count": 0})
+    async with _two_stores(postgres_server) as (store, other):
         between.append(lambda: other.update_entity("counters", "c", {"name": "x"}))
         work = [store.update_entity("counters", "c", {"count": each}) for each in range(3)]
         versions = await asyncio.gather(*work)
