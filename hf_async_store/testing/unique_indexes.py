@@ -339,6 +339,22 @@ class UniqueIndexContract:
 
     # -- 99: transactions --------------------------------------------------------------------
 
+    async def test_99_a_modification_that_waited_is_refused_alone(
+        self, unique: StorageStrategy
+    ) -> None:
+        await unique.create_entities("things", [thing("m"), thing("n", "taken")])
+        names = ["taken", *"123456"]
+        results = await asyncio.gather(
+            *(
+                unique.modify_entity("things", "m", lambda each, name=name: {**each, "name": name})
+                for name in names * 2
+            ),
+            return_exceptions=True,
+        )
+        refused = [isinstance(each, UniqueViolationError) for each in results]
+        assert refused == [each == "taken" for each in names * 2]
+        assert sorted(each for each in results if isinstance(each, int)) == [*range(2, 14)]
+
     async def test_99_a_transaction_is_refused(self, unique: StorageStrategy) -> None:
         for first, then in (
             (thing("c", "new"), thing("d", "x")),

@@ -323,6 +323,27 @@ class VersionContract:
         counter = await get_existing(store, "counters", "sum")
         assert (counter["n"], counter["version"]) == (20, 21)
 
+    async def test_32_each_modification_of_one_entity_returns_its_own_version(
+        self, store: StorageStrategy
+    ) -> None:
+        tasks, times = 8, 3  # they queue, and the engine may write several of them as one
+
+        async def modify() -> list[dict[str, Any]]:
+            return [
+                await store.modify_entity(
+                    "counters", "sum", lambda each: {**each, "n": each["n"] + 1}, returning=True
+                )
+                for _ in range(times)
+            ]
+
+        await store.create_entity("counters", {"counter_id": "sum", "n": 0})
+        each_found = await asyncio.gather(*(modify() for _ in range(tasks)))
+        found = [each for one in each_found for each in one]
+        assert sorted(each["n"] for each in found) == [*range(1, tasks * times + 1)]
+        assert all(each["version"] == each["n"] + 1 for each in found)
+        last = max(found, key=lambda each: each["n"])
+        assert await get_existing(store, "counters", "sum") == last
+
     async def test_32_no_increment_of_several_processes_is_lost(
         self, harness: Harness, store: StorageStrategy
     ) -> None:

@@ -403,6 +403,12 @@ class JSONEngine(Engine):
         # may go on with anything, and the lock is free when its write returns.
         return await self._write(changes, keeps=len(changes) > 1)
 
+    def shares_changes(self, key: Key) -> bool:
+        # A change feed has each version, and one of several changes may take a unique value of another
+        # entity. Tasks queue only after a write, by which both are known.
+        known, name = self._declarations, key.collection
+        return name not in known.feeds and not known.enforced.get(name)
+
     async def _write(self, changes: Sequence[Change], *, keeps: bool) -> list[Outcome]:
         async with self.writing(keeps=keeps) as state:
             view = self.view(state)
