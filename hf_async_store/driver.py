@@ -447,6 +447,11 @@ class Engine(Reader):
             TransactionTooLargeError: the declared limits were exceeded; nothing was written.
         """
 
+    def retried_session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
+        """As `session`, of a transaction that the store runs again after a conflict: it may end in one for
+        which there was no need, if others are then faster."""
+        return self.session(isolation)
+
     @abstractmethod
     async def close(self) -> None:
         """Release all resources; no acknowledged write is lost. Called once.

@@ -526,11 +526,12 @@ class MigrationRouter(Engine):
             await self.confirm(route, written)
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
-        def begin(engine: Engine) -> AbstractAsyncContextManager[Session]:
-            known = isolation in engine.capabilities.isolations
-            return engine.session(isolation if known else None)
+        return _RoutedSession(self, lambda engine: engine.session(_known(engine, isolation)))
 
-        return _RoutedSession(self, begin)
+    def retried_session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
+        return _RoutedSession(
+            self, lambda engine: engine.retried_session(_known(engine, isolation))
+        )
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncGenerator[Reader, None]:
@@ -885,6 +886,11 @@ def not_followed(method: str, location: str | None) -> StoreRelocatedError:
         f"during one{active}",
         location or "",
     )
+
+
+def _known(engine: Engine, isolation: Isolation | None) -> Isolation | None:
+    """An isolation if an engine has it."""
+    return isolation if isolation in engine.capabilities.isolations else None
 
 
 def _not_permitted(location: str) -> StoreRelocatedError:

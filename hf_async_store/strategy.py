@@ -521,9 +521,10 @@ class StorageStrategy(WatchedStore):
             raise InvalidInputError(
                 f"isolation must be one of {', '.join(known)}, not {isolation!r}"
             )
+        session = self._engine.session if ticket is None else self._engine.retried_session
         return self.transaction_type(
             self._schema,
-            lambda: self._engine.session(isolation),
+            lambda: session(isolation),
             lifetimes=self._lifetimes,
             clock=self._clock,
             enter=self._enter_transaction,

@@ -98,6 +98,9 @@ class _FaultyEngine:
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
         return self._committed(self._engine.session(isolation))
 
+    def retried_session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:
+        return self._committed(self._engine.retried_session(isolation))
+
     def claimed_session(
         self, key: Key, token: int, *, ends: bool = False
     ) -> AbstractAsyncContextManager[Session]:

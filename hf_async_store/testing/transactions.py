@@ -89,6 +89,8 @@ class _FailingCommit:
             yield session
             raise self._failure
 
+    retried_session = session
+
 
 _STALE: Final = 7
 """A version that no entity has in these cases."""
@@ -1047,6 +1049,67 @@ class TransactionContract:
         assert len(attempts) == 3
         assert [await version_of(store, f"try {n}") for n in (1, 2, 3)] == [None, None, 1]
         assert await version_of(store, "a") == 2
+
+    @pytest.mark.parametrize("then", ["writes", "reads again", "reads its own change", "nests"])
+    @pytest.mark.parametrize("rival", ["updates", "recreates"])
+    async def test_46_run_transaction_relies_on_the_entity_that_it_read(
+        self, store: StorageStrategy, harness: Harness, rival: str, then: str
+    ) -> None:
+        """Also if the one that is written has the same version, of another entity with this id."""
+        if then == "nests" and not store.capabilities.savepoints:
+            pytest.skip("the engine has no savepoints")
+        await store.create_entity("items", item("a", label="old"))
+        tried: list[object] = []
+        rivals: list[asyncio.Task[None]] = []
+
+        async def change(other: StorageStrategy) -> None:
+            if rival == "recreates":
+                await other.delete_entity("items", "a")
+            await other.save_entity("items", item("a", label="new"))
+
+        async def work(tx: Transaction, other: StorageStrategy) -> None:
+            [seen] = await labels(tx, "a")
+            tried.append(seen)
+            if not rivals:
+                rivals.append(asyncio.create_task(change(other)))
+                await has_ended(*rivals)
+            if then == "reads again":
+                assert await labels(tx, "a", "none") == [seen, None]
+            entity = item("a", label=f"{seen} and more")
+            if then == "nests":
+                async with tx.begin_transaction() as nested:
+                    await nested.save_entity("items", entity)
+            elif seen is None:
+                await tx.create_entity("items", entity)
+            else:
+                await tx.update_entity("items", "a", {"label": entity["label"]})
+            if then == "reads its own change":
+                assert await labels(tx, "a") == [entity["label"]]
+
+        async with second_store(harness, store) as other, asyncio.timeout(HANG_SECONDS):
+            await store.run_transaction(lambda tx: work(tx, other))
+            await asyncio.gather(*rivals)
+        [label] = await labels(store, "a")
+        # The rival was before this transaction, which then read what it had left, or after it.
+        assert label in ("new and more", "new")
+        assert tried[-1] == ("old" if label == "new" else "new")
+
+    @pytest.mark.parametrize("end", ["raises", "is refused"])
+    async def test_46_run_transaction_undoes_the_change_of_what_it_read(
+        self, store: StorageStrategy, end: str
+    ) -> None:
+        await store.create_entities("items", [item("a", label="old"), item("b", label="old")])
+
+        async def work(tx: Transaction) -> None:
+            assert await labels(tx, "a") == ["old"]
+            assert await tx.update_entity("items", "a", {"label": "new"}) == 2
+            if end == "raises":
+                raise _CallerError
+            await tx.update_entity("items", "b", {"label": "new"}, expected_version=_STALE)
+
+        with pytest.raises(_CallerError if end == "raises" else RetriesExhaustedError):
+            await store.run_transaction(work, retry_seconds=0.05)
+        assert await labels(store, "a", "b") == ["old", "old"]
 
     async def test_46_run_transaction_retries_a_suppressed_conflict(
         self, store: StorageStrategy

@@ -388,6 +388,15 @@ class _RollsBackWhatIsKept(Wrapped):
                 raise ZeroDivisionError
 
 
+class _DiscardsWhatIsRetried(MemoryEngine):
+    @asynccontextmanager
+    async def retried_session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
+        with suppress(ZeroDivisionError):
+            async with self.session(isolation) as session:
+                yield session
+                raise ZeroDivisionError
+
+
 class _CommitsFailures(MemoryEngine):
     @asynccontextmanager
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:
@@ -462,6 +471,7 @@ _IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
     (_SelectsNothingAtOnce, _SNAPSHOT),
     (_ChangesNoMatches, "test_124_matches_are_changed_in_one_step"),
     (_SelectsNoJSON, _SNAPSHOT),
+    (_DiscardsWhatIsRetried, "test_46_run_transaction_returns_what_its_function_returns"),
     (_SharesFedChanges, "test_109_each_modification_of_an_entity_comes"),
     (sessions_of(_PassesOverEverything), _FIRST_CLAIM),
     (_WritesNothing, "test_02_create_then_get_is_equal_in_value_and_type"),

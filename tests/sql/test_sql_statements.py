@@ -15,7 +15,9 @@ from hf_async_store.testing.concurrency import elsewhere
 from tests.contract.harnesses import execute
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from hf_async_store.transaction import Transaction
 
 EVIL = "'; DROP TABLE requests; --"
 
@@ -180,6 +182,43 @@ async def test_small_queries_take_one_round_trip(database: str) -> None:
         assert [len(each) for each in (whole, first, page.items)] == [20, 10, 10]
         assert len(sent) == 4
         assert all(each.startswith("SELECT") for each in sent)
+
+
+async def test_a_transaction_that_reads_one_entity_and_changes_it_takes_two_round_trips(
+    database: str,
+) -> None:
+    async with SQLStorageStrategy(database) as store:
+        await store.save_entity("requests", {"request_id": "r", "machine_count": 1})
+
+        async def change(tx: Transaction) -> None:
+            entity = await tx.get_entity("requests", "r")
+            assert entity is not None
+            await tx.update_entity("requests", "r", {"machine_count": entity["machine_count"] + 1})
+
+        async def change_and_read(tx: Transaction) -> None:
+            await change(tx)
+            assert await tx.get_entity("templates", "none") is None
+
+        async def sent_by(work: Callable[[Transaction], Awaitable[None]]) -> list[str]:
+            sent: list[str] = []
+            with driver.query_logger(
+                lambda record: sent.append(record.query.split()[0].strip(";"))
+            ):
+                await store.run_transaction(work)
+                await asyncio.sleep(0)  # the driver logs a query by a callback
+            return sent
+
+        await store.run_transaction(change)  # prepares what follows
+        async with store._sql._main.lease() as lease:
+            driver = lease.driver
+        assert await sent_by(change) == ["SELECT", "UPDATE"]
+        again = ["SELECT", "BEGIN", "SELECT", "UPDATE", "SELECT", "COMMIT"]
+        assert await sent_by(change_and_read) == again
+        # The next ones are taken to do as much.
+        assert await sent_by(change_and_read) == ["BEGIN", "SELECT", "UPDATE", "SELECT", "COMMIT"]
+        found = await store.get_entity("requests", "r")
+        assert found is not None
+        assert (found["machine_count"], found["version"]) == (5, 5)
 
 
 async def test_a_query_that_finds_no_free_connection_for_queries_uses_another(

@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from hf_async_store import (
+    AlreadyExistsError,
     Collection,
     ConcurrencyConflictError,
     PoolTimeoutError,
@@ -196,8 +198,9 @@ async def test_136_a_store_closes_after_its_tasks_were_cancelled(
 # -- connections beyond the pool -------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["reads", "transactions that fail"])
 async def test_connections_of_a_burst_are_kept_for_a_while(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    url: str, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     monkeypatch.setattr(connections, "_IDLE_SECONDS", 0.4)
     async with open_store(f"{url}?pool_size=2&max_overflow=8") as store:
@@ -212,8 +215,14 @@ async def test_connections_of_a_burst_are_kept_for_a_while(
 
         monkeypatch.setattr(store._sql._dialect, "_connect", counted)  # type: ignore[attr-defined]
 
+        async def refused() -> None:
+            with pytest.raises(AlreadyExistsError):
+                async with store.begin_transaction() as tx:
+                    await tx.create_entity("templates", {"template_id": "t"})
+
         async def burst() -> None:
-            await asyncio.gather(*(store.count_entities("templates") for _ in range(8)))
+            one = refused if fails else partial(store.count_entities, "templates")
+            await asyncio.gather(*(one() for _ in range(8)))
 
         await burst()
         for _ in range(10):

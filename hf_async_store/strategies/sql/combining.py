@@ -55,7 +55,7 @@ def _may_follow(tables: Tables, first: PendingChange, change: Change) -> bool:
         return False
     fields = [each.name for each in tables.schema[table.collection].references]
     changes = [each for _, each in first.steps]
-    if not all(_is_plain(each, fields) for each in (*changes, change)):
+    if not all(is_plain(each, fields) for each in (*changes, change)):
         return False
     if not isinstance(change, Put):
         return True
@@ -68,7 +68,8 @@ def _may_follow(tables: Tables, first: PendingChange, change: Change) -> bool:
     )
 
 
-def _is_plain(change: Change, references: Sequence[str]) -> bool:
+def is_plain(change: Change, references: Sequence[str]) -> bool:
+    """Whether a change saves or patches an entity by itself, and a patch changes no reference."""
     if change.lifetimes is not None or change.mark is not None:
         return False
     if isinstance(change, Put):

@@ -71,6 +71,12 @@ class LeasedConnection:
         self._transactions: list[Any] = []  # the handles of the transaction and its savepoints
         self._may_write = True  # whether the transaction that is open may write
 
+    def for_next_caller(self) -> LeasedConnection:
+        """A lease of the same connection."""
+        other = LeasedConnection(self.dialect, self.connection, self.driver)
+        other.checked_out_at = self.checked_out_at
+        return other
+
     async def rows(
         self, sql: str, args: Sequence[object] = (), *, doing: str = "read", writes: bool = False
     ) -> Sequence[Sequence[Any]]:
@@ -224,9 +230,9 @@ class LeasedConnection:
         try:
             yield
         except BaseException:
-            await run_to_completion(self._roll_back())
+            await completed(self._roll_back())
             raise
-        await run_to_completion(self._commit())
+        await completed(self._commit())
 
     @asynccontextmanager
     async def reading(self, *, statements: Literal["one", "many"]) -> AsyncIterator[None]:
@@ -459,6 +465,7 @@ class Connections:
         elif check or lease.session_altered:
             await run_to_completion(self._start_return(lease, self._return_or_discard(lease)))
         else:
+            self._forget(lease)
             self._keep_idle(lease)
 
     def _start_return(self, lease: LeasedConnection, work: _Work) -> asyncio.Task[None]:
@@ -468,12 +475,12 @@ class Connections:
 
     async def _return_or_discard(self, lease: LeasedConnection) -> None:
         try:
-            if await self._is_reusable(lease):
-                await greenlet_spawn(lease.connection.close)
-            else:
+            if not await self._is_reusable(lease):
                 await self._discard(lease.connection, lease.driver)
+                return
         finally:
             self._forget(lease)
+        self._keep_idle(lease.for_next_caller())
 
     async def _discard_lease(self, lease: LeasedConnection) -> None:
         try:
@@ -506,7 +513,6 @@ class Connections:
     # -- idle connections ------------------------------------------------------------------------
 
     def _keep_idle(self, lease: LeasedConnection) -> None:
-        self._forget(lease)
         age = time.monotonic() - lease.checked_out_at
         if self._closed or age > self._config.pool_recycle:
             self._start(self._discard(lease.connection, lease.driver))

@@ -8,7 +8,7 @@ from typing import Final, cast
 import msgspec
 
 from hf_async_store.changes import ABSENT, ANY, PRESENT, Change, ChangeMarker, Delete, Patch, Put
-from hf_async_store.errors import CorruptionError
+from hf_async_store.errors import ConcurrencyConflictError, CorruptionError
 from hf_async_store.field_operations import FieldChange
 from hf_async_store.preconditions import (
     check,
@@ -236,3 +236,13 @@ def marker_put(mark: ChangeMarker, at: str) -> Put:
     entity = dict(mark.entity)
     version = cast("int", entity.pop(VERSION, 0))
     return Put(mark.key, entity, at, import_version=version)
+
+
+def changed_since_read(key: Key) -> ConcurrencyConflictError:
+    """The error of a transaction that relies on an entity that it read."""
+    return ConcurrencyConflictError(
+        f"{key.collection} {key.id!r} was changed after this transaction had read it: try again",
+        collection=key.collection,
+        entity_id=key.id,
+        retryable=True,
+    )

@@ -68,13 +68,16 @@ from hf_async_store.strategies.sql.ddl import SchemaSync
 from hf_async_store.strategies.sql.dialect import SessionEndedError
 from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.parameters import bind, check_statement
+from hf_async_store.strategies.sql.retried_session import RetriedSession
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.rows import Table, Tables
 from hf_async_store.strategies.sql.session import SQLReader, SQLSession, on_live_connection
 from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
+    from hf_async_store.strategies.sql.decisions import Stored
     from hf_async_store.strategies.sql.dialect import Dialect
+    from hf_async_store.strategies.sql.pending import PendingChange
     from hf_async_store.strategies.sql.writer import Writer
 
 Result = TypeVar("Result")
@@ -135,6 +138,7 @@ class SQLEngine(Engine):
             self._write_together, lanes=1, size=_CALLS_OF_A_COMMIT, writes=True
         )
         self._prepare_lock = asyncio.Lock()
+        self.begin_at_once: dict[str, int] = {}  # see `Replaces`
         self._write_lock = asyncio.Lock()  # used if only one connection can write at a time
 
     # -- the tables --------------------------------------------------------------------------
@@ -497,6 +501,10 @@ class SQLEngine(Engine):
     def session(self, isolation: Isolation | None) -> SQLSession:
         return SQLSession(self, isolation)
 
+    def retried_session(self, isolation: Isolation | None) -> SQLSession:
+        alone = isolation in (None, self._config.isolation) and not self._dialect.needs_transactions
+        return RetriedSession(self, isolation) if alone else self.session(isolation)
+
     def changing(self, lease: LeasedConnection) -> AbstractAsyncContextManager[None]:
         """See `Connected`."""
         del lease
@@ -513,6 +521,18 @@ class SQLEngine(Engine):
         # The transaction has the write lock of the store, so the catalogue does not change again.
         self._use(await self._sync.read(lease) or Catalogue())
         return await self._writer.apply(lease, changes)
+
+    def replacement(self, change: Change, stored: Stored) -> PendingChange | None:
+        """See `Writer.replacement`."""
+        return self._writer.replacement(change, stored)
+
+    async def replace(self, lease: LeasedConnection, replacement: PendingChange) -> None:
+        """See `Writer.replace`."""
+        try:
+            await self._writer.replace(lease, replacement)
+        except CatalogueChangedError:
+            self._ready = False
+            raise
 
     async def execute_with_lock(
         self, sql: str, params: Sequence[object] | Mapping[str, object]

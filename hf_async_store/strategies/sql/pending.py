@@ -90,6 +90,7 @@ class Encoder:
         self.tables = tables
         self.statements = statements
         self._shapes: dict[_Kind, StatementKey] = {}
+        self._latest_patch: tuple[Patch, PendingChange] | None = None
 
     # -- changes -----------------------------------------------------------------------------
 
@@ -172,6 +173,20 @@ class Encoder:
         return msgspec.structs.replace(exact, later=pending.later, decided=decided)
 
     def _patch(self, place: int, change: Patch, expected: int | None) -> PendingChange:
+        if self._latest_patch is not None:
+            first, known = self._latest_patch
+            same = first.fields is change.fields and first.lifetimes is change.lifetimes
+            if same and first.key.collection == change.key.collection:
+                # The same change of many entities is encoded once.
+                shape, digests = known.shape, known.digests
+                return PendingChange(
+                    place, change, shape, known.fields, known.doc, expected, digests=digests
+                )
+        pending = self._new_patch(place, change, expected)
+        self._latest_patch = change, pending
+        return pending
+
+    def _new_patch(self, place: int, change: Patch, expected: int | None) -> PendingChange:
         fields, collection = plain_fields(change.fields), change.key.collection
         table = self.tables[collection]
         unique = _touched(table.unique, change)
@@ -340,6 +355,11 @@ def _encoded(values: Sequence[Value | Missing]) -> list[str]:
 def by_statement(pending: Iterable[PendingChange]) -> list[list[PendingChange]]:
     """Group changes by statement, each group sorted by id: rows are locked in this order."""
     groups: dict[StatementKey | None, list[PendingChange]] = {}
+    shape: StatementKey | None = None
+    group: list[PendingChange] | None = None
     for each in pending:
-        groups.setdefault(each.shape, []).append(each)
+        if group is None or each.shape is not shape:
+            shape = each.shape
+            group = groups.setdefault(shape, [])
+        group.append(each)
     return [sorted(each, key=_id_of) for each in groups.values()]

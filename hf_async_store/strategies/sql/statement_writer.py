@@ -15,8 +15,13 @@ from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
 from hf_async_store.query import Query
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
-from hf_async_store.strategies.sql.combining import combined
-from hf_async_store.strategies.sql.decisions import marker_put
+from hf_async_store.strategies.sql.combining import combined, is_plain
+from hf_async_store.strategies.sql.decisions import (
+    Stored,
+    changed_since_read,
+    marker_put,
+    new_row,
+)
 from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.matching_update import MatchingUpdate
 from hf_async_store.strategies.sql.pending import Encoder, PendingChange, by_statement
@@ -117,6 +122,26 @@ class StatementWriter(Writer):
                 return outcomes[: index + 1]
         await self._write_markers(lease, changes, outcomes)
         return outcomes
+
+    def replacement(self, change: Change, stored: Stored) -> PendingChange | None:
+        """See `Writer`."""
+        table = self.tables[change.key.collection]
+        references = [each.name for each in self.schema[table.collection].references]
+        if table.unique or not is_plain(change, references):
+            return None
+        if references and not isinstance(change, Patch):
+            return None
+        row = new_row(table, change, stored)
+        pending = PendingChange(0, change, None)
+        return self._encoder.exactly(pending, stored, row, expired=False, same=True)
+
+    async def replace(self, lease: LeasedConnection, replacement: PendingChange) -> None:
+        """See `Writer`."""
+        key, shape = replacement.change.key, replacement.shape
+        assert shape is not None, "nothing is to be decided"
+        batch = TransactionBatch(self._encoder, lease, 1, locks=self._locks)
+        if not await batch.execute(shape, [replacement]):
+            raise changed_since_read(key)
 
     def _groups(
         self, changes: Sequence[Change], *, in_order: bool = False, combine: bool = False

@@ -12,6 +12,8 @@ from hf_async_store.query import Query
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
+    from hf_async_store.strategies.sql.decisions import Stored
+    from hf_async_store.strategies.sql.pending import PendingChange
     from hf_async_store.strategies.sql.rows import Tables
 
 
@@ -55,6 +57,25 @@ class Writer(ABC):
         """Whether changes of one entity may share a row, with the version of the last."""
         del collection
         return False
+
+    def replacement(self, change: Change, stored: Stored) -> PendingChange | None:
+        """A change of a stored entity as its replacement, which depends on nothing but that entity.
+
+        Returns None if it may depend on others, or write something else with it.
+
+        Raises:
+            StorageError: the change is refused.
+        """
+        del change, stored
+        return None
+
+    async def replace(self, lease: LeasedConnection, replacement: PendingChange) -> None:
+        """Execute a `replacement` in a transaction of its own.
+
+        Raises:
+            ConcurrencyConflictError: the entity is not the stored one any more.
+        """
+        raise NotImplementedError
 
     def executed(self, connection: Any, changes: Sequence[Change]) -> list[Outcome]:
         """As `apply`, in the thread of a driver that has one, and its open transaction."""
