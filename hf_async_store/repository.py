@@ -80,6 +80,7 @@ from hf_async_store.query import (
     build_query,
     encode_cursor,
     project,
+    projected,
     value_reader,
 )
 from hf_async_store.returning_updates import ReturningUpdates
@@ -939,8 +940,8 @@ class RepositoryInterface(ABC):
             cursor=cursor,
             paged=True,
         )
-        async with operation_timeout(timeout):
-            if cursor is None:
+        if cursor is None:
+            async with operation_timeout(timeout):
                 query = await self._first_page(query)
         # One entity more than requested is read, to determine whether there is a next page.
         entities = await self._entities(query.with_limit(limit + 1), None, timeout)
@@ -961,7 +962,7 @@ class RepositoryInterface(ABC):
         Args:
             entities: one more than the limit, if there is a next page.
         """
-        page = [project(each, query.fields) for each in entities[:limit]]
+        page = projected(entities[:limit], query.fields)
         if len(entities) <= limit:
             return Page(page, None)
         last = entities[limit - 1]
@@ -974,8 +975,11 @@ class RepositoryInterface(ABC):
         query = await self._built_query(collection, filters, None, None, None)
         started, number = perf_counter(), 0
         try:
-            async with operation_timeout(timeout):
+            if timeout is None:
                 number = await self._count(query)
+            else:
+                async with operation_timeout(timeout):
+                    number = await self._count(query)
         finally:
             self._slow_queries.note(query, started, number)
         return number
@@ -1133,16 +1137,16 @@ class RepositoryInterface(ABC):
         skipped: int = 0,
     ) -> list[Entity]:
         entities: list[Entity] = []
-        gathered = GatheredObjects()
         started = perf_counter()
         try:
             async with operation_timeout(timeout):
                 if (few := await self._select_at_once(query)) is not None:
-                    entities = [project(each, fields) for each in few[skipped:]]
+                    entities = projected(few[skipped:], fields)
                     return entities
+                gathered = GatheredObjects()
                 async with Owned(self._select_batches(query)) as batches:
                     async for batch in batches:
-                        entities += [project(each, fields) for each in batch[skipped:]]
+                        entities += projected(batch[skipped:], fields)
                         skipped = max(0, skipped - len(batch))
                         gathered.add(len(batch))
         finally:
