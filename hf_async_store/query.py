@@ -473,7 +473,7 @@ def _number_of_values(filters: object) -> int:
         if not pending:
             return number
         part = pending.pop()
-        if isinstance(part, Mapping):
+        if type(part) is dict or isinstance(part, Mapping):
             number += sum([_number_in_list(e) for e in part.values() if isinstance(e, Op)])
         elif isinstance(part, Combined) and isinstance(part.filters, tuple):
             pending += part.filters
@@ -511,7 +511,7 @@ class _FilterReader:
     def read(self, filters: object, depth: int) -> Filter:
         if depth > MAX_FILTER_DEPTH:
             raise InvalidQueryError(f"filters are nested more than {MAX_FILTER_DEPTH} deep")
-        if isinstance(filters, Mapping):
+        if type(filters) is dict or isinstance(filters, Mapping):
             return _joined(And, [self._entry(key, each) for key, each in self._items(filters)])
         if not isinstance(filters, Combined):
             raise InvalidQueryError(

@@ -15,6 +15,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterable,
     Mapping,
     Sequence,
@@ -22,7 +23,7 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from itertools import repeat
 from time import monotonic, perf_counter
-from typing import Final, Literal, TypeAlias, TypeVar, cast, overload
+from typing import Any, Final, Literal, TypeAlias, TypeVar, cast, overload
 
 from msgspec.structs import replace
 
@@ -1111,16 +1112,16 @@ class RepositoryInterface(ABC):
             fields=fields,
         )
 
-    async def _built_query(
+    def _built_query(
         self,
         collection: str,
         filters: Filters,
         order_by: OrderBy,
         limit: int | None,
         fields: Sequence[str | Path] | None,
-    ) -> Query:
+    ) -> Coroutine[Any, Any, Query]:
         """`_query`, whose filter may have many values."""
-        return await build_large_query(
+        return build_large_query(
             self._schema[collection],
             filters=filters,
             order_by=order_by,

@@ -72,6 +72,7 @@ def compile_query(
     also: Callable[[], str] | None = None,
     prefix: Sequence[str] = (),
     selected: str | None = None,
+    in_order: bool = True,
 ) -> Compiled:
     """The SELECT of a query.
 
@@ -84,6 +85,7 @@ def compile_query(
         prefix: fields that are compared for equality. They are compared as ranges, and come first in the
             order, so that no other index has this order: see `index_order`.
         selected: what the statement returns, instead of `Table.selected`.
+        in_order: the rows are sorted.
     """
     compiler = _Compiler(table, args, prefix)
     descending = bool(query.order) and query.order[-1].descending
@@ -105,9 +107,11 @@ def compile_query(
         for term in key.terms
     )
     where = _all(conditions)
+    sorted_by = f"ORDER BY {order}" if in_order else ""
     return Compiled(
         f"SELECT {selected or table.selected} FROM {table.name} AS t WHERE {where} "
-        f"ORDER BY {order}" + (f" LIMIT {query.limit}" if limited else ""),
+        + sorted_by
+        + (f" LIMIT {query.limit}" if limited else ""),
         compiler.args.values,
         None if exact else compile_filter(query.where),
         limited,

@@ -177,15 +177,22 @@ class SQLEngine(Engine):
 
     async def tables(self, lease: LeasedConnection) -> Tables:
         """The tables that can be read, from the catalogue if necessary. Nothing is created."""
+        tables = self._tables_as_read()
+        if tables is not None:
+            return tables
+        catalogue = await self._sync.read(lease)
+        if catalogue is None:
+            return self._tables_of(Catalogue())
+        return self._use(catalogue)
+
+    def _tables_as_read(self) -> Tables | None:
+        """The tables, unless the catalogue must be read for them."""
         state = self._state
         if state is not None and (
             self._ready or (not state.lacks_table and monotonic() < state.read_again_at)
         ):
             return state.tables
-        catalogue = await self._sync.read(lease)
-        if catalogue is None:
-            return self._tables_of(Catalogue())
-        return self._use(catalogue)
+        return None
 
     @property
     def known_tables(self) -> Tables:
@@ -330,7 +337,8 @@ class SQLEngine(Engine):
             async with self._reading(self._main) as reader:
                 return await reader.at_once(query, read, absent)
         async with self._queries.lease() as lease:
-            table = (await self.tables(lease)).by_name.get(query.collection)
+            tables = self._tables_as_read() or await self.tables(lease)
+            table = tables.by_name.get(query.collection)
             return absent if table is None else await read(lease, table, query)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:

@@ -28,16 +28,29 @@ def compiled_by_shape(
     """`compile_shape(table, query)`, that is, `compile_query`, or `compile_count` of a query without a
     position."""
     args: list[object] = []
+    shape = shape_of(table, query, args)
+    if shape is None:
+        return compile_shape(table, query)
+    kept = table.statements.get((compile_shape, shape))
+    if kept is None:
+        kept = keep(table, (compile_shape, shape), compile_shape(table, query))
+    return Compiled(kept.sql, args, None, kept.limited, kept.step, kept.where)
+
+
+def keep(table: Table, shape: tuple[object, ...], compiled: Compiled) -> Compiled:
+    """Keep a statement for other queries of its shape; returns it."""
+    if len(table.statements) >= _MOST:
+        table.statements.clear()
+    table.statements[shape] = compiled
+    return compiled
+
+
+def shape_of(table: Table, query: Query, args: list[object]) -> tuple[object, ...] | None:
+    """The shape of a query, whose arguments are added; None if it does not determine the SQL."""
     conditions = _conditions(table, query.where, args)
     if conditions is None or not _add_position(table, query, args):
-        return compile_shape(table, query)
-    shape = (compile_shape, *conditions, query.order, query.limit, query.after is not None)
-    kept = table.statements.get(shape)
-    if kept is None:
-        if len(table.statements) >= _MOST:
-            table.statements.clear()
-        kept = table.statements[shape] = compile_shape(table, query)
-    return Compiled(kept.sql, args, None, kept.limited, kept.step, kept.where)
+        return None
+    return (*conditions, query.order, query.limit, query.after is not None)
 
 
 def _conditions(table: Table, where: Filter, args: list[object]) -> list[object] | None:
@@ -57,7 +70,7 @@ def _conditions(table: Table, where: Filter, args: list[object]) -> list[object]
             if not is_exact(low):
                 return None
             args.append(low)
-            shape += each.path[0], True
+            shape += each.path[0], "eq"
             continue
         found = ranges(each.op, each.value)
         if found is None or len(found) != 1 or not found[0].exact:
@@ -65,7 +78,7 @@ def _conditions(table: Table, where: Filter, args: list[object]) -> list[object]
         [one] = found
         is_single = one.only is not None
         args += (one.low,) if is_single else (one.low, one.high)
-        shape += each.path[0], is_single
+        shape += each.path[0], each.op, is_single
     return shape
 
 

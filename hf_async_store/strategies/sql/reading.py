@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
 import msgspec
@@ -58,6 +59,8 @@ _TRIED: Final = 1024
 
 _MAX_IDS: Final = 1024
 """The maximum number of ids in one statement."""
+
+_compile_unsorted: Final = partial(compile_query, in_order=False)
 
 Row: TypeAlias = "tuple[str, Entity]"
 """The id of a row, and its entity."""
@@ -152,10 +155,7 @@ async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Ent
     often few; then little was read in vain.
     """
     if query.limit is None:
-        if not _has_indexed_value(table, query.where):
-            return None
-        few = await small(lease, table, query.with_limit(_SMALL_LIMIT))
-        return few if few is not None and len(few) < _SMALL_LIMIT else None
+        return await _few(lease, table, query) if _has_indexed_value(table, query.where) else None
     compiled = await compiled_query(table, query)
     if not compiled.limited or not is_position_exact(table, query):
         return None
@@ -170,6 +170,20 @@ async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Ent
         rows = await _all_rows(lease, table, compiled)
     entities = list(map(table.entity, rows))
     return entities if are_in_place(query, entities) else None
+
+
+async def _few(lease: LeasedConnection, table: Table, query: Query) -> list[Entity] | None:
+    """The entities of a query without a limit; None as `small`, or if there are many."""
+    limited = query.with_limit(_SMALL_LIMIT)
+    if query.order or query.has_many_values:
+        few = await small(lease, table, limited)
+        return few if few is not None and len(few) < _SMALL_LIMIT else None
+    # By id. They are sorted here, in a tenth of the time that the database would take.
+    compiled = compiled_by_shape(_compile_unsorted, table, limited)
+    rows = await _all_rows(lease, table, compiled) if compiled.limited else ()
+    if not compiled.limited or len(rows) == _SMALL_LIMIT:
+        return None
+    return sorted(map(table.entity, rows), key=itemgetter(table.key_field))
 
 
 def in_thread(table: Table, query: Query) -> Callable[[Any], list[Entity] | None] | None:

@@ -10,7 +10,15 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -591,15 +599,18 @@ class SQLite(Dialect):
             and (mine.files.database == theirs.files.database)
         )
 
-    async def rows(
+    def rows(
         self, driver: _Connection, sql: str, args: Sequence[object]
-    ) -> Sequence[Sequence[Any]]:
+    ) -> Coroutine[Any, Any, Sequence[Sequence[Any]]]:
         def fetch(connection: sqlite3.Connection) -> Sequence[Sequence[Any]]:
             return connection.execute(sql, args).fetchall()
 
-        rows = await self.job(driver, fetch, completes=False)
-        if driver.immutable is not None:
-            self._check_immutable(driver)
+        reading = self.job(driver, fetch, completes=False)
+        return reading if driver.immutable is None else self._unchanged(driver, reading)
+
+    async def _unchanged(self, driver: _Connection, reading: Awaitable[Result]) -> Result:
+        rows = await reading
+        self._check_immutable(driver)
         return rows
 
     async def job(
