@@ -77,7 +77,7 @@ class ChangesByFilter:
         while True:
             size = _BATCH_SIZE if query.limit is None else min(_BATCH_SIZE, query.limit - self.done)
             page = await self._change_page(query.with_limit(size), seen)
-            if len(page) < max(size, 1):
+            if len(page) < max(size, 1) or self.done == query.limit:
                 return
             if seen is not None:
                 seen.update(map(self._id, page))
@@ -167,6 +167,9 @@ class ChangesByFilter:
         Raises:
             StorageError: the first failure of another kind.
         """
+        if not any(isinstance(each, StorageError) for each in outcomes):
+            self._changed(entities)
+            return None, []
         failed = list(zip(entities, outcomes, strict=True))
         self._changed(each for each, outcome in failed if not isinstance(outcome, StorageError))
         conflict, stale = None, list[str]()

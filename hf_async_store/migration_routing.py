@@ -446,10 +446,20 @@ class MigrationRouter(Engine):
     def fetch(self, keys: Sequence[Key]) -> Coroutine[Any, Any, list[Record | None]]:
         if time.monotonic() < self._begin_until:
             return self._active.fetch(keys)
-        return self._fetch_when_renewed(keys)
+        return self._when_renewed(lambda engine: engine.fetch(keys))
 
-    async def _fetch_when_renewed(self, keys: Sequence[Key]) -> list[Record | None]:
-        return await (await self.in_use()).fetch(keys)
+    def select_at_once(self, query: Query) -> Coroutine[Any, Any, list[Entity] | None]:
+        if time.monotonic() < self._begin_until:
+            return self._active.select_at_once(query)
+        return self._when_renewed(lambda engine: engine.select_at_once(query))
+
+    def count(self, query: Query) -> Coroutine[Any, Any, int]:
+        if time.monotonic() < self._begin_until:
+            return self._active.count(query)
+        return self._when_renewed(lambda engine: engine.count(query))
+
+    async def _when_renewed(self, read: Callable[[Engine], Awaitable[Item]]) -> Item:
+        return await read(await self.in_use())
 
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._stream(lambda engine: engine.select(query))
@@ -473,12 +483,6 @@ class MigrationRouter(Engine):
         async with Owned(read(await self.in_use())) as items:
             async for each in items:
                 yield each
-
-    async def select_at_once(self, query: Query) -> list[Entity] | None:
-        return await (await self.in_use()).select_at_once(query)
-
-    async def count(self, query: Query) -> int:
-        return await (await self.in_use()).count(query)
 
     async def first_page(self, query: Query) -> Query:
         return await (await self.in_use()).first_page(query)

@@ -451,14 +451,12 @@ async def build_large_query(
 ) -> Query:
     """`build_query`, in a thread if the filter has many values."""
     number = _number_of_values(filters)
+    if number <= _MANY_VALUES:
+        return build_query(collection, filters=filters, **arguments)
     if number > MAX_FILTER_VALUES:
         raise InvalidQueryError(f"more than {MAX_FILTER_VALUES:,} values in one filter")
-    is_long = number > _MANY_VALUES
-    if is_long:
-        filters = _copied(filters)  # the caller may change its dicts
-    return await computed(
-        partial(build_query, collection, filters=filters, **arguments), long=is_long
-    )
+    filters = _copied(filters)  # the caller may change its dicts
+    return await computed(partial(build_query, collection, filters=filters, **arguments), long=True)
 
 
 def _number_of_values(filters: object) -> int:
@@ -467,23 +465,23 @@ def _number_of_values(filters: object) -> int:
     0 if it has too many parts, which `build_query` soon refuses: as a part may occur several times, few
     objects can have any number of parts.
     """
+    if filters is None:
+        return 0
     number = 0
     pending = [filters]
     for _ in range(MAX_FILTER_TERMS * MAX_FILTER_DEPTH):
         if not pending:
             return number
         part = pending.pop()
-        if isinstance(part, Mapping):
-            number += sum([_number_in_list(each) for each in part.values()])
+        if type(part) is dict or isinstance(part, Mapping):
+            number += sum([_number_in_list(e) for e in part.values() if isinstance(e, Op)])
         elif isinstance(part, Combined) and isinstance(part.filters, tuple):
             pending += part.filters
     return 0
 
 
-def _number_in_list(value: object) -> int:
-    if not isinstance(value, Op) or value.name not in _LIST_OPS:
-        return 0
-    return len(value.operand) if isinstance(value.operand, tuple) else 0
+def _number_in_list(op: Op) -> int:
+    return len(op.operand) if op.name in _LIST_OPS and isinstance(op.operand, tuple) else 0
 
 
 def _copied(filters: Any, depth: int = 0) -> Any:
@@ -513,7 +511,7 @@ class _FilterReader:
     def read(self, filters: object, depth: int) -> Filter:
         if depth > MAX_FILTER_DEPTH:
             raise InvalidQueryError(f"filters are nested more than {MAX_FILTER_DEPTH} deep")
-        if isinstance(filters, Mapping):
+        if type(filters) is dict or isinstance(filters, Mapping):
             return _joined(And, [self._entry(key, each) for key, each in self._items(filters)])
         if not isinstance(filters, Combined):
             raise InvalidQueryError(
@@ -538,6 +536,12 @@ class _FilterReader:
     def _entry(self, key: object, value: object) -> Comparison:
         """One entry of a filter mapping."""
         self._count_term()
+        if type(key) is str and type(value) is str and value.isascii() and "\0" not in value:
+            field = self._collection.fields.get(key)
+            if field is not None and field.type == "text":
+                # The usual filter: the same as below, by a quarter of the calls.
+                self._add_size(len(key.encode()) + len(value))
+                return Comparison((key,), "eq", value)
         steps = named_steps(key, self._collection)
         self._add_size(sum(len(each.encode()) for each in steps if isinstance(each, str)))
         if not isinstance(value, Op):
@@ -699,6 +703,11 @@ def _refused(op: Op, steps: Steps, problem: str) -> InvalidQueryError:
 
 def _order(order_by: object, collection: Collection) -> tuple[Order, ...]:
     key_field = collection.key
+    if type(order_by) is str:  # the usual order: the same as below, by fewer calls
+        down = order_by.startswith("-")
+        name = order_by[1:] if down else order_by
+        if name in collection.fields and name != key_field:
+            return (Order((name,), down),)
     entries = [order_by] if isinstance(order_by, str | Path | SortKeyInput) else order_by
     if not isinstance(entries, list | tuple):
         raise InvalidQueryError(
@@ -1049,6 +1058,11 @@ def project(entity: Entity, fields: tuple[str, ...] | None) -> Entity:
     if fields is None:
         return entity
     return {name: entity[name] for name in fields if name in entity}
+
+
+def projected(entities: list[Entity], fields: tuple[str, ...] | None) -> list[Entity]:
+    """`project` of each entity."""
+    return entities if fields is None else [project(each, fields) for each in entities]
 
 
 # -- cursors --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterable,
     Mapping,
     Sequence,
@@ -22,7 +23,7 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from itertools import repeat
 from time import monotonic, perf_counter
-from typing import Final, Literal, TypeAlias, TypeVar, cast, overload
+from typing import Any, Final, Literal, TypeAlias, TypeVar, cast, overload
 
 from msgspec.structs import replace
 
@@ -80,6 +81,7 @@ from hf_async_store.query import (
     build_query,
     encode_cursor,
     project,
+    projected,
     value_reader,
 )
 from hf_async_store.returning_updates import ReturningUpdates
@@ -939,8 +941,8 @@ class RepositoryInterface(ABC):
             cursor=cursor,
             paged=True,
         )
-        async with operation_timeout(timeout):
-            if cursor is None:
+        if cursor is None:
+            async with operation_timeout(timeout):
                 query = await self._first_page(query)
         # One entity more than requested is read, to determine whether there is a next page.
         entities = await self._entities(query.with_limit(limit + 1), None, timeout)
@@ -961,7 +963,7 @@ class RepositoryInterface(ABC):
         Args:
             entities: one more than the limit, if there is a next page.
         """
-        page = [project(each, query.fields) for each in entities[:limit]]
+        page = projected(entities[:limit], query.fields)
         if len(entities) <= limit:
             return Page(page, None)
         last = entities[limit - 1]
@@ -974,8 +976,11 @@ class RepositoryInterface(ABC):
         query = await self._built_query(collection, filters, None, None, None)
         started, number = perf_counter(), 0
         try:
-            async with operation_timeout(timeout):
+            if timeout is None:
                 number = await self._count(query)
+            else:
+                async with operation_timeout(timeout):
+                    number = await self._count(query)
         finally:
             self._slow_queries.note(query, started, number)
         return number
@@ -1107,16 +1112,16 @@ class RepositoryInterface(ABC):
             fields=fields,
         )
 
-    async def _built_query(
+    def _built_query(
         self,
         collection: str,
         filters: Filters,
         order_by: OrderBy,
         limit: int | None,
         fields: Sequence[str | Path] | None,
-    ) -> Query:
+    ) -> Coroutine[Any, Any, Query]:
         """`_query`, whose filter may have many values."""
-        return await build_large_query(
+        return build_large_query(
             self._schema[collection],
             filters=filters,
             order_by=order_by,
@@ -1133,16 +1138,16 @@ class RepositoryInterface(ABC):
         skipped: int = 0,
     ) -> list[Entity]:
         entities: list[Entity] = []
-        gathered = GatheredObjects()
         started = perf_counter()
         try:
             async with operation_timeout(timeout):
                 if (few := await self._select_at_once(query)) is not None:
-                    entities = [project(each, fields) for each in few[skipped:]]
+                    entities = projected(few[skipped:], fields)
                     return entities
+                gathered = GatheredObjects()
                 async with Owned(self._select_batches(query)) as batches:
                     async for batch in batches:
-                        entities += [project(each, fields) for each in batch[skipped:]]
+                        entities += projected(batch[skipped:], fields)
                         skipped = max(0, skipped - len(batch))
                         gathered.add(len(batch))
         finally:

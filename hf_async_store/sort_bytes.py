@@ -43,15 +43,14 @@ def sort_bytes(value: Value | Missing) -> bytes:
     - a string, its UTF-8, at most `MAX_SORT_BYTES` in all;
     - a list or dict, nothing.
     """
-    kind = type(value)
-    if kind is str:
-        return (_STRING + cast("str", value).encode())[:MAX_SORT_BYTES]
+    if type(value) is str:
+        return (_STRING + value.encode())[:MAX_SORT_BYTES]
     if value is None:
         return _NULL
-    if kind is bool:
-        return _FLAGS[cast("bool", value)]
-    if kind is int or kind is float:
-        return _number(cast("float", value))
+    if type(value) is bool:
+        return _FLAGS[value]
+    if type(value) is int or type(value) is float:
+        return _number(value)
     if isinstance(value, Missing):
         return _MISSING
     return _LIST if isinstance(value, list) else _DICT

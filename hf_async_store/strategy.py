@@ -12,12 +12,19 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from operator import attrgetter
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar, cast
 
 from msgspec.structs import replace
 
@@ -395,21 +402,20 @@ class StorageStrategy(WatchedStore):
     def _select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return self._streams.read(self._usable().select_batches(self._living_query(query)))
 
-    async def _select_at_once(self, query: Query) -> list[Entity] | None:
-        return await self._usable().select_at_once(self._living_query(query))
+    def _select_at_once(self, query: Query) -> Coroutine[Any, Any, list[Entity] | None]:
+        return self._usable().select_at_once(self._living_query(query))
 
     async def _change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
         engine = self._usable()
         if self._lifetimes is not None or self._writes.observer is not None:
             return None  # they concern each change that is written
-        # As in the coalescer, a cancellation waits until the changes have been written.
-        changed = await run_to_completion(engine.change_matches(query, change))
+        changed = await engine.change_matches(query, change)
         if changed is not None and self._record_attempts:
             await self._record_declarations(changed.outcomes)
         return changed
 
-    async def _count(self, query: Query) -> int:
-        return await self._usable().count(self._living_query(query))
+    def _count(self, query: Query) -> Coroutine[Any, Any, int]:
+        return self._usable().count(self._living_query(query))
 
     async def _first_page(self, query: Query) -> Query:
         return await self._usable().first_page(query)

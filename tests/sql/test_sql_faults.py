@@ -197,13 +197,13 @@ async def test_71_an_exhausted_pool_names_its_settings(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[bool] = []  # whether each caller that needs a connection would wait for it
-    permit = Connections._acquire_permit
+    permit = Connections._wait_for_permit
 
     async def noted(self: Connections) -> None:
         waits.append(self._waits)
         await permit(self)
 
-    monkeypatch.setattr(Connections, "_acquire_permit", noted)
+    monkeypatch.setattr(Connections, "_wait_for_permit", noted)
     more = "pool_size=1&max_overflow=1&pool_timeout=1&max_streams=2"
     async with open_store(f"{url}?{more}") as store:
         await store.save_entities("templates", [template(f"t{n}") for n in range(600)])

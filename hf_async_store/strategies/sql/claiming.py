@@ -23,10 +23,11 @@ from hf_async_store.config import SQLConfig
 from hf_async_store.driver import Session, giving_back, written
 from hf_async_store.errors import PermissionDeniedError
 from hf_async_store.query import Query, compile_order
-from hf_async_store.strategies.sql.compiler import Compiled, compile_query
+from hf_async_store.strategies.sql.compiler import compile_query
 from hf_async_store.strategies.sql.completion import completed
 from hf_async_store.strategies.sql.connections import Connections
 from hf_async_store.strategies.sql.engine import SQLEngine
+from hf_async_store.strategies.sql.grammar import Compiled
 from hf_async_store.strategies.sql.immediate import committed
 from hf_async_store.strategies.sql.index_order import prefix_of
 from hf_async_store.strategies.sql.session import SQLSession

@@ -27,9 +27,17 @@ from hf_async_store.query import (
     rows_per_step,
 )
 from hf_async_store.sort_bytes import is_exact, ranges, sort_bytes
-from hf_async_store.strategies.sql.grammar import FALSE, OPERATORS, TRUE, Arguments, Condition
+from hf_async_store.strategies.sql.grammar import (
+    FALSE,
+    OPERATORS,
+    ROWS_PER_STEP,
+    TRUE,
+    Arguments,
+    Compiled,
+    Condition,
+)
 from hf_async_store.strategies.sql.names import key_column, quoted
-from hf_async_store.values import VERSION, Entity, Value
+from hf_async_store.values import VERSION, Value
 
 if TYPE_CHECKING:
     from hf_async_store.lifetimes import Lifetime
@@ -55,28 +63,6 @@ SHORT: Final = 63
 """A string of at most this many characters is always exact."""
 
 
-_ROWS_PER_STEP: Final = 256
-
-
-class Compiled(NamedTuple):
-    """A query as SQL.
-
-    Attributes:
-        args: the arguments of the statement.
-        residual: the condition by which the rows must still be filtered; None if all rows match.
-        limited: the statement applies the limit.
-        step: how many rows are decoded, and filtered, in one step of the event loop.
-        where: the condition of the statement.
-    """
-
-    sql: str
-    args: list[object]
-    residual: Callable[[Entity], bool] | None = None
-    limited: bool = False
-    step: int = _ROWS_PER_STEP
-    where: str = ""
-
-
 def compile_query(
     table: Table,
     query: Query,
@@ -86,6 +72,7 @@ def compile_query(
     also: Callable[[], str] | None = None,
     prefix: Sequence[str] = (),
     selected: str | None = None,
+    in_order: bool = True,
 ) -> Compiled:
     """The SELECT of a query.
 
@@ -98,6 +85,7 @@ def compile_query(
         prefix: fields that are compared for equality. They are compared as ranges, and come first in the
             order, so that no other index has this order: see `index_order`.
         selected: what the statement returns, instead of `Table.selected`.
+        in_order: the rows are sorted.
     """
     compiler = _Compiler(table, args, prefix)
     descending = bool(query.order) and query.order[-1].descending
@@ -119,13 +107,15 @@ def compile_query(
         for term in key.terms
     )
     where = _all(conditions)
+    sorted_by = f"ORDER BY {order}" if in_order else ""
     return Compiled(
         f"SELECT {selected or table.selected} FROM {table.name} AS t WHERE {where} "
-        f"ORDER BY {order}" + (f" LIMIT {query.limit}" if limited else ""),
+        + sorted_by
+        + (f" LIMIT {query.limit}" if limited else ""),
         compiler.args.values,
         None if exact else compile_filter(query.where),
         limited,
-        _ROWS_PER_STEP if exact else rows_per_step(query.where, _ROWS_PER_STEP),
+        ROWS_PER_STEP if exact else rows_per_step(query.where, ROWS_PER_STEP),
         where,
     )
 
@@ -159,15 +149,12 @@ def compile_first_by_id(table: Table, query: Query, compiled: Compiled, most: in
     return compiled._replace(sql=sql, args=args)
 
 
-def compile_count(table: Table, query: Query) -> Compiled | None:
-    """The SELECT that counts the matches of a query; None if SQL cannot express the filter exactly, or if
-    the query has a limit or a position."""
+def compile_count(table: Table, query: Query) -> Compiled:
+    """The SELECT that counts the matches of a filter, exactly if it has no residual condition."""
     compiler = _Compiler(table)
     conditions, exact = compiler.conditions(query.where)
-    if not exact or query.limit is not None or query.after is not None:
-        return None
     sql = f"SELECT count(*) FROM {table.name} AS t WHERE {_all(conditions)}"
-    return Compiled(sql, compiler.args.values)
+    return Compiled(sql, compiler.args.values, None if exact else compile_filter(query.where))
 
 
 class LivingConditions:

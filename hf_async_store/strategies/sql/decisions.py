@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -56,7 +56,9 @@ class _Created(msgspec.Struct):
 
 _MAY_CREATE: Final = (ANY, ABSENT)
 _decode_created: Final = msgspec.json.Decoder(_Created).decode
-_decode_members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+decode_members: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+"""The members of a document, which are not decoded."""
+
 _DAMAGED: Final = (ValueError, TypeError)
 
 
@@ -152,7 +154,7 @@ def _whole(change: Put, stored: Stored) -> Entity:
 
 def _patched(table: Table, change: Patch, stored: Stored, version: int) -> Stored:
     """The row of an entity of which some fields are changed."""
-    members: dict[str, object] = dict(_decode_members(stored.doc))
+    members: dict[str, Any] = decode_members(stored.doc)
     for name, value in change.fields.items():
         if type(value) is Removed:
             members.pop(name, None)
@@ -160,19 +162,29 @@ def _patched(table: Table, change: Patch, stored: Stored, version: int) -> Store
             return _computed(table, change, stored, version)
         else:
             members[name] = value
-    doc = table.grammar.encode(cast("Value", members))
-    if len(doc) > LIGHT_BYTES:
-        check_size(decode_json(doc))
+    doc = encoded_document(table, members)
     if len(stored.keys) < len(table.columns):
         return Stored(version, doc, table.keys(decode_json(doc)))
     keys = list(stored.keys)
     for number, name in enumerate(table.key_fields):
         if name in change.fields:
-            keys[number] = sort_bytes(cast("Value", members.get(name, MISSING)))
+            keys[number] = sort_bytes(members.get(name, MISSING))
     for number, fields in enumerate(table.unique, len(table.key_fields)):
         if not change.fields.keys().isdisjoint(fields):
             keys[number] = digest(_decoded(members, fields), fields, table.collection)
     return Stored(version, doc, tuple(keys))
+
+
+def encoded_document(table: Table, members: Any) -> str:
+    """The document of an entity, some members of which may not be decoded.
+
+    Raises:
+        UnsupportedValueError: the entity is too large.
+    """
+    doc = table.grammar.encode(members)
+    if len(doc) > LIGHT_BYTES:
+        check_size(decode_json(doc))
+    return doc
 
 
 def _decoded(members: Mapping[str, object], names: Iterable[str]) -> dict[str, Value]:

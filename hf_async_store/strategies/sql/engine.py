@@ -22,6 +22,7 @@ from contextlib import (
 from itertools import chain, islice
 from math import inf
 from time import monotonic
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -71,7 +72,12 @@ from hf_async_store.strategies.sql.parameters import bind, check_statement
 from hf_async_store.strategies.sql.retried_session import RetriedSession
 from hf_async_store.strategies.sql.retries import conflict_backoff
 from hf_async_store.strategies.sql.rows import Table, Tables
-from hf_async_store.strategies.sql.session import SQLReader, SQLSession, on_live_connection
+from hf_async_store.strategies.sql.session import (
+    ReadAtOnce,
+    SQLReader,
+    SQLSession,
+    on_live_connection,
+)
 from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
@@ -175,15 +181,22 @@ class SQLEngine(Engine):
 
     async def tables(self, lease: LeasedConnection) -> Tables:
         """The tables that can be read, from the catalogue if necessary. Nothing is created."""
+        tables = self._tables_as_read()
+        if tables is not None:
+            return tables
+        catalogue = await self._sync.read(lease)
+        if catalogue is None:
+            return self._tables_of(Catalogue())
+        return self._use(catalogue)
+
+    def _tables_as_read(self) -> Tables | None:
+        """The tables, unless the catalogue must be read for them."""
         state = self._state
         if state is not None and (
             self._ready or (not state.lacks_table and monotonic() < state.read_again_at)
         ):
             return state.tables
-        catalogue = await self._sync.read(lease)
-        if catalogue is None:
-            return self._tables_of(Catalogue())
-        return self._use(catalogue)
+        return None
 
     @property
     def known_tables(self) -> Tables:
@@ -201,19 +214,19 @@ class SQLEngine(Engine):
 
     # -- connections -------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def writing(self) -> AsyncIterator[LeasedConnection]:
+    def writing(self) -> AbstractAsyncContextManager[LeasedConnection]:
         """A connection for writes."""
-        await self._prepare()
-        if not self._dialect.single_writer:
-            async with self._main.lease() as lease:
-                yield lease
-            return
-        await self._acquire_write_lock()
-        try:
-            async with self._main.lease() as lease:
-                yield lease
-        finally:
+        return _Writing(self, self._main.lease())
+
+    async def begin_writing(self) -> None:
+        """Prepare the store, and wait until no other connection of this store writes."""
+        if not self._ready:
+            await self._prepare()
+        if self._dialect.single_writer:
+            await self._acquire_write_lock()
+
+    def end_writing(self) -> None:
+        if self._dialect.single_writer:
             self._write_lock.release()
 
     async def _acquire_write_lock(self) -> None:
@@ -277,10 +290,11 @@ class SQLEngine(Engine):
                     raise
 
     async def select(self, query: Query) -> AsyncGenerator[Record, None]:
-        rows = None if query.limit is None else await self._small(query)
-        if rows is not None:
-            for entity_id, entity in rows:
-                yield Record(Key(query.collection, entity_id), entity)
+        few = None if query.limit is None else await self.select_at_once(query)
+        if few is not None:
+            id_of = self.schema[query.collection].id_of
+            for entity in few:
+                yield Record(Key(query.collection, id_of(entity)), entity)
             return
         # The caller may take long for each record, and need another connection for it, so the
         # stream uses a pool of its own.
@@ -301,38 +315,35 @@ class SQLEngine(Engine):
                 yield batch
 
     async def select_at_once(self, query: Query) -> list[Entity] | None:
-        rows = await self._small(query)
-        return None if rows is None else [entity for _, entity in rows]
-
-    async def _small(self, query: Query) -> list[reading.Row] | None:
         if not reading.may_be_small(query):
             return None
-        return await self._at_once(lambda reader: reader.small(query))
+        return await on_live_connection(lambda: self._at_once(query, reading.small, []))
 
     async def count(self, query: Query) -> int:
-        number = await self._at_once(lambda reader: reader.count_at_once(query))
+        read = reading.count_at_once
+        number = await on_live_connection(lambda: self._at_once(query, read, 0))
         if number is not None:
             return number
         async with self._reading(self._main) as reader:
             return await reader.count(query)
 
-    async def _at_once(self, read: Callable[[SQLReader], Awaitable[Result]]) -> Result:
-        """What one statement without a cursor reads.
+    async def _at_once(
+        self, query: Query, read: ReadAtOnce[Result], absent: Result
+    ) -> Result | None:
+        """What one statement without a cursor reads; `absent` if there is no table.
 
         Where such a statement needs no transaction, it takes one round trip instead of three.
         """
         if self._state is None and not self._dialect.exists():
-            return await read(SQLReader(None, {}))
+            return absent
         is_main = self._queries is self._main
-
-        async def once() -> Result:
-            if not (self._dialect.reads_alone if is_main else self._queries.is_free):
-                async with self._reading(self._main) as reader:
-                    return await read(reader)
-            async with self._queries.lease() as lease:
-                return await read(SQLReader(lease, await self.tables(lease)))
-
-        return await on_live_connection(once)
+        if not (self._dialect.reads_alone if is_main else self._queries.is_free):
+            async with self._reading(self._main) as reader:
+                return await reader.at_once(query, read, absent)
+        async with self._queries.lease() as lease:
+            tables = self._tables_as_read() or await self.tables(lease)
+            table = tables.by_name.get(query.collection)
+            return absent if table is None else await read(lease, table, query)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         if not self._dialect.exists():
@@ -702,6 +713,37 @@ class SQLEngine(Engine):
 
     def _pools_for_reads(self) -> list[Connections]:
         return [each for each in (self._readers, self._queries) if each is not self._main]
+
+
+class _Writing(AbstractAsyncContextManager[LeasedConnection]):
+    """See `SQLEngine.writing`. A generator would take twice as long."""
+
+    __slots__ = ("_engine", "_leasing")
+
+    def __init__(
+        self, engine: SQLEngine, leasing: AbstractAsyncContextManager[LeasedConnection]
+    ) -> None:
+        self._engine = engine
+        self._leasing = leasing
+
+    async def __aenter__(self) -> LeasedConnection:
+        await self._engine.begin_writing()
+        try:
+            return await self._leasing.__aenter__()
+        except BaseException:
+            self._engine.end_writing()
+            raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await self._leasing.__aexit__(kind, exc, traceback)
+        finally:
+            self._engine.end_writing()
 
 
 def _pools(config: SQLConfig, dialect: Dialect) -> tuple[Connections, ...]:

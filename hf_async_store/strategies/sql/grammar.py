@@ -7,16 +7,19 @@ A field with a key column is compared and sorted by its key column, the same way
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Final, NamedTuple
 
 import msgspec
 
 from hf_async_store.query import Missing
-from hf_async_store.values import FieldType, Value
+from hf_async_store.values import Entity, FieldType, Value
 
 TRUE: Final = "TRUE"
 FALSE: Final = "FALSE"
+ROWS_PER_STEP: Final = 256
+"""How many rows are decoded in one step of the event loop, if they need not be filtered here."""
+
 OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 
 encode_json: Final = msgspec.json.encode
@@ -28,6 +31,25 @@ class Condition(NamedTuple):
 
     sql: str
     exact: bool = True
+
+
+class Compiled(NamedTuple):
+    """A query as SQL.
+
+    Attributes:
+        args: the arguments of the statement.
+        residual: the condition by which the rows must still be filtered; None if all rows match.
+        limited: the statement applies the limit.
+        step: how many rows are decoded, and filtered, in one step of the event loop.
+        where: the condition of the statement.
+    """
+
+    sql: str
+    args: list[object]
+    residual: Callable[[Entity], bool] | None = None
+    limited: bool = False
+    step: int = ROWS_PER_STEP
+    where: str = ""
 
 
 class Arguments:

@@ -14,8 +14,9 @@ from hf_async_store.changes import ChangedMatches
 from hf_async_store.query import And, Comparison
 from hf_async_store.sort_bytes import INEXACT, MAX_SORT_BYTES
 from hf_async_store.strategies.sql.compiler import compile_query
-from hf_async_store.strategies.sql.grammar import Arguments, decode_json
+from hf_async_store.strategies.sql.grammar import Arguments, Compiled, decode_json
 from hf_async_store.strategies.sql.names import DOC, key_column, quoted
+from hf_async_store.strategies.sql.query_shapes import keep, shape_of
 from hf_async_store.strategies.sql.sending import overtaken
 from hf_async_store.values import VERSION, Entity, Key
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from hf_async_store.query import Query
     from hf_async_store.strategies.sql.pending import Encoder
     from hf_async_store.strategies.sql.rows import Table
+    from hf_async_store.strategies.sql.write_sql import StatementKey
 
 
 _LEADING: Final = ("eq", "lt", "lte", "gt", "gte", "between")
@@ -54,25 +56,23 @@ class MatchingUpdate(NamedTuple):
         names = None if table is None else _sorted_by(table, query)
         if table is None or names is None or query.fields is None:
             return None
-        if not _index_leads(table, query):
-            return None
         pending = encoder.pending(0, change)
         shape = pending.shape
         if shape is None or shape.unique or shape.parents:
             return None
         _, _, *columns, document = encoder.arguments(shape, [pending], alone=True)
-        args = Arguments(table.grammar)
-        args.values = [str(int(seconds * 1000)), document, *columns]
-        assignments, condition = encoder.statements.assignments(shape)
-        decided = " AND ".join([condition, *(_is_placed(each) for each in names)])
-        values = [f"(t.{DOC} -> '{each}'::text)::text" for each in names]
-        place = ["t.ctid", f"t.{table.key}", f"t.{VERSION}", f"({decided}) IS TRUE"]
-        selected = ", ".join([*place, *values])
-        compiled = compile_query(table, query, args=args, selected=selected)
-        if not compiled.limited:
+        first = [str(int(seconds * 1000)), document, *columns]
+        args: list[object] = [*first]
+        of_query = shape_of(table, query, args)
+        kept = None if of_query is None else table.statements.get((shape, of_query))
+        if kept is not None:
+            return cls(table, names, kept.sql, args)
+        compiled = _compiled(encoder, table, query, shape, names, first)
+        if compiled is None:
             return None
-        sql = encoder.statements.of_selected(table, compiled.sql, assignments, len(values))
-        return cls(table, names, sql, args.values)
+        if of_query is not None:
+            keep(table, (shape, of_query), compiled)
+        return cls(table, names, compiled.sql, compiled.args)
 
     def result(self, rows: Sequence[Sequence[Any]]) -> ChangedMatches | None:
         """What was changed; None: nothing, because one of them must be decided by the store."""
@@ -90,6 +90,35 @@ class MatchingUpdate(NamedTuple):
             # A trigger that this store did not make may keep a row as it is.
             found.outcomes.append(overtaken(key) if written is None else written)
         return found
+
+
+def _compiled(
+    encoder: Encoder,
+    table: Table,
+    query: Query,
+    shape: StatementKey,
+    names: Sequence[str],
+    first: Sequence[object],
+) -> Compiled | None:
+    """The statement; None if its query is not answered by an index alone.
+
+    Args:
+        first: the arguments of the change.
+    """
+    if not _index_leads(table, query):
+        return None
+    args = Arguments(table.grammar)
+    args.values = list(first)
+    assignments, condition = encoder.statements.assignments(shape)
+    decided = " AND ".join([condition, *(_is_placed(each) for each in names)])
+    values = [f"(t.{DOC} -> '{each}'::text)::text" for each in names]
+    place = ["t.ctid", f"t.{table.key}", f"t.{VERSION}", f"({decided}) IS TRUE"]
+    selected = ", ".join([*place, *values])
+    compiled = compile_query(table, query, args=args, selected=selected)
+    if not compiled.limited:
+        return None
+    sql = encoder.statements.of_selected(table, compiled.sql, assignments, len(values))
+    return compiled._replace(sql=sql)
 
 
 def _sorted_by(table: Table, query: Query) -> list[str] | None:

@@ -7,8 +7,9 @@ A group is what `compiler.group_of` says: adjacent rows that SQL returns in any 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 
 import msgspec
@@ -17,16 +18,26 @@ from hf_async_store.changes import Record
 from hf_async_store.errors import CorruptionError, ProtocolError, StorageError
 from hf_async_store.event_loop import computed
 from hf_async_store.generators import Owned
-from hf_async_store.query import MISSING, And, Comparison, Filter, Missing, Query, ordered
+from hf_async_store.query import (
+    And,
+    Comparison,
+    Filter,
+    Missing,
+    Query,
+    Steps,
+    ordered,
+    value_reader,
+)
 from hf_async_store.sort_bytes import sort_bytes
 from hf_async_store.strategies.sql.compiler import (
     SHORT,
-    Compiled,
     compile_count,
     compile_first_by_id,
     compile_query,
     group_of,
 )
+from hf_async_store.strategies.sql.grammar import Compiled
+from hf_async_store.strategies.sql.query_shapes import compiled_by_shape
 from hf_async_store.values import Entity, Key, Value
 
 if TYPE_CHECKING:
@@ -48,6 +59,8 @@ _TRIED: Final = 1024
 
 _MAX_IDS: Final = 1024
 """The maximum number of ids in one statement."""
+
+_compile_unsorted: Final = partial(compile_query, in_order=False)
 
 Row: TypeAlias = "tuple[str, Entity]"
 """The id of a row, and its entity."""
@@ -128,60 +141,85 @@ async def compiled_query(
     table: Table, query: Query, *, group: Sequence[Value | Missing] | None = None
 ) -> Compiled:
     """`compile_query`, of a query whose filter may have many values."""
+    if group is None and not query.has_many_values:
+        return compiled_by_shape(compile_query, table, query)
     work = partial(compile_query, table, query, group=group)
     return await computed(work, long=query.has_many_values)
 
 
-async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Row] | None:
-    """The ids and entities of a query with few rows, read at once.
+async def small(lease: LeasedConnection, table: Table, query: Query) -> list[Entity] | None:
+    """The entities of a query with few rows, read at once.
 
     Returns None if a cursor is needed: there are many rows, or they must be filtered in Python, or sorted
     in groups. A query without a limit is tried if an index leads to the rows of one value, which are
     often few; then little was read in vain.
     """
     if query.limit is None:
-        if not _has_indexed_value(table, query.where):
-            return None
-        few = await small(lease, table, query.with_limit(_SMALL_LIMIT))
-        return few if few is not None and len(few) < _SMALL_LIMIT else None
+        return await _few(lease, table, query) if _has_indexed_value(table, query.where) else None
     compiled = await compiled_query(table, query)
-    after = query.after
-    if not compiled.limited or (after and group_of(table, query.order, after.values)):
+    if not compiled.limited or not is_position_exact(table, query):
         return None
-    if _is_tried_by_id(table, query):
+    if is_tried_by_id(table, query):
         read = _by_id_or_index(table, query, compiled)
-        rows = await _undamaged(lease, table, lease.read(read))
+        try:
+            rows: Sequence[Sequence[Any]] = await lease.read(read)
+        except ProtocolError as exc:
+            await _raise_if_damaged(lease, table, exc)
+            raise
     else:
         rows = await _all_rows(lease, table, compiled)
-    return _found(table, query, rows)
+    entities = list(map(table.entity, rows))
+    return entities if are_in_place(query, entities) else None
 
 
-def in_thread(table: Table, query: Query) -> Callable[[Any], list[Row] | None] | None:
+async def _few(lease: LeasedConnection, table: Table, query: Query) -> list[Entity] | None:
+    """The entities of a query without a limit; None as `small`, or if there are many."""
+    limited = query.with_limit(_SMALL_LIMIT)
+    if query.order or query.has_many_values:
+        few = await small(lease, table, limited)
+        return few if few is not None and len(few) < _SMALL_LIMIT else None
+    # By id. They are sorted here, in a tenth of the time that the database would take.
+    compiled = compiled_by_shape(_compile_unsorted, table, limited)
+    rows = await _all_rows(lease, table, compiled) if compiled.limited else ()
+    if not compiled.limited or len(rows) == _SMALL_LIMIT:
+        return None
+    return sorted(map(table.entity, rows), key=itemgetter(table.key_field))
+
+
+def in_thread(table: Table, query: Query) -> Callable[[Any], list[Entity] | None] | None:
     """What reads as `small` does, of a query with a limit, in the thread of a driver that has one.
 
     Its rows are not searched for damage; None as `small`.
     """
-    compiled = compile_query(table, query)
-    after = query.after
-    if not compiled.limited or (after and group_of(table, query.order, after.values)):
+    compiled = compiled_by_shape(compile_query, table, query)
+    if not compiled.limited or not is_position_exact(table, query):
         return None
     read = _rows_in_thread(table, query, compiled)
-    return lambda connection: _found(table, query, read(connection))
+
+    def in_place(connection: Any) -> list[Entity] | None:
+        entities = list(map(table.entity, read(connection)))
+        return entities if are_in_place(query, entities) else None
+
+    return in_place
 
 
 def _rows_in_thread(table: Table, query: Query, compiled: Compiled) -> Callable[[Any], list[Any]]:
-    if _is_tried_by_id(table, query):
+    if is_tried_by_id(table, query):
         return _by_id_or_index(table, query, compiled)
     return lambda connection: connection.execute(compiled.sql, compiled.args).fetchall()
 
 
-def _found(table: Table, query: Query, rows: Sequence[Sequence[Any]]) -> list[Row] | None:
-    """The ids and entities of all rows; None if they may have to be sorted in groups."""
-    found = [(cast("str", row[0]), table.entity(row)) for row in rows]
-    return None if any(_may_be_in_groups(each.path, found) for each in query.order) else found
+def are_in_place(query: Query, entities: Sequence[Entity]) -> bool:
+    """Whether SQL has selected and sorted the entities of a query; else they may be in groups."""
+    return not any(_may_be_in_groups(each.path, entities) for each in query.order)
 
 
-def _is_tried_by_id(table: Table, query: Query) -> bool:
+def is_position_exact(table: Table, query: Query) -> bool:
+    """Whether SQL finds the first row after the position of a query; else it may be in a group."""
+    return query.after is None or not group_of(table, query.order, query.after.values)
+
+
+def is_tried_by_id(table: Table, query: Query) -> bool:
     """Whether a query in the order of ids may be answered from the first of all rows.
 
     SQLite, which has no statistics, would read all matches by an index on the filter, and sort them.
@@ -206,9 +244,9 @@ def _by_id_or_index(table: Table, query: Query, compiled: Compiled) -> Callable[
     def read(connection: Any) -> list[Any]:
         counted = connection.execute(f"SELECT count(*) FROM ({matching})", compiled.args)
         if counted.fetchone() == (_MANY,):
-            rows: list[Any] = connection.execute(first.sql, first.args).fetchall()
-            if len(rows) == query.limit:
-                return rows
+            found: list[Any] = connection.execute(first.sql, first.args).fetchall()
+            if len(found) == query.limit:
+                return found
         return cast("list[Any]", connection.execute(compiled.sql, compiled.args).fetchall())
 
     return read
@@ -225,21 +263,23 @@ def _has_indexed_value(table: Table, where: Filter) -> bool:
     )
 
 
-def _may_be_in_groups(path: Sequence[str | int], rows: Sequence[Row]) -> bool:
+def _may_be_in_groups(path: Steps, entities: Sequence[Entity]) -> bool:
     """Whether a row may be in a group of rows that are sorted by the value at a path; see `group_of`."""
-    name = path[0] if len(path) == 1 else None
-    for _, entity in rows:
-        value = _value_at(entity, path) if name is None else entity.get(cast("str", name))
-        kind = type(value)
-        if kind is list or kind is dict or (kind is str and len(cast("str", value)) > SHORT):
-            return True
-    return False
+    values = list(map(value_reader(path), entities))
+    if not {list, dict}.isdisjoint(map(type, values)):
+        return True
+    return max([len(each) for each in values if isinstance(each, str)], default=0) > SHORT
 
 
 async def count_at_once(lease: LeasedConnection, table: Table, query: Query) -> int | None:
     """The number of records that match a query; None if SQL cannot count them."""
-    compiled = await computed(partial(compile_count, table, query), long=query.has_many_values)
-    if compiled is None:
+    if query.limit is not None or query.after is not None:
+        return None
+    if query.has_many_values:
+        compiled = await computed(partial(compile_count, table, query), long=True)
+    else:
+        compiled = compiled_by_shape(compile_count, table, query)
+    if compiled.residual is not None:
         return None
     rows = await _all_rows(lease, table, compiled)
     if len(rows) != 1:
@@ -291,13 +331,18 @@ async def _after_position(
             placed = msgspec.structs.replace(query, limit=None)
             yield await _sorted(_whole_group(lease, table, query, before), placed)
     compiled = await compiled_query(table, query)
+    readers = [value_reader(each.path) for each in query.order]
     members: list[Row] = []  # the last rows read, if they are in a group
     group: list[Value | Missing] = []
     read = 0
     async with Owned(_batches(lease, table, compiled)) as batches:
         async for batch in batches:
             read += len(batch)
-            groups = [_group(table, query, entity) for _, entity in batch] if query.order else []
+            groups = [
+                group_of(table, query.order, [read(entity) for read in readers])
+                for _, entity in batch
+                if readers
+            ]
             if not members and not any(groups):
                 yield batch
                 continue
@@ -337,22 +382,8 @@ async def _once(rows: list[Row]) -> AsyncGenerator[list[Row], None]:
     yield rows
 
 
-def _group(table: Table, query: Query, entity: Entity) -> list[Value | Missing] | None:
-    return group_of(table, query.order, [_value_at(entity, each.path) for each in query.order])
-
-
 def _bytes_of(group: Sequence[Value | Missing]) -> list[bytes]:
     return list(map(sort_bytes, group))
-
-
-def _value_at(entity: Entity, path: Sequence[str | int]) -> Value | Missing:
-    value: Any = entity
-    for step in path:
-        if isinstance(step, str):
-            value = value.get(step, MISSING) if isinstance(value, dict) else MISSING
-        else:
-            value = value[step] if isinstance(value, list) and step < len(value) else MISSING
-    return cast("Value | Missing", value)
 
 
 # -- rows -----------------------------------------------------------------------------------
@@ -365,10 +396,7 @@ async def _batches(
     async with Owned(_raw_batches(lease, table, compiled)) as batches:
         async for rows in batches:
             for start in range(0, len(rows), compiled.step):
-                found = [
-                    (cast("str", row[0]), table.entity(row))
-                    for row in rows[start : start + compiled.step]
-                ]
+                found = [(row[0], table.entity(row)) for row in rows[start : start + compiled.step]]
                 if compiled.residual is not None:
                     found = [each for each in found if compiled.residual(each[1])]
                 yield found
@@ -390,14 +418,8 @@ async def _raw_batches(
 async def _all_rows(
     lease: LeasedConnection, table: Table, compiled: Compiled
 ) -> Sequence[Sequence[Any]]:
-    return await _undamaged(lease, table, lease.rows(compiled.sql, compiled.args))
-
-
-async def _undamaged(
-    lease: LeasedConnection, table: Table, reading: Awaitable[Sequence[Sequence[Any]]]
-) -> Sequence[Sequence[Any]]:
     try:
-        return await reading
+        return await lease.rows(compiled.sql, compiled.args)
     except ProtocolError as exc:
         await _raise_if_damaged(lease, table, exc)
         raise

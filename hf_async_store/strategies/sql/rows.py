@@ -26,7 +26,7 @@ from hf_async_store.values import VERSION, Entity, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.catalogue import Catalogue, Entry
-    from hf_async_store.strategies.sql.grammar import Grammar
+    from hf_async_store.strategies.sql.grammar import Compiled, Grammar
 
 _DAMAGED: Final = (ValueError, TypeError, RecursionError)
 """The exceptions that decoding a damaged row can raise."""
@@ -45,6 +45,8 @@ class Table:
         unique: the fields of the unique columns.
         columns: the names of the key columns and the unique columns, quoted: those of `Stored.keys`.
         ready: the fields whose key columns queries may use.
+        plain: these, without the id and the version, which have columns of their own.
+        statements: those of queries, by shape: see `query_shapes`. The only part that changes.
         generation: see `Entry`.
         selected: the expressions that a SELECT must read for `entity`.
         fetch_one, fetch_many: the SQL that reads rows by an id, and by a list of ids.
@@ -63,6 +65,8 @@ class Table:
         unique_columns = tuple(quoted(unique_column(each)) for each in self.unique)
         self.columns = (*self.key_columns, *unique_columns)
         self.ready = frozenset(name for name, filled in entry.columns.items() if filled)
+        self.plain = self.ready - {entry.key, VERSION}
+        self.statements: dict[tuple[object, ...], Compiled] = {}
         self.generation = entry.generation
         self.selected = f"t.{self.key}, {grammar.read(f't.{DOC}')}, t.{VERSION}"
         source = f"SELECT {self.selected} FROM {self.name} AS t WHERE t.{self.key}"

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from itertools import count
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import Isolation, Reader, Session
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.rows import Table
 
 Item = TypeVar("Item")
+
+ReadAtOnce: TypeAlias = "Callable[[LeasedConnection, Table, Query], Awaitable[Item | None]]"
+"""`reading.small` or `reading.count_at_once`."""
 
 
 class SQLReader(Reader):
@@ -53,10 +56,10 @@ class SQLReader(Reader):
             return [None] * len(keys)
         return await reading.fetch(lease, self._tables, keys)
 
-    async def small(self, query: Query) -> list[reading.Row] | None:
-        """See `reading.small`."""
+    async def at_once(self, query: Query, read: ReadAtOnce[Item], absent: Item) -> Item | None:
+        """What `read` returns; `absent` if the table does not exist."""
         source = await self._source(query)
-        return [] if source is None else await reading.small(*source, query)
+        return absent if source is None else await read(*source, query)
 
     def select(self, query: Query) -> AsyncGenerator[Record, None]:
         return self._read(reading.records, query)
@@ -74,11 +77,6 @@ class SQLReader(Reader):
             async with Owned(read(*source, query)) as items:
                 async for each in items:
                     yield each
-
-    async def count_at_once(self, query: Query) -> int | None:
-        """See `reading.count_at_once`."""
-        source = await self._source(query)
-        return 0 if source is None else await reading.count_at_once(*source, query)
 
     async def count(self, query: Query) -> int:
         source = await self._source(query)

@@ -10,7 +10,15 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -38,7 +46,13 @@ from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.sql.dialect import Dialect, Relation, Result
 from hf_async_store.strategies.sql.errors import sqlite_error
 from hf_async_store.strategies.sql.names import Names, quoted
-from hf_async_store.strategies.sql.sqlite_functions import FUNCTIONS, NANOSECONDS, nanoseconds
+from hf_async_store.strategies.sql.sqlite_functions import (
+    CHANGED_DOCUMENT,
+    FUNCTIONS,
+    NANOSECONDS,
+    RowFunction,
+    nanoseconds,
+)
 from hf_async_store.strategies.sql.sqlite_grammar import SQLiteGrammar
 from hf_async_store.values import Value
 
@@ -112,6 +126,8 @@ class _ClosingConnection(sqlite3.Connection):
         super().__init__(*args, **options)
         # Not a WeakSet, which would make each statement 3 microseconds slower.
         self._cursors: list[weakref.ref[sqlite3.Cursor]] = []
+        self.changed_document = RowFunction()
+        self.create_function(CHANGED_DOCUMENT, 3, self.changed_document)
 
     def cursor(self, factory: Any = sqlite3.Cursor) -> Any:
         """See `sqlite3.Connection.cursor`."""
@@ -176,13 +192,21 @@ class _Connection(aiosqlite.Connection):
     def is_open(self) -> bool:
         return self._running and self._connection is not None
 
-    def run(self, work: Callable[[sqlite3.Connection], Result]) -> asyncio.Future[Result]:
+    def run(
+        self, work: Callable[[sqlite3.Connection], Result], *, completes: bool = False
+    ) -> asyncio.Future[Result]:
         """Call a function with the connection in its thread; without the wrappers of aiosqlite, which take
-        as long as a small statement."""
+        as long as a small statement.
+
+        Args:
+            completes: see `Dialect.job`.
+        """
         connection = self._connection
         if connection is None or not self._running:
             raise ValueError("the connection was closed")
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result]
+        future = _UninterruptedFuture(loop=loop) if completes else loop.create_future()
         cast("Any", self)._tx.put_nowait((future, partial(work, connection)))
         return future
 
@@ -227,6 +251,19 @@ class _Connection(aiosqlite.Connection):
             threading.Event().wait()
 
         cast("Any", self)._tx.put_nowait((None, wait))
+
+
+class _UninterruptedFuture(asyncio.Future[Result]):
+    """A future that cannot be cancelled: a task that awaits it raises the cancellation when it is done.
+
+    A task that is cancelled cancels the future that it awaits. If that refuses, the task raises the
+    cancellation when it continues. A shield would take two more iterations of the event loop.
+    """
+
+    def cancel(self, msg: object = None) -> bool:
+        """See `asyncio.Future.cancel`."""
+        del msg
+        return False
 
 
 _STOP: Final = object()
@@ -562,15 +599,18 @@ class SQLite(Dialect):
             and (mine.files.database == theirs.files.database)
         )
 
-    async def rows(
+    def rows(
         self, driver: _Connection, sql: str, args: Sequence[object]
-    ) -> Sequence[Sequence[Any]]:
+    ) -> Coroutine[Any, Any, Sequence[Sequence[Any]]]:
         def fetch(connection: sqlite3.Connection) -> Sequence[Sequence[Any]]:
             return connection.execute(sql, args).fetchall()
 
-        rows = await self.job(driver, fetch, completes=False)
-        if driver.immutable is not None:
-            self._check_immutable(driver)
+        reading = self.job(driver, fetch, completes=False)
+        return reading if driver.immutable is None else self._unchanged(driver, reading)
+
+    async def _unchanged(self, driver: _Connection, reading: Awaitable[Result]) -> Result:
+        rows = await reading
+        self._check_immutable(driver)
         return rows
 
     async def job(
@@ -584,9 +624,13 @@ class SQLite(Dialect):
 
         deadline = time.monotonic() + self._config.timeout
         while True:
+            running = driver.run(checked, completes=completes)
             try:
-                running = driver.run(checked)
-                return await (run_to_completion(running) if completes else running)
+                return await running
+            except asyncio.CancelledError:
+                if completes and running.done():
+                    running.exception()  # marks it as retrieved, so that the event loop does not log it
+                raise
             except sqlite3.OperationalError as exc:
                 if _is_undecodable(exc) and driver.text_factory is str:
                     # Read the rows again as bytes, so that the damaged row can be found.

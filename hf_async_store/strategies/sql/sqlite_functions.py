@@ -70,7 +70,17 @@ def nanoseconds() -> int:
     return next_token(0)
 
 
+class RowFunction:
+    """A function of one connection, which an UPDATE calls for each row: `of_row`, which is set before."""
+
+    of_row: Callable[..., str]
+
+    def __call__(self, *row: object) -> str:
+        return self.of_row(*row)
+
+
 NANOSECONDS: Final = "hf_nanoseconds"
+CHANGED_DOCUMENT: Final = "hf_changed_document"
 
 FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
     "hf_test": (3, test),

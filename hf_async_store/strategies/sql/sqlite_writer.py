@@ -13,7 +13,7 @@ default, a statement of many rows would first copy each page that it changes.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, compress
 from operator import ne
@@ -45,6 +45,7 @@ from hf_async_store.strategies.sql.errors import REFUSALS
 from hf_async_store.strategies.sql.immediate import committed
 from hf_async_store.strategies.sql.names import DOC, quoted
 from hf_async_store.strategies.sql.sqlite_feed import last_changes, merge_changes
+from hf_async_store.strategies.sql.sqlite_matching import CannotDecideError, MatchingUpdate
 from hf_async_store.strategies.sql.writer import Writer
 from hf_async_store.unique import violation
 from hf_async_store.values import CREATED_AT, VERSION, Key, version_of
@@ -95,31 +96,52 @@ class SQLiteWriter(Writer):
         """See `Writer`. If another process has the write lock, nothing is done: there may be no matches,
         for which nobody need wait."""
         table = self.tables[query.collection]
-        read = reading.in_thread(table, query)
-        if read is None:
+        update = MatchingUpdate.of(table, query, change, self._decided_fields(table))
+        match = self._decided_matches(table, query, change) if update is None else update.run
+        if match is None:
             return None
 
-        def match(connection: sqlite3.Connection) -> ChangedMatches | None:
-            rows = read(connection)
-            if rows is None:
-                return None
-            keys = [Key(query.collection, each) for each, _ in rows]
-            entities = [each for _, each in rows]
-            changes = [
-                replace(change, key=key, expect=version_of(entity))
-                for key, entity in zip(keys, entities, strict=True)
-            ]
-            return ChangedMatches(keys, entities, self._decided(connection, changes))
+        def checked(connection: sqlite3.Connection) -> ChangedMatches | None:
+            self._check_catalogue(connection)
+            return match(connection)
 
         def at_once(connection: sqlite3.Connection) -> ChangedMatches | None:
             try:
-                return committed(connection, match)
+                return committed(connection, checked)
+            except CannotDecideError:
+                return None
             except sqlite3.OperationalError as exc:
                 if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
                     return None
                 raise
 
         return await lease.job(at_once)
+
+    def _decided_matches(
+        self, table: Table, query: Query, change: Change
+    ) -> Callable[[sqlite3.Connection], ChangedMatches | None] | None:
+        """What reads the matches of a query, decides the change of each, and writes them."""
+        read = reading.in_thread(table, query)
+        if read is None:
+            return None
+
+        def match(connection: sqlite3.Connection) -> ChangedMatches | None:
+            entities = read(connection)
+            if entities is None:
+                return None
+            keys = [Key(query.collection, cast("str", each[table.key_field])) for each in entities]
+            changes = [
+                replace(change, key=key, expect=version_of(entity))
+                for key, entity in zip(keys, entities, strict=True)
+            ]
+            return ChangedMatches(keys, entities, self._decided(connection, changes))
+
+        return match
+
+    def _decided_fields(self, table: Table) -> set[str]:
+        """The fields of which a new value is decided by other entities."""
+        references = self.schema[table.collection].references if self.references else ()
+        return {*chain.from_iterable(table.unique), *(each.name for each in references)}
 
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
