@@ -167,7 +167,7 @@ class ChangesByFilter:
         Raises:
             StorageError: the first failure of another kind.
         """
-        if not any(isinstance(each, StorageError) for each in outcomes):
+        if {*map(type, outcomes)} <= {int}:  # the usual case
             self._changed(entities)
             return None, []
         failed = list(zip(entities, outcomes, strict=True))

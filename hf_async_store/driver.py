@@ -485,8 +485,7 @@ class Engine(Reader):
         """Change the entities that match a query with a limit, in one atomic step.
 
         None, the default, which is right for every engine: nothing was done, for whatever reason, and the
-        store reads the entities and changes each of them. If the caller is cancelled meanwhile, nothing
-        is written after this has ended: see `run_to_completion`.
+        store reads the entities and changes each of them.
 
         Args:
             change: what is done with each entity, if it still has the version that was read. Of its key,

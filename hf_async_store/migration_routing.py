@@ -501,7 +501,8 @@ class MigrationRouter(Engine):
         route = await self.current_route()
         marked = _with_markers(changes) if route.add_markers else changes
         outcomes = await write(self.engine_of(route), marked)
-        await self._confirm_written(route, changes, outcomes)
+        if not self.is_valid(route):
+            await self._confirm_written(route, changes, outcomes)
         return outcomes
 
     async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
@@ -509,7 +510,7 @@ class MigrationRouter(Engine):
         if route.add_markers:
             return None
         changed = await self.engine_of(route).change_matches(query, change)
-        if changed is not None:
+        if changed is not None and not self.is_valid(route):
             changes = [msgspec.structs.replace(change, key=each) for each in changed.keys]
             await self._confirm_written(route, changes, changed.outcomes)
         return changed
@@ -526,7 +527,7 @@ class MigrationRouter(Engine):
             for change, outcome in zip(changes, outcomes, strict=True)
             if not isinstance(outcome, StorageError) or outcome.outcome_unknown
         ]
-        if written and not self.is_valid(route):
+        if written:
             await self.confirm(route, written)
 
     def session(self, isolation: Isolation | None) -> AbstractAsyncContextManager[Session]:

@@ -409,7 +409,9 @@ class StorageStrategy(WatchedStore):
         engine = self._usable()
         if self._lifetimes is not None or self._writes.observer is not None:
             return None  # they concern each change that is written
-        changed = await engine.change_matches(query, change)
+        # As in the coalescer, a cancellation waits until the changes have been written, and during a live
+        # migration until they have been confirmed.
+        changed = await run_to_completion(engine.change_matches(query, change))
         if changed is not None and self._record_attempts:
             await self._record_declarations(changed.outcomes)
         return changed
