@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from hf_async_store.strategies.sql.compiler import compile_query
 from hf_async_store.strategies.sql.grammar import Arguments
 from hf_async_store.strategies.sql.names import quoted
 from hf_async_store.strategies.sql.sqlite_functions import NANOSECONDS
@@ -14,11 +15,27 @@ if TYPE_CHECKING:
 
     from hf_async_store.claim_clock import Moment
     from hf_async_store.claim_records import ClaimTerms
-    from hf_async_store.strategies.sql.grammar import Grammar
+    from hf_async_store.query import Query
+    from hf_async_store.strategies.sql.grammar import Compiled, Grammar
     from hf_async_store.strategies.sql.rows import Table
     from hf_async_store.values import Key
 
 COLUMNS: Final = "id, token, owner, era, ends, held, attempts"
+
+
+TOOK_LONG: Final = (
+    "pg_catalog.clock_timestamp() > pg_catalog.statement_timestamp() + '2 ms'::interval"
+)
+"""On PostgreSQL, whether a statement has taken so long that it has probably passed over many entities."""
+
+_LOOK_UP_UNTIL: Final = "(SELECT pg_catalog.clock_timestamp() + '500 us'::interval)"
+
+_FEW_CLAIMS: Final = (
+    "c.id >= ''::text AND c.attempts + 0::bigint >= 0::bigint "
+    "AND c.attempts + 0::bigint < 9223372036854775807::bigint"
+)
+"""Always true. Because of it, the server expects few claims, so that it hashes them whatever `work_mem` is,
+and reads them by their index, because scans of tables are disabled where entities are claimed."""
 
 
 class ClaimSQL(Arguments, ABC):
@@ -39,9 +56,6 @@ class ClaimSQL(Arguments, ABC):
     """The same in nanoseconds, for new tokens, of the moment at which the row is written: an earlier
     statement may have waited for the lock while an entity was claimed and deleted."""
 
-    skip_locked: ClassVar[str]
-    """The end of a SELECT from the entities `t`: it locks them, except those that others have locked."""
-
     lock: ClassVar[str]
     """The end of a SELECT from the claims `c` that locks them."""
 
@@ -57,6 +71,26 @@ class ClaimSQL(Arguments, ABC):
     @abstractmethod
     def integer(self, value: int) -> str:
         """A parameter for an integer of 64 bits."""
+
+    @abstractmethod
+    def candidates(
+        self,
+        table: Table,
+        query: Query,
+        terms: ClaimTerms,
+        prefix: Sequence[str],
+        limit: str,
+        *,
+        many: bool,
+    ) -> Compiled:
+        """The SELECT of the first entities that can be claimed, without those that others have locked: the
+        columns of `Table.selected`, and possibly the place of the row.
+
+        Args:
+            prefix: see `compile_query`.
+            limit: as SQL.
+            many: many of the first ones are probably held.
+        """
 
     @abstractmethod
     def listed(self, ids: Sequence[str]) -> str:
@@ -80,16 +114,21 @@ class ClaimSQL(Arguments, ABC):
         now = self._now.seconds
         return self.server_seconds if now is None else self.number(now)
 
-    def is_busy(self, terms: ClaimTerms) -> str:
-        """The condition that an entity cannot be claimed."""
-        busy = f"(c.era = {self.add(self._now.era)} AND c.ends > {self.seconds})"
+    def is_busy(self, terms: ClaimTerms, *, once: bool = False) -> str:
+        """The condition that an entity cannot be claimed.
+
+        Args:
+            once: the clock is read once for many rows.
+        """
+        seconds = f"(SELECT {self.seconds})" if once else self.seconds
+        busy = f"(c.era = {self.add(self._now.era)} AND c.ends > {seconds})"
         if terms.max_attempts is not None:
             busy = f"({busy} OR c.attempts >= {self.integer(terms.max_attempts)})"
         return busy
 
-    def no_claim(self, entities: Table, terms: ClaimTerms) -> str:
-        """The condition that the entity `t` can be claimed."""
-        busy = f"c.id = t.{entities.key} AND {self.is_busy(terms)}"
+    def no_claim(self, entities: Table, busy: str) -> str:
+        """The condition that the entity `t` can be claimed: its claim, if there is one, is not busy."""
+        busy = f"c.id = t.{entities.key} AND {busy}"
         return f"NOT EXISTS (SELECT 1 FROM {self.table} AS c WHERE {busy})"
 
     def is_held(self, key: Key, token: int) -> str:
@@ -128,24 +167,29 @@ class ClaimSQL(Arguments, ABC):
         """Returns a row, and locks it, if a claim is held with this token."""
         return f"SELECT 1 FROM {self.table} AS c WHERE {self.is_held(key, token)}{self.lock}"
 
-    def write(self, sql: str, key: Key, token: int, *, ends: bool, snapshot: bool) -> str:
+    def write(
+        self, sql: str, key: Key, token: int, place: object, *, ends: bool, snapshot: bool
+    ) -> str:
         """Locks a claim, and if it is held with this token, executes a statement of `Writer.if_held`, whose
-        arguments come first. Returns whether it is held, and the version that was written.
+        arguments come first. Returns a row if it is held: the version that was written, and the place of
+        the row.
 
         Args:
+            place: where the row was, for a statement that asks for it; else None.
             ends: the claim is deleted, if the statement has changed a row.
             snapshot: the transaction has one snapshot, so the deletion fails with a conflict if the claim
                 was changed since, and need not lock it before.
         """
         lock = "" if ends and snapshot else self.lock
-        held = f"SELECT c.id FROM {self.table} AS c WHERE {self.is_held(key, token)}{lock}"
+        at = "" if place is None else f", {self.add(place, 'place')} AS place"
+        held = f"SELECT c.id{at} FROM {self.table} AS c WHERE {self.is_held(key, token)}{lock}"
         end = ""
         if ends:
             written = f"c.id = {self.add(key.id)} AND EXISTS (SELECT 1 FROM w)"
             end = f", e AS (DELETE FROM {self.table} AS c WHERE {written})"
         return (
-            f"WITH held AS MATERIALIZED ({held}), w (id, version) AS ({sql}){end} "
-            "SELECT EXISTS (SELECT 1 FROM held), (SELECT w.version FROM w)"
+            f"WITH held AS MATERIALIZED ({held}), w (id, version, place) AS ({sql}){end} "
+            "SELECT w.version, w.place FROM held LEFT JOIN w ON TRUE"
         )
 
     def list(self) -> str:
@@ -157,8 +201,27 @@ class SQLiteClaimSQL(ClaimSQL):
     greatest = "max"
     server_seconds = ""
     server_nanoseconds = f"{NANOSECONDS}()"
-    skip_locked = ""
     lock = ""
+
+    def candidates(
+        self,
+        table: Table,
+        query: Query,
+        terms: ClaimTerms,
+        prefix: Sequence[str],
+        limit: str,
+        *,
+        many: bool,
+    ) -> Compiled:
+        del many  # a look-up in the same process costs little more than a row
+        found = compile_query(
+            table,
+            query,
+            args=self,
+            also=lambda: self.no_claim(table, self.is_busy(terms)),
+            prefix=prefix,
+        )
+        return found._replace(sql=f"{found.sql} LIMIT {limit}")
 
     def number(self, value: float) -> str:
         return self.add(value)
@@ -187,14 +250,55 @@ class SQLiteClaimSQL(ClaimSQL):
 
 class PostgresClaimSQL(ClaimSQL):
     greatest = "greatest"
-    # Not the time at which the transaction began: it may have waited for a lock since. A subquery is
-    # evaluated once, not for each row.
-    server_seconds = "(SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8)"
-    server_nanoseconds = (
-        "(SELECT 1000 * (1e6 * extract(epoch FROM pg_catalog.clock_timestamp()))::bigint)"
-    )
-    skip_locked = " FOR UPDATE OF t SKIP LOCKED"
+    # Not the time at which the transaction began: it may have waited for a lock since. Not in a subquery,
+    # which is evaluated once, but costs as much as for 50 rows; `extract` has a decimal as result.
+    server_seconds = "pg_catalog.date_part('epoch'::text, pg_catalog.clock_timestamp())"
+    server_nanoseconds = f"1000::bigint * (1000000::float8 * {server_seconds})::bigint"
     lock = " FOR UPDATE OF c"
+
+    def candidates(
+        self,
+        table: Table,
+        query: Query,
+        terms: ClaimTerms,
+        prefix: Sequence[str],
+        limit: str,
+        *,
+        many: bool,
+    ) -> Compiled:
+        row, skip_locked = f"{table.selected}, t.ctid", " FOR UPDATE OF t SKIP LOCKED"
+        no_claim = self._no_claim_of_many if many else self.no_claim
+        found = compile_query(
+            table,
+            query,
+            args=self,
+            also=lambda: no_claim(table, self.is_busy(terms, once=many)),
+            prefix=prefix,
+            selected=f"t.{table.key}" if many else row,
+        )
+        if not many:
+            return found._replace(sql=f"{found.sql} LIMIT {limit}{skip_locked}")
+        # The ids are read from the index alone, and a row only when nobody holds it. The rows are in the
+        # order of the ids: LATERAL can only be a nested loop around them.
+        found_row = (
+            f"SELECT {row} FROM {table.name} AS t "
+            f"WHERE t.{table.key} = s.id AND ({found.where}){skip_locked}"
+        )
+        return found._replace(
+            sql=f"SELECT l.* FROM ({found.sql}) AS s (id), LATERAL ({found_row}) AS l LIMIT {limit}"
+        )
+
+    def _no_claim_of_many(self, table: Table, busy: str) -> str:
+        """As `no_claim`; after half a millisecond, all claims are read, and hashed.
+
+        To look up some thousand claims takes longer. To read all of them at once would be in vain if the
+        first entities can be claimed, and nearly all claims are of others.
+        """
+        claims = f"SELECT c.id FROM {self.table} AS c WHERE {busy} AND {_FEW_CLAIMS}"
+        return (
+            f"CASE WHEN pg_catalog.clock_timestamp() < {_LOOK_UP_UNTIL} "
+            f"THEN {self.no_claim(table, busy)} ELSE t.{table.key} NOT IN ({claims}) END"
+        )
 
     def number(self, value: float) -> str:
         return f"{self.add(repr(value))}::float8"

@@ -23,7 +23,7 @@ from hf_async_store.config import SQLConfig
 from hf_async_store.driver import Session, giving_back, written
 from hf_async_store.errors import PermissionDeniedError
 from hf_async_store.query import Query, compile_order
-from hf_async_store.strategies.sql.compiler import compile_query
+from hf_async_store.strategies.sql.claim_sql import TOOK_LONG
 from hf_async_store.strategies.sql.completion import completed
 from hf_async_store.strategies.sql.connections import Connections
 from hf_async_store.strategies.sql.engine import SQLEngine
@@ -45,6 +45,8 @@ _FIRST_PAGE: Final = 16
 _CLAIMERS: Final = 4
 """The maximum number of connections for claims."""
 
+_MOST_PLACES: Final = 10_000
+"""Of how many claimed entities the place is remembered."""
 
 _Statement: TypeAlias = tuple[str, Sequence[object]]
 _Steps: TypeAlias = Generator[_Statement, Sequence[Sequence[Any]], list[Claimed]]
@@ -55,14 +57,35 @@ class _Taking(NamedTuple):
     """A statement that reads and claims.
 
     Attributes:
-        asked: for what query, terms and time it was made; of a clock of the server, the time is always the
-            same. A text, because 1 == True.
+        asked: for what query, terms and time it was made, and in which form; of a clock of the server, the
+            time is always the same. A text, because 1 == True.
     """
 
     table: Table
     asked: str
     sql: str
     args: Sequence[object]
+
+
+class _Places:
+    """Where PostgreSQL has the rows of claimed entities, as `ctid`.
+
+    A serializable statement that looks up a row by its id depends on the whole page of the index: it fails
+    if, meanwhile, another one changes any entity whose id is in this page. The place of a row is no
+    promise: whoever uses it must check the id, and look it up if another row, or none, is there.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[Key, object] = {}
+
+    def put(self, key: Key, place: object) -> None:
+        self._places[key] = place
+        if len(self._places) > _MOST_PLACES:
+            del self._places[next(iter(self._places))]
+
+    def pop(self, key: Key) -> object:
+        """The place of a row, if it is known; else None."""
+        return self._places.pop(key, None)
 
 
 class ClaimingSQLEngine(SQLEngine):
@@ -82,6 +105,10 @@ class ClaimingSQLEngine(SQLEngine):
         self._claim_sql = statement
         self._claim_tables: set[str] = set()  # the collections whose table of claims exists
         self._last_claims: dict[str, _Taking] = {}  # the last statement of each collection
+        self._passing_many: set[str] = (
+            set()
+        )  # the collections whose last claim took long, or found none
+        self._places = _Places()
 
     @asynccontextmanager
     async def _claiming(self, *, alone: bool) -> AsyncGenerator[LeasedConnection, None]:
@@ -200,7 +227,7 @@ class ClaimingSQLEngine(SQLEngine):
                 break
             async with self._alone() as lease:
                 # To the end, so that what was claimed is known even if the caller is cancelled.
-                found = await completed(_take(lease, taking, claimed))
+                found = await completed(self._take(lease, taking, claimed))
             if claimed or not found:
                 sort_key = compile_order(query)
                 claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
@@ -209,19 +236,34 @@ class ClaimingSQLEngine(SQLEngine):
         async with self._claiming(alone=False) as lease:
             claimed += await _sent(lease, self._steps(table, query, terms))
 
+    async def _take(self, lease: LeasedConnection, taking: _Taking, claimed: list[Claimed]) -> bool:
+        """Run a statement that claims; returns whether there was any candidate."""
+        rows = await lease.written(taking.sql, taking.args, "claim entities")
+        collection = taking.table.collection
+        if not rows or rows[0][-1]:
+            self._passing_many.add(collection)
+        else:
+            self._passing_many.discard(collection)
+        for *row, place, token, attempts, _ in rows:
+            if token is not None:
+                claimed.append(_claimed(taking.table, row, token, attempts))
+                self._places.put(claimed[-1].record.key, place)
+        return bool(rows)
+
     def _taking(self, table: Table, query: Query, terms: ClaimTerms) -> _Taking | None:
         """The statement that reads and claims; None if what it reads must be filtered further."""
-        asked = "" if query.has_many_values else repr((query, terms, self.claim_clock.now()))
+        many = query.collection in self._passing_many
+        asked = "" if query.has_many_values else repr((query, terms, self.claim_clock.now(), many))
         last = self._last_claims.get(query.collection)
         if asked and last is not None and last.table is table and last.asked == asked:
             return last
-        statement, candidates = self._candidates(table, query, terms)
+        statement, candidates = self._candidates(table, query, terms, many=many)
         if candidates.residual is not None:
             return None
         sql = (
-            f"WITH i (id, doc, version) AS MATERIALIZED ({candidates.sql}), "
+            f"WITH i (id, doc, version, place) AS MATERIALIZED ({candidates.sql}), "
             f"n AS ({statement.insert('i', terms)}) "
-            "SELECT i.id, i.doc, i.version, n.token, n.attempts "
+            f"SELECT i.id, i.doc, i.version, i.place, n.token, n.attempts, {TOOK_LONG} "
             "FROM i LEFT JOIN n ON n.id = i.id"
         )
         found = _Taking(table, asked, sql, statement.values)
@@ -234,9 +276,11 @@ class ClaimingSQLEngine(SQLEngine):
         assert query.limit is not None, "claims are limited"
         size = query.limit
         while True:
-            statement, candidates = self._candidates(table, query.with_limit(size), terms)
+            statement, candidates = self._candidates(
+                table, query.with_limit(size), terms, many=True
+            )
             rows = yield candidates.sql, statement.values
-            found = {row[0]: row for row in rows}
+            found = {row[0]: row[:3] for row in rows}
             if candidates.residual is not None:
                 matches = candidates.residual
                 found = {each: row for each, row in found.items() if matches(table.entity(row))}
@@ -251,24 +295,20 @@ class ClaimingSQLEngine(SQLEngine):
         return [_claimed(table, found[each], *taken[each]) for each in ids if each in taken]
 
     def _candidates(
-        self, table: Table, query: Query, terms: ClaimTerms
+        self, table: Table, query: Query, terms: ClaimTerms, *, many: bool
     ) -> tuple[ClaimSQL, Compiled]:
-        """The SELECT of the first entities that can be claimed."""
+        """See `ClaimSQL.candidates`."""
         statement = self._statement(table.collection)
         assert query.limit is not None, "claims are limited"
         prefix = prefix_of(table, query) if table.grammar.has_statistics else None
-        found = compile_query(
-            table,
-            query.with_limit(None),
-            args=statement,
-            also=lambda: statement.no_claim(table, terms),
-            prefix=prefix or (),
-        )
         # As a parameter: for an unknown limit PostgreSQL expects so many rows that it plans each execution
         # with the present values and sizes, instead of keeping a plan, unless only one plan is possible.
         keeps_plan = prefix is not None and query.limit == 1
         limit = "1" if keeps_plan else statement.integer(query.limit)
-        return statement, found._replace(sql=f"{found.sql} LIMIT {limit}{statement.skip_locked}")
+        everything = query.with_limit(None)
+        return statement, statement.candidates(
+            table, everything, terms, prefix or (), limit, many=many
+        )
 
     def _insert(self, collection: str, ids: Sequence[str], terms: ClaimTerms) -> _Statement:
         """Claims ids; returns the id, the token and the number of attempts of each that was free."""
@@ -356,19 +396,35 @@ class ClaimingSQLEngine(SQLEngine):
     async def _write_at_once(self, token: int, change: Change, *, ends: bool) -> int | None:
         """The version that one statement wrote; None if the change must be decided in a session."""
         await self._prepare()
+        place = self._places.pop(change.key)
+        version = None
+        if place is not None:
+            version = await self._write_row(token, change, place, ends=ends)
+        if version is None:  # perhaps the row is in another place
+            version = await self._write_row(token, change, None, ends=ends)
+        return version
+
+    async def _write_row(
+        self, token: int, change: Change, place: object, *, ends: bool
+    ) -> int | None:
+        """As `_write_at_once`, of a row that is found in a place, if one is given; else by its id."""
+        key = change.key
         async with self._main.lease() as lease:  # that of `writing`, as there may be several
-            found = self._writer.if_held(change)
+            found = self._writer.if_held(change, placed=place is not None)
             if found is None:
                 return None
-            statement = self._statement(change.key.collection)
+            statement = self._statement(key.collection)
             sql, statement.values = found
             # The claim of an entity that is deleted is deleted by the foreign key.
-            ends = ends and type(change) is not Delete
+            deletes = ends and type(change) is not Delete
             snapshot = self._config.isolation != "read_committed"
-            sql = statement.write(sql, change.key, token, ends=ends, snapshot=snapshot)
-            [(held, version)] = await lease.rows(sql, statement.values, doing="write", writes=True)
-        if not held:
-            raise lost(change.key)
+            sql = statement.write(sql, key, token, place, ends=deletes, snapshot=snapshot)
+            rows = await lease.rows(sql, statement.values, doing="write", writes=True)
+        if not rows:
+            raise lost(key)
+        [(version, written_to)] = rows
+        if version is not None and not ends:
+            self._places.put(key, written_to)
         return cast("int | None", version)
 
     def claimed_session(
@@ -436,13 +492,6 @@ async def _sent(lease: LeasedConnection, steps: _Steps) -> list[Claimed]:
             sql, args = steps.send(rows)
     except StopIteration as end:
         return cast("list[Claimed]", end.value)
-
-
-async def _take(lease: LeasedConnection, taking: _Taking, claimed: list[Claimed]) -> bool:
-    """Run a statement that claims; returns whether there was any candidate."""
-    rows = await lease.written(taking.sql, taking.args, "claim entities")
-    claimed += [_claimed(taking.table, row[:3], *row[3:]) for row in rows if row[3] is not None]
-    return bool(rows)
 
 
 def _claimed(table: Table, row: Sequence[Any], token: int, attempts: int) -> Claimed:

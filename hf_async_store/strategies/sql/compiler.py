@@ -81,7 +81,7 @@ def compile_query(
     Args:
         group: only the rows of a group, whose sort keys begin with these values: see `group_of`.
         args: those of the statement so far.
-        also: adds a further condition to them.
+        also: adds a further condition to them, which is not in `Compiled.where`.
         prefix: fields that are compared for equality. They are compared as ranges, and come first in the
             order, so that no other index has this order: see `index_order`.
         selected: what the statement returns, instead of `Table.selected`.
@@ -98,18 +98,17 @@ def compile_query(
     elif query.after is not None:
         values = group_of(table, query.order, query.after.values)
         conditions += compiler.after(keys, values or [*query.after.values, query.after.id])
-    if also is not None:
-        conditions.append(also())
+    where = _all(conditions)
+    filtered = where if also is None else _all([*conditions, also()])
     limited = exact and group is None and query.limit is not None
     order = ", ".join(
         f"{term} DESC" if key.descending else term
         for key in _with_id(table, keys)
         for term in key.terms
     )
-    where = _all(conditions)
     sorted_by = f"ORDER BY {order}" if in_order else ""
     return Compiled(
-        f"SELECT {selected or table.selected} FROM {table.name} AS t WHERE {where} "
+        f"SELECT {selected or table.selected} FROM {table.name} AS t WHERE {filtered} "
         + sorted_by
         + (f" LIMIT {query.limit}" if limited else ""),
         compiler.args.values,

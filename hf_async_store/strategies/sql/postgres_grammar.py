@@ -41,6 +41,7 @@ _CASTS: Final = {
     "number": "::text::numeric",
     "json": "::text::jsonb",
     "path": "::text::jsonpath",
+    "place": "::tid",
     "list": "::text::text[]",
     "list of bytes": "::text::bytea[]",
 }

@@ -33,7 +33,7 @@ from hf_async_store.strategies.sql.sending import (
     halves,
 )
 from hf_async_store.strategies.sql.waves import wave_numbers
-from hf_async_store.strategies.sql.write_sql import StatementKey, WriteStatements
+from hf_async_store.strategies.sql.write_sql import Held, StatementKey, WriteStatements
 from hf_async_store.strategies.sql.writer import Writer
 from hf_async_store.values import Key
 
@@ -69,7 +69,7 @@ class StatementWriter(Writer):
         )
         return await batch.run(self._groups(changes, combine=True))
 
-    def if_held(self, change: Change) -> tuple[str, list[object]] | None:
+    def if_held(self, change: Change, *, placed: bool) -> tuple[str, list[object]] | None:
         """See `Writer`. Only for what needs no other statement before, or in the same transaction."""
         shape = (pending := self._encoder.pending(0, change)).shape
         if shape is None or shape.verb not in ("patch", "delete") or shape.unique:
@@ -78,7 +78,8 @@ class StatementWriter(Writer):
             return None
         if shape.verb == "delete" and self._locks:
             return None
-        sql = self._encoder.statements.of(shape, locks=self._locks, if_held=True)
+        held: Held = "place" if placed else "id"
+        sql = self._encoder.statements.of(shape, locks=self._locks, held=held)
         times = self._encoder.statements.times(shape)
         return sql, [None, *times, *self._encoder.arguments(shape, [pending])]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_async_store.lifetimes import Lifetimes
     from hf_async_store.strategies.sql.rows import Table, Tables
 
+Held: TypeAlias = Literal["id", "place"]
 Verb: TypeAlias = Literal["save", "create", "replace", "patch", "delete"]
 
 _LOCK_TIMEOUT: Final = (
@@ -28,6 +29,9 @@ _LOCK_TIMEOUT: Final = (
     "pg_catalog.current_setting('lock_timeout'::text)), true) AS s (c)"
 )
 """Sets `lock_timeout` until the transaction ends: in a FROM clause, before the first row is locked."""
+
+_NO_LOCK_TIMEOUT: Final = "(SELECT $1::text) AS s (c)"
+"""The same argument where it is None: to set what is set costs as much as a look-up by id."""
 
 CHANGED: Final = "the catalogue has generation "
 """A part of the message of the error that a statement causes if the catalogue has changed: a cast to a
@@ -75,28 +79,29 @@ class WriteStatements:
     def __init__(self, tables: Tables, *, references: bool) -> None:
         self._tables = tables
         self.references = references
-        self._cache: dict[tuple[StatementKey, bool, bool, bool], str] = {}
+        self._cache: dict[tuple[StatementKey, bool, Held | None, bool], str] = {}
         self._exact: dict[tuple[Lifetimes, str], bool] = {}
 
     def of(
-        self, shape: StatementKey, *, locks: bool, if_held: bool = False, alone: bool = False
+        self, shape: StatementKey, *, locks: bool, held: Held | None = None, alone: bool = False
     ) -> str:
         """The statement.
 
-        Its arguments are `lock_timeout` (None: as it is set), those of `times`, and one array for each
-        column of arguments; unless it deletes, then the JSON array of documents, and for each reference
-        the JSON array of the distinct ids.
+        Its arguments are `lock_timeout` (None: as it is set, as always with `held`), those of `times`, and
+        one array for each column of arguments; unless it deletes, then the JSON array of documents, and
+        for each reference the JSON array of the distinct ids.
 
         Args:
             locks: it locks the parents to which rows refer, until its transaction ends. This is needed
                 unless the transactions are serializable.
-            if_held: it changes only the row whose id is in the table `held`; see `ClaimSQL.write`.
+            held: it changes only the row whose id, or place, is in the table `held`, and also returns its
+                place; see `ClaimSQL.write`.
             alone: it has one row of arguments, and no lists of ids.
         """
-        key = (shape, locks, if_held, alone)
+        key = (shape, locks, held, alone)
         cached = self._cache.get(key)
         if cached is None:
-            sql = self._generate(shape, locks=locks, if_held=if_held, alone=alone)
+            sql = self._generate(shape, locks=locks, held=held, alone=alone)
             cached = self._cache[key] = sql
         return cached
 
@@ -144,10 +149,11 @@ class WriteStatements:
     def _living(self, shape: StatementKey) -> _Living:
         return _Living(self._tables, shape, self.parents_of(shape))
 
-    def _generate(self, shape: StatementKey, *, locks: bool, if_held: bool, alone: bool) -> str:
+    def _generate(self, shape: StatementKey, *, locks: bool, held: Held | None, alone: bool) -> str:
         table = self._tables[shape.collection]
         living = self._living(shape)
-        columns = _Columns(2 + len(living.arguments), alone=alone)
+        timeout = _LOCK_TIMEOUT if held is None or locks else _NO_LOCK_TIMEOUT
+        columns = _Columns(2 + len(living.arguments), alone=alone, timeout=timeout)
         entity_id = columns.add("text")
         if shape.verb in ("save", "create"):
             sql = self._insert(table, shape, columns, living, locks=locks)
@@ -159,10 +165,12 @@ class WriteStatements:
             sql = f"DELETE FROM {table.name} AS t USING {source} WHERE {condition}"
         else:
             sql = self._update(table, shape, columns, living, locks=locks)
-        if if_held:
-            # By the id of the claim, the row is looked up by the index, whatever the size of the table.
-            sql += f" AND t.{table.key} = (SELECT h.id FROM held AS h)"
-        return f"{sql} RETURNING t.{table.key}, t.{VERSION}"
+        returned = f"RETURNING t.{table.key}, t.{VERSION}"
+        if held is None:
+            return f"{sql} {returned}"
+        # By the id of the claim, the row is looked up by the index, whatever the size of the table.
+        column = "ctid" if held == "place" else table.key
+        return f"{sql} AND t.{column} = (SELECT h.{held} FROM held AS h) {returned}, t.ctid"
 
     def _insert(
         self,
@@ -410,6 +418,7 @@ class _Columns:
     Args:
         first: the number of the parameter of the first one.
         alone: there is one row of arguments.
+        timeout: the item of the FROM clause that sets `lock_timeout`.
 
     Attributes:
         document: that of the row.
@@ -417,8 +426,9 @@ class _Columns:
 
     document = "i.d"
 
-    def __init__(self, first: int, *, alone: bool) -> None:
+    def __init__(self, first: int, *, alone: bool, timeout: str = _LOCK_TIMEOUT) -> None:
         self.alone = alone
+        self._timeout = timeout
         self._first = first
         self._kinds: list[str] = []
 
@@ -445,7 +455,7 @@ class _Columns:
             values = [f"({each})[1] AS c{n}" for n, each in enumerate(arrays)]
             if documents:
                 values.append(f"(${self._first + len(arrays)}::text::jsonb) -> 0 AS d")
-            return f"{_LOCK_TIMEOUT}, (SELECT {', '.join(values)}) AS i"
+            return f"{self._timeout}, (SELECT {', '.join(values)}) AS i"
         names = [*(f"c{n}" for n in range(len(arrays))), "d"]
         # The unqualified name with one argument would be looked up along the search_path.
         unnest = f"{'pg_catalog.' if len(arrays) == 1 else ''}unnest({', '.join(arrays)})"
@@ -455,7 +465,7 @@ class _Columns:
         if locks:
             docs = f"CASE WHEN s.c IS NOT NULL THEN {docs} END"
         functions = f"{unnest}, pg_catalog.jsonb_array_elements({docs})"
-        return f"{_LOCK_TIMEOUT}, ROWS FROM ({functions}) AS i ({', '.join(names)})"
+        return f"{self._timeout}, ROWS FROM ({functions}) AS i ({', '.join(names)})"
 
 
 class _Scalars(_Columns):

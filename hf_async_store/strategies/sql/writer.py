@@ -44,13 +44,16 @@ class Writer(ABC):
         del lease, query, change
         return None
 
-    def if_held(self, change: Change) -> tuple[str, list[object]] | None:
+    def if_held(self, change: Change, *, placed: bool) -> tuple[str, list[object]] | None:
         """The statement of a change that has an effect only if `held` has a row, and its arguments.
 
-        It returns the version, or nothing if the change must be decided on the stored entity. None:
-        there is no such statement.
+        It returns the version and the place of the row, or nothing if the change must be decided on the
+        stored entity. None: there is no such statement.
+
+        Args:
+            placed: the row in the place that `held` has is changed, if it has the id.
         """
-        del change
+        del change, placed
         return None
 
     def shares_changes(self, collection: str) -> bool:
