@@ -1347,9 +1347,7 @@ async def _in_chunks(
         )
         return [each async for chunk in Chunks(each_converted, _CHUNK_SIZE) for each in chunk]
     converted: list[Converted] = []
-    gathered = GatheredObjects()
     async for chunk in Chunks(items, _BATCH_CHUNK_SIZE):
-        gathered.add(len(chunk))
         converted += convert_chunk(chunk) or [
             _with_item_context(convert, index, item, collection)
             for index, item in enumerate(chunk, len(converted))

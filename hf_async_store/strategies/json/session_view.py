@@ -203,9 +203,9 @@ class SessionView(TableReader[StoredEntity]):
         [layer] = self.layers
         images = layer.setdefault(name, {})
         version_of = self._serializer.version
-        # Most entities of a batch have the version of the one before.
+        # Most entities of a batch have, and get, the version of the one before.
         known, known_start = 0, version_prefix(0)
-        last, start = 0, known_start
+        last, start = known, known_start
         outcomes: list[Outcome] = []
         for put in puts:
             key, entity, version = put.key, put.entity, put.import_version
