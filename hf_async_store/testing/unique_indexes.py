@@ -342,15 +342,12 @@ class UniqueIndexContract:
     async def test_99_a_modification_that_waited_is_refused_alone(
         self, unique: StorageStrategy
     ) -> None:
+        async def rename(name: str) -> int:
+            return await unique.modify_entity("things", "m", lambda each: {**each, "name": name})
+
         await unique.create_entities("things", [thing("m"), thing("n", "taken")])
         names = ["taken", *"123456"]
-        results = await asyncio.gather(
-            *(
-                unique.modify_entity("things", "m", lambda each, name=name: {**each, "name": name})
-                for name in names * 2
-            ),
-            return_exceptions=True,
-        )
+        results = await asyncio.gather(*map(rename, names * 2), return_exceptions=True)
         refused = [isinstance(each, UniqueViolationError) for each in results]
         assert refused == [each == "taken" for each in names * 2]
         assert sorted(each for each in results if isinstance(each, int)) == [*range(2, 14)]

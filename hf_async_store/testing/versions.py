@@ -328,11 +328,12 @@ class VersionContract:
     ) -> None:
         tasks, times = 8, 3  # they queue, and the engine may write several of them as one
 
+        def increment(entity: dict[str, Any]) -> dict[str, Any]:
+            return {**entity, "n": entity["n"] + 1}
+
         async def modify() -> list[dict[str, Any]]:
             return [
-                await store.modify_entity(
-                    "counters", "sum", lambda each: {**each, "n": each["n"] + 1}, returning=True
-                )
+                await store.modify_entity("counters", "sum", increment, returning=True)
                 for _ in range(times)
             ]
 

@@ -147,6 +147,40 @@ async def test_a_cancelled_write_is_not_applied_after_its_task_ended(
             assert not store._json.locks.exclusive_held
 
 
+async def test_a_commit_that_is_cancelled_twice_during_its_sync_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncing, may_end = threading.Event(), threading.Event()
+    sync_data = journal_writer.sync_data
+
+    def slow(fd: int) -> None:
+        syncing.set()
+        may_end.wait(30)
+        sync_data(fd)
+
+    async with open_json(tmp_path) as store, open_json(tmp_path) as other:
+        await store.save_entity(T, {"template_id": "t", "name": "0"})
+        monkeypatch.setattr(journal_writer, "sync_data", slow)
+
+        async def write() -> None:
+            async with store.begin_transaction() as tx:
+                await tx.update_entity(T, "t", {"name": "1"})
+
+        task = asyncio.create_task(write())
+        await asyncio.to_thread(syncing.wait, 30)
+        for message in ("first", "second"):
+            assert task.cancel(message)
+            await asyncio.sleep(0)
+        assert not task.done()
+        assert task.cancelling() == 2
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError, match="second"):
+            await task
+        monkeypatch.undo()
+        assert await store.update_entity(T, "t", {"name": "2"}) == 3
+        assert (await other.get_entity(T, "t") or {})["version"] == 3
+
+
 HOLD = """
 import asyncio, sys
 from hf_async_store import open_store

@@ -22,7 +22,12 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    suppress,
+)
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -457,42 +462,29 @@ class JSONEngine(Engine):
         finally:
             await reader.close()
 
-    @asynccontextmanager
-    async def writing(
+    def writing(
         self, owner: asyncio.Task[object] | None = None, *, keeps: bool = False
-    ) -> AsyncIterator[StoreState]:
+    ) -> AbstractAsyncContextManager[StoreState]:
         """Hold the store's write lock, with a state that is up to date.
 
         Args:
             owner: the task that is to hold it, if that is not the current one.
             keeps: as for `LockManager.exclusive`.
         """
-        follower = self.follower
-        follower.refuse_closed()
-        if not follower.has_journal():
-            self.files.make_folder()
-        async with self.locks.exclusive(owner=owner, keeps=keeps):
-            follower.register(creating=True)
-            # The same as `write_locked_state`, without its overhead, which equals that of a check of
-            # the files.
-            try:
-                with follower.step():
-                    state = await self._refresh_for_write()
-                yield state
-            finally:
-                follower.write_locked = False
+        return _Writing(self, self.locks.exclusive(owner=owner, keeps=keeps))
 
     @asynccontextmanager
     async def write_locked_state(self) -> AsyncIterator[StoreState]:
         """The state, up to date; the caller holds the write lock."""
         try:
             with self.follower.step():
-                state = await self._refresh_for_write()
+                state = await self.refresh_for_write()
             yield state
         finally:
             self.follower.write_locked = False
 
-    async def _refresh_for_write(self) -> StoreState:
+    async def refresh_for_write(self) -> StoreState:
+        """Bring the state up to date for a writer, who has acquired the write lock."""
         self.files.refuse_moved_links()
         if not self._keys_checked:
             await self._declarations.refuse_other_keys(self.schema)
@@ -715,6 +707,40 @@ def _not_recorded(collection: str) -> SchemaMismatchError:
         f"the store does not keep the changes of {collection!r} yet. The first write of a program that "
         "declares the collection with `feed` lets it do so from then on"
     )
+
+
+class _Writing:
+    """See `JSONEngine.writing`. A context manager of an async generator takes twice as long, as much as a
+    check of the files."""
+
+    __slots__ = ("_engine", "_lock")
+
+    def __init__(self, engine: JSONEngine, lock: AbstractAsyncContextManager[None]) -> None:
+        self._engine = engine
+        self._lock = lock
+
+    async def __aenter__(self) -> StoreState:
+        engine, follower = self._engine, self._engine.follower
+        follower.refuse_closed()
+        if not follower.has_journal():
+            engine.files.make_folder()
+        await self._lock.__aenter__()
+        try:
+            follower.register(creating=True)
+            with follower.step():
+                return await engine.refresh_for_write()
+        except BaseException as exc:
+            await self.__aexit__(type(exc), exc, exc.__traceback__)
+            raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._engine.follower.write_locked = False
+        await self._lock.__aexit__(kind, exc, traceback)
 
 
 class _JSONSession(Session):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from typing import Final
 
 from hf_async_store.driver import run_to_completion
@@ -58,6 +58,25 @@ _TRIES: Final = 3
 """How often a reader tries without the lock before it acquires the read lock."""
 
 
+class _Steps:
+    """Counts the steps that run now. A context manager of a generator takes twice as long, twice for each
+    write."""
+
+    __slots__ = ("ended", "running")
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.ended = asyncio.Event()
+
+    def __enter__(self) -> None:
+        self.running += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.running -= 1
+        if not self.running:
+            self.ended.set()
+
+
 class Follower:
     """Holds the state of one store, and brings it up to date.
 
@@ -90,8 +109,7 @@ class Follower:
         self._refreshing = asyncio.Lock()
         self._next_file_check = 0.0
         self._closed = False
-        self._steps = 0  # that run now
-        self._no_steps = asyncio.Event()
+        self._steps = _Steps()
 
     # -- opening and closing -----------------------------------------------------------------
 
@@ -141,17 +159,10 @@ class Follower:
         if self._closed:
             raise StoreClosedError("this store was closed")
 
-    @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self) -> AbstractContextManager[None]:
         """Work with files or locks of the store, which stay open until it has ended."""
         self.refuse_closed()
-        self._steps += 1
-        try:
-            yield
-        finally:
-            self._steps -= 1
-            if not self._steps:
-                self._no_steps.set()
+        return self._steps
 
     async def end_steps(self) -> None:
         """Wait for the steps that have begun; afterwards none begins.
@@ -159,9 +170,9 @@ class Follower:
         Otherwise a thread might write to the file of somebody else, to which the number of a closed
         descriptor was given, or write after another process has got the lock.
         """
-        while self._steps:
-            self._no_steps.clear()
-            await self._no_steps.wait()
+        while self._steps.running:
+            self._steps.ended.clear()
+            await self._steps.ended.wait()
         self._closed = True
 
     def discard(self) -> None:

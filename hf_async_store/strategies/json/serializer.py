@@ -60,6 +60,11 @@ class _CreatedAt(msgspec.Struct):
 _decode_created_at = msgspec.json.Decoder(_CreatedAt).decode
 
 
+def version_prefix(version: int) -> bytes:
+    """The beginning of the canonical bytes of an entity with this version."""
+    return b'{"version":%d,' % version
+
+
 class JSONSerializer:
     """Encodes and decodes the entities of a schema.
 
@@ -75,7 +80,7 @@ class JSONSerializer:
     def encode(self, entity: Mapping[str, Value], version: int) -> bytes:
         """The canonical bytes of a checked entity that does not contain `version`."""
         # The sum is an object of the exact size: the result of an encoder has spare capacity.
-        return b'{"version":%d,' % version + encode_json(entity)[1:]
+        return version_prefix(version) + encode_json(entity)[1:]
 
     def decode(self, canonical: bytes) -> Entity:
         """Decode an entity, including `version`; the caller owns the returned object."""

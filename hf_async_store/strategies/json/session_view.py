@@ -34,6 +34,7 @@ from hf_async_store.strategies.json.serializer import (
     JSONSerializer,
     StoredEntity,
     encode_json,
+    version_prefix,
 )
 from hf_async_store.strategies.json.snapshot_reader import SnapshotReader
 from hf_async_store.strategies.json.store_state import StoreState
@@ -202,12 +203,19 @@ class SessionView(TableReader[StoredEntity]):
         [layer] = self.layers
         images = layer.setdefault(name, {})
         version_of = self._serializer.version
+        # Most entities of a batch have, and get, the version of the one before.
+        known, known_start = 0, version_prefix(0)
+        last, start = known, known_start
         outcomes: list[Outcome] = []
         for put in puts:
             key, entity, version = put.key, put.entity, put.import_version
-            raw = stored.get(key.id)
+            raw, actual = stored.get(key.id), None
             try:
-                actual = version_of(key, raw) if type(raw) is bytes else None
+                if type(raw) is bytes:
+                    if not raw.startswith(known_start):
+                        known = version_of(key, raw)
+                        known_start = version_prefix(known)
+                    actual = known
                 is_complete = version is not None or CREATED_AT in entity
                 if (
                     key.id in images
@@ -220,7 +228,9 @@ class SessionView(TableReader[StoredEntity]):
                     version = next_version(key, actual)
                     if not is_complete:
                         entity = {**entity, CREATED_AT: put.written_at}
-                images[key.id] = b'{"version":%d,' % version + encode_json(entity)[1:]
+                if version != last:
+                    last, start = version, version_prefix(version)
+                images[key.id] = start + encode_json(entity)[1:]
                 outcomes.append(version)
             except StorageError as exc:
                 outcomes.append(exc)
