@@ -42,6 +42,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
     PermissionDeniedError,
+    PoolTimeoutError,
     ReadOnlyStoreError,
     SchemaMismatchError,
     StorageError,
@@ -89,6 +90,11 @@ _CALLS_OF_A_COMMIT: Final = 8
 
 _REREAD_SECONDS: Final = 10.0
 """While a declared index is missing, a program that only reads looks this often whether it exists."""
+
+
+_PATIENCE: Final = 0.1
+_LONG_USE: Final = 0.02
+"""See `SQLEngine._patience`."""
 
 
 class _State(NamedTuple):
@@ -201,9 +207,14 @@ class SQLEngine(Engine):
 
     # -- connections -------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def writing(self) -> AsyncIterator[LeasedConnection]:
+    def writing(self) -> AbstractAsyncContextManager[LeasedConnection]:
         """A connection for writes."""
+        if self._ready and not self._dialect.single_writer:
+            return self._main.lease()
+        return self._prepared_for_writing()
+
+    @asynccontextmanager
+    async def _prepared_for_writing(self) -> AsyncIterator[LeasedConnection]:
         await self._prepare()
         if not self._dialect.single_writer:
             async with self._main.lease() as lease:
@@ -326,13 +337,24 @@ class SQLEngine(Engine):
         is_main = self._queries is self._main
 
         async def once() -> Result:
-            if not (self._dialect.reads_alone if is_main else self._queries.is_free):
-                async with self._reading(self._main) as reader:
-                    return await read(reader)
-            async with self._queries.lease() as lease:
-                return await read(SQLReader(lease, await self.tables(lease)))
+            if self._dialect.reads_alone or not is_main:
+                try:
+                    async with self._queries.lease(None if is_main else self._patience()) as lease:
+                        return await read(SQLReader(lease, await self.tables(lease)))
+                except PoolTimeoutError:
+                    if is_main:
+                        raise
+            async with self._reading(self._main) as reader:
+                return await read(reader)
 
         return await on_live_connection(once)
+
+    def _patience(self) -> float:
+        """How many seconds a query waits for a connection on which it takes one round trip, not three.
+
+        Not at all behind queries that take long.
+        """
+        return _PATIENCE if self._queries.longest_use < _LONG_USE else 0.0
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         if not self._dialect.exists():
