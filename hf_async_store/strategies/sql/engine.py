@@ -524,8 +524,10 @@ class SQLEngine(Engine):
         return SQLSession(self, isolation)
 
     def retried_session(self, isolation: Isolation | None) -> SQLSession:
-        alone = isolation in (None, self._config.isolation) and not self._dialect.needs_transactions
-        return RetriedSession(self, isolation) if alone else self.session(isolation)
+        begins_at_once = self._dialect.single_writer or self._dialect.needs_transactions
+        if begins_at_once or isolation not in (None, self._config.isolation):
+            return self.session(isolation)
+        return RetriedSession(self, isolation)
 
     def changing(self, lease: LeasedConnection) -> AbstractAsyncContextManager[None]:
         """See `Connected`."""
