@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hf_async_store import InvalidInputError, SQLStorageStrategy, desc, gt, open_store, path
+from hf_async_store.schema import SUBSCRIPTION_COLLECTION
 from hf_async_store.strategies.sql import engine
 from hf_async_store.strategies.sql.parameters import bind
 from hf_async_store.strategies.sql.sending import IndependentBatch
 from hf_async_store.testing.concurrency import HANG_SECONDS, elsewhere, has_ended
+from hf_async_store.values import Key
 from tests.contract.harnesses import execute
 
 if TYPE_CHECKING:
@@ -230,6 +232,15 @@ async def test_a_transaction_that_reads_one_entity_and_changes_it_takes_two_roun
             await tx.update_entity("templates", "t", {"image_id": "i"})
 
         assert await sent_by(rename) == ["SELECT", "BEGIN", "SELECT", "UPDATE", "COMMIT"]
+
+
+async def test_a_transaction_first_reads_an_entity_whose_table_does_not_exist(
+    database: str,
+) -> None:
+    async with SQLStorageStrategy(database) as store:
+        await store.save_entity("requests", {"request_id": "r"})
+        key = Key(SUBSCRIPTION_COLLECTION.name, "none")
+        assert await store.run_transaction(lambda tx: tx._fetch([key], None)) == [None]
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["behind long ones", "behind short ones"])
