@@ -199,9 +199,9 @@ async def test_71_an_exhausted_pool_names_its_settings(
     waits: list[bool] = []  # whether each caller that needs a connection would wait for it
     permit = Connections._wait_for_permit
 
-    async def noted(self: Connections) -> None:
+    async def noted(self: Connections, patience: float) -> None:
         waits.append(self._waits)
-        await permit(self)
+        await permit(self, patience)
 
     monkeypatch.setattr(Connections, "_wait_for_permit", noted)
     more = "pool_size=1&max_overflow=1&pool_timeout=1&max_streams=2"

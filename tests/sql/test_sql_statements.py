@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hf_async_store import InvalidInputError, SQLStorageStrategy, desc, gt, open_store, path
+from hf_async_store.schema import SUBSCRIPTION_COLLECTION
+from hf_async_store.strategies.sql import engine
 from hf_async_store.strategies.sql.parameters import bind
 from hf_async_store.strategies.sql.sending import IndependentBatch
-from hf_async_store.testing.concurrency import elsewhere
+from hf_async_store.testing.concurrency import HANG_SECONDS, elsewhere, has_ended
+from hf_async_store.values import Key
 from tests.contract.harnesses import execute
 
 if TYPE_CHECKING:
@@ -220,20 +223,47 @@ async def test_a_transaction_that_reads_one_entity_and_changes_it_takes_two_roun
         assert found is not None
         assert (found["machine_count"], found["version"]) == (5, 5)
 
+        # A long entity would be sent twice, to be compared and replaced.
+        long = {"template_id": "t", "name": "x" * 20_000}
+        await store.save_entity("templates", long)
 
-async def test_a_query_that_finds_no_free_connection_for_queries_uses_another(
+        async def rename(tx: Transaction) -> None:
+            assert await tx.get_entity("templates", "t") is not None
+            await tx.update_entity("templates", "t", {"image_id": "i"})
+
+        assert await sent_by(rename) == ["SELECT", "BEGIN", "SELECT", "UPDATE", "COMMIT"]
+
+
+async def test_a_transaction_first_reads_an_entity_whose_table_does_not_exist(
     database: str,
 ) -> None:
     async with SQLStorageStrategy(database) as store:
+        await store.save_entity("requests", {"request_id": "r"})
+        key = Key(SUBSCRIPTION_COLLECTION.name, "none")
+        assert await store.run_transaction(lambda tx: tx._fetch([key], None)) == [None]
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["behind long ones", "behind short ones"])
+async def test_a_query_that_finds_no_free_connection_for_queries(
+    database: str, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """Behind queries that take long, it uses another connection."""
+    async with SQLStorageStrategy(database) as store:
         await store.save_entity("requests", {"request_id": "r", "status": "x"})
+        if waits:
+            monkeypatch.setattr(engine, "_LONG_USE", HANG_SECONDS)
+            monkeypatch.setattr(engine, "_PATIENCE", HANG_SECONDS)
         pool = store._sql._queries
         leases = [await pool.acquire() for _ in range(pool._most)]
+        counting = asyncio.create_task(store.count_entities("requests", {"status": "x"}))
         try:
-            assert await store.count_entities("requests", {"status": "x"}) == 1
-            assert len(await store.query_entities("requests", {"status": "x"})) == 1
+            assert await has_ended(counting) is not waits
+            if not waits:
+                assert len(await store.query_entities("requests", {"status": "x"})) == 1
         finally:
             for each in leases:
                 await pool.release(each, check=False)
+        assert await counting == 1
 
 
 @pytest.mark.parametrize("count", [511, 512, 513, 700])

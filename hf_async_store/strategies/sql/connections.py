@@ -61,7 +61,7 @@ class LeasedConnection:
         self.dialect = dialect
         self.connection = connection
         self.driver = driver
-        self.checked_out_at = time.monotonic()
+        self.checked_out_at = self.in_use_since = time.monotonic()
         self.force_closed = False
         self.commit_done = asyncio.Event()  # set while no commit is in progress
         self.commit_done.set()
@@ -347,20 +347,24 @@ class Connections:
         self._has_connected = False
         self._closed = False
 
-    def lease(self) -> AbstractAsyncContextManager[LeasedConnection]:
+    def lease(self, patience: float | None = None) -> AbstractAsyncContextManager[LeasedConnection]:
         """A connection of the pool.
+
+        Args:
+            patience: how many seconds to wait for one; None: `pool_timeout`.
 
         Raises:
             PoolTimeoutError: no connection became free in time.
             UnavailableError, AuthenticationError: a new connection could not be opened.
             StoreClosedError: the store was closed, also amid a statement that does not write.
         """
-        return _Leasing(self)
+        return _Leasing(self, patience)
 
-    async def acquire(self) -> LeasedConnection:
+    async def acquire(self, patience: float | None = None) -> LeasedConnection:
+        """See `lease`; ended by `release`."""
         self.check_open()
         if not self._permits.take():
-            await self._wait_for_permit()
+            await self._wait_for_permit(self._config.pool_timeout if patience is None else patience)
         leases: list[LeasedConnection] = []
         try:
             self.check_open()
@@ -376,7 +380,15 @@ class Connections:
             else:
                 self._permits.give_back()
             raise
+        leases[0].in_use_since = time.monotonic()
         return leases[0]
+
+    @property
+    def longest_use(self) -> float:
+        """For how many seconds the connections have been in use, that of the longest."""
+        if not self._leased:
+            return 0.0
+        return time.monotonic() - min([each.in_use_since for each in self._leased])
 
     def _pop_idle(self) -> LeasedConnection | None:
         """The idle connection that was used last, or None."""
@@ -390,11 +402,6 @@ class Connections:
             return kept
         return None
 
-    @property
-    def is_free(self) -> bool:
-        """Whether a connection can be had without waiting for a caller to return one."""
-        return self._permits.free > 0
-
     def check_open(self) -> None:
         """Raise StoreClosedError after `close`."""
         if self._closed:
@@ -406,11 +413,11 @@ class Connections:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _wait_for_permit(self) -> None:
-        if not self._waits:
+    async def _wait_for_permit(self, patience: float) -> None:
+        if not self._waits or patience <= 0:
             raise PoolTimeoutError(self._exhausted)
         try:
-            async with asyncio.timeout(self._config.pool_timeout):
+            async with asyncio.timeout(patience):
                 await self._permits.wait()
         except TimeoutError as exc:
             raise PoolTimeoutError(self._exhausted) from exc
@@ -645,13 +652,14 @@ class _Permits:
 class _Leasing(AbstractAsyncContextManager[LeasedConnection]):
     """See `Connections.lease`. A generator would take twice as long."""
 
-    __slots__ = ("_lease", "_pool")
+    __slots__ = ("_lease", "_patience", "_pool")
 
-    def __init__(self, pool: Connections) -> None:
+    def __init__(self, pool: Connections, patience: float | None) -> None:
         self._pool = pool
+        self._patience = patience
 
     async def __aenter__(self) -> LeasedConnection:
-        self._lease = await self._pool.acquire()
+        self._lease = await self._pool.acquire(self._patience)
         return self._lease
 
     async def __aexit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:

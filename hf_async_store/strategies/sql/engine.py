@@ -43,6 +43,7 @@ from hf_async_store.errors import (
     ConcurrencyConflictError,
     LockTimeoutError,
     PermissionDeniedError,
+    PoolTimeoutError,
     ReadOnlyStoreError,
     SchemaMismatchError,
     StorageError,
@@ -95,6 +96,11 @@ _CALLS_OF_A_COMMIT: Final = 8
 
 _REREAD_SECONDS: Final = 10.0
 """While a declared index is missing, a program that only reads looks this often whether it exists."""
+
+
+_PATIENCE: Final = 0.1
+_LONG_USE: Final = 0.02
+"""See `SQLEngine._patience`."""
 
 
 class _State(NamedTuple):
@@ -216,6 +222,8 @@ class SQLEngine(Engine):
 
     def writing(self) -> AbstractAsyncContextManager[LeasedConnection]:
         """A connection for writes."""
+        if self._ready and not self._dialect.single_writer:
+            return self._main.lease()
         return _Writing(self, self._main.lease())
 
     async def begin_writing(self) -> None:
@@ -337,13 +345,24 @@ class SQLEngine(Engine):
         if self._state is None and not self._dialect.exists():
             return absent
         is_main = self._queries is self._main
-        if not (self._dialect.reads_alone if is_main else self._queries.is_free):
-            async with self._reading(self._main) as reader:
-                return await reader.at_once(query, read, absent)
-        async with self._queries.lease() as lease:
-            tables = self._tables_as_read() or await self.tables(lease)
-            table = tables.by_name.get(query.collection)
-            return absent if table is None else await read(lease, table, query)
+        if self._dialect.reads_alone or not is_main:
+            try:
+                async with self._queries.lease(None if is_main else self._patience()) as lease:
+                    tables = self._tables_as_read() or await self.tables(lease)
+                    table = tables.by_name.get(query.collection)
+                    return absent if table is None else await read(lease, table, query)
+            except PoolTimeoutError:
+                if is_main:
+                    raise
+        async with self._reading(self._main) as reader:
+            return await reader.at_once(query, read, absent)
+
+    def _patience(self) -> float:
+        """How many seconds a query waits for a connection on which it takes one round trip, not three.
+
+        Not at all behind queries that take long.
+        """
+        return _PATIENCE if self._queries.longest_use < _LONG_USE else 0.0
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
         if not self._dialect.exists():
@@ -513,8 +532,10 @@ class SQLEngine(Engine):
         return SQLSession(self, isolation)
 
     def retried_session(self, isolation: Isolation | None) -> SQLSession:
-        alone = isolation in (None, self._config.isolation) and not self._dialect.needs_transactions
-        return RetriedSession(self, isolation) if alone else self.session(isolation)
+        begins_at_once = self._dialect.single_writer or self._dialect.needs_transactions
+        if begins_at_once or isolation not in (None, self._config.isolation):
+            return self.session(isolation)
+        return RetriedSession(self, isolation)
 
     def changing(self, lease: LeasedConnection) -> AbstractAsyncContextManager[None]:
         """See `Connected`."""

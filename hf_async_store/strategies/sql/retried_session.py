@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import Isolation
 from hf_async_store.errors import StorageError
-from hf_async_store.strategies.sql.decisions import Stored, changed_since_read, entity_of
+from hf_async_store.strategies.sql.decisions import Stored, changed_since_read
 from hf_async_store.strategies.sql.session import Connected, SQLSession, on_live_connection
 from hf_async_store.values import Key
 
@@ -82,8 +82,10 @@ class RetriedSession(SQLSession):
             return await super().fetch(keys)
         [key] = keys
         seen = await on_live_connection(lambda: self._look(key))
-        entity = entity_of(self._engine.known_tables[key.collection], key, seen.stored)
-        return [None if entity is None else Record(key, entity)]
+        if seen.stored is None:
+            return [None]
+        table = self._engine.known_tables[key.collection]
+        return [Record(key, table.entity((key.id, seen.stored.doc, seen.stored.version)))]
 
     async def _may_begin_later(self, keys: Sequence[Key]) -> bool:
         is_first = self._lease is None and self._seen is None
@@ -102,8 +104,8 @@ class RetriedSession(SQLSession):
         return seen
 
     async def _stored(self, lease: LeasedConnection, key: Key) -> _Seen:
-        table = self._engine.known_tables[key.collection]
-        rows = await lease.rows(table.fetch_one, (key.id,))
+        table = self._engine.known_tables.get(key.collection)
+        rows = [] if table is None else await lease.rows(table.fetch_one, (key.id,))
         return _Seen(key, Stored(rows[0][2], rows[0][1]) if rows else None)
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:

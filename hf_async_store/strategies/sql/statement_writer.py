@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hf_async_store.changes import Change, ChangedMatches, Outcome, Patch
 from hf_async_store.config import SQLConfig
@@ -40,6 +40,10 @@ from hf_async_store.values import Key
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
     from hf_async_store.strategies.sql.rows import Tables
+
+_SHORT: Final = 1 << 14
+"""The maximum number of characters of a document that is sent to be compared and replaced. A longer one is
+patched in a transaction, which sends only what is changed."""
 
 
 class StatementWriter(Writer):
@@ -128,7 +132,7 @@ class StatementWriter(Writer):
         """See `Writer`."""
         table = self.tables[change.key.collection]
         references = [each.name for each in self.schema[table.collection].references]
-        if table.unique or not is_plain(change, references):
+        if table.unique or not is_plain(change, references) or len(stored.doc) > _SHORT:
             return None
         if references and not isinstance(change, Patch):
             return None
