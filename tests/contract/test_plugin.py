@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.pytest_process import LEAN_PYTEST
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +58,7 @@ def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Compl
     (tmp_path / "test_suite.py").write_text(_SUITE)
     (tmp_path / "pytest.ini").write_text(_SETTINGS)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments],
+        [*LEAN_PYTEST, *arguments],
         cwd=tmp_path,
         env={**os.environ, **environment},
         capture_output=True,
