@@ -27,7 +27,7 @@ from hf_async_store import (
     UnavailableError,
 )
 from hf_async_store.sync import blocking_store
-from tests.pytest_process import LEAN_PYTEST, PYTEST
+from tests.pytest_process import PYTEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -284,7 +284,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ):
         (folder / name).write_text(text)
     return subprocess.run(
-        [*(PYTEST if "-n" in arguments else LEAN_PYTEST), *arguments],
+        [*PYTEST, *arguments],
         cwd=folder,
         # Also if this test itself runs in a worker of pytest-xdist.
         env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")},
