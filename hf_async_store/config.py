@@ -1118,7 +1118,10 @@ def _from_file(path: str, *, follows: bool = True) -> StorageConfig:
         )
     data, problem = decode_json(content, path)
     if problem is not None:
-        raise ConfigurationError(problem)
+        raise ConfigurationError(
+            f"{problem}; a configuration file is in JSON, not in YAML or TOML; a URL such as "
+            "'sqlite:jobs.db' needs no file"
+        )
     with _error_prefix(f"{path}: "):
         if isinstance(data, Mapping) and not _is_config(data):
             raise ConfigurationError(

@@ -20,7 +20,7 @@ import msgspec
 
 from hf_async_store.backoff import Backoff
 from hf_async_store.driver import Engine, FeedBatch, FeedEntry, end_task, run_to_completion
-from hf_async_store.errors import StorageError, StoreClosedError, UnavailableError
+from hf_async_store.errors import ProtocolError, StorageError, StoreClosedError, UnavailableError
 
 Result = TypeVar("Result")
 
@@ -136,7 +136,10 @@ class SharedFeed:
         """Keep a batch for others, within the limits of memory, which also decide about the next size."""
         self._kept_bytes -= self._sizes.pop(position, 0)
         self._kept.pop(position, None)
-        size = sum(map(_size_of, batch.entries))
+        sizes = [*map(_size_of, batch.entries)]
+        if not all(sizes):
+            raise ProtocolError(f"a change in the feed of {self.collection} contains no entity")
+        size = sum(sizes)
         self._batch_size = max(1, min(_BATCH_SIZE, _BATCH_BYTES * len(batch.entries) // size))
         self._kept[position], self._sizes[position] = batch, size
         self._kept_bytes += size

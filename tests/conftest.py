@@ -86,6 +86,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_collection(session: pytest.Session) -> None:
     """Let each worker process of a whole run begin with other folders: in a new checkout, all of them
     would otherwise compile the same modules at the same time, which takes each of them 10 s."""
+    gc.disable()  # what is collected stays; see `pytest_collection_finish`
     number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if number and session.config.args == session.config.getini("testpaths"):
         folders = sorted(str(each) for each in Path(__file__).parent.iterdir() if each.is_dir())
@@ -116,6 +117,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     del session
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

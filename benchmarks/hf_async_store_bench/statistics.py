@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from scipy import special
-
 _CONFIDENCE: Final = 0.95
 
 
@@ -76,4 +74,6 @@ def _around(middle: float, half: float) -> Interval:
 
 def _quantile(freedom: float) -> float:
     """Of Student's distribution, two-sided."""
+    from scipy import special  # it takes as long as all others that a command imports
+
     return float(special.stdtrit(freedom, 0.5 + _CONFIDENCE / 2))

@@ -215,6 +215,7 @@ class DriverContract:
         await store.save_entity("items", {"item_id": "a"})
         for writes in (False, True):
             async with store.engine.direct("its_own", writes=writes) as engine:
+                assert engine is not None, "there is no engine for a method of its own"
                 assert await engine.fetch([Key("items", "a")]) != [None]
         async with store.engine.session(None) as session:
             assert await session.write([_put("b")]) == [1]

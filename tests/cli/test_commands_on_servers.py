@@ -41,15 +41,15 @@ def test_an_import_there_and_an_export_back(
     filled("export", "requests", "--format", "csv", "--output", "r.csv")
     ran = shell("import", "requests", "r.csv", *keep, *there)
     assert (ran.code, ran.rows[0]["imported"]) == (0, 2)
-    ran = shell("import", "requests", "r.csv", *keep, *there)
+    ran = filled("import", "requests", "r.csv", *keep, *there)
     assert (ran.code, ran.rows[0]["refused"]) == (3, 2)
-    ran = shell("import", "requests", "r.csv", *keep, "--skip-existing", *there)
+    ran = filled("import", "requests", "r.csv", *keep, "--skip-existing", *there)
     assert (ran.code, ran.rows[0]["skipped"]) == (0, 2)
-    ran = shell("import", "requests", "r.csv", "--format", "csv", "--update", *there)
+    ran = filled("import", "requests", "r.csv", "--format", "csv", "--update", *there)
     assert (ran.code, ran.rows[0]["imported"]) == (0, 2)
     words = ("import", "requests", "r.csv", *keep, "--replace", *there)
-    assert shell(*words).rows[0]["imported"] == 2
-    assert shell("export", "requests", "--format", "csv", "--output", "back.csv", *there).code == 0
+    assert filled(*words).rows[0]["imported"] == 2
+    assert filled("export", "requests", "--format", "csv", "--output", "back.csv", *there).code == 0
     copy = ("--store", "json:copy.json")
     assert filled("import", "requests", "back.csv", *keep, *copy).code == 0
     seen = [filled("query", "requests", "--order", "request_id", *each).rows for each in ((), copy)]

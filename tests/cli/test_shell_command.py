@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 PROMPT = ">>> "
 
 
-def statements(*lines: str, words: tuple[str, ...] = ()) -> tuple[int, list[str], str]:
-    ran = shell("shell", *words, stdin="\n".join(lines).encode())
+def statements(*lines: str) -> tuple[int, list[str], str]:
+    ran = shell("shell", stdin="\n".join(lines).encode())
     return ran.code, ran.out.splitlines(), ran.err
 
 
@@ -57,21 +57,21 @@ def test_statements_of_a_pipe() -> None:
     ],
 )
 @pytest.mark.usefixtures("filled")
-def test_an_error_ends_a_pipe(line: str, message: str) -> None:
-    code, out, err = statements("1", line, "2")
-    assert (code, out) == (2, ["1"])
+def test_an_error_ends_a_pipe(cli: Cli, line: str, message: str) -> None:
+    code, out, err = cli("shell", stdin=f"1\n{line}\n2".encode())
+    assert (code, out) == (2, "1\n")
     assert message in err
     assert err.splitlines()[-1].startswith("hf-async-store: the statement failed")
 
 
 @pytest.mark.usefixtures("filled")
-def test_read_only() -> None:
+def test_read_only(cli: Cli) -> None:
     for verb in ("save_entity('machines', {'machine_id': 'x'})", "begin_transaction()", "close()"):
-        code, _, err = statements(f"await store.{verb}", words=("--read-only",))
+        code, _, err = cli("shell", "--read-only", stdin=f"await store.{verb}".encode())
         assert code == 2
         assert err.startswith(f"InvalidInputError: {verb.partition('(')[0]} could write")
-    code, out, _ = statements("len(await store.query_entities('machines'))", words=("--read-only",))
-    assert (code, out) == (0, ["3"])
+    line = b"len(await store.query_entities('machines'))"
+    assert cli("shell", "--read-only", stdin=line)[:2] == (0, "3\n")
 
 
 class Terminal:
@@ -166,9 +166,9 @@ def test_a_terminal(workplace: Path) -> None:
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
 
 
-def test_a_store_that_does_not_exist() -> None:
-    code, out, err = statements("1", words=("--store", "json:nope.json"))
-    assert (code, out) == (1, [])
+def test_a_store_that_does_not_exist(cli: Cli) -> None:
+    code, out, err = cli("shell", "--store", "json:nope.json", stdin=b"1")
+    assert (code, out) == (1, "")
     assert "there is no store at nope.json" in err
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
+
+from hf_async_store.testing.plugin import FULL_VARIABLE
+from tests.pytest_process import PYTEST
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,9 +59,10 @@ def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Compl
     (tmp_path / "test_suite.py").write_text(_SUITE)
     (tmp_path / "pytest.ini").write_text(_SETTINGS)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments],
+        [*PYTEST, *arguments],
         cwd=tmp_path,
-        env={**os.environ, **environment},
+        # A full run of this project must not make this one full.
+        env={**os.environ, FULL_VARIABLE: "", **environment},
         capture_output=True,
         text=True,
         check=False,

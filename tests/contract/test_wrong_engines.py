@@ -49,9 +49,12 @@ from hf_async_store.driver import (
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     ConfigurationError,
+    InvalidCursorError,
+    ProtocolError,
     SchemaMismatchError,
     StorageError,
     UnavailableError,
+    UnsupportedValueError,
 )
 from hf_async_store.passed_over import PassedOver
 from hf_async_store.query import EVERYTHING, CursorPosition
@@ -67,8 +70,9 @@ from tests.contract.wrong_engines import (
     Optimistic,
     OptimisticSession,
     Wrapped,
+    Wrong,
     WrongHarness,
-    is_refused,
+    assert_refused,
     run_case,
     sessions_of,
 )
@@ -437,71 +441,73 @@ _SAME: Final = "test_134_two_stores_on_the_same_data_are_the_same_store"
 _INDEX: Final = "test_124_an_index_that_is_not_there_is_listed"
 _FIRST_CLAIM: Final = "test_104_a_claim_takes_the_first_matches_that_nobody_holds"
 
-_IN_MEMORY: Final[Sequence[tuple[type[MemoryEngine], str]]] = [
-    (_EmptySnapshot, _SNAPSHOT),
-    (_EmptyEventualSnapshot, _SNAPSHOT),
-    (_MiscountingSnapshot, _SNAPSHOT),
-    (_LiveSnapshot, "test_47_a_snapshot_does_not_change_while_it_is_open"),
-    (sessions_of(_MiscountsFilters), "test_124_a_transaction_counts_what_it_selects"),
-    (_Miscounts, "test_63_count_equals_the_streamed_length"),
-    (_KnowsNoUndeclared, "test_124_an_entity_is_fetched_without_a_declaration"),
-    (_KnowsNoDeclarations, _TOLD),
-    (_RemembersNothing, _TOLD),
-    (_DropsMarkers, "test_124_a_marker_is_written_with_its_change"),
-    (sessions_of(_WritesNoMarkers), "test_124_a_marker_is_part_of_a_transaction"),
-    (_DropsEntries, "test_109_a_claim_is_no_change"),
-    (_ForgetsBefore, "test_109_an_entity_comes_as_it_was_written"),
-    (_NeverWakes, "test_124_a_wait_for_a_feed_ends_with_a_change"),
-    (_WaitsForEver, "test_124_a_wait_for_a_feed_ends_in_time"),
-    (_GivesToTwo, _FIRST_CLAIM),
-    (_LocksForTwo, "test_131_a_lock_is_waited_for_and_lost"),
-    (_NeverRenews, "test_105_a_block_is_renewed_in_the_background"),
-    (_NeverReleases, "test_104_one_of_two_claimers_gets_an_entity"),
-    (_ReleasesWithoutDelay, "test_105_what_leaves_a_block_ends_the_claim"),
-    (_ChecksNoClaim, "test_105_a_claim_ends_with_its_lease"),
-    (_NeverFinishes, "test_106_finish_is_one_commit"),
-    (_BreaksNoClaim, "test_131_a_lock_is_waited_for_and_lost"),
-    (_IsEveryStore, _SAME),
-    (_IsNoStore, _SAME),
-    (_IsEveryStoreOfItsKind, "test_134_a_store_on_other_data_is_another_store"),
-    (_LeavesOutRepetitions, "test_124_keys_may_repeat"),
-    (_ExplainsWrongly, "test_64_a_declared_index_is_used_and_named"),
-    (_SelectsNothing, _SNAPSHOT),
-    (_SelectsNoBatches, _SNAPSHOT),
-    (_SelectsNothingAtOnce, _SNAPSHOT),
-    (_ChangesNoMatches, "test_124_matches_are_changed_in_one_step"),
-    (_SelectsNoJSON, _SNAPSHOT),
-    (_DiscardsWhatIsRetried, "test_46_run_transaction_returns_what_its_function_returns"),
-    (_SharesFedChanges, "test_109_each_modification_of_an_entity_comes"),
-    (sessions_of(_PassesOverEverything), _FIRST_CLAIM),
-    (_WritesNothing, "test_02_create_then_get_is_equal_in_value_and_type"),
-    (_WritesWithoutClaim, "test_106_finish_is_one_commit"),
-    (_ListsNoClaims, "test_106_renew_extends_and_release_frees"),
-    (_BeginsFeedsTooEarly, "test_109_a_watch_begins_when_it_is_entered"),
-    (_NeverCloses, "test_124_a_session_cannot_commit_after_close"),
-    (_LiveSnapshot, "test_128_every_read_sees_one_snapshot"),
-    (_OrdersPagesById, "test_62_pages_show_every_unchanged_row_once"),
-    (_PagesOfEverything, "test_61_limit_counts_matches"),
-    (_IsUnwell, _DESCRIBED),
-    (_TellsObjects, _DESCRIBED),
-    (_TellsWhatIsStored, _DESCRIBED),
-    (_DescribesWhatIsStored, _DESCRIBED),
-    (_DescribesObjects, "test_76_opening_does_no_io"),
-    (_LeadsElsewhere, _DIRECT),
-    (_LeadsNowhere, _DIRECT),
-    (_RefusesItsOwn, _DIRECT),
-    (sessions_of(_LeadsOutOfTheSession), _DIRECT),
-    (_FailsToAbandon, _ABANDONED),
-    (sessions_of(_WritesNothingInSessions), "test_35_commit_shows_everything_across_collections"),
-    (sessions_of(_HidesFailures), "test_39_a_failed_change_aborts_the_transaction"),
-    (sessions_of(_KeepsWhatIsRolledBack), "test_44_an_inner_rollback_keeps_the_outer_work"),
-    (
+_IN_MEMORY: Final = [
+    Wrong(_EmptySnapshot, _SNAPSHOT),
+    Wrong(_EmptyEventualSnapshot, _SNAPSHOT),
+    Wrong(_MiscountingSnapshot, _SNAPSHOT),
+    Wrong(_LiveSnapshot, "test_47_a_snapshot_does_not_change_while_it_is_open"),
+    Wrong(sessions_of(_MiscountsFilters), "test_124_a_transaction_counts_what_it_selects"),
+    Wrong(_Miscounts, "test_63_count_equals_the_streamed_length"),
+    Wrong(_KnowsNoUndeclared, "test_124_an_entity_is_fetched_without_a_declaration"),
+    Wrong(_KnowsNoDeclarations, _TOLD),
+    Wrong(_RemembersNothing, _TOLD),
+    Wrong(_DropsMarkers, "test_124_a_marker_is_written_with_its_change"),
+    Wrong(sessions_of(_WritesNoMarkers), "test_124_a_marker_is_part_of_a_transaction"),
+    Wrong(_DropsEntries, "test_109_a_claim_is_no_change", TimeoutError, seconds=3.0),
+    Wrong(_ForgetsBefore, "test_109_an_entity_comes_as_it_was_written", ProtocolError),
+    Wrong(_NeverWakes, "test_124_a_wait_for_a_feed_ends_with_a_change"),
+    Wrong(_WaitsForEver, "test_124_a_wait_for_a_feed_ends_in_time", TimeoutError),
+    Wrong(_GivesToTwo, _FIRST_CLAIM),
+    Wrong(_LocksForTwo, "test_131_a_lock_is_waited_for_and_lost"),
+    Wrong(_NeverRenews, "test_105_a_block_is_renewed_in_the_background"),
+    Wrong(_NeverReleases, "test_104_one_of_two_claimers_gets_an_entity"),
+    Wrong(_ReleasesWithoutDelay, "test_105_what_leaves_a_block_ends_the_claim"),
+    Wrong(_ChecksNoClaim, "test_105_a_claim_ends_with_its_lease"),
+    Wrong(_NeverFinishes, "test_106_finish_is_one_commit"),
+    Wrong(_BreaksNoClaim, "test_131_a_lock_is_waited_for_and_lost"),
+    Wrong(_IsEveryStore, _SAME),
+    Wrong(_IsNoStore, _SAME),
+    Wrong(_IsEveryStoreOfItsKind, "test_134_a_store_on_other_data_is_another_store"),
+    Wrong(_LeavesOutRepetitions, "test_124_keys_may_repeat"),
+    Wrong(_ExplainsWrongly, "test_64_a_declared_index_is_used_and_named"),
+    Wrong(_SelectsNothing, _SNAPSHOT),
+    Wrong(_SelectsNoBatches, _SNAPSHOT),
+    Wrong(_SelectsNothingAtOnce, _SNAPSHOT),
+    Wrong(_ChangesNoMatches, "test_124_matches_are_changed_in_one_step"),
+    Wrong(_SelectsNoJSON, _SNAPSHOT),
+    Wrong(_DiscardsWhatIsRetried, "test_46_run_transaction_returns_what_its_function_returns"),
+    Wrong(_SharesFedChanges, "test_109_each_modification_of_an_entity_comes"),
+    Wrong(sessions_of(_PassesOverEverything), _FIRST_CLAIM),
+    Wrong(_WritesNothing, "test_02_create_then_get_is_equal_in_value_and_type"),
+    Wrong(_WritesWithoutClaim, "test_106_finish_is_one_commit"),
+    Wrong(_ListsNoClaims, "test_106_renew_extends_and_release_frees"),
+    Wrong(_BeginsFeedsTooEarly, "test_109_a_watch_begins_when_it_is_entered"),
+    Wrong(_NeverCloses, "test_124_a_session_cannot_commit_after_close"),
+    Wrong(_LiveSnapshot, "test_128_every_read_sees_one_snapshot"),
+    Wrong(_OrdersPagesById, "test_62_pages_show_every_unchanged_row_once", InvalidCursorError),
+    Wrong(_PagesOfEverything, "test_61_limit_counts_matches"),
+    Wrong(_IsUnwell, _DESCRIBED),
+    Wrong(_TellsObjects, _DESCRIBED, UnsupportedValueError),
+    Wrong(_TellsWhatIsStored, _DESCRIBED),
+    Wrong(_DescribesWhatIsStored, _DESCRIBED),
+    Wrong(_DescribesObjects, "test_76_opening_does_no_io", UnsupportedValueError),
+    Wrong(_LeadsElsewhere, _DIRECT),
+    Wrong(_LeadsNowhere, _DIRECT),
+    Wrong(_RefusesItsOwn, _DIRECT, UnavailableError),
+    Wrong(sessions_of(_LeadsOutOfTheSession), _DIRECT),
+    Wrong(_FailsToAbandon, _ABANDONED, UnavailableError),
+    Wrong(
+        sessions_of(_WritesNothingInSessions), "test_35_commit_shows_everything_across_collections"
+    ),
+    Wrong(sessions_of(_HidesFailures), "test_39_a_failed_change_aborts_the_transaction"),
+    Wrong(sessions_of(_KeepsWhatIsRolledBack), "test_44_an_inner_rollback_keeps_the_outer_work"),
+    Wrong(
         sessions_of(_RollsBackWhatIsKept),
         "test_44_inner_changes_are_committed_by_the_outer_transaction",
     ),
-    (_CommitsFailures, "test_36_an_exception_rolls_back_and_propagates"),
-    (sessions_of(_NotesNoChanges), "test_104_one_of_two_claimers_gets_an_entity"),
-    (_RefusesAllOrNone, "test_66_a_conflict_does_not_affect_the_other_changes"),
+    Wrong(_CommitsFailures, "test_36_an_exception_rolls_back_and_propagates"),
+    Wrong(sessions_of(_NotesNoChanges), "test_104_one_of_two_claimers_gets_an_entity"),
+    Wrong(_RefusesAllOrNone, "test_66_a_conflict_does_not_affect_the_other_changes"),
 ]
 
 
@@ -509,16 +515,27 @@ def _number(case: str) -> int:
     return int(case.split("_")[1])
 
 
-@pytest.mark.parametrize("case", sorted({case for _, case in _IN_MEMORY}))
+@pytest.mark.parametrize("case", sorted({each.case for each in _IN_MEMORY}))
 async def test_the_right_engine_passes(case: str) -> None:
     await run_case(case, MemoryHarness())
 
 
 @pytest.mark.parametrize(
-    ("engine", "case"), _IN_MEMORY, ids=[each.__name__.strip("_") for each, _ in _IN_MEMORY]
+    "wrong", _IN_MEMORY, ids=[each.engine.__name__.strip("_") for each in _IN_MEMORY]
 )
-async def test_a_wrong_engine_fails(engine: type[MemoryEngine], case: str) -> None:
-    assert await is_refused(case, WrongHarness(engine))
+async def test_a_wrong_engine_fails(wrong: Wrong) -> None:
+    await assert_refused(wrong.case, WrongHarness(wrong.engine), wrong.error, wrong.seconds)
+
+
+class _Mistyped(MemoryEngine):
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        return await super().fetched(keys)
+
+
+async def test_neither_a_mistake_nor_a_right_engine_is_refused() -> None:
+    for engine, found in ((_Mistyped, "fails by AttributeError"), (MemoryEngine, "does not fail")):
+        with pytest.raises(AssertionError, match=found):
+            await assert_refused("test_124_keys_may_repeat", WrongHarness(engine))
 
 
 # -- an engine that works after `close` ----------------------------------------------------------
@@ -575,7 +592,7 @@ WRONG_METHODS: Final = {
     *((method, _number(case)) for method, _, case in _DURABLE),
     *(
         (method, _number(case))
-        for engine, case in _IN_MEMORY
+        for engine, case, *_ in _IN_MEMORY
         for kind in [getattr(engine, "sessions", engine)]
         for method in vars(kind)
         if method[0] != "_" and inspect.isfunction(getattr(kind, method))
@@ -596,7 +613,7 @@ async def test_a_wrong_engine_with_files_fails(
 ) -> None:
     await run_case(case, JSONHarness(tmp_path / "right", "db.json"))
     monkeypatch.setattr(JSONEngine, method, wrong)
-    assert await is_refused(case, JSONHarness(tmp_path / "wrong", "db.json"))
+    await assert_refused(case, JSONHarness(tmp_path / "wrong", "db.json"))
 
 
 async def test_an_engine_that_hides_what_it_lacks_fails(
@@ -604,7 +621,7 @@ async def test_an_engine_that_hides_what_it_lacks_fails(
 ) -> None:
     await run_case(_INDEX, SQLiteHarness(tmp_path / "right"))
     monkeypatch.setattr(SQLEngine, "schema_changes", _no_names)
-    assert await is_refused(_INDEX, SQLiteHarness(tmp_path / "wrong"))
+    await assert_refused(_INDEX, SQLiteHarness(tmp_path / "wrong"))
 
 
 # -- engines whose transactions are optimistic --------------------------------------------------
@@ -666,7 +683,7 @@ async def test_an_engine_that_compares_too_little_fails(
     session: type[OptimisticSession], case: str
 ) -> None:
     engine = type(session.__name__, (Optimistic,), {"session_class": session})
-    assert await is_refused(case, WrongHarness(engine))
+    await assert_refused(case, WrongHarness(engine))
 
 
 class _RefusesEverySecond(MemoryEngine):

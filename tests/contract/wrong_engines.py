@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import traceback
 from collections import ChainMap
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from itertools import product
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import pytest
 
-from hf_async_store import Collection, StorageStrategy
+from hf_async_store import Collection, StorageStrategy, testing
 from hf_async_store.config import MemoryConfig
 from hf_async_store.driver import (
     Change,
@@ -92,13 +94,22 @@ class WrongHarness(MemoryHarness):
                 await each.close()
 
 
-async def run_case(case: str, harness: Harness) -> None:
+class Wrong(NamedTuple):
+    """A wrong engine, the case that refuses it, and how: see `assert_refused`."""
+
+    engine: type[MemoryEngine]
+    case: str
+    error: type[BaseException] = AssertionError
+    seconds: float = _SECONDS
+
+
+async def run_case(case: str, harness: Harness, seconds: float = _SECONDS) -> None:
     """Run a case of the contract, with all of its parameters; skipped, it would say nothing."""
     method = getattr(StrategyContract(), case)
     parameters = [list(_values(each)) for each in getattr(method, "pytestmark", ())]
     for values in product(*filter(None, parameters)):
         given: dict[str, object] = dict(ChainMap(*values))
-        async with asyncio.timeout(_SECONDS), AsyncExitStack() as stack:
+        async with asyncio.timeout(seconds), AsyncExitStack() as stack:
             for name in inspect.signature(method).parameters.keys() - given:
                 if name in ("store", "store_with_savepoints"):
                     given[name] = await stack.enter_async_context(harness.store())
@@ -121,20 +132,42 @@ def _values(mark: pytest.Mark) -> Iterator[dict[str, object]]:
             }
 
 
-async def is_refused(case: str, harness: Harness) -> bool:
-    """Whether a case of the contract fails."""
+async def assert_refused(
+    case: str,
+    harness: Harness,
+    error: type[BaseException] = AssertionError,
+    seconds: float = _SECONDS,
+) -> None:
+    """Assert that a case of the contract fails.
+
+    Args:
+        error: how. AssertionError: by an assertion of the case itself. Another class: by an error of the
+            engine or of the store.
+        seconds: a case that takes longer fails by a TimeoutError.
+    """
     try:
-        await run_case(case, harness)
-    except RuntimeError as exc:
-        return "was skipped" not in str(exc)
-    except Exception:
-        return True
-    except pytest.fail.Exception:
-        return True
+        await run_case(case, harness, seconds)
+    except (Exception, pytest.fail.Exception) as exc:
+        expected = _is_assertion(exc) if error is AssertionError else type(exc) is error
+        if not expected:
+            raise AssertionError(f"{case} fails by {exc!r} instead of {error.__name__}") from exc
+    else:
+        raise AssertionError(f"{case} does not fail")
     finally:
         if isinstance(harness, WrongHarness):
             await harness.close()
-    return False
+
+
+_KIT: Final = Path(testing.__file__).parent
+
+
+def _is_assertion(exc: BaseException) -> bool:
+    """Whether a line of the contract suite asserts something, or unpacks another number of items."""
+    unpacks = isinstance(exc, ValueError) and "values to unpack" in str(exc)
+    frames = [Path(each.filename) for each in traceback.extract_tb(exc.__traceback__)]
+    place = next(each for each in reversed(frames) if each.parent.name != "_pytest")
+    is_failure = unpacks or isinstance(exc, AssertionError | pytest.fail.Exception)
+    return is_failure and place.parent == _KIT
 
 
 class OptimisticSession(_MemorySession):

@@ -98,7 +98,9 @@ def test_each_method_is_done_wrongly_by_an_engine() -> None:
     assert {each.name for each in rows} == {method for method, _ in WRONG_METHODS}
 
 
-@pytest.mark.parametrize(("capability", "case"), sorted({(each[0], each[2]) for each in WRONG}))
+@pytest.mark.parametrize(
+    ("capability", "case"), sorted({(name, wrong.case) for name, wrong in WRONG})
+)
 def test_a_case_that_refuses_a_wrong_declaration_is_in_its_row(capability: str, case: str) -> None:
     rows = {each.name: each for each in rows_below("Capabilities")}
     assert int(case.split("_")[1]) in rows[capability].cases

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +15,7 @@ import hf_async_store
 from docs_site import check_links, commands, links, reference
 from hf_async_store import Capabilities, QueryPlan, open_store
 from hf_async_store.cli.arguments import COMMANDS
+from tests.pytest_process import PYTEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,8 +124,7 @@ def test_the_test_file_of_the_page_passes(tmp_path: Path, url: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "test_jobs.py").write_text("\n\n".join(blocks))
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_jobs.py"]
-    command.append(f"--hf-store-url={url}")
+    command = [*PYTEST, "-q", "test_jobs.py", f"--hf-store-url={url}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "7 passed" in done.stdout

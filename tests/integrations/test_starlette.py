@@ -42,6 +42,7 @@ from hf_async_store.integrations.starlette import (
     store_of,
 )
 from tests.bench.browser import browse
+from tests.pytest_process import PYTEST
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -237,7 +238,7 @@ def test_an_application_in_an_event_loop_of_its_own(
 def run_example(folder: Path, *arguments: str) -> str:
     """Run the tests of the example, as in a folder of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments, str(EXAMPLE)],
+        [*PYTEST, "-q", *arguments, str(EXAMPLE)],
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         cwd=folder,
         capture_output=True,

@@ -450,6 +450,11 @@ def test_objects_that_are_no_configuration() -> None:
         ('{"a": "é", }'.encode(), ", line 1, column 12: .*malformed"),
         (b'{\n"a": "\xff"}', ", line 2, column 7: not UTF-8"),
         (b"[" * 100_000, ": nested too deep"),
+        (b"storage:\n  strategy: json\n", ", line 1, column 1: .*is in JSON, not in YAML or TOML"),
+        (
+            b'[storage]\nstrategy = "json"\n',
+            ", line 1, column 2: .* a URL such as 'sqlite:jobs.db'",
+        ),
         (b"[]", ": configuration: expected mapping, got list"),
         (b'{"storage": {"strategy": "json", "x": 1}}', ": storage.x: unknown key"),
         (b'{"requests": {}, "machines": {}}', ": not a configuration.* did you mean 'json:"),

@@ -6,7 +6,6 @@ import asyncio
 import os
 import secrets
 import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from hf_async_store import (
     UnavailableError,
 )
 from hf_async_store.sync import blocking_store
+from tests.pytest_process import PYTEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -284,7 +284,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ):
         (folder / name).write_text(text)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+        [*PYTEST, *arguments],
         cwd=folder,
         # Also if this test itself runs in a worker of pytest-xdist.
         env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")},

@@ -70,6 +70,9 @@ to 256 MiB."""
 _TRIES: Final = 64
 """How often a change is sent whose precondition is met each time the entity is read."""
 
+_BRIEF: Final = "250ms"
+"""How long each statement may take that finds out why another one reached `statement_timeout`."""
+
 _NOT_SENT: Final = StorageError("the change was not sent")
 
 
@@ -425,6 +428,7 @@ class IndependentBatch(_Batch):
         self._backoff = conflict_backoff(config.timeout)
         self._blocked: dict[Key, LockTimeoutError] = {}
         self._timed_out = False  # a statement reached `statement_timeout`
+        self._is_brief = False  # the statements that are sent now may take `_BRIEF` each
 
     async def run(self, groups: Sequence[list[PendingChange]]) -> list[Outcome]:
         """Execute changes.
@@ -469,21 +473,13 @@ class IndependentBatch(_Batch):
         except LockTimeoutError as exc:
             return await self._after_waiting(piece, exc)
         except OperationTimeoutError as exc:
-            # A statement that waits for a lock may end by `statement_timeout` before `lock_timeout`: that
-            # counts from its beginning.
             if exc.outcome_unknown:
                 raise
-            if await self._locked(piece):
-                error = LockTimeoutError(str(exc))
-                error.__cause__ = exc
-                return await self._after_waiting(piece, error)
-            if self._timed_out:
-                raise
-            # Another row may be locked: that of a parent, or one that is not committed. Sent once more, the
-            # statement waits for a short time, and tells it.
-            self._timed_out = True
-            self._patience.shorten()
-            return [piece]
+            self._is_brief = True  # the caller has waited for `timeout` already
+            try:
+                return await self._after_timeout(piece, exc)
+            finally:
+                self._is_brief = False
 
     def between_statements(self) -> AbstractAsyncContextManager[None]:
         # Not serializable, so that it is no reason for another transaction to fail.
@@ -506,6 +502,7 @@ class IndependentBatch(_Batch):
         while True:
             try:
                 async with self._transaction(shape):
+                    await self._limit_statements()
                     wait = self._patience.wait(len(piece))
                     return await self.run_statement(shape, piece, wait)
             except StorageError as exc:
@@ -517,11 +514,34 @@ class IndependentBatch(_Batch):
                 if is_final or not await self._backoff.pause():
                     raise
 
+    async def _limit_statements(self) -> None:
+        """Let the statements of the open transaction be brief, if they must."""
+        if self._is_brief:
+            await self.lease.rows(f"SET LOCAL statement_timeout = '{_BRIEF}'")
+
     def _transaction(self, shape: StatementKey) -> AbstractAsyncContextManager[None]:
         if self._locks_parents(shape):
             # Each of its statements must see what was committed before it.
             return self.lease.transaction("read_committed")
-        return self.lease.transaction() if self._in_transactions else nullcontext()
+        in_transaction = self._in_transactions or self._is_brief
+        return self.lease.transaction() if in_transaction else nullcontext()
+
+    async def _after_timeout(
+        self, piece: list[PendingChange], exc: OperationTimeoutError
+    ) -> list[list[PendingChange]]:
+        """As `attempt`, after the statement reached `statement_timeout`, which counts from its beginning:
+        it may end a wait for a lock before `lock_timeout` does."""
+        if await self._locked(piece):
+            error = LockTimeoutError(str(exc))
+            error.__cause__ = exc
+            return await self._after_waiting(piece, error)
+        if self._timed_out:
+            raise exc
+        # Another row may be locked: that of a parent, or one that is not committed. Sent once more, the
+        # statement waits for a short time, and tells it.
+        self._timed_out = True
+        self._patience.shorten()
+        return await self.attempt(piece)
 
     async def _after_waiting(
         self, piece: list[PendingChange], exc: LockTimeoutError
@@ -557,6 +577,7 @@ class IndependentBatch(_Batch):
         source = f"SELECT t.{table.key} FROM {table.name} AS t WHERE t.{table.key} = ANY($1::text::text[])"
         strength = "UPDATE" if shape.verb == "delete" else "NO KEY UPDATE"
         async with self.between_statements():
+            await self._limit_statements()
             rows = await self.lease.rows(
                 f"WITH free AS MATERIALIZED ({source} FOR {strength} SKIP LOCKED) "
                 f"{source} EXCEPT ALL SELECT {table.key} FROM free",
