@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial
 from itertools import islice
 from time import monotonic
-from typing import TYPE_CHECKING, Final, Generic, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Parameters = ParamSpec("Parameters")
 
+Garbage: TypeAlias = "dict[Any, Any] | list[Any]"
+
 _STEP_SECONDS: Final = 0.004
+_FREE_ITEMS: Final = 32
+_FREE_ENTRIES: Final = 512
 
 
 @cache
@@ -88,6 +92,18 @@ class TimedSteps:
         if monotonic() >= self._end:
             await asyncio.sleep(0)
             self._end = monotonic() + _STEP_SECONDS
+
+
+async def reclaim(garbage: Garbage) -> None:
+    """Empty a container in small steps: in one step it would block the event loop."""
+    steps = TimedSteps()
+    while garbage:
+        if isinstance(garbage, dict):
+            for _ in range(min(len(garbage), _FREE_ENTRIES)):
+                garbage.popitem()
+        else:
+            del garbage[-_FREE_ITEMS:]
+        await steps.pause()
 
 
 class Chunks(Generic[Item]):

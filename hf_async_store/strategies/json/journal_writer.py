@@ -19,8 +19,7 @@ from typing import Final, TypeVar
 
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import StorageError
-from hf_async_store.event_loop import in_thread
-from hf_async_store.ordered_index import reclaim
+from hf_async_store.event_loop import in_thread, reclaim
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile
 from hf_async_store.strategies.json.files import (
@@ -49,7 +48,7 @@ from hf_async_store.strategies.json.journal import (
     record,
 )
 from hf_async_store.strategies.json.kept_journals import KeptJournals
-from hf_async_store.strategies.json.store_state import Merged, PendingAppend, StoreState
+from hf_async_store.strategies.json.store_state import MergedSections, PendingAppend, StoreState
 
 Result = TypeVar("Result")
 
@@ -143,7 +142,7 @@ class JournalWriter:
         kind: Kind,
         payload: Sequence[bytes],
         images: Images,
-        merged: Merged,
+        merged: MergedSections,
         images_size: int,
     ) -> None:
         size = sum(map(len, payload))
