@@ -1,4 +1,5 @@
-"""While a call gathers many entities, none of them starts a full collection."""
+"""While a call gathers, or a transaction or the memory engine keeps, many entities, none of them starts a
+full collection."""
 
 from __future__ import annotations
 
@@ -31,13 +32,22 @@ async def full_collections(call):
 
 async def main():
     async with hf_async_store.open_store("URL", collections=[COLLECTION]) as store:
-        await store.save_entities("jobs", jobs())
-        ids = [each["job_id"] for each in jobs()]
+        kept = jobs()
+        await store.save_entities("jobs", kept)
+        print(await full_collections(store.save_entities("jobs", kept)))
+        print(await full_collections(saved_in_parts(store, kept)))
+        async with store.begin_transaction() as tx:
+            print(await full_collections(saved_in_parts(tx, kept)))
+        ids = [each["job_id"] for each in kept]
         await read(store, ids)
         async with store.begin_transaction() as tx:
             await read(tx, ids)
         if hasattr(store, "read_file"):
             print(await full_collections(decoded(store)))
+
+async def saved_in_parts(store, kept):
+    starts = range(0, len(kept), 500)
+    return [n for i in starts for n in await store.save_entities("jobs", kept[i : i + 500])]
 
 async def read(store, ids):
     print(await full_collections(store.query_entities("jobs")))
@@ -62,12 +72,12 @@ def output_of(url: str, before: str = "") -> list[str]:
     ).stdout.splitlines()
 
 
-def test_results_of_the_memory_engine() -> None:
-    assert output_of("memory:") == ["(0, 30000)"] * 4 + ["False"]
+def test_calls_of_the_memory_engine() -> None:
+    assert output_of("memory:") == ["(0, 30000)"] * 7 + ["False"]
 
 
-def test_results_of_the_json_engine(tmp_path: Path) -> None:
-    assert output_of(f"json:{tmp_path}/db.json") == ["(0, 30000)"] * 5 + ["False"]
+def test_calls_of_the_json_engine(tmp_path: Path) -> None:
+    assert output_of(f"json:{tmp_path}/db.json") == ["(0, 30000)"] * 8 + ["False"]
 
 
 def test_what_a_program_has_frozen_stays_frozen() -> None:
