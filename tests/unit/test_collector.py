@@ -18,11 +18,10 @@ PROGRAM = """
 import asyncio, gc
 import hf_async_store
 
-TAGS = {"owner": "somebody"}
 COLLECTION = hf_async_store.Collection("jobs", key="job_id", open=True)
 
 def jobs():
-    return [{"job_id": f"j{each:05}", "tags": dict(TAGS)} for each in range(30_000)]
+    return [{"job_id": f"j{each:05}", "tags": {"owners": ["somebody"]}} for each in range(30_000)]
 
 async def full_collections(call):
     gc.collect()
@@ -34,16 +33,20 @@ async def main():
     async with hf_async_store.open_store("URL", collections=[COLLECTION]) as store:
         kept = jobs()
         await store.save_entities("jobs", kept)
-        print(await full_collections(store.save_entities("jobs", kept)))
-        print(await full_collections(saved_in_parts(store, kept)))
-        async with store.begin_transaction() as tx:
-            print(await full_collections(saved_in_parts(tx, kept)))
+        if WRITES:
+            await write(store, kept)
         ids = [each["job_id"] for each in kept]
         await read(store, ids)
         async with store.begin_transaction() as tx:
             await read(tx, ids)
         if hasattr(store, "read_file"):
             print(await full_collections(decoded(store)))
+
+async def write(store, kept):
+    print(await full_collections(store.save_entities("jobs", kept)))
+    print(await full_collections(saved_in_parts(store, kept)))
+    async with store.begin_transaction() as tx:
+        print(await full_collections(saved_in_parts(tx, kept)))
 
 async def saved_in_parts(store, kept):
     starts = range(0, len(kept), 500)
@@ -62,8 +65,8 @@ print(gc.get_freeze_count() > 0)
 """
 
 
-def output_of(url: str, before: str = "") -> list[str]:
-    program = PROGRAM.replace("URL", url).replace("BEFORE", before)
+def output_of(url: str, before: str = "", *, writes: bool = False) -> list[str]:
+    program = PROGRAM.replace("URL", url).replace("BEFORE", before).replace("WRITES", str(writes))
     package = Path(hf_async_store.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(package)}
     command = [sys.executable, "-c", program]
@@ -73,11 +76,11 @@ def output_of(url: str, before: str = "") -> list[str]:
 
 
 def test_calls_of_the_memory_engine() -> None:
-    assert output_of("memory:") == ["(0, 30000)"] * 7 + ["False"]
+    assert output_of("memory:", writes=True) == ["(0, 30000)"] * 7 + ["False"]
 
 
-def test_calls_of_the_json_engine(tmp_path: Path) -> None:
-    assert output_of(f"json:{tmp_path}/db.json") == ["(0, 30000)"] * 8 + ["False"]
+def test_results_of_the_json_engine(tmp_path: Path) -> None:
+    assert output_of(f"json:{tmp_path}/db.json") == ["(0, 30000)"] * 5 + ["False"]
 
 
 def test_what_a_program_has_frozen_stays_frozen() -> None:
