@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import islice
 from time import monotonic
-from typing import TYPE_CHECKING, Final, Generic, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Protocol, Self, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Parameters = ParamSpec("Parameters")
 
+Garbage: TypeAlias = "dict[Any, Any] | list[Any]"
+
 _STEP_SECONDS: Final = 0.004
+_FREE_ITEMS: Final = 32
+_FREE_ENTRIES: Final = 512
 
 
 @cache
@@ -64,11 +69,28 @@ async def in_thread(
 def begun_in_thread(work: Callable[[], Result]) -> asyncio.Future[Result]:
     """As `in_thread`, for a caller that does something else meanwhile. No task waits for the thread, so
     the future may be abandoned."""
+    with one_thread() as run:
+        return run(work)
+
+
+class RunInThread(Protocol):
+    """Begins a call of a function that blocks."""
+
+    def __call__(self, work: Callable[..., Result], *args: object) -> asyncio.Future[Result]: ...
+
+
+@contextmanager
+def one_thread() -> Iterator[RunInThread]:
+    """A thread for several calls, one after another. It ends after the last of them.
+
+    The event loop is held until a thread has started, so a thread for each call would hold it again and
+    again, on a busy machine for milliseconds.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     threads = ThreadPoolExecutor(1, thread_name_prefix="hf-async-store-file")
     try:
-        return asyncio.get_running_loop().run_in_executor(threads, work)
+        yield partial(asyncio.get_running_loop().run_in_executor, threads)
     finally:
         threads.shutdown(wait=False)
 
@@ -88,6 +110,18 @@ class TimedSteps:
         if monotonic() >= self._end:
             await asyncio.sleep(0)
             self._end = monotonic() + _STEP_SECONDS
+
+
+async def reclaim(garbage: Garbage) -> None:
+    """Empty a container in small steps: in one step it would block the event loop."""
+    steps = TimedSteps()
+    while garbage:
+        if isinstance(garbage, dict):
+            for _ in range(min(len(garbage), _FREE_ENTRIES)):
+                garbage.popitem()
+        else:
+            del garbage[-_FREE_ITEMS:]
+        await steps.pause()
 
 
 class Chunks(Generic[Item]):

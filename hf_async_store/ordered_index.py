@@ -14,12 +14,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Collection as AbstractCollection
 from itertools import chain
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 import msgspec
 
 from hf_async_store.collector import GatheredObjects
 from hf_async_store.errors import StorageError
+from hf_async_store.event_loop import Garbage
 from hf_async_store.query import Missing
 from hf_async_store.schema import Collection, Index
 from hf_async_store.sort_bytes import is_exact, sort_bytes
@@ -234,23 +235,6 @@ def _position(block: _Block, entry: Entry) -> int:
     return bisect_left(ids, entity_id, first, bisect_right(keys, key, first))
 
 
-Garbage: TypeAlias = "dict[Any, Any] | list[Any]"
-
-_FREE_CHUNK: Final = 2048
-_FREE_BLOCKS: Final = 32
-
-
-async def reclaim(garbage: Garbage) -> None:
-    """Empty a container in small steps: in one step it would block the event loop."""
-    while garbage:
-        if isinstance(garbage, dict):
-            for _ in range(min(len(garbage), _FREE_CHUNK)):
-                garbage.popitem()
-        else:
-            del garbage[-_FREE_BLOCKS:]
-        await asyncio.sleep(0)
-
-
 # -- the indexes of one collection ----------------------------------------------------------
 
 Stored = TypeVar("Stored")
@@ -313,8 +297,15 @@ class Indexes(Generic[Stored]):
         self._building = asyncio.Lock()
         self.garbage: list[Garbage] = []
 
-    def record(self, changed: Mapping[str, object]) -> None:
-        """Note that entities are about to change; the caller changes them without an await."""
+    def record(
+        self, changed: Mapping[str, object], values: Mapping[str, Stored | None] | None = None
+    ) -> None:
+        """Note that entities are about to change; the caller changes them without an await.
+
+        Args:
+            values: their present values, if the caller has looked them up, which takes long if they are
+                many; None: they are looked up here.
+        """
         most = max(_MIN_BULK_CHANGES, len(self.entities) // 2) - len(changed)
         recording = [self._before] if self._built else []
         if self._before_build is not None:
@@ -323,7 +314,12 @@ class Indexes(Generic[Stored]):
             if len(before) > most:
                 self.drop()
                 return
-            record_before(before, changed, self.entities)
+            if values is None:
+                record_before(before, changed, self.entities)
+            else:
+                earlier = before.copy()
+                before.update(values)
+                before.update(earlier)
 
     async def ready(self, *wanted: Fields) -> None:
         """Bring these indexes up to date. They stay so until the caller's next await."""

@@ -63,7 +63,7 @@ from hf_async_store.errors import (
     StorageError,
     UnsupportedValueError,
 )
-from hf_async_store.event_loop import Chunks
+from hf_async_store.event_loop import Chunks, reclaim
 from hf_async_store.field_operations import UpdateMap, read_update
 from hf_async_store.generators import Owned
 from hf_async_store.lifetimes import Clock, Lifetimes
@@ -1181,9 +1181,13 @@ class RepositoryInterface(ABC):
         fields[UPDATED_AT] = at
         return Patch(key, fields, at, _existing(expect))
 
-    async def _write_many(self, changes: Sequence[Put | Patch], timeout: float | None) -> list[int]:
-        """The new version of each entity."""
-        return _versions(await self._write(changes, timeout)) if changes else []
+    async def _write_many(
+        self, changes: list[Put] | list[Patch], timeout: float | None
+    ) -> list[int]:
+        """The new version of each entity. The list of changes is empty afterwards."""
+        versions = _versions(await self._write(changes, timeout)) if changes else []
+        await reclaim(changes)
+        return versions
 
 
 def _countdown(timeout: float | None) -> Callable[[], float | None]:
@@ -1345,18 +1349,23 @@ async def _in_chunks(
             one.
         collection: the items are entities of this collection: an error then names the entity's id.
     """
+    converted: list[Converted] = []
+    gathered = GatheredObjects()
     if convert_chunk is None or not isinstance(items, list | tuple):
         # One by one: a generator may yield the same dict again, changed between the items.
         each_converted = (
             _with_item_context(convert, index, item, collection) for index, item in enumerate(items)
         )
-        return [each async for chunk in Chunks(each_converted, _CHUNK_SIZE) for each in chunk]
-    converted: list[Converted] = []
+        async for part in Chunks(each_converted, _CHUNK_SIZE):
+            converted += part
+            gathered.add(len(part))
+        return converted
     async for chunk in Chunks(items, _BATCH_CHUNK_SIZE):
         converted += convert_chunk(chunk) or [
             _with_item_context(convert, index, item, collection)
             for index, item in enumerate(chunk, len(converted))
         ]
+        gathered.add(len(chunk))
     return converted
 
 

@@ -10,9 +10,10 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from hf_async_store.ordered_index import Garbage, Indexes, reclaim, record_before
+from hf_async_store.event_loop import Garbage, reclaim
+from hf_async_store.ordered_index import Indexes, record_before
 from hf_async_store.query import Missing
 from hf_async_store.schema import Collection
 from hf_async_store.unique import Fields, Owners
@@ -25,6 +26,18 @@ _BULK_DIVISOR: Final = 8
 """More changes than both are applied to a copy of the dict, in chunks."""
 
 _MERGE_CHUNK: Final = 1024
+
+
+class Merged(NamedTuple, Generic[Stored]):
+    """Many changes, applied to a copy of the dict of a table.
+
+    Attributes:
+        entities: the copy.
+        before: the values of the changed entities before; None: it did not exist.
+    """
+
+    entities: dict[str, Stored]
+    before: dict[str, Stored | None]
 
 
 class PastMoment(Generic[Stored]):
@@ -151,27 +164,30 @@ class Table(ABC, Generic[Stored]):
         """Whether there are so many images that they are applied to a copy, by `merged`."""
         return len(images) > max(_MIN_BULK_CHANGES, len(self.entities) // _BULK_DIVISOR)
 
-    async def merged(self, images: Mapping[str, Stored | None]) -> dict[str, Stored]:
+    async def merged(self, images: Mapping[str, Stored | None]) -> Merged[Stored]:
         """A copy of the dict with many images applied, for `apply`.
 
         The copy is made in chunks, so no other images may be applied until it is complete.
         """
         await asyncio.sleep(0)
-        merged = self.entities.copy()  # one step, and a large one
+        merged = Merged(
+            self.entities.copy(), dict[str, Stored | None]()
+        )  # one step, and a large one
         await asyncio.sleep(0)
         remaining = iter(images.items())
         while chunk := dict(islice(remaining, _MERGE_CHUNK)):
-            self._put(merged, chunk)
+            merged.before.update(zip(chunk, map(self.entities.get, chunk), strict=True))
+            self._put(merged.entities, chunk)
             await asyncio.sleep(0)
         return merged
 
     def apply(
-        self, images: Mapping[str, Stored | None], merged: dict[str, Stored] | None = None
+        self, images: Mapping[str, Stored | None], merged: Merged[Stored] | None = None
     ) -> None:
         """Apply the images of a commit: new values by id; None for a deleted entity.
 
         Args:
-            merged: the copy of the dict that `merged` returned for these images, if any.
+            merged: what `merged` returned for these images, if it was called.
         """
         for listener in self.listeners.values():
             listener.note(self, images)
@@ -183,14 +199,15 @@ class Table(ABC, Generic[Stored]):
         current = [each for each in self._moments if each.indexes is self.indexes]
         if merged is not None and current:
             # The views keep the old dict, and its indexes.
-            self.entities = merged
-            self.indexes = Indexes(self.collection, merged, self.values)
+            self.entities = merged.entities
+            self.indexes = Indexes(self.collection, merged.entities, self.values)
+            return
+        if merged is not None:
+            self.indexes.record(images, merged.before)
+            self.garbage.append(self.entities)
+            self.entities = self.indexes.entities = merged.entities
             return
         self.indexes.record(images)
-        if merged is not None:
-            self.garbage.append(self.entities)
-            self.entities = self.indexes.entities = merged
-            return
         for each in current:
             record_before(each.before, images, self.entities)
         self._put(self.entities, images)
@@ -227,3 +244,13 @@ class Table(ABC, Generic[Stored]):
         for garbage in (self.garbage, self.indexes.garbage):
             while garbage:
                 await reclaim(garbage.pop())
+
+    async def close(self) -> None:
+        """Free everything, unless a moment is still read: the table is used no more.
+
+        Otherwise the garbage collector would, in one step: tables and indexes refer to each other.
+        """
+        if not self._moments:
+            self.indexes.drop()
+            self.garbage.append(self.entities)
+            await self.reclaim()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.changes_by_filter import ChangesByFilter
+from hf_async_store.collector import GatheredObjects
 from hf_async_store.conflict_retry import TransactionTicket
 from hf_async_store.driver import Session
 from hf_async_store.errors import (
@@ -120,6 +121,7 @@ class Transaction(RepositoryInterface):
         self._parent = parent
         self._after_commit = after_commit
         self._has_written = False
+        self._gathered = GatheredObjects()  # what is kept until its end
         self._leave: Callable[[], None] | None = None
         self._is_entered = False
         self._session: Session | None = None
@@ -371,6 +373,7 @@ class Transaction(RepositoryInterface):
         async for chunk in Chunks(zip(keys, records, strict=True), _CHUNK_SIZE):
             for key, record in chunk:
                 self._known_versions[key] = None if record is None else record.version
+            self._gathered.add(len(chunk))
         return records
 
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]:
@@ -381,7 +384,8 @@ class Transaction(RepositoryInterface):
         keys = [each.key for each in changes]
         async with self._step(timeout, keys, writes=True) as session:
             self._has_written = True
-            outcomes = await session.write(changes)
+            # A copy, which the session may keep: the caller empties its own list.
+            outcomes = await session.write([*changes])
             if outcomes and isinstance(outcomes[-1], StorageError):
                 raise outcomes[-1]
         async for chunk in Chunks(zip(changes, outcomes, strict=True), _CHUNK_SIZE):
@@ -389,6 +393,7 @@ class Transaction(RepositoryInterface):
                 # None of them is an error; the outcome of a delete is the version that it deleted.
                 if not isinstance(outcome, StorageError):
                     self._known_versions[change.key] = None if type(change) is Delete else outcome
+            self._gathered.add(len(chunk))
         return outcomes
 
     def _select(self, query: Query) -> AsyncGenerator[Record, None]:

@@ -23,6 +23,7 @@ from hf_async_store.errors import (
     InvalidInputError,
     ReferenceViolationError,
 )
+from hf_async_store.event_loop import Chunks
 from hf_async_store.migration.backup_format import PortableReader, damaged
 from hf_async_store.migration.merge import name_of
 from hf_async_store.schema import Collection
@@ -37,6 +38,8 @@ _MAX_WANTED: Final = 50_000
 """So many references are collected before they are looked up among the known parents."""
 
 _FETCH_SIZE: Final = 500
+_CHUNK_SIZE: Final = 500
+"""How many entities are checked in one step."""
 
 
 async def check_portable(
@@ -62,10 +65,11 @@ async def check_portable(
     async with aclosing(reader.sections()) as sections:
         async for name, encoded in sections:
             reader.digests[name].add_all(encoded)
-            entities = reader.entities(name, encoded)
-            declared = checker.check(name, entities)
-            if parents is not None and schema is not None and name in schema:
-                parents.add(declared, entities)
+            async for lines in Chunks(encoded, _CHUNK_SIZE):
+                entities = reader.entities(name, lines)
+                declared = checker.check(name, entities)
+                if parents is not None and schema is not None and name in schema:
+                    parents.add(declared, entities)
     reader.verify_digests()
     return reader.digests
 

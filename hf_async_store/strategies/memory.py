@@ -31,7 +31,7 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
 )
-from hf_async_store.event_loop import Chunks
+from hf_async_store.event_loop import Chunks, TimedSteps
 from hf_async_store.locks import ReaderWriterLock
 from hf_async_store.query import MISSING, Missing, Query
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
 _LOCK_TIMEOUT: Final = 30.0
 _CHUNK_SIZE: Final = 512
 """How many entities are copied between two iterations of the event loop."""
-
-_WRITE_CHUNK: Final = 128
-"""The same for changes."""
 
 
 class MemoryStorageStrategy(StorageStrategy):
@@ -167,11 +164,12 @@ class _Snapshot(TableReader[Entity]):
 class _MemorySession(_OverlayReader, Session):
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        async for chunk in Chunks(changes, _WRITE_CHUNK):
-            for change in chunk:
-                outcomes.append(self.overlay.apply(change))
-                if isinstance(outcomes[-1], StorageError):
-                    return outcomes
+        steps = TimedSteps()
+        for change in changes:
+            outcomes.append(self.overlay.apply(change))
+            if isinstance(outcomes[-1], StorageError):
+                break
+            await steps.pause()
         return outcomes
 
     @asynccontextmanager
@@ -268,6 +266,7 @@ class MemoryEngine(Engine):
             if each.feed is not None
         }
         self._fed = asyncio.Event()  # set by each commit that adds to a feed
+        self._gathered = GatheredObjects()  # the entities that are stored
         self._closed = False
 
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
@@ -305,8 +304,10 @@ class MemoryEngine(Engine):
             await self._find_owners()
             overlay = self._overlay()
             outcomes: list[Outcome] = []
-            async for chunk in Chunks(changes, _WRITE_CHUNK):
-                outcomes += map(overlay.apply, chunk)
+            steps = TimedSteps()
+            for each in changes:  # a deletion may look at all children
+                outcomes.append(overlay.apply(each))
+                await steps.pause()
             await self._commit(overlay)
             return outcomes
 
@@ -358,6 +359,7 @@ class MemoryEngine(Engine):
                 images.setdefault(key.collection, {})[key.id] = entity
                 if key.collection in entries:
                     self._note(entries[key.collection], key, entity)
+            self._gathered.add(len(chunk))
         tables = {name: self._stored.table(name) for name in images}
         merged = {
             name: await tables[name].merged(each)
@@ -371,6 +373,8 @@ class MemoryEngine(Engine):
             if added:
                 self._feeds[name].append(added)
                 self._fed.set()
+        for table in tables.values():
+            await table.reclaim()
 
     def _note(self, entries: list[FeedEntry], key: Key, after: Entity | None) -> None:
         """Add a change to the entries of a commit, unless it created and deleted the entity."""
@@ -409,9 +413,13 @@ class MemoryEngine(Engine):
 
     async def close(self) -> None:
         self._closed = True
+        tables = [*self._stored.tables.values()]
         self._stored = _Stored(Schema(()))
         self._feeds.clear()
         self._fed.set()
+        if not self._lock.has_writer:  # a transaction that has not ended may still read them
+            for each in tables:
+                await each.close()
 
 
 async def _records(keys: Sequence[Key], get: Callable[[Key], Entity | None]) -> list[Record | None]:

@@ -19,6 +19,7 @@ import pytest
 from hf_async_store import Collection, JSONStorageStrategy
 from hf_async_store.errors import StorageError, StoreClosedError
 from hf_async_store.strategies.json import declarations_file, files, journal_writer, recovery
+from hf_async_store.values import Key
 from tests.json.support import both_layouts, open_files, open_json, reopened, temporary
 
 pytestmark = pytest.mark.hf_sampled(by="layout")
@@ -404,3 +405,43 @@ async def test_no_task_is_left_when_opening_a_large_file_is_cancelled(
         assert asyncio.all_tasks() == before
     finally:
         may_end.set()
+
+
+async def test_closing_frees_the_entities(tmp_path: Path) -> None:
+    """Otherwise the garbage collector frees all of them in one step, some time later."""
+    store = open_json(tmp_path)
+    await store.open()
+    await store.save_entity(T, {"template_id": "t-1"})
+    state = store._json.follower.state
+    assert state is not None
+    table = state.sections[T]
+    await store.close()
+    assert not table.entities
+
+
+async def test_a_snapshot_can_still_be_read_after_closing(tmp_path: Path) -> None:
+    store = open_json(tmp_path)
+    await store.open()
+    await store.save_entity(T, {"template_id": "t-1"})
+    async with store.snapshot() as reader:
+        await store.close()
+        assert [each is not None for each in await reader.fetch([Key(T, "t-1")])] == [True]
+
+
+async def test_no_commit_waits_for_the_syncs_before_and_after_a_compaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next journal is synced before the write lock is acquired, the folder after it was released."""
+    held: dict[str, bool] = {}
+    async with open_json(tmp_path) as store:
+        await store.save_entity(T, {"template_id": "t-1"})
+        for owner, name in ((journal_writer, "prepare_file"), (store._json.files, "settle")):
+            call = getattr(owner, name)
+
+            def noted(*given: Any, name: str = name, call: Callable[..., Any] = call) -> Any:
+                held[name] = store._json.locks.exclusive_held
+                return call(*given)
+
+            monkeypatch.setattr(owner, name, noted)
+        await store.checkpoint()
+    assert held == {"prepare_file": False, "settle": False}

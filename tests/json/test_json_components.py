@@ -49,6 +49,7 @@ from hf_async_store.strategies.json.serializer import (
     parse_object,
     section_lines,
 )
+from hf_async_store.table import Merged
 from hf_async_store.values import Entity, Key, Value, normalise
 from tests.json.support import SINGLE, open_json
 
@@ -553,8 +554,9 @@ class _Model:
         entity = _entity(entity_id, status, number)
         self.entities[entity_id] = entity
         images = {entity_id: SERIALIZER.encode(entity, 1)}
-        merged = {**self.section.entities, **images} if kind == "swap" else None
-        self.section.apply(images, merged)
+        stored = self.section.entities
+        merged = Merged({**stored, **images}, {entity_id: stored.get(entity_id)})
+        self.section.apply(images, merged if kind == "swap" else None)
 
     async def look(self, kind: str) -> None:
         fields = BY_ID if kind == "ids" else (kind,)

@@ -1,4 +1,5 @@
-"""While a call gathers many entities, none of them starts a full collection."""
+"""While a call gathers, or a transaction or the memory engine keeps, many entities, none of them starts a
+full collection."""
 
 from __future__ import annotations
 
@@ -17,11 +18,10 @@ PROGRAM = """
 import asyncio, gc
 import hf_async_store
 
-TAGS = {"owner": "somebody"}
 COLLECTION = hf_async_store.Collection("jobs", key="job_id", open=True)
 
 def jobs():
-    return [{"job_id": f"j{each:05}", "tags": dict(TAGS)} for each in range(30_000)]
+    return [{"job_id": f"j{each:05}", "tags": {"owners": ["somebody"]}} for each in range(30_000)]
 
 async def full_collections(call):
     gc.collect()
@@ -31,13 +31,26 @@ async def full_collections(call):
 
 async def main():
     async with hf_async_store.open_store("URL", collections=[COLLECTION]) as store:
-        await store.save_entities("jobs", jobs())
-        ids = [each["job_id"] for each in jobs()]
+        kept = jobs()
+        await store.save_entities("jobs", kept)
+        if WRITES:
+            await write(store, kept)
+        ids = [each["job_id"] for each in kept]
         await read(store, ids)
         async with store.begin_transaction() as tx:
             await read(tx, ids)
         if hasattr(store, "read_file"):
             print(await full_collections(decoded(store)))
+
+async def write(store, kept):
+    print(await full_collections(store.save_entities("jobs", kept)))
+    print(await full_collections(saved_in_parts(store, kept)))
+    async with store.begin_transaction() as tx:
+        print(await full_collections(saved_in_parts(tx, kept)))
+
+async def saved_in_parts(store, kept):
+    starts = range(0, len(kept), 500)
+    return [n for i in starts for n in await store.save_entities("jobs", kept[i : i + 500])]
 
 async def read(store, ids):
     print(await full_collections(store.query_entities("jobs")))
@@ -52,8 +65,8 @@ print(gc.get_freeze_count() > 0)
 """
 
 
-def output_of(url: str, before: str = "") -> list[str]:
-    program = PROGRAM.replace("URL", url).replace("BEFORE", before)
+def output_of(url: str, before: str = "", *, writes: bool = False) -> list[str]:
+    program = PROGRAM.replace("URL", url).replace("BEFORE", before).replace("WRITES", str(writes))
     package = Path(hf_async_store.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(package)}
     command = [sys.executable, "-c", program]
@@ -62,8 +75,8 @@ def output_of(url: str, before: str = "") -> list[str]:
     ).stdout.splitlines()
 
 
-def test_results_of_the_memory_engine() -> None:
-    assert output_of("memory:") == ["(0, 30000)"] * 4 + ["False"]
+def test_calls_of_the_memory_engine() -> None:
+    assert output_of("memory:", writes=True) == ["(0, 30000)"] * 7 + ["False"]
 
 
 def test_results_of_the_json_engine(tmp_path: Path) -> None:

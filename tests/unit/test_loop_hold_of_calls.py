@@ -79,6 +79,11 @@ async def change_in_transaction(store: StorageStrategy) -> int:
         return await tx.update_where("jobs", {"status": "s1"}, {"host": "h"}, limit=5_000)
 
 
+async def save_in_transaction(store: StorageStrategy) -> None:
+    async with store.begin_transaction() as tx:
+        await tx.save_entities("jobs", BATCH)
+
+
 CASES: Final[dict[str, Callable[[StorageStrategy], Awaitable[Any]]]] = {
     "in, indexed": lambda s: s.query_entities("jobs", {"name": in_(NAMES)}, limit=50),
     "in, newest": lambda s: s.query_entities("jobs", {"name": in_(NAMES)}, "-due_at", 50),
@@ -95,6 +100,7 @@ CASES: Final[dict[str, Callable[[StorageStrategy], Awaitable[Any]]]] = {
     "by key": lambda s: s.get_entities("jobs", IDS),
     "by key, in a transaction": all_by_key_in_transaction,
     "save": lambda s: s.save_entities("jobs", BATCH),
+    "save, in a transaction": save_in_transaction,
     "delete": lambda s: s.delete_entities("jobs", [f"x{each}" for each in range(10_000)]),
     "update where": lambda s: s.update_where("jobs", {"status": "s1"}, {"host": "h"}, limit=5_000),
     "update where, in a transaction": change_in_transaction,

@@ -110,6 +110,7 @@ class Compactor:
         self._last_end = -_PAUSE_SECONDS
         self._last_duration = 0.0
         self._failures = 0
+        self._is_settled = False  # a process that died may have replaced files
         self.failure: StorageError | None = None
         """The error of the last compaction; None if it succeeded, or could not get the lock in time."""
 
@@ -262,31 +263,53 @@ class Compactor:
     async def _compact(self) -> bool:
         while True:
             began = time.monotonic()
-            async with self._writing() as state:
-                with self._follower.step():
-                    self._files.clean()
-                    resuming = self.is_behind(state)
-                    contents = await self._begin(state)
-                generation = state.generation
+            try:
+                await self._prepare_journal()
+                async with self._writing() as state:
+                    with self._follower.step():
+                        self._files.clean(self._journal.prepared)
+                        resuming = self.is_behind(state)
+                        contents = await self._begin(state)
+                    generation = state.generation
+            finally:
+                self._journal.discard_prepared()
             if not contents:
                 return True
             written = await self._write(contents, state, generation)
             try:
                 async with self._writing() as current:
-                    if current is state and state.generation == generation:
+                    is_same = current is state and state.generation == generation
+                    if is_same:
                         with self._follower.step():
                             await run_to_completion(self._replace(written, state))
-                        log.info(
-                            "compacted the journal in %s into the data files in %.3f s",
-                            *(self._files.folder, time.monotonic() - began),
-                        )
                     elif current.replaced or not _contain(current, generation):
                         return False
                     # Otherwise another process has written the files meanwhile.
             finally:
                 _unlink(path for path, _ in written.values())
+            if is_same:
+                await self._drop_replaced(written)
+                log.info(
+                    "compacted the journal in %s into the data files in %.3f s",
+                    *(self._files.folder, time.monotonic() - began),
+                )
             if not resuming:
                 return True
+
+    async def _prepare_journal(self) -> None:
+        state = self._follower.state
+        if state is not None and state.pending and state.is_open and not self.is_behind(state):
+            with self._follower.step():
+                await self._journal.prepare(state)
+
+    async def _drop_replaced(self, written: Written) -> None:
+        """After files were replaced, remove the journals that they contain. Commits wait for that alone,
+        and not for the sync that comes before."""
+        with self._follower.step():
+            await run_to_completion(self._settle(written))
+        async with self._writing() as state:
+            with self._follower.step():
+                await self._drop_journals(state)
 
     async def update_files(self, state: StoreState) -> None:
         """Write all commits to the data files before the last one is acknowledged. The write lock is
@@ -407,6 +430,8 @@ class Compactor:
                     "written. It was not overwritten"
                 )
             await run_to_completion(self._replace(written, state))
+            await run_to_completion(self._settle(written))
+            await self._drop_journals(state)
         finally:
             _unlink(path for path, _ in written.values())
 
@@ -415,6 +440,7 @@ class Compactor:
         contents |= self._unchanged(contents, state)
         await self._journal.append_control(state, Fold(contents))
         paths = {name: path for name, (path, _) in written.items()}
+        self._is_settled = False
         try:
             await self._journal.in_thread(self._files.put_in_place, paths, state.generation)
         except OSError as exc:
@@ -422,7 +448,15 @@ class Compactor:
         for name, content in contents.items():
             collections = self._follower.loader.collections_of(name, state)
             state.mark_covered(name, content, collections)
-        await self._drop_journals(state)
+
+    async def _settle(self, names: Iterable[str]) -> None:
+        """Make the replacement of files durable: until then, a power failure may bring the old ones back,
+        which need the journals."""
+        try:
+            await self._journal.in_thread(self._files.settle, names)
+        except OSError as exc:
+            raise translate_os_error(exc, f"replace files in {self._files.folder}") from exc
+        self._is_settled = True
 
     def _unchanged(
         self, written: Mapping[str, FileState], state: StoreState
@@ -439,6 +473,8 @@ class Compactor:
         return unchanged
 
     async def _drop_journals(self, state: StoreState) -> None:
+        if not self._is_settled:
+            await run_to_completion(self._settle(()))
         covers = [each.covers for each in state.content.values()]
         await self._journal.release_journals(min(covers, default=0))
 

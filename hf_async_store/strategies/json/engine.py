@@ -674,7 +674,11 @@ class JSONEngine(Engine):
         finally:
             await self.follower.end_steps()
             await self.compactor.close()  # a commit that has just ended may have begun one
+            # A transaction that has not ended may still read it.
+            state = None if self.locks.exclusive_held else self.follower.state
             self._release()
+            if state is not None:
+                await state.free()
 
     async def _compact_if_last(self) -> None:
         """Compact, if no other process has the store open: the data files then contain everything."""

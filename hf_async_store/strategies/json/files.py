@@ -21,7 +21,7 @@ import msgspec
 from hf_async_store.config import JSONConfig
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import ConfigurationError, CorruptionError, DataFileConflictError
-from hf_async_store.event_loop import begun_in_thread, in_thread
+from hf_async_store.event_loop import begun_in_thread, in_thread, one_thread
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import Ownership, keep, of_a_new_store, share
 from hf_async_store.schema import CLAIM_COLLECTION, SUBSCRIPTION_COLLECTION, Schema
@@ -452,10 +452,11 @@ class FileManager:
                 owned = self.ownership(name)
                 if owned is not None:
                     keep(fd, owned)
-                async for chunk in chunks:
-                    # Not interrupted by a cancellation: the thread must not write to a closed file.
-                    await run_to_completion(in_thread(_write, fd, chunk, digest, compressor))
-                await run_to_completion(in_thread(_finish, fd, digest, compressor))
+                with one_thread() as run:
+                    async for chunk in chunks:
+                        # Not interrupted by a cancellation: the thread must not write to a closed file.
+                        await run_to_completion(run(_write, fd, chunk, digest, compressor))
+                    await run_to_completion(run(_finish, fd, digest, compressor))
                 return path, digest.hexdigest(), Signature.of(os.fstat(fd))
             finally:
                 os.close(fd)
@@ -469,8 +470,8 @@ class FileManager:
     def put_in_place(self, written: Mapping[str, Path], generation: int) -> None:
         """Rename the temporary files to their final names; the old files are kept as backups.
 
-        Synchronous, for a worker thread. If it is interrupted, each file is either the old one or the
-        new one, and the journal identifies which.
+        The caller then calls `settle`. If this is interrupted, each file is either the old one or the
+        new one, and the journal identifies which. Synchronous, for a worker thread.
         """
         for name, temporary in written.items():
             target = self.path(name)
@@ -487,9 +488,15 @@ class FileManager:
             for each in old:
                 if each != target:
                     each.unlink()
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Sync the folder, so that files that were put in place stay there, and remove old backups of them.
+
+        Synchronous, for a worker thread.
+        """
         sync_folder(self.folder)
         # Without `backup_enabled`, existing backups are not removed.
-        for name in written if self._backups else ():
+        for name in names if self._backups else ():
             for path in self.backups(name)[self._backups :]:
                 with suppress(OSError):
                     path.unlink()
@@ -506,8 +513,8 @@ class FileManager:
         _link_or_copy(old, backup)
         return backup
 
-    def clean(self) -> None:
-        """Remove temporary files of processes that died.
+    def clean(self, used: Path | None = None) -> None:
+        """Remove temporary files of processes that died, and not the one that is `used`.
 
         The caller holds the compaction lock and the write lock: no other process writes temporary
         files then. Complete names are compared: a folder may contain another store whose name has the
@@ -519,7 +526,7 @@ class FileManager:
             rf"\.((?:{names})|{stem}\.journal\.\d+|{stem}\.feed\.\d+-\d+|{stem}\.(declarations|lock(\.[a-z]+)?))\.[0-9a-f]{{8}}\.tmp"
         )
         for entry in self._entries():
-            if temporary.fullmatch(entry):
+            if temporary.fullmatch(entry) and (used is None or entry != used.name):
                 with suppress(OSError):
                     (self.folder / entry).unlink()
 

@@ -17,12 +17,11 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import StorageError
-from hf_async_store.event_loop import in_thread
-from hf_async_store.ordered_index import reclaim
+from hf_async_store.event_loop import in_thread, reclaim
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile
 from hf_async_store.strategies.json.files import (
@@ -51,7 +50,7 @@ from hf_async_store.strategies.json.journal import (
     record,
 )
 from hf_async_store.strategies.json.kept_journals import KeptJournals
-from hf_async_store.strategies.json.store_state import Merged, PendingAppend, StoreState
+from hf_async_store.strategies.json.store_state import MergedSections, PendingAppend, StoreState
 
 Result = TypeVar("Result")
 
@@ -59,6 +58,14 @@ log: Final = logging.getLogger("hf_async_store.json")
 
 _LARGE_CHUNK: Final = 1 << 16
 _LARGE_RECORD: Final = 1 << 22
+
+
+class _PreparedJournal(NamedTuple):
+    """A journal with its first record, synced under a temporary name."""
+
+    head: Head
+    temporary: Path
+    fd: int
 
 
 class JournalWriter:
@@ -89,6 +96,7 @@ class JournalWriter:
         # Not the same thread: a commit never waits for a compaction that is writing.
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="hf-async-store-json")
         self._appends = _AppendThread()
+        self._prepared: _PreparedJournal | None = None
 
     async def in_thread(self, call: Callable[..., Result], *args: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
@@ -145,7 +153,7 @@ class JournalWriter:
         kind: Kind,
         payload: Sequence[bytes],
         images: Images,
-        merged: Merged,
+        merged: MergedSections,
         images_size: int,
     ) -> None:
         size = sum(map(len, payload))
@@ -188,8 +196,40 @@ class JournalWriter:
 
     # -- generations -------------------------------------------------------------------------
 
+    async def prepare(self, state: StoreState) -> None:
+        """Write and sync the next journal under a temporary name, without the write lock, so that no commit
+        waits for it. The compaction lock is held.
+
+        It is used by `start_generation` if nothing that it says has changed; the caller then calls
+        `discard_prepared`. With a change feed, whose last position it would say, it is not worth while.
+        """
+        if not self._declarations.feeds:
+            await run_to_completion(self._prepare(self._next_head(state)))
+
+    async def _prepare(self, head: Head) -> None:
+        path = self._files.journal(head.generation)
+        with suppress(OSError):  # reported by `start_generation`, which tries again
+            owned = self._files.ownership()
+            made = await self.in_thread(prepare_file, path, record(*control(head), 0), owned)
+            self._prepared = _PreparedJournal(head, *made)
+
+    @property
+    def prepared(self) -> Path | None:
+        """The file that `prepare` has written, if it is not used yet."""
+        return None if self._prepared is None else self._prepared.temporary
+
+    def discard_prepared(self) -> None:
+        """Remove what `prepare` has written, unless it was used."""
+        if self._prepared is not None:
+            discard_file(self._prepared.temporary, self._prepared.fd)
+            self._prepared = None
+
     async def start_generation(self, state: StoreState) -> None:
         """Seal the journal, if there is one, and begin the next."""
+        # Not interrupted by a cancellation: the state in memory must match the journals.
+        await run_to_completion(self._begin(state, self._next_head(state)))
+
+    def _next_head(self, state: StoreState) -> Head:
         generation = state.generation + 1
         files = {
             name: content.covering(
@@ -199,9 +239,7 @@ class JournalWriter:
         }
         feed = self._new_feed()
         last = None if state.replaced or not feed else state.feed_end
-        head = Head(generation, files, feed=feed, last=last)
-        # Not interrupted by a cancellation: the state in memory must match the journals.
-        await run_to_completion(self._begin(state, head))
+        return Head(generation, files, feed=feed, last=last)
 
     def _new_feed(self) -> str:
         return os.urandom(8).hex() if self._declarations.feeds else ""
@@ -240,7 +278,10 @@ class JournalWriter:
         try:
             if head.feed and head.last is None:
                 await self.in_thread(self._kept.remove_all)
-            temporary, fd = await self.in_thread(prepare_file, path, data, owned)
+            if self._prepared is not None and self._prepared.head == head:
+                (_, temporary, fd), self._prepared = self._prepared, None
+            else:
+                temporary, fd = await self.in_thread(prepare_file, path, data, owned)
             try:
                 if state.is_open and not head.alone:
                     await self.append_control(state, Seal(head.generation))
@@ -281,7 +322,7 @@ class JournalWriter:
     async def _end_journals(self, end: Callable[[int], None], before: int) -> None:
         try:
             # In a thread: freeing the disk space of a large file takes time.
-            await run_to_completion(in_thread(end, before))
+            await run_to_completion(self.in_thread(end, before))
         except OSError as exc:
             raise translate_os_error(exc, "remove a journal") from exc
 

@@ -24,8 +24,7 @@ from hf_async_store.errors import (
     DataFileConflictError,
     StorageError,
 )
-from hf_async_store.event_loop import TimedSteps, in_thread
-from hf_async_store.ordered_index import reclaim
+from hf_async_store.event_loop import TimedSteps, in_thread, reclaim
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.schema import Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable

@@ -13,8 +13,9 @@ from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.files import Signature
 from hf_async_store.strategies.json.journal import FeedPosition, FileState, Head, Images
 from hf_async_store.strategies.json.serializer import StoredEntity, parse_object
+from hf_async_store.table import Merged
 
-Merged: TypeAlias = Mapping[str, "dict[str, StoredEntity]"]
+MergedSections: TypeAlias = Mapping[str, Merged[StoredEntity]]
 """Copies of sections by name, to which the images of a commit are already applied."""
 
 
@@ -28,7 +29,7 @@ class PendingAppend(Struct, eq=False):
     """
 
     images: Images
-    merged: Merged
+    merged: MergedSections
     end: int
     size: int
     check: int | None
@@ -94,7 +95,7 @@ class StoreState(Struct, eq=False):
         """The entities that a commit is about to change, as they are; without those that it creates."""
         return {name: await self.sections[name].stored(each) for name, each in images.items()}
 
-    async def merged(self, images: Images) -> Merged:
+    async def merged(self, images: Images) -> MergedSections:
         """Copies of the sections to which many of the images apply, for `apply`."""
         return {
             name: await self.sections[name].merged(each)
@@ -102,7 +103,7 @@ class StoreState(Struct, eq=False):
             if self.sections[name].is_bulk(each)
         }
 
-    def apply(self, images: Images, size: int, merged: Merged) -> None:
+    def apply(self, images: Images, size: int, merged: MergedSections) -> None:
         """Apply a commit of the current generation that has `size` bytes in the journal.
 
         The caller calls `reclaim` afterwards.
@@ -126,6 +127,11 @@ class StoreState(Struct, eq=False):
         for section in self.sections.values():
             if section.garbage:
                 await section.reclaim()
+
+    async def free(self) -> None:
+        """Free the entities of a store that was closed, in small steps."""
+        for section in self.sections.values():
+            await section.close()
 
     def mark_covered(self, name: str, content: FileState, collections: set[str]) -> None:
         """Record that a data file has this content, and all commits before `content.covers`."""

@@ -21,7 +21,7 @@ from hf_async_store.config import (
     strategy_config,
 )
 from hf_async_store.errors import InvalidInputError, UnsupportedValueError
-from hf_async_store.ordered_index import reclaim
+from hf_async_store.event_loop import reclaim
 from hf_async_store.preconditions import missing_parent
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategies.json.engine import JSONEngine

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, cast
 import msgspec
 
 from hf_async_store.changes import Record
+from hf_async_store.collector import GatheredObjects
 from hf_async_store.errors import CorruptionError, ProtocolError, StorageError
 from hf_async_store.event_loop import computed
 from hf_async_store.generators import Owned
@@ -71,8 +72,11 @@ async def fetch(
 ) -> list[Record | None]:
     """The records of `keys`, in their order. A key whose collection has no table is absent."""
     records: list[Record | None] = []
+    gathered = GatheredObjects()
     for start in range(0, len(keys), _MAX_IDS):
-        records += await _fetch_some(lease, tables, keys[start : start + _MAX_IDS])
+        some = await _fetch_some(lease, tables, keys[start : start + _MAX_IDS])
+        records += some
+        gathered.add(2 * len(some))  # each is a record with an entity
     return records
 
 

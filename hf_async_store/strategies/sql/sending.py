@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -67,6 +67,9 @@ _MAX_SIZE: Final = 1 << 24
 """The maximum number of characters of the documents of a statement; a JSON array in PostgreSQL is limited
 to 256 MiB."""
 
+_PART: Final = 4096
+"""So many changes of a transaction are looked at in one step."""
+
 _TRIES: Final = 64
 """How often a change is sent whose precondition is met each time the entity is read."""
 
@@ -74,6 +77,10 @@ _BRIEF: Final = "250ms"
 """How long each statement may take that finds out why another one reached `statement_timeout`."""
 
 _NOT_SENT: Final = StorageError("the change was not sent")
+
+
+def _parts(group: list[PendingChange]) -> Iterator[list[PendingChange]]:
+    return (group[start : start + _PART] for start in range(0, len(group), _PART))
 
 
 class Patience:
@@ -388,8 +395,8 @@ class TransactionBatch(_Batch):
             all_or_none: those after the first that fails need not be executed.
         """
         failed = len(self.outcomes)
-        for group in groups:
-            wanted = [each for each in group if each.place < failed]
+        for part in chain.from_iterable(map(_parts, groups)):
+            wanted = [each for each in part if each.place < failed]
             if wanted:
                 await self.send(wanted)
             if all_or_none:
