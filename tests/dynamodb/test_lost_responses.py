@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_async_store import DynamoDBStorageStrategy, StorageError, UnavailableError
+from hf_async_store import DynamoDBStorageStrategy, StorageError, UnavailableError, increment
 from hf_async_store.strategies.dynamodb import request_retry
 from hf_async_store.strategies.dynamodb.errors import ResponseLost, conflict, translate
 from tests.dynamodb.proxy import WRITES, Cut, Fault, Request
@@ -58,6 +58,7 @@ VERBS: Final[dict[str, Verb]] = {
     "update expecting": lambda store, each: store.update_entity(
         "items", each, {"label": "ours"}, expected_version=2
     ),
+    "increment": lambda store, each: store.update_entity("items", each, {"count": increment(1)}),
     "update where": lambda store, each: store.update_entity(
         "items", each, {"label": "ours"}, condition_expression="attribute_exists(item_id)"
     ),

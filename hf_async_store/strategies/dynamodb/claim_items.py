@@ -2,19 +2,20 @@
 
 The attribute is a map: `t` the token, `o` the owner, `r` the era, `e` the end of the lease or of the delay,
 `h` whether it is held until then, `a` the number of attempts, `w` a unique text of the request that made
-it, by which it is recognised if the response was lost, and `f` the token of the claim before it if that
-was released, by which the release is recognised. A deletion removes it with the item. Updates leave
-it as it is; what replaces an item as a whole keeps it, on condition that it has not changed.
+it, by which it is recognised if the response was lost, and which begins with the name of the store and a
+period, and `f` the token of the claim before it if that was released, by which the release is recognised.
+A deletion removes it with the item. Updates leave it as it is; what replaces an item as a whole keeps it,
+on condition that it has not changed.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from hf_async_store.claim_records import ClaimState
 from hf_async_store.errors import CorruptionError
 from hf_async_store.strategies.dynamodb.expressions import Names
-from hf_async_store.strategies.dynamodb.items import CLAIM
+from hf_async_store.strategies.dynamodb.items import CLAIM, token_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,18 +80,16 @@ def claim_attribute(state: ClaimState, request: str, before: ClaimState | None) 
     return {"M": members}
 
 
-def is_made_by(item: Attributes | None, request: str) -> bool:
-    """Whether the claim of an item was made by a request."""
-    return _has(item, _REQUEST, {"S": request})
+def request_in(item: Attributes | None) -> str | None:
+    """The request that made the claim of an item; without a claim, the one that wrote the item last."""
+    found = (item or {}).get(CLAIM, {}).get("M", {}).get(_REQUEST, {}).get("S")
+    return cast("str | None", found) or token_of(item or {})
 
 
 def follows_release(item: Attributes | None, token: int) -> bool:
     """Whether the claim of an item was made after the one with this token was released."""
-    return _has(item, _RELEASED, {"N": str(token)})
-
-
-def _has(item: Attributes | None, member: str, value: Attribute) -> bool:
-    return bool((item or {}).get(CLAIM, {}).get("M", {}).get(member) == value)
+    members = (item or {}).get(CLAIM, {}).get("M", {})
+    return bool(members.get(_RELEASED) == {"N": str(token)})
 
 
 def same_claim(item: Attributes, names: Names) -> str:

@@ -1,8 +1,8 @@
 """Claims on DynamoDB: an attribute of the item itself, changed by conditional updates.
 
 A claimer reads the first candidates, by an index if there is one, and updates those that are free, each on
-condition that the item and its claim are as they were read. If another claimer was faster, it goes on
-with candidates in random order, so that claimers spread. The tasks of one store share the candidates that
+condition that the item and its claim are as they were read. The stores that claim at the same time share
+the candidates out among them, as far as they know of each other. The tasks of one store share those that
 they read, and the requests that claim them.
 
 Named locks are items without an entity, in a table of their own, which the first lock creates.
@@ -10,6 +10,7 @@ Named locks are items without an entity, in a table of their own, which the firs
 
 from __future__ import annotations
 
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,7 +31,6 @@ from hf_async_store.errors import (
     EntityNotFoundError,
     StorageError,
 )
-from hf_async_store.field_operations import plain_fields
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query, compile_order
 from hf_async_store.strategies.dynamodb.candidates import Candidates, SharedCandidates
@@ -41,7 +41,7 @@ from hf_async_store.strategies.dynamodb.claim_items import (
     claim_in,
     follows_release,
     held_claim,
-    is_made_by,
+    request_in,
     same_claim,
     set_end,
 )
@@ -85,7 +85,8 @@ class Claiming:
         self._reading = reading
         self._in_progress: set[Key] = set()
         self._statements = ClaimStatements(client)
-        self.candidates = SharedCandidates(reading)
+        self._name = new_token()
+        self.candidates = SharedCandidates(reading, self._name)
 
     # -- claiming ----------------------------------------------------------------------------
 
@@ -97,7 +98,7 @@ class Claiming:
         shape, max_attempts, began = query.with_limit(None), terms.max_attempts, monotonic()
         recent = self.candidates.recent(shape, max_attempts)
         if recent is not None:
-            await self._take_some(recent, query.limit, terms, now, claimed)
+            await self._take_some(recent, query.limit, terms, now, claimed, until_used_up=True)
         if len(claimed) < query.limit:
             first = self.candidates.begun(shape, max_attempts, began)
             await self._take_some(first, query.limit, terms, now, claimed)
@@ -111,11 +112,17 @@ class Claiming:
         terms: ClaimTerms,
         now: Moment,
         claimed: list[Claimed],
+        *,
+        until_used_up: bool = False,
     ) -> None:
-        """Claim candidates up to the limit, the first of them if no other claimer is faster."""
-        while len(claimed) < limit:
+        """Claim candidates up to the limit, the first of them if no other claimer is faster.
+
+        Args:
+            until_used_up: end when the others have probably claimed the rest; a new reading follows.
+        """
+        while len(claimed) < limit and not (until_used_up and candidates.is_used_up):
             number = min(limit - len(claimed), _PARALLEL)
-            tried = await candidates.take(number, terms, now)
+            tried = await candidates.take(number, terms, now, until_used_up=until_used_up)
             if not tried:
                 break
             # Queries with other filters find the same entities.
@@ -123,18 +130,18 @@ class Claiming:
             keys = {record.key for record, _ in tried}
             self._in_progress |= keys
             try:
-                found = await gather([self._take(*each, terms, now, claimed) for each in tried])
+                found = await gather(
+                    [self._take(*each, candidates, terms, now, claimed) for each in tried]
+                )
             finally:
                 self._in_progress -= keys
-            missed = [
-                each.key for (each, _), is_own in zip(tried, found, strict=True) if not is_own
-            ]
-            candidates.note(found, spread=self.candidates.spread_after(missed))
+            candidates.note(sum(found), len(found) - sum(found))
 
     async def _take(
         self,
         record: Record,
         item: Attributes,
+        candidates: Candidates,
         terms: ClaimTerms,
         now: Moment,
         claimed: list[Claimed],
@@ -143,26 +150,33 @@ class Claiming:
         key = record.key
         before = claim_in(item, key)
         new = taken(before, key, terms, now)
-        made = new_token()
+        made = self._new_request()
         attribute = claim_attribute(new, made, before)
         # Listed before the request, because its answer may be lost.
         own = self._claimed(record, new)
         claimed.append(own)
-        is_own: bool | StorageError | None = None
+        holder: str | None | StorageError = StorageError("it was not sent")
         if self._statements.can_express(item) and not self._tables.has_stream(key.collection):
-            is_own = await self._statements.claim(self._statement(key, item, attribute, made))
-        if not isinstance(is_own, bool):  # it is not known, but a repetition recognises it
-            is_own = await self._update(self._request(key, item, attribute), made)
-        if is_own:
+            holder = await self._statements.claim(self._statement(key, item, attribute, made))
+        if isinstance(holder, StorageError):  # it is not known, but a repetition recognises it
+            holder = await self._update(self._request(key, item, attribute), made)
+        if holder == made:
             self.candidates.note_own(key)
-        else:
-            claimed.remove(own)
-        return is_own
+            return True
+        claimed.remove(own)
+        if not self.candidates.is_own(key):  # an index may be late
+            candidates.note_other(holder)
+        return False
+
+    def _new_request(self) -> str:
+        """A text that tells the store, for a claim and for what is written under it."""
+        return f"{self._name}.{new_token()}"
 
     def _statement(self, key: Key, item: Attributes, new: Attribute, made: str) -> ClaimStatement:
         name = self._tables.mappings[key.collection].key
         table = self._tables.name(key.collection)
-        return ClaimStatement(table, (name, key.id), item, new, made)
+        alone = partial(self._request, key, item, new)
+        return ClaimStatement(table, (name, key.id), item, new, made, alone)
 
     def _request(self, key: Key, item: Attributes, new: Attribute) -> dict[str, Any]:
         mapping = self._tables.mappings[key.collection]
@@ -183,14 +197,14 @@ class Claiming:
                 continue
             names = Names()
             new = taken(state, key, terms, now)
-            made = new_token()
+            made = self._new_request()
             attribute = claim_attribute(new, made, state)
             update, condition = _set(names, attribute), same_claim(item or {}, names)
             expressions = names.request(UpdateExpression=update, ConditionExpression=condition)
             request = {**self._at(key), **expressions}
             own = self._claimed(Record(key, {VERSION: 0}), new)
             claimed.append(own)
-            if await self._update(request, made):
+            if await self._update(request, made) == made:
                 return
             claimed.remove(own)
 
@@ -198,15 +212,15 @@ class Claiming:
         skew = self._client.config.max_clock_skew
         return Claimed(record, new.token, new.attempts, skew)
 
-    async def _update(self, request: dict[str, Any], made: str) -> bool:
-        """Write a claim; returns whether its condition held."""
+    async def _update(self, request: dict[str, Any], made: str) -> str | None:
+        """Write a claim; returns the request whose claim the item has now."""
         try:
             await self._send(request)
         except ConditionFailed as exc:
             # An earlier attempt, whose response was lost, may have written it. Token and owner do not
             # tell: two claimers of one name can choose the same token.
-            return is_made_by(exc.item, made)
-        return True
+            return request_in(exc.item)
+        return made
 
     async def _send(self, request: dict[str, Any]) -> None:
         """Send an update of a claim, again after failures.
@@ -245,14 +259,14 @@ class Claiming:
         """As `Engine.write_claimed`; None if no single request can express the update."""
         key, skew = change.key, self._client.config.max_clock_skew
         await self._refuse_unknown(key)
-        unique = self._tables.unique(key.collection)
-        if plain_fields(change.fields) is None or may_touch(change, unique):
+        if may_touch(change, self._tables.unique(key.collection)):
             return None
         try:
             version = await self._writes.update_where(
                 change,
                 lambda _, names: held_claim(names, token, clock.now(), skew),
                 ends_claim=ends,
+                token=self._new_request(),
             )
         except (ConcurrencyConflictError, EntityNotFoundError) as exc:
             if exc.outcome_unknown or exc.retryable:
@@ -263,7 +277,7 @@ class Claiming:
                 raise absent(key) from exc
             raise lost(key, "its lease is about to end") from exc
         if ends:
-            self.candidates.forget_if_free(change.fields)
+            self.candidates.forget_after([change])
         return version
 
     async def renew(self, key: Key, token: int, lease: float, now: Moment) -> None:

@@ -68,20 +68,20 @@ class ConditionalUpdate(WriteOp):
         return update_item(self, self._condition, self._names.copy(), self._also_removed)
 
     async def _observe(self, client: Client) -> None:
-        """Read the item, if the update changes only a part of a composite sort key, or it may have
-        expired."""
+        """Read the item, if the update depends on it: it computes fields or a composite sort key, or the
+        entity may have expired."""
         if not self.whole:
             return
         if self.observed is None:
             key = {self.key[0]: {"S": self.key[1]}}
             params = {"TableName": self.table, "Key": key, "ConsistentRead": True}
             self.observed = (await client.read("GetItem", params)).get("Item")
-        if self.observed is not None:
-            fields = cast("Patch", self.change).fields
-            entity, version = self.mapping.entity(self.observed), self.version_of(self.observed)
-            if present(self.change, entity) is None:
-                raise EntityNotFoundError(self.change.key.collection, self.change.key.id)
-            check_size(patched(entity, fields, version))
+        entity = None if self.observed is None else self.mapping.entity(self.observed)
+        entity = present(self.change, entity)
+        if self.observed is None or entity is None:
+            raise EntityNotFoundError(self.change.key.collection, self.change.key.id)
+        fields, version = cast("Patch", self.change).fields, self.version_of(self.observed)
+        check_size(patched(entity, fields, version))
 
     def _is_undeclared(self, item: Attributes) -> bool:
         is_complete = token_of(item) is not None and size_bound_of(item) is not None

@@ -123,8 +123,12 @@ class DynamoDBEngine(Engine):
         # A request is not cancelled, because it may be applied at any time before its response.
         with public_errors():
             outcomes = await run_to_completion(self.writes.write_each(changes))
-        self._claiming.candidates.forget()
+        self._claiming.candidates.forget_after(changes)
         return [public(each) if isinstance(each, StorageError) else each for each in outcomes]
+
+    def shares_changes(self, key: Key) -> bool:
+        """As `Engine.shares_changes`. Not with a stream, which has each version."""
+        return not self.tables.has_stream(key.collection) and not self.tables.unique(key.collection)
 
     @asynccontextmanager
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Session, None]:

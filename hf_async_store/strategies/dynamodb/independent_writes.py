@@ -12,6 +12,7 @@ Most changes become one PartiQL statement each, and up to 25 statements share a
 * If there are several changes, the items of such saves are read first, because PartiQL has no upsert.
   Each becomes an insert, or an update of the attributes that differ on condition that the token is
   unchanged; it is repeated if another write came first.
+* Updates of one entity that compute fields from what is stored share an item; see `combined_updates`.
 * If the table has a stream, each attempt is a request of its own, PutItem, UpdateItem or DeleteItem with
   the same condition: not every server records statements in streams.
 * A change that no statement can express (very long names, a change with a mark, an entity near its
@@ -44,6 +45,7 @@ from hf_async_store.strategies.dynamodb.bulk_import import (
     import_request,
     unprocessed_keys,
 )
+from hf_async_store.strategies.dynamodb.combined_updates import CombinedUpdates, combined
 from hf_async_store.strategies.dynamodb.conditional_update import ConditionalUpdate
 from hf_async_store.strategies.dynamodb.errors import (
     Cancelled,
@@ -158,17 +160,41 @@ class Writes:
                 return outcome
 
     async def _write_plain(self, changes: Sequence[Change]) -> list[Outcome]:
-        ops = [self._op(each) for each in changes]
+        outcomes: list[Outcome] = [None] * len(changes)
+        groups = combined(changes, self._tables.has_stream)
+        ops = [self._op([changes[place] for place in each]) for each in groups]
+        places = dict(zip(ops, groups, strict=True))
         for batch in _split_repeated_keys(ops):
-            await self._run(batch)
-            refused = await self._repeatable(batch)
-            again = [self._op(each.change) for each in refused]
-            await self._run(again)
-            for before, after in zip(refused, again, strict=True):
-                before.outcome, before.receipt = after.outcome, after.receipt
-            for each in batch:
-                self._update_cache(each)
-        return [each.outcome for each in ops]
+            await self._run_batch(batch)
+            for op in batch:
+                for place, outcome in zip(places[op], await self._outcomes(op), strict=True):
+                    outcomes[place] = outcome
+        return outcomes
+
+    async def _run_batch(self, batch: list[WriteOp]) -> None:
+        """Run writes of different entities, again if the indexes of their tables have changed."""
+        await self._run(batch)
+        refused = await self._repeatable(batch)
+        again = [self._op([each.change]) for each in refused]
+        await self._run(again)
+        for before, after in zip(refused, again, strict=True):
+            before.outcome, before.receipt = after.outcome, after.receipt
+        for each in batch:
+            self._update_cache(each)
+
+    async def _outcomes(self, op: WriteOp) -> list[Outcome]:
+        """The outcomes of the changes of a write. Combined ones that were refused are made one by one."""
+        if not isinstance(op, CombinedUpdates):
+            return [op.outcome]
+        error = op.outcome
+        if not isinstance(error, StorageError):
+            return op.decided
+        if not _may_be_caused_by_one(error):
+            return [error.copy() for _ in op.changes]
+        alone = [self._op([each]) for each in op.changes]
+        for each in alone:
+            await self._run_batch([each])
+        return [each.outcome for each in alone]
 
     async def update_where(
         self,
@@ -176,6 +202,7 @@ class Writes:
         condition_of: Callable[[ItemMapping, Names], str],
         *,
         ends_claim: bool = False,
+        token: str | None = None,
     ) -> int:
         """Update an entity if it satisfies a condition; return the new version.
 
@@ -183,6 +210,7 @@ class Writes:
             condition_of: returns the ConditionExpression for the items of a table, with placeholders of
                 the names.
             ends_claim: the update removes the claim of the item.
+            token: the write token of the new item, by default any.
 
         Raises:
             EntityNotFoundError: the entity does not exist.
@@ -196,10 +224,10 @@ class Writes:
                 f"a condition_expression cannot be combined with a change of a field of {collection} "
                 "that is in a unique index; use a transaction"
             )
-        op = self._conditional(change, condition_of, ends_claim)
+        op = self._conditional(change, condition_of, ends_claim, token)
         await self._run([op])
         if await self._repeatable([op]):
-            op = self._conditional(change, condition_of, ends_claim)
+            op = self._conditional(change, condition_of, ends_claim, token)
             await self._run([op])
         self._update_cache(op)
         if isinstance(op.outcome, StatementRefused):
@@ -208,33 +236,37 @@ class Writes:
             raise op.outcome
         return cast("int", op.outcome)
 
-    def _op(self, change: Change) -> WriteOp:
-        name = change.key.collection
-        return WriteOp(
-            change,
-            self._tables.mappings[name],
-            self._tables.name(name),
-            by_item=self._tables.has_stream(name),
-        )
+    def _op(self, changes: Sequence[Change]) -> WriteOp:
+        """The write of a change, or of combined ones."""
+        name = changes[0].key.collection
+        mapping, table = self._tables.mappings[name], self._tables.name(name)
+        if len(changes) > 1:
+            return CombinedUpdates(changes, mapping, table)
+        return WriteOp(changes[0], mapping, table, by_item=self._tables.has_stream(name))
 
     def _conditional(
         self,
         change: Patch,
         condition_of: Callable[[ItemMapping, Names], str],
         ends_claim: bool,
+        token: str | None,
     ) -> ConditionalUpdate:
         name, names = change.key.collection, Names()
         mapping = self._tables.mappings[name]
         condition = condition_of(mapping, names)
         table = self._tables.name(name)
-        return ConditionalUpdate(change, mapping, table, condition, names, ends_claim=ends_claim)
+        op = ConditionalUpdate(change, mapping, table, condition, names, ends_claim=ends_claim)
+        op.token = token or op.token
+        return op
 
     async def _repeatable(self, ops: Sequence[WriteOp]) -> list[WriteOp]:
         """The writes that were refused, but may not be for the present indexes of their tables."""
         refused = [
             each
             for each in ops
-            if isinstance(each.outcome, StatementRefused) and not each.outcome.outcome_unknown
+            if isinstance(each.outcome, StatementRefused)
+            and not each.outcome.outcome_unknown
+            and not isinstance(each, CombinedUpdates)  # their changes are made one by one
         ]
         mappings = {each.mapping for each in refused}
         changed = {each for each in mappings if await self._tables.have_changed(each)}

@@ -16,7 +16,7 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.field_operations import plain_fields
-from hf_async_store.preconditions import present
+from hf_async_store.preconditions import changed, present
 from hf_async_store.strategies.dynamodb.errors import TABLE_REMEDY
 from hf_async_store.strategies.dynamodb.items import (
     CLAIM,
@@ -38,7 +38,7 @@ from hf_async_store.strategies.dynamodb.write_states import (
     next_step,
     response_of,
 )
-from hf_async_store.values import UPDATED_AT, utc_now
+from hf_async_store.values import UPDATED_AT, Entity, utc_now
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.codec import Attributes
@@ -102,6 +102,14 @@ class WriteOp:
     @property
     def is_done(self) -> bool:
         return self.state in RESULTS
+
+    def decide(self, stored: Entity | None) -> Entity | None:
+        """The entity after the change of a stored one; None if it is deleted.
+
+        Raises:
+            StorageError: the change is refused.
+        """
+        return changed(self.change, stored)
 
     # -- responses ---------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hf_async_store.changes import Delete, Patch, Put
 from hf_async_store.errors import CorruptionError
 from hf_async_store.field_operations import plain_fields
-from hf_async_store.preconditions import changed, is_there, next_version, patched
+from hf_async_store.preconditions import is_there, next_version, patched
 from hf_async_store.strategies.dynamodb.claim_items import keep_claim
 from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.items import (
@@ -39,6 +39,7 @@ from hf_async_store.values import (
     CREATED_AT,
     INT_MAX,
     MAX_ENTITY_BYTES,
+    REMOVE,
     UPDATED_AT,
     VERSION,
     Entity,
@@ -247,7 +248,7 @@ def whole_item_request(op: WriteOp) -> tuple[str, dict[str, Any]]:
     change, observed = op.change, op.observed
     version = 0 if observed is None else _stored_version(op, observed)
     stored = None if observed is None else op.mapping.entity(observed)
-    entity = changed(change, stored)
+    entity = op.decide(stored)
     request: dict[str, Any] = {
         "TableName": op.table,
         **unchanged(op.mapping, observed),
@@ -315,8 +316,9 @@ def update_item(
 ) -> dict[str, Any]:
     """The UpdateItem request of an update with a condition of the caller."""
     change = cast("Patch", op.change)
-    fields = {name: each for name, each in _plain_fields(change).items() if name != op.mapping.key}
     stored_entity = None if op.observed is None else op.mapping.entity(op.observed)
+    fields = _new_values(change, stored_entity)
+    fields.pop(op.mapping.key, None)
     sets, removed = op.mapping.changes(fields, stored_entity)
     if op.expires and stored_entity is not None:
         time_to_live = op.mapping.time_to_live(patched(stored_entity, change.fields, 0))
@@ -346,9 +348,12 @@ def update_item(
     return _update_request(op, names, assignments, removed, " AND ".join(conditions))
 
 
-def _plain_fields(change: Patch) -> dict[str, Value | Removed]:
+def _new_values(change: Patch, stored: Entity | None) -> dict[str, Value | Removed]:
     fields = plain_fields(change.fields)
-    assert fields is not None, "refused together with a condition"
+    if fields is None:
+        assert stored is not None, "it was read, because fields are computed from it"
+        entity = patched(stored, change.fields, 0)
+        fields = {name: entity.get(name, REMOVE) for name in change.fields}
     return fields
 
 
