@@ -1,100 +1,171 @@
-"""Signals between processes that a lock file was released, so that the next one need not poll for it."""
+"""Signals between the processes that wait for a lock, so that they need not poll for it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-_NAME: Final = "\0hf_async_store:{}:{}"
+_NAME: Final = "\0hf_async_store:{}:{}:{}"
+
+_PLACES: Final = 64
+"""How many processes have a place; others poll."""
+
+_ABSENT: Final = b"\0"
+_WAITING: Final = b"\1"
+_NEXT: Final = b"\2"
 
 
-class ReleaseSignal:
-    """Signals to the process that is next in line for a lock file that it was released.
+class WaitingLine:
+    """The processes that wait for a lock, and how each release wakes the one whose turn it is.
 
-    A signal is a datagram to an abstract socket, which is named after the file: it leaves no file behind,
-    and ends with its process. It is only a hint to try again at once; a process that gets none polls. So it
-    does not matter who sends one, or that only Linux has such sockets, and only in one network namespace.
+    A process has a place from its first wait on: an abstract socket, whose name contains the number of the
+    place, and that byte of a file, which says whether the process waits. Whoever releases the lock reads
+    the bytes and sends a datagram to one process: the next in line, else the one that waits in the first
+    place after its own, so that all have their turns. A socket ends with its process and leaves no file.
+
+    All this is only a hint to try again at once. It does not matter who sends one, whether a byte is out of
+    date, or that only Linux has such sockets, and only in one network namespace: a process that gets none
+    polls.
 
     Args:
-        path: the lock file.
+        file: returns the descriptor of the file; None if it is not open.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._sender: socket.socket | None = None
-
-    def send(self) -> None:
-        """Never waits or raises."""
-        with suppress(OSError):
-            if self._sender is None:
-                self._sender = _socket()
-            self._sender.sendto(b"\0", _name_for(self._path))
-
-    def listener(self) -> Listener | None:
-        """A listener; None where there can be none. The caller closes it."""
-        try:
-            receiver = _socket()
-            try:
-                receiver.bind(_name_for(self._path))
-            except OSError:
-                receiver.close()
-                return None
-        except OSError:
-            return None
-        return Listener(receiver)
-
-    def close(self) -> None:
-        if self._sender is not None:
-            self._sender.close()
-            self._sender = None
-
-
-class Listener:
-    """Receives the signals for one lock file."""
-
-    def __init__(self, receiver: socket.socket) -> None:
-        self._receiver = receiver
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, file: Callable[[], int | None]) -> None:
+        self._file = file
+        self._socket: socket.socket | None = None
+        self._name = ""
+        self._place: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # that receives the signals now
         self._waiting: asyncio.Future[None] | None = None
-        self._signalled = False
-        self._loop.add_reader(receiver, self._receive)
+        self._is_signalled = False
+
+    # -- in the process that waits -----------------------------------------------------------
+
+    def join(self, *, is_next: bool) -> bool:
+        """Wait from now on for signals; False if there can be none.
+
+        Args:
+            is_next: this process is next in line.
+        """
+        file = self._file()
+        try:
+            if file is None or (self._place is None and not self._take_place(file)):
+                return False
+            assert self._socket is not None
+            assert self._place is not None
+            if self._loop is None:
+                loop = asyncio.get_running_loop()
+                loop.add_reader(self._socket, self._receive)
+                self._loop = loop
+            os.pwrite(file, _NEXT if is_next else _WAITING, self._place)
+        except OSError:
+            return False
+        return True
+
+    def leave(self) -> None:
+        """Wait no longer."""
+        if self._loop is None or self._socket is None:
+            return
+        self._loop.remove_reader(self._socket)
+        self._loop = None
+        self._is_signalled = False
+        file = self._file()
+        if file is not None and self._place is not None:
+            with suppress(OSError):
+                os.pwrite(file, _ABSENT, self._place)
 
     async def wait(self, seconds: float) -> None:
-        """Wait for a signal since the last wait, at most so many seconds."""
-        if not self._signalled:
-            self._waiting = self._loop.create_future()
-            timer = self._loop.call_later(seconds, self._end)
+        """Wait for a signal since the last wait, at most so many seconds. The process has joined."""
+        if not self._is_signalled:
+            loop = asyncio.get_running_loop()
+            self._waiting = loop.create_future()
+            timer = loop.call_later(seconds, self._end_wait)
             try:
                 await self._waiting
             finally:
                 timer.cancel()
                 self._waiting = None
-        self._signalled = False
+        self._is_signalled = False
 
     def close(self) -> None:
-        self._loop.remove_reader(self._receiver)
-        self._receiver.close()
+        """Give up the place."""
+        self.leave()
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = self._place = None
+
+    def _take_place(self, file: int) -> bool:
+        taken = self._opened(file)
+        for place in range(_PLACES):
+            with suppress(OSError):  # another process has this place
+                taken.bind(self._address(place))
+                self._place = place
+                return True
+        return False
 
     def _receive(self) -> None:
         with suppress(OSError):
-            self._receiver.recv(1)
-        self._signalled = True
-        self._end()
+            if self._socket is not None:
+                self._socket.recv(1)
+        self._is_signalled = True
+        self._end_wait()
 
-    def _end(self) -> None:
+    def _end_wait(self) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
+
+    # -- in the process that releases the lock -----------------------------------------------
+
+    def is_waiting(self) -> bool:
+        """Whether another process waits."""
+        file = self._file()
+        try:
+            return file is not None and self._next_place(file) is not None
+        except OSError:
+            return False
+
+    def wake(self) -> None:
+        """Signal to the process whose turn it is. Never waits or raises."""
+        with suppress(OSError):
+            file = self._file()
+            while file is not None and (place := self._next_place(file)) is not None:
+                try:
+                    self._opened(file).sendto(b"\0", self._address(place))
+                except (ConnectionRefusedError, BlockingIOError):
+                    # Its process has ended, or is suspended and has some signals already.
+                    os.pwrite(file, _ABSENT, place)
+                else:
+                    return
+
+    def _next_place(self, file: int) -> int | None:
+        """The place of the process whose turn it is, among the others; None if none of them waits."""
+        places = os.pread(file, _PLACES, 0).ljust(_PLACES, _ABSENT)
+        own = -1 if self._place is None else self._place
+        others = places[own + 1 :] + places[: max(own, 0)]  # those after the own one come first
+        found = others.find(_NEXT)
+        if found < 0:
+            found = others.find(_WAITING)
+        return None if found < 0 else (own + 1 + found) % _PLACES
+
+    # -- both --------------------------------------------------------------------------------
+
+    def _opened(self, file: int) -> socket.socket:
+        if self._socket is None:
+            status = os.fstat(file)
+            self._name = _NAME.format(status.st_dev, status.st_ino, "{}")
+            self._socket = _socket()
+        return self._socket
+
+    def _address(self, place: int) -> str:
+        return self._name.format(place)
 
 
 def _socket() -> socket.socket:
     created = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     created.setblocking(False)
     return created
-
-
-def _name_for(path: str) -> str:
-    status = os.stat(path)  # noqa: PTH116  # a Path is slower
-    return _NAME.format(status.st_dev, status.st_ino)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from msgspec import Struct
 
 from hf_async_store.errors import LockTimeoutError, StoreClosedError, TransactionReentryError
-from hf_async_store.lock_signals import ReleaseSignal
+from hf_async_store.lock_signals import WaitingLine
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import share
 
@@ -52,18 +52,6 @@ file of another user."""
 _NEXT_IN_LINE_PAUSE: Final = 0.001
 """The longest pause between two attempts by the one process that is next in line."""
 
-_KEEP_SECONDS: Final = 0.003
-"""How long a process may keep the lock for writers one after another, if other processes wait."""
-
-_COMPETING_SECONDS: Final = 1.0
-"""How long after its last wait a process takes others for waiting, too."""
-
-_LONG_PAUSE: Final = 0.002
-"""If no next writer came for so long, the lock was kept in vain."""
-
-_REST_FACTOR: Final = 20
-"""The lock is not kept again for this many times the time for which it was kept in vain."""
-
 
 class _LockContext(Struct, eq=False):
     """An async context manager that holds a lock. It can be used once."""
@@ -82,14 +70,6 @@ class _LockContext(Struct, eq=False):
         # Released for the task that acquired it, which may not be the current one: the event loop
         # closes an abandoned async generator in a separate task.
         self.lock.release(self.mode, self.task)
-
-
-class _KeepingContext(_LockContext, eq=False):
-    """The same for `LockManager.exclusive(keeps=True)`."""
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        assert isinstance(self.lock, LockManager)
-        self.lock.release(self.mode, self.task, keeps=True)
 
 
 class ReaderWriterLock:
@@ -314,6 +294,11 @@ class FileLock:
         """The mode in which this object holds the lock; None if it does not."""
         return self._held
 
+    @property
+    def descriptor(self) -> int | None:
+        """The descriptor of the file; None if it is not open."""
+        return self._fd
+
     def try_lock(self, exclusive: bool) -> bool:
         """Acquire the lock if it is free; return False if it is not. Never waits.
 
@@ -413,11 +398,10 @@ class LockManager:
     """A reader-writer lock between all tasks of all processes that use one path.
 
     A task first acquires a `ReaderWriterLock`, with the guarantees of that class, and then the lock
-    between processes, which is polled with pauses of at most 5 ms; the next in line is also told when it is
-    released (`ReleaseSignal`). A process that acquires the lock
-    in a loop, to read or to write, does not starve another; with `keeps`, it has the lock for at most
-    3 ms more, as long as its event loop runs. The lock of a process that dies is released. Acquiring
-    a free lock does not suspend; a cancelled or failed acquire leaves nothing held.
+    between processes. Each release wakes the process whose turn it is (`WaitingLine`); a process without
+    signals polls with pauses of at most 5 ms. A process that acquires the lock in a loop, to read or to
+    write, does not starve another. The lock of a process that dies is released. Acquiring a free lock does
+    not suspend; a cancelled or failed acquire leaves nothing held.
 
     It must not be used in a forked child (see `FileLock`).
 
@@ -448,20 +432,15 @@ class LockManager:
         self._path = path
         self._timeout = timeout
         self._while_waiting = while_waiting
-        self._released = ReleaseSignal(os.fspath(path))
         self._closed = False
         self._main = FileLock(path, owned)
         self._turnstile = FileLock(f"{os.fspath(path)}.turn", owned)
+        self._line = WaitingLine(lambda: self._turnstile.descriptor)
         self._tasks = ReaderWriterLock(f"the lock {path}")
         # One reader at a time locks the files for all readers of this process.
         self._gate = ReaderWriterLock(f"the lock {path}")
         self._sharers = 0
         self._passages = 0
-        self._is_kept = False  # the file is locked for the next writer of this process
-        self._keep_until = -inf
-        self._last_wait = -inf
-        self._keep_again = -inf
-        self._last_release = -inf
 
     @property
     def exclusive_held(self) -> bool:
@@ -473,11 +452,7 @@ class LockManager:
         return self._tasks.holds(task)
 
     def exclusive(
-        self,
-        timeout: float | None = None,
-        *,
-        owner: asyncio.Task[Any] | None = None,
-        keeps: bool = False,
+        self, timeout: float | None = None, *, owner: asyncio.Task[Any] | None = None
     ) -> AbstractAsyncContextManager[None]:
         """Hold the lock alone.
 
@@ -486,8 +461,6 @@ class LockManager:
                 object.
             owner: the task that is to hold the lock, if another task waits for it (a transaction
                 whose first operation is awaited by a child task). None: the current task.
-            keeps: if processes compete, the lock may stay with this process for a moment after its
-                release, for the next writer. The event loop must run at least two iterations after it.
 
         Raises (on entry):
             LockTimeoutError: the lock did not become free in time; the message names the file.
@@ -496,8 +469,7 @@ class LockManager:
                 cannot be created, opened or locked.
             StoreClosedError: after `close`.
         """
-        context = _KeepingContext if keeps else _LockContext
-        return context(self, "write", timeout, owner)
+        return _LockContext(self, "write", timeout, owner)
 
     def shared(self, timeout: float | None = None) -> AbstractAsyncContextManager[None]:
         """Hold the lock together with other readers. Otherwise as `exclusive`."""
@@ -506,71 +478,45 @@ class LockManager:
     def close(self) -> None:
         """Close the files. The lock is released, and `StoreClosedError` is raised in waiters."""
         self._closed = True
-        self._is_kept = False
+        if self._main.held is not None:
+            self.hand_on()
+        self._line.close()
         self._main.close()
         self._turnstile.close()
-        self._released.close()
 
     async def acquire(self, mode: Mode, timeout: float | None, task: asyncio.Task[Any]) -> None:
         """See `exclusive`, which releases the lock again."""
         wait = _Wait(mode, self._timeout if timeout is None else timeout)
         await self._tasks.acquire(mode, wait.timeout, task)
         try:
-            self._end_keeping(unlock=mode == "read" or monotonic() >= self._keep_until)
             if mode == "read":
                 await self._join_readers(task, wait)
-            elif self._main.held is None:  # otherwise it was kept for this writer
+            else:
                 await self._pass_turnstile(wait)
-                self._keep_until = monotonic() + _KEEP_SECONDS
         except BaseException:
             self._tasks.release(mode, task)
             raise
 
-    def release(self, mode: Mode, task: asyncio.Task[Any] | None, *, keeps: bool = False) -> None:
+    def release(self, mode: Mode, task: asyncio.Task[Any] | None) -> None:
         self._tasks.release(mode, task)
         if mode == "read":
             self._sharers -= 1
-        if self._sharers:
-            return
-        now = self._last_release = monotonic()
-        if keeps and self._may_keep(now):
-            self._is_kept = True
-            # The callers of this writer run in the next iteration, and a next writer after them.
-            asyncio.get_running_loop().call_soon(self._end_keeping_soon)
-        else:
-            self._unlock()
+        if not self._sharers and self._main.held is not None:
+            self.hand_on()
 
-    def _unlock(self) -> None:
-        self._main.unlock()
-        if not self._closed and self._is_competing(self._last_release):
-            self._released.send()
+    @property
+    def is_awaited(self) -> bool:
+        """Whether another process waits for the lock and can be woken."""
+        return self._line.is_waiting()
 
-    def _is_competing(self, now: float) -> bool:
-        return now - self._last_wait < _COMPETING_SECONDS
+    def hand_on(self) -> None:
+        """Let other processes have the lock, although the task that holds it has not released it yet: the
+        other tasks of this process still wait for that.
 
-    def _may_keep(self, now: float) -> bool:
-        """Whether the file stays locked for a next writer, which will come at once.
-
-        With each change of the process, the others wait until they have polled, and read what was written
-        meanwhile. So processes that compete get the lock for some writers each.
+        Another thread may call this while the task waits.
         """
-        return self._is_competing(now) and self._keep_again <= now < self._keep_until
-
-    def _end_keeping_soon(self) -> None:
-        if self._is_kept:
-            asyncio.get_running_loop().call_soon(self._end_keeping)
-
-    def _end_keeping(self, *, unlock: bool = True) -> None:
-        if not self._is_kept:
-            return
-        self._is_kept = False
-        # Callers that compute before they write again, without a pause for the event loop, make the other
-        # processes wait for their computing.
-        now = monotonic()
-        if now - self._last_release > _LONG_PAUSE:
-            self._keep_again = now + _REST_FACTOR * (now - self._last_release)
-        if unlock:
-            self._unlock()
+        self._main.unlock()
+        self._line.wake()
 
     async def _join_readers(self, task: asyncio.Task[Any], wait: _Wait) -> None:
         """Register as one of the tasks for which this process holds the lock file to read."""
@@ -590,48 +536,66 @@ class LockManager:
             self._gate.release("write", task)
 
     async def _pass_turnstile(self, wait: _Wait) -> None:
-        """Lock the file for this process, after the processes before it in line have had it."""
-        await self._poll(self._turnstile, wait, True, _MAX_PAUSE_SECONDS)
+        """Lock the file for this process, in the order in which processes wait."""
         try:
-            exclusive = wait.mode == "write"
-            if self._main.held is None and not self._main.try_lock(exclusive):
-                await self._wait_for_release(wait, exclusive)
-        finally:
+            has_passed = not self._line.is_waiting() and self._try_to_pass(wait)
+            if not has_passed and not await self._pass_when_woken(wait):
+                # If another process was faster, this one is the next now.
+                await self._lock(self._turnstile, wait, True, _MAX_PAUSE_SECONDS)
+                if self._main.held is None:
+                    await self._lock(self._main, wait, wait.mode == "write", _NEXT_IN_LINE_PAUSE)
+        except BaseException:
             self._turnstile.unlock()
+            self._line.leave()
+            self._line.wake()  # the signal for this process may be in vain
+            raise
+        self._turnstile.unlock()
+        self._line.leave()
+        if wait.mode == "read":
+            self._line.wake()  # another reader may join
 
-    async def _wait_for_release(self, wait: _Wait, exclusive: bool) -> None:
-        listener = self._released.listener()
-        try:
-            pause = asyncio.sleep if listener is None else listener.wait
-            await self._poll(self._main, wait, exclusive, _NEXT_IN_LINE_PAUSE, pause)
-        finally:
-            if listener is not None:
-                listener.close()
+    def _try_to_pass(self, wait: _Wait) -> bool:
+        """Lock the file if no other process has it or is next in line."""
+        if self._closed or not self._turnstile.try_lock(exclusive=True):
+            return False
+        if self._main.held is None and not self._main.try_lock(wait.mode == "write"):
+            self._turnstile.unlock()
+            return False
+        return True
 
-    async def _poll(
-        self,
-        lock: FileLock,
-        wait: _Wait,
-        exclusive: bool,
-        longest_pause: float,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    async def _pass_when_woken(self, wait: _Wait) -> bool:
+        """Wait for a signal, at most for a moment; whether the file is locked then."""
+        if wait.remaining() <= 0 or not self._line.join(is_next=False):
+            return False
+        if not self._line.is_waiting() and self._try_to_pass(wait):
+            return True  # it was unlocked before this process had joined
+        if self._while_waiting is not None:
+            await self._while_waiting()
+        await self._line.wait(min(_MAX_PAUSE_SECONDS, wait.remaining()))
+        return self._try_to_pass(wait)
+
+    async def _lock(
+        self, lock: FileLock, wait: _Wait, exclusive: bool, longest_pause: float
     ) -> None:
         started = 0.0
+        is_signalled = False
         while not self._closed:
             if lock.try_lock(exclusive):
                 return
             remaining = wait.remaining()
             if remaining <= 0:
                 raise self._timed_out(wait)
-            self._last_wait = now = monotonic()
-            started = started or now
-            # In proportion to the wait so far: the lock is then idle for a small fraction of any
-            # wait. With doubled pauses it could be idle for as long as the wait lasted.
-            pause = min(max(_FIRST_PAUSE, (now - started) * _PAUSE_FRACTION), longest_pause)
-            # Jitter, so that processes that began to wait together do not poll at the same times.
+            if not started:
+                started = monotonic()
+                is_signalled = self._line.join(is_next=lock is self._main)
+                if is_signalled:
+                    continue  # the lock may have been released before
             if self._while_waiting is not None:
                 await self._while_waiting()
-            await sleep(min(pause * (0.5 + random() / 2), remaining))
+            if is_signalled:
+                await self._line.wait(min(longest_pause, remaining))
+            else:
+                await asyncio.sleep(min(_pause(monotonic() - started, longest_pause), remaining))
         raise StoreClosedError(f"the lock {self._path} was closed")
 
     def _timed_out(self, wait: _Wait) -> LockTimeoutError:
@@ -653,3 +617,12 @@ class _Wait:
 
     def remaining(self) -> float:
         return self._deadline - monotonic()
+
+
+def _pause(waited: float, longest: float) -> float:
+    """The pause between two attempts of a process without signals that has waited for so many seconds."""
+    # In proportion to the wait so far: the lock is then idle for a small fraction of any wait. With doubled
+    # pauses it could be idle for as long as the wait lasted.
+    pause = min(max(_FIRST_PAUSE, waited * _PAUSE_FRACTION), longest)
+    # Jitter, so that processes that began to wait together do not poll at the same times.
+    return pause * (0.5 + random() / 2)

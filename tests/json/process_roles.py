@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -222,6 +223,27 @@ async def unsynced(store: JSONStorageStrategy) -> bool:
     return True
 
 
+async def killed_in_a_sync(store: JSONStorageStrategy) -> bool:
+    """Die while a commit is synced and another process has the write lock already."""
+    locks = store._json.locks
+
+    def hook(call: Call, size: int) -> int:
+        if ".journal." in call.path and call.name == "pwrite":
+            print(json.dumps("writing"), flush=True)
+            while not locks.is_awaited:
+                time.sleep(0.001)
+        elif ".journal." in call.path and call.name == "fdatasync":
+            while locks.exclusive_held:
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return WHOLE
+
+    await store.save_entity("templates", {"template_id": "synced"})
+    with FileCalls(Path(str(store.describe()["folder"])), hook):
+        await store.save_entity("templates", {"template_id": "unsynced"})
+    return False
+
+
 ROLES: Final[dict[str, Callable[..., Awaitable[object]]]] = {
     each.__name__: each
     for each in (
@@ -235,6 +257,7 @@ ROLES: Final[dict[str, Callable[..., Awaitable[object]]]] = {
         holder,
         sleeper_in_a_fold,
         unsynced,
+        killed_in_a_sync,
     )
 }
 

@@ -191,6 +191,7 @@ class FileCalls:
         self._paths |= {fd: path for fd, path in _open_now() if self._inside(path)}
         self._stand_in(os, "open", self._open)
         self._stand_in(os, "close", self._close)
+        self._stand_in(os, "dup", self._dup)
         for name in ("write", "pwrite"):
             self._stand_in(os, name, self._writing(name))
         for name in ("fsync", "fdatasync", "ftruncate", "fstat", "pread"):
@@ -233,6 +234,14 @@ class FileCalls:
         self._paths.pop(fd, None)
         _REAL.close(fd)
 
+    def _dup(self, fd: int) -> int:
+        path = self._paths.get(fd, "")
+        self._ask("dup", path)
+        copy: int = _REAL.dup(fd)
+        if path:
+            self._paths[copy] = path
+        return copy
+
     def _writing(self, name: str) -> Any:
         real = getattr(os, name)
 
@@ -272,6 +281,7 @@ class FileCalls:
 class _Real(NamedTuple):
     open: Any = os.open
     close: Any = os.close
+    dup: Any = os.dup
     stat: Any = os.stat
 
 

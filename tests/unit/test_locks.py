@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
@@ -823,107 +822,139 @@ async def test_the_next_in_the_queue_precedes_one_that_reacquires(manager: Make)
     assert log == ["here", "there", "here again"]
 
 
-class Clock:
-    """The time of the locks, which tests set."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract sockets")
 
 
 @pytest.fixture
-async def competing(manager: Make, monkeypatch: pytest.MonkeyPatch) -> tuple[LockManager, Clock]:
-    """A manager that has waited for another one, and written since without a pause."""
-    clock = Clock()
-    monkeypatch.setattr(locks, "monotonic", clock)
-    here, there = manager(), manager()
-    first = Visit(there.exclusive())
+def without_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test in which a lock is found by polling takes as long as the pause."""
+    for each in ("_FIRST_PAUSE", "_MAX_PAUSE_SECONDS", "_NEXT_IN_LINE_PAUSE"):
+        monkeypatch.setattr(locks, each, 600.0)
+
+
+@only_linux
+@pytest.mark.usefixtures("without_polls")
+async def test_each_release_wakes_the_next_process(manager: Make) -> None:
+    """In the order of the places, whichever process releases the lock."""
+    log: list[str] = []
+    first, *others = [manager(timeout=900) for _ in range(5)]
+    async with asyncio.timeout(60):
+        for _ in range(3):
+            holder = Visit(first.exclusive())
+            await settle()
+            visits = [Visit(each.exclusive(), str(n), log) for n, each in enumerate(others)]
+            await settle()
+            await holder.leave()
+            for each in visits:
+                await each.inside.wait()
+                await each.leave()
+    assert log == ["0", "1", "2", "3"] * 3
+
+
+@only_linux
+@pytest.mark.usefixtures("without_polls")
+async def test_a_release_wakes_all_readers_that_are_next(manager: Make) -> None:
+    here, *others = (manager(timeout=900) for _ in range(4))
+    first = Visit(here.exclusive())
     await settle()
-    waiting = Visit(here.exclusive(keeps=True))
+    readers = [Visit(each.shared()) for each in others]
     await settle()
     await first.leave()
-    await waiting.inside.wait()
-    await waiting.leave()
-    return here, clock
+    async with asyncio.timeout(60):
+        for each in readers:
+            await each.inside.wait()
+    for each in readers:
+        await each.leave()
 
 
-async def test_a_process_that_competes_keeps_the_lock_for_the_next_writer(
-    competing: tuple[LockManager, Clock], tmp_path: Path
-) -> None:
-    here, clock = competing
-    other = FileLock(tmp_path / "store.lock")
-    for _ in range(3):
-        async with here.exclusive(timeout=0, keeps=True):
-            pass
-        assert here.exclusive_held
-        assert not other.try_lock(exclusive=True)
-        await asyncio.sleep(0)  # the callers of the writer
-    async with here.exclusive(timeout=0, keeps=True):
-        clock.now += 1  # its time is over
-    assert other.try_lock(exclusive=True)
-    other.close()
-
-
-@pytest.mark.parametrize("end", ["nobody", "reader", "writer", "close"])
-async def test_a_lock_that_is_kept_ends(
-    competing: tuple[LockManager, Clock], end: str, tmp_path: Path
-) -> None:
-    here, _ = competing
-    async with here.exclusive(timeout=0, keeps=True):
-        pass
-    assert here.exclusive_held
-    if end == "nobody":
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-    elif end == "reader":
-        async with here.shared(timeout=0):
-            assert not here.exclusive_held
-    elif end == "writer":
-        async with here.exclusive(timeout=0):
-            assert here.exclusive_held
-    else:
-        here.close()
-    other = FileLock(tmp_path / "store.lock")
-    assert other.try_lock(exclusive=True)
-    other.close()
-
-
-async def test_a_lock_that_was_kept_in_vain_is_not_kept_again_soon(
-    competing: tuple[LockManager, Clock],
-) -> None:
-    """Other processes wait for the callers of this one twentieth of the time at most."""
-    here, clock = competing
-    async with here.exclusive(keeps=True):
-        pass
-    assert here.exclusive_held
-    clock.now += 0.2  # its callers compute
-    for seconds, kept in ((0, False), (3.9, False), (0.2, True)):
-        clock.now += seconds
-        here._last_wait = clock.now
-        async with here.exclusive(keeps=True):
-            pass
-        assert here.exclusive_held == kept
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract sockets")
-async def test_the_next_in_line_is_told_that_the_lock_is_free(
-    manager: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It does not poll: the test would take as long as the pause."""
-    monkeypatch.setattr(locks, "_FIRST_PAUSE", 600.0)
-    monkeypatch.setattr(locks, "_NEXT_IN_LINE_PAUSE", 600.0)
-    here, there = manager(timeout=900), manager(timeout=900)
-    here._last_wait = time.monotonic()  # it competes
+@only_linux
+@pytest.mark.usefixtures("without_polls")
+async def test_a_cancelled_waiter_passes_its_signal_on(manager: Make) -> None:
+    here, there, elsewhere = (manager(timeout=900) for _ in range(3))
     first = Visit(here.exclusive())
     await settle()
     waiting = Visit(there.exclusive())
     await settle()
+    last = Visit(elsewhere.exclusive())
+    await settle()
+    await first.leave()
+    waiting.task.cancel()  # the signal is sent, and not received yet
+    async with asyncio.timeout(60):
+        await last.inside.wait()
+    await last.leave()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting.task
+
+
+@only_linux
+@pytest.mark.usefixtures("without_polls")
+async def test_a_process_that_died_while_it_waited_is_passed_over(manager: Make) -> None:
+    here, dead, there = (manager(timeout=900) for _ in range(3))
+    first = Visit(here.exclusive())
+    await settle()
+    waiting = Visit(dead.exclusive())
+    await settle()
+    last = Visit(there.exclusive())
+    await settle()
+    receiver = dead._line._socket
+    assert receiver is not None
+    asyncio.get_running_loop().remove_reader(receiver)
+    receiver.close()
     await first.leave()
     async with asyncio.timeout(60):
-        await waiting.inside.wait()
-    await waiting.leave()
+        await last.inside.wait()
+    await last.leave()
+    dead._line._socket = dead._line._loop = None
+    waiting.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting.task
+
+
+@only_linux
+async def test_a_suspended_process_delays_others_only_for_some_signals(manager: Make) -> None:
+    """It does not receive them."""
+    here, suspended, there = (manager() for _ in range(3))
+    first = Visit(here.exclusive())
+    await settle()
+    waiting = Visit(suspended.exclusive())
+    await settle()
+    receiver = suspended._line._socket
+    assert receiver is not None
+    asyncio.get_running_loop().remove_reader(receiver)
+    await first.leave()
+    for _ in range(4096):
+        if not there._line.is_waiting():
+            break
+        there._line.wake()
+        async with there.exclusive():
+            pass
+    assert not there._line.is_waiting()
+    waiting.task.cancel()
+    with suppress(asyncio.CancelledError):
+        await waiting.task
+
+
+async def test_a_lock_that_is_handed_on_is_released_once(manager: Make) -> None:
+    """While its holder waits for something else, another process has it, and tasks of this one do not."""
+    here, there = manager(), manager()
+    log: list[str] = []
+    first = Visit(here.exclusive(), "here", log)
+    await settle()
+    assert not here.is_awaited
+    second = Visit(here.exclusive(), "here again", log)
+    other = Visit(there.exclusive(), "there", log)
+    await settle()
+    assert here.is_awaited or sys.platform != "linux"
+    await asyncio.to_thread(here.hand_on)
+    assert not here.exclusive_held
+    await other.inside.wait()
+    await first.leave()
+    assert there.exclusive_held
+    await settle()
+    assert log == ["here", "there"]
+    await other.leave()
+    await second.inside.wait()
+    await second.leave()
 
 
 async def test_without_signals_the_next_in_line_polls(
@@ -934,14 +965,32 @@ async def test_without_signals_the_next_in_line_polls(
 
     monkeypatch.setattr(lock_signals, "_socket", refuse)
     here, there = manager(), manager()
-    here._last_wait = time.monotonic()
     first = Visit(here.exclusive())
     await settle()
     waiting = Visit(there.exclusive())
     await settle()
+    assert not here.is_awaited
     await first.leave()
     await waiting.inside.wait()
     await waiting.leave()
+
+
+async def test_more_processes_than_places_poll(
+    manager: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_signals, "_PLACES", 2)
+    first, *others = [manager() for _ in range(5)]
+    holder = Visit(first.exclusive())
+    await settle()
+    visits = [Visit(each.exclusive()) for each in others]
+    await settle()
+    await holder.leave()
+    await asyncio.gather(*map(_passed, visits))
+
+
+async def _passed(visit: Visit) -> None:
+    await visit.inside.wait()
+    await visit.leave()
 
 
 async def test_what_is_awaited_while_waiting(manager: Make) -> None:
@@ -959,41 +1008,6 @@ async def test_what_is_awaited_while_waiting(manager: Make) -> None:
     called.clear()
     async with there.exclusive():
         assert not called
-
-
-async def test_a_lock_that_is_closed_is_not_kept(competing: tuple[LockManager, Clock]) -> None:
-    here, _ = competing
-    async with here.exclusive(keeps=True):
-        here.close()
-    with pytest.raises(StoreClosedError):
-        async with here.exclusive():
-            pass
-
-
-async def test_a_lock_is_not_kept_without_competition(manager: Make) -> None:
-    alone = manager()
-    for _ in range(3):
-        async with alone.exclusive(keeps=True):
-            pass
-        assert not alone.exclusive_held
-
-
-def test_a_lock_is_not_kept_when_the_event_loop_stops(tmp_path: Path) -> None:
-    here = LockManager(tmp_path / "store.lock")
-
-    async def write() -> None:
-        async with here.exclusive(keeps=True):
-            pass
-
-    async def caller() -> None:
-        here._last_wait = time.monotonic()
-        await asyncio.create_task(write())
-
-    with asyncio.Runner() as runner:
-        for _ in range(3):
-            runner.run(caller())
-            assert not here.exclusive_held
-    here.close()
 
 
 async def test_overlapping_readers_do_not_starve_a_writer_of_another_process(

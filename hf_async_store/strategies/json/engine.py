@@ -150,6 +150,7 @@ class JSONEngine(Engine):
             self.files,
             self._declarations,
             KeptJournals(self.files, config.feed_bytes),
+            self.locks,
             sync_commits=config.sync_writes,
         )
         self.compactor = Compactor(config, self.files, self.follower, self.journal, self.writing)
@@ -401,26 +402,18 @@ class JSONEngine(Engine):
     # -- writing -----------------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self._write(changes, keeps=False)
-
-    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
-        # If there are several callers, the next batch of the store probably follows at once. A single one
-        # may go on with anything, and the lock is free when its write returns.
-        return await self._write(changes, keeps=len(changes) > 1)
+        async with self.writing() as state:
+            view = self.view(state)
+            view.layers.append({})
+            outcomes = await view.write(changes, each=True)
+            await self.commit(state, view.layers[0], is_last=True)
+        return outcomes
 
     def shares_changes(self, key: Key) -> bool:
         # A change feed has each version, and one of several changes may take a unique value of another
         # entity. Tasks queue only after a write, by which both are known.
         known, name = self._declarations, key.collection
         return name not in known.feeds and not known.enforced.get(name)
-
-    async def _write(self, changes: Sequence[Change], *, keeps: bool) -> list[Outcome]:
-        async with self.writing(keeps=keeps) as state:
-            view = self.view(state)
-            view.layers.append({})
-            outcomes = await view.write(changes, each=True)
-            await self.commit(state, view.layers[0])
-        return outcomes
 
     def session(self, isolation: Isolation | None) -> _JSONSession:
         return _JSONSession(self)
@@ -463,15 +456,14 @@ class JSONEngine(Engine):
             await reader.close()
 
     def writing(
-        self, owner: asyncio.Task[object] | None = None, *, keeps: bool = False
+        self, owner: asyncio.Task[object] | None = None
     ) -> AbstractAsyncContextManager[StoreState]:
         """Hold the store's write lock, with a state that is up to date.
 
         Args:
             owner: the task that is to hold it, if that is not the current one.
-            keeps: as for `LockManager.exclusive`.
         """
-        return _Writing(self, self.locks.exclusive(owner=owner, keeps=keeps))
+        return _Writing(self, self.locks.exclusive(owner=owner))
 
     @asynccontextmanager
     async def write_locked_state(self) -> AsyncIterator[StoreState]:
@@ -507,22 +499,31 @@ class JSONEngine(Engine):
             # Old journals of an interrupted recovery; another process may still have them open.
             await self.journal.drop_journals(state.first)
             state.superseded = False
+        if state.is_open and state.write_fd < 0:
+            await self.journal.open_to_append(state, self.config.lock_timeout)
         if self.journal.sync_failed or state.needs_rewrite:
             await self.compactor.renew(state)
             self.journal.sync_failed = False
         return state
 
-    async def commit(self, state: StoreState, images: Images) -> None:
+    async def commit(self, state: StoreState, images: Images, *, is_last: bool = False) -> None:
         """Append the images as one record, then apply them in memory. The write lock is held.
+
+        Args:
+            is_last: the caller does nothing else under the lock, which other processes may therefore have
+                before the commit is synced.
 
         Raises: as `JournalWriter.append_commit`.
         """
         if not any(images.values()):
             return
+        updates_files = self.config.update_files == "after each commit"
         with self.follower.step():
             try:
-                await self.journal.append_commit(state, images)
-                if self.config.update_files == "after each commit":
+                await self.journal.append_commit(
+                    state, images, hands_on=is_last and not updates_files
+                )
+                if updates_files:
                     await self.compactor.update_files(state)
             finally:
                 # Also after a failure, or a cancellation: the record may have been written.
@@ -769,7 +770,7 @@ class _JSONSession(Session):
         try:
             if exc is None and self._view is not None:
                 self._engine.follower.refuse_closed()
-                await self._engine.commit(self._view.state, self._view.layers[0])
+                await self._engine.commit(self._view.state, self._view.layers[0], is_last=True)
         finally:
             await self._stack.aclose()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import logging
 import os
@@ -779,11 +780,29 @@ def has_failed_sync(status: os.stat_result) -> bool:
     return bool(status.st_mode & _SYNC_FAILED_BIT)
 
 
+def begin_sync(fd: int) -> None:
+    """Record that a journal is being synced, until `end_sync` or the end of the process."""
+    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def end_sync(fd: int) -> None:
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def is_being_synced(fd: int) -> bool:
+    """Whether another process syncs a journal now."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
+
+
 def sync_data(fd: int) -> None:
     """Sync the content of a file to the disk. On macOS only F_FULLFSYNC flushes the drive's cache, too."""
     if sys.platform == "darwin":
-        import fcntl
-
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
     else:
         os.fdatasync(fd)

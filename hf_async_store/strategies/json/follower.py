@@ -30,6 +30,7 @@ from hf_async_store.strategies.json.files import FileManager, Signature, has_fai
 from hf_async_store.strategies.json.journal import (
     USE_FILES,
     USE_UNDAMAGED,
+    Entry,
     FeedPosition,
     Fold,
     Head,
@@ -38,6 +39,7 @@ from hf_async_store.strategies.json.journal import (
     scan,
 )
 from hf_async_store.strategies.json.recovery import (
+    SMALL_TAIL,
     JournalMissing,
     StoreLoader,
     open_journal,
@@ -86,7 +88,7 @@ class Follower:
     Attributes:
         state: the state in memory, which may be behind the files; None if nothing was read yet.
         committed: a view of the state, if there is one.
-        write_locked: this process holds the write lock, and the state is up to date.
+        write_locked: this process has acquired the write lock, and the state was up to date then.
         registry: the lock file that shows that a process has the store open.
     """
 
@@ -192,14 +194,15 @@ class Follower:
         """Whether memory contains every record of the journal: one system call if it does."""
         try:
             append = state.appending
-            if append is not None:
-                # No other process can append meanwhile. As soon as other processes can read the record,
-                # it must be visible here, too; otherwise a reader could see an older value after a
-                # newer.
-                if state.offset < append.end and os.fstat(state.fd).st_size >= append.end:
-                    state.complete(append)
-                return True
-            if self.write_locked:
+            if (
+                append is not None
+                and not append.is_applied
+                and os.fstat(state.fd).st_size >= append.end
+            ):
+                # As soon as other processes can read the record, it must be visible here, too; otherwise a
+                # reader could see an older value after a newer.
+                state.complete(append)
+            if self._is_alone(state):
                 return True
             if state.fd < 0 or state.sealed:
                 self._files.refuse_moved_links()
@@ -219,6 +222,11 @@ class Follower:
             return False  # the next read checks again, until the state is up to date
         self._next_file_check = now + _FILE_CHECK_SECONDS
         return True
+
+    def _is_alone(self, state: StoreState) -> bool:
+        """Whether the state is up to date because no other process can write now."""
+        is_writing = self.write_locked or state.appending is not None
+        return is_writing and self._locks.exclusive_held
 
     def is_unchanged(self, state: StoreState) -> bool:
         """Whether the state is certainly up to date: the common case, decided by a few system calls.
@@ -367,8 +375,10 @@ class Follower:
 
     async def _catch_up(self, state: StoreState) -> bool:
         """Read the records appended since; False if the files must be read again from the start."""
-        if state.appending is not None or self.write_locked:
+        if self._is_alone(state):
             return True
+        if state.appending is not None:
+            state.complete(state.appending)  # it is written, and is being synced
         if not await self._read_journals(state):
             return False
         if state.is_open and not self._journal_in_place(state, os.fstat(state.fd)):
@@ -405,21 +415,31 @@ class Follower:
             return True
         if size < state.offset:
             return False
+        if size - state.offset <= SMALL_TAIL:
+            # At once: others wait for the lock while this process reads what they have written.
+            chunks = read_chunks(state.fd, state.offset, size, path)
+            for entry, end in scan(chunks, path, state.offset, state.sequence):
+                await self._apply(state, entry, end, path)
+            return True
         async for entry, end in scan_file(state.fd, path, size, state.offset, state.sequence):
-            images = {}
-            if entry.kind is Kind.COMMIT:
-                images = await self.loader.commit(state, entry)
-            elif entry.kind is Kind.SEAL:
-                state.sealed = True
-            elif entry.kind is Kind.FOLD:
-                self.loader.announce(state, read_naming(Fold, entry.payload, path).files)
-            if entry.before:
-                state.feed_end = FeedPosition(state.generation, state.offset, entry.check)
-            state.offset = end
-            state.sequence += 1
-            await state.reclaim()
-            await reclaim_images(entry, images)
+            await self._apply(state, entry, end, path)
         return True
+
+    async def _apply(self, state: StoreState, entry: Entry, end: int, path: str) -> None:
+        """Apply the next record, which ends at this offset."""
+        images = {}
+        if entry.kind is Kind.COMMIT:
+            images = await self.loader.commit(state, entry)
+        elif entry.kind is Kind.SEAL:
+            state.sealed = True
+        elif entry.kind is Kind.FOLD:
+            self.loader.announce(state, read_naming(Fold, entry.payload, path).files)
+        if entry.before:
+            state.feed_end = FeedPosition(state.generation, state.offset, entry.check)
+        state.offset = end
+        state.sequence += 1
+        await state.reclaim()
+        await reclaim_images(entry, images)
 
     async def _follow_successor(self, state: StoreState) -> bool:
         """Switch to the next generation; False if its HEAD names unknown contents of data files."""

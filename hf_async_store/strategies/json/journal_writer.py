@@ -17,16 +17,22 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
+from time import monotonic
 from typing import Any, Final, NamedTuple, TypeVar
 
 from hf_async_store.driver import run_to_completion
-from hf_async_store.errors import StorageError
+from hf_async_store.errors import LockTimeoutError, StorageError
 from hf_async_store.event_loop import in_thread, reclaim
+from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile
 from hf_async_store.strategies.json.files import (
     FileManager,
+    begin_sync,
     discard_file,
+    end_sync,
+    has_failed_sync,
+    is_being_synced,
     mark_sync_failed,
     prepare_file,
     sync_data,
@@ -59,6 +65,12 @@ log: Final = logging.getLogger("hf_async_store.json")
 _LARGE_CHUNK: Final = 1 << 16
 _LARGE_RECORD: Final = 1 << 22
 
+_OPEN: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+"""Not only for writing: on NFS, a shared lock needs a descriptor for reading."""
+
+_SYNC_PAUSE: Final = 0.001
+"""The pause between two attempts to find that no other process syncs the journal."""
+
 
 class _PreparedJournal(NamedTuple):
     """A journal with its first record, synced under a temporary name."""
@@ -73,6 +85,7 @@ class JournalWriter:
 
     Args:
         kept: the journals that are kept for the change feed.
+        locks: of the store; the caller holds the write lock.
         sync_commits: whether a commit is synced to the disk before it is acknowledged.
 
     Attributes:
@@ -85,6 +98,7 @@ class JournalWriter:
         files: FileManager,
         declarations: DeclarationsFile,
         kept: KeptJournals,
+        locks: LockManager,
         *,
         sync_commits: bool,
     ) -> None:
@@ -92,6 +106,7 @@ class JournalWriter:
         self._files = files
         self._declarations = declarations
         self._kept = kept
+        self._locks = locks
         self._sync_commits = sync_commits
         # Not the same thread: a commit never waits for a compaction that is writing.
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="hf-async-store-json")
@@ -107,8 +122,43 @@ class JournalWriter:
 
     # -- records -----------------------------------------------------------------------------
 
-    async def append_commit(self, state: StoreState, images: Images) -> None:
+    async def open_to_append(self, state: StoreState, timeout: float) -> None:
+        """Open the journal for the appends of this process, and wait until no other process syncs it.
+
+        So this process learns of every failed sync of records before its own: of those until now by the
+        mark of the journal, and of later ones by its own next sync, since Linux reports an error of writing
+        to all descriptors that were open then (source: fsync(2)).
+
+        Raises:
+            LockTimeoutError: another process is suspended during its sync.
+        """
+        path = self._files.journal_path(state.generation)
+        try:
+            fd = os.open(path, _OPEN)
+        except PermissionError:
+            return  # an append reports it
+        except OSError as exc:
+            raise translate_os_error(exc, f"write {path}") from exc
+        try:
+            await _other_syncs(fd, path, timeout)
+            if has_failed_sync(os.fstat(fd)):
+                state.failed_sync_generation = state.generation
+        except OSError as exc:
+            os.close(fd)
+            raise translate_os_error(exc, f"write {path}") from exc
+        except BaseException:
+            os.close(fd)
+            raise
+        state.write_fd = fd
+
+    async def append_commit(
+        self, state: StoreState, images: Images, *, hands_on: bool = False
+    ) -> None:
         """Append the images as one record, then apply them in memory.
+
+        Args:
+            hands_on: if other processes wait for the write lock, let them have it before the record is
+                synced.
 
         Raises:
             DiskFullError, ReadOnlyStoreError, PermissionDeniedError, UnavailableError: nothing was
@@ -130,7 +180,8 @@ class JournalWriter:
             payload = await _fed_payload(payload, before)
         merged = await state.merged(images)
         try:
-            await self._append(state, kind, payload, images, merged, size)
+            locks = self._locks if hands_on else None
+            await self._append(state, kind, payload, images, merged, size, locks)
         finally:
             await state.reclaim()
         if size > _LARGE_RECORD:
@@ -155,6 +206,7 @@ class JournalWriter:
         images: Images,
         merged: MergedSections,
         images_size: int,
+        locks: LockManager | None = None,
     ) -> None:
         size = sum(map(len, payload))
         if size > _LARGE_RECORD:
@@ -168,7 +220,8 @@ class JournalWriter:
         end = state.offset + HEADER_SIZE + size
         append = PendingAppend(images, merged, end, images_size, check)
         path = self._files.journal_path(state.generation)
-        job = _AppendJob(_writer(state, path), data, state.offset, self._is_synced(state, kind))
+        sync = self._is_synced(state, kind)
+        job = _AppendJob(_writer(state, path), data, state.offset, sync, locks)
         self._appends.submit(job)
         state.appending = append
         cancelled = await job
@@ -285,6 +338,9 @@ class JournalWriter:
             try:
                 if state.is_open and not head.alone:
                     await self.append_control(state, Seal(head.generation))
+                elif state.fd >= 0 and not head.alone and self._is_synced(state, Kind.SEAL):
+                    # By a process that died, perhaps before its sync.
+                    await self.in_thread(sync_data, state.fd)
                 await self.in_thread(_name_journal, temporary, path, head.generation == 1)
             except BaseException:
                 discard_file(temporary, fd)
@@ -335,21 +391,31 @@ class _AppendJob:
     task. `run_in_executor` and a shield do the same with four futures and two more iterations of the event
     loop, which is measurable in a commit of one entity.
 
+    Args:
+        locks: if other processes wait for the write lock, they have it before the record is synced. It is
+            then read by others, and followed by theirs, before it is known to be durable. That is safe:
+            a sync covers everything before it in the file, so no later commit is acknowledged without
+            this one; and an error of a sync is also reported to every other process that has the journal
+            open for writing (see `open_to_append`).
+
     Attributes:
         written: the record can be read.
         failure: the error of the append, or of the sync if the record was written.
     """
 
     __slots__ = (
-        "_asyncio_future_blocking", "_cancelled", "_continue", "_data", "_done", "_fd", "_loop", "_offset",
-        "_sync", "failure", "written",
+        "_asyncio_future_blocking", "_cancelled", "_continue", "_data", "_done", "_fd", "_locks", "_loop",
+        "_offset", "_sync", "failure", "written",
     )  # fmt: skip
 
-    def __init__(self, fd: int, data: Sequence[bytes], offset: int, sync: bool) -> None:
+    def __init__(
+        self, fd: int, data: Sequence[bytes], offset: int, sync: bool, locks: LockManager | None
+    ) -> None:
         self._fd = fd
         self._data = data
         self._offset = offset
         self._sync = sync
+        self._locks = locks
         self._loop = asyncio.get_running_loop()
         self._asyncio_future_blocking = False
         self._continue: Callable[[], object] | None = None
@@ -390,8 +456,10 @@ class _AppendJob:
         try:
             self._write()
             self.written = True
-            if self._sync:
-                self._sync_record()
+            if self._sync and self._locks is not None and self._locks.is_awaited:
+                self._hand_on_and_sync(self._locks)
+            elif self._sync:
+                _sync_record(self._fd)
         except BaseException as exc:  # noqa: BLE001  # raised by the commit that waits for the job
             self.failure = exc
         with suppress(RuntimeError):  # the event loop is closed: no task waits any longer
@@ -408,20 +476,37 @@ class _AppendJob:
                 os.ftruncate(self._fd, self._offset)
             raise
 
-    def _sync_record(self) -> None:
+    def _hand_on_and_sync(self, locks: LockManager) -> None:
         try:
-            sync_data(self._fd)
+            # From now on the event loop may close the journal, because it follows to the next one.
+            fd = os.dup(self._fd)
         except OSError:
-            # While the lock is held: the next writer, in any process, must know about the failure.
-            try:
-                mark_sync_failed(self._fd)
-            except OSError:
-                log.warning(
-                    "a sync of the journal failed, and the journal could not be marked so that other "
-                    "processes know about it",
-                    exc_info=True,
-                )
-            raise
+            _sync_record(self._fd)
+            return
+        try:
+            with suppress(OSError):
+                begin_sync(fd)
+                locks.hand_on()
+            _sync_record(fd)
+        finally:
+            end_sync(fd)
+            os.close(fd)
+
+
+def _sync_record(fd: int) -> None:
+    try:
+        sync_data(fd)
+    except OSError:
+        # Before `end_sync`, or before the lock is released: the next writer, in any process, must know it.
+        try:
+            mark_sync_failed(fd)
+        except OSError:
+            log.warning(
+                "a sync of the journal failed, and the journal could not be marked so that other "
+                "processes know about it",
+                exc_info=True,
+            )
+        raise
 
 
 class _AppendThread:
@@ -456,11 +541,22 @@ def _run_all(jobs: SimpleQueue[_AppendJob | None]) -> None:
         del job  # its data may be large
 
 
+async def _other_syncs(fd: int, path: str, timeout: float) -> None:
+    """Wait until no other process syncs a journal."""
+    deadline = monotonic() + timeout
+    while is_being_synced(fd):
+        if monotonic() > deadline:
+            raise LockTimeoutError(
+                f"another process did not end its sync of {path} within {timeout:g} s: it may be suspended"
+            )
+        await asyncio.sleep(_SYNC_PAUSE)
+
+
 def _writer(state: StoreState, path: str) -> int:
     """The descriptor by which to append to the journal."""
     try:
         if state.write_fd < 0:
-            state.write_fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            state.write_fd = os.open(path, _OPEN)
         if os.fstat(state.write_fd).st_size > state.offset:
             # The incomplete record of an interrupted append is truncated first: readers that compare
             # the file size must not mistake it for this record.

@@ -88,7 +88,7 @@ _LARGE_FILE: Final = 16 << 20
 """A larger data file in another layout is converted by a child process before it is parsed: parsing it
 is one step, which would block the event loop."""
 
-_SMALL_TAIL: Final = 1 << 16
+SMALL_TAIL: Final = 1 << 16
 _LARGE_TAIL: Final = 4 << 20
 _TAIL_CHUNK: Final = 1 << 20
 _FREE_CHUNK: Final = 8
@@ -683,7 +683,7 @@ async def scan_file(
     chunks: Iterable[bytes] = read_chunks(fd, offset, size, path)
     # In a thread: the checksum of a large record would block the event loop.
     large = size - offset > _LARGE_TAIL
-    if not large and size - offset > _SMALL_TAIL:
+    if not large and size - offset > SMALL_TAIL:
         chunks = await in_thread(list, chunks)
     entries = scan(chunks, str(path), offset, sequence)
     more = True

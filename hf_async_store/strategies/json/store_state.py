@@ -26,6 +26,7 @@ class PendingAppend(Struct, eq=False):
         end: the offset of its end.
         size: the size of its post-images. Pre-images do not count for compactions, which write none.
         check: of a FED_COMMIT, the checksum of its header.
+        is_applied: the images are in the state.
     """
 
     images: Images
@@ -33,6 +34,7 @@ class PendingAppend(Struct, eq=False):
     end: int
     size: int
     check: int | None
+    is_applied: bool = False
 
 
 class StoreState(Struct, eq=False):
@@ -115,7 +117,8 @@ class StoreState(Struct, eq=False):
 
     def complete(self, append: PendingAppend) -> None:
         """Apply the record that is being appended, unless it was applied before."""
-        if self.offset < append.end:
+        if not append.is_applied:
+            append.is_applied = True
             if append.check is not None:
                 self.feed_end = FeedPosition(self.generation, self.offset, append.check)
             self.offset = append.end
