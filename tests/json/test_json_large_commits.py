@@ -141,13 +141,15 @@ async def test_a_snapshot_shows_the_old_state_through_write_file(
 async def test_a_snapshot_that_is_read_during_write_file(tmp_path: Path) -> None:
     async with used(tmp_path) as store, store.snapshot() as reader:
         await check_snapshot(reader, store, OLD)  # builds the indexes
-        writing = asyncio.create_task(store.write_file(NEW))
-        looks = 0
-        while not writing.done():
-            await check_snapshot(reader, store, OLD)
-            looks += 1
-        await writing
-        assert looks > 1
+        looks = writes = 0
+        while looks == writes:  # each first look may have ended before the write began
+            writing = asyncio.create_task(store.write_file(OLD if writes % 2 else NEW))
+            writes += 1
+            while not writing.done():
+                await check_snapshot(reader, store, OLD)
+                looks += 1
+            await writing
+            assert writes < 20
         await check_snapshot(reader, store, OLD)
 
 
