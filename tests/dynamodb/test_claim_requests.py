@@ -52,6 +52,7 @@ async def test_104_claims_of_one_store_share_requests(proxy: Proxy) -> None:
         await _fill(store, 48)
         proxy.requests.clear()
         one_by_one = await asyncio.gather(*[_claimed(store) for _ in range(8)])
+        assert proxy.counted()["BatchExecuteStatement"] == 1
         together = await _claimed(store, 40)
         assert sorted([*chain(*one_by_one), *together]) == [f"i{n:03}" for n in range(48)]
         assert proxy.counted()["UpdateItem"] == 0
@@ -192,6 +193,41 @@ async def test_104_stores_share_the_candidates_out(proxy: Proxy) -> None:
         only = [name for name in (f"r{n:03}" for n in range(120)) if name not in found]
         await claim(stores[0], len(only))
         assert sorted(found) == [f"r{n:03}" for n in range(120)]
+
+
+async def test_104_an_ordinary_write_does_not_change_the_order(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix, call = new_prefix(), Client.call
+    async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
+        await _fill(store, 20)
+        written = False
+
+        async def overtaken(client: Client, operation: str, params: Any) -> Any:
+            nonlocal written
+            if client is store._dynamodb.client and operation == "UpdateItem" and not written:
+                written = True
+                await other.update_entity("items", "i000", {"label": "new"})
+            return await call(client, operation, params)
+
+        monkeypatch.setattr(Client, "call", overtaken)
+        assert [await _claimed(store) for _ in range(4)] == [[f"i{n:03}"] for n in range(1, 5)]
+        assert written
+
+
+async def test_104_what_a_conditional_update_frees_is_claimed_at_once(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        await _fill(store, 3)
+        await store.update_entities("items", {"i001": {"label": "new"}, "i002": {"label": "new"}})
+
+        async def claimed() -> list[str]:
+            found = await store.claim_entities("items", {"label": "new"}, order_by="item_id")
+            return [each.id for each in found]
+
+        assert await claimed() == ["i001"]
+        condition = "attribute_not_exists(label)"
+        await store.update_entity("items", "i000", {"label": "new"}, condition_expression=condition)
+        assert await claimed() == ["i000"]
 
 
 async def test_104_stores_that_do_not_compete_claim_in_order(
