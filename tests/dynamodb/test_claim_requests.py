@@ -16,7 +16,7 @@ from hf_async_store.strategies.dynamodb.candidates import Claimers
 from hf_async_store.strategies.dynamodb.client import Client
 from hf_async_store.strategies.dynamodb.errors import ResponseLost
 from hf_async_store.values import Key
-from tests.dynamodb.proxy import Answer, Changed, Request
+from tests.dynamodb.proxy import WRITES, Answer, Changed, Request
 from tests.dynamodb.support import HOST_FACTORY, new_prefix, store_at
 
 if TYPE_CHECKING:
@@ -335,3 +335,33 @@ async def test_104_a_server_that_refuses_the_statements(proxy: Proxy, whole: boo
         assert proxy.counted()["UpdateItem"] == 3
         proxy.rule = None
         assert {each.state for each in await store.claims("items")} == {"held"}
+
+
+async def test_106_a_computed_change_under_a_claim_is_repeated_after_a_lost_answer(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its condition holds once only: what it was computed from is still stored."""
+    lost: list[str] = []
+
+    async with store_at(proxy.url) as store:
+        await _fill(store, 2)
+        claims = await store.claim_entities("items", order_by="item_id", limit=2)
+        call = store._dynamodb.client.call
+
+        async def losing(operation: str, params: Any) -> Any:
+            if operation not in WRITES or lost[-1:] != ["next"]:
+                return await call(operation, params)
+            lost[-1] = operation
+            if len(lost) == 2:
+                await call(operation, params)
+            raise ResponseLost("the answer of DynamoDB was lost", outcome_unknown=True)
+
+        monkeypatch.setattr(store._dynamodb.client, "call", losing)
+        for claim in claims:  # lost before and after it is applied
+            lost.append("next")
+            assert await claim.update({"count": increment(1)}) == 2
+            assert lost[-1] != "next"
+            await claim.finish({"count": increment(1)})
+            entity = await store.get_entity("items", claim.id)
+            assert entity is not None
+            assert (entity["count"], entity["version"]) == (2, 3)
