@@ -198,6 +198,8 @@ async def test_104_stores_share_the_candidates_out(proxy: Proxy) -> None:
 async def test_104_an_ordinary_write_does_not_change_the_order(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(candidates, "_SECONDS", 3600.0)
+    monkeypatch.setattr(candidates, "_LONGEST", 3600.0)
     prefix, call = new_prefix(), Client.call
     async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
         await _fill(store, 20)
