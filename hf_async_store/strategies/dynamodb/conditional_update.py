@@ -110,7 +110,9 @@ class ConditionalUpdate(WriteOp):
         was_sent = self.state == "condition"
         super().respond(response, item, cause)
         if was_sent and self.state == "read" and self.observed is not None:
-            self.state = "condition"  # the request requires the observed token, so it can be repeated
+            self.state = (
+                "condition"  # the request requires the observed token, so it can be repeated
+            )
 
     def _response_of(self, item: Attributes) -> Response:
         """Why the condition of the request does not hold.
