@@ -22,6 +22,7 @@ from hf_async_store.errors import (
     LockTimeoutError,
     TransactionAbortedError,
 )
+from hf_async_store.field_operations import append, increment
 from hf_async_store.migration_routing import unrouted
 from hf_async_store.query import path
 from hf_async_store.testing.assertions import get_existing
@@ -378,6 +379,21 @@ class ClaimContract:
         assert await claim.update({"active": True}) == 5
         entity = await get_existing(store, "items", "a")
         assert (entity["count"], entity["ratio"], entity["active"]) == (1, 0.5, True)
+
+    async def test_105_a_lost_claim_is_told_before_a_change_that_does_not_apply(
+        self, harness: Harness, store: StorageStrategy
+    ) -> None:
+        _claims(harness)
+        claim = await _one(store)
+        version = await claim.update({"free": "text"})
+        for change in {"free": increment(1)}, {"free": append("x")}:
+            assert isinstance(await failure_of(claim.update(change)), InvalidFieldError)
+            assert isinstance(await failure_of(claim.finish(change)), InvalidFieldError)
+        assert await store.break_claim("items", "a")
+        for change in {"free": increment(1)}, {"free": append("x")}:
+            assert isinstance(await failure_of(claim.update(change)), ClaimLostError)
+            assert isinstance(await failure_of(claim.finish(change)), ClaimLostError)
+        assert (await get_existing(store, "items", "a"))["version"] == version
 
     async def test_105_a_block_is_renewed_in_the_background(
         self, harness: Harness, store: StorageStrategy

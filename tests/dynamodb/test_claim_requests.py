@@ -16,7 +16,7 @@ from hf_async_store.strategies.dynamodb.candidates import Claimers
 from hf_async_store.strategies.dynamodb.client import Client
 from hf_async_store.strategies.dynamodb.errors import ResponseLost
 from hf_async_store.values import Key
-from tests.dynamodb.proxy import Answer, Changed, Request
+from tests.dynamodb.proxy import WRITES, Answer, Changed, Request
 from tests.dynamodb.support import HOST_FACTORY, new_prefix, store_at
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ async def test_104_claims_of_one_store_share_requests(proxy: Proxy) -> None:
         await _fill(store, 48)
         proxy.requests.clear()
         one_by_one = await asyncio.gather(*[_claimed(store) for _ in range(8)])
+        assert proxy.counted()["BatchExecuteStatement"] == 1
         together = await _claimed(store, 40)
         assert sorted([*chain(*one_by_one), *together]) == [f"i{n:03}" for n in range(48)]
         assert proxy.counted()["UpdateItem"] == 0
@@ -194,6 +195,43 @@ async def test_104_stores_share_the_candidates_out(proxy: Proxy) -> None:
         assert sorted(found) == [f"r{n:03}" for n in range(120)]
 
 
+async def test_104_an_ordinary_write_does_not_change_the_order(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "_SECONDS", 3600.0)
+    monkeypatch.setattr(candidates, "_LONGEST", 3600.0)
+    prefix, call = new_prefix(), Client.call
+    async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
+        await _fill(store, 20)
+        written = False
+
+        async def overtaken(client: Client, operation: str, params: Any) -> Any:
+            nonlocal written
+            if client is store._dynamodb.client and operation == "UpdateItem" and not written:
+                written = True
+                await other.update_entity("items", "i000", {"label": "new"})
+            return await call(client, operation, params)
+
+        monkeypatch.setattr(Client, "call", overtaken)
+        assert [await _claimed(store) for _ in range(4)] == [[f"i{n:03}"] for n in range(1, 5)]
+        assert written
+
+
+async def test_104_what_a_conditional_update_frees_is_claimed_at_once(proxy: Proxy) -> None:
+    async with store_at(proxy.url) as store:
+        await _fill(store, 3)
+        await store.update_entities("items", {"i001": {"label": "new"}, "i002": {"label": "new"}})
+
+        async def claimed() -> list[str]:
+            found = await store.claim_entities("items", {"label": "new"}, order_by="item_id")
+            return [each.id for each in found]
+
+        assert await claimed() == ["i001"]
+        condition = "attribute_not_exists(label)"
+        await store.update_entity("items", "i000", {"label": "new"}, condition_expression=condition)
+        assert await claimed() == ["i000"]
+
+
 async def test_104_stores_that_do_not_compete_claim_in_order(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,3 +337,33 @@ async def test_104_a_server_that_refuses_the_statements(proxy: Proxy, whole: boo
         assert proxy.counted()["UpdateItem"] == 3
         proxy.rule = None
         assert {each.state for each in await store.claims("items")} == {"held"}
+
+
+async def test_106_a_computed_change_under_a_claim_is_repeated_after_a_lost_answer(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its condition holds once only: what it was computed from is still stored."""
+    lost: list[str] = []
+
+    async with store_at(proxy.url) as store:
+        await _fill(store, 2)
+        claims = await store.claim_entities("items", order_by="item_id", limit=2)
+        call = store._dynamodb.client.call
+
+        async def losing(operation: str, params: Any) -> Any:
+            if operation not in WRITES or lost[-1:] != ["next"]:
+                return await call(operation, params)
+            lost[-1] = operation
+            if len(lost) == 2:
+                await call(operation, params)
+            raise ResponseLost("the answer of DynamoDB was lost", outcome_unknown=True)
+
+        monkeypatch.setattr(store._dynamodb.client, "call", losing)
+        for claim in claims:  # lost before and after it is applied
+            lost.append("next")
+            assert await claim.update({"count": increment(1)}) == 2
+            assert lost[-1] != "next"
+            await claim.finish({"count": increment(1)})
+            entity = await store.get_entity("items", claim.id)
+            assert entity is not None
+            assert (entity["count"], entity["version"]) == (2, 3)

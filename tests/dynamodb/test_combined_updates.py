@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -97,6 +98,51 @@ async def test_others_may_come_first(proxy: Proxy, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(Client, "call", overtaking)
         assert await asyncio.gather(*_counted_up(store, 5)) == [5, 6, 7, 8, 9]
         assert (await get_existing(store, "items", "a"))["count"] == 305
+
+
+async def test_who_was_overtaken_pauses_now_and_then(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a pause before each attempt, it would wait for ever behind stores that do not pause."""
+    prefix, call, pause = new_prefix(), Client.call, request_retry.Retries.pause
+    async with store_at(proxy.url, prefix) as store, store_at(proxy.url, prefix) as other:
+        await store.create_entity("items", {"item_id": "a", "count": 0})
+        overtaken = pauses = 0
+
+        async def overtaking(client: Client, operation: str, params: Any) -> Any:
+            nonlocal overtaken
+            if operation == "PutItem" and client is store._dynamodb.client and overtaken < 20:
+                overtaken += 1
+                await other.update_entity("items", "a", {"count": increment(100)})
+            return await call(client, operation, params)
+
+        async def counted(retries: request_retry.Retries, up_to: float | None = None) -> bool:
+            nonlocal pauses
+            pauses += 1
+            return await pause(retries, up_to)
+
+        monkeypatch.setattr(Client, "call", overtaking)
+        monkeypatch.setattr(request_retry.Retries, "pause", counted)
+        assert await asyncio.gather(*_counted_up(store, 2)) == [22, 23]
+        assert pauses == 2
+
+
+@pytest.mark.long
+async def test_every_store_has_its_turn(proxy: Proxy) -> None:
+    prefix = new_prefix()
+    async with AsyncExitStack() as stack:
+        stores = [await stack.enter_async_context(store_at(proxy.url, prefix)) for _ in range(6)]
+        await stores[0].create_entity("items", {"item_id": "a", "count": 0})
+        done = [0] * len(stores)
+
+        async def count_up(place: int) -> None:
+            while max(done) < 100:
+                await asyncio.gather(*_counted_up(stores[place], 8))
+                done[place] += 1
+
+        await asyncio.gather(*map(count_up, range(len(stores))))
+        assert min(done) >= 20, done
+        assert (await get_existing(stores[0], "items", "a"))["count"] == 8 * sum(done)
 
 
 async def test_a_refused_update_does_not_affect_the_others(proxy: Proxy) -> None:

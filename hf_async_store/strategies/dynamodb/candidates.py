@@ -87,7 +87,7 @@ class Claimers:
     def note(self, request: str | None) -> None:
         """This request has claimed an entity, or finished it."""
         name, _, rest = (request or "").partition(".")
-        if not rest or name == self._own:  # others, and those of older programs, do not tell
+        if not rest or name == self._own:  # ordinary writes, and older programs, do not tell
             return
         self._others.pop(name, None)
         self._others[name] = monotonic()
@@ -161,7 +161,7 @@ class Candidates:
         self._period = int(time.time() / _PERIOD_SECONDS)
         self._takes_left = False
         self.is_used_up = False
-        self._lock = asyncio.Lock()
+        self._end_of_read: asyncio.Event | None = None
         self.began = monotonic()
         self._seconds = 0.0  # of reading
 
@@ -181,19 +181,28 @@ class Candidates:
             until_used_up: not those that are assigned to other stores.
         """
         while not self._unused and (self._has_more or self._left):
-            async with self._lock:
-                if self._unused:
-                    break
-                has_met = self._was_alone and bool(self.claimers.others)
-                if until_used_up and (has_met or not self._has_more):
-                    self.is_used_up = True
-                    break
-                if self._has_more:
-                    await self._read(number, terms, now)
-                else:
-                    self._take_left()
+            if self._end_of_read is not None:
+                # All who wait go on in one iteration of the event loop, and so share a request.
+                await self._end_of_read.wait()
+                continue
+            has_met = self._was_alone and bool(self.claimers.others)
+            if until_used_up and (has_met or not self._has_more):
+                self.is_used_up = True
+                break
+            if self._has_more:
+                await self._read_for_all(number, terms, now)
+            else:
+                self._take_left()
         taken, self._unused = self._unused[:number], self._unused[number:]
         return taken
+
+    async def _read_for_all(self, number: int, terms: ClaimTerms, now: Moment) -> None:
+        self._end_of_read = end = asyncio.Event()
+        try:
+            await self._read(number, terms, now)
+        finally:
+            self._end_of_read = None
+            end.set()
 
     def _take_left(self) -> None:
         """Take what other stores have left, from a random one on."""
@@ -259,7 +268,9 @@ class Candidates:
         self._missed += missed
 
     def note_other(self, request: str | None) -> None:
-        """Another store was faster, by this request."""
+        """Another one was faster, by this request; None: it is not known by which."""
+        if request is not None and "." not in request and not self.claimers.others:
+            return  # an ordinary write, and no reason not to go on with the next one
         if self.claimers.note_faster(request) and not self._takes_left:
             self._assign()
         self.is_used_up = self.is_used_up or self._takes_left

@@ -3,7 +3,7 @@
 The attribute is a map: `t` the token, `o` the owner, `r` the era, `e` the end of the lease or of the delay,
 `h` whether it is held until then, `a` the number of attempts, `w` a unique text of the request that made
 it, by which it is recognised if the response was lost, and which begins with the name of the store and a
-period, and `f` the token of the claim before it if that was released, by which the release is recognised.
+dot, and `f` the token of the claim before it if that was released, by which the release is recognised.
 A deletion removes it with the item. Updates leave it as it is; what replaces an item as a whole keeps it,
 on condition that it has not changed.
 """

@@ -29,7 +29,9 @@ from hf_async_store.errors import (
     ClaimLostError,
     ConcurrencyConflictError,
     EntityNotFoundError,
+    InvalidFieldError,
     StorageError,
+    UnsupportedValueError,
 )
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query, compile_order
@@ -70,6 +72,14 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.dynamodb.independent_writes import Writes
     from hf_async_store.strategies.dynamodb.reading import Reading
     from hf_async_store.strategies.dynamodb.tables import Tables
+
+_REFUSED: Final = (
+    ConcurrencyConflictError,
+    EntityNotFoundError,
+    InvalidFieldError,
+    UnsupportedValueError,
+)
+"""Why an update under a claim is refused if the claim is held; otherwise, that is the reason to tell."""
 
 _PARALLEL: Final = 2 * MAX_STATEMENTS
 """How many candidates are claimed at once."""
@@ -268,14 +278,16 @@ class Claiming:
                 ends_claim=ends,
                 token=self._new_request(),
             )
-        except (ConcurrencyConflictError, EntityNotFoundError) as exc:
+        except _REFUSED as exc:
             if exc.outcome_unknown or exc.retryable:
                 raise
             item = await self._reading.item(key)
             check_held(claim_in(item, key), key, token, clock.now())  # raises, and says why
             if isinstance(exc, EntityNotFoundError):
                 raise absent(key) from exc
-            raise lost(key, "its lease is about to end") from exc
+            if isinstance(exc, ConcurrencyConflictError):
+                raise lost(key, "its lease is about to end") from exc
+            raise  # by what is stored, which the holder may know
         if ends:
             self.candidates.forget_after([change])
         return version

@@ -101,13 +101,31 @@ class ConditionalUpdate(WriteOp):
         except StorageError as exc:
             self.end(exc)
 
+    def respond(
+        self,
+        response: Response,
+        item: Attributes | None = None,
+        cause: StorageError | None = None,
+    ) -> None:
+        was_sent = self.state == "condition"
+        super().respond(response, item, cause)
+        if was_sent and self.state == "read" and self.observed is not None:
+            self.state = (
+                "condition"  # the request requires the observed token, so it can be repeated
+            )
+
     def _response_of(self, item: Attributes) -> Response:
         """Why the condition of the request does not hold.
 
         Raises:
             UnsupportedValueError: the updated entity would exceed a limit.
         """
-        if self._is_undeclared(item):
+        if token_of(item) == self.token:
+            return "own"
+        is_undeclared = self._is_undeclared(item)
+        if self.doubt != "none" and (is_undeclared or not self.is_observed(item)):
+            return "other"  # an earlier attempt may have been applied before that
+        if is_undeclared:
             return "unsuitable"
         change, version = cast("Patch", self.change), self.version_of(item)
         if isinstance(change.expect, int) and version != change.expect:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from typing import Final
@@ -40,6 +40,7 @@ from hf_async_store.strategies.dynamodb.errors import (
     public,
     public_errors,
 )
+from hf_async_store.strategies.dynamodb.expressions import Names
 from hf_async_store.strategies.dynamodb.feed import Feed
 from hf_async_store.strategies.dynamodb.independent_writes import MAX_STATEMENTS, Writes
 from hf_async_store.strategies.dynamodb.items import ItemMapping, probe_id
@@ -125,6 +126,15 @@ class DynamoDBEngine(Engine):
             outcomes = await run_to_completion(self.writes.write_each(changes))
         self._claiming.candidates.forget_after(changes)
         return [public(each) if isinstance(each, StorageError) else each for each in outcomes]
+
+    async def update_where(
+        self, change: Patch, condition_of: Callable[[ItemMapping, Names], str]
+    ) -> int:
+        """As `Writes.update_where`."""
+        with public_errors():
+            version = await self.writes.update_where(change, condition_of)
+        self._claiming.candidates.forget_after([change])
+        return version
 
     def shares_changes(self, key: Key) -> bool:
         """As `Engine.shares_changes`. Not with a stream, which has each version."""

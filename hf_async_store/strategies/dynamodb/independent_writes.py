@@ -103,7 +103,8 @@ _MAX_DELETES_WITHOUT_PROBE: Final = 4
 """With more deletes than this in a call, the store first probes whether statements return items."""
 _READ_FIRST_SECONDS: Final = 60.0
 _ROUNDS_WITHOUT_PAUSE: Final = 8
-"""After this many rounds, in which concurrent writes came first, a write pauses between rounds."""
+"""After so many rounds in which other writes came first, a write pauses, and begins as many again: with one
+round between two pauses, it would have no chance against stores that do not pause."""
 
 
 class Writes:
@@ -286,7 +287,7 @@ class Writes:
         while pending:
             rounds += 1
             error = await self._round(pending)
-            if error is None and rounds > _ROUNDS_WITHOUT_PAUSE:
+            if error is None and rounds % _ROUNDS_WITHOUT_PAUSE == 0:
                 # Other writes came first in each round, or the reads are not current.
                 error = conflict()
             pending = [each for each in pending if not each.is_done]

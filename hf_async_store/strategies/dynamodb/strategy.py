@@ -244,8 +244,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
         self, change: Patch, condition_of: Callable[[ItemMapping, Names], str]
     ) -> int:
         async with self._engine.direct("condition_expression", writes=True):
-            with public_errors():
-                return await self._dynamodb.writes.update_where(change, condition_of)
+            return await self._dynamodb.update_where(change, condition_of)
 
     async def _await_write(self, work: Coroutine[Any, Any, int], timeout: float | None) -> int:
         """Await a write that must not be interrupted, because it may be applied until its response.

@@ -22,7 +22,8 @@ attempt is applied, or the result:
 | unknown | result: whether an attempt was applied cannot be determined |
 
 An attempt without a response is repeated only in a state whose condition no attempt meets after another
-one was applied (version, token and cached), or if it is an import, which overwrites whatever is stored.
+one was applied (version, token and cached, and condition if it also requires the observed token), or if it
+is an import, which overwrites whatever is stored.
 In the others, the item is read: if it has the token of this write, the write was applied. While there
 is doubt about earlier attempts, only that token is a proof; whatever else the item contains may be the
 consequence of an attempt of this write, and is never reported as a conflict.
