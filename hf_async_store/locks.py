@@ -54,7 +54,7 @@ _NEXT_IN_LINE_PAUSE: Final = 0.001
 
 
 class _LockContext(Struct, eq=False):
-    """An async context manager that holds a lock. It can be used once."""
+    """An async context manager that holds a lock, for one holder."""
 
     lock: ReaderWriterLock | LockManager
     mode: Mode
