@@ -432,8 +432,9 @@ class _AppendJob:
 
     def _end(self) -> None:
         self._done = True
-        if self._continue is not None:
-            self._continue()
+        following, self._continue = self._continue, None  # which refers to this job, and it to the data
+        if following is not None:
+            following()
 
     # -- called by the task that awaits it ---------------------------------------------------
 
