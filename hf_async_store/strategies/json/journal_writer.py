@@ -432,7 +432,8 @@ class _AppendJob:
 
     def _end(self) -> None:
         self._done = True
-        following, self._continue = self._continue, None  # which refers to this job, and it to the data
+        following = self._continue
+        self._continue = None  # it refers to this job
         if following is not None:
             following()
 
