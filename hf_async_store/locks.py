@@ -262,7 +262,7 @@ class FileLock:
     It is synchronous and makes one attempt at a time. The file is created at the first attempt and
     is never deleted; deleting it while the lock is held breaks the lock. The lock of a process that
     dies is released. Two objects exclude one another, even within one process; one object must not
-    be used by two threads.
+    be used by two threads at a time.
 
     After a fork the child shares the parent's lock and can release it: a forked child must not use
     the locks of its parent. The layers above refuse such use.
