@@ -54,7 +54,7 @@ _NEXT_IN_LINE_PAUSE: Final = 0.001
 
 
 class _LockContext(Struct, eq=False):
-    """An async context manager that holds a lock. It can be used once."""
+    """An async context manager that holds a lock, for one holder."""
 
     lock: ReaderWriterLock | LockManager
     mode: Mode
@@ -262,7 +262,7 @@ class FileLock:
     It is synchronous and makes one attempt at a time. The file is created at the first attempt and
     is never deleted; deleting it while the lock is held breaks the lock. The lock of a process that
     dies is released. Two objects exclude one another, even within one process; one object must not
-    be used by two threads.
+    be used by two threads at a time.
 
     After a fork the child shares the parent's lock and can release it: a forked child must not use
     the locks of its parent. The layers above refuse such use.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import threading
 from collections.abc import AsyncIterator
@@ -308,3 +309,18 @@ async def test_a_cancelled_large_commit_is_applied_completely_or_not(
     again = plain(await reopened(tmp_path))
     del again["templates"]["t-2"]
     assert again == found
+
+
+async def test_a_commit_is_freed_without_the_garbage_collector(tmp_path: Path) -> None:
+    """The data of an append may be large, and a collection may be far away."""
+    async with open_json(tmp_path) as store:
+        await store.save_entity("templates", {"template_id": "t-1"})
+        gc.collect()
+        gc.disable()
+        try:
+            await store.save_entity("templates", {"template_id": "t-2"})
+            async with asyncio.timeout(5):
+                while any(type(each) is journal_writer._AppendJob for each in gc.get_objects()):
+                    await asyncio.sleep(0.001)  # the thread may not have released it yet
+        finally:
+            gc.enable()

@@ -7,6 +7,7 @@ changes must exist in each of these states.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import pytest
 
-from hf_async_store.errors import CorruptionError
+from hf_async_store.errors import CorruptionError, UnavailableError
 from hf_async_store.strategies.json import compaction
 from hf_async_store.strategies.json.journal import (
     HEADER_SIZE,
@@ -44,6 +45,7 @@ from tests.json.support import (
     open_json,
     parsed,
     reopened,
+    watched,
     whole,
     without_times,
 )
@@ -320,6 +322,32 @@ async def test_82_the_folders_above_a_new_store_are_synced(
     async with open_json(folder) as store:
         await store.save_entity("templates", {"template_id": "t"})
         assert {str(folder), str(folder.parent), str(tmp_path)} <= synced
+
+
+async def test_82_the_folder_is_synced_before_journals_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process replaced the data files, and failed before it synced the folder: the old ones, which
+    need the journals, may still come back."""
+    async with open_json(tmp_path) as failing, open_json(tmp_path) as store:
+        for each in (failing, store):
+            never_folds(each)
+        await store.save_entity("templates", {"template_id": "first"})
+        await store.checkpoint()
+        await failing.save_entity("templates", {"template_id": "second"})
+        with monkeypatch.context() as patch:
+            patch.setattr(failing._json.files, "settle", _fails)
+            with pytest.raises(UnavailableError):
+                await failing.checkpoint()
+        [old, _] = journals(tmp_path)
+        with watched(tmp_path) as calls:
+            await store.checkpoint()
+        made = [(each.name, each.path) for each in calls]
+        assert ("fsync", str(tmp_path)) in made[: made.index(("unlink", str(old)))]
+
+
+def _fails(*_: object) -> None:
+    raise OSError(errno.EIO, "the device says no")
 
 
 # -- a sync that failed -------------------------------------------------------------------------

@@ -168,6 +168,20 @@ async def test_the_first_write_of_a_process_waits_for_syncs(tmp_path: Path, fail
     assert {*(await reopened(tmp_path))["templates"]} == {"a0", "a1", "b0", "b1", "c1"}
 
 
+async def test_others_write_while_a_new_process_waits_for_a_sync(tmp_path: Path) -> None:
+    """The process that syncs may be suspended: the new one does not keep the write lock all the time."""
+    async with _syncing(tmp_path, LAYOUTS[0]) as (_, b, sync, _), open_json(tmp_path) as third:
+        b._json.locks._timeout = 2.0
+        first = asyncio.create_task(_save(third, "c1"))
+        while not third._json.locks.exclusive_held:
+            await asyncio.sleep(0)
+        await _save(b, "b2")
+        assert not first.done()
+        sync.end()
+        await first
+    assert {*(await reopened(tmp_path))["templates"]} == {"a0", "a1", "b0", "b1", "b2", "c1"}
+
+
 @both_layouts
 async def test_a_cancelled_commit_waits_for_its_sync(tmp_path: Path, layout: str) -> None:
     async with _syncing(tmp_path, layout) as (a, b, sync, syncing):

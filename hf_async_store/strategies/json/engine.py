@@ -112,6 +112,9 @@ _REPLACED_PAUSE: Final = 0.02
 """Before the change feed is read because a data file was replaced: mostly by a compaction, which may need
 a moment until the file is known."""
 
+_FIRST_PATIENCE: Final = 0.05
+"""For how many seconds a writer first keeps the write lock while it waits for the syncs of others."""
+
 _YIELD_MASK: Final = 0x7F
 """One of 128 reads returns control to the event loop: reads from memory never wait otherwise."""
 
@@ -470,13 +473,17 @@ class JSONEngine(Engine):
         """The state, up to date; the caller holds the write lock."""
         try:
             with self.follower.step():
-                state = await self.refresh_for_write()
+                state = await self.refresh_for_write(self.config.lock_timeout)
             yield state
         finally:
             self.follower.write_locked = False
 
-    async def refresh_for_write(self) -> StoreState:
-        """Bring the state up to date for a writer, who has acquired the write lock."""
+    async def refresh_for_write(self, patience: float) -> StoreState:
+        """Bring the state up to date for a writer, who has acquired the write lock.
+
+        Args:
+            patience: how many seconds to wait for the syncs of others; see `open_to_append`.
+        """
         self.files.refuse_moved_links()
         if not self._keys_checked:
             await self._declarations.refuse_other_keys(self.schema)
@@ -500,7 +507,7 @@ class JSONEngine(Engine):
             await self.journal.drop_journals(state.first)
             state.superseded = False
         if state.is_open and state.write_fd < 0:
-            await self.journal.open_to_append(state, self.config.lock_timeout)
+            await self.journal.open_to_append(state, patience)
         if self.journal.sync_failed or state.needs_rewrite:
             await self.compactor.renew(state)
             self.journal.sync_failed = False
@@ -729,14 +736,24 @@ class _Writing:
         follower.refuse_closed()
         if not follower.has_journal():
             engine.files.make_folder()
-        await self._lock.__aenter__()
-        try:
-            follower.register(creating=True)
-            with follower.step():
-                return await engine.refresh_for_write()
-        except BaseException as exc:
-            await self.__aexit__(type(exc), exc, exc.__traceback__)
-            raise
+        patience = _FIRST_PATIENCE
+        remaining = engine.config.lock_timeout
+        while True:
+            await self._lock.__aenter__()
+            try:
+                follower.register(creating=True)
+                with follower.step():
+                    return await engine.refresh_for_write(min(patience, remaining))
+            except BaseException as exc:
+                await self.__aexit__(type(exc), exc, exc.__traceback__)
+                remaining -= patience
+                if not isinstance(exc, LockTimeoutError) or remaining <= 0:
+                    raise
+            # Others may write now: the process whose sync does not end may be suspended. If syncs merely
+            # take long, they would not all have ended at one moment, so the lock is kept longer each time.
+            await asyncio.sleep(patience)
+            remaining -= patience
+            patience *= 2
 
     async def __aexit__(
         self,

@@ -122,7 +122,7 @@ class JournalWriter:
 
     # -- records -----------------------------------------------------------------------------
 
-    async def open_to_append(self, state: StoreState, timeout: float) -> None:
+    async def open_to_append(self, state: StoreState, patience: float) -> None:
         """Open the journal for the appends of this process, and wait until no other process syncs it.
 
         So this process learns of every failed sync of records before its own: of those until now by the
@@ -130,7 +130,7 @@ class JournalWriter:
         to all descriptors that were open then (source: fsync(2)).
 
         Raises:
-            LockTimeoutError: another process is suspended during its sync.
+            LockTimeoutError: another process did not end its sync within `patience` seconds.
         """
         path = self._files.journal_path(state.generation)
         try:
@@ -140,7 +140,7 @@ class JournalWriter:
         except OSError as exc:
             raise translate_os_error(exc, f"write {path}") from exc
         try:
-            await _other_syncs(fd, path, timeout)
+            await _other_syncs(fd, path, patience)
             if has_failed_sync(os.fstat(fd)):
                 state.failed_sync_generation = state.generation
         except OSError as exc:
@@ -432,8 +432,10 @@ class _AppendJob:
 
     def _end(self) -> None:
         self._done = True
-        if self._continue is not None:
-            self._continue()
+        following = self._continue
+        self._continue = None  # it refers to this job
+        if following is not None:
+            following()
 
     # -- called by the task that awaits it ---------------------------------------------------
 
@@ -541,13 +543,13 @@ def _run_all(jobs: SimpleQueue[_AppendJob | None]) -> None:
         del job  # its data may be large
 
 
-async def _other_syncs(fd: int, path: str, timeout: float) -> None:
+async def _other_syncs(fd: int, path: str, patience: float) -> None:
     """Wait until no other process syncs a journal."""
-    deadline = monotonic() + timeout
+    deadline = monotonic() + patience
     while is_being_synced(fd):
         if monotonic() > deadline:
             raise LockTimeoutError(
-                f"another process did not end its sync of {path} within {timeout:g} s: it may be suspended"
+                f"another process did not end its sync of {path} in time: it may be suspended"
             )
         await asyncio.sleep(_SYNC_PAUSE)
 
