@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import pytest
 
-from hf_async_store.errors import CorruptionError
+from hf_async_store.errors import CorruptionError, UnavailableError
 from hf_async_store.strategies.json import compaction
 from hf_async_store.strategies.json.journal import (
     HEADER_SIZE,
@@ -320,6 +320,38 @@ async def test_82_the_folders_above_a_new_store_are_synced(
     async with open_json(folder) as store:
         await store.save_entity("templates", {"template_id": "t"})
         assert {str(folder), str(folder.parent), str(tmp_path)} <= synced
+
+
+async def test_82_replaced_files_of_a_process_that_died_are_synced_before_journals_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a process that has synced the folder after a compaction of its own, before that."""
+    calls: list[str] = []
+
+    async def dies(*_: object) -> None:
+        raise UnavailableError("it died")
+
+    async with open_json(tmp_path) as store, open_json(tmp_path) as dying:
+        never_folds(store)
+        never_folds(dying)
+        for each in (dying, store):
+            await each.save_entity("templates", {"template_id": "t"})
+            await each.checkpoint()
+        await dying.save_entity("templates", {"template_id": "t2"})
+        monkeypatch.setattr(dying._json.compactor, "_settle", dies)
+        with pytest.raises(UnavailableError):
+            await dying.checkpoint()
+        for name in ("settle", "drop_journals"):
+            function = getattr(store._json.files, name)
+
+            def noted(*given: Any, name: str = name, function: Any = function) -> Any:
+                calls.append(name)
+                return function(*given)
+
+            monkeypatch.setattr(store._json.files, name, noted)
+        await store.checkpoint()
+        assert calls[:2] == ["settle", "drop_journals"]
+        assert len(journals(tmp_path)) == 1
 
 
 # -- a sync that failed -------------------------------------------------------------------------

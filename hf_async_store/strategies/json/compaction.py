@@ -110,7 +110,9 @@ class Compactor:
         self._last_end = -_PAUSE_SECONDS
         self._last_duration = 0.0
         self._failures = 0
-        self._is_settled = False  # a process that died may have replaced files
+        # The data files as they were when the folder was last synced: a process that died may have replaced
+        # them since.
+        self._settled: dict[str, FileState] = {}
         self.failure: StorageError | None = None
         """The error of the last compaction; None if it succeeded, or could not get the lock in time."""
 
@@ -288,7 +290,7 @@ class Compactor:
             finally:
                 _unlink(path for path, _ in written.values())
             if is_same:
-                await self._drop_replaced(written)
+                await self._drop_replaced(written, state)
                 log.info(
                     "compacted the journal in %s into the data files in %.3f s",
                     *(self._files.folder, time.monotonic() - began),
@@ -302,14 +304,14 @@ class Compactor:
             with self._follower.step():
                 await self._journal.prepare(state)
 
-    async def _drop_replaced(self, written: Written) -> None:
+    async def _drop_replaced(self, written: Written, state: StoreState) -> None:
         """After files were replaced, remove the journals that they contain. Commits wait for that alone,
         and not for the sync that comes before."""
         with self._follower.step():
-            await run_to_completion(self._settle(written))
-        async with self._writing() as state:
+            await run_to_completion(self._settle(written, state))
+        async with self._writing() as current:
             with self._follower.step():
-                await self._drop_journals(state)
+                await self._drop_journals(current)
 
     async def update_files(self, state: StoreState) -> None:
         """Write all commits to the data files before the last one is acknowledged. The write lock is
@@ -430,7 +432,7 @@ class Compactor:
                     "written. It was not overwritten"
                 )
             await run_to_completion(self._replace(written, state))
-            await run_to_completion(self._settle(written))
+            await run_to_completion(self._settle(written, state))
             await self._drop_journals(state)
         finally:
             _unlink(path for path, _ in written.values())
@@ -440,7 +442,6 @@ class Compactor:
         contents |= self._unchanged(contents, state)
         await self._journal.append_control(state, Fold(contents))
         paths = {name: path for name, (path, _) in written.items()}
-        self._is_settled = False
         try:
             await self._journal.in_thread(self._files.put_in_place, paths, state.generation)
         except OSError as exc:
@@ -449,14 +450,15 @@ class Compactor:
             collections = self._follower.loader.collections_of(name, state)
             state.mark_covered(name, content, collections)
 
-    async def _settle(self, names: Iterable[str]) -> None:
+    async def _settle(self, names: Iterable[str], state: StoreState) -> None:
         """Make the replacement of files durable: until then, a power failure may bring the old ones back,
         which need the journals."""
+        content = dict(state.content)  # what is replaced during the sync needs another one
         try:
             await self._journal.in_thread(self._files.settle, names)
         except OSError as exc:
             raise translate_os_error(exc, f"replace files in {self._files.folder}") from exc
-        self._is_settled = True
+        self._settled = content
 
     def _unchanged(
         self, written: Mapping[str, FileState], state: StoreState
@@ -473,8 +475,8 @@ class Compactor:
         return unchanged
 
     async def _drop_journals(self, state: StoreState) -> None:
-        if not self._is_settled:
-            await run_to_completion(self._settle(()))
+        if self._settled != state.content:
+            await run_to_completion(self._settle((), state))
         covers = [each.covers for each in state.content.values()]
         await self._journal.release_journals(min(covers, default=0))
 
