@@ -18,7 +18,13 @@ import pytest
 
 from hf_async_store import Collection, JSONStorageStrategy
 from hf_async_store.errors import StorageError, StoreClosedError
-from hf_async_store.strategies.json import declarations_file, files, journal_writer, recovery
+from hf_async_store.strategies.json import (
+    declarations_file,
+    engine,
+    files,
+    journal_writer,
+    recovery,
+)
 from hf_async_store.values import Key
 from tests.json.support import both_layouts, open_files, open_json, reopened, temporary
 
@@ -417,6 +423,20 @@ async def test_closing_frees_the_entities(tmp_path: Path) -> None:
     table = state.sections[T]
     await store.close()
     assert not table.entities
+
+
+async def test_a_read_that_pauses_while_the_store_closes_finds_no_entity_missing(
+    tmp_path: Path,
+) -> None:
+    store = open_json(tmp_path)
+    await store.open()
+    await store.save_entity(T, {"template_id": "t-1"})
+    store._json._reads = engine._YIELD_MASK  # the next read pauses
+    reading = store.get_entity(T, "t-1")
+    reading.send(None)
+    await store.close()
+    with pytest.raises(StoreClosedError):
+        reading.send(None)
 
 
 async def test_a_snapshot_can_still_be_read_after_closing(tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ class JSONEngine(Engine):
         self._reads += 1
         if not self._reads & _YIELD_MASK:
             await asyncio.sleep(0)
+            follower.refuse_closed()  # closing frees the entities
             if not follower.is_current(state):
                 await follower.refresh()
         return await follower.committed.fetch(keys)
