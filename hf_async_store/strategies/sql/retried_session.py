@@ -88,7 +88,7 @@ class RetriedSession(SQLSession):
         return [Record(key, table.entity((key.id, seen.stored.doc, seen.stored.version)))]
 
     async def _may_begin_later(self, keys: Sequence[Key]) -> bool:
-        is_first = self._lease is None and self._seen is None
+        is_first = self._lease is None and self._seen is None and not self._read_absent
         if not is_first or len(keys) != 1 or await self._engine.is_absent():
             return False
         counts, name = self._replaces.begin_at_once, keys[0].collection
