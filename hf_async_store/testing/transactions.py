@@ -1094,6 +1094,30 @@ class TransactionContract:
         assert label in ("new and more", "new")
         assert tried[-1] == ("old" if label == "new" else "new")
 
+    async def test_46_run_transaction_relies_on_the_absence_of_the_store(
+        self, store: StorageStrategy, harness: Harness
+    ) -> None:
+        """Another program may create the store after the first read."""
+        rivals: list[asyncio.Task[None]] = []
+
+        async def create(other: StorageStrategy) -> None:
+            async with other.begin_transaction() as tx:
+                await tx.create_entities("items", [item("a"), item("b", label="new")])
+
+        async def work(tx: Transaction, other: StorageStrategy) -> None:
+            first = await tx.get_entity("items", "a")
+            if not rivals:
+                rivals.append(asyncio.create_task(create(other)))
+                await has_ended(*rivals)
+            if await tx.get_entity("items", "b") is not None:
+                label = "without the other" if first is None else "with the other"
+                await tx.update_entity("items", "b", {"label": label})
+
+        async with second_store(harness, store) as other, asyncio.timeout(HANG_SECONDS):
+            await store.run_transaction(lambda tx: work(tx, other))
+            await asyncio.gather(*rivals)
+        assert await labels(store, "b") in (["new"], ["with the other"])
+
     @pytest.mark.parametrize("end", ["raises", "is refused"])
     async def test_46_run_transaction_undoes_the_change_of_what_it_read(
         self, store: StorageStrategy, end: str

@@ -17,6 +17,7 @@ from hf_async_store import (
     migration_routing,
     open_store,
 )
+from hf_async_store.driver import run_to_completion
 from hf_async_store.migration.live import LiveMigration
 
 if TYPE_CHECKING:
@@ -183,6 +184,44 @@ async def test_a_conditional_update_is_not_acknowledged_if_a_migration_starts(
                 expression_values={},
             )
         assert caught.value.outcome_unknown
+
+
+async def test_a_cancelled_update_of_matches_is_copied_if_a_migration_starts(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entities that one statement changed get their markers also if the caller is cancelled."""
+    source, target = place("sqlite", "a"), place("json-single", "b")
+    await prepared(source)
+    await begun(source, target)  # then the next one need not create tables, which would be noticed
+    await stopped(source, target)
+    async with opened(source, target) as store:
+        await store.update_entity("accounts", "a-0", {"balance": 8})  # the store is ready to write
+        change_matches = store._sql.change_matches
+        called, copied, changed, ends = (asyncio.Event() for _ in range(4))
+
+        async def slow(*arguments: object) -> object:
+            called.set()
+            await copied.wait()
+            found = await change_matches(*arguments)
+            changed.set()
+            assert found is not None, "one statement changes them"
+            # As each statement that writes, it ends before a cancellation is raised.
+            await run_to_completion(ends.wait())
+            return found
+
+        monkeypatch.setattr(store._sql, "change_matches", slow)
+        update = store.update_where("accounts", {}, {"balance": 7}, limit=3)
+        updating = asyncio.create_task(update)
+        await called.wait()
+        await begun(source, target)
+        copied.set()
+        await changed.wait()
+        updating.cancel()
+        ends.set()
+        with pytest.raises(asyncio.CancelledError):
+            await updating
+        async with LiveMigration(source, target, collections=COLLECTIONS) as move:
+            assert (await move.status()).waiting == (3, 0)
 
 
 async def test_files_are_not_written_by_a_store_unaware_of_the_migration(place: Place) -> None:

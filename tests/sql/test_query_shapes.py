@@ -80,6 +80,7 @@ def test_a_kept_statement_is_the_one_that_would_be_compiled(grammar: Any) -> Non
             )
             assert kept[:2] == fresh[:2], query
     assert table.statements
+    assert not any(each.args for each in table.statements.values()), "values would be kept"
 
 
 def queries() -> list[Query]:

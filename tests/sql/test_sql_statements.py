@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hf_async_store import InvalidInputError, SQLStorageStrategy, desc, gt, open_store, path
+from hf_async_store import (
+    Collection,
+    Field,
+    Index,
+    InvalidInputError,
+    SQLStorageStrategy,
+    desc,
+    gt,
+    open_store,
+    path,
+)
 from hf_async_store.schema import SUBSCRIPTION_COLLECTION
 from hf_async_store.strategies.sql import engine
 from hf_async_store.strategies.sql.parameters import bind
@@ -278,3 +288,36 @@ async def test_all_rows_of_an_indexed_value_are_found(url: str, count: int) -> N
             assert sorted([each["machine_id"] for each in found]) == ids
         streamed = [each async for each in store.stream_entities("machines", {"request_id": "r"})]
         assert [each["machine_id"] for each in streamed] == ids
+
+
+async def test_95_a_change_that_was_decided_before_another_program_added_an_index(
+    database: str,
+) -> None:
+    """A change of `run_transaction` is kept until its end; meanwhile another task finds the new index."""
+    fields = ["status", Field("size", "integer")]
+    jobs = [
+        Collection("jobs", key="job_id", fields=fields, indexes=[Index("status"), *more])
+        for more in ([], [Index("size")])
+    ]
+    before, after = jobs
+    async with open_store(database, collections=[before]) as store:
+        await store.create_entities("jobs", [{"job_id": each, "size": 1} for each in "ab"])
+        tries: list[Transaction] = []
+
+        async def add_index() -> None:
+            async with open_store(database, collections=[after]) as newer:
+                await newer.apply_schema()
+            await store.update_entity("jobs", "b", {"size": 2})
+
+        async def work(tx: Transaction) -> None:
+            tries.append(tx)
+            await tx.get_entity("jobs", "a")
+            await tx.update_entity("jobs", "a", {"size": 3})
+            if len(tries) == 1:
+                await asyncio.create_task(add_index())
+
+        await store.run_transaction(work)
+        async with open_store(database, collections=[after]) as newer:
+            for each in (store, newer):
+                found = await each.query_entities("jobs", {"size": 3})
+                assert [entity["job_id"] for entity in found] == ["a"]

@@ -79,12 +79,12 @@ from hf_async_store.strategies.sql.session import (
     SQLSession,
     on_live_connection,
 )
+from hf_async_store.strategies.sql.writer import Replacement
 from hf_async_store.values import VERSION, Entity, Key, Value
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.decisions import Stored
     from hf_async_store.strategies.sql.dialect import Dialect
-    from hf_async_store.strategies.sql.pending import PendingChange
     from hf_async_store.strategies.sql.writer import Writer
 
 Result = TypeVar("Result")
@@ -554,14 +554,15 @@ class SQLEngine(Engine):
         self._use(await self._sync.read(lease) or Catalogue())
         return await self._writer.apply(lease, changes)
 
-    def replacement(self, change: Change, stored: Stored) -> PendingChange | None:
+    def replacement(self, change: Change, stored: Stored) -> Replacement | None:
         """See `Writer.replacement`."""
-        return self._writer.replacement(change, stored)
+        pending = self._writer.replacement(change, stored)
+        return None if pending is None else Replacement(self._writer, pending)
 
-    async def replace(self, lease: LeasedConnection, replacement: PendingChange) -> None:
+    async def replace(self, lease: LeasedConnection, replacement: Replacement) -> None:
         """See `Writer.replace`."""
         try:
-            await self._writer.replace(lease, replacement)
+            await replacement.writer.replace(lease, replacement.pending)
         except CatalogueChangedError:
             self._ready = False
             raise

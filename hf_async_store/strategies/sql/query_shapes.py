@@ -38,11 +38,11 @@ def compiled_by_shape(
 
 
 def keep(table: Table, shape: tuple[object, ...], compiled: Compiled) -> Compiled:
-    """Keep a statement for other queries of its shape; returns it."""
+    """Keep a statement for other queries of its shape, without its arguments: one may be a document."""
     if len(table.statements) >= _MOST:
         table.statements.clear()
-    table.statements[shape] = compiled
-    return compiled
+    kept = table.statements[shape] = compiled._replace(args=[])
+    return kept
 
 
 def shape_of(table: Table, query: Query, args: list[object]) -> tuple[object, ...] | None:

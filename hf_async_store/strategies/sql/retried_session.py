@@ -21,7 +21,7 @@ from hf_async_store.values import Key
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
-    from hf_async_store.strategies.sql.pending import PendingChange
+    from hf_async_store.strategies.sql.writer import Replacement
 
 _TRANSACTIONS: Final = 100
 """After a transaction that did more than read an entity and change it, so many that read an entity of the
@@ -38,11 +38,11 @@ class Replaces(Connected, Protocol):
 
     begin_at_once: dict[str, int]
 
-    def replacement(self, change: Change, stored: Stored) -> PendingChange | None:
+    def replacement(self, change: Change, stored: Stored) -> Replacement | None:
         """See `Writer.replacement`."""
         ...
 
-    async def replace(self, lease: LeasedConnection, replacement: PendingChange) -> None:
+    async def replace(self, lease: LeasedConnection, replacement: Replacement) -> None:
         """See `Writer.replace`."""
         ...
 
@@ -63,7 +63,7 @@ class RetriedSession(SQLSession):
         self._early: LeasedConnection | None = None  # no transaction has begun on it
         self._seen: _Seen | None = None
         self._change: Change | None = None
-        self._replacement: PendingChange | None = None
+        self._replacement: Replacement | None = None
 
     async def __aexit__(
         self,
@@ -88,7 +88,7 @@ class RetriedSession(SQLSession):
         return [Record(key, table.entity((key.id, seen.stored.doc, seen.stored.version)))]
 
     async def _may_begin_later(self, keys: Sequence[Key]) -> bool:
-        is_first = self._lease is None and self._seen is None
+        is_first = self._lease is None and self._seen is None and not self._read_absent
         if not is_first or len(keys) != 1 or await self._engine.is_absent():
             return False
         counts, name = self._replaces.begin_at_once, keys[0].collection
@@ -121,7 +121,7 @@ class RetriedSession(SQLSession):
         if self._replacement is None:
             return await super().write(changes)
         self._change = change
-        return [self._replacement.version]
+        return [self._replacement.pending.version]
 
     async def _begun(self) -> LeasedConnection:
         if self._early is None:

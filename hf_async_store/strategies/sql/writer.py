@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_async_store.changes import Change, ChangedMatches, Outcome
 from hf_async_store.config import SQLConfig
@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     from hf_async_store.strategies.sql.decisions import Stored
     from hf_async_store.strategies.sql.pending import PendingChange
     from hf_async_store.strategies.sql.rows import Tables
+
+
+class Replacement(NamedTuple):
+    """See `Writer.replacement`.
+
+    Attributes:
+        writer: the one that decided it, and must execute it: another one may have other key columns.
+    """
+
+    writer: Writer
+    pending: PendingChange
 
 
 class Writer(ABC):
