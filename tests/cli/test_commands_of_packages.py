@@ -107,6 +107,7 @@ def test_a_store_of_another_package_is_named_by_its_url(
         "[hf_async_store.strategies]\nacme = acme_strategy:AcmeStrategy\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "acme_strategy", raising=False)
     url = "acme://app:hunter2@host/3?table_prefix=cli&token=hunter2"
     ran = cli("put", "templates", '{"template_id": "t-1"}', "--store", url)
     assert ran.message == "note: a new store was created at acme://host/3?table_prefix=cli"

@@ -711,6 +711,9 @@ async def test_the_defaults_of_claims_try_again_after_a_conflict(case: str) -> N
 class _RefusesOccupied(MemoryEngine):
     occupied = "things"
 
+    async def close(self) -> None:
+        self._closed = True  # the tables are those of the next store, too
+
     async def _commit(self, overlay: Overlay) -> None:
         self._refuse({each.collection for each in overlay.changes})
         await super()._commit(overlay)
