@@ -80,6 +80,8 @@ class Put(msgspec.Struct, frozen=True, gc=False):
             with or without `created_at`.
         mark: during a live migration: the change marker to write in the same commit.
         lifetimes: by which stored entities have expired, also the parents; None if that does not matter.
+        shared: it is several changes in one, with `import_version` as that of the last; see
+            `Engine.shares_changes`.
     """
 
     key: Key
@@ -89,6 +91,7 @@ class Put(msgspec.Struct, frozen=True, gc=False):
     import_version: int | None = None
     mark: ChangeMarker | None = None
     lifetimes: Lifetimes | None = None
+    shared: bool = False
 
 
 class Patch(msgspec.Struct, frozen=True, gc=False):

@@ -498,6 +498,8 @@ class Engine(Reader):
         """Whether several changes of an entity may be written as one, with the version of the last.
 
         It is asked for `modify_entity`, when several tasks wait for the same entity. False is the default.
+        The answer may have changed before the `Put` that is `shared` is written: it must then be refused by
+        a conflict.
         """
         del key
         return False

@@ -150,7 +150,9 @@ class SharedWrite:
             put, version = self.made.put, version_of(self.made.entity)
             entity = {name: each for name, each in self.made.entity.items() if name != VERSION}
             expect = made.put.expect
-            put = msgspec.structs.replace(put, entity=entity, expect=expect, import_version=version)
+            put = msgspec.structs.replace(
+                put, entity=entity, expect=expect, import_version=version, shared=True
+            )
             self.made = self.made._replace(put=put)
 
     def _add(self, ticket: Ticket, other: Ticket) -> None:

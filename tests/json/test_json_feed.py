@@ -690,3 +690,27 @@ async def test_eight_processes_and_a_reader(tmp_path: Path, layout: str) -> None
         for each in by_id.values():
             assert all(one[1] == other[0] for one, other in pairwise(each))
         assert sum(map(len, by_id.values())) == sum(expected)
+
+
+async def test_109_changes_that_tasks_share_are_apart_in_a_feed_that_began_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(entity: dict[str, Any]) -> dict[str, Any]:
+        return {**entity, "n": entity["n"] + 1}
+
+    async with (
+        open_json(tmp_path, collections=UNFED) as old,
+        open_json(tmp_path, collections=FED) as new,
+    ):
+        await old.create_entity("jobs", {"job_id": "j", "n": 0})
+        since = await new.engine.feed_position("jobs")
+        first = iter([True])  # as if the feed had begun after this answer
+        shares_changes = old._json.shares_changes
+        monkeypatch.setattr(
+            old._json, "shares_changes", lambda key: next(first, False) or shares_changes(key)
+        )
+        await asyncio.gather(*(old.modify_entity("jobs", "j", change) for _ in range(8)))
+        assert next(first, None) is None, "no changes were shared"
+        feed = await new.engine.read_feed("jobs", since, 100)
+        found = [each.after.version for each in feed.entries if each.after is not None]
+        assert found == [*range(2, 10)]

@@ -334,6 +334,7 @@ class JSONEngine(Engine):
             self.serializer,
             references=self.config.enforce_references,
             unique=self._declarations.enforced,
+            shares_changes=self.shares_changes,
         )
 
     # -- change feed -------------------------------------------------------------------------
@@ -415,7 +416,8 @@ class JSONEngine(Engine):
 
     def shares_changes(self, key: Key) -> bool:
         # A change feed has each version, and one of several changes may take a unique value of another
-        # entity. Tasks queue only after a write, by which both are known.
+        # entity. Tasks queue only after a write, by which both are known; if another process begins with
+        # either before the shared write, that is refused.
         known, name = self._declarations, key.collection
         return name not in known.feeds and not known.enforced.get(name)
 

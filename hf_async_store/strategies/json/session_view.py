@@ -7,7 +7,7 @@ in a commit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final, TypeAlias, cast
 
@@ -16,7 +16,7 @@ import msgspec
 from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.claim_records import claim_key
 from hf_async_store.collector import GatheredObjects
-from hf_async_store.errors import CorruptionError, StorageError
+from hf_async_store.errors import ConcurrencyConflictError, CorruptionError, StorageError
 from hf_async_store.event_loop import Chunks
 from hf_async_store.preconditions import (
     check,
@@ -65,6 +65,7 @@ class SessionView(TableReader[StoredEntity]):
     Args:
         references: whether declared references are enforced.
         unique: by collection, the fields of the unique indexes that are enforced.
+        shares_changes: see `Engine.shares_changes`; by now it may be false for a change that is shared.
 
     Attributes:
         state: the current state. The caller keeps it current while changes are applied.
@@ -79,12 +80,14 @@ class SessionView(TableReader[StoredEntity]):
         *,
         references: bool,
         unique: Mapping[str, tuple[Fields, ...]],
+        shares_changes: Callable[[Key], bool],
     ) -> None:
         self.state = state
         self._schema = schema
         self._serializer = serializer
         self._references = references
         self._unique = unique
+        self._shares_changes = shares_changes
         self._claims = Claims(self._current_entity, self._owners)
         self.layers: list[Overlay] = []
 
@@ -174,7 +177,10 @@ class SessionView(TableReader[StoredEntity]):
         puts = [
             each
             for each in changes
-            if type(each) is Put and each.lifetimes is None and each.mark is None
+            if type(each) is Put
+            and each.lifetimes is None
+            and each.mark is None
+            and not each.shared
         ]
         name = changes[0].key.collection
         if len(puts) < len(changes) or {each.key.collection for each in puts} != {name}:
@@ -253,6 +259,14 @@ class SessionView(TableReader[StoredEntity]):
 
     def _put(self, change: Put) -> int:
         key = change.key
+        if change.shared and not self._shares_changes(key):
+            raise ConcurrencyConflictError(
+                f"another program has changed the declaration of {key.collection} since these changes of "
+                f"{key.id!r} were made",
+                collection=key.collection,
+                entity_id=key.id,
+                retryable=True,
+            )
         raw, actual = self._current(change)
         replaces_expired = raw is None and change.lifetimes is not None and self.exists(key)
         version = change.import_version
