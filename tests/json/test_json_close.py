@@ -19,7 +19,8 @@ import pytest
 from hf_async_store import Collection, JSONStorageStrategy
 from hf_async_store.errors import StorageError, StoreClosedError
 from hf_async_store.strategies.json import declarations_file, files, journal_writer, recovery
-from tests.json.support import both_layouts, open_files, open_json, reopened, temporary
+from tests.json.layouts import both_layouts
+from tests.json.support import open_files, open_json, reopened, temporary
 
 pytestmark = pytest.mark.hf_sampled(by="layout")
 

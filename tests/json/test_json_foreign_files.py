@@ -27,13 +27,13 @@ from hf_async_store.errors import (
     StorageError,
 )
 from hf_async_store.strategies.json.journal import FileState, Head, control, record
+from tests.json.layouts import both_layouts
 from tests.json.support import (
     SINGLE,
     WHOLE,
     Call,
     FileCalls,
     abandon,
-    both_layouts,
     journals,
     open_json,
     parsed,
