@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, settings
 
 from hf_async_store.testing.assertions import no_complaints
 from hf_async_store.testing.harness import skip_engine
-from hf_async_store.testing.plugin import FULL_VARIABLE, repeating
+from hf_async_store.testing.plugin import repeating
+from hf_async_store.testing.random_choices import FULL_VARIABLE
 from hf_async_store_bench.servers import (
     DynamoDBServer,
     PostgresServer,

@@ -11,7 +11,7 @@ import os
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from hf_async_store.testing.plugin import SEED_VARIABLE
+from hf_async_store.testing.random_choices import SEED_VARIABLE
 from hf_async_store.testing.repetitions import random_of_test
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from hf_async_store.generators import Owned
 from hf_async_store.query import Comparison, Query
 from hf_async_store.schema import Collection
 from hf_async_store.testing.concurrency import is_shared
-from hf_async_store.testing.feed import COLLECTIONS, feed_of, second, stranger
-from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.feed import feed_of, second, stranger
+from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, FEED_COLLECTIONS
 from hf_async_store.values import Key, canonical, utc_now
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class DriverContract:
     async def test_124_a_wait_for_a_feed_ends_with_a_change(self, harness: Harness) -> None:
         """By the store that waits, and by another one."""
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store, second(harness, store) as other:
+        async with harness.store(FEED_COLLECTIONS) as store, second(harness, store) as other:
             await store.save_entity("notes", {"note_id": "first"})  # the feed is recorded
             for number, writer in enumerate((store, other)):
                 position = await store.engine.feed_position("notes")
@@ -200,7 +200,7 @@ class DriverContract:
 
     async def test_124_a_wait_for_a_feed_ends_in_time(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             await store.save_entity("notes", {"note_id": "first"})
             position = await store.engine.feed_position("notes")
             async with asyncio.timeout(_SOON):

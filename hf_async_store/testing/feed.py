@@ -30,6 +30,9 @@ from hf_async_store.schema import Collection, Field
 from hf_async_store.testing.assertions import payload
 from hf_async_store.testing.concurrency import HANG_SECONDS, is_shared, seeded
 from hf_async_store.testing.harness import (
+    FED,
+    FEED_COLLECTIONS,
+    UNFED,
     DisturbsFeeds,
     ForgetsFeed,
     HasStranger,
@@ -46,11 +49,6 @@ if TYPE_CHECKING:
     from hf_async_store.testing.harness import Harness
     from hf_async_store.values import Entity
 
-FED: Final = Collection(
-    "notes", key="note_id", fields=["label", Field("count", "integer")], feed=timedelta(hours=1)
-)
-UNFED: Final = Collection("drafts", key="draft_id", fields=["label"])
-COLLECTIONS: Final = (FED, UNFED)
 TWO_FED: Final = (FED, Collection("memos", key="memo_id", feed=timedelta(hours=1)))
 _LAST: Final = "the last one"
 _PROMPT_SECONDS: Final = 3.0
@@ -107,7 +105,7 @@ def by_entity(changes: Iterable[tuple[str, str, int]]) -> dict[str, list[tuple[s
 
 @asynccontextmanager
 async def second(
-    harness: Harness, store: StorageStrategy, collections: Iterable[Collection] = COLLECTIONS
+    harness: Harness, store: StorageStrategy, collections: Iterable[Collection] = FEED_COLLECTIONS
 ) -> AsyncGenerator[StorageStrategy, None]:
     """Another store on the same data; `store` itself if the engine does not share its data."""
     if is_shared(harness.capabilities):
@@ -159,7 +157,7 @@ class FeedContract:
     ) -> None:
         if not harness.capabilities.feed:
             with pytest.raises(ConfigurationError, match="notes declares a feed"):
-                harness.store(COLLECTIONS)
+                harness.store(FEED_COLLECTIONS)
             return
         longest = harness.capabilities.max_feed_retention
         if longest is not None:
@@ -169,7 +167,7 @@ class FeedContract:
                 pass
 
     async def test_109_only_a_collection_with_a_feed_is_watched(self, harness: Harness) -> None:
-        collections = COLLECTIONS if harness.capabilities.feed else (UNFED,)
+        collections = FEED_COLLECTIONS if harness.capabilities.feed else (UNFED,)
         async with harness.store(collections) as store:
             with pytest.raises(InvalidInputError, match="feed="):
                 store.watch("drafts")
@@ -182,7 +180,7 @@ class FeedContract:
 
     async def test_109_every_change_of_every_method_comes(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             await store.create_entity("notes", {"note_id": "before"})
             async with store.watch("notes") as changes:
                 await store.create_entity("notes", {"note_id": "a", "count": 1})
@@ -222,7 +220,7 @@ class FeedContract:
         feed_of(harness)
         data = {"note_id": "a", "label": "\u00e9\U0001f600", "deep": {"n": [1, 1.5, None, True]}}
         async with (
-            harness.store(COLLECTIONS) as store,
+            harness.store(FEED_COLLECTIONS) as store,
             store.watch("notes") as first,
             store.watch("notes") as other,
         ):
@@ -240,7 +238,7 @@ class FeedContract:
 
     async def test_109_what_was_not_committed_does_not_come(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             await store.create_entity("notes", {"note_id": "a"})
             async with store.watch("notes") as changes:
                 with pytest.raises(KeyError):
@@ -274,7 +272,7 @@ class FeedContract:
     async def test_109_each_modification_of_an_entity_comes(self, harness: Harness) -> None:
         feed_of(harness)
         tasks = 12
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             await store.create_entity("notes", {"note_id": "a", "count": 0})
             async with store.watch("notes") as changes:
                 async with asyncio.TaskGroup() as group:
@@ -287,7 +285,7 @@ class FeedContract:
 
     async def test_109_changes_of_one_commit_are_one(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             await store.create_entity("notes", {"note_id": "a"})
             async with store.watch("notes") as changes:
                 async with store.begin_transaction() as tx:
@@ -303,7 +301,7 @@ class FeedContract:
         feed_of(harness)
         if not harness.capabilities.claims:
             pytest.skip("the engine has no claims")
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             await store.create_entity("notes", {"note_id": "a"})
             async with store.watch("notes") as changes:
                 [claim] = await store.claim_entities("notes", wait=10)
@@ -321,7 +319,7 @@ class FeedContract:
         feed_of(harness)
         if not harness.capabilities.claims:
             pytest.skip("the engine has no claims")
-        async with harness.store(COLLECTIONS) as store, second(harness, store) as other:
+        async with harness.store(FEED_COLLECTIONS) as store, second(harness, store) as other:
             await store.create_entity("notes", {"note_id": "older", "label": "y"})
             waiting = [
                 asyncio.create_task(store.claim_entities("notes", {"label": "x"}, wait=wait))
@@ -338,7 +336,7 @@ class FeedContract:
         feed_of(harness)
         if not harness.capabilities.claims:
             pytest.skip("the engine has no claims")
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             await store.create_entity("notes", {"note_id": "a"})
             watcher = asyncio.create_task(_counted(store, None, 1, asyncio.Semaphore()))
             await asyncio.sleep(0.2)
@@ -355,7 +353,7 @@ class FeedContract:
 
     async def test_109_not_inside_a_transaction(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store, store.watch("notes") as changes:
+        async with harness.store(FEED_COLLECTIONS) as store, store.watch("notes") as changes:
             async with store.begin_transaction() as tx:
                 await tx.create_entity("notes", {"note_id": "a"})
                 with pytest.raises(TransactionReentryError):
@@ -368,7 +366,7 @@ class FeedContract:
     async def test_109_a_filter_matches_before_or_after(self, harness: Harness) -> None:
         feed_of(harness)
         async with (
-            harness.store(COLLECTIONS) as store,
+            harness.store(FEED_COLLECTIONS) as store,
             store.watch("notes", {"label": "x"}) as changes,
         ):
             await store.create_entity("notes", {"note_id": "a", "label": "y"})
@@ -394,7 +392,7 @@ class FeedContract:
         if not harness.capabilities.feed_order:
             pytest.skip("the engine has an order for each entity only")
         async with (
-            harness.store(COLLECTIONS) as store,
+            harness.store(FEED_COLLECTIONS) as store,
             second(harness, store) as other,
             store.watch("notes") as changes,
         ):
@@ -409,7 +407,7 @@ class FeedContract:
             pytest.skip("each store has data of its own")
         without = Collection("notes", key="note_id", fields=["label"])
         async with (
-            harness.store(COLLECTIONS) as store,
+            harness.store(FEED_COLLECTIONS) as store,
             store.watch("notes") as changes,
             harness.store([without]) as other,
         ):
@@ -443,7 +441,7 @@ class FeedContract:
 
     async def test_109_a_watch_begins_when_it_is_entered(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             for number in range(5):
                 await store.create_entity("notes", {"note_id": f"{number} before"})
                 async with store.watch("notes") as changes:
@@ -453,7 +451,7 @@ class FeedContract:
     async def test_109_a_watcher_waits_and_is_woken(self, harness: Harness) -> None:
         feed_of(harness)
         async with (
-            harness.store(COLLECTIONS) as store,
+            harness.store(FEED_COLLECTIONS) as store,
             second(harness, store) as other,
             store.watch("notes") as changes,
         ):
@@ -466,7 +464,7 @@ class FeedContract:
 
     async def test_109_a_cancelled_wait_loses_nothing(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store, store.watch("notes") as changes:
+        async with harness.store(FEED_COLLECTIONS) as store, store.watch("notes") as changes:
             found: list[tuple[str, str, int]] = []
             for number in range(10):
                 waiting = asyncio.create_task(taken(changes, 1))
@@ -506,7 +504,7 @@ class FeedContract:
     async def test_110_a_reader_that_ends_goes_on_after_its_token(self, harness: Harness) -> None:
         feed_of(harness)
         with seeded() as random:
-            async with harness.store(COLLECTIONS) as store:
+            async with harness.store(FEED_COLLECTIONS) as store:
                 async with store.watch("notes") as changes:
                     token = changes.token
                 writing = asyncio.create_task(_write_randomly(store, random, repetitions(300, 60)))
@@ -527,7 +525,7 @@ class FeedContract:
     async def test_110_a_transaction_that_is_open_at_the_position(self, harness: Harness) -> None:
         feed_of(harness)
         async with (
-            harness.store(COLLECTIONS) as store,
+            harness.store(FEED_COLLECTIONS) as store,
             second(harness, store) as other,
             second(harness, store) as reader,
         ):
@@ -555,7 +553,7 @@ class FeedContract:
     async def test_110_a_rolled_back_transaction_at_the_position(self, harness: Harness) -> None:
         feed_of(harness)
         async with (
-            harness.store(COLLECTIONS) as store,
+            harness.store(FEED_COLLECTIONS) as store,
             second(harness, store) as other,
             store.watch("notes") as changes,
         ):
@@ -572,7 +570,7 @@ class FeedContract:
         feed_of(harness)
         if not isinstance(harness, DisturbsFeeds):
             pytest.skip("the harness does not disturb the engine")
-        async with harness.store(COLLECTIONS) as store, second(harness, store) as reader:
+        async with harness.store(FEED_COLLECTIONS) as store, second(harness, store) as reader:
             async with reader.watch("notes") as changes:
                 token = changes.token
                 for number in range(5):
@@ -589,7 +587,7 @@ class FeedContract:
     async def test_110_watchers_at_different_places_get_the_same(self, harness: Harness) -> None:
         feed_of(harness)
         with seeded() as random:
-            async with harness.store(COLLECTIONS) as store, store.watch("notes") as first:
+            async with harness.store(FEED_COLLECTIONS) as store, store.watch("notes") as first:
                 token = first.token
                 number = repetitions(200, 60)
                 watchers = [asyncio.create_task(_sluggish(store, token, random)) for _ in range(8)]
@@ -604,7 +602,7 @@ class FeedContract:
     async def test_111_a_token_is_altered_or_of_something_else(self, harness: Harness) -> None:
         feed_of(harness)
         others = Collection("others", key="other_id", feed=3600)
-        async with harness.store([*COLLECTIONS, others]) as store:
+        async with harness.store([*FEED_COLLECTIONS, others]) as store:
             await store.create_entities("notes", [{"note_id": each} for each in "abc"])
             async with store.watch("notes") as changes:
                 token = changes.token
@@ -619,8 +617,8 @@ class FeedContract:
     async def test_111_a_token_of_another_store(self, harness: Harness) -> None:
         feed_of(harness)
         async with (
-            harness.store(COLLECTIONS) as store,
-            stranger(harness, COLLECTIONS) as foreign,
+            harness.store(FEED_COLLECTIONS) as store,
+            stranger(harness, FEED_COLLECTIONS) as foreign,
         ):
             for each in (store, foreign):
                 await each.create_entity("notes", {"note_id": "a"})
@@ -636,7 +634,7 @@ class FeedContract:
         feed_of(harness)
         if not isinstance(harness, ForgetsFeed):
             pytest.skip("the harness cannot let the retention pass")
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             async with store.watch("notes") as changes:
                 old = changes.token
                 await store.create_entities("notes", [{"note_id": each} for each in "abc"])
@@ -660,7 +658,7 @@ class FeedContract:
         feed_of(harness)
         number = repetitions(1000, 300)
         async with (
-            harness.store(COLLECTIONS) as store,
+            harness.store(FEED_COLLECTIONS) as store,
             store.watch("notes") as slow,
             store.watch("notes") as quick,
         ):
@@ -678,7 +676,7 @@ class FeedContract:
 
     async def test_113_watchers_share_their_reads(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store, store.watch("notes") as first:
+        async with harness.store(FEED_COLLECTIONS) as store, store.watch("notes") as first:
             token = first.token
             async with asyncio.TaskGroup() as group:
                 ready = asyncio.Semaphore(0)
@@ -702,7 +700,7 @@ class FeedContract:
 
     async def test_113_idle_watchers_cost_what_one_costs(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store, asyncio.TaskGroup() as group:
+        async with harness.store(FEED_COLLECTIONS) as store, asyncio.TaskGroup() as group:
             ready = asyncio.Semaphore(0)
             watchers = [group.create_task(_counted(store, None, 1, ready)) for _ in range(100)]
             for _ in watchers:
@@ -716,7 +714,7 @@ class FeedContract:
     async def test_113_leaving_in_any_way_leaves_nothing(self, harness: Harness) -> None:
         # After each case, it is checked that no task is running.
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             with pytest.raises(KeyError):
                 async with store.watch("notes"):
                     raise KeyError
@@ -736,7 +734,7 @@ class FeedContract:
     async def test_113_closing_the_store_ends_the_watchers(self, harness: Harness) -> None:
         feed_of(harness)
         ready = asyncio.Semaphore(0)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             watchers = [asyncio.create_task(_counted(store, None, 1, ready)) for _ in range(3)]
             for _ in watchers:
                 await ready.acquire()
@@ -747,7 +745,7 @@ class FeedContract:
 
     async def test_113_an_error_that_passes_is_retried(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store, store.watch("notes") as changes:
+        async with harness.store(FEED_COLLECTIONS) as store, store.watch("notes") as changes:
             read = store.engine.read_feed
             failures = 3
 
@@ -765,7 +763,7 @@ class FeedContract:
 
     async def test_113_another_error_ends_all_watchers(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             ready = asyncio.Semaphore(0)
             watchers = [asyncio.create_task(_counted(store, None, 1, ready)) for _ in range(3)]
             for _ in watchers:

@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from hf_async_store.testing.assertions import payload
 from hf_async_store.testing.concurrency import HANG_SECONDS
-from hf_async_store.testing.feed import FED, UNFED, all_until, by_entity
+from hf_async_store.testing.feed import all_until, by_entity
+from hf_async_store.testing.harness import FED, UNFED
 from hf_async_store.testing.state_machine import LONG, SHORT, MakeStores
 
 if TYPE_CHECKING:

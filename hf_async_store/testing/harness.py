@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol, runtime_checkable
 
 from hf_async_store.schema import HOST_FACTORY, Collection, Field, Index
@@ -34,6 +35,12 @@ CONTRACT_COLLECTIONS: Final = (
 )
 """The collections of the suite: `HOST_FACTORY`, a collection with a field of every type,
 whose queries may name undeclared fields, one with a required field, and one without declared fields."""
+
+FED: Final = Collection(
+    "notes", key="note_id", fields=["label", Field("count", "integer")], feed=timedelta(hours=1)
+)
+UNFED: Final = Collection("drafts", key="draft_id", fields=["label"])
+FEED_COLLECTIONS: Final = (FED, UNFED)
 
 
 class Harness(Protocol):

@@ -2,7 +2,7 @@
 for the seed and for a full run, the choice of variants, and a list of skipped engines.
 
 Every pytest run in an environment in which this package is installed loads this module. So it
-imports only pytest, and does nothing until the suite or a fixture is used.
+imports little besides pytest, and does nothing until the suite or a fixture is used.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from random import Random, SystemRandom
+from random import SystemRandom
 from typing import Final
 
 import pytest
+
+from hf_async_store.testing.random_choices import FULL_VARIABLE, SEED_VARIABLE, STRIDE, random_of
 
 pytest_plugins = ("hf_async_store.testing.fixtures",)
 
 # Each module separately: the package `hf_async_store.testing` is imported already, because it contains
 # this module, and pytest cannot rewrite the assertions of imported modules.
 _MODULES: Final = sorted(each.stem for each in Path(__file__).parent.glob("*.py"))
+_IMPORTED: Final = ("__init__", "plugin", "random_choices")
 pytest.register_assert_rewrite(
-    *(f"hf_async_store.testing.{each}" for each in _MODULES if each not in ("__init__", "plugin"))
+    *(f"hf_async_store.testing.{each}" for each in _MODULES if each not in _IMPORTED)
 )
 
 LEFT_OUT: Final = "engine left out: "
@@ -31,8 +34,6 @@ NOT_TRIED: Final = "fault not tried, because the harness does not implement it: 
 """The prefix of the skip reasons of `harness.skip_fault`."""
 
 REQUIRE_VARIABLE: Final = "HF_ASYNC_STORE_REQUIRE_ENGINES"
-SEED_VARIABLE: Final = "HF_ASYNC_STORE_TEST_SEED"
-FULL_VARIABLE: Final = "HF_ASYNC_STORE_TEST_FULL"
 
 _MARKER: Final = (
     "hf_sampled(by='test'): in a run of whole files without --hf-full, a random sixth of the variants of "
@@ -40,9 +41,6 @@ _MARKER: Final = (
     "by='url': of the variants with the same value of this parameter or fixture; "
     "one_in=12: a twelfth instead of a sixth"
 )
-STRIDE: Final = 6
-"""Of so many variants, a plain run draws one."""
-
 _SUCCESSFUL: Final = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
@@ -106,11 +104,6 @@ def _group(item: pytest.Item, markers: Iterable[pytest.Mark]) -> str:
         elif by != "test":
             name += f" {item.callspec.params.get(by)}" if hasattr(item, "callspec") else ""
     return name
-
-
-def random_of(name: str) -> Random:
-    """The random generator of one test or group of tests: the same in runs with the same seed."""
-    return Random(f"{os.environ[SEED_VARIABLE]} {name}")
 
 
 def repeating() -> str:

@@ -10,7 +10,7 @@ from operator import length_hint
 from random import Random
 from typing import Final, TypeVar
 
-from hf_async_store.testing.plugin import FULL_VARIABLE, STRIDE, random_of
+from hf_async_store.testing.random_choices import FULL_VARIABLE, STRIDE, random_of
 
 Item = TypeVar("Item")
 

@@ -17,8 +17,8 @@ from hf_async_store.errors import (
     TransactionAbortedError,
 )
 from hf_async_store.testing.concurrency import HANG_SECONDS, seeded
-from hf_async_store.testing.feed import COLLECTIONS, briefly, feed_of, second, taken
-from hf_async_store.testing.harness import ForgetsFeed
+from hf_async_store.testing.feed import briefly, feed_of, second, taken
+from hf_async_store.testing.harness import FEED_COLLECTIONS, ForgetsFeed
 from hf_async_store.testing.repetitions import repetitions
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class SubscriptionContract:
 
     async def test_109_a_subscription_goes_on_where_it_was(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             await store.create_entity("notes", {"note_id": "before"})
             async with store.subscribe("copy", "notes") as changes:
                 pass
@@ -93,7 +93,7 @@ class SubscriptionContract:
 
     async def test_109_subscriptions_are_listed_and_dropped(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             assert await store.subscriptions() == []
             for name in ("b", "a \u00e9"):
                 async with store.subscribe(name, "notes", {"label": "x"}) as changes:
@@ -111,7 +111,7 @@ class SubscriptionContract:
 
     async def test_109_a_subscription_has_one_collection_and_filter(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             async with store.subscribe("copy", "notes", {"label": "x", "count": 1}):
                 pass
             async with store.subscribe("copy", "notes", {"count": 1, "label": "x"}):
@@ -126,7 +126,7 @@ class SubscriptionContract:
 
     async def test_110_the_position_is_moved_with_the_transaction(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             async with store.subscribe("copy", "notes") as changes:
                 await store.create_entities("notes", [{"note_id": each} for each in "ab"])
                 first, other = await taken(changes, 2)
@@ -143,7 +143,7 @@ class SubscriptionContract:
 
     async def test_110_the_second_consumer_of_a_change_is_refused(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store, second(harness, store) as other:
+        async with harness.store(FEED_COLLECTIONS) as store, second(harness, store) as other:
             async with (
                 store.subscribe("copy", "notes") as mine,
                 other.subscribe("copy", "notes") as theirs,
@@ -171,7 +171,7 @@ class SubscriptionContract:
     async def test_110_each_change_is_applied_once(self, harness: Harness) -> None:
         feed_of(harness)
         with seeded() as random:
-            async with harness.store(COLLECTIONS) as store, second(harness, store) as other:
+            async with harness.store(FEED_COLLECTIONS) as store, second(harness, store) as other:
                 async with store.subscribe("copy", "notes"):
                     pass
                 expected = set()
@@ -190,7 +190,10 @@ class SubscriptionContract:
 
     async def test_110_a_dropped_subscription(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store, store.subscribe("copy", "notes") as changes:
+        async with (
+            harness.store(FEED_COLLECTIONS) as store,
+            store.subscribe("copy", "notes") as changes,
+        ):
             await store.create_entity("notes", {"note_id": "a"})
             [change] = await taken(changes, 1)
             await store.drop_subscription("copy")
@@ -204,7 +207,10 @@ class SubscriptionContract:
 
     async def test_111_wrong_changes(self, harness: Harness) -> None:
         feed_of(harness)
-        async with harness.store(COLLECTIONS) as store, store.subscribe("copy", "notes") as changes:
+        async with (
+            harness.store(FEED_COLLECTIONS) as store,
+            store.subscribe("copy", "notes") as changes,
+        ):
             for wrong in (None, "x", 7, changes.token):
                 with pytest.raises(StorageError):
                     await changes.advance(cast("Any", wrong))
@@ -213,7 +219,7 @@ class SubscriptionContract:
         feed_of(harness)
         if not isinstance(harness, ForgetsFeed):
             pytest.skip("the harness cannot let the retention pass")
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             async with store.subscribe("copy", "notes"):
                 await store.create_entity("notes", {"note_id": "a"})
             await harness.forget_feed(store, "notes")

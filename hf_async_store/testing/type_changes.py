@@ -28,7 +28,7 @@ from hf_async_store.testing.changed_declarations import (
     things,
 )
 from hf_async_store.testing.concurrency import answer_of
-from hf_async_store.testing.plugin import FULL_VARIABLE
+from hf_async_store.testing.random_choices import FULL_VARIABLE
 from hf_async_store.testing.reference_store import ReferenceStore
 from hf_async_store.testing.state_machine import (
     Call,

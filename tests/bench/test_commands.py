@@ -222,4 +222,4 @@ def _child_of(pid: int, name: str, seconds: float = 30) -> int | None:
                 return int(child)
         if time.monotonic() > until:
             return None
-        time.sleep(0.1)
+        time.sleep(0.3)  # each look starts a process

@@ -31,8 +31,8 @@ SETTINGS = Settings(
         Load(workload="get", tasks=1, entities=300),
     ),
     rounds=2,
-    duration=0.1,
-    steady=0.1,
+    duration=0.04,
+    steady=0.04,
     series=(
         Series(
             parameter="entities",

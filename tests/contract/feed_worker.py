@@ -13,7 +13,7 @@ from random import Random
 from typing import TypeVar
 
 from hf_async_store import ConcurrencyConflictError, StorageStrategy, Transaction, open_store
-from hf_async_store.testing.feed import COLLECTIONS
+from hf_async_store.testing.harness import FEED_COLLECTIONS
 
 Result = TypeVar("Result")
 
@@ -43,7 +43,7 @@ async def _write(url: str, log: _Log, name: str, number: int) -> None:
     random = Random(name)
     own = [f"{name}-{each}" for each in range(4)]
     versions: dict[str, int] = {}
-    async with open_store(url, collections=COLLECTIONS) as store:
+    async with open_store(url, collections=FEED_COLLECTIONS) as store:
         for count in range(number):
             entity_id = random.choice([*own, random.choice(SHARED)])
             kind = random.random()
@@ -92,7 +92,7 @@ async def _read(url: str, path: str, last: str) -> None:
     token = Path(path).read_text().splitlines()[-1].split()[-1]
     log = _Log(path)
     async with (
-        open_store(url, collections=COLLECTIONS) as store,
+        open_store(url, collections=FEED_COLLECTIONS) as store,
         store.watch("notes", since=token) as changes,
     ):
         async for each in changes:

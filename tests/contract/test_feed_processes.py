@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from hf_async_store.testing.feed import COLLECTIONS, by_entity, feed_of
-from hf_async_store.testing.harness import DisturbsFeeds
+from hf_async_store.testing.feed import by_entity, feed_of
+from hf_async_store.testing.harness import FEED_COLLECTIONS, DisturbsFeeds
 from tests.contract.feed_worker import SHARED
 from tests.contract.harnesses import shared_harness
 from tests.contract.workers import Workers
@@ -45,18 +45,18 @@ class _Processes(Workers):
 
 async def _begin(harness: Harness) -> str:
     """The token before everything that the workers write."""
-    async with harness.store(COLLECTIONS) as store, store.watch("notes") as changes:
+    async with harness.store(FEED_COLLECTIONS) as store, store.watch("notes") as changes:
         return changes.token
 
 
 async def _create_last(harness: Harness) -> None:
-    async with harness.store(COLLECTIONS) as store:
+    async with harness.store(FEED_COLLECTIONS) as store:
         await store.create_entity("notes", {"note_id": _LAST})
 
 
 async def _disturb(harness: Harness) -> None:
     if isinstance(harness, DisturbsFeeds):
-        async with harness.store(COLLECTIONS) as store:
+        async with harness.store(FEED_COLLECTIONS) as store:
             await store.get_entity("notes", "x")
             await harness.disturb(store)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hf_async_store.testing.plugin import FULL_VARIABLE
+from hf_async_store.testing.random_choices import FULL_VARIABLE
 from tests.pytest_process import PYTEST
 
 if TYPE_CHECKING:

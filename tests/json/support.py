@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any, Final, NamedTuple, cast
 
 import aiofiles.threadpool
-import pytest
 
 from hf_async_store import HOST_FACTORY, Collection, JSONStorageStrategy
 from hf_async_store.config import JSONConfig
@@ -23,12 +22,6 @@ from hf_async_store.values import Entity
 
 LAYOUTS: Final = ("single_file", "split_files")
 
-both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
-
-one_layout = pytest.mark.parametrize(
-    "layout", ["split_files", pytest.param("single_file", marks=pytest.mark.long)]
-)
-"""For slow tests: split files in every run, the single file in the long sweeps."""
 SINGLE: Final = "request_database.json"
 
 Stored = dict[str, dict[str, Entity]]

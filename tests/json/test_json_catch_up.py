@@ -25,12 +25,12 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.values import Key
+from tests.json.layouts import both_layouts
 from tests.json.support import (
     WHOLE,
     Call,
     FileCalls,
     abandon,
-    both_layouts,
     data_files,
     journals,
     open_files,

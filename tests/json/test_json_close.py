@@ -26,7 +26,8 @@ from hf_async_store.strategies.json import (
     recovery,
 )
 from hf_async_store.values import Key
-from tests.json.support import both_layouts, open_files, open_json, reopened, temporary
+from tests.json.layouts import both_layouts
+from tests.json.support import open_files, open_json, reopened, temporary
 
 pytestmark = pytest.mark.hf_sampled(by="layout")
 

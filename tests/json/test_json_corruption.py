@@ -31,16 +31,15 @@ from hf_async_store.strategies.json.journal import (
 )
 from hf_async_store.testing.repetitions import repetitions, sampled
 from hf_async_store.values import Entity, Key, parse_timestamp
+from tests.json.layouts import both_layouts, one_layout
 from tests.json.support import (
     LAYOUTS,
     SINGLE,
     Stored,
     abandon,
-    both_layouts,
     data_files,
     journals,
     never_folds,
-    one_layout,
     open_files,
     open_json,
     parsed,

@@ -34,8 +34,9 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
+from tests.json.layouts import both_layouts
 from tests.json.process_roles import Member, together
-from tests.json.support import both_layouts, journals, never_folds, open_files, open_json
+from tests.json.support import journals, never_folds, open_files, open_json
 
 FED: Final = [
     Collection("jobs", key="job_id", fields=["status"], feed=3600),

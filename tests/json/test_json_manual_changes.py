@@ -28,11 +28,11 @@ from hf_async_store.errors import (
 )
 from hf_async_store.strategies.json import files
 from hf_async_store.strategies.json.journal import Seal, control, record
+from tests.json.layouts import both_layouts
 from tests.json.support import (
     SINGLE,
     Stored,
     abandon,
-    both_layouts,
     data_files,
     journals,
     never_folds,

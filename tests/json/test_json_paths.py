@@ -31,10 +31,10 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.migration_routing import unrouted
+from tests.json.layouts import both_layouts
 from tests.json.support import (
     SINGLE,
     abandon,
-    both_layouts,
     journals,
     open_json,
     parsed,

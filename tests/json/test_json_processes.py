@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 
 from hf_async_store.errors import LockTimeoutError
+from tests.json.layouts import both_layouts, one_layout
 from tests.json.process_roles import Member, together
 from tests.json.support import (
     abandon,
-    both_layouts,
     data_files,
     journals,
     never_folds,
-    one_layout,
     open_json,
     parsed,
     reopened,

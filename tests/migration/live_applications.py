@@ -45,9 +45,10 @@ COLLECTIONS: Final = (
 ACCOUNTS: Final = 8
 COUNTERS: Final = 4
 BALANCE: Final = 100
-PAUSE: Final = 0.03
-"""Seconds between two writes of a task. Writes are frequent compared with the steps of a migration, and
-leave the processors to the processes of other tests."""
+PAUSE: Final = 0.06
+"""Seconds between two writes of a task, and between two reads. Writes are frequent compared with the
+steps of a migration, and leave the processors to the migration and to the processes of other tests: four
+applications without a pause keep both busy for as long as the migration waits for them."""
 
 
 def hurry() -> None:
@@ -188,7 +189,7 @@ class Application:
             seen = await self._try("look", lambda: self._store.run_transaction(look))
             if seen and total != ACCOUNTS * BALANCE:
                 self._note("wrong", total=total)
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(PAUSE)
 
 
 async def work(url: str, notes: str, seed: str, *follow_moves: str) -> None:

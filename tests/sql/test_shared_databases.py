@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
@@ -101,12 +101,15 @@ async def test_stores_with_prefixes_are_separate(url: str) -> None:
     everything = ("", *PREFIXES)
     for number, prefix in enumerate(everything):
         await every_verb(within(url, prefix), number)
-    for number, prefix in enumerate(everything):
-        async with open_store(within(url, prefix), collections=AFTER) as store:
+    async with AsyncExitStack() as stack:
+        stores = [
+            await stack.enter_async_context(open_store(within(url, each), collections=AFTER))
+            for each in (*everything, *everything)
+        ]
+        for number, store in enumerate(stores[: len(everything)]):
             assert (await store.get_entity("jobs", "j1") or {})["owner"] == str(number)
-            for other in everything:
-                async with open_store(within(url, other), collections=AFTER) as second:
-                    assert await store.is_same_store(second) is (other == prefix)
+            for other, second in enumerate(stores[len(everything) :]):
+                assert await store.is_same_store(second) is (other == number)
 
 
 async def test_everything_of_a_store_has_its_prefix(url: str) -> None:
