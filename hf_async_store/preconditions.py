@@ -60,6 +60,17 @@ def not_expired(key: Key) -> ConcurrencyConflictError:
     )
 
 
+def no_longer_shared(key: Key) -> ConcurrencyConflictError:
+    """The error for a shared change of an entity whose changes may not be shared any more."""
+    return ConcurrencyConflictError(
+        f"another program has changed the declaration of {key.collection} since these changes of "
+        f"{key.id!r} were made",
+        collection=key.collection,
+        entity_id=key.id,
+        retryable=True,
+    )
+
+
 def check(
     key: Key, expect: Precondition, actual: int | None, current: Entity | None = None
 ) -> None:

@@ -126,6 +126,27 @@ async def test_an_existing_table_gets_its_triggers(url: str) -> None:
         assert await store.schema_changes() == []
 
 
+async def test_109_changes_that_tasks_share_are_apart_in_a_feed_that_began_meanwhile(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(entity: dict[str, Any]) -> dict[str, Any]:
+        return {**entity, "n": entity["n"] + 1}
+
+    async with opened(url, PLAIN) as (old, engine):
+        await old.create_entity("hosts", {"host_id": "h", "n": 0})
+        async with opened(url) as (new, fed):
+            await new.apply_schema()
+            since = await fed.feed_position("hosts")
+            first = iter([True])  # as if the feed had begun after this answer
+            shares = engine.shares_changes
+            monkeypatch.setattr(
+                engine, "shares_changes", lambda key: next(first, False) or shares(key)
+            )
+            await asyncio.gather(*(old.modify_entity("hosts", "h", change) for _ in range(8)))
+            found = [each.after.version for each in await entries(fed, since) if each.after]
+            assert found == [*range(2, 10)]
+
+
 async def test_what_other_programs_write_is_in_the_feed(url: str) -> None:
     async with opened(url) as (store, engine):
         since = await engine.feed_position("hosts")

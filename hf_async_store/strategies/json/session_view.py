@@ -16,7 +16,7 @@ import msgspec
 from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.claim_records import claim_key
 from hf_async_store.collector import GatheredObjects
-from hf_async_store.errors import ConcurrencyConflictError, CorruptionError, StorageError
+from hf_async_store.errors import CorruptionError, StorageError
 from hf_async_store.event_loop import Chunks
 from hf_async_store.preconditions import (
     check,
@@ -25,6 +25,7 @@ from hf_async_store.preconditions import (
     is_there,
     missing_parents,
     next_version,
+    no_longer_shared,
     patched,
     present,
 )
@@ -260,13 +261,7 @@ class SessionView(TableReader[StoredEntity]):
     def _put(self, change: Put) -> int:
         key = change.key
         if change.shared and not self._shares_changes(key):
-            raise ConcurrencyConflictError(
-                f"another program has changed the declaration of {key.collection} since these changes of "
-                f"{key.id!r} were made",
-                collection=key.collection,
-                entity_id=key.id,
-                retryable=True,
-            )
+            raise no_longer_shared(key)
         raw, actual = self._current(change)
         replaces_expired = raw is None and change.lifetimes is not None and self.exists(key)
         version = change.import_version

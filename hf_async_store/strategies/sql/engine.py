@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from hf_async_store.changes import Change, ChangedMatches, Outcome, Record
+from hf_async_store.changes import Change, ChangedMatches, Outcome, Put, Record
 from hf_async_store.coalescing import Coalescer
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.driver import (
@@ -50,6 +50,7 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.generators import Owned
+from hf_async_store.preconditions import no_longer_shared
 from hf_async_store.query import Query
 from hf_async_store.schema import (
     SYSTEM_COLLECTIONS,
@@ -519,7 +520,20 @@ class SQLEngine(Engine):
 
     async def _write_each(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
         async with self.writing() as lease:
-            return await self._writer.write_each(lease, changes, patient=patient)
+            writer = self._writer
+            # Another program may have changed the declarations since these were made of several changes.
+            late = {
+                n: no_longer_shared(each.key)
+                for n, each in enumerate(changes)
+                if type(each) is Put
+                and each.shared
+                and not writer.shares_changes(each.key.collection)
+            }
+            if not late:
+                return await writer.write_each(lease, changes, patient=patient)
+            others = [each for n, each in enumerate(changes) if n not in late]
+            outcomes = iter(await writer.write_each(lease, others, patient=patient))
+            return [late[n] if n in late else next(outcomes) for n in range(len(changes))]
 
     @property
     def _writer(self) -> Writer:
