@@ -145,17 +145,19 @@ class _Put(Struct):
         what = f"put {self.collection.name}"
         with Bars({what: count}, is_long=len(chunks) > 1) as bars:
             try:
+                bars.advance(what)
                 for chunk in chunks:
-                    await self._put_chunk(store, chunk)
-                    bars.advance(what, len(chunk))
+                    stored = await self._put_chunk(store, chunk)
                     if self._all_failed(len(chunk)):
                         break
+                    bars.advance(what, stored)
             except (CancelledError, StorageError):
                 self._log_progress()
                 raise
         return self._finish()
 
-    async def _put_chunk(self, store: StorageStrategy, chunk: list[dict[str, Any]]) -> None:
+    async def _put_chunk(self, store: StorageStrategy, chunk: list[dict[str, Any]]) -> int:
+        """Returns how many of the entities were stored."""
         name = self.collection.name
         timeout = self.context.remaining_time()
         try:
@@ -167,8 +169,9 @@ class _Put(Struct):
                 versions = await store.save_entities(name, chunk, expected, timeout=timeout)
         except BatchError as exc:
             self.outcomes += exc.outcomes
-        else:
-            self.outcomes += versions
+            return sum(not isinstance(each, StorageError) for each in exc.outcomes)
+        self.outcomes += versions
+        return len(versions)
 
     def _all_failed(self, size: int) -> bool:
         """Whether the last `size` writes failed because of the store, so that others would, too."""
