@@ -425,6 +425,26 @@ async def test_a_file_system_that_is_read_only(mounted: Path) -> None:
             await store.save_entity("templates", template("t"))
 
 
+async def test_a_full_disk_and_a_store_that_nobody_has_open(mounted: Path) -> None:
+    """Then SQLite must create its shared-memory file, even to read."""
+    path = mounted / "store.db"
+    async with open_store(f"sqlite:{path}") as store:
+        await store.save_entity("templates", template("t"))
+    subprocess.run(["mount", "-o", "remount,size=128k", mounted], check=True)
+    filler = mounted / "filler"
+    with pytest.raises(OSError, match="No space left"):
+        filler.write_bytes(b"x" * (1 << 20))
+    async with open_store(f"sqlite:{path}") as store:
+        for name, verb in (await _verbs(store)).items():
+            error = await refused(verb)
+            assert type(error) is DiskFullError, (name, error)
+            assert f"32 KB of disk space, for the shared-memory file {path}-shm" in str(error)
+            assert not error.outcome_unknown, name
+        filler.unlink()
+        assert await store.get_entity("templates", "t") is not None
+        assert await store.save_entity("templates", template("u")) == 1
+
+
 NO_DESCRIPTORS = """
 import asyncio, os, resource, sys
 from hf_async_store import open_store, StorageError

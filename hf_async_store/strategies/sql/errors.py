@@ -43,12 +43,13 @@ class DuplicateValueError(InvalidInputError):
     """A unique index of this store rejected a row; the writer finds out whose values it has."""
 
 
-# -- SQLite, by primary result code (source: sqlite.org/rescode.html) -----------------------
+# -- SQLite, by extended or primary result code (source: sqlite.org/rescode.html) ------------
 
 _SQLITE: Final[dict[int, type[StorageError]]] = {
     sqlite3.SQLITE_BUSY: LockTimeoutError,
     sqlite3.SQLITE_LOCKED: LockTimeoutError,
     sqlite3.SQLITE_FULL: DiskFullError,
+    sqlite3.SQLITE_IOERR_SHMSIZE: DiskFullError,  # the others with this cause are SQLITE_FULL
     sqlite3.SQLITE_READONLY: ReadOnlyStoreError,
     sqlite3.SQLITE_PERM: PermissionDeniedError,
     sqlite3.SQLITE_AUTH: PermissionDeniedError,
@@ -112,8 +113,12 @@ def sqlite_error(
         return SchemaMismatchError(f"cannot {doing}: {exc}{_RESTORE_TABLES}")
     if code & 0xFF == sqlite3.SQLITE_ERROR and _SQLITE_TAKEN.search(str(exc)):
         return SchemaMismatchError(f"cannot {doing}: {exc}; {_NOT_OURS}")
-    kind = _SQLITE.get(code & 0xFF, ProtocolError)
+    kind = _SQLITE.get(code) or _SQLITE.get(code & 0xFF, ProtocolError)
     more = f"; restore {path} from a backup" if kind is CorruptionError else ""
+    if code == sqlite3.SQLITE_IOERR_SHMSIZE:
+        more = f"; even reading needs 32 KB of disk space, for the shared-memory file {path}-shm"
+    if kind is LockTimeoutError:
+        more = f": another process, or another store object of this process, holds the lock of {path}"
     # After an I/O error, it is unknown whether the commit was written.
     unknown = writes and code & 0xFF == sqlite3.SQLITE_IOERR
     return kind(f"cannot {doing}: {exc}{more}", outcome_unknown=unknown)
