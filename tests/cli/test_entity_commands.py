@@ -209,6 +209,11 @@ def test_update_to_a_wrong_type(filled: Cli) -> None:
     ran = filled("update", "requests", "r-1", "machine_count=2.5")
     assert ran.code == 2
     assert ran.message == "requests.machine_count is declared as integer, but the value is a float"
+    ran = filled("put", "requests", '{"request_id": "r-1", "created_at": "yesterday"}')
+    assert ran.message == (
+        "the JSON argument: requests.created_at takes a timestamp, for example 2025-06-30T12:00:00Z, "
+        "but the value is a string"
+    )
     ran = filled("update", "requests", "r-1", "--remove", "request_id")
     assert ran.code == 2
     assert "requests.request_id is the key" in ran.message
