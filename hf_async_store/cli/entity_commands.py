@@ -18,7 +18,7 @@ from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from io import BufferedReader
 
     from hf_async_store.changes import Expect
@@ -32,6 +32,8 @@ _CHUNK_SIZE: Final = 1000
 """Number of entities that are written between two steps of the progress bar, about one commit."""
 
 _READ_BYTES: Final = 1 << 16
+_MIN_SIMILARITY: Final = 0.8
+"""Of an undeclared field to a declared one, for a note; 1 is equality (see difflib)."""
 
 
 # -- get ------------------------------------------------------------------------------------
@@ -66,6 +68,7 @@ def put(arguments: Namespace) -> int:
     # Read before the event loop runs, so that Ctrl-C interrupts reading from a keyboard.
     inputs = _read_inputs(arguments)
     _check(inputs, collection)
+    _note_undeclared(collection, (name for each in inputs for name in each.entity))
     if isinstance(arguments.expected_version, int) and len(inputs) > 1:
         raise InvalidInputError(
             f"--expected-version N can be given for one object only, not for {len(inputs):,}"
@@ -115,6 +118,19 @@ def _check(inputs: Sequence[EntityInput], collection: Collection) -> None:
             collection.entity(entity)
         except InvalidInputError as exc:
             raise exc.at(position) from exc
+
+
+def _note_undeclared(collection: Collection, targets: Iterable[str | Path]) -> None:
+    """Name the fields that are probably misspelt: not declared, but very similar to declared ones."""
+    names = {each if isinstance(each, str) else str(each.parts[0]) for each in targets}
+    undeclared = names - {*collection.fields, VERSION}
+    if not undeclared or collection.open:
+        return
+    from difflib import get_close_matches
+
+    for name in sorted(undeclared):
+        for near in get_close_matches(name, collection.fields, n=1, cutoff=_MIN_SIMILARITY):
+            output.log_line(f"note: {name!r} is not declared; did you mean {near!r}?")
 
 
 class _Put(Struct):
@@ -230,6 +246,7 @@ def update(arguments: Namespace) -> int:
     context = Context(arguments)
     collection = context.collection()
     changes = changes_of(arguments.changes, arguments.remove, collection)
+    _note_undeclared(collection, changes)
 
     async def work(store: StorageStrategy) -> int:
         version = await store.update_entity(
@@ -289,6 +306,7 @@ def update_where(arguments: Namespace) -> int:
     collection = context.collection()
     filters = filters_of(arguments.filters, collection)
     changes = changes_of(arguments.changes, arguments.remove, collection)
+    _note_undeclared(collection, changes)
     order = order_of(arguments.order, collection)
 
     async def work(store: StorageStrategy) -> int:
