@@ -30,21 +30,6 @@ def test_init_creates_an_empty_store_once(cli: Cli) -> None:
     assert (again.code, again.rows) == (0, [{"store": "data/db.json", "created": []}])
 
 
-@pytest.mark.parametrize("store", ["json:data/jobs.json", "json:data", "sqlite:jobs.db"])
-def test_init_records_the_collections_that_are_named(
-    cli: Cli, store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Path("declared_for_init.py").write_text(
-        "from hf_async_store import Collection\n"
-        "ALL = [Collection('jobs', key='job_id', fields=['owner'])]\n"
-    )
-    monkeypatch.syspath_prepend(str(Path.cwd()))
-    for _ in range(2):
-        assert cli("init", "--collections", "declared_for_init:ALL", "--store", store).code == 0
-    assert cli("count", "jobs", "--store", store).out == "0\n"
-    assert "no collection 'machines'" in cli("count", "machines", "--store", store).message
-
-
 def test_init_keeps_an_existing_store(filled: Cli) -> None:
     assert filled("init").rows[0]["created"] == []
     assert filled("count", "machines").out == "3\n"
