@@ -72,7 +72,8 @@ class Bars:
             return shown
         rate = (done - before) / (now - began)
         remaining = "" if total is None else f", {max(total - done, 0) / rate:,.0f} s remaining"
-        return f"{shown} ({rate:,.0f}/s{remaining})"
+        per_second = f"{rate:,.0f}/s" if rate >= 1 else f"{rate:.1g}/s"
+        return f"{shown} ({per_second}{remaining})"
 
 
 def _bars() -> Progress:

@@ -296,6 +296,8 @@ def test_the_rate_is_that_of_this_run(
         bars.advance("put machines")
         now = 30.05
         bars.advance("put machines", 1)
+        now = 35.0
+        bars.advance("put machines")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "hf-async-store: machines: 123,000 of 200,000",
@@ -303,6 +305,7 @@ def test_the_rate_is_that_of_this_run(
         "hf-async-store: machines: 125,000 of 200,000 (200/s, 375 s remaining)",
         "hf-async-store: verify: 10 (2/s)",
         "hf-async-store: put machines: 0 of 1",
+        "hf-async-store: put machines: 1 of 1 (0.2/s, 0 s remaining)",
     ]
 
 
