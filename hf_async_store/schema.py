@@ -27,6 +27,7 @@ from hf_async_store.values import (
     MAX_KEY_BYTES,
     NOT_UTF8,
     REMOVE,
+    TIMESTAMP_FORM,
     UPDATED_AT,
     VERSION,
     Entity,
@@ -125,8 +126,10 @@ class Field(msgspec.Struct, frozen=True):
             type(value) is not bool or self.type in ("boolean", "json")
         ):
             return value
+        is_time = self.type == "timestamp"
+        wanted = f"takes {TIMESTAMP_FORM}" if is_time else f"is declared as {self.type}"
         raise InvalidFieldError(
-            f"{collection}.{self.name} is declared as {self.type}, but the value is {described(value)}"
+            f"{collection}.{self.name} {wanted}, but the value is {described(value)}"
         )
 
 

@@ -343,6 +343,9 @@ is_canonical_timestamp: Final = re.compile(
 ).match
 """A quick check that recognises most canonical timestamps: all but those of 29 February."""
 
+TIMESTAMP_FORM: Final = "a timestamp, for example 2025-06-30T12:00:00Z"
+"""What a field of type timestamp takes, for errors."""
+
 
 def parse_timestamp(text: str) -> str | None:
     """The canonical form of an ISO 8601 string, in UTC if it has no zone; None if it is not one."""

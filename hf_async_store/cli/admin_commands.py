@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hf_async_store.cli import output
 from hf_async_store.cli.context import Context
+from hf_async_store.cli.declared import named_collections
 from hf_async_store.cli.exit_codes import STORAGE
 from hf_async_store.cli.json_files import JSONFiles, as_json
 from hf_async_store.config import JSONConfig
@@ -22,6 +23,9 @@ def init(arguments: Namespace) -> int:
 
     async def work(store: StorageStrategy) -> int:
         files = await make_empty(context)
+        if named_collections(arguments, [context.config]) is not None:
+            # Else the store would remember them only from its first write on.
+            await store.engine.remember(context.schema.values())
         if isinstance(context.config.options, JSONConfig):
             action = f"created {', '.join(files)}" if files else "exists already, nothing to do"
             location = context.location()

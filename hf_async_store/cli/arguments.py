@@ -178,7 +178,8 @@ def command_of(name: str) -> Command | None:
 
 
 def _install_hint(name: str) -> str:
-    return f"not installed: pip install {EXTERNAL_COMMANDS[name]}"
+    package = EXTERNAL_COMMANDS[name]
+    return f"not installed: pip install {package} (in a checkout: pip install ./benchmarks)"
 
 
 def _name_width() -> int:
@@ -226,7 +227,7 @@ _OTHER_WORDS: Final = {
 def _no_command(name: str) -> str:
     from hf_async_store.cli.extensions import names
 
-    commands = list(dict.fromkeys((*COMMANDS, *EXTERNAL_COMMANDS, *names())))
+    commands = list(dict.fromkeys((*COMMANDS, *names())))
     known = ", ".join(commands)
     if not name:
         return f"no command is given; the commands are {known} (see {PROGRAM} --help)"
@@ -573,7 +574,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "create an empty store, if none exists",
         f"{_CLI}.admin_commands:init",
         (),
-        "An existing store is not changed, so the command may be repeated.\n\n"
+        "An existing store is not changed, so the command may be repeated. The collections that\n"
+        "--collections or the configuration names are recorded in the store, for later commands.\n\n"
         f"  {PROGRAM} --store json:data/request_database.json init\n",
     ),
     "put": Command(

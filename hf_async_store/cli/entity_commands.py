@@ -18,7 +18,7 @@ from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from io import BufferedReader
 
     from hf_async_store.changes import Expect
@@ -32,6 +32,8 @@ _CHUNK_SIZE: Final = 1000
 """Number of entities that are written between two steps of the progress bar, about one commit."""
 
 _READ_BYTES: Final = 1 << 16
+_MIN_SIMILARITY: Final = 0.8
+"""Of an undeclared field to a declared one, for a note; 1 is equality (see difflib)."""
 
 
 # -- get ------------------------------------------------------------------------------------
@@ -66,6 +68,7 @@ def put(arguments: Namespace) -> int:
     # Read before the event loop runs, so that Ctrl-C interrupts reading from a keyboard.
     inputs = _read_inputs(arguments)
     _check(inputs, collection)
+    _note_undeclared(collection, (name for each in inputs for name in each.entity))
     if isinstance(arguments.expected_version, int) and len(inputs) > 1:
         raise InvalidInputError(
             f"--expected-version N can be given for one object only, not for {len(inputs):,}"
@@ -117,6 +120,19 @@ def _check(inputs: Sequence[EntityInput], collection: Collection) -> None:
             raise exc.at(position) from exc
 
 
+def _note_undeclared(collection: Collection, targets: Iterable[str | Path]) -> None:
+    """Name the fields that are probably misspelt: not declared, but very similar to declared ones."""
+    names = {each if isinstance(each, str) else str(each.parts[0]) for each in targets}
+    undeclared = names - {*collection.fields, VERSION}
+    if not undeclared or collection.open:
+        return
+    from difflib import get_close_matches
+
+    for name in sorted(undeclared):
+        for near in get_close_matches(name, collection.fields, n=1, cutoff=_MIN_SIMILARITY):
+            output.log_line(f"note: {name!r} is not declared; did you mean {near!r}?")
+
+
 class _Put(Struct):
     """Writes all entities of a `put` command, chunk by chunk."""
 
@@ -145,17 +161,19 @@ class _Put(Struct):
         what = f"put {self.collection.name}"
         with Bars({what: count}, is_long=len(chunks) > 1) as bars:
             try:
+                bars.advance(what)
                 for chunk in chunks:
-                    await self._put_chunk(store, chunk)
-                    bars.advance(what, len(chunk))
+                    stored = await self._put_chunk(store, chunk)
                     if self._all_failed(len(chunk)):
                         break
+                    bars.advance(what, stored)
             except (CancelledError, StorageError):
                 self._log_progress()
                 raise
         return self._finish()
 
-    async def _put_chunk(self, store: StorageStrategy, chunk: list[dict[str, Any]]) -> None:
+    async def _put_chunk(self, store: StorageStrategy, chunk: list[dict[str, Any]]) -> int:
+        """Returns how many of the entities were stored."""
         name = self.collection.name
         timeout = self.context.remaining_time()
         try:
@@ -167,8 +185,9 @@ class _Put(Struct):
                 versions = await store.save_entities(name, chunk, expected, timeout=timeout)
         except BatchError as exc:
             self.outcomes += exc.outcomes
-        else:
-            self.outcomes += versions
+            return sum(not isinstance(each, StorageError) for each in exc.outcomes)
+        self.outcomes += versions
+        return len(versions)
 
     def _all_failed(self, size: int) -> bool:
         """Whether the last `size` writes failed because of the store, so that others would, too."""
@@ -227,6 +246,7 @@ def update(arguments: Namespace) -> int:
     context = Context(arguments)
     collection = context.collection()
     changes = changes_of(arguments.changes, arguments.remove, collection)
+    _note_undeclared(collection, changes)
 
     async def work(store: StorageStrategy) -> int:
         version = await store.update_entity(
@@ -286,6 +306,7 @@ def update_where(arguments: Namespace) -> int:
     collection = context.collection()
     filters = filters_of(arguments.filters, collection)
     changes = changes_of(arguments.changes, arguments.remove, collection)
+    _note_undeclared(collection, changes)
     order = order_of(arguments.order, collection)
 
     async def work(store: StorageStrategy) -> int:

@@ -64,7 +64,7 @@ _HINTS: Final[tuple[tuple[type[StorageError], str | None], ...]] = (
         "`watch` without --since from now on, and `query` for what was before",
     ),
     (errors.OperationTimeoutError, "allow more time with --timeout"),
-    (errors.AuthenticationError, "correct the user name or the password"),
+    (errors.AuthenticationError, None),
     (errors.PermissionDeniedError, "check the owner and mode of the files and of their folder"),
     (errors.ReadOnlyStoreError, "the store can only be read"),
     (errors.DiskFullError, "data stored earlier is intact: free some space, then try again"),

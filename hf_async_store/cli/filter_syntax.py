@@ -14,7 +14,15 @@ from hf_async_store.errors import InvalidFieldError, InvalidInputError, InvalidQ
 from hf_async_store.field_checks import directed, is_known, operand_problem, signed, undeclared
 from hf_async_store.json_input import decode_json
 from hf_async_store.query import Combined, Op, OpName, Path, and_, asc, desc
-from hf_async_store.values import REMOVE, VERSION, Removed, Value, join_path, parse_timestamp
+from hf_async_store.values import (
+    REMOVE,
+    TIMESTAMP_FORM,
+    VERSION,
+    Removed,
+    Value,
+    join_path,
+    parse_timestamp,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -372,7 +380,7 @@ def value_of(string: str, field_type: FieldType, word: str) -> Value:
         return None
     if field_type == "timestamp":
         if parse_timestamp(string) is None:
-            raise _wrong_type(word, "a timestamp, for example 2025-06-30T12:00:00Z")
+            raise _wrong_type(word, TIMESTAMP_FORM)
         return string
     if field_type == "boolean":
         if string.lower() not in ("true", "false"):

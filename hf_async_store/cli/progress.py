@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _LINE_SECONDS: Final = 5.0
+_MIN_SECONDS_FOR_RATE: Final = 0.1
+"""A rate is shown from this duration of the work on."""
 _MIN_ENTITIES_FOR_BARS: Final = 20_000
 """Progress bars are shown from this number of entities on, or if the number is unknown."""
 
@@ -30,7 +32,7 @@ class Bars:
         many = sum(totals.values()) > _MIN_ENTITIES_FOR_BARS or not totals
         self._is_long = many if is_long is None else is_long
         self._done: dict[str, int] = {}
-        self._began: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}  # the time and the count of the first report
         self._last_line = time.monotonic()
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -46,10 +48,14 @@ class Bars:
             self._bars.stop()
 
     def advance(self, what: str, count: int = 0) -> None:
-        """Report that `count` more entities of the work `what` are done."""
+        """Report that `count` more entities of the work `what` are done.
+
+        The rate counts from the first report: what that one includes was done before, maybe by an earlier
+        run that is resumed.
+        """
         now = time.monotonic()
-        self._began.setdefault(what, now)
         self._done[what] = self._done.get(what, 0) + count
+        self._began.setdefault(what, (now, count))
         if self._bars is not None:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=self._totals.get(what))
@@ -60,12 +66,14 @@ class Bars:
 
     def _line(self, what: str, now: float) -> str:
         done, total = self._done[what], self._totals.get(what)
-        rate = done / max(now - self._began[what], 1e-9)
-        of = "" if total is None else f" of {total:,}"
-        remaining = (
-            "" if total is None or not rate else f", {max(total - done, 0) / rate:,.0f} s remaining"
-        )
-        return f"{what}: {done:,}{of} ({rate:,.0f}/s{remaining})"
+        began, before = self._began[what]
+        shown = f"{what}: {done:,}" if total is None else f"{what}: {done:,} of {total:,}"
+        if done == before or now - began < _MIN_SECONDS_FOR_RATE:
+            return shown
+        rate = (done - before) / (now - began)
+        remaining = "" if total is None else f", {max(total - done, 0) / rate:,.0f} s remaining"
+        per_second = f"{rate:,.0f}/s" if rate >= 1 else f"{rate:.1g}/s"
+        return f"{shown} ({per_second}{remaining})"
 
 
 def _bars() -> Progress:

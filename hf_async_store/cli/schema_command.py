@@ -10,9 +10,9 @@ import msgspec
 from hf_async_store.cli import output
 from hf_async_store.cli.context import Context, repeatable
 from hf_async_store.cli.declared import VARIABLE, imported, named_collections
-from hf_async_store.cli.exit_codes import CONFLICT
+from hf_async_store.cli.exit_codes import CONFLICT, report
 from hf_async_store.cli.progress import Bars
-from hf_async_store.errors import ConfigurationError
+from hf_async_store.errors import ConfigurationError, SchemaMismatchError
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -38,9 +38,12 @@ def schema(arguments: Namespace) -> int:
 
     async def work(store: StorageStrategy) -> int:
         if arguments.action == "apply":
-            number = await context.with_timeout(
-                _apply(store, transforms, complete=arguments.complete)
-            )
+            applied = _apply(store, transforms, complete=arguments.complete)
+            try:
+                number = await context.with_timeout(applied)
+            except SchemaMismatchError as exc:  # refused because of the stored data
+                report(exc, verbose=arguments.verbose)
+                return CONFLICT
             if transforms is not None:
                 shown = f"{number:,} entities transformed"
                 output.result(arguments, {"transformed": number}, shown)

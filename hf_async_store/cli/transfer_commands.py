@@ -28,6 +28,7 @@ from hf_async_store.errors import (
     InvalidKeyError,
     StorageError,
 )
+from hf_async_store.os_errors import translate_os_error
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -102,11 +103,15 @@ def _written(name: str | None) -> Iterator[Callable[[bytes], object]]:
         yield output.write
         return
     path = path_of(name)
+    if path.is_dir():
+        raise InvalidInputError(f"--output {name} is a folder: name a file in it")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
             yield file.write
         partial.replace(path)
+    except OSError as exc:  # those of writing do not name the file
+        raise translate_os_error(exc, f"write {name}") from exc
     finally:
         partial.unlink(missing_ok=True)
 

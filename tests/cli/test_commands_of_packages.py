@@ -81,14 +81,19 @@ def test_a_missing_extra_is_named_in_the_error(cli: Cli, monkeypatch: pytest.Mon
     for name in ("bench", "advise", "demo"):
         ran = cli(name)
         assert ran.code == 2
-        assert "pip install hf-async-store-bench" in ran.message
+        assert "pip install hf-async-store-bench (in a checkout: pip install ./bench" in ran.message
     assert cli("--help").out.count("not installed: pip install hf-async-store-bench") == 3
 
 
-def test_an_unknown_command_is_refused_as_before(cli: Cli) -> None:
+def test_an_unknown_command_is_refused_as_before(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_async_store.cli import extensions
+
     ran = cli("gte")
     assert ran.code == 2
     assert "did you mean 'get'?" in ran.message
+    assert ", demo" in ran.message
+    monkeypatch.setattr(extensions, "GROUP", "hf_async_store.nothing")
+    assert "demo" not in cli("gte").message
 
 
 def test_another_word_for_a_command_is_understood(cli: Cli) -> None:

@@ -205,10 +205,28 @@ def test_update_of_a_missing_entity(filled: Cli) -> None:
     assert (ran.code, ran.message) == (1, "requests has no entity 'r-9'")
 
 
+def test_a_field_that_is_probably_misspelt_is_noted(filled: Cli) -> None:
+    note = "note: 'statsu' is not declared; did you mean 'status'?"
+    ran = filled("put", "requests", '{"request_id": "r-8", "statsu": "X", "color": "red"}')
+    assert (ran.code, ran.message) == (0, note)
+    for words in (
+        ("update", "requests", "r-8", "statsu=Y"),
+        ("update", "requests", "r-8", "--remove", "statsu"),
+        ("update-where", "requests", "request_id=r-8", "--set", "statsu/deep=1"),
+    ):
+        assert note in filled(*words).err, words
+    assert filled("update", "requests", "r-8", "color=blue", "status=X").err == ""
+
+
 def test_update_to_a_wrong_type(filled: Cli) -> None:
     ran = filled("update", "requests", "r-1", "machine_count=2.5")
     assert ran.code == 2
     assert ran.message == "requests.machine_count is declared as integer, but the value is a float"
+    ran = filled("put", "requests", '{"request_id": "r-1", "created_at": "yesterday"}')
+    assert ran.message == (
+        "the JSON argument: requests.created_at takes a timestamp, for example 2025-06-30T12:00:00Z, "
+        "but the value is a string"
+    )
     ran = filled("update", "requests", "r-1", "--remove", "request_id")
     assert ran.code == 2
     assert "requests.request_id is the key" in ran.message

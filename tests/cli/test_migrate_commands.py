@@ -262,15 +262,50 @@ def test_the_command_run_as_a_module() -> None:
 def test_plain_lines_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 0.0
+    now = 1.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with progress.Bars({"machines": 100_000}) as bars:
+        bars.advance("machines")
         for now in (1.0, 3.0, 6.0, 7.0, 12.0):  # noqa: B007  # the patched clock reads it
             bars.advance("machines", 10_000)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "hf-async-store: machines: 30,000 of 100,000 (6,000/s, 12 s remaining)",
         "hf-async-store: machines: 50,000 of 100,000 (4,545/s, 11 s remaining)",
+    ]
+
+
+def test_the_rate_is_that_of_this_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first report of a resumed migration tells what the earlier run has copied."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with progress.Bars({"machines": 200_000}) as bars:
+        now = 6.0
+        bars.advance("machines", 123_000)
+        now = 11.0
+        bars.advance("machines", 1_000)
+        now = 16.0
+        bars.advance("machines", 1_000)
+        bars.advance("verify")
+        now = 21.0
+        bars.advance("verify", 10)
+    with progress.Bars({"put machines": 1}) as bars:
+        now = 30.0
+        bars.advance("put machines")
+        now = 30.05
+        bars.advance("put machines", 1)
+        now = 35.0
+        bars.advance("put machines")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "hf-async-store: machines: 123,000 of 200,000",
+        "hf-async-store: machines: 124,000 of 200,000 (200/s, 380 s remaining)",
+        "hf-async-store: machines: 125,000 of 200,000 (200/s, 375 s remaining)",
+        "hf-async-store: verify: 10 (2/s)",
+        "hf-async-store: put machines: 0 of 1",
+        "hf-async-store: put machines: 1 of 1 (0.2/s, 0 s remaining)",
     ]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from command import PROGRAM, STORE, Cli, absolute, shell
 
-from hf_async_store import OperationTimeoutError, StorageError
+from hf_async_store import AuthenticationError, OperationTimeoutError, StorageError
 from hf_async_store.cli import exit_codes, main
 from hf_async_store.cli.context import Context
 from hf_async_store.locks import FileLock
@@ -450,6 +450,11 @@ def test_secrets_are_not_shown(filled: Cli, words: list[str], verbose: list[str]
     ran = filled(*words, *verbose)
     assert ran.code == 2
     assert "hunter2" not in ran.out + ran.err
+
+
+def test_an_error_that_says_what_to_do_gets_no_further_hint() -> None:
+    error = AuthenticationError("cannot connect: no; correct username or password")
+    assert exit_codes.sentence(error) == str(error)
 
 
 def test_every_error_has_a_code() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -13,7 +14,6 @@ from hf_async_store import Collection, Field, Index, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from command import Cli
 
@@ -142,3 +142,20 @@ async def _write_more(url: str) -> None:
     async with open_store(url, collections=LAB) as lab, open_store(url, collections=SHOP) as shop:
         await lab.save_entity("samples", {"sample_id": "s99", "job_id": "k0"})
         assert await shop.count_entities("jobs", {"owner": "o1"}) == 10
+
+
+@pytest.mark.parametrize("engine", ENGINES[:-1])
+def test_init_records_the_collections_that_are_named(
+    cli: Cli, engine: str, new_url: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = new_url(engine)
+    Path("declared_for_init.py").write_text(
+        "from hf_async_store import Collection\n"
+        "ALL = [Collection('jobs', key='job_id', fields=['owner'])]\n"
+    )
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    for _ in range(2):
+        assert cli("init", "--collections", "declared_for_init:ALL", "--store", store).code == 0
+    assert cli("put", "jobs", '{"job_id": "j"}', "--store", store).code == 0
+    assert cli("count", "jobs", "--store", store).out == "1\n"
+    assert "no collection 'machines'" in cli("count", "machines", "--store", store).message

@@ -75,7 +75,7 @@ def test_plan_apply_and_check(cli: Cli) -> None:
 def test_apply_refuses_missing_values(cli: Cli) -> None:
     filled(cli)
     ran = cli("schema", "apply", *named("STRICT"))
-    assert ran.code == 4
+    assert ran.code == 3
     assert "jobs.owner" in ran.message
     assert "'b'" in ran.message
 

@@ -179,6 +179,24 @@ def test_an_export_that_fails_leaves_the_file(filled: Cli) -> None:
     assert sorted(os.listdir()) == ["data", "m.csv"]
 
 
+def test_an_export_to_a_folder_is_refused(filled: Cli) -> None:
+    Path("out").mkdir()
+    ran = filled("export", "machines", "--format", "csv", "--output", "out")
+    assert (ran.code, ran.message) == (2, "--output out is a folder: name a file in it")
+
+
+def test_an_export_to_a_full_disk_names_the_file(
+    filled: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every write to this file fails as on a full disk.
+    Path("m.csv.7.partial").symlink_to("/dev/full")
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    ran = filled("export", "machines", "--format", "csv", "--output", "m.csv")
+    assert ran.code == 4
+    assert ran.message.startswith("cannot write m.csv: No space left on device; ")
+    assert sorted(os.listdir()) == ["data"]
+
+
 def line(number: int) -> bytes:
     return b'{"machine_id": "m-%06d"}\n' % number
 

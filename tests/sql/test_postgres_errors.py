@@ -486,7 +486,7 @@ async def test_connection_errors_name_the_wrong_setting(
     cases: list[tuple[str, type[StorageError], str, bool]] = [
         (f"postgresql://{role}@127.0.0.1:{port}{parts.path}", AuthenticationError, role, False),
         (f"postgresql://nobody_1@127.0.0.1:{port}{parts.path}", AuthenticationError, "nobody_1", False),
-        (f"{nosuch}/no_such_database", ConfigurationError, "name: .*no such database", False),
+        (f"{nosuch}/no_such_database", ConfigurationError, "exist; create it, or .* setting name$", False),
         (f"{database}?sslmode=require", ConfigurationError, "sslmode 'require' needs TLS", False),
         (f"postgresql://me@127.0.0.1:1{parts.path}", UnavailableError, "127.0.0.1:1", True),
         (f"postgresql:///db?host={tmp_path}/nowhere", UnavailableError, "nowhere", True),

@@ -379,6 +379,10 @@ async def test_71_another_process_holds_the_lock(tmp_path: Path) -> None:
             with pytest.raises(StorageError) as caught:
                 await asyncio.create_task(other.save_entity("templates", template("t")))
             assert type(caught.value).__name__ == "LockTimeoutError"
+            assert (
+                f"another process, or another store object of this process, holds the lock of {tmp_path}"
+                in str(caught.value)
+            )
             assert caught.value.retryable
             # Readers do not wait.
             found = await asyncio.create_task(other.get_entity("templates", "t"))

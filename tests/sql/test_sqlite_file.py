@@ -277,6 +277,20 @@ async def test_119_one_file_by_several_paths_is_one_store(tmp_path: Path) -> Non
     assert (tmp_path / "link.db").is_symlink()
 
 
+async def test_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()  # a folder has a hard link for each one in it
+    async with open_store(f"sqlite:{tmp_path}") as store:
+        for verb in (
+            lambda: store.save_entity("templates", template("t")),
+            lambda: store.get_entity("templates", "t"),
+        ):
+            with pytest.raises(
+                ConfigurationError, match="is a folder; name a file in it"
+            ) as caught:
+                await verb()
+            assert str(caught.value).endswith(f"such as sqlite:{tmp_path}/store.db")
+
+
 async def test_119_hard_links_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     async with open_store(f"sqlite:{path}") as store:
@@ -377,6 +391,39 @@ def test_120_a_command_of_root_leaves_owner_and_mode(tmp_path: Path) -> None:
         folder.rmdir()
 
 
+READ = """
+import asyncio, os, sys
+from hf_async_store import PermissionDeniedError, open_store
+async def main():
+    async with open_store(f"sqlite:{sys.argv[1]}-") as store:
+        await store.exists()  # imports the rest, which another user may not
+    os.setuid(65534)
+    async with open_store(f"sqlite:{sys.argv[1]}") as store:
+        try:
+            await store.get_entity("templates", "t")
+        except PermissionDeniedError as exc:
+            print(exc)
+asyncio.run(main())
+"""
+
+
+@as_root
+def test_a_file_that_may_not_be_read() -> None:
+    folder = Path("/tmp") / f"hf-async-store-{os.getpid()}"  # that other users may access
+    folder.mkdir(mode=0o755)
+    path = folder / "store.db"
+    try:
+        path.touch(mode=0o600)
+        command = [sys.executable, "-c", READ, str(path)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        assert done.stdout == (
+            f"cannot open {path}: this process may not read it; check the owner and mode of the file\n"
+        )
+    finally:
+        path.unlink()
+        folder.rmdir()
+
+
 # -- no room, no descriptors, no writing -----------------------------------------------------
 
 
@@ -423,6 +470,26 @@ async def test_a_file_system_that_is_read_only(mounted: Path) -> None:
         assert await store.query_entities("templates") == []
         with pytest.raises(ReadOnlyStoreError):
             await store.save_entity("templates", template("t"))
+
+
+async def test_a_full_disk_and_a_store_that_nobody_has_open(mounted: Path) -> None:
+    """Then SQLite must create its shared-memory file, even to read."""
+    path = mounted / "store.db"
+    async with open_store(f"sqlite:{path}") as store:
+        await store.save_entity("templates", template("t"))
+    subprocess.run(["mount", "-o", "remount,size=128k", mounted], check=True)
+    filler = mounted / "filler"
+    with pytest.raises(OSError, match="No space left"):
+        filler.write_bytes(b"x" * (1 << 20))
+    async with open_store(f"sqlite:{path}") as store:
+        for name, verb in (await _verbs(store)).items():
+            error = await refused(verb)
+            assert type(error) is DiskFullError, (name, error)
+            assert f"32 KB of disk space, for the shared-memory file {path}-shm" in str(error)
+            assert not error.outcome_unknown, name
+        filler.unlink()
+        assert await store.get_entity("templates", "t") is not None
+        assert await store.save_entity("templates", template("u")) == 1
 
 
 NO_DESCRIPTORS = """

@@ -43,12 +43,13 @@ class DuplicateValueError(InvalidInputError):
     """A unique index of this store rejected a row; the writer finds out whose values it has."""
 
 
-# -- SQLite, by primary result code (source: sqlite.org/rescode.html) -----------------------
+# -- SQLite, by extended or primary result code (source: sqlite.org/rescode.html) ------------
 
 _SQLITE: Final[dict[int, type[StorageError]]] = {
     sqlite3.SQLITE_BUSY: LockTimeoutError,
     sqlite3.SQLITE_LOCKED: LockTimeoutError,
     sqlite3.SQLITE_FULL: DiskFullError,
+    sqlite3.SQLITE_IOERR_SHMSIZE: DiskFullError,  # the others with this cause are SQLITE_FULL
     sqlite3.SQLITE_READONLY: ReadOnlyStoreError,
     sqlite3.SQLITE_PERM: PermissionDeniedError,
     sqlite3.SQLITE_AUTH: PermissionDeniedError,
@@ -58,6 +59,21 @@ _SQLITE: Final[dict[int, type[StorageError]]] = {
     sqlite3.SQLITE_NOTADB: CorruptionError,
     sqlite3.SQLITE_INTERRUPT: OperationTimeoutError,
     sqlite3.SQLITE_NOMEM: UnavailableError,
+}
+
+_HELD: Final = (
+    ": another process, or another store object of this process, holds the lock of {path}"
+)
+_RESTORE_FILE: Final = "; restore {path} from a backup"
+# What the message says after that of SQLite.
+_SQLITE_MORE: Final[dict[int, str]] = {
+    sqlite3.SQLITE_BUSY: _HELD,
+    sqlite3.SQLITE_LOCKED: _HELD,
+    sqlite3.SQLITE_CORRUPT: _RESTORE_FILE,
+    sqlite3.SQLITE_NOTADB: _RESTORE_FILE,
+    sqlite3.SQLITE_IOERR_SHMSIZE: (
+        "; even reading needs 32 KB of disk space, for the shared-memory file {path}-shm"
+    ),
 }
 
 # The codes that mean that the caller's own statement is wrong.
@@ -112,11 +128,11 @@ def sqlite_error(
         return SchemaMismatchError(f"cannot {doing}: {exc}{_RESTORE_TABLES}")
     if code & 0xFF == sqlite3.SQLITE_ERROR and _SQLITE_TAKEN.search(str(exc)):
         return SchemaMismatchError(f"cannot {doing}: {exc}; {_NOT_OURS}")
-    kind = _SQLITE.get(code & 0xFF, ProtocolError)
-    more = f"; restore {path} from a backup" if kind is CorruptionError else ""
+    kind = _SQLITE.get(code) or _SQLITE.get(code & 0xFF, ProtocolError)
+    more = _SQLITE_MORE.get(code) or _SQLITE_MORE.get(code & 0xFF, "")
     # After an I/O error, it is unknown whether the commit was written.
     unknown = writes and code & 0xFF == sqlite3.SQLITE_IOERR
-    return kind(f"cannot {doing}: {exc}{more}", outcome_unknown=unknown)
+    return kind(f"cannot {doing}: {exc}{more.format(path=path)}", outcome_unknown=unknown)
 
 
 _RESTORE_TABLES: Final = (
@@ -181,7 +197,7 @@ _CLASSES: Final[dict[str, _Meaning]] = {
     "0L": _Meaning(
         PermissionDeniedError, "the role is not allowed to grant this"
     ),  # invalid grantor
-    "0P": _Meaning(ConfigurationError, "username: there is no such role", callers=True),
+    "0P": _Meaning(ConfigurationError, "create it, or correct the setting username", callers=True),
     "0Z": _DATABASE_RULE,  # diagnostics exception: in the handler of a trigger
     "10": _INVALID_STATEMENT,  # XQuery error
     "20": _DATABASE_RULE,  # case not found: in a trigger
@@ -200,8 +216,8 @@ _CLASSES: Final[dict[str, _Meaning]] = {
     "38": _DATABASE_RULE,  # external routine exception
     "39": _DATABASE_RULE,  # external routine invocation exception
     "3B": _INVALID_STATEMENT,  # savepoint exception
-    "3D": _Meaning(ConfigurationError, "name: there is no such database", callers=True),
-    "3F": _Meaning(ConfigurationError, "schema: there is no such schema", callers=True),
+    "3D": _Meaning(ConfigurationError, "create it, or correct the setting name", callers=True),
+    "3F": _Meaning(ConfigurationError, "create it, or correct the setting schema", callers=True),
     "40": _CONFLICT,  # transaction rollback
     "42": _INVALID_STATEMENT,  # syntax error or access rule violation
     "44": _DATABASE_RULE,  # WITH CHECK OPTION violation
@@ -244,7 +260,7 @@ _STATES: Final[dict[str, _Meaning]] = {
         UnavailableError, "the server's idle_in_transaction_session_timeout ended the transaction"
     ),
     "25P04": _Meaning(UnavailableError, "the server's transaction_timeout ended the transaction"),
-    "28P01": _Meaning(AuthenticationError, "check username and password"),
+    "28P01": _Meaning(AuthenticationError, "correct username or password"),
     "40002": _DATABASE_RULE,
     "40003": _Meaning(
         ConcurrencyConflictError,

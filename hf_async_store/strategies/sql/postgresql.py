@@ -406,7 +406,7 @@ class PostgreSQL(Dialect):
             return UnavailableError(f"cannot {doing}: the server closed the new connection")
         if isinstance(exc, asyncpg.InterfaceError | asyncpg.InternalClientError):
             # The most common cause: the server requires a password, and none is configured.
-            return AuthenticationError(f"cannot {doing}: {exc}")
+            return AuthenticationError(f"cannot {doing}: {exc}; correct username or password")
         if isinstance(exc, ssl.SSLCertVerificationError):
             return ConfigurationError(
                 f"cannot {doing}: sslmode {config.sslmode!r} does not trust its certificate: "

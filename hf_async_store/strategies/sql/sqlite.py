@@ -22,6 +22,7 @@ from collections.abc import (
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast
 from urllib.parse import quote
 
@@ -408,7 +409,7 @@ class SQLite(Dialect):
             if self._file is None and before is None:
                 raise StoreNotFoundError(f"there is no file {self._path}")
             self._check_identity(before)
-            self._check_hard_links()
+            self._check_path()
             for each in list(self._drivers):
                 if each.is_open:
                     self.check_file(each)  # else SQLite would create missing files again
@@ -517,8 +518,8 @@ class SQLite(Dialect):
         except StorageError:
             return True
 
-    def _check_hard_links(self) -> None:
-        """Reject a file with several hard links.
+    def _check_path(self) -> None:
+        """Reject a folder, and a file with several hard links.
 
         SQLite derives the path of its log from the path of the file, so a file with two names would
         have two logs.
@@ -527,13 +528,17 @@ class SQLite(Dialect):
             ConfigurationError.
         """
         try:
-            names = self._path.stat().st_nlink
+            found = self._path.stat()
         except OSError as exc:
             raise translate_os_error(exc, f"open {self._path}") from exc
-        if names > 1:
+        if S_ISDIR(found.st_mode):
             raise ConfigurationError(
-                f"name: {self._path} has {names} names (hard links), and SQLite would keep a log for "
-                "each of them, which damages the file: remove the other links, or use symbolic links"
+                f"name: {self._path} is a folder; name a file in it, such as sqlite:{self._path}/store.db"
+            )
+        if found.st_nlink > 1:
+            raise ConfigurationError(
+                f"name: {self._path} has {found.st_nlink} names (hard links), and SQLite would keep a log "
+                "for each of them, which damages the file: remove the other links, or use symbolic links"
             )
 
     def _check_identity(self, current: _Identity | None) -> None:
@@ -743,7 +748,9 @@ class SQLite(Dialect):
         except OSError as exc:
             return translate_os_error(exc, doing)
         if not os.access(self._path, os.R_OK):
-            return PermissionDeniedError(f"cannot {doing}: {self._path} cannot be read")
+            return PermissionDeniedError(
+                f"cannot {doing}: this process may not read it; check the owner and mode of the file"
+            )
         if os.statvfs(folder).f_flag & os.ST_RDONLY:
             return ReadOnlyStoreError(f"cannot {doing}: the file system of {folder} is read-only")
         if not os.access(folder, os.W_OK):
