@@ -16,13 +16,13 @@ import pytest
 
 from hf_async_store.errors import LockTimeoutError, UnavailableError
 from hf_async_store.strategies.json.strategy import JSONStorageStrategy
+from tests.json.layouts import both_layouts
 from tests.json.process_roles import Member
 from tests.json.support import (
     LAYOUTS,
     WHOLE,
     Call,
     FileCalls,
-    both_layouts,
     journals,
     never_folds,
     open_json,
