@@ -529,7 +529,7 @@ def _pieces(rows: list[tuple[object, ...]]) -> Iterator[list[tuple[object, ...]]
 
 
 def _is_import(change: Change) -> bool:
-    return isinstance(change, Put) and change.import_version is not None
+    return isinstance(change, Put) and change.import_version is not None and not change.shared
 
 
 def _named_fields(changes: Iterable[Change]) -> set[str] | None:

@@ -117,11 +117,6 @@ class StatementWriter(Writer):
         finally:
             self._in_one_step.discard(name)
 
-    def shares_changes(self, collection: str) -> bool:
-        """See `Writer`. Not with a change feed, which has each version."""
-        table = self.tables.get(collection)
-        return table is not None and not table.entry.has_feed and not table.unique
-
     async def apply(self, lease: LeasedConnection, changes: Sequence[Change]) -> list[Outcome]:
         """See `Writer`."""
         isolation = lease.isolation or self.config.isolation

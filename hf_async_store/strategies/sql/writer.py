@@ -68,9 +68,13 @@ class Writer(ABC):
         return None
 
     def shares_changes(self, collection: str) -> bool:
-        """Whether changes of one entity may share a row, with the version of the last."""
-        del collection
-        return False
+        """Whether changes of one entity may share a row, with the version of the last.
+
+        Not with a change feed, which has each version, or unique indexes, of which one of the changes may
+        take a value of another entity.
+        """
+        table = self.tables.get(collection)
+        return table is not None and not table.entry.has_feed and not table.unique
 
     def replacement(self, change: Change, stored: Stored) -> PendingChange | None:
         """A change of a stored entity as its replacement, which depends on nothing but that entity.
