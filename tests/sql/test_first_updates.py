@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import asyncpg  # type: ignore[import-untyped]  # it has no types
 import pytest
 
 from hf_async_store import (
-    Collection,
-    Field,
-    Index,
     LockTimeoutError,
     PartialChangeError,
     gte,
@@ -21,22 +17,13 @@ from hf_async_store import (
 )
 from hf_async_store.strategies.sql.postgresql import PostgreSQL
 from hf_async_store.testing.assertions import get_existing
+from tests.sql.jobs import JOBS, PENDING, RUNNING, filled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Sequence
 
     from hf_async_store import StorageStrategy
     from hf_async_store_bench.servers import PostgresServer
-
-_JOBS = Collection(
-    "jobs",
-    key="job_id",
-    fields=["status", Field("rank", "integer"), Field("parent_id", references="jobs"), "name"],
-    indexes=[Index("status", "rank"), Index("name", unique=True)],
-    open=True,
-)
-_PENDING = {"status": "PENDING"}
-_RUNNING = {"status": "RUNNING"}
 
 
 @pytest.fixture
@@ -52,24 +39,16 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-@asynccontextmanager
-async def _filled(url: str) -> AsyncIterator[StorageStrategy]:
-    async with open_store(url, collections=[_JOBS]) as store:
-        jobs = [{"job_id": f"{n}", "status": "PENDING", "rank": 9 - n} for n in range(6)]
-        await store.save_entities("jobs", jobs)
-        yield store
-
-
 async def _states(store: StorageStrategy) -> str:
     jobs = await store.query_entities("jobs", order_by="job_id")
     return "".join(str(each["status"])[0] for each in jobs)
 
 
 async def test_one_statement(postgres_server: PostgresServer, statements: list[str]) -> None:
-    async with _filled(postgres_server.database()) as store:
+    async with filled(postgres_server.database()) as store:
         for expected in (2, 2, 2, 0):
             statements.clear()
-            done = await store.update_where("jobs", _PENDING, _RUNNING, order_by="rank", limit=2)
+            done = await store.update_where("jobs", PENDING, RUNNING, order_by="rank", limit=2)
             assert (done, len(statements)) == (expected, 1)
         assert await _states(store) == "RRRRRR"
 
@@ -82,16 +61,16 @@ async def test_one_statement(postgres_server: PostgresServer, statements: list[s
 async def test_several_where_more_must_be_decided(
     postgres_server: PostgresServer, statements: list[str], changes: dict[str, Any]
 ) -> None:
-    async with _filled(postgres_server.database()) as store:
+    async with filled(postgres_server.database()) as store:
         statements.clear()
-        assert await store.update_where("jobs", _PENDING, changes, order_by="rank", limit=1) == 1
+        assert await store.update_where("jobs", PENDING, changes, order_by="rank", limit=1) == 1
         assert len(statements) > 1
         assert (await get_existing(store, "jobs", "5"))["version"] == 2
 
 
 async def test_pages_follow_the_order(postgres_server: PostgresServer) -> None:
     """The position of the next page is the last one of a page, also if the server sorts the rows."""
-    async with open_store(postgres_server.database(), collections=[_JOBS]) as store:
+    async with open_store(postgres_server.database(), collections=[JOBS]) as store:
         ids = [f"{n:04}" for n in range(1100)]
         for start in reversed(range(10)):  # not stored in their order
             await store.save_entities("jobs", [{"job_id": each} for each in ids[start::10]])
@@ -105,7 +84,7 @@ async def test_what_must_be_searched_for_disturbs_no_transaction(
 ) -> None:
     """A serializable statement that reads all rows would make a transaction fail that changes any."""
     url = postgres_server.database()
-    async with _filled(url) as store, open_store(url, collections=[_JOBS]) as other:
+    async with filled(url) as store, open_store(url, collections=[JOBS]) as other:
         await other.save_entity("jobs", {"job_id": "x", "rank": 20})
         async with store.begin_transaction() as tx:
             await tx.get_entity("jobs", "x")
@@ -118,12 +97,12 @@ async def test_a_locked_entity_is_not_waited_for_by_the_others(
 ) -> None:
     """All or none in the statement; then each entity for itself."""
     url = postgres_server.database()
-    async with _filled(url), open_store(f"{url}?timeout=2", collections=[_JOBS]) as store:
+    async with filled(url), open_store(f"{url}?timeout=2", collections=[JOBS]) as store:
         other = await asyncpg.connect(url)
         async with other.transaction():
             await other.fetch("SELECT 1 FROM \"jobs-entities\" WHERE job_id = '4' FOR UPDATE")
             with pytest.raises(PartialChangeError) as caught:
-                await store.update_where("jobs", _PENDING, _RUNNING, order_by="rank", limit=3)
+                await store.update_where("jobs", PENDING, RUNNING, order_by="rank", limit=3)
         await other.close()
         assert isinstance(caught.value.cause, LockTimeoutError)
         assert caught.value.done == 2
@@ -133,7 +112,7 @@ async def test_a_locked_entity_is_not_waited_for_by_the_others(
 async def test_what_was_changed_since_is_judged_again(postgres_server: PostgresServer) -> None:
     """The statement waits for a row that another transaction changes so that it stops matching."""
     url = postgres_server.database()
-    async with _filled(url) as store:
+    async with filled(url) as store:
         other = await asyncpg.connect(url)
         async with other.transaction():
             await other.execute(
@@ -141,7 +120,7 @@ async def test_what_was_changed_since_is_judged_again(postgres_server: PostgresS
                 "\"status-key\" = '\\x04444f4e45' WHERE job_id = '5'"
             )
             work = asyncio.ensure_future(
-                store.update_where("jobs", _PENDING, _RUNNING, order_by="rank", limit=2)
+                store.update_where("jobs", PENDING, RUNNING, order_by="rank", limit=2)
             )
             waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
             while not await other.fetchval(waiting) and not work.done():
@@ -152,11 +131,11 @@ async def test_what_was_changed_since_is_judged_again(postgres_server: PostgresS
 
 
 async def test_tasks_share_the_matches(postgres_server: PostgresServer) -> None:
-    async with _filled(postgres_server.database()) as store:
+    async with filled(postgres_server.database()) as store:
 
         async def take() -> int:
             return await store.update_where(
-                "jobs", {**_PENDING, "rank": gte(0)}, _RUNNING, order_by="rank", limit=1
+                "jobs", {**PENDING, "rank": gte(0)}, RUNNING, order_by="rank", limit=1
             )
 
         assert sum(await asyncio.gather(*(take() for _ in range(20)))) == 6
