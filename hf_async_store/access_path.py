@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Final, Literal, NamedTuple
 
 from hf_async_store.ordered_index import (
     AFTER,
@@ -31,7 +31,7 @@ from hf_async_store.query import (
     Order,
     Query,
 )
-from hf_async_store.sort_bytes import ByteRange, ranges
+from hf_async_store.sort_bytes import ByteRange, common, overlapping, ranges
 from hf_async_store.values import Value
 
 _MAX_SPANS: Final = 50_000
@@ -136,7 +136,9 @@ class Conditions:
             return
         found = ranges(comparison.op, comparison.value)
         if found is not None:
-            self._ranges[name] = _both(self._ranges[name], found) if name in self._ranges else found
+            self._ranges[name] = (
+                common(self._ranges[name], found) if name in self._ranges else found
+            )
             self._used[name] = self._used.get(name, 0) + 1
 
     def _read_order(self, query: Query) -> None:
@@ -360,31 +362,8 @@ def _following(prefix: str) -> str | None:
     return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else None
 
 
-Range = TypeVar("Range", ByteRange, Span)
-
-
-def _overlapping(ones: list[Range], others: list[Range]) -> Iterator[tuple[Range, Range]]:
-    """The pairs that overlap, of two lists whose ranges are sorted and disjoint."""
-    first = second = 0
-    while first < len(ones) and second < len(others):
-        one, other = ones[first], others[second]
-        if max(one.low, other.low) < min(one.high, other.high):
-            yield one, other
-        if one.high < other.high:
-            first += 1
-        else:
-            second += 1
-
-
-def _both(ones: list[ByteRange], others: list[ByteRange]) -> list[ByteRange]:
-    return [
-        ByteRange(max(one.low, other.low), min(one.high, other.high), one.exact and other.exact)
-        for one, other in _overlapping(ones, others)
-    ]
-
-
 def _both_spans(ones: list[Span], others: list[Span]) -> list[Span]:
     return [
         Span(max(one.low, other.low), min(one.high, other.high))
-        for one, other in _overlapping(ones, others)
+        for one, other in overlapping(ones, others)
     ]

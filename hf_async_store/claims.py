@@ -69,6 +69,52 @@ class ClaimingStore(Protocol):
     def _note_lost_claim(self, collection: str) -> None: ...
 
 
+class ClaimFacts:
+    """What is known of a claim, by an object that stands for it: another form of it."""
+
+    _held: Claim
+
+    @property
+    def key(self) -> Key:
+        """Collection and id of the entity."""
+        return self._held.key
+
+    @property
+    def collection(self) -> str:
+        """The collection of the entity."""
+        return self._held.collection
+
+    @property
+    def id(self) -> str:
+        """The id of the entity."""
+        return self._held.id
+
+    @property
+    def version(self) -> int:
+        """The version that was claimed, or written last through the claim."""
+        return self._held.version
+
+    @property
+    def token(self) -> int:
+        """As `Claim.token`."""
+        return self._held.token
+
+    @property
+    def attempts(self) -> int:
+        """As `Claim.attempts`."""
+        return self._held.attempts
+
+    @property
+    def expires_at(self) -> datetime:
+        """As `Claim.expires_at`."""
+        return self._held.expires_at
+
+    @property
+    def lease(self) -> float:
+        """In seconds."""
+        return self._held.lease
+
+
 class Claim:
     """An entity that this program has claimed, and what it may do with it.
 

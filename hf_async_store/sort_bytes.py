@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
 import msgspec
 
@@ -123,11 +123,11 @@ def ranges(op: OpName, value: Value) -> list[ByteRange] | None:
         return [ByteRange(_NULL, _END, exact=True) if value else _equal(MISSING)]
     if op == "between":
         low, high = cast("Sequence[Value]", value)
-        return _both(_bound("gte", low), _bound("lte", high))
+        return common(_bound("gte", low), _bound("lte", high))
     if op == "begins_with":
         return [_prefixed(cast("str", value))]
     if op == "timestamp_lte":
-        found = _both(_bound("gte", "0"), _bound("lte", value))
+        found = common(_bound("gte", "0"), _bound("lte", value))
         return [ByteRange(each.low, each.high, exact=False) for each in found]
     if op in ("lt", "lte", "gt", "gte"):
         return _bound(op, value)
@@ -156,12 +156,37 @@ def _bound(op: str, value: Value) -> list[ByteRange]:
     return [ByteRange(encoded if inclusive else encoded + b"\x00", next_type, exact)]
 
 
-def _both(ones: list[ByteRange], others: list[ByteRange]) -> list[ByteRange]:
+class Interval(Protocol):
+    """From `low` on, and below `high`."""
+
+    @property
+    def low(self) -> Any: ...
+
+    @property
+    def high(self) -> Any: ...
+
+
+Range = TypeVar("Range", bound=Interval)
+
+
+def overlapping(ones: Sequence[Range], others: Sequence[Range]) -> Iterator[tuple[Range, Range]]:
+    """The pairs that overlap, of two lists whose ranges are sorted and disjoint."""
+    first = second = 0
+    while first < len(ones) and second < len(others):
+        one, other = ones[first], others[second]
+        if max(one.low, other.low) < min(one.high, other.high):
+            yield one, other
+        if one.high < other.high:
+            first += 1
+        else:
+            second += 1
+
+
+def common(ones: Sequence[ByteRange], others: Sequence[ByteRange]) -> list[ByteRange]:
+    """What is in both of two sorted lists of disjoint ranges."""
     return [
-        ByteRange(low, high, one.exact and other.exact)
-        for one in ones
-        for other in others
-        if (low := max(one.low, other.low)) < (high := min(one.high, other.high))
+        ByteRange(max(one.low, other.low), min(one.high, other.high), one.exact and other.exact)
+        for one, other in overlapping(ones, others)
     ]
 
 

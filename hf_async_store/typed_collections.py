@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import datetime
 from functools import cached_property
 from types import TracebackType
 from typing import Final, Generic, Literal, NamedTuple, Self
 
-from hf_async_store.claims import LEASE_SECONDS, Claim
+from hf_async_store.claims import LEASE_SECONDS, Claim, ClaimFacts
 from hf_async_store.feed import Changes
 from hf_async_store.models import Model
 from hf_async_store.query import Filters, OrderBy
 from hf_async_store.transaction import Transaction
 from hf_async_store.typed import Id, TypedRepository, id_string
-from hf_async_store.values import REMOVE, Entity, Key
+from hf_async_store.values import REMOVE, Entity
 from hf_async_store.watching import WatchedStore
 
 
@@ -55,7 +54,7 @@ class TypedChanges(AsyncIterator[TypedChange[Model]], Generic[Model]):
         return TypedChange(change.kind, change.id, change.version, instance, change.token)
 
 
-class TypedClaim(Generic[Model]):
+class TypedClaim(ClaimFacts, Generic[Model]):
     """As `Claim`, of an instance.
 
     What is done through it is refused with `ClaimLostError` when it is not held any more. As an async
@@ -67,6 +66,7 @@ class TypedClaim(Generic[Model]):
 
     def __init__(self, claim: Claim, collection: TypedRepository[Model]) -> None:
         self.claim: Final = claim
+        self._held = claim
         self._typed = collection
         # What the fields of the model are, as far as it is known: as claimed, and written since.
         self._stored: dict[str, object] = {}
@@ -86,46 +86,6 @@ class TypedClaim(Generic[Model]):
         # Copied: the instance is the caller's, who may change it.
         self._stored = {**self._typed._codec.entity(instance), **self._stored}
         return instance
-
-    @property
-    def key(self) -> Key:
-        """Collection and id of the entity."""
-        return self.claim.key
-
-    @property
-    def collection(self) -> str:
-        """The collection of the entity."""
-        return self.claim.collection
-
-    @property
-    def id(self) -> str:
-        """The id of the entity."""
-        return self.claim.id
-
-    @property
-    def version(self) -> int:
-        """The version that was claimed, or written last through the claim."""
-        return self.claim.version
-
-    @property
-    def token(self) -> int:
-        """As `Claim.token`."""
-        return self.claim.token
-
-    @property
-    def attempts(self) -> int:
-        """As `Claim.attempts`."""
-        return self.claim.attempts
-
-    @property
-    def expires_at(self) -> datetime:
-        """As `Claim.expires_at`."""
-        return self.claim.expires_at
-
-    @property
-    def lease(self) -> float:
-        """In seconds."""
-        return self.claim.lease
 
     async def update(self, instance: Model | None = None, /, **fields: object) -> int:
         """Change the given fields, or those that were changed in an instance; returns the new version.

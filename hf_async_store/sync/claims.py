@@ -16,12 +16,10 @@ from hf_async_store.sync.event_loop_thread import EventLoopThread
 from hf_async_store.sync.transaction import Transaction
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
-    from hf_async_store.values import Entity, Key
+    from hf_async_store.values import Entity
 
 
-class _Claim(Blocking):
+class _Claim(Blocking, claims.ClaimFacts):
     """What claims of entities and of instances share."""
 
     _target: claims.Claim
@@ -33,50 +31,11 @@ class _Claim(Blocking):
         transaction_type: type[Transaction],
     ) -> None:
         super().__init__(claim, loop_thread)
+        self._held = claim
         self._transaction_type = transaction_type
 
     def __repr__(self) -> str:
         return repr(self._target)
-
-    @property
-    def key(self) -> Key:
-        """Collection and id of the entity."""
-        return self._target.key
-
-    @property
-    def collection(self) -> str:
-        """The collection of the entity."""
-        return self._target.collection
-
-    @property
-    def id(self) -> str:
-        """The id of the entity."""
-        return self._target.id
-
-    @property
-    def version(self) -> int:
-        """The version that was claimed, or written last through the claim."""
-        return self._target.version
-
-    @property
-    def token(self) -> int:
-        """As `Claim.token`."""
-        return self._target.token
-
-    @property
-    def attempts(self) -> int:
-        """As `Claim.attempts`."""
-        return self._target.attempts
-
-    @property
-    def expires_at(self) -> datetime:
-        """As `Claim.expires_at`."""
-        return self._target.expires_at
-
-    @property
-    def lease(self) -> float:
-        """In seconds."""
-        return self._target.lease
 
     delete = blocking(claims.Claim.delete)
     renew = blocking(claims.Claim.renew)

@@ -19,7 +19,7 @@ from hf_async_store.query import (
     Steps,
     equality_candidates,
 )
-from hf_async_store.sort_bytes import EVERYTHING, ByteRange, ranges
+from hf_async_store.sort_bytes import EVERYTHING, common, ranges
 from hf_async_store.strategies.dynamodb.index_keys import (
     AFTER_PREFIX,
     ALL_PARTITIONS,
@@ -343,7 +343,7 @@ class _IndexPlanner:
         found = [EVERYTHING]
         for each in self._on(fields[equal_parts]) if equal_parts < len(fields) else ():
             comparable = ranges(each.op, each.value)
-            found = found if comparable is None else _common(found, comparable)
+            found = found if comparable is None else common(found, comparable)
         if found == [EVERYTHING]:
             return [(prefix, prefix + AFTER_PREFIX) if prefix else (None, None)]
         return [(prefix + escaped(each.low), prefix + escaped(each.high)) for each in found]
@@ -387,13 +387,4 @@ def _intersected(ones: Iterable[Bounds], others: Sequence[Bounds]) -> list[Bound
         for low in [max((e[0] for e in (one, other) if e[0] is not None), default=None)]
         for high in [min((e[1] for e in (one, other) if e[1] is not None), default=None)]
         if low is None or high is None or low <= high
-    ]
-
-
-def _common(ones: Iterable[ByteRange], others: Sequence[ByteRange]) -> list[ByteRange]:
-    return [
-        ByteRange(low, high, one.exact and other.exact)
-        for one in ones
-        for other in others
-        if (low := max(one.low, other.low)) < (high := min(one.high, other.high))
     ]
