@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 from msgspec.structs import replace
 
 from hf_async_store.arguments import check_boolean
 from hf_async_store.changes import ANY, Expect, Patch, check_version
+from hf_async_store.coalescing import Coalescer
 from hf_async_store.config import (
     DynamoDBConfig,
     StorageConfig,
@@ -17,8 +17,7 @@ from hf_async_store.config import (
     load_config,
     strategy_config,
 )
-from hf_async_store.driver import run_to_completion
-from hf_async_store.errors import InvalidInputError, InvalidQueryError, OperationTimeoutError
+from hf_async_store.errors import InvalidInputError, InvalidQueryError, StorageError
 from hf_async_store.field_operations import UpdateMap, plain_fields
 from hf_async_store.repository import operation_timeout
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
@@ -36,6 +35,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hf_async_store.strategies.dynamodb.items import ItemMapping
+
+
+_ConditionalUpdate: TypeAlias = "tuple[Patch, Callable[[ItemMapping, Names], str]]"
+"""An update, and the function that returns its condition for the items of a table."""
 
 
 class DynamoDBStorageStrategy(StorageStrategy):
@@ -57,7 +60,6 @@ class DynamoDBStorageStrategy(StorageStrategy):
         collections: Iterable[Collection] = HOST_FACTORY,
     ) -> None:
         schema = schema_of(collections)
-        self._under_way: set[asyncio.Task[int]] = set()
         loaded = anchored(load_config(config))
         dynamodb = strategy_config(loaded, DynamoDBConfig)
 
@@ -65,6 +67,9 @@ class DynamoDBStorageStrategy(StorageStrategy):
             return DynamoDBEngine(dynamodb, declared)
 
         self._dynamodb = opened(schema)
+        self._conditional_updates: Coalescer[_ConditionalUpdate, int] = Coalescer(
+            self._update_where, lanes=dynamodb.max_pool_connections, size=1, writes=True
+        )
         super().__init__(routed(self._dynamodb, schema, loaded, opened), schema)
 
     async def create_tables(self) -> list[str]:
@@ -126,7 +131,6 @@ class DynamoDBStorageStrategy(StorageStrategy):
             )
         if limit is not None and (type(limit) is not int or limit < 0):
             raise InvalidQueryError("limit must be an integer >= 0 or None")
-        _check_timeout(timeout)
         if not isinstance(descending, bool):
             raise InvalidQueryError("descending must be True or False")
         names = Names()
@@ -218,7 +222,6 @@ class DynamoDBStorageStrategy(StorageStrategy):
                 collection, entity_id, fields, expected_version=expected_version, timeout=timeout
             )
         self._usable()
-        _check_timeout(timeout)
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, self._clock.now())
         if returning or plain_fields(change.fields) is None:
@@ -236,52 +239,19 @@ class DynamoDBStorageStrategy(StorageStrategy):
 
         condition_of(self._dynamodb.tables.mappings[collection], Names())  # raises before any I/O
         change = replace(change, lifetimes=self._lifetimes)
-        version = await self._await_write(self._update_where(change, condition_of), timeout)
+        [version] = await self._conditional_updates.submit([(change, condition_of)], timeout)
+        if isinstance(version, StorageError):
+            raise version
         await self._record_declarations(timeout=timeout)
         return version
 
-    async def _update_where(
-        self, change: Patch, condition_of: Callable[[ItemMapping, Names], str]
-    ) -> int:
+    async def _update_where(self, updates: Sequence[_ConditionalUpdate]) -> list[int]:
+        """Make the only one of some updates. It is not interrupted, because it may be applied until its
+        response; closing the store waits for it."""
+        [(change, condition_of)] = updates
         async with self._engine.direct("condition_expression", writes=True):
-            return await self._dynamodb.update_where(change, condition_of)
-
-    async def _await_write(self, work: Coroutine[Any, Any, int], timeout: float | None) -> int:
-        """Await a write that must not be interrupted, because it may be applied until its response.
-
-        If the caller is cancelled, it still waits for the response. If the time limit is reached,
-        an error with `outcome_unknown` is raised and the write continues; closing the store waits
-        for it.
-        """
-        task = asyncio.create_task(work)
-        self._under_way.add(task)
-        task.add_done_callback(self._write_ended)
-        try:
-            await asyncio.wait((task,), timeout=timeout)
-        except asyncio.CancelledError:
-            await run_to_completion(asyncio.wait((task,)))
-            raise
-        if not task.done():
-            raise OperationTimeoutError(
-                f"not completed within {timeout:g} s; the write may still be applied",
-                retryable=False,
-                outcome_unknown=True,
-            )
-        return task.result()
-
-    def _write_ended(self, task: asyncio.Task[int]) -> None:
-        self._under_way.discard(task)
-        if not task.cancelled():
-            task.exception()  # retrieved, so that asyncio does not log it
+            return [await self._dynamodb.update_where(change, condition_of)]
 
     async def _release(self) -> None:
-        if self._under_way:
-            await asyncio.wait(self._under_way)
+        await self._conditional_updates.drain()
         await super()._release()
-
-
-def _check_timeout(timeout: object) -> None:
-    if timeout is not None and (
-        isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0
-    ):
-        raise InvalidInputError("timeout must be a number of seconds >= 0 or None")
