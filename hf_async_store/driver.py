@@ -84,7 +84,6 @@ from hf_async_store.values import (
     Entity,
     Key,
     Value,
-    all_canonical,
     canonical,
     copy_entity,
     utc_now,
@@ -348,12 +347,6 @@ class Reader(ABC):
     def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         """As `select`, but yields only the entities, in non-empty batches of any size."""
         return batched(self.select(query))
-
-    async def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
-        """As `select_batches`, with `values.canonical` applied to each entity."""
-        async with Owned(self.select_batches(query)) as batches:
-            async for batch in batches:
-                yield all_canonical(batch)
 
 
 class Session(Reader):

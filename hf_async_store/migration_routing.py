@@ -467,9 +467,6 @@ class MigrationRouter(Engine):
     def select_batches(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         return self._stream(lambda engine: engine.select_batches(query))
 
-    def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
-        return self._stream(lambda engine: engine.select_json(query))
-
     def _stream(
         self, read: Callable[[Engine], AsyncGenerator[Item, None]]
     ) -> AsyncGenerator[Item, None]:

@@ -231,10 +231,5 @@ class LivingReader(Reader):
             async for each in batches:
                 yield each
 
-    async def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
-        async with Owned(self._reader.select_json(self._lifetimes.living(query))) as batches:
-            async for each in batches:
-                yield each
-
     async def count(self, query: Query) -> int:
         return await self._reader.count(self._lifetimes.living(query))

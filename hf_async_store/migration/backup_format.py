@@ -35,7 +35,7 @@ from hf_async_store.migration.digest import Digest
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.query import build_query
 from hf_async_store.schema import Collection, Schema
-from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES, Entity
+from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES, Entity, all_canonical
 
 if TYPE_CHECKING:
     from hf_async_store.driver import Reader
@@ -204,8 +204,9 @@ class _PortableWriter:
         declared = self._schema[name]
         query = build_query(declared, order_by=declared.key if sort else None)
         self._lines.append(msgspec.json.encode(name))
-        async with aclosing(reader.select_json(query)) as chunks:
-            async for encoded in chunks:
+        async with aclosing(reader.select_batches(query)) as batches:
+            async for batch in batches:
+                encoded = all_canonical(batch)
                 digest.add_all(encoded)
                 self._lines += encoded
                 self._size += sum(map(len, encoded))

@@ -12,7 +12,7 @@ import msgspec
 from hf_async_store.migration.digest import Digest
 from hf_async_store.migration.store_checks import refuse_same, refuse_undeclared, require_store
 from hf_async_store.query import build_query
-from hf_async_store.values import Entity, Key, canonical
+from hf_async_store.values import Entity, Key, all_canonical, canonical
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -150,10 +150,10 @@ async def digest_of(
 ) -> Digest:
     """Read a whole collection; returns its digest."""
     digest = Digest()
-    async with aclosing(reader.select_json(build_query(declared))) as chunks:
-        async for encoded in chunks:
-            digest.add_all(encoded)
-            advance(len(encoded))
+    async with aclosing(reader.select_batches(build_query(declared))) as batches:
+        async for batch in batches:
+            digest.add_all(all_canonical(batch))
+            advance(len(batch))
     return digest
 
 

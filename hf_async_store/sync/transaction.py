@@ -87,4 +87,3 @@ class Snapshot(Blocking):
     count = blocking(driver.Reader.count)
     select = streaming(driver.Reader.select)
     select_batches = streaming(driver.Reader.select_batches, read_ahead=1)
-    select_json = streaming(driver.Reader.select_json, read_ahead=1)

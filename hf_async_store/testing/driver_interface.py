@@ -269,8 +269,6 @@ async def _check_reader(reader: Reader, query: Query, name: str, ids: Sequence[s
         assert sorted([canonical(each) async for batch in batches for each in batch]) == entities
     if isinstance(reader, Engine) and (few := await reader.select_at_once(query)) is not None:
         assert sorted(map(canonical, few)) == entities
-    async with Owned(reader.select_json(query)) as texts:
-        assert sorted([each async for batch in texts for each in batch]) == entities
 
 
 async def _is_used(store: StorageStrategy) -> bool:

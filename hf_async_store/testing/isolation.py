@@ -302,8 +302,8 @@ class IsolationContract:
             [counter] = await snapshot.fetch([Key("counters", "c")])
             assert counter is not None
             assert counter.entity["n"] == 1
-            texts = [each async for batch in snapshot.select_json(everything) for each in batch]
-            assert texts == [canonical(each.entity) for each in before]
+            found = [e async for batch in snapshot.select_batches(everything) for e in batch]
+            assert list(map(canonical, found)) == [canonical(each.entity) for each in before]
 
     # -- 48: dirty reads and lost updates ----------------------------------------------------
 

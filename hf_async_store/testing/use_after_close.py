@@ -54,7 +54,6 @@ _CALLS: Final[Mapping[str, _Call]] = {
     "fetch": lambda engine, position: engine.fetch([_NOTE]),
     "select": lambda engine, position: _drained(engine.select(_ALL)),
     "select_batches": lambda engine, position: _drained(engine.select_batches(_ALL)),
-    "select_json": lambda engine, position: _drained(engine.select_json(_ALL)),
     "count": lambda engine, position: engine.count(_ALL),
     "write_each": lambda engine, position: engine.write_each([Delete(_NOTE)]),
     "write_unblocked": lambda engine, position: engine.write_unblocked([Delete(_NOTE)]),

@@ -83,7 +83,7 @@ class _QueriesTheCommitted(MemoryEngine):
     async def session(self, isolation: Isolation | None) -> AsyncGenerator[Any, None]:
         async with super().session(isolation) as session:
             wrong = Wrapped(session)
-            for name in ("select", "select_batches", "select_json", "count"):
+            for name in ("select", "select_batches", "count"):
                 setattr(wrong, name, getattr(self, name))
             yield wrong
 

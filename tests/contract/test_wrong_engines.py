@@ -254,11 +254,6 @@ class _ChangesNoMatches(MemoryEngine):
         return ChangedMatches([], [], [])
 
 
-class _SelectsNoJSON(MemoryEngine):
-    def select_json(self, query: Query) -> AsyncGenerator[list[bytes], None]:
-        return Nothing().select_json(query)
-
-
 class _WritesNothing(MemoryEngine):
     async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
         return [1 for _ in changes]
@@ -474,7 +469,6 @@ _IN_MEMORY: Final = [
     Wrong(_SelectsNoBatches, _SNAPSHOT),
     Wrong(_SelectsNothingAtOnce, _SNAPSHOT),
     Wrong(_ChangesNoMatches, "test_124_matches_are_changed_in_one_step"),
-    Wrong(_SelectsNoJSON, _SNAPSHOT),
     Wrong(_DiscardsWhatIsRetried, "test_46_run_transaction_returns_what_its_function_returns"),
     Wrong(_SharesFedChanges, "test_109_each_modification_of_an_entity_comes"),
     Wrong(sessions_of(_PassesOverEverything), _FIRST_CLAIM),

@@ -28,7 +28,7 @@ from hf_async_store import (
 from hf_async_store import errors as public_errors
 from hf_async_store.strategies.dynamodb import request_retry, responses
 from hf_async_store.strategies.dynamodb.errors import UnexpectedResponse
-from hf_async_store.strategies.dynamodb.responses import read_in_parts, read_response
+from hf_async_store.strategies.dynamodb.responses import Received, read_in_parts, read_response
 from hf_async_store.testing.concurrency import seeded
 from hf_async_store.testing.repetitions import repetitions
 from tests.dynamodb import verbs
@@ -518,7 +518,7 @@ def test_any_body_is_read_or_refused(
         "TransactItems": [],
     }
     try:
-        assert isinstance(read_response(operation, params, status, headers, body), dict)
+        assert isinstance(read_response(operation, params, Received(status, headers, body)), dict)
     except StorageError as exc:
         assert str(exc)
 
@@ -548,10 +548,10 @@ async def test_the_event_loop_gets_turns_while_a_large_page_is_decoded(operation
             await asyncio.sleep(0)
 
     other = asyncio.create_task(turn())
-    found = await read_in_parts(operation, params, 200, {}, body)
+    found = await read_in_parts(operation, params, Received(200, {}, body))
     other.cancel()
     assert turns >= 5
-    assert found == read_response(operation, params, 200, {}, body)
+    assert found == read_response(operation, params, Received(200, {}, body))
 
 
 @pytest.mark.parametrize("operation", ["Query", "Scan", "BatchGetItem"])
@@ -565,4 +565,4 @@ async def test_a_damaged_item_of_a_large_page_is_an_error(operation: str) -> Non
     ):
         assert damaged != body
         with pytest.raises(UnexpectedResponse):
-            await read_in_parts(operation, params, 200, {}, damaged)
+            await read_in_parts(operation, params, Received(200, {}, damaged))

@@ -30,8 +30,6 @@ async def refuse_other(reader: Reader, query: Query) -> list[Entity]:
     entities = [each for piece in pieces for each in piece]
     # Not ==, for which 1, 1.0 and True are one.
     assert list(map(repr, entities)) == list(map(repr, expected))
-    texts = [text async for piece in reader.select_json(query) for text in piece]
-    assert texts == list(map(canonical, expected))
     return expected
 
 

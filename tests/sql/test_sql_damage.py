@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from hf_async_store import Collection, CorruptionError, StorageError, contains, open_store, path
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.values import all_canonical
 from tests.contract.harnesses import execute
 
 if TYPE_CHECKING:
@@ -116,8 +117,9 @@ def set_column(file: Path, column: str, value: Any) -> bool:
 async def texts_read(store: Any) -> object:
     found: list[bytes] = []
     async with store.snapshot() as reader:
-        async for piece in reader.select_json(store._query("items", None, None, None, None)):
-            found += piece
+        query = store._query("items", None, None, None, None)
+        async for piece in reader.select_batches(query):
+            found += all_canonical(piece)
     return found
 
 

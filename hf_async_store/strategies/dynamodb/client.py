@@ -30,7 +30,7 @@ from hf_async_store.event_loop import in_thread
 from hf_async_store.logs import hide_debug_messages
 from hf_async_store.strategies.dynamodb.errors import before_sending, of_client
 from hf_async_store.strategies.dynamodb.request_retry import Retries, retry
-from hf_async_store.strategies.dynamodb.responses import read_in_parts
+from hf_async_store.strategies.dynamodb.responses import Received, read_in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -164,7 +164,8 @@ class _Connection:
             body = await response.content
         except Exception as exc:
             raise of_client(exc, "DynamoDB", self._host) from exc
-        return await read_in_parts(operation, params, response.status_code, response.headers, body)
+        received = Received(response.status_code, response.headers, body)
+        return await read_in_parts(operation, params, received)
 
     async def _signed(self, operation: str, params: Mapping[str, Any]) -> Any:
         credentials = await self._credentials.get_frozen_credentials()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from types import GenericAlias
-from typing import TYPE_CHECKING, Any, Final, Required, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Required, TypedDict, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -187,17 +187,22 @@ _DECODE_FAILURE: Final = msgspec.json.Decoder(_FAILURE).decode
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
+class Received(NamedTuple):
+    """An HTTP response."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
 async def read_in_parts(
-    operation: str,
-    params: Mapping[str, Any],
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
+    operation: str, params: Mapping[str, Any], received: Received
 ) -> dict[str, Any]:
     """As `read_response`. The event loop runs other tasks while the items of a large page are decoded."""
-    if len(body) <= _PART_BYTES or operation not in _DECODE_RAW or status != 200:
-        return read_response(operation, params, status, headers, body)
-    response = _decoded(operation, params, status, headers, body, _DECODE_RAW[operation])
+    is_small = len(received.body) <= _PART_BYTES
+    if is_small or operation not in _DECODE_RAW or received.status != 200:
+        return read_response(operation, params, received)
+    response = _decoded(operation, params, received, _DECODE_RAW[operation])
     try:
         if operation == "BatchGetItem":
             tables = response["Responses"]
@@ -217,20 +222,14 @@ async def _items_in(items: Sequence[msgspec.Raw]) -> list[Any]:
     return [_DECODE_ITEM(each) async for some in Chunks(items, number) for each in some]
 
 
-def read_response(
-    operation: str,
-    params: Mapping[str, Any],
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
-) -> dict[str, Any]:
+def read_response(operation: str, params: Mapping[str, Any], received: Received) -> dict[str, Any]:
     """Decode and validate the response to a request.
 
     Raises:
         UnexpectedResponse: the response is invalid; has `outcome_unknown`.
         StorageError: the response is an error; see `errors.translate`.
     """
-    response = _decoded(operation, params, status, headers, body, _DECODE[operation])
+    response = _decoded(operation, params, received, _DECODE[operation])
     check(operation, params, response)
     return response
 
@@ -238,18 +237,17 @@ def read_response(
 def _decoded(
     operation: str,
     params: Mapping[str, Any],
-    status: int,
-    headers: Mapping[str, str],
-    body: bytes,
+    received: Received,
     decode: Callable[[bytes], Any],
 ) -> dict[str, Any]:
-    if not _checksum_matches(headers.get("x-amz-crc32"), body):
+    status, headers, body = received
+    if headers.get("x-amz-crc32") not in (None, str(zlib.crc32(body))):
         raise ResponseLost(
             "the response of DynamoDB does not match its checksum (x-amz-crc32)",
             outcome_unknown=True,
         )
     if status != 200:
-        raise _failure(status, headers, body, params)
+        raise _failure(received, params)
     content_type = headers.get("content-type", "json")
     if "json" not in content_type.lower():
         raise _invalid(f"it has the content type {content_type[:80]!r}, not JSON")
@@ -274,10 +272,6 @@ def convert(operation: str, params: Mapping[str, Any], response: object) -> dict
         raise _unreadable(operation, exc) from exc
     check(operation, params, converted)
     return converted
-
-
-def _checksum_matches(checksum: str | None, body: bytes) -> bool:
-    return checksum is None or checksum == str(zlib.crc32(body))
 
 
 def _unreadable(operation: str, exc: Exception) -> UnexpectedResponse:
@@ -379,10 +373,9 @@ _CHECKS: Final[Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], boo
 # -- failures --------------------------------------------------------------------------------
 
 
-def _failure(
-    status: int, headers: Mapping[str, str], body: bytes, params: Mapping[str, Any]
-) -> StorageError:
+def _failure(received: Received, params: Mapping[str, Any]) -> StorageError:
     """The error of a response whose status is not 200."""
+    status, headers, body = received
     try:
         failure = _DECODE_FAILURE(body)
     except _UNREADABLE:
