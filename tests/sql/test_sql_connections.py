@@ -197,7 +197,7 @@ async def test_a_wrong_password_is_reported_without_showing_it(guarded: Postgres
 async def test_a_new_connection_that_the_server_closes_is_unavailable(
     database: str, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = {"after the handshake": "_open", "before the driver's first statement": "_connect"}[step]
+    made = {"after the handshake": "_open", "before the driver's first statement": "connect"}[step]
     original = getattr(PostgreSQL, made)
 
     async def connect(self: PostgreSQL, *args: Any, **options: Any) -> Any:

@@ -206,14 +206,14 @@ async def test_connections_of_a_burst_are_kept_for_a_while(
     async with open_store(f"{url}?pool_size=2&max_overflow=8") as store:
         await store.save_entity("templates", {"template_id": "t"})
         pool = store._sql._main  # type: ignore[attr-defined]
-        connect, opened = store._sql._dialect._connect, 0  # type: ignore[attr-defined]
+        connect, opened = store._sql._dialect.connect, 0  # type: ignore[attr-defined]
 
         async def counted(*args: Any, **named: Any) -> Any:
             nonlocal opened
             opened += 1
             return await connect(*args, **named)
 
-        monkeypatch.setattr(store._sql._dialect, "_connect", counted)  # type: ignore[attr-defined]
+        monkeypatch.setattr(store._sql._dialect, "connect", counted)  # type: ignore[attr-defined]
 
         async def refused() -> None:
             with pytest.raises(AlreadyExistsError):

@@ -25,7 +25,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, cast
 
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import PoolProxiedConnection, QueuePool
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, PoolProxiedConnection, QueuePool
 from sqlalchemy.util import greenlet_spawn
 
 from hf_async_store.config import SQLConfig
@@ -331,8 +332,15 @@ class Connections:
         self._waits = waits
         self._permits = _Permits(most)
         size = max(kept, 1)
-        self._engine = dialect.engine(
-            size=size, overflow=most - size, isolation=isolation, streams=streams
+        self._engine = create_async_engine(
+            dialect.url,
+            async_creator=lambda: dialect.connect(isolation, streams=streams),
+            poolclass=AsyncAdaptedQueuePool,
+            pool_size=size,
+            max_overflow=most - size,
+            pool_recycle=config.pool_recycle,
+            pool_reset_on_return=None,
+            pool_use_lifo=True,
         )
         self._leased: set[LeasedConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # open connections, or close idle ones

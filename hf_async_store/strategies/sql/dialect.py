@@ -11,8 +11,6 @@ from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_com
 from hf_async_store.values import Value
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
     from hf_async_store.errors import StorageError
     from hf_async_store.schema import Index
     from hf_async_store.strategies.sql.grammar import Grammar
@@ -42,6 +40,9 @@ class Dialect(ABC):
     caller_errors: ClassVar[tuple[type[Exception], ...]]
     """Further exceptions that it raises for an invalid statement or invalid arguments of a caller."""
 
+    url: ClassVar[str]
+    """That of SQLAlchemy, which names the driver."""
+
     placeholder_prefix: ClassVar[str]
     """The prefix of the number of a parameter."""
 
@@ -63,18 +64,12 @@ class Dialect(ABC):
     # -- the driver --------------------------------------------------------------------------
 
     @abstractmethod
-    def engine(
-        self, *, size: int, overflow: int, isolation: Isolation | None, streams: bool = False
-    ) -> AsyncEngine:
-        """An engine with a pool of connections, none of them open yet.
+    async def connect(self, isolation: Isolation | None = None, *, streams: bool = False) -> Any:
+        """A new connection, which the caller closes.
 
         Args:
-            streams: they read much, once.
+            isolation, streams: see `Connections`.
         """
-
-    @abstractmethod
-    async def connect_alone(self) -> Any:
-        """A connection that belongs to no pool. The caller closes it."""
 
     def exists(self) -> bool:
         """Whether the file of the store exists. For a server, always true: only connecting shows it."""

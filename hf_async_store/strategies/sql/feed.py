@@ -189,7 +189,7 @@ class SeparateConnection:
         if self._driver is not None and not self._dialect.is_lost(self._driver):
             return self._driver, False
         await self.close()
-        self._driver = await self._dialect.connect_alone()
+        self._driver = await self._dialect.connect()
         if self._has_ended:
             await self.close()
             raise StoreClosedError("this store was closed")

@@ -9,15 +9,12 @@ import secrets
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary
-
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from hf_async_store.config import SQLConfig
 from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_completion
@@ -148,6 +145,7 @@ class PostgreSQL(Dialect):
     duplicates: ClassVar[type[Exception]] = asyncpg.UniqueViolationError
     """Raised by CREATE UNIQUE INDEX if two rows have the same value."""
 
+    url = "postgresql+asyncpg://"
     placeholder_prefix = "$"
     single_writer = False
     grammar = PostgresGrammar()
@@ -179,29 +177,9 @@ class PostgreSQL(Dialect):
 
     # -- the driver --------------------------------------------------------------------------
 
-    def engine(
-        self, *, size: int, overflow: int, isolation: Isolation | None, streams: bool = False
-    ) -> AsyncEngine:
-        return create_async_engine(
-            "postgresql+asyncpg://",
-            async_creator=lambda: self._connect(isolation),
-            poolclass=AsyncAdaptedQueuePool,
-            pool_size=size,
-            max_overflow=overflow,
-            pool_recycle=self._config.pool_recycle,
-            pool_reset_on_return=None,
-            pool_use_lifo=True,
-        )
-
-    async def connect_alone(self) -> Any:
-        return await self._connect(None)
-
-    async def _connect(self, isolation: Isolation | None) -> Any:
-        """A new connection; a cancellation waits for it.
-
-        If a task is cancelled while it opens a TCP connection, the driver keeps an exception that is
-        never retrieved.
-        """
+    async def connect(self, isolation: Isolation | None = None, *, streams: bool = False) -> Any:
+        # A cancellation waits for it: if a task is cancelled while it opens a TCP connection, the driver
+        # keeps an exception that is never retrieved.
         opening = asyncio.ensure_future(self._connect_to_any(isolation))
         try:
             return await run_to_completion(opening)
@@ -590,7 +568,7 @@ class PostgreSQL(Dialect):
     async def is_same_store(self, mine: Any, theirs: Any) -> bool:
         if mine is theirs:
             return True
-        async with self._read_only(mine), self._read_only(theirs):
+        async with self._rolled_back(mine), self._rolled_back(theirs):
             key = secrets.randbits(63)
             await self.rows(mine, "SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)", (key,))
             # Advisory locks are local to a database, so only the same database has this lock.
@@ -608,11 +586,12 @@ class PostgreSQL(Dialect):
         return cluster == their_cluster and bool(is_standby or theirs_is_standby)
 
     @asynccontextmanager
-    async def _read_only(self, driver: Any) -> AsyncIterator[None]:
-        """A read-only transaction; behind pgbouncer, all its statements use the same server session."""
-        handle = await self._begin(driver, isolation="read_committed", readonly=True)
+    async def _rolled_back(self, driver: Any, *, readonly: bool = True) -> AsyncIterator[Any]:
+        """A transaction that is rolled back; behind pgbouncer, all its statements use the same server
+        session."""
+        handle = await self._begin(driver, isolation="read_committed", readonly=readonly)
         try:
-            yield
+            yield driver
         finally:
             await run_to_completion(self.roll_back(handle))
 
@@ -702,7 +681,7 @@ class PostgreSQL(Dialect):
         self, driver: Any, sql: str, args: Sequence[object]
     ) -> Sequence[Sequence[Any]]:
         """The rows of a statement that reads much, and must be no reason for others to fail."""
-        async with self._read_only(driver):
+        async with self._rolled_back(driver):
             return await self.rows(driver, sql, args)
 
     async def begin_ddl(self, driver: Any) -> Any:
@@ -744,13 +723,8 @@ class PostgreSQL(Dialect):
         await run_to_completion(self.roll_back(handle))
         return None
 
-    @asynccontextmanager
-    async def scratch(self, driver: Any) -> AsyncIterator[Any]:
-        handle = await self._begin(driver, isolation="read_committed")
-        try:
-            yield driver
-        finally:
-            await run_to_completion(self.roll_back(handle))
+    def scratch(self, driver: Any) -> AbstractAsyncContextManager[Any]:
+        return self._rolled_back(driver, readonly=False)
 
     # -- the rest ----------------------------------------------------------------------------
 

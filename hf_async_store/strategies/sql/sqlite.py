@@ -27,8 +27,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, Typ
 from urllib.parse import quote
 
 import aiosqlite
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from hf_async_store.config import SQLConfig
 from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_completion
@@ -331,6 +329,7 @@ class SQLite(Dialect):
 
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error, OSError, ValueError)
     caller_errors = (sqlite3.Warning, TypeError, OverflowError)
+    url = "sqlite+aiosqlite://"
     placeholder_prefix = "?"
     single_writer = True
     separate_read_pool = False
@@ -374,28 +373,12 @@ class SQLite(Dialect):
 
     # -- the driver --------------------------------------------------------------------------
 
-    def engine(
-        self, *, size: int, overflow: int, isolation: Isolation | None, streams: bool = False
-    ) -> AsyncEngine:
-        cache = _STREAM_CACHE_KIB if streams else _CACHE_KIB
-        return create_async_engine(
-            "sqlite+aiosqlite://",
-            async_creator=partial(self._connect, cache),
-            poolclass=AsyncAdaptedQueuePool,
-            pool_size=size,
-            max_overflow=overflow,
-            pool_recycle=self._config.pool_recycle,
-            pool_reset_on_return=None,
-            pool_use_lifo=True,
-        )
-
-    async def connect_alone(self) -> _Connection:
-        return await self._connect()
-
-    async def _connect(self, cache_kib: int = _CACHE_KIB) -> _Connection:
+    async def connect(
+        self, isolation: Isolation | None = None, *, streams: bool = False
+    ) -> _Connection:
         # The task may be cancelled while the thread of the driver opens the connection; the driver
         # would then lose the connection, and never close it.
-        opening = asyncio.ensure_future(self._open(cache_kib))
+        opening = asyncio.ensure_future(self._open(_STREAM_CACHE_KIB if streams else _CACHE_KIB))
         try:
             return await run_to_completion(opening)
         except asyncio.CancelledError:
