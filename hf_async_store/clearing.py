@@ -6,15 +6,14 @@ import asyncio
 from collections.abc import Iterable
 from typing import Final
 
-from msgspec.structs import replace
-
 from hf_async_store.changes import Delete, Outcome
 from hf_async_store.driver import Engine, run_to_completion
+from hf_async_store.entity_rewriting import pages
 from hf_async_store.errors import PartialChangeError, ReferenceViolationError, StorageError
 from hf_async_store.generators import Owned
-from hf_async_store.query import Order, Query, position_of
+from hf_async_store.query import Order, Query
 from hf_async_store.schema import Collection
-from hf_async_store.values import VERSION, Entity, Key
+from hf_async_store.values import VERSION, Key
 
 _BATCH_SIZE: Final = 500
 
@@ -61,24 +60,16 @@ class Clearing:
         """
         fields = (collection.key, VERSION)
         query = Query(collection.name, order=order, fields=fields, paged=True)
-        query = (await self._engine.first_page(query)).with_limit(_BATCH_SIZE)
+        query = await self._engine.first_page(query)
         referenced: ReferenceViolationError | None = None
-        while True:
-            page = await self._read(query)
-            changes = [Delete(Key(collection.name, collection.id_of(each))) for each in page]
-            if changes:
+        async with Owned(pages(self._engine, collection, query, _BATCH_SIZE)) as read:
+            async for page in read:
+                changes = [Delete(Key(collection.name, collection.id_of(each))) for each in page]
                 # To the end, as for every write that is cancelled.
                 outcomes = await run_to_completion(self._engine.write_each(changes))
                 referenced = self._count(outcomes) or referenced
-            if len(page) < _BATCH_SIZE:
-                return referenced
-            after = position_of(query, collection.id_of(page[-1]), page[-1])
-            query = replace(query, after=after)
-            await asyncio.sleep(0)
-
-    async def _read(self, query: Query) -> list[Entity]:
-        async with Owned(self._engine.select_batches(query)) as batches:
-            return [each async for batch in batches for each in batch]
+                await asyncio.sleep(0)
+        return referenced
 
     def _count(self, outcomes: Iterable[Outcome]) -> ReferenceViolationError | None:
         """Count the deleted entities.

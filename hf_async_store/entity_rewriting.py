@@ -24,7 +24,7 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.generators import Owned
-from hf_async_store.query import build_query, position_of
+from hf_async_store.query import Query, build_query, position_of
 from hf_async_store.schema import Collection
 from hf_async_store.values import UPDATED_AT, Entity, Key, Removed, Value, utc_now, version_of
 
@@ -70,16 +70,18 @@ def reporting(progress: SchemaProgress, change: SchemaChange) -> Callable[[int],
     return lambda done: progress(change, done, None)
 
 
-async def pages(engine: Engine, collection: Collection) -> AsyncGenerator[list[Entity], None]:
-    """All entities of a collection. Between two pages nothing is held open, so the caller may use the
-    engine; each page is what the engine stores when it is read."""
-    query = build_query(collection, limit=_PAGE_SIZE, paged=True)
+async def pages(
+    engine: Engine, collection: Collection, query: Query | None = None, size: int = _PAGE_SIZE
+) -> AsyncGenerator[list[Entity], None]:
+    """The entities of a collection, all of them or those of a query. Between two pages nothing is held
+    open, so the caller may use the engine; each page is what the engine stores when it is read."""
+    query = (query or build_query(collection, paged=True)).with_limit(size)
     while True:
         async with Owned(engine.select_batches(query)) as batches:
             page = [each async for batch in batches for each in batch]
         if page:
             yield page
-        if len(page) < _PAGE_SIZE:
+        if len(page) < size:
             return
         after = position_of(query, collection.id_of(page[-1]), page[-1])
         query = msgspec.structs.replace(query, after=after)

@@ -104,13 +104,24 @@ async def compare_stores(
     for store, what in ((source, "the source"), (target, "the target")):
         await require_store(store, what)
         await refuse_undeclared(store, what, leave_out)
+    return await compare_declared(source, target, limit=limit, advance=advance)
+
+
+async def compare_declared(
+    source: StorageStrategy,
+    target: StorageStrategy,
+    *,
+    limit: int = LIMIT,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Comparison:
+    """Compare the declared collections; see `compare_stores`."""
     await refuse_same(source.is_same_store(target), "nothing was compared")
     async with (
         source.snapshot(expired=True) as source_reader,
         target.snapshot(expired=True) as target_reader,
     ):
         return await compare_readers(
-            source_reader, target_reader, source.collections, limit=limit, advance=advance
+            source_reader, target_reader, source.collections, limit, advance
         )
 
 
@@ -118,11 +129,10 @@ async def compare_readers(
     source: Reader,
     target: Reader,
     schema: Mapping[str, Collection],
-    *,
     limit: int = LIMIT,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Comparison:
-    """Compare the declared collections; see `compare_stores`."""
+    """Compare collections; see `compare_stores`."""
     compared: dict[str, CollectionComparison] = {}
     for name, declared in schema.items():
         in_source, in_target = await asyncio.gather(

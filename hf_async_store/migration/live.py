@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from hf_async_store.changes import ABSENT, Change, Delete, Put, Record
 from hf_async_store.config import anchored, load_config
 from hf_async_store.conflict_retry import retry_conflicts
+from hf_async_store.entity_rewriting import pages
 from hf_async_store.errors import (
     AlreadyExistsError,
     ConcurrencyConflictError,
@@ -409,7 +410,7 @@ class LiveMigration:
     async def _copy(self) -> None:
         """Copy all collections of the source, and apply the change markers after each chunk."""
         for declared in self._schema.values():
-            async with aclosing(_key_chunks(self._source, declared, _BATCH)) as chunks:
+            async with aclosing(_key_chunks(self._source, declared)) as chunks:
                 async for keys in chunks:
                     began = time.monotonic()
                     await self._copy_keys(self._source, self._target, keys)
@@ -578,7 +579,7 @@ class LiveMigration:
         self._touched.clear()
         for declared in self._schema.values():
             for one, other in ((origin, copy), (copy, origin)):
-                async with aclosing(_key_chunks(one, declared, _BATCH)) as chunks:
+                async with aclosing(_key_chunks(one, declared)) as chunks:
                     async for keys in chunks:
                         differing = await self._differing(one, other, keys)
                         if differing:
@@ -673,20 +674,13 @@ async def _wait_for_leases() -> None:
     await asyncio.sleep(LEASE_SECONDS + _MARGIN)
 
 
-async def _key_chunks(
-    engine: Engine, declared: Collection, size: int
-) -> AsyncGenerator[list[Key], None]:
+async def _key_chunks(engine: Engine, declared: Collection) -> AsyncGenerator[list[Key], None]:
     """The keys of a collection in chunks, read with keyset pagination: despite concurrent changes,
     an entity that exists throughout is returned exactly once."""
-    query = build_query(declared, limit=size, fields=[declared.key])
-    while True:
-        async with aclosing(engine.select(query)) as records:
-            keys = [each.key async for each in records]
-        if keys:
-            yield keys
-        if len(keys) < size:
-            return
-        query = replace(query, after=CursorPosition((), keys[-1].id))
+    query = build_query(declared, fields=[declared.key], paged=True)
+    async with aclosing(pages(engine, declared, query, _BATCH)) as read:
+        async for page in read:
+            yield [Key(declared.name, declared.id_of(each)) for each in page]
 
 
 async def _write_all(session: Session, changes: Sequence[Change]) -> None:

@@ -34,7 +34,7 @@ from hf_async_store.migration.copier import (
 )
 from hf_async_store.migration.diff import (
     Comparison,
-    compare_readers,
+    compare_declared,
     differing,
     first_unexpected,
 )
@@ -314,14 +314,8 @@ class MigrationTool:
         Raises:
             MigrationError: both are the same store, or this cannot be determined.
         """
-        await refuse_same(self.source.is_same_store(self.target), "nothing was compared")
-        async with (
-            self.source.snapshot(expired=True) as source,
-            self.target.snapshot(expired=True) as target,
-        ):
-            return await compare_readers(
-                source, target, self.source.collections, advance=partial(self.advance, "verify")
-            )
+        advance = partial(self.advance, "verify")
+        return await compare_declared(self.source, self.target, advance=advance)
 
     # -- all steps ---------------------------------------------------------------------------
 
