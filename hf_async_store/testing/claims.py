@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -101,16 +101,23 @@ async def _only(store: StorageStrategy) -> ClaimInfo:
     return found
 
 
-def _uses(claim: Claim) -> dict[str, Callable[[], Awaitable[object]]]:
-    """Everything that a holder can do."""
+def uses_of(
+    claim: Claim, late: Mapping[str, object], beside: Mapping[str, object]
+) -> dict[str, Callable[[], Awaitable[object]]]:
+    """Everything that a holder can do.
+
+    Args:
+        late: a change of the claimed entity.
+        beside: another entity, which a transaction creates.
+    """
 
     async def transact() -> None:
         async with claim.transaction() as tx:
-            await tx.create_entity("items", {"item_id": "beside"})
+            await tx.create_entity(claim.collection, beside)
 
     return {
-        "update": lambda: claim.update({"label": "late"}),
-        "finish": lambda: claim.finish({"label": "late"}),
+        "update": lambda: claim.update(late),
+        "finish": lambda: claim.finish(late),
         "finish without a change": claim.finish,
         "delete": claim.delete,
         "renew": claim.renew,
@@ -123,7 +130,8 @@ def _uses(claim: Claim) -> dict[str, Callable[[], Awaitable[object]]]:
 async def _all_lost(store: StorageStrategy, claim: Claim) -> None:
     """Assert that everything that the holder does is refused, and changes nothing."""
     before = await store.get_entity("items", claim.id), await store.claims("items")
-    for name, use in _uses(claim).items():
+    uses = uses_of(claim, {"label": "late"}, {"item_id": "beside"})
+    for name, use in uses.items():
         error = await failure_of(use())
         assert isinstance(error, ClaimLostError), (name, error)
         assert (error.collection, error.entity_id) == ("items", claim.id), name

@@ -35,6 +35,7 @@ from hf_async_store.testing.state_machine import (
     Script,
     calls_on,
     comparable,
+    initial_calls,
     result_of,
     run_script,
     supported_steps,
@@ -199,16 +200,9 @@ class DeclarationMachine(RuleBasedStateMachine):
 
     @initialize()
     def entities(self) -> None:
-        """Initial entities, so that references have parents, and updates have targets."""
-        for collection in HOST_FACTORY:
-            parents = {
-                field.name: IDS[field.references][0]
-                for field in collection.references
-                if field.references is not None
-            }
-            entities = [{collection.key: each, **parents} for each in IDS[collection.name][:2]]
-            create = Call("create_entities", (collection.name, entities), {})
-            self._compare_call(self._programs[0], create)
+        """See `initial_calls`."""
+        for each in initial_calls():
+            self._compare_call(self._programs[0], each)
 
     @rule(number=_program, data=st.data(), kind=st.sampled_from((0, 0, 0, 1, 1, 2, 3, 3, 3, 3)))
     def call(self, number: int, data: Any, kind: int) -> None:

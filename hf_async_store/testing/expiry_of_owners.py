@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from hf_async_store.errors import ClaimLostError, ReferenceViolationError, UniqueViolationError
 from hf_async_store.expiry import Expire
 from hf_async_store.schema import Collection, Field, Index
+from hf_async_store.testing.claims import uses_of
 from hf_async_store.testing.expiry import EXPIRING, Time, store_at, stored
 from hf_async_store.testing.unique_indexes import refusal_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Iterable
 
     from hf_async_store.claims import Claim
     from hf_async_store.strategy import StorageStrategy
@@ -201,24 +202,8 @@ class OwnerExpiryContract:
             await store.create_entity("jobs", job)
         return await store.claim_entities("jobs", order_by="job_id", limit=10, lease=600.0)
 
-    def _uses(self, claim: Claim) -> Mapping[str, Callable[[], Any]]:
-        async def transact() -> None:
-            async with claim.transaction() as tx:
-                await tx.save_entity("jobs", {"job_id": "beside"})
-
-        return {
-            "update": lambda: claim.update({"state": "late"}),
-            "finish": lambda: claim.finish({"state": "late"}),
-            "finish without a change": claim.finish,
-            "delete": claim.delete,
-            "renew": claim.renew,
-            "release": claim.release,
-            "release later": lambda: claim.release(after=5.0),
-            "transaction": transact,
-        }
-
     async def _refused(self, store: StorageStrategy, claim: Claim) -> None:
-        for each in self._uses(claim).values():
+        for each in uses_of(claim, {"state": "late"}, {"job_id": "beside"}).values():
             await _lost(each())
         assert await store.get_entity("jobs", "beside") is None
 

@@ -58,8 +58,8 @@ async def _random_pause(random: Random) -> None:
 # -- single keys ----------------------------------------------------------------------------
 
 
-class ActRecorder:
-    """One caller of single operations and of batches, which are recorded as single operations.
+class _Recorder:
+    """One caller.
 
     Args:
         caller: a unique name; the values that it writes contain it.
@@ -70,6 +70,17 @@ class ActRecorder:
         self._random = random
         self._caller = caller
         self._written = 0
+
+    def _value(self) -> str:
+        self._written += 1
+        return f"{self._caller}:{self._written}"
+
+
+class ActRecorder(_Recorder):
+    """A caller of single operations and of batches, which are recorded as single operations."""
+
+    def __init__(self, store: StorageStrategy, random: Random, caller: str) -> None:
+        super().__init__(store, random, caller)
         self._versions: dict[str, int] = {}
         self.acts: list[Act] = []
 
@@ -223,10 +234,6 @@ class ActRecorder:
         version = self._versions.get(key, 1)
         return version if choice < 0.9 else self._random.randint(0, version + 1)
 
-    def _value(self) -> str:
-        self._written += 1
-        return f"{self._caller}:{self._written}"
-
 
 async def _one(work: Awaitable[Result]) -> list[Result]:
     return [await work]
@@ -244,20 +251,14 @@ class _RollbackError(Exception):
     """Raised to roll a transaction back."""
 
 
-class TxnRecorder:
-    """One caller of transactions over several keys, with single operations between them.
+class TxnRecorder(_Recorder):
+    """A caller of transactions over several keys, with single operations between them.
 
     It never deletes, so that the versions of a key define the order of its writes.
-
-    Args:
-        caller: a unique name; the values that it writes contain it.
     """
 
     def __init__(self, store: StorageStrategy, random: Random, caller: str) -> None:
-        self._store = store
-        self._random = random
-        self._caller = caller
-        self._written = 0
+        super().__init__(store, random, caller)
         self._reads: list[tuple[str, Installed]] = []
         self._writes: dict[str, list[Installed]] = {}
         self.txns: list[Txn] = []
@@ -377,7 +378,3 @@ class TxnRecorder:
         else:
             version = await repository.update_entity(COLLECTION, key, {"value": value})
         self._writes.setdefault(key, []).append((version, value))
-
-    def _value(self) -> str:
-        self._written += 1
-        return f"{self._caller}:{self._written}"

@@ -13,7 +13,7 @@ import logging
 import pickle
 import sys
 import traceback
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
@@ -322,17 +322,6 @@ class LifecycleContract:
         await _wait_for_other_tasks()
         await usable(store)
 
-    async def test_74_close_with_an_open_stream(self, harness: Harness) -> None:
-        store = await harness.store().open()
-        await store.create_entities("items", [{"item_id": f"{each:03}"} for each in range(300)])
-        async with aclosing(store.stream_entities("items")) as rows:
-            await anext(rows)
-            await asyncio.wait_for(store.close(), HANG_SECONDS)
-            with suppress(StorageError):
-                async for _row in rows:
-                    pass
-        await nothing_is_left(harness)
-
     async def test_74_close_with_a_transaction_open(self, harness: Harness) -> None:
         """The transaction may commit or fail, but an acknowledged commit must not be lost."""
         store = await harness.store().open()
@@ -402,16 +391,6 @@ class LifecycleContract:
         if isinstance(harness, ObservesIO):
             assert not harness.touched()
         await store.close()
-        if isinstance(harness, ObservesIO):
-            assert not harness.touched()
-
-    async def test_76_an_empty_transaction_does_no_io(self, harness: Harness) -> None:
-        async with harness.store() as store:
-            async with store.begin_transaction():
-                pass
-            with suppress(ZeroDivisionError):
-                async with store.begin_transaction():
-                    raise ZeroDivisionError
         if isinstance(harness, ObservesIO):
             assert not harness.touched()
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -513,6 +513,14 @@ _EXPIRING: Final = tuple(
 """`HOST_FACTORY`, of which requests and machines expire."""
 
 
+def initial_calls() -> Iterator[Call]:
+    """Creates entities, so that references have parents, and updates have targets."""
+    for collection in HOST_FACTORY:
+        parents = {each.name: IDS[each.parent][0] for each in collection.references}
+        entities = [{collection.key: each, **parents} for each in IDS[collection.name][:2]]
+        yield Call("create_entities", (collection.name, entities), {})
+
+
 class _Time:
     """A clock that begins before all timestamps of the operations."""
 
@@ -577,15 +585,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize()
     def entities(self) -> None:
-        """Initial entities, so that references have parents, and updates have targets."""
-        for collection in HOST_FACTORY:
-            parents = {
-                field.name: IDS[field.references][0]
-                for field in collection.references
-                if field.references is not None
-            }
-            entities = [{collection.key: each, **parents} for each in IDS[collection.name][:2]]
-            self._compare_call(Call("create_entities", (collection.name, entities), {}))
+        """See `initial_calls`."""
+        for each in initial_calls():
+            self._compare_call(each)
 
     @rule(call=_CALLS.writes)
     def write(self, call: Call) -> None:

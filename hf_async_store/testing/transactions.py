@@ -804,8 +804,8 @@ class TransactionContract:
             with suppress(_CallerError):
                 async with store.begin_transaction():
                     raise _CallerError
-            if isinstance(harness, ObservesIO):
-                assert not harness.touched()
+        if isinstance(harness, ObservesIO):
+            assert not harness.touched()
 
     async def test_43_use_after_the_end_is_refused(self, store: StorageStrategy) -> None:
         async with store.begin_transaction() as committed:
