@@ -84,10 +84,6 @@ class BatchObserver(Protocol[Observed, Result]):
         ...
 
 
-async def _one_iteration() -> None:
-    await asyncio.sleep(0)
-
-
 _Batch: TypeAlias = "list[tuple[_Waiter[Item, Result], int, int]]"
 """Calls, each with a range of its items: one entry even for 100,000 of them."""
 
@@ -145,7 +141,7 @@ class Coalescer(Generic[Item, Result]):
         self._blocked: _Batch[Item, Result] = []  # to be run by `wait`
         self._waiting: set[asyncio.Task[None]] = set()  # the tasks that call `wait`
         self._start_scheduled = False
-        self.let_callers_run: Callable[[], Awaitable[None]] = _one_iteration
+        self.let_callers_run: Callable[[], Awaitable[None]] = partial(asyncio.sleep, 0)
         self.observer: BatchObserver[Item, Result] | None = None
 
     @property

@@ -1191,7 +1191,9 @@ def _from_url(scheme: str, url: str, *, follows: bool = True) -> StorageConfig:
     with _error_prefix(f"{scheme}: URL: "):
         permitted = permitted_moves([_unquoted(each) for _, each in moves]) if follows else ()
         if scheme not in _URLS:
-            return _third_party(scheme, f"{scheme}:{body}", query, permitted)
+            settings = {"url": f"{scheme}:{body}"}
+            _add_query(settings, query)
+            return StorageConfig(strategy=scheme, options=settings, follow_moves=permitted)
         strategy, parse = _URLS[scheme]
         settings = {name: each for name, each in parse(body).items() if each}
         if scheme == "postgresql" and "@" in query:
@@ -1200,14 +1202,6 @@ def _from_url(scheme: str, url: str, *, follows: bool = True) -> StorageConfig:
         _add_query(settings, query)
         block = _options(f"{strategy}_strategy", _nested(settings), "")
     return StorageConfig(strategy=strategy, options=block, follow_moves=permitted)
-
-
-def _third_party(
-    scheme: str, url: str, query: str, permitted: tuple[StorageConfig, ...]
-) -> StorageConfig:
-    settings = {"url": url}
-    _add_query(settings, query)
-    return StorageConfig(strategy=scheme, options=settings, follow_moves=permitted)
 
 
 def _json_url(body: str) -> dict[str, str]:

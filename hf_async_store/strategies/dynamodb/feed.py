@@ -252,7 +252,7 @@ class Feed:
     @property
     def _tolerance(self) -> float:
         """By how much the time of a record may be before that of a place that it follows."""
-        return self._tables.max_clock_skew + _ROUNDED
+        return self._tables.config.max_clock_skew + _ROUNDED
 
     async def changed(self, positions: Mapping[str, str], seconds: float) -> None:
         """As `Engine.feed_changed`: the pause between two reads."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import msgspec
@@ -83,7 +84,7 @@ class Reading:
         self._client = client
         self._tables = tables
         self._cache = cache
-        self._consistent = client.config.consistent_reads
+        self.is_consistent = client.config.consistent_reads
 
     # -- by key ------------------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ class Reading:
         """
         existing = await self._existing(keys)
         if consistent is None:
-            consistent = self._consistent
+            consistent = self.is_consistent
         if len(keys) == 1:
             return [await self._get(keys[0], consistent) if existing else None]
         found: dict[tuple[str, str], Attributes] = {}
@@ -342,10 +343,11 @@ class Reading:
         rows = await self._rows(query, access)
         table = self._tables.name(query.collection)
         filtered = ", filtered by DynamoDB" if rows.filter_expression else ""
-        residual, consistent = not rows.is_exact, self._consistent
+        residual, consistent = not rows.is_exact, self.is_consistent
         if access.ids is not None:
             detail = f"BatchGetItem of {len(access.ids)} keys of {table}"
-            residual = not _is_on_field(query.where, mapping.key)
+            where = query.where
+            residual = not (isinstance(where, Comparison) and where.path == (mapping.key,))
         elif access.shape is None:
             allowed = "" if self._client.config.allow_scan else "; rejected: allow_scan is off"
             detail = f"Scan of {table}{filtered}{allowed}"
@@ -393,10 +395,6 @@ class Reading:
 
     def table(self, collection: str) -> str:
         return self._tables.name(collection)
-
-    @property
-    def is_consistent(self) -> bool:
-        return self._consistent
 
 
 class _Rows:
@@ -502,7 +500,7 @@ class _Rows:
                         sort_key = sort_key_of(cast("str", entity[key]), entity)
                         if after is None or sort_key > after:
                             found.append((sort_key, entity))
-                for _, entity in sorted(found, key=_sort_key_of):
+                for _, entity in sorted(found, key=itemgetter(0)):
                     yield entity
 
     # -- matching rows -----------------------------------------------------------------------
@@ -729,19 +727,11 @@ async def _parallel_scan(
         ]
 
 
-def _sort_key_of(pair: tuple[Any, Entity]) -> Any:
-    return pair[0]
-
-
 def _without(where: Filter, implied: Sequence[Comparison]) -> Filter:
     """The filter without the parts that hold in any case."""
     parts = where.parts if isinstance(where, And) else (where,)
     rest = tuple(each for each in parts if each not in implied)
     return rest[0] if len(rest) == 1 else And(rest)
-
-
-def _is_on_field(where: Filter, field: str) -> bool:
-    return isinstance(where, Comparison) and where.path == (field,)
 
 
 def _fields_in(where: Filter) -> Iterator[str]:

@@ -48,7 +48,7 @@ def _declared(tables: Tables, collection: str) -> dict[str, Any]:
     """The table that `create-tables` creates."""
     request = tables.request(collection)
     properties = _shape(request, request["BillingMode"])
-    properties["point_in_time_recovery"] = tables.recovery
+    properties["point_in_time_recovery"] = tables.config.point_in_time_recovery
     if tables.is_fed(collection):
         properties["stream"] = VIEW
     scaling = tables.scaling

@@ -86,7 +86,7 @@ class Tables:
 
     def __init__(self, client: Client, schema: Schema) -> None:
         self._client = client
-        self._config = client.config
+        self.config = client.config
         self.schema = schema = schema_of(schema)
         self.mappings: dict[str, ItemMapping] = {
             name: ItemMapping(each) for name, each in schema.items()
@@ -127,10 +127,6 @@ class Tables:
 
     def is_ready(self, collection: str) -> bool:
         return collection in self._ready
-
-    @property
-    def max_clock_skew(self) -> float:
-        return self._config.max_clock_skew
 
     def has_stream(self, collection: str) -> bool:
         """Whether the table had a stream when this process looked; before, whether one is declared."""
@@ -306,7 +302,7 @@ class Tables:
 
     async def undeclared(self) -> list[str]:
         """The collections of tables with this prefix that are neither declared nor system collections."""
-        prefix = f"{self._config.table_prefix}_"
+        prefix = f"{self.config.table_prefix}_"
         found: list[str] = []
         params: dict[str, str] = {}
         while True:
@@ -327,7 +323,7 @@ class Tables:
         """
         found: set[tuple[str, ...]] = set()
         for collection in collections:
-            table = await self._described(f"{self._config.table_prefix}_{collection}")
+            table = await self._described(f"{self.config.table_prefix}_{collection}")
             if table is not None:
                 found |= _identities(table)
         return frozenset(found)
@@ -642,28 +638,23 @@ class Tables:
 
     @property
     def scaling(self) -> AutoScaling | None:
-        configured = self._config.auto_scaling
+        configured = self.config.auto_scaling
         if isinstance(configured, AutoScaling):
             return configured if configured.enabled else None
         return AutoScaling() if configured else None
 
     @property
-    def recovery(self) -> bool:
-        """Whether point-in-time recovery is configured."""
-        return self._config.point_in_time_recovery
-
-    @property
     def _billing_mode(self) -> str:
         # Tables with the billing mode PAY_PER_REQUEST have no capacity to scale.
-        return "PROVISIONED" if self.scaling else self._config.billing_mode
+        return "PROVISIONED" if self.scaling else self.config.billing_mode
 
     def _throughput(self) -> dict[str, Any]:
         if self._billing_mode != "PROVISIONED":
             return {}
         return {
             "ProvisionedThroughput": {
-                "ReadCapacityUnits": max(self._config.read_capacity, 1),
-                "WriteCapacityUnits": max(self._config.write_capacity, 1),
+                "ReadCapacityUnits": max(self.config.read_capacity, 1),
+                "WriteCapacityUnits": max(self.config.write_capacity, 1),
             }
         }
 
@@ -785,7 +776,7 @@ class Tables:
 
     async def _configure(self, collection: str) -> None:
         name = self.name(collection)
-        if self._config.point_in_time_recovery:
+        if self.config.point_in_time_recovery:
             await self._client.read(
                 "UpdateContinuousBackups",
                 {
@@ -859,7 +850,7 @@ class Tables:
     @asynccontextmanager
     async def _scaling_client(self) -> AsyncGenerator[Any, None]:
         connection = await self._client.connection()
-        endpoint = None if os.environ.get(_SCALING_ENDPOINT) else self._config.endpoint
+        endpoint = None if os.environ.get(_SCALING_ENDPOINT) else self.config.endpoint
         try:
             async with connection.session.create_client(
                 "application-autoscaling", region_name=connection.region, endpoint_url=endpoint
