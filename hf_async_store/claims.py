@@ -16,7 +16,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from types import TracebackType
 from typing import ClassVar, Final, Protocol, Self
 
 from hf_async_store.arguments import check_seconds
@@ -293,12 +292,7 @@ class Claim:
             raise InvalidInputError("a claim can be entered only once")
         self._block = _RenewedBlock(self, task)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
         assert self._block is not None, "entered"
         try:
             await self._block.leave(exc)

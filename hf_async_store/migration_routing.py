@@ -35,7 +35,6 @@ from contextlib import (
     suppress,
 )
 from hashlib import blake2b
-from types import TracebackType
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -776,14 +775,10 @@ class _RoutedSession(Session):
         self._session = await self._context.__aenter__()
         self._entered_route = route
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: Any) -> None:
+        failed = exc_info[1] is not None
         late_error: StorageError | None = None
-        if exc is None and self._changes:
+        if not failed and self._changes:
             try:
                 await self._check_route()
             except StorageError as error:
@@ -791,8 +786,8 @@ class _RoutedSession(Session):
         if late_error is not None:
             await self._context.__aexit__(type(late_error), late_error, None)
             raise late_error
-        await self._context.__aexit__(kind, exc, traceback)
-        if exc is None and self._route is not None:
+        await self._context.__aexit__(*exc_info)
+        if not failed and self._route is not None:
             if self._changes:
                 await self._router.confirm(self._route, self._changes)
             if self._untracked_write is not None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import cached_property
-from types import TracebackType
-from typing import Final, Generic, Literal, NamedTuple, Self
+from typing import Any, Final, Generic, Literal, NamedTuple, Self
 
 from hf_async_store.claims import LEASE_SECONDS, Claim, ClaimFacts
 from hf_async_store.feed import Changes
@@ -143,13 +142,8 @@ class TypedClaim(ClaimFacts, Generic[Model]):
         await self.claim.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.claim.__aexit__(kind, exc, traceback)
+    async def __aexit__(self, *exc_info: Any) -> None:
+        await self.claim.__aexit__(*exc_info)
 
 
 def _is_same(one: object, other: object) -> bool:

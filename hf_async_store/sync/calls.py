@@ -8,7 +8,6 @@ from contextlib import AbstractAsyncContextManager
 from copy import deepcopy
 from functools import partial, wraps
 from threading import Lock
-from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from hf_async_store.errors import StoreClosedError
@@ -144,12 +143,7 @@ class Entering(Blocking):
         if self._is_entered and not isinstance(exc, Exception):
             self._run(partial(self._leave, exc))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
         try:
             self._run(partial(self._leave, exc))
         except BaseException as interrupt:

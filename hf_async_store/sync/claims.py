@@ -5,7 +5,6 @@ from __future__ import annotations
 from asyncio import CancelledError
 from contextlib import suppress
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self
 
 from hf_async_store import claims, typed_collections
@@ -52,12 +51,7 @@ class _Claim(Blocking, claims.ClaimFacts):
         self._run(enter)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
         if exc is not None and not isinstance(exc, Exception):
             # KeyboardInterrupt, SystemExit: in a task, asyncio would end the event loop.
             with suppress(ClaimLostError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from functools import partial, wraps
-from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from hf_async_store import migration
@@ -72,14 +71,9 @@ class MigrationTool(Entering):
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: Any) -> None:
         try:
-            super().__exit__(kind, exc, traceback)
+            super().__exit__(*exc_info)
         finally:
             self._opened().release(self._target.source)
 

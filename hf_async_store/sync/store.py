@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from threading import Lock
-from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from hf_async_store import claims, strategy, transaction
@@ -121,12 +120,7 @@ class Store(Repository):
     def __enter__(self) -> Self:
         return self.open()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def _opened(self) -> EventLoopThread:

@@ -22,7 +22,6 @@ from contextlib import (
 from itertools import chain, islice
 from math import inf
 from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -770,14 +769,9 @@ class _Writing(AbstractAsyncContextManager[LeasedConnection]):
             self._engine.end_writing()
             raise
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: Any) -> None:
         try:
-            await self._leasing.__aexit__(kind, exc, traceback)
+            await self._leasing.__aexit__(*exc_info)
         finally:
             self._engine.end_writing()
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import Isolation
@@ -65,14 +64,9 @@ class RetriedSession(SQLSession):
         self._change: Change | None = None
         self._replacement: Replacement | None = None
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is not None or self._replacement is None or self._early is None:
-            await super().__aexit__(kind, exc, traceback)
+    async def __aexit__(self, *exc_info: Any) -> None:
+        if exc_info[0] is not None or self._replacement is None or self._early is None:
+            await super().__aexit__(*exc_info)
             return
         async with self._stack:
             await self._replaces.replace(self._early, self._replacement)

@@ -7,8 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from itertools import count
 from time import monotonic
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.driver import Isolation, Reader, Session
@@ -155,13 +154,8 @@ class SQLSession(SQLReader, Session):
     async def __aenter__(self) -> SQLSession:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._stack.__aexit__(kind, exc, traceback)
+    async def __aexit__(self, *exc_info: Any) -> None:
+        await self._stack.__aexit__(*exc_info)
 
     async def _read_lease(self) -> LeasedConnection | None:
         if self._lease is None and await self._engine.is_absent():
