@@ -144,7 +144,7 @@ async def test_a_timeout_does_not_wait_for_the_write(proxy: Proxy) -> None:
                 condition_expression="attribute_exists(item_id)",
                 timeout=0.2,
             )
-        assert store._under_way, "the caller waited for the write"
+        assert store._conditional_updates._running, "the caller waited for the write"
         assert caught.value.outcome_unknown
     # Closing waits for it.
     proxy.rule = None
