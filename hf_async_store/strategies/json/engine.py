@@ -33,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, TypeVar
 
-from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.changes import Change, Outcome, Record, TakeChanges
 from hf_async_store.config import JSONConfig, redacted
 from hf_async_store.declarations import are_equal, merged
 from hf_async_store.driver import (
@@ -407,7 +407,13 @@ class JSONEngine(Engine):
     # -- writing -----------------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        return await self.write_unblocked(lambda: changes)
+
+    async def write_unblocked(self, take: TakeChanges) -> list[Outcome]:
         async with self.writing() as state:
+            changes = take()
+            if not changes:
+                return []
             view = self.view(state)
             view.layers.append({})
             outcomes = await view.write(changes, each=True)
