@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Final, NamedTuple, TypeAlias
 
@@ -127,6 +128,9 @@ class Delete(msgspec.Struct, frozen=True, gc=False):
 Change: TypeAlias = Put | Patch | Delete
 Outcome: TypeAlias = int | None | StorageError
 """The new version (of a Delete: the old one, or None), or the error of that change."""
+
+TakeChanges: TypeAlias = Callable[[], Sequence[Change]]
+"""Returns the changes to apply; see `Engine.write_unblocked`."""
 
 
 class ChangedMatches(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -28,6 +29,16 @@ from hf_async_store.values import Key
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Observed = TypeVar("Observed", contravariant=True)
+
+Take: TypeAlias = Callable[[], list[Item]]
+"""Begins a batch: returns those of its items whose callers still wait for them; always the same ones.
+
+Until then, a caller that is cancelled or whose timeout expires withdraws its items; after that, they may
+be applied. It may be called in another thread.
+"""
+
+Run: TypeAlias = Callable[[Take[Item]], Awaitable[Sequence[Result]]]
+"""Runs a batch: calls `Take`, and returns one result for each item, in order. May fail as a whole."""
 
 _NO_RESULT: Final = StorageError("there is no result yet")
 
@@ -47,8 +58,8 @@ class _Waiter(Struct, Generic[Item, Result], eq=False):
     done: asyncio.Future[None]
     results: list[Result | StorageError]
     remaining: int  # the number of items without a result
-    started: bool = False  # an item is or was in a batch
-    in_progress: int = 0  # the number of items that are in running batches
+    begun: int = 0  # the number of items that may have been applied: those in batches that began
+    in_progress: int = 0  # the number of items in batches that began and run
     batches_ended: asyncio.Future[None] | None = None
     caller: object | None = None  # for the observer of batches
 
@@ -88,6 +99,18 @@ _Batch: TypeAlias = "list[tuple[_Waiter[Item, Result], int, int]]"
 """Calls, each with a range of its items: one entry even for 100,000 of them."""
 
 
+def taking_at_once(
+    run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+) -> Run[Item, Result]:
+    """The `Run` of a function that waits for nothing before it applies the items."""
+
+    async def taken(take: Take[Item]) -> Sequence[Result]:
+        items = take()
+        return await run(items) if items else ()
+
+    return taken
+
+
 class Coalescer(Generic[Item, Result]):
     """Combines the items of concurrent `submit` calls into batches, each passed to one `run` call.
 
@@ -97,13 +120,13 @@ class Coalescer(Generic[Item, Result]):
       the same time.
     * An item that `run` ends by a `LockTimeoutError` runs again by `wait`, outside the lanes, so that
       neither its batch nor later ones wait for the lock.
-    * If a caller is cancelled, its items that are not in a batch yet are withdrawn at once. If the
+    * If a caller is cancelled, its items are withdrawn at once whose batch has not begun. If the
       items are writes, the caller then waits until the batches that contain its other items have
       ended, so that nothing is written after the task has ended. The duration of this wait is
       limited only by that of `run`.
 
     Args:
-        run: returns one result per item, in order; may fail as a whole.
+        run: runs a batch.
         writes: the items may change stored data.
         lanes: the maximum number of batches that run at once.
         size: the maximum number of items in a batch.
@@ -119,13 +142,13 @@ class Coalescer(Generic[Item, Result]):
 
     def __init__(
         self,
-        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        run: Run[Item, Result],
         *,
         lanes: int,
         size: int,
         writes: bool,
         key: Callable[[Item], Key] | None = None,
-        wait: Callable[[list[Item]], Awaitable[Sequence[Result]]] | None = None,
+        wait: Run[Item, Result] | None = None,
     ) -> None:
         self._run = run
         self._wait = wait
@@ -141,6 +164,8 @@ class Coalescer(Generic[Item, Result]):
         self._blocked: _Batch[Item, Result] = []  # to be run by `wait`
         self._waiting: set[asyncio.Task[None]] = set()  # the tasks that call `wait`
         self._start_scheduled = False
+        # Held while a batch begins, perhaps in another thread, and while a caller withdraws its items.
+        self._beginning = threading.Lock()
         self.let_callers_run: Callable[[], Awaitable[None]] = partial(asyncio.sleep, 0)
         self.observer: BatchObserver[Item, Result] | None = None
 
@@ -149,11 +174,7 @@ class Coalescer(Generic[Item, Result]):
         """How many calls of `submit` wait for a batch, for all or the rest of their items."""
         return len(self._queue)
 
-    def use(
-        self,
-        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
-        wait: Callable[[list[Item]], Awaitable[Sequence[Result]]] | None = None,
-    ) -> None:
+    def use(self, run: Run[Item, Result], wait: Run[Item, Result] | None = None) -> None:
         """Replace the functions that run batches, while there are none."""
         self._run = run
         self._wait = wait
@@ -165,7 +186,7 @@ class Coalescer(Generic[Item, Result]):
 
         Raises:
             OperationTimeoutError: with `outcome_unknown` if the items are writes, and one of them
-                was in a batch already.
+                may have been applied. The others are never applied.
         """
         if timeout is not None:
             check_seconds(timeout, "timeout")
@@ -188,7 +209,11 @@ class Coalescer(Generic[Item, Result]):
             await waiter.done
         except asyncio.CancelledError:
             self._withdraw_blocked(waiter)
-            if self._writes:
+            with (
+                self._beginning
+            ):  # a batch that begins now contains its items, or no later one does
+                in_progress = self._writes and waiter.in_progress > 0
+            if in_progress:
                 await waiter.wait_for_batches()
             raise
         finally:
@@ -205,10 +230,11 @@ class Coalescer(Generic[Item, Result]):
                 await asyncio.sleep(0)
 
     def _expire(self, waiter: _Waiter[Item, Result], timeout: float) -> None:
-        """Fail the call with a timeout; its items that are not in a batch yet are withdrawn."""
-        if not waiter.done.done():
-            unknown = self._writes and waiter.started
-            waiter.done.set_exception(timed_out(timeout, outcome_unknown=unknown))
+        """Fail the call with a timeout; its items whose batch has not begun are withdrawn."""
+        with self._beginning:
+            if not waiter.done.done():
+                unknown = self._writes and waiter.begun > 0
+                waiter.done.set_exception(timed_out(timeout, outcome_unknown=unknown))
 
     # -- lanes -------------------------------------------------------------------------------
 
@@ -234,7 +260,7 @@ class Coalescer(Generic[Item, Result]):
             return  # the lane ran, and has ended its batches itself
         self._running.discard(lane)
         self._busy.difference_update(self._keys(batch))
-        _fail(batch, asyncio.CancelledError())
+        self._fail(self._begin(batch), asyncio.CancelledError())
         if self._queue:
             self._schedule_start()
 
@@ -278,8 +304,6 @@ class Coalescer(Generic[Item, Result]):
             ):
                 skipped.append((waiter, index, end))
                 continue
-            waiter.started = True
-            waiter.in_progress += end - index
             free -= end - index
             batch.append((waiter, index, end))
         queue.extendleft(reversed(skipped))
@@ -290,54 +314,112 @@ class Coalescer(Generic[Item, Result]):
     def _keys(self, batch: _Batch[Item, Result]) -> list[Key]:
         return [] if self._key is None else list(map(self._key, _items(batch)))
 
-    async def _run_batch(
-        self,
-        batch: _Batch[Item, Result],
-        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
-    ) -> None:
-        items = _items(batch)
+    def _begin(self, batch: _Batch[Item, Result]) -> _Batch[Item, Result]:
+        """Begin a batch: returns it without the items that were withdrawn."""
+        begun: _Batch[Item, Result] = []
+        with self._beginning:
+            for entry in batch:
+                waiter, index, end = entry
+                if not waiter.done.done():
+                    waiter.begun += end - index
+                    waiter.in_progress += end - index
+                    begun.append(entry)
+        return begun
+
+    async def _run_batch(self, batch: _Batch[Item, Result], run: Run[Item, Result]) -> None:
+        begun: _Batch[Item, Result] | None = None
+
+        def begin() -> _Batch[Item, Result]:
+            nonlocal begun
+            if begun is None:
+                begun = self._begin(batch)
+            return begun
+
         blocked: _Batch[Item, Result] = []
         try:
-            results: Sequence[Result | StorageError] = await self._results(batch, items, run)
+            results: Sequence[Result | StorageError] = await self._results(
+                batch, run, lambda: _items(begin())
+            )
         except StorageError as exc:
-            _deliver(batch, [exc.copy() for _ in items])
+            failed = begin()
+            self._deliver(failed, [exc.copy() for _ in _items(failed)])
         except BaseException as exc:
             # A defect, or the event loop is closing: no caller may wait forever. If a caller receives
             # the exception of a defect, the lane continues with the next batch.
-            delivered = _fail(batch, exc)
+            delivered = self._fail(begin(), exc)
             if not delivered or not isinstance(exc, Exception):
                 raise
         else:
+            done = begin()
             if self._wait is not None and run is not self._wait:
-                batch, results, blocked = _without_blocked(batch, results)
-            _deliver(batch, results)
+                done, results, blocked = _without_blocked(done, results)
+            self._deliver(done, results)
         finally:
             if self._busy:
                 self._busy.difference_update(self._keys(batch))
-                self._busy.difference_update(self._keys(blocked))
         if blocked:
+            blocked = self._not_begun(blocked)
             self._busy.update(self._keys(blocked))
             self._blocked += blocked
             self._start_waiting()
 
+    def _not_begun(self, blocked: _Batch[Item, Result]) -> _Batch[Item, Result]:
+        """The items of a batch that had no effect, without those that were withdrawn meanwhile."""
+        with self._beginning:
+            for waiter, index, end in blocked:
+                waiter.begun -= end - index
+                waiter.release(end - index)
+        return [entry for entry in blocked if not entry[0].done.done()]
+
+    def _deliver(
+        self, batch: _Batch[Item, Result], results: Sequence[Result | StorageError]
+    ) -> None:
+        """Give the callers the results of their items, which are in the order of the batch."""
+        assert len(results) == sum([end - index for _, index, end in batch]), "one result per item"
+        place = 0
+        with self._beginning:
+            for waiter, index, end in batch:
+                count = end - index
+                waiter.results[index:end] = results[place : place + count]
+                place += count
+                waiter.remaining -= count
+                waiter.release(count)
+                if not waiter.remaining and not waiter.done.done():
+                    waiter.done.set_result(None)
+
+    def _fail(self, batch: _Batch[Item, Result], exc: BaseException) -> bool:
+        """End all calls with items in a batch by an exception; returns whether any was waiting."""
+        delivered = False
+        with self._beginning:
+            for waiter, index, end in batch:
+                waiter.release(end - index)
+                if not waiter.done.done():
+                    if isinstance(exc, asyncio.CancelledError):
+                        waiter.done.cancel()
+                    else:
+                        waiter.done.set_exception(exc)
+                    delivered = True
+        return delivered
+
     async def _results(
         self,
         batch: _Batch[Item, Result],
-        items: list[Item],
-        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        run: Run[Item, Result],
+        take: Take[Item],
     ) -> Sequence[Result]:
-        """What `run(items)` returns, observed, and logged if it is slow."""
+        """What `run(take)` returns, observed, and logged if it is slow."""
         started = perf_counter()
         try:
             if self.observer is None:
-                return await run(items)
+                return await run(take)
             callers = [each.caller for each, _, _ in batch if each.caller is not None]
-            return await self.observer.run(items, list(dict.fromkeys(callers)), partial(run, items))
+            distinct = list(dict.fromkeys(callers))
+            return await self.observer.run(_items(batch), distinct, partial(run, take))
         finally:
             seconds = perf_counter() - started
             if seconds >= _SLOW_SECONDS:
                 what = "commit" if self._writes else "read"
-                log.debug("a shared %s of %d took %.3f s", what, len(items), seconds)
+                log.debug("a shared %s of %d took %.3f s", what, len(_items(batch)), seconds)
 
     # -- items that wait for a lock ----------------------------------------------------------
 
@@ -364,7 +446,6 @@ class Coalescer(Generic[Item, Result]):
         if not withdrawn:
             return
         self._blocked = [entry for entry in self._blocked if entry[0] is not waiter]
-        waiter.release(len(withdrawn))
         self._busy.difference_update(self._keys(withdrawn))
         self._busy.update(self._keys(self._blocked))
         if self._queue:
@@ -375,12 +456,7 @@ class Coalescer(Generic[Item, Result]):
         assert task is not None
         assert self._wait is not None
         try:
-            wanted = [each for each in batch if not each[0].done.done()]
-            for waiter, index, end in batch:
-                if waiter.done.done():
-                    waiter.release(end - index)
-            if wanted:
-                await self._run_batch(wanted, self._wait)
+            await self._run_batch(batch, self._wait)
         finally:
             # Not in the done callback: in the meantime, another batch may begin with the same key.
             self._busy.difference_update(self._keys(batch))
@@ -390,7 +466,7 @@ class Coalescer(Generic[Item, Result]):
         if task in self._waiting:  # it was cancelled before it began
             self._waiting.discard(task)
             self._busy.difference_update(self._keys(batch))
-            _fail(batch, asyncio.CancelledError())
+            self._fail(self._begin(batch), asyncio.CancelledError())
         self._start_waiting()
         if self._queue:
             self._schedule_start()
@@ -415,31 +491,3 @@ def _without_blocked(
     done = [each for each in pairs if not isinstance(each[1], LockTimeoutError)]
     blocked = [entry for entry, each in pairs if isinstance(each, LockTimeoutError)]
     return [entry for entry, _ in done], [each for _, each in done], blocked
-
-
-def _deliver(batch: _Batch[Item, Result], results: Sequence[Result | StorageError]) -> None:
-    """Give the callers the results of their items, which are in the order of the batch."""
-    assert len(results) == sum([end - index for _, index, end in batch]), "one result per item"
-    place = 0
-    for waiter, index, end in batch:
-        count = end - index
-        waiter.results[index:end] = results[place : place + count]
-        place += count
-        waiter.remaining -= count
-        waiter.release(count)
-        if not waiter.remaining and not waiter.done.done():
-            waiter.done.set_result(None)
-
-
-def _fail(batch: _Batch[Item, Result], exc: BaseException) -> bool:
-    """End all calls with items in a batch by an exception; returns whether any was waiting."""
-    delivered = False
-    for waiter, index, end in batch:
-        waiter.release(end - index)
-        if not waiter.done.done():
-            if isinstance(exc, asyncio.CancelledError):
-                waiter.done.cancel()
-            else:
-                waiter.done.set_exception(exc)
-            delivered = True
-    return delivered

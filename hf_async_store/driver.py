@@ -41,6 +41,7 @@ from hf_async_store.changes import (
     Patch,
     Put,
     Record,
+    TakeChanges,
 )
 from hf_async_store.claim_clock import BootClock, ClaimClock, Moment, WallClock
 from hf_async_store.claim_records import Claimed, ClaimInfo, ClaimTerms, claim_key
@@ -129,6 +130,7 @@ __all__ = [
     "Secret",
     "Session",
     "StrategyOptions",
+    "TakeChanges",
     "Value",
     "WallClock",
     "batched",
@@ -457,14 +459,23 @@ class Engine(Reader):
 
     # -- defaults ----------------------------------------------------------------------------
 
-    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
+    async def write_unblocked(self, take: TakeChanges) -> list[Outcome]:
         """As `write_each`, without waiting long for changes whose entity another transaction has locked.
 
         The outcome of such a change is a `LockTimeoutError`; it had no effect, and neither did later
         ones of its key. The store passes it to `write_each`, and other changes to this method, in the
-        meantime. The default is for an engine that locks no single entities.
+        meantime.
+
+        The default is for an engine that locks no single entities, and waits for no lock of the store.
+
+        Args:
+            take: returns the changes, always the same ones, perhaps none. Until it is called, a change
+                whose caller is cancelled or whose timeout expires is withdrawn; after that, it may be
+                applied. So an engine calls it when it need not wait any longer for a lock of the store;
+                it may do so in another thread.
         """
-        return await self.write_each(changes)
+        changes = take()
+        return await self.write_each(changes) if changes else []
 
     async def select_at_once(self, query: Query) -> list[Entity] | None:
         """All that `select_batches` yields, if few entities match, and they can be read in one step.

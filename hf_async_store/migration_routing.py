@@ -39,7 +39,15 @@ from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 
-from hf_async_store.changes import Change, ChangedMatches, ChangeMarker, Outcome, Put, Record
+from hf_async_store.changes import (
+    Change,
+    ChangedMatches,
+    ChangeMarker,
+    Outcome,
+    Put,
+    Record,
+    TakeChanges,
+)
 from hf_async_store.driver import (
     INTERFACE_VERSION,
     Claimed,
@@ -484,21 +492,21 @@ class MigrationRouter(Engine):
         return await (await self.in_use()).first_page(query)
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self._write(changes, lambda engine, marked: engine.write_each(marked))
+        return await self._write(lambda: changes, lambda engine, take: engine.write_each(take()))
 
-    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self._write(changes, lambda engine, marked: engine.write_unblocked(marked))
+    async def write_unblocked(self, take: TakeChanges) -> list[Outcome]:
+        return await self._write(take, lambda engine, take: engine.write_unblocked(take))
 
     async def _write(
         self,
-        changes: Sequence[Change],
-        write: Callable[[Engine, Sequence[Change]], Awaitable[list[Outcome]]],
+        take: TakeChanges,
+        write: Callable[[Engine, TakeChanges], Awaitable[list[Outcome]]],
     ) -> list[Outcome]:
         route = await self.current_route()
-        marked = _with_markers(changes) if route.add_markers else changes
+        marked = (lambda: _with_markers(take())) if route.add_markers else take
         outcomes = await write(self.engine_of(route), marked)
         if not self.is_valid(route):
-            await self._confirm_written(route, changes, outcomes)
+            await self._confirm_written(route, take(), outcomes)
         return outcomes
 
     async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:

@@ -129,9 +129,10 @@ class RepositoryInterface(ABC):
 
     Every method may raise a `StorageError`, with its attributes `retryable` and `outcome_unknown`.
     `timeout` is in seconds; when it expires, `OperationTimeoutError` is raised, whose
-    `outcome_unknown` is true if a write may have been applied, or may be applied later: it goes on in the
-    background, for example waits for a lock until the time limit of the engine (JSON: `lock_timeout`).
-    Closing the store waits until it is settled.
+    `outcome_unknown` is true if a write may have been applied, or may be applied later: it had begun, and
+    goes on in the background until the time limit of the engine. Closing the store waits until it is
+    settled. A write that had not begun, because it waited for others or for the lock of the store, is never
+    applied.
 
     In a transaction, a failed change can only be followed by a rollback: later calls and the commit
     raise `TransactionAbortedError`.

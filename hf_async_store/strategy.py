@@ -45,7 +45,7 @@ from hf_async_store.claims import (
     waiting_seconds,
 )
 from hf_async_store.clearing import Clearing
-from hf_async_store.coalescing import Coalescer
+from hf_async_store.coalescing import Coalescer, taking_at_once
 from hf_async_store.conflict_retry import (
     RETRY_SECONDS,
     FairRetryQueue,
@@ -161,11 +161,11 @@ class StorageStrategy(WatchedStore):
             size=capabilities.write_batch,
             writes=True,
             key=_key_of,
-            wait=engine.write_each,
+            wait=taking_at_once(engine.write_each),
         )
         self._reads: Coalescer[Key, Record | None] | None = (
             Coalescer(
-                engine.fetch,
+                taking_at_once(engine.fetch),
                 lanes=capabilities.read_concurrency,
                 size=capabilities.read_batch,
                 writes=False,
@@ -187,9 +187,9 @@ class StorageStrategy(WatchedStore):
     def _use_engine(self, engine: Engine) -> None:
         """Use another engine with the same capabilities; for tests, while there are no calls."""
         self._engine = engine
-        self._writes.use(engine.write_unblocked, wait=engine.write_each)
+        self._writes.use(engine.write_unblocked, wait=taking_at_once(engine.write_each))
         if self._reads is not None:
-            self._reads.use(engine.fetch)
+            self._reads.use(taking_at_once(engine.fetch))
 
     def _set_clock(self, source: TimeSource | None, purge_seconds: float | None) -> None:
         """See `open_store`; before the store is opened."""

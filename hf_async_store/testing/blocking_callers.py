@@ -422,10 +422,10 @@ class BlockingContract:
         writes = store._target._writes
         run, sizes = writes._run, []
 
-        async def counted(changes: list[Any]) -> Any:
-            sizes.append(len(changes))
+        async def counted(take: Any) -> Any:
+            sizes.append(len(take()))
             await asyncio.sleep(0.005)  # as a disk or a network takes
-            return await run(changes)
+            return await run(take)
 
         writes._run = counted
         begun = threading.Barrier(_THREADS, timeout=HANG_SECONDS)

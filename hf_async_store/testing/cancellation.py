@@ -14,6 +14,7 @@ from hf_async_store.errors import (
     BatchError,
     ConcurrencyConflictError,
     EntityNotFoundError,
+    OperationTimeoutError,
     StorageError,
     StoreClosedError,
 )
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 Verb: TypeAlias = "Callable[[StorageStrategy], Awaitable[object]]"
 VerbOnOne: TypeAlias = "Callable[[StorageStrategy, str], Awaitable[object]]"
+VerbWithTimeout: TypeAlias = "Callable[[StorageStrategy, float | None], Awaitable[object]]"
 
 # -- the verbs ------------------------------------------------------------------------------
 
@@ -64,6 +66,7 @@ _B: Final = {"item_id": "b", "label": "before"}
 _C: Final = {"item_id": "c", "label": "new", "due_at": "2024-01-01"}
 _D: Final = {"item_id": "d", "label": "new"}
 _N: Final = {"counter_id": "n", "value": 1}
+_AFTER: Final = {"item_id": "a", "label": "after"}
 _BOTH: Final = {"a": {"label": "after"}, "b": {"label": "after"}}
 
 
@@ -235,6 +238,19 @@ _VERBS_ON_ONE: Final[Mapping[str, VerbOnOne]] = {
     "transaction": _transact_one,
     "run transaction": lambda store, each: store.run_transaction(
         lambda tx: tx.update_entity("items", each, {"label": "after"})
+    ),
+}
+
+
+_VERBS_WITH_TIMEOUT: Final[Mapping[str, VerbWithTimeout]] = {
+    "update": lambda store, at: store.update_entity("items", "a", {"label": "after"}, timeout=at),
+    "save": lambda store, at: store.save_entity("items", _AFTER, timeout=at),
+    "delete": lambda store, at: store.delete_entity("items", "a", timeout=at),
+    "compute": lambda store, at: store.update_entity(
+        "items", "a", {"label": "after", "count": increment(1)}, timeout=at
+    ),
+    "update many": lambda store, at: store.update_entities(
+        "items", {"a": {"label": "after"}}, timeout=at
     ),
 }
 
@@ -447,6 +463,36 @@ class CancellationContract:
             else:
                 assert (await get_existing(store, "items", "a"))["count"] == number
 
+    @pytest.mark.parametrize("end", ["timeout", "cancellation"])
+    @pytest.mark.parametrize("name", _VERBS_WITH_TIMEOUT)
+    async def test_126_a_write_is_withdrawn_while_it_waits(
+        self, harness: Harness, store: StorageStrategy, name: str, end: str
+    ) -> None:
+        """Another store has what it waits for. What was not begun then is not applied later."""
+        await store.create_entity("items", {"item_id": "a", "label": "before"})
+        timeout = 0.05 if end == "timeout" else None
+        async with second_store(harness, store) as other:
+            entered, leave = asyncio.Event(), asyncio.Event()
+            holder = asyncio.create_task(hold(other, entered, leave))
+            await entered.wait()
+            task = asyncio.create_task(_run_for(store, _VERBS_WITH_TIMEOUT[name], timeout))
+            if not await has_ended(task):
+                task.cancel()
+                await has_ended(task)  # on some engines, it waits for the transaction
+            leave.set()
+            [held] = await asyncio.gather(holder, return_exceptions=True)
+            assert held is None or isinstance(held, ConcurrencyConflictError)
+            await asyncio.wait({task})
+            error = None if task.cancelled() else task.exception()
+            at_once = await payloads(store, "items", ["a"])
+            await _wait_for_earlier_writes(store, [("items", "a")])
+            if error is None:
+                assert await payloads(other, "items", ["a"]) == at_once
+            else:
+                assert isinstance(error, OperationTimeoutError)
+                if not error.outcome_unknown:
+                    assert (await get_existing(store, "items", "a"))["label"] == "before"
+
     # 73 -------------------------------------------------------------------------------------
 
     async def test_73_after_500_cancellations_the_whole_pool_is_usable(
@@ -475,6 +521,10 @@ async def _run(store: StorageStrategy, work: Verb) -> None:
 
 async def _run_on(store: StorageStrategy, work: VerbOnOne, entity_id: str) -> None:
     await work(store, entity_id)
+
+
+async def _run_for(store: StorageStrategy, work: VerbWithTimeout, timeout: float | None) -> None:
+    await work(store, timeout)
 
 
 async def _cancel_everywhere(

@@ -162,7 +162,7 @@ class DriverContract:
             outcomes = await store.engine.write_each([_put("x", "a"), _put("x", "b", expect=7)])
             _check_refused(outcomes)
             assert await _marks(store) == {"a"}
-            assert await store.engine.write_unblocked([_put("x", "c")]) == [2]
+            assert await store.engine.write_unblocked(lambda: [_put("x", "c")]) == [2]
             assert await _marks(store) == {"a", "c"}
 
     async def test_124_a_marker_is_part_of_a_transaction(self, harness: Harness) -> None:

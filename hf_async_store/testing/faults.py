@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from hf_async_store.changes import Change, Outcome
+    from hf_async_store.changes import Change, Outcome, TakeChanges
     from hf_async_store.driver import Engine, Isolation, Session
     from hf_async_store.strategy import StorageStrategy
     from hf_async_store.values import Key
@@ -87,9 +87,9 @@ class _FaultyEngine:
         async with self._faults._around_write():
             return await self._engine.write_each(changes)
 
-    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
+    async def write_unblocked(self, take: TakeChanges) -> list[Outcome]:
         async with self._faults._around_write():
-            return await self._engine.write_unblocked(changes)
+            return await self._engine.write_unblocked(take)
 
     async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int:
         async with self._faults._around_write():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import pytest
 
+from hf_async_store.coalescing import taking_at_once
 from hf_async_store.errors import (
     CorruptionError,
     EntityNotFoundError,
@@ -70,12 +71,12 @@ def _before_reads_of(
     engine.fetch = acting
     reads = cast("Any", store)._reads
     if reads is not None:
-        reads._run = acting
+        reads._run = taking_at_once(acting)
 
     def end() -> None:
         engine.fetch = fetch
         if reads is not None:
-            reads._run = fetch
+            reads._run = taking_at_once(fetch)
 
     return end
 

@@ -12,6 +12,7 @@ import pytest
 from command import absolute
 
 from hf_async_store import open_store
+from hf_async_store.strategies.sql import sqlite
 
 if TYPE_CHECKING:
     from command import Cli
@@ -85,6 +86,29 @@ def test_health_of_a_damaged_store(filled: Cli) -> None:
     assert ran.code == 4
     assert ran.rows[0]["ok"] is False
     assert f"hf-async-store: problem: {absolute('data/db.json')}" in ran.err
+
+
+@pytest.mark.parametrize("url", ["json:data/db.json", "sqlite:data/store.db"])
+@pytest.mark.parametrize("command", ["health", "top"])
+def test_too_little_disk_space_is_a_problem(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, url: str, command: str
+) -> None:
+    words = (
+        command,
+        "--store",
+        url,
+        *(["--once", "--interval", "0.01"] if command == "top" else []),
+    )
+    assert cli("put", "templates", '{"template_id": "t"}', "--store", url).code == 0
+    assert cli(*words).code == 0
+    monkeypatch.setattr(sqlite, "_WAL_BYTES", 1 << 62)
+    if url.startswith("json"):
+        words = tuple(
+            [f"{each}?write_buffer_size={1 << 62}" if each == url else each for each in words]
+        )
+    ran = cli(*words)
+    assert ran.code == 4
+    assert "bytes left, and the store may need " in ran.err + ran.out
 
 
 def test_describe_shows_no_secret(cli: Cli) -> None:

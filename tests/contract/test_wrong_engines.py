@@ -43,6 +43,7 @@ from hf_async_store.driver import (
     Reader,
     Record,
     Session,
+    TakeChanges,
     batched,
     run_to_completion,
 )
@@ -255,8 +256,8 @@ class _ChangesNoMatches(MemoryEngine):
 
 
 class _WritesNothing(MemoryEngine):
-    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
-        return [1 for _ in changes]
+    async def write_unblocked(self, take: TakeChanges) -> list[Outcome]:
+        return [1 for _ in take()]
 
 
 class _SharesFedChanges(MemoryEngine):

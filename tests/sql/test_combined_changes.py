@@ -21,6 +21,7 @@ from hf_async_store import (
     open_store,
 )
 from hf_async_store.changes import Patch
+from hf_async_store.coalescing import taking_at_once
 from hf_async_store.strategies.sql import sending, statement_writer
 from hf_async_store.strategies.sql.postgresql import PostgreSQL
 from hf_async_store.strategies.sql.sending import IndependentBatch
@@ -99,7 +100,7 @@ async def test_a_queued_task_gets_the_entity_from_the_one_before(
 
         reader = store._reads
         assert reader is not None
-        reader.use(counted)
+        reader.use(taking_at_once(counted))
 
         def one_more(entity: Entity) -> Entity:
             entity["count"] += 1  # type: ignore[operator]  # it is a number
@@ -191,7 +192,7 @@ async def test_combined_changes_that_are_sent_alone_keep_their_order(
         await store.save_entity("counters", {"counter_id": "c", "count": 0})
         monkeypatch.setattr(statement_writer, "IndependentBatch", Locked)
         changes = [Patch(Key("counters", "c"), {"count": each}, "") for each in range(3)]
-        outcomes = await store.engine.write_unblocked(changes)
+        outcomes = await store.engine.write_unblocked(lambda: changes)
         assert [type(each) for each in outcomes] == [LockTimeoutError] * 3
         assert sent == [0]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from hf_async_store.changes import Change, Outcome
+    from hf_async_store.changes import Change, Outcome, TakeChanges
 
 AT = "2026-01-01T00:00:00.000000Z"
 REFUSING = [
@@ -144,11 +144,9 @@ async def test_changes_that_are_sent_again_do_not_fail_those_before_them(
     async with open_store(f"sqlite:{tmp_path}/store.db") as store:
         calls: list[Sequence[Change]] = []
 
-        async def write(
-            engine: SQLEngine, changes: Sequence[Change], *, patient: bool
-        ) -> list[Outcome]:
+        async def write(engine: SQLEngine, take: TakeChanges, *, patient: bool) -> list[Outcome]:
             del engine, patient
-            calls.append(changes)
+            calls.append(take())
             if len(calls) == 1:  # another program changed the catalogue meanwhile
                 return [1, CatalogueChangedError(), 1]
             raise UnavailableError("the connection was lost")

@@ -16,7 +16,7 @@ from hf_async_store import (
     StorageError,
     UnavailableError,
 )
-from hf_async_store.coalescing import Coalescer
+from hf_async_store.coalescing import Coalescer, Take, taking_at_once
 from hf_async_store.values import Key
 
 
@@ -54,7 +54,9 @@ def identity(key: Key) -> Key:
 
 async def test_tasks_of_one_iteration_share_a_batch() -> None:
     recorder = Recorder()
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(
+        taking_at_once(recorder.run), lanes=1, size=100, writes=True
+    )
     results = await asyncio.gather(*(calls.submit(keys(str(each)), None) for each in range(64)))
     assert [each[0] for each in results] == [str(each) for each in range(64)]
     assert len(recorder.batches) == 1
@@ -62,7 +64,9 @@ async def test_tasks_of_one_iteration_share_a_batch() -> None:
 
 async def test_items_submitted_during_a_batch_share_the_next_one() -> None:
     recorder = Recorder(turns=5)
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(
+        taking_at_once(recorder.run), lanes=1, size=100, writes=True
+    )
     first = asyncio.create_task(calls.submit(keys("a"), None))
     while not recorder.batches:
         await asyncio.sleep(0)
@@ -72,7 +76,9 @@ async def test_items_submitted_during_a_batch_share_the_next_one() -> None:
 
 async def test_a_closed_loop_keeps_its_batches_whole() -> None:
     recorder = Recorder(turns=3)
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(
+        taking_at_once(recorder.run), lanes=1, size=100, writes=True
+    )
 
     async def worker(name: str) -> None:
         for _ in range(20):
@@ -84,7 +90,9 @@ async def test_a_closed_loop_keeps_its_batches_whole() -> None:
 
 async def test_a_large_call_is_split_and_comes_back_in_order() -> None:
     recorder = Recorder()
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(
+        taking_at_once(recorder.run), lanes=1, size=10, writes=True
+    )
     ids = [str(each) for each in range(35)]
     assert await calls.submit(keys(*ids), None) == ids
     assert [len(each) for each in recorder.batches] == [10, 10, 10, 5]
@@ -93,7 +101,9 @@ async def test_a_large_call_is_split_and_comes_back_in_order() -> None:
 async def test_a_failed_batch_gives_each_item_a_separate_error() -> None:
     recorder = Recorder()
     recorder.fail = UnavailableError("gone")
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(
+        taking_at_once(recorder.run), lanes=1, size=10, writes=True
+    )
     (one, other), (third,) = await asyncio.gather(
         calls.submit(keys("a", "b"), None), calls.submit(keys("c"), None)
     )
@@ -107,7 +117,7 @@ async def test_an_unexpected_exception_reaches_every_caller() -> None:
     async def broken(items: Sequence[Key]) -> list[str]:
         raise ZeroDivisionError
 
-    calls: Coalescer[Key, str] = Coalescer(broken, lanes=1, size=10, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(taking_at_once(broken), lanes=1, size=10, writes=True)
     results = await asyncio.gather(
         *(calls.submit(keys(each), None) for each in "ab"), return_exceptions=True
     )
@@ -119,7 +129,9 @@ async def test_an_unexpected_exception_reaches_every_caller() -> None:
 
 async def test_a_cancelled_item_outside_a_batch_is_removed() -> None:
     recorder = Recorder(turns=5)
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(
+        taking_at_once(recorder.run), lanes=1, size=10, writes=True
+    )
     first = asyncio.create_task(calls.submit(keys("a"), None))
     while not recorder.batches:
         await asyncio.sleep(0)
@@ -140,7 +152,7 @@ async def test_a_timeout_reports_whether_the_item_was_in_a_batch() -> None:
         await release.wait()
         return [each.id for each in items]
 
-    calls: Coalescer[Key, str] = Coalescer(slow, lanes=1, size=10, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(taking_at_once(slow), lanes=1, size=10, writes=True)
     taken = asyncio.create_task(calls.submit(keys("a"), 0.05))
     await started.wait()
     with pytest.raises(OperationTimeoutError) as queued:
@@ -152,6 +164,81 @@ async def test_a_timeout_reports_whether_the_item_was_in_a_batch() -> None:
     assert unknown.value.outcome_unknown
     release.set()
     await calls.drain()
+
+
+class StoreLock:
+    """A fake engine that waits for a lock before it takes the items, in a thread if so told."""
+
+    def __init__(self, *, in_thread: bool = False) -> None:
+        self.waiting, self.free = asyncio.Event(), asyncio.Event()
+        self.in_thread = in_thread
+        self.taken: list[str] = []
+
+    async def run(self, take: Take[Key]) -> list[str]:
+        self.waiting.set()
+        await self.free.wait()
+        items = await asyncio.to_thread(take) if self.in_thread else take()
+        assert take() == items
+        await asyncio.sleep(0.02)
+        self.taken += [each.id for each in items]
+        return [each.id for each in items]
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_items_are_withdrawn_until_their_batch_begins(in_thread: bool) -> None:
+    lock = StoreLock(in_thread=in_thread)
+    calls: Coalescer[Key, str] = Coalescer(lock.run, lanes=1, size=10, writes=True)
+    kept = asyncio.create_task(calls.submit(keys("kept"), None))
+    late = asyncio.create_task(calls.submit(keys("late"), 0.01))
+    cancelled = asyncio.create_task(calls.submit(keys("cancelled", "cancelled"), None))
+    await lock.waiting.wait()
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled  # it does not wait for the lock
+    with pytest.raises(OperationTimeoutError) as caught:
+        await late
+    assert (caught.value.outcome_unknown, caught.value.retryable) == (False, True)
+    lock.free.set()
+    assert await kept == ["kept"]
+    assert lock.taken == ["kept"]
+
+
+async def test_items_are_not_withdrawn_after_their_batch_has_begun() -> None:
+    lock = StoreLock()
+    calls: Coalescer[Key, str] = Coalescer(lock.run, lanes=1, size=10, writes=True)
+    late = asyncio.create_task(calls.submit(keys("late"), 0.01))
+    cancelled = asyncio.create_task(calls.submit(keys("cancelled"), None))
+    await lock.waiting.wait()
+    lock.free.set()
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    with pytest.raises(OperationTimeoutError) as caught:
+        await late
+    assert caught.value.outcome_unknown
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    assert sorted(lock.taken) == ["cancelled", "late"]
+
+
+async def test_a_batch_of_which_all_items_were_withdrawn_does_not_run() -> None:
+    lock = StoreLock()
+    calls: Coalescer[Key, str] = Coalescer(lock.run, lanes=1, size=10, writes=True)
+    with pytest.raises(OperationTimeoutError):
+        await calls.submit(keys("a"), 0.01)
+    lock.free.set()
+    await calls.drain()
+    assert not lock.taken
+    assert await calls.submit(keys("b"), None) == ["b"]
+
+
+async def test_a_batch_that_fails_before_it_begins_fails_its_calls() -> None:
+    async def locked(take: Take[Key]) -> list[str]:
+        del take
+        raise LockTimeoutError("locked")
+
+    calls: Coalescer[Key, str | StorageError] = Coalescer(locked, lanes=1, size=10, writes=True)
+    results = await asyncio.gather(*(calls.submit(keys(each), None) for each in "ab"))
+    assert [type(each) for [each] in results] == [LockTimeoutError] * 2
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -172,7 +259,7 @@ async def test_several_lanes_keep_the_order_of_each_key(seed: int) -> None:
         return [number for _, number in items]
 
     calls: Coalescer[tuple[Key, int], int] = Coalescer(
-        run, lanes=4, size=3, writes=True, key=lambda item: item[0]
+        taking_at_once(run), lanes=4, size=3, writes=True, key=lambda item: item[0]
     )
     waiting: list[asyncio.Task[object]] = []
     for number in range(200):
@@ -192,7 +279,9 @@ async def test_several_lanes_keep_the_order_of_each_key(seed: int) -> None:
 async def test_a_submit_after_the_end_of_a_lane_starts_another_lane() -> None:
     """A submit in the same event-loop iteration in which a lane ends must start another lane."""
     recorder = Recorder(turns=0)
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=10, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(
+        taking_at_once(recorder.run), lanes=1, size=10, writes=True
+    )
     for turns in range(12):
         await calls.submit(keys("a"), None)
         for _ in range(turns):
@@ -219,7 +308,7 @@ class Gate:
 @pytest.mark.parametrize("cancellations", [1, 2, 5])
 async def test_a_cancelled_write_in_a_batch_waits_for_the_batch(cancellations: int) -> None:
     gate = Gate()
-    calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(taking_at_once(gate.run), lanes=1, size=10, writes=True)
     task = asyncio.create_task(calls.submit(keys("a"), None))
     await gate.taken.wait()
     for _ in range(cancellations):
@@ -234,7 +323,7 @@ async def test_a_cancelled_write_in_a_batch_waits_for_the_batch(cancellations: i
 
 async def test_a_cancelled_large_call_waits_only_for_items_in_batches() -> None:
     gate = Gate()
-    calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=2, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(taking_at_once(gate.run), lanes=1, size=2, writes=True)
     task = asyncio.create_task(calls.submit(keys("a", "b", "c", "d"), None))
     await gate.taken.wait()
     task.cancel()
@@ -253,7 +342,7 @@ async def test_a_cancelled_write_waits_for_a_failing_batch() -> None:
         await fail.wait()
         raise UnavailableError("gone")
 
-    calls: Coalescer[Key, str] = Coalescer(run, lanes=1, size=10, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(taking_at_once(run), lanes=1, size=10, writes=True)
     task = asyncio.create_task(calls.submit(keys("a"), None))
     await started.wait()
     task.cancel()
@@ -266,7 +355,7 @@ async def test_a_cancelled_write_waits_for_a_failing_batch() -> None:
 
 async def test_a_cancelled_read_does_not_wait() -> None:
     gate = Gate()
-    calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=False)
+    calls: Coalescer[Key, str] = Coalescer(taking_at_once(gate.run), lanes=1, size=10, writes=False)
     task = asyncio.create_task(calls.submit(keys("a"), None))
     await gate.taken.wait()
     task.cancel()
@@ -278,7 +367,7 @@ async def test_a_cancelled_read_does_not_wait() -> None:
 
 async def test_a_timeout_of_reads_has_no_unknown_outcome() -> None:
     gate = Gate()
-    calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=False)
+    calls: Coalescer[Key, str] = Coalescer(taking_at_once(gate.run), lanes=1, size=10, writes=False)
     with pytest.raises(OperationTimeoutError) as late:
         await calls.submit(keys("a"), 0.01)
     assert (late.value.outcome_unknown, late.value.retryable) == (False, True)
@@ -289,7 +378,7 @@ async def test_a_timeout_of_reads_has_no_unknown_outcome() -> None:
 @pytest.mark.parametrize("timeout", ["1", True, float("nan"), [1], 10**400])
 async def test_an_invalid_timeout_is_refused(timeout: Any) -> None:
     gate = Gate()
-    calls: Coalescer[Key, str] = Coalescer(gate.run, lanes=1, size=10, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(taking_at_once(gate.run), lanes=1, size=10, writes=True)
     with pytest.raises(InvalidInputError, match="timeout"):
         await calls.submit(keys("a"), timeout)
     await calls.drain()
@@ -298,7 +387,9 @@ async def test_an_invalid_timeout_is_refused(timeout: Any) -> None:
 
 async def test_a_lane_that_is_cancelled_before_its_first_step_releases_its_callers() -> None:
     recorder = Recorder()
-    calls: Coalescer[Key, str] = Coalescer(recorder.run, lanes=1, size=100, writes=True)
+    calls: Coalescer[Key, str] = Coalescer(
+        taking_at_once(recorder.run), lanes=1, size=100, writes=True
+    )
     waiting = [asyncio.create_task(calls.submit(keys(each), None)) for each in "abc"]
     known = asyncio.all_tasks()
     while not (lanes := asyncio.all_tasks() - known):
@@ -345,7 +436,14 @@ class Locks:
         return key.id
 
     def coalescer(self, lanes: int = 1) -> Coalescer[Key, str | StorageError]:
-        return Coalescer(self.run, wait=self.wait, key=identity, lanes=lanes, size=100, writes=True)
+        return Coalescer(
+            taking_at_once(self.run),
+            wait=taking_at_once(self.wait),
+            key=identity,
+            lanes=lanes,
+            size=100,
+            writes=True,
+        )
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
@@ -400,7 +498,12 @@ async def test_items_of_a_locked_key_keep_their_order(lanes: int) -> None:
         return [number for _, number in items]
 
     calls: Coalescer[tuple[Key, int], int | StorageError] = Coalescer(
-        run, wait=wait, key=lambda item: item[0], lanes=lanes, size=2, writes=True
+        taking_at_once(run),
+        wait=taking_at_once(wait),
+        key=lambda item: item[0],
+        lanes=lanes,
+        size=2,
+        writes=True,
     )
     [key] = keys("a")
     tasks = [asyncio.create_task(calls.submit([(key, each)], None)) for each in range(9)]
@@ -416,7 +519,7 @@ async def test_a_lock_timeout_of_the_call_that_waits_is_final() -> None:
         return [LockTimeoutError("locked") for _ in items]
 
     calls: Coalescer[Key, str | StorageError] = Coalescer(
-        run, wait=run, key=identity, lanes=1, size=10, writes=True
+        taking_at_once(run), wait=taking_at_once(run), key=identity, lanes=1, size=10, writes=True
     )
     assert [type(each) for each in await calls.submit(keys("a"), None)] == [LockTimeoutError]
 
@@ -480,8 +583,8 @@ async def test_items_that_were_locked_and_cancellations_at_any_moment(seed: int)
         return [LockTimeoutError("locked") if each in locked else each.id for each in items]
 
     calls: Coalescer[Key, str | StorageError] = Coalescer(
-        lambda items: run(items, locks=True),
-        wait=lambda items: run(items, locks=False),
+        taking_at_once(lambda items: run(items, locks=True)),
+        wait=taking_at_once(lambda items: run(items, locks=False)),
         key=identity,
         lanes=3,
         size=2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from hf_async_store.coalescing import Coalescer
+from hf_async_store.coalescing import Coalescer, taking_at_once
 from hf_async_store.errors import StorageError
 from hf_async_store.strategies.dynamodb.claim_items import claim_parts, request_in
 from hf_async_store.strategies.dynamodb.errors import (
@@ -66,7 +66,7 @@ class ClaimStatements:
         self._client = client
         self._is_supported = True
         self._together: Coalescer[ClaimStatement, str | None | StorageError] = Coalescer(
-            self._execute, lanes=_LANES, size=MAX_STATEMENTS, writes=True
+            taking_at_once(self._execute), lanes=_LANES, size=MAX_STATEMENTS, writes=True
         )
 
     def can_express(self, item: Attributes) -> bool:

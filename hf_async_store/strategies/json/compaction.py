@@ -227,6 +227,11 @@ class Compactor:
             and pending > self._file_bytes(state) // _JOURNAL_DIVISOR
         )
 
+    def needed_bytes(self, state: StoreState) -> int:
+        """The disk space for the next compaction, which writes the files beside the old ones, and for the
+        journal until then."""
+        return self._file_bytes(state) + state.pending_bytes + self._config.write_buffer_size
+
     def _file_bytes(self, state: StoreState) -> int:
         return sum(0 if each is None else each.size for each in state.signatures.values())
 

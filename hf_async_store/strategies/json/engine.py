@@ -33,9 +33,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, TypeVar
 
-from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.changes import Change, Outcome, Record, TakeChanges
 from hf_async_store.config import JSONConfig, redacted
 from hf_async_store.declarations import are_equal, merged
+from hf_async_store.disk_space import free_bytes, too_little
 from hf_async_store.driver import (
     INTERFACE_VERSION,
     Capabilities,
@@ -407,7 +408,13 @@ class JSONEngine(Engine):
     # -- writing -----------------------------------------------------------------------------
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
+        return await self.write_unblocked(lambda: changes)
+
+    async def write_unblocked(self, take: TakeChanges) -> list[Outcome]:
         async with self.writing() as state:
+            changes = take()
+            if not changes:
+                return []
             view = self.view(state)
             view.layers.append({})
             outcomes = await view.write(changes, each=True)
@@ -601,6 +608,9 @@ class JSONEngine(Engine):
             problems.append(
                 f"the journal could not be compacted into the data files: {self.compactor.failure}"
             )
+        folder = self.files.nearest_folder()
+        free = free_bytes(folder)
+        problems += too_little(folder, free, self.compactor.needed_bytes(state))
         problems += await self._lock_problems(state)
         problems += await self._entity_problems(state)
         return {
@@ -613,7 +623,7 @@ class JSONEngine(Engine):
             "backups": {
                 name: [each.name for each in self.files.backups(name)] for name in self.files.names
             },
-            "free_bytes": self.files.free_bytes(),
+            "free_bytes": free,
             "problems": problems,
         }
 

@@ -553,14 +553,6 @@ class FileManager:
         """The folder, or its nearest existing parent."""
         return next(filter(_exists, (self.folder, *self.folder.parents)))
 
-    def free_bytes(self) -> int:
-        import shutil  # here, because it imports every compression module
-
-        try:
-            return shutil.disk_usage(self.nearest_folder()).free
-        except OSError as exc:
-            raise translate_os_error(exc, f"check {self.folder}") from exc
-
 
 async def read_file(path: Path, trusted: Container[str] = ()) -> DataFile | None:
     """Read a data file, gzip if its name ends with .gz; None if it does not exist.

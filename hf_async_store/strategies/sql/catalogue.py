@@ -23,6 +23,7 @@ from hf_async_store.errors import (
     CorruptionError,
     NewerFormatError,
     SchemaMismatchError,
+    StorageError,
 )
 from hf_async_store.expiry import Expire
 from hf_async_store.recorded_expiry import RecordedExpire, recorded_expire
@@ -44,6 +45,13 @@ class CatalogueChangedError(ConcurrencyConflictError):
             "another program changed the declarations of the store meanwhile: try again",
             retryable=True,
         )
+
+
+class TableMissingError(StorageError):
+    """A change of a collection whose table is made when it is first needed. Nothing was written."""
+
+    def __init__(self, collection: str) -> None:
+        super().__init__(f"the table of {collection!r} does not exist yet")
 
 
 class DeclaredField(msgspec.Struct, frozen=True, omit_defaults=True):

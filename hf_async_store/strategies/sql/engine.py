@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from hf_async_store.changes import Change, ChangedMatches, Outcome, Put, Record
-from hf_async_store.coalescing import Coalescer
+from hf_async_store.changes import Change, ChangedMatches, Outcome, Record, TakeChanges
+from hf_async_store.coalescing import Coalescer, taking_at_once
 from hf_async_store.config import SQLConfig, redacted
 from hf_async_store.driver import (
     INTERFACE_VERSION,
@@ -49,7 +49,6 @@ from hf_async_store.errors import (
     UnavailableError,
 )
 from hf_async_store.generators import Owned
-from hf_async_store.preconditions import no_longer_shared
 from hf_async_store.query import Query
 from hf_async_store.schema import (
     SYSTEM_COLLECTIONS,
@@ -147,7 +146,7 @@ class SQLEngine(Engine):
         self._recorded = False  # the latest types of fields were recorded
         # Batches that wait for the only writer share a commit, so that a page of an index is written once.
         self._shared_commits = Coalescer[Sequence[Change], list[Outcome]](
-            self._write_together, lanes=1, size=_CALLS_OF_A_COMMIT, writes=True
+            taking_at_once(self._write_together), lanes=1, size=_CALLS_OF_A_COMMIT, writes=True
         )
         self._prepare_lock = asyncio.Lock()
         self.begin_at_once: dict[str, int] = {}  # see `Replaces`
@@ -470,7 +469,7 @@ class SQLEngine(Engine):
 
     async def write_each(self, changes: Sequence[Change]) -> list[Outcome]:
         if not self._dialect.single_writer:
-            return await self._write(changes, patient=True)
+            return await self._write(lambda: changes, patient=True)
         [outcomes] = await self._shared_commits.submit([changes], None)
         if isinstance(outcomes, StorageError):
             raise outcomes
@@ -479,7 +478,7 @@ class SQLEngine(Engine):
     async def _write_together(self, calls: Sequence[Sequence[Change]]) -> list[list[Outcome]]:
         """The outcomes of several calls of `write_each`, which share one commit."""
         changes = calls[0] if len(calls) == 1 else list(chain.from_iterable(calls))
-        outcomes = iter(await self._write(changes, patient=True))
+        outcomes = iter(await self._write(lambda: changes, patient=True))
         return [list(islice(outcomes, len(each))) for each in calls]
 
     async def change_matches(self, query: Query, change: Change) -> ChangedMatches | None:
@@ -499,40 +498,29 @@ class SQLEngine(Engine):
     def shares_changes(self, key: Key) -> bool:
         return self._state is not None and self._writer.shares_changes(key.collection)
 
-    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
-        return await self._write(changes, patient=False)
+    async def write_unblocked(self, take: TakeChanges) -> list[Outcome]:
+        return await self._write(take, patient=False)
 
-    async def _write(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
-        outcomes = await self._retried(lambda: self._write_each(changes, patient=patient))
+    async def _write(self, take: TakeChanges, *, patient: bool) -> list[Outcome]:
+        outcomes = await self._retried(lambda: self._write_each(take, patient=patient))
         again = [n for n, each in enumerate(outcomes) if isinstance(each, CatalogueChangedError)]
         if again:
             # Other changes were applied before, and must not be reported as failed.
             self._ready = False
+            changes = take()
+            remaining = [changes[each] for each in again]
             found: list[Outcome]
             try:
-                found = await self._write([changes[each] for each in again], patient=patient)
+                found = await self._write(lambda: remaining, patient=patient)
             except StorageError as exc:
                 found = [exc.copy() for _ in again]
             for place, outcome in zip(again, found, strict=True):
                 outcomes[place] = outcome
         return outcomes
 
-    async def _write_each(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
+    async def _write_each(self, take: TakeChanges, *, patient: bool) -> list[Outcome]:
         async with self.writing() as lease:
-            writer = self._writer
-            # Another program may have changed the declarations since these were made of several changes.
-            late = {
-                n: no_longer_shared(each.key)
-                for n, each in enumerate(changes)
-                if type(each) is Put
-                and each.shared
-                and not writer.shares_changes(each.key.collection)
-            }
-            if not late:
-                return await writer.write_each(lease, changes, patient=patient)
-            others = [each for n, each in enumerate(changes) if n not in late]
-            outcomes = iter(await writer.write_each(lease, others, patient=patient))
-            return [late[n] if n in late else next(outcomes) for n in range(len(changes))]
+            return await self._writer.write_each(lease, take, patient=patient)
 
     @property
     def _writer(self) -> Writer:

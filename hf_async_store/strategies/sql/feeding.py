@@ -9,13 +9,13 @@ from contextlib import AbstractAsyncContextManager, suppress
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
-from hf_async_store.changes import Change, Outcome, Record
+from hf_async_store.changes import Outcome, Record, TakeChanges
 from hf_async_store.driver import FeedBatch
 from hf_async_store.errors import SchemaMismatchError, StorageError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.schema import SUBSCRIPTION_COLLECTION, EngineSchema
-from hf_async_store.strategies.sql.catalogue import Catalogue
+from hf_async_store.strategies.sql.catalogue import Catalogue, TableMissingError
 from hf_async_store.strategies.sql.claiming import ClaimingSQLEngine
 from hf_async_store.strategies.sql.feed import Feed, Source
 from hf_async_store.strategies.sql.feed_state import STEPS
@@ -134,10 +134,12 @@ class FeedingSQLEngine(ClaimingSQLEngine):
             async for each in records:
                 yield each
 
-    async def _write_each(self, changes: Sequence[Change], *, patient: bool) -> list[Outcome]:
-        if any(each.key.collection == _SUBSCRIPTIONS for each in changes):
+    async def _write_each(self, take: TakeChanges, *, patient: bool) -> list[Outcome]:
+        try:
+            return await super()._write_each(take, patient=patient)
+        except TableMissingError:
             await self._prepare_subscriptions()
-        return await super()._write_each(changes, patient=patient)
+        return await super()._write_each(take, patient=patient)
 
     async def _look_for_subscriptions(self) -> None:
         """Read the catalogue again if another program may have made the table since."""

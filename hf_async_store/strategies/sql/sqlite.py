@@ -29,6 +29,7 @@ from urllib.parse import quote
 import aiosqlite
 
 from hf_async_store.config import SQLConfig
+from hf_async_store.disk_space import free_bytes, too_little
 from hf_async_store.driver import Capabilities, Isolation, QueryPlan, run_to_completion
 from hf_async_store.errors import (
     ConfigurationError,
@@ -67,6 +68,9 @@ in smaller chunks, of about `_CHUNK_BYTES`."""
 
 _SAMPLE_SIZE: Final = 16
 _WAL_SUFFIXES: Final = ("-wal", "-shm")
+_WAL_BYTES: Final = 1 << 22
+"""The size of the log at which SQLite copies its pages into the database, which may grow by as much."""
+
 _BUSY_TIMEOUT_MS: Final = 20
 """How long SQLite itself waits for a lock. Then the store tries again, so that a cancellation can take
 effect in between."""
@@ -808,13 +812,15 @@ class SQLite(Dialect):
                 problems.append(f"{self._path}: {line}")
         if not os.access(self._path, os.W_OK):
             problems.append(f"{self._path} cannot be written")
-        space = os.statvfs(self._path.parent)
+        folder, wal_bytes = self._path.parent, _size(Path(f"{self._path}-wal"))
+        free = free_bytes(folder)
+        problems += too_little(folder, free, max(wal_bytes, _WAL_BYTES) + _WAL_BYTES)
         return {
             "path": str(self._path),
             "mode": oct(self._path.stat().st_mode & 0o777),
             "database_bytes": _size(self._path),
-            "wal_bytes": _size(Path(f"{self._path}-wal")),
-            "free_bytes": space.f_bavail * space.f_frsize,
+            "wal_bytes": wal_bytes,
+            "free_bytes": free,
             "problems": problems,
         }
 

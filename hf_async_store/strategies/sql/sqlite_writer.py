@@ -21,10 +21,20 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from msgspec.structs import replace
 
-from hf_async_store.changes import ABSENT, ANY, Change, ChangedMatches, Delete, Outcome, Patch, Put
+from hf_async_store.changes import (
+    ABSENT,
+    ANY,
+    Change,
+    ChangedMatches,
+    Delete,
+    Outcome,
+    Patch,
+    Put,
+    TakeChanges,
+)
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import StorageError
-from hf_async_store.preconditions import check_children
+from hf_async_store.preconditions import check_children, no_longer_shared
 from hf_async_store.query import Comparison, Query
 from hf_async_store.schema import Collection, Field
 from hf_async_store.strategies.sql import reading
@@ -74,18 +84,19 @@ class SQLiteWriter(Writer):
         self._statements: dict[tuple[str, tuple[int, ...] | None, int], str] = {}
 
     async def write_each(
-        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool = True
+        self, lease: LeasedConnection, take: TakeChanges, *, patient: bool = True
     ) -> list[Outcome]:
         """See `Writer`: in one transaction, if the database accepts all changes."""
         try:
-            return await lease.job(lambda connection: self._commit(connection, changes))
+            return await lease.job(lambda connection: self._commit(connection, take))
         except REFUSALS as exc:
+            changes = take()
             if len(changes) == 1:
                 return [exc]
         middle = len(changes) // 2
-        outcomes = await self.write_each(lease, changes[:middle])
+        outcomes = await self.write_each(lease, lambda: changes[:middle])
         try:
-            return outcomes + await self.write_each(lease, changes[middle:])
+            return outcomes + await self.write_each(lease, lambda: changes[middle:])
         except StorageError as exc:
             # The first half was applied, and must not be reported as failed.
             return outcomes + [exc.copy() for _ in changes[middle:]]
@@ -186,12 +197,20 @@ class SQLiteWriter(Writer):
             self._statements[place] = cached
         return cached
 
-    def _commit(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> list[Outcome]:
-        imports = len(changes) > 1 and all(_is_import(each) for each in changes)
-        if imports:
-            connection.execute(f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}")
+    def _commit(self, connection: sqlite3.Connection, take: TakeChanges) -> list[Outcome]:
+        imports = False
+
+        def write(connection: sqlite3.Connection) -> list[Outcome]:
+            nonlocal imports
+            changes = take()
+            self.check_tables(changes)
+            imports = len(changes) > 1 and all(map(_is_import, changes))
+            if imports:
+                connection.execute(f"PRAGMA wal_autocheckpoint = {_IMPORT_WAL_PAGES}")
+            return self._decided(connection, changes) if changes else []
+
         try:
-            return committed(connection, lambda connection: self._decided(connection, changes))
+            return committed(connection, write)
         finally:
             if imports:
                 connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
@@ -226,6 +245,7 @@ class _Batch:
         self._names = writer.tables.names
         self._references = writer.references
         self._statement = writer.statement
+        self._shares = writer.shares_changes
         self._connection = connection
         self._rows: dict[Key, Stored | None] = {}  # as they are with the changes so far
         self._parents: dict[Key, bool] = {}  # whether an entity that is not in `_rows` exists
@@ -331,6 +351,8 @@ class _Batch:
         table = self._tables[key.collection]
         stored = self._rows[key]
         try:
+            if type(change) is Put and change.shared and not self._shares(key.collection):
+                raise no_longer_shared(key)
             if stored is not None:
                 stored = self._judged(table, change, stored)
             row = new_row(table, change, stored)

@@ -11,10 +11,11 @@ from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Final
 
-from hf_async_store.changes import Change, ChangedMatches, Outcome, Patch
+from hf_async_store.changes import Change, ChangedMatches, Outcome, Patch, Put, TakeChanges
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
 from hf_async_store.event_loop import computed
+from hf_async_store.preconditions import no_longer_shared
 from hf_async_store.query import Query
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
 from hf_async_store.strategies.sql.combining import combined, is_plain
@@ -63,9 +64,27 @@ class StatementWriter(Writer):
         self._encoder = Encoder(tables, WriteStatements(tables, references=self.references))
 
     async def write_each(
-        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool = True
+        self, lease: LeasedConnection, take: TakeChanges, *, patient: bool = True
     ) -> list[Outcome]:
         """See `Writer`."""
+        changes = take()
+        self.check_tables(changes)
+        # Another program may have changed the declarations since these were made of several changes.
+        late = {
+            n: no_longer_shared(each.key)
+            for n, each in enumerate(changes)
+            if type(each) is Put and each.shared and not self.shares_changes(each.key.collection)
+        }
+        others = [each for n, each in enumerate(changes) if n not in late] if late else changes
+        outcomes = await self._write_others(lease, others, patient=patient) if others else []
+        if not late:
+            return outcomes
+        found = iter(outcomes)
+        return [late[n] if n in late else next(found) for n in range(len(changes))]
+
+    async def _write_others(
+        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool
+    ) -> list[Outcome]:
         if any(each.mark is not None for each in changes):
             patience = Patience(self.config.timeout if patient else 0)
             return await self._write_marked(lease, changes, patience, patient=patient)

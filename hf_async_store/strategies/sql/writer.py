@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hf_async_store.changes import Change, ChangedMatches, Outcome
+from hf_async_store.changes import Change, ChangedMatches, Outcome, TakeChanges
 from hf_async_store.config import SQLConfig
 from hf_async_store.query import Query
+from hf_async_store.strategies.sql.catalogue import TableMissingError
 
 if TYPE_CHECKING:
     from hf_async_store.strategies.sql.connections import LeasedConnection
@@ -44,9 +45,19 @@ class Writer(ABC):
 
     @abstractmethod
     async def write_each(
-        self, lease: LeasedConnection, changes: Sequence[Change], *, patient: bool = True
+        self, lease: LeasedConnection, take: TakeChanges, *, patient: bool = True
     ) -> list[Outcome]:
-        """See `Engine.write_each`; if not `patient`, `Engine.write_unblocked`."""
+        """See `Engine.write_unblocked`; if `patient`, it waits for locked entities, as `write_each` does.
+
+        Raises:
+            TableMissingError.
+        """
+
+    def check_tables(self, changes: Iterable[Change]) -> None:
+        """Raise TableMissingError unless all changes have a table."""
+        for each in changes:
+            if each.key.collection not in self.tables.by_name:
+                raise TableMissingError(each.key.collection)
 
     async def change_matches(
         self, lease: LeasedConnection, query: Query, change: Change
