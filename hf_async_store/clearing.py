@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from typing import Final
 
@@ -11,6 +10,7 @@ from msgspec.structs import replace
 from hf_async_store.changes import Delete, Outcome
 from hf_async_store.driver import Engine, run_to_completion
 from hf_async_store.errors import PartialChangeError, ReferenceViolationError, StorageError
+from hf_async_store.event_loop import pause
 from hf_async_store.generators import Owned
 from hf_async_store.query import Order, Query, position_of
 from hf_async_store.schema import Collection
@@ -74,7 +74,7 @@ class Clearing:
                 return referenced
             after = position_of(query, collection.id_of(page[-1]), page[-1])
             query = replace(query, after=after)
-            await asyncio.sleep(0)
+            await pause()
 
     async def _read(self, query: Query) -> list[Entity]:
         async with Owned(self._engine.select_batches(query)) as batches:

@@ -141,11 +141,13 @@ class _ClosingConnection(sqlite3.Connection):
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
         """See `sqlite3.Connection.execute`, which does not call `cursor`."""
-        return self.cursor().execute(sql, parameters)
+        cursor: sqlite3.Cursor = self.cursor()
+        return cursor.execute(sql, parameters)
 
     def executemany(self, sql: str, parameters: Any, /) -> sqlite3.Cursor:
         """See `sqlite3.Connection.executemany`."""
-        return self.cursor().executemany(sql, parameters)
+        cursor: sqlite3.Cursor = self.cursor()
+        return cursor.executemany(sql, parameters)
 
     def close(self) -> None:
         """See `sqlite3.Connection.close`."""
