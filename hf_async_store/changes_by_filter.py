@@ -6,7 +6,6 @@ another one, it is read and judged again. So an entity that has stopped matching
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Final, cast
 
@@ -21,6 +20,7 @@ from hf_async_store.errors import (
     PartialChangeError,
     StorageError,
 )
+from hf_async_store.event_loop import pause
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query, compile_filter, position_of
 from hf_async_store.returning_updates import Primitives
@@ -123,7 +123,7 @@ class ChangesByFilter:
             if entities:
                 await self._store._write(self._changes(entities), None)
                 self._changed(entities)
-            await asyncio.sleep(0)  # an engine in memory may not have awaited anything
+            await pause()  # an engine in memory may not have awaited anything
 
     async def _read(self, query: Query) -> AsyncGenerator[list[Entity], None]:
         if query.limit == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from typing import Final
 
@@ -10,6 +9,7 @@ from hf_async_store.changes import Delete, Outcome
 from hf_async_store.driver import Engine, run_to_completion
 from hf_async_store.entity_rewriting import pages
 from hf_async_store.errors import PartialChangeError, ReferenceViolationError, StorageError
+from hf_async_store.event_loop import pause
 from hf_async_store.generators import Owned
 from hf_async_store.query import Order, Query
 from hf_async_store.schema import Collection
@@ -68,7 +68,7 @@ class Clearing:
                 # To the end, as for every write that is cancelled.
                 outcomes = await run_to_completion(self._engine.write_each(changes))
                 referenced = self._count(outcomes) or referenced
-                await asyncio.sleep(0)
+                await pause()
         return referenced
 
     def _count(self, outcomes: Iterable[Outcome]) -> ReferenceViolationError | None:

@@ -8,7 +8,6 @@ schema by another program, and with it the write.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
@@ -23,6 +22,7 @@ from hf_async_store.errors import (
     StorageError,
     UnavailableError,
 )
+from hf_async_store.event_loop import pause
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query, build_query, position_of
 from hf_async_store.schema import Collection
@@ -103,7 +103,7 @@ async def _rewrite_page(
             count, conflicts = await _write(engine, [each for each in patches if each is not None])
             written += count
             changed += conflicts
-            await asyncio.sleep(0)
+            await pause()
         if not changed:
             return written
         if not await backoff.pause():

@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import islice
+from heapq import heapify, heappop, heappush
+from itertools import count, islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Protocol, Self, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,12 @@ Parameters = ParamSpec("Parameters")
 
 Garbage: TypeAlias = "dict[Any, Any] | list[Any]"
 
-_STEP_SECONDS: Final = 0.004
+_ITERATION_SECONDS: Final = 0.002
+"""How long each iteration of the event loop is held by pieces of long work, before the last of them."""
+
+_SHORT_PIECES: Final = 8
+"""The maximum number of pieces in an iteration, if they are short."""
+
 _FREE_ITEMS: Final = 32
 _FREE_ENTRIES: Final = 512
 
@@ -95,33 +102,99 @@ def one_thread() -> Iterator[RunInThread]:
         threads.shutdown(wait=False)
 
 
-class TimedSteps:
-    """Divides long work whose pieces take different times: `await steps.pause()` after each piece.
+class LongWork:
+    """Work of an event loop that is divided into pieces; see `long_work`.
 
-    If the pieces since the last pause took some milliseconds, the event loop runs other tasks.
+    Each iteration of the loop has some milliseconds for pieces, however many tasks have such work: with one
+    of each, an iteration would be the longer the more tasks there are. They take turns, in the order in
+    which they began to wait.
     """
 
-    __slots__ = ("_end",)
+    __slots__ = ("_end", "_numbers", "_scheduled", "_waiting")
 
     def __init__(self) -> None:
-        self._end = monotonic() + _STEP_SECONDS
+        # Of the time in this iteration; None: it has had no piece yet.
+        self._end: float | None = None
+        self._scheduled = False  # `_next_iteration` will be called in the next iteration
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []  # a heap, by number
+        self._numbers = count()
 
     async def pause(self) -> None:
-        if monotonic() >= self._end:
-            await asyncio.sleep(0)
-            self._end = monotonic() + _STEP_SECONDS
+        """Called after each piece: the event loop runs other tasks, and other long work."""
+        if not self._waiting:
+            await asyncio.sleep(0)  # takes one iteration, what follows two
+            if not self._waiting and self._may_continue():
+                return
+        loop = asyncio.get_running_loop()
+        number = next(self._numbers)
+        while True:
+            turn: asyncio.Future[None] = loop.create_future()
+            heappush(self._waiting, (number, turn))
+            self._schedule()
+            try:
+                await turn
+            except BaseException:
+                self._waiting = [each for each in self._waiting if each[1] is not turn]
+                heapify(self._waiting)
+                raise
+            if self._may_continue():
+                return
+
+    async def pause_if_due(self) -> None:
+        """As `pause`, if long work has taken its time in this iteration: for pieces that take different
+        times, and before the first one."""
+        if not self._may_continue():
+            await self.pause()
+
+    def _may_continue(self) -> bool:
+        now = monotonic()
+        if self._end is None:
+            self._end = now + _ITERATION_SECONDS
+            self._schedule()
+        return now < self._end
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._next_iteration)
+
+    def _next_iteration(self) -> None:
+        self._end, self._scheduled = None, False
+        for _ in range(min(len(self._waiting), _SHORT_PIECES)):
+            _, turn = heappop(self._waiting)
+            if not turn.done():  # as it is after a cancellation
+                turn.set_result(None)
+        if self._waiting:
+            self._schedule()
+
+
+_BY_LOOP: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, LongWork]] = WeakKeyDictionary()
+
+
+def long_work() -> LongWork:
+    """The long work of the event loop that runs."""
+    loop = asyncio.get_running_loop()
+    work = _BY_LOOP.get(loop)
+    if work is None:
+        work = _BY_LOOP[loop] = LongWork()
+    return work
+
+
+async def pause() -> None:
+    """See `LongWork.pause`."""
+    await long_work().pause()
 
 
 async def reclaim(garbage: Garbage) -> None:
     """Empty a container in small steps: in one step it would block the event loop."""
-    steps = TimedSteps()
+    work = long_work()
     while garbage:
         if isinstance(garbage, dict):
             for _ in range(min(len(garbage), _FREE_ENTRIES)):
                 garbage.popitem()
         else:
             del garbage[-_FREE_ITEMS:]
-        await steps.pause()
+        await work.pause_if_due()
 
 
 class Chunks(Generic[Item]):
@@ -144,7 +217,7 @@ class Chunks(Generic[Item]):
 
     async def __anext__(self) -> list[Item]:
         if self._state == "started":
-            await asyncio.sleep(0)
+            await pause()
         chunk = [] if self._state == "ended" else list(islice(self._items, self._size))
         if not chunk:
             raise StopAsyncIteration

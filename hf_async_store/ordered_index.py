@@ -20,7 +20,7 @@ import msgspec
 
 from hf_async_store.collector import GatheredObjects
 from hf_async_store.errors import StorageError
-from hf_async_store.event_loop import Garbage
+from hf_async_store.event_loop import Garbage, long_work, pause
 from hf_async_store.query import Missing
 from hf_async_store.schema import Collection, Index
 from hf_async_store.sort_bytes import is_exact, sort_bytes
@@ -243,8 +243,8 @@ Fields: TypeAlias = "tuple[str, ...]"
 
 ReadValues: TypeAlias = "Callable[[str, Stored], Sequence[Value | Missing]]"
 
-_BUILD_CHUNK: Final = 512
-"""How many entities are indexed before control returns to the event loop: 1 to 3 ms."""
+_BUILD_CHUNK: Final = 128
+"""How many entities are indexed in one piece: up to 1 ms."""
 
 _CHANGE_CHUNK: Final = 64
 _RUN: Final = 4096
@@ -383,11 +383,11 @@ class Indexes(Generic[Stored]):
                 # Each new block is traversed once. Otherwise all are, in one step of 50 ms or more:
                 # freeing the entries delays the next collection.
                 gc.collect(0)
-                await asyncio.sleep(0)
+                await pause()
             while max(len(before), len(self._before)) > _CHANGE_CHUNK and built is self._built:
                 self._apply(before, {fields: index})
                 self._apply(self._before, built)
-                await asyncio.sleep(0)
+                await pause()
             if built is self._built:  # the indexes were not dropped meanwhile
                 self._apply(before, {fields: index})
                 self._apply(self._before, built)
@@ -416,7 +416,7 @@ class Indexes(Generic[Stored]):
     ) -> list[list[Entry]]:
         built = self._built
         live = ids is self.entities
-        gathered = GatheredObjects()
+        work, gathered = long_work(), GatheredObjects()
         runs: list[list[Entry]] = [[]]
         for number, entity_id in enumerate(ids, 1):
             stored = before[entity_id] if entity_id in before else self.entities[entity_id]
@@ -427,7 +427,7 @@ class Indexes(Generic[Stored]):
                     runs[-1].sort()
                     runs.append([])
                 gathered.add(_BUILD_CHUNK)
-                await asyncio.sleep(0)
+                await work.pause_if_due()
                 if built is not self._built or (live and before):
                     break
         runs[-1].sort()
@@ -437,7 +437,7 @@ class Indexes(Generic[Stored]):
         """Apply every recorded change to the indexes; the last chunk without an await after it."""
         while len(self._before) > _CHANGE_CHUNK:
             self._apply(self._before, self._built)
-            await asyncio.sleep(0)
+            await pause()
         self._apply(self._before, self._built)
 
     def _apply(
@@ -522,7 +522,7 @@ async def sorted_runs(items: Sequence[Sortable]) -> list[list[Sortable]]:
     runs = []
     for start in range(0, len(items), _RUN):
         if start:
-            await asyncio.sleep(0)
+            await pause()
         runs.append(sorted(items[start : start + _RUN]))
     return runs
 
@@ -535,7 +535,7 @@ async def sorted_in_steps(items: list[Sortable]) -> list[Sortable]:
     ordered: list[Sortable] = []
     for piece in merged_runs(runs):
         ordered += piece
-        await asyncio.sleep(0)
+        await pause()
     return ordered
 
 

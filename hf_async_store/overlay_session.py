@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
@@ -12,6 +11,7 @@ from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.claim_records import claim_key
 from hf_async_store.driver import Session
 from hf_async_store.errors import StorageError
+from hf_async_store.event_loop import pause
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query, compile_filter, ordered
 from hf_async_store.values import Entity, Key, copy_entity
@@ -56,7 +56,7 @@ class OverlaySession(Session):
         async def batches() -> AsyncGenerator[list[tuple[str, Entity]], None]:
             while some := list(islice(entities, _ROWS_PER_STEP)):
                 yield [each for each in some if matches(each[1])]
-                await asyncio.sleep(0)
+                await pause()
 
         async with Owned(batches()) as matching, Owned(ordered(matching, query)) as rows:
             async for entity_id, entity in rows:

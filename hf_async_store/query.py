@@ -9,7 +9,6 @@ memory.
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 import operator
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import msgspec
 
 from hf_async_store.errors import InvalidCursorError, InvalidQueryError, UnsupportedValueError
-from hf_async_store.event_loop import Chunks, computed
+from hf_async_store.event_loop import Chunks, computed, pause
 from hf_async_store.field_checks import OPERATOR_CALLS, operand_problem, type_of, usual_operands
 from hf_async_store.sealed_text import sealed, unsealed
 from hf_async_store.values import (
@@ -1175,7 +1174,7 @@ async def ordered(
     async for batch in batches:
         for start in range(0, len(batch), _RUN_SIZE):
             if runs.add(batch[start : start + _RUN_SIZE]):
-                await asyncio.sleep(0)
+                await pause()
     async for rows in Chunks(islice(runs.merged(), query.limit), _ROWS_PER_ITERATION):
         for row in rows:
             yield id_of(row.key[-1]), row.entity

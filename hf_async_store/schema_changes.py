@@ -18,7 +18,6 @@ type, and is only counted here. The changes have these kinds:
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -29,6 +28,7 @@ import msgspec
 from hf_async_store.driver import Engine, SchemaChange, SchemaProgress
 from hf_async_store.entity_rewriting import NewFields, pages, reporting, rewrite
 from hf_async_store.errors import InvalidFieldError, SchemaMismatchError
+from hf_async_store.event_loop import pause
 from hf_async_store.generators import Owned
 from hf_async_store.recorded_expiry import recorded_expire
 from hf_async_store.schema import Collection, Field, Index, Schema
@@ -79,7 +79,7 @@ async def compared(engine: Engine, schema: Schema) -> list[SchemaChange]:
                     found.examine(entity)
                 for entity, name in await parents.of(page):
                     found.add(entity, name, "reference")
-                await asyncio.sleep(0)
+                await pause()
         changes += found.changes()
     return changes
 

@@ -6,13 +6,12 @@ values for the indexes and for each view. So a view costs what changes while it 
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from hf_async_store.event_loop import Garbage, reclaim
+from hf_async_store.event_loop import Garbage, pause, reclaim
 from hf_async_store.ordered_index import Indexes, record_before
 from hf_async_store.query import Missing
 from hf_async_store.schema import Collection
@@ -126,7 +125,7 @@ class Table(ABC, Generic[Stored]):
             for number, (entity_id, stored) in enumerate(self.entities.items(), 1):
                 found.replace(entity_id, None, self.unchecked(entity_id, stored))
                 if not number % _MERGE_CHUNK:
-                    await asyncio.sleep(0)
+                    await pause()
             self._owners[fields] = found
         return found
 
@@ -148,7 +147,7 @@ class Table(ABC, Generic[Stored]):
             if entity is not None:
                 found.add(Key(name, entity_id), entity)
             if not number % _MERGE_CHUNK:
-                await asyncio.sleep(0)
+                await pause()
 
     def _follow(self, images: Mapping[str, Stored | None]) -> None:
         for entity_id, stored in images.items():
@@ -169,16 +168,16 @@ class Table(ABC, Generic[Stored]):
 
         The copy is made in chunks, so no other images may be applied until it is complete.
         """
-        await asyncio.sleep(0)
+        await pause()
         merged = Merged(
             self.entities.copy(), dict[str, Stored | None]()
         )  # one step, and a large one
-        await asyncio.sleep(0)
+        await pause()
         remaining = iter(images.items())
         while chunk := dict(islice(remaining, _MERGE_CHUNK)):
             merged.before.update(zip(chunk, map(self.entities.get, chunk), strict=True))
             self._put(merged.entities, chunk)
-            await asyncio.sleep(0)
+            await pause()
         return merged
 
     def apply(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 from abc import abstractmethod
 from bisect import bisect_left, bisect_right
@@ -16,7 +15,7 @@ import msgspec
 from hf_async_store.access_path import AccessPath, Conditions, Stream
 from hf_async_store.changes import Record
 from hf_async_store.driver import QueryPlan, Reader
-from hf_async_store.event_loop import computed
+from hf_async_store.event_loop import computed, pause
 from hf_async_store.generators import Owned
 from hf_async_store.ordered_index import (
     Entry,
@@ -97,7 +96,7 @@ class TableReader(Reader, Generic[Stored]):
             if first is not None:
                 for start in range(0, len(first), _BATCH):
                     yield first[start : start + _BATCH]
-                    await asyncio.sleep(0)
+                    await pause()
                 return
             left = query.limit
             async with Owned(reading.rows()) as chunks:
@@ -224,7 +223,7 @@ async def _count(index: OrderedIndex, spans: list[Span]) -> int:
     total = 0
     for start in range(0, len(spans), _COUNTED_SPANS):
         if start:
-            await asyncio.sleep(0)
+            await pause()
         total += sum(map(index.count, spans[start : start + _COUNTED_SPANS]))
     return total
 
@@ -277,7 +276,7 @@ class _Reading(Generic[Stored]):
                 entry = self._moment.indexes.entry(self.path.fields, entity_id, stored)
                 self._entries.append(entry)
             if not number % _BATCH:
-                await asyncio.sleep(0)
+                await pause()
         self._entries = await sorted_in_steps(self._entries)
 
     def _get(self, entity_id: str) -> Stored | None:
@@ -294,7 +293,7 @@ class _Reading(Generic[Stored]):
             for ids, in_order in self._groups():
                 if in_order:
                     yield self._matching(ids)
-                    await asyncio.sleep(0)
+                    await pause()
                     continue
                 group = self._sorted(ids) if self._query.order else self._sorted_by_id(ids)
                 async with Owned(group) as chunks:
@@ -309,7 +308,7 @@ class _Reading(Generic[Stored]):
             later = piece if after is None else piece[bisect_right(piece, after.id) :]
             for start in range(0, len(later), self._batch):
                 yield self._matching(later[start : start + self._batch])
-                await asyncio.sleep(0)
+                await pause()
 
     async def _sorted(self, ids: list[str]) -> AsyncGenerator[list[Row[Stored]], None]:
         # Only sort keys are kept in memory; an entity is decoded again when it is yielded.
@@ -330,7 +329,7 @@ class _Reading(Generic[Stored]):
         for start in range(0, len(ids), self._batch):
             rows = self._matching(ids[start : start + self._batch])
             yield [(entity_id, peek(entity_id, stored)) for entity_id, stored in rows]
-            await asyncio.sleep(0)
+            await pause()
 
     def _matching(self, ids: Iterable[str]) -> list[Row[Stored]]:
         rows = self._existing(ids)
@@ -423,7 +422,7 @@ class _Reading(Generic[Stored]):
             total = 0
             for batch in self._batches():
                 total += len(self._matching([entity_id for _, entity_id in batch]))
-                await asyncio.sleep(0)
+                await pause()
             return total
         finally:
             self._index.release()

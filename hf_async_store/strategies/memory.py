@@ -31,7 +31,7 @@ from hf_async_store.errors import (
     StorageError,
     StoreClosedError,
 )
-from hf_async_store.event_loop import Chunks, TimedSteps
+from hf_async_store.event_loop import Chunks, long_work
 from hf_async_store.locks import ReaderWriterLock
 from hf_async_store.query import MISSING, Missing, Query
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
@@ -164,12 +164,12 @@ class _Snapshot(TableReader[Entity]):
 class _MemorySession(_OverlayReader, Session):
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        steps = TimedSteps()
+        work = long_work()
         for change in changes:
             outcomes.append(self.overlay.apply(change))
             if isinstance(outcomes[-1], StorageError):
                 break
-            await steps.pause()
+            await work.pause_if_due()
         return outcomes
 
     @asynccontextmanager
@@ -304,10 +304,10 @@ class MemoryEngine(Engine):
             await self._find_owners()
             overlay = self._overlay()
             outcomes: list[Outcome] = []
-            steps = TimedSteps()
+            work = long_work()
             for each in changes:  # a deletion may look at all children
                 outcomes.append(overlay.apply(each))
-                await steps.pause()
+                await work.pause_if_due()
             await self._commit(overlay)
             return outcomes
 

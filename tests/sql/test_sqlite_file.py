@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sqlite3
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -550,3 +552,18 @@ async def test_a_cursor_that_is_still_referenced_does_not_keep_the_file_open(
         assert await cursor.fetchone() is not None
     assert open_files(tmp_path) == []
     del cursor
+
+
+async def test_a_statement_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    """A connection of Python's sqlite3 references all of its cursors, also freed ones, in some cases."""
+
+    def references() -> int:
+        gc.collect()
+        return sum(type(each) is weakref.ReferenceType for each in gc.get_objects())
+
+    async with open_store(f"sqlite:{tmp_path}/store.db") as store:
+        await store.save_entity("templates", {"template_id": "t-1"})
+        before = references()
+        for _ in range(1000):
+            await store.get_entity("templates", "t-1")
+        assert references() - before < 500

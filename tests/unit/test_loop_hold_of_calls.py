@@ -74,6 +74,10 @@ async def all_by_key_in_transaction(store: StorageStrategy) -> list[Any]:
         return await tx.get_entities("jobs", IDS)
 
 
+async def counts_of_many_tasks(store: StorageStrategy) -> None:
+    await asyncio.gather(*(store.count_entities("jobs", {"host": "h1"}) for _ in range(64)))
+
+
 async def change_in_transaction(store: StorageStrategy) -> int:
     async with store.begin_transaction() as tx:
         return await tx.update_where("jobs", {"status": "s1"}, {"host": "h"}, limit=5_000)
@@ -96,6 +100,7 @@ CASES: Final[dict[str, Callable[[StorageStrategy], Awaitable[Any]]]] = {
     "two pages": two_pages,
     "explain": lambda s: s.explain_query("jobs", {"name": in_(NAMES)}),
     "count by": lambda s: s.count_by("jobs", "name"),
+    "counts of 64 tasks": counts_of_many_tasks,
     "sort": lambda s: s.query_entities("jobs", order_by="host"),
     "by key": lambda s: s.get_entities("jobs", IDS),
     "by key, in a transaction": all_by_key_in_transaction,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from operator import itemgetter
@@ -13,7 +12,7 @@ import msgspec
 from hf_async_store.changes import Record
 from hf_async_store.driver import QueryPlan
 from hf_async_store.errors import InvalidQueryError, UnavailableError
-from hf_async_store.event_loop import Chunks, computed
+from hf_async_store.event_loop import Chunks, computed, pause
 from hf_async_store.generators import Owned
 from hf_async_store.query import (
     EVERYTHING,
@@ -326,7 +325,7 @@ class Reading:
                         entities += [
                             e for e in found if lifetime is None or not lifetime.is_over(e)
                         ]
-                        await asyncio.sleep(0)
+                        await pause()
                     if limit is not None and len(entities) >= limit:
                         return entities[:limit]
         except StatementRefused as exc:
@@ -494,7 +493,7 @@ class _Rows:
                 for item in items:
                     number += 1
                     if number % _DECODE_BATCH == 0:
-                        await asyncio.sleep(0)
+                        await pause()
                     entity = self._match(item)
                     if entity is not None:
                         sort_key = sort_key_of(cast("str", entity[key]), entity)
@@ -542,7 +541,7 @@ class _Rows:
                     # To free all items of several pages at once would hold the event loop.
                     del items[:_DECODE_BATCH]
                     yield batch
-                    await asyncio.sleep(0)
+                    await pause()
 
     async def count_matches(self) -> int:
         """The number of matching rows, counted by DynamoDB."""

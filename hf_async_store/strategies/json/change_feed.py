@@ -9,7 +9,6 @@ the earlier journals.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import AsyncGenerator, Iterable, Iterator
@@ -21,6 +20,7 @@ from typing import Final, NamedTuple
 from hf_async_store.changes import Record
 from hf_async_store.driver import FeedBatch, FeedEntry
 from hf_async_store.errors import CorruptionError, FeedExpiredError, InvalidCursorError
+from hf_async_store.event_loop import pause
 from hf_async_store.schema import Collection
 from hf_async_store.strategies.json.files import FileManager
 from hf_async_store.strategies.json.journal import (
@@ -377,7 +377,7 @@ class _Batch:
             if self.is_full:
                 return place
             if not number % _DECODED:
-                await asyncio.sleep(0)
+                await pause()
         return _Place(commit.position)
 
     def _entry(self, change: _Change, place: _Place) -> FeedEntry:

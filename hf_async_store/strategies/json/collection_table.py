@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Final, cast
@@ -10,6 +9,7 @@ from typing import Any, Final, cast
 import msgspec
 
 from hf_async_store.errors import CorruptionError
+from hf_async_store.event_loop import pause
 from hf_async_store.query import MISSING, Missing
 from hf_async_store.schema import Collection
 from hf_async_store.strategies.json.serializer import (
@@ -88,7 +88,7 @@ class CollectionTable(Table[StoredEntity]):
                 except CorruptionError:
                     found[entity_id] = self._identified(entity_id)
             if not number % _CHUNK_SIZE:
-                await asyncio.sleep(0)
+                await pause()
         return found
 
     def _identified(self, entity_id: str) -> bytes:

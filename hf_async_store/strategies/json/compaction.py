@@ -24,6 +24,7 @@ import msgspec
 from hf_async_store.config import JSONConfig
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import DataFileConflictError, LockTimeoutError, StorageError
+from hf_async_store.event_loop import pause
 from hf_async_store.locks import FileLock
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.json.files import SYSTEM_SECTIONS, FileManager
@@ -511,7 +512,7 @@ async def _encode_lines(entities: Mapping[str, StoredEntity]) -> AsyncGenerator[
         for lines in _pieces(chunk):
             remaining -= len(lines)
             yield section_lines(lines) + (b",\n" if remaining else b"\n")
-            await asyncio.sleep(0)
+            await pause()
 
 
 def _pieces(chunk: dict[str, StoredEntity]) -> Iterator[dict[str, bytes]]:

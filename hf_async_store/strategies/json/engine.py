@@ -59,7 +59,7 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     StorageError,
 )
-from hf_async_store.event_loop import Chunks, in_thread
+from hf_async_store.event_loop import Chunks, in_thread, pause
 from hf_async_store.generators import Owned
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
@@ -672,7 +672,7 @@ class JSONEngine(Engine):
                 size += memoryview(stored).nbytes
                 if size > _HEALTH_CHUNK:
                     size = 0
-                    await asyncio.sleep(0)
+                    await pause()
         return problems
 
     def _undeclared_sections(self, state: StoreState) -> list[str]:

@@ -8,7 +8,6 @@ caller retries if another process wrote meanwhile.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
@@ -24,7 +23,7 @@ from hf_async_store.errors import (
     DataFileConflictError,
     StorageError,
 )
-from hf_async_store.event_loop import TimedSteps, in_thread, reclaim
+from hf_async_store.event_loop import in_thread, long_work, pause, reclaim
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.schema import Schema
 from hf_async_store.strategies.json.collection_table import CollectionTable
@@ -343,8 +342,9 @@ class StoreLoader:
         Returns:
             Whether all commits of the generation were applied.
         """
-        steps = TimedSteps()
+        work = long_work()
         for entry in journal.entries:
+            await work.pause_if_due()
             if entry.kind is Kind.COMMIT:
                 try:
                     images = await self.commit(state, entry, recovering=recover_from is not None)
@@ -354,7 +354,6 @@ class StoreLoader:
                     return False
                 await state.reclaim()
                 await reclaim_images(entry, images)
-            await steps.pause()
         return journal.complete
 
     async def commit(
@@ -631,9 +630,9 @@ async def _members(data: StoredEntity, what: str, *, unique: bool) -> dict[str, 
         # This takes longer, determines the cause, and refuses duplicate names.
         return await in_thread(parse_object, data, what)
     if unique:
-        await asyncio.sleep(0)
+        await pause()
         for _ in refuse_duplicates(bytes(data), members, what):
-            await asyncio.sleep(0)
+            await pause()
     return members
 
 
@@ -655,7 +654,7 @@ async def _load_lines(section: CollectionTable, data: bytes, start: int, *, trus
         section.entities.update(chunk)
         if len(section.entities) != number:
             raise OtherLayout
-        await asyncio.sleep(0)
+        await pause()
     return end
 
 
@@ -682,7 +681,7 @@ async def scan_file(
             yield each
         if failure is not None:
             raise failure
-        await asyncio.sleep(0)
+        await pause()
 
 
 def _fill(batch: list[tuple[Entry, int]], entries: Iterator[tuple[Entry, int]]) -> bool:
@@ -726,7 +725,7 @@ async def parse_commit(chunks: Sequence[bytes]) -> dict[str, dict[str, bytes | N
                 )
                 if section_ended:
                     section = None
-                await asyncio.sleep(0)
+                await pause()
                 continue
             line, _, rest = rest.partition(b"\n")
             prefix = b"}," if images else b"{"
@@ -781,7 +780,7 @@ async def reclaim_images(entry: Entry, images: Mapping[str, dict[str, bytes | No
     for chunks in (entry.before, entry.chunks):
         while chunks:
             del chunks[-_FREE_CHUNK:]
-            await asyncio.sleep(0)
+            await pause()
 
 
 def _section_name(line: bytes) -> str:

@@ -7,13 +7,13 @@ If the dict of a section is replaced as a whole, the snapshot keeps the old dict
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final
 
 from hf_async_store.changes import Record
 from hf_async_store.collector import GatheredObjects
+from hf_async_store.event_loop import pause
 from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.serializer import StoredEntity
 from hf_async_store.strategies.json.store_state import StoreState
@@ -62,5 +62,5 @@ class SnapshotReader(TableReader[StoredEntity]):
             records.append(None if entity is None else Record(key, entity))
             if not number % _CHUNK_SIZE:
                 gathered.add(_CHUNK_SIZE)
-                await asyncio.sleep(0)
+                await pause()
         return records

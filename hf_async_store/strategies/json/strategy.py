@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from hf_async_store.config import (
     strategy_config,
 )
 from hf_async_store.errors import InvalidInputError, UnsupportedValueError
-from hf_async_store.event_loop import reclaim
+from hf_async_store.event_loop import pause, reclaim
 from hf_async_store.preconditions import missing_parent
 from hf_async_store.schema import HOST_FACTORY, Collection, Schema
 from hf_async_store.strategies.json.engine import JSONEngine
@@ -203,7 +202,7 @@ class JSONStorageStrategy(StorageStrategy):
                 entities[entity_id] = section.entity(entity_id, raw)
             if not number % _CHUNK_SIZE:
                 gathered.add(_CHUNK_SIZE)
-                await asyncio.sleep(0)
+                await pause()
         return entities
 
     async def _encoded(
@@ -232,7 +231,7 @@ class JSONStorageStrategy(StorageStrategy):
                 wanted[name][entity_id] = encode(entity, cast("int", version))
                 number += 1
                 if not number % _CHUNK_SIZE:
-                    await asyncio.sleep(0)
+                    await pause()
         return wanted
 
     async def _changed_images(
@@ -248,7 +247,7 @@ class JSONStorageStrategy(StorageStrategy):
             if entity_id not in wanted:
                 images[entity_id] = None
             if not number % _CHECK_CHUNK:
-                await asyncio.sleep(0)
+                await pause()
         for number, entity_id in enumerate(list(wanted), 1):
             entity = serializer.decode(wanted.pop(entity_id))
             raw = section.canonical(entity_id)
@@ -265,7 +264,7 @@ class JSONStorageStrategy(StorageStrategy):
                     stamped = {**entity, UPDATED_AT: now}
                     images[entity_id] = serializer.encode(stamped, version + 1)
             if not number % _CHUNK_SIZE:
-                await asyncio.sleep(0)
+                await pause()
         return images
 
     async def _check_references(self, wanted: Mapping[str, Mapping[str, bytes]]) -> None:
@@ -275,7 +274,7 @@ class JSONStorageStrategy(StorageStrategy):
                 continue
             for number, (entity_id, encoded) in enumerate(wanted[name].items(), 1):
                 if not number % _CHUNK_SIZE:
-                    await asyncio.sleep(0)
+                    await pause()
                 entity = decode(encoded)
                 for field in collection.references:
                     parent = entity.get(field.name)
@@ -289,7 +288,7 @@ class JSONStorageStrategy(StorageStrategy):
             owners = [Owners(each) for each in unique]
             for number, (entity_id, encoded) in enumerate(wanted.get(name, {}).items(), 1):
                 if not number % _CHUNK_SIZE:
-                    await asyncio.sleep(0)
+                    await pause()
                 entity = decode(encoded)
                 for each in owners:
                     each.claim(Key(name, entity_id), entity)

@@ -6,7 +6,6 @@ A group is what `compiler.group_of` says: adjacent rows that SQL returns in any 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -17,7 +16,7 @@ import msgspec
 from hf_async_store.changes import Record
 from hf_async_store.collector import GatheredObjects
 from hf_async_store.errors import CorruptionError, ProtocolError, StorageError
-from hf_async_store.event_loop import computed
+from hf_async_store.event_loop import computed, pause
 from hf_async_store.generators import Owned
 from hf_async_store.query import (
     And,
@@ -404,7 +403,7 @@ async def _batches(
                 if compiled.residual is not None:
                     found = [each for each in found if compiled.residual(each[1])]
                 yield found
-                await asyncio.sleep(0)
+                await pause()
 
 
 async def _raw_batches(

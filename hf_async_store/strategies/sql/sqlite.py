@@ -133,27 +133,23 @@ class _ClosingConnection(sqlite3.Connection):
         self.create_function(CHANGED_DOCUMENT, 3, self.changed_document)
 
     def cursor(self, factory: Any = sqlite3.Cursor) -> Any:
-        """See `sqlite3.Connection.cursor`."""
+        """See `sqlite3.Connection.cursor`. Of the references that the connection itself has to all of its
+        cursors, it removes those to freed ones only here, and not when a `Cursor` is made directly."""
         cursor = super().cursor(factory)
-        self._track(cursor)
+        self._cursors.append(weakref.ref(cursor))
+        if len(self._cursors) > _MAX_TRACKED:
+            self._cursors = [each for each in self._cursors if each() is not None]
         return cursor
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
         """See `sqlite3.Connection.execute`, which does not call `cursor`."""
-        cursor = sqlite3.Cursor(self)
-        self._track(cursor)
+        cursor: sqlite3.Cursor = self.cursor()
         return cursor.execute(sql, parameters)
 
     def executemany(self, sql: str, parameters: Any, /) -> sqlite3.Cursor:
         """See `sqlite3.Connection.executemany`."""
-        cursor = sqlite3.Cursor(self)
-        self._track(cursor)
+        cursor: sqlite3.Cursor = self.cursor()
         return cursor.executemany(sql, parameters)
-
-    def _track(self, cursor: sqlite3.Cursor) -> None:
-        self._cursors.append(weakref.ref(cursor))
-        if len(self._cursors) > _MAX_TRACKED:
-            self._cursors = [each for each in self._cursors if each() is not None]
 
     def close(self) -> None:
         """See `sqlite3.Connection.close`."""

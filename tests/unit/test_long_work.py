@@ -1,0 +1,117 @@
+"""Long work of many tasks does not make the iterations of the event loop longer."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from typing import Final
+
+import pytest
+
+from hf_async_store import event_loop
+from hf_async_store.event_loop import long_work, pause
+
+TASKS: Final = 30
+PIECES: Final = 5
+LONG: Final = 0.003
+"""Seconds of a piece: more than the time in an iteration."""
+
+
+class Pieces:
+    """Pieces of several tasks, on a clock that they alone advance."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.done: list[int] = []
+
+    def piece(self, task: int, seconds: float) -> None:
+        self.now += seconds
+        self.done.append(task)
+
+    async def work(self, task: int, seconds: float) -> None:
+        for _ in range(PIECES):
+            await pause()
+            self.piece(task, seconds)
+
+    async def longest_iteration(self, seconds: float) -> float:
+        """Do the work of all tasks; returns how long the longest iteration was."""
+        work = asyncio.gather(*(self.work(each, seconds) for each in range(TASKS)))
+        longest, last = 0.0, self.now
+        while not work.done():
+            await asyncio.sleep(0)
+            longest, last = max(longest, self.now - last), self.now
+        return longest
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> Pieces:
+    pieces = Pieces()
+    monkeypatch.setattr(event_loop, "monotonic", lambda: pieces.now)
+    return pieces
+
+
+async def test_an_iteration_has_one_long_piece(pieces: Pieces) -> None:
+    assert await pieces.longest_iteration(LONG) == pytest.approx(LONG)
+
+
+async def test_an_iteration_has_several_short_pieces(pieces: Pieces) -> None:
+    longest = await pieces.longest_iteration(LONG / 10)
+    assert LONG / 5 < longest < LONG
+
+
+async def test_tasks_take_turns(pieces: Pieces) -> None:
+    await pieces.longest_iteration(LONG)
+    rounds = [pieces.done[start : start + TASKS] for start in range(0, TASKS * PIECES, TASKS)]
+    assert [sorted(each) for each in rounds] == [[*range(TASKS)]] * PIECES
+
+
+async def test_pieces_of_one_task_are_done_while_there_is_time(pieces: Pieces) -> None:
+    work, iterations = long_work(), 0
+    ended = asyncio.Event()
+
+    async def count() -> None:
+        nonlocal iterations
+        while not ended.is_set():
+            await asyncio.sleep(0)
+            iterations += 1
+
+    counting = asyncio.ensure_future(count())
+    for _ in range(100):
+        await work.pause_if_due()
+        pieces.piece(0, LONG / 10)
+    ended.set()
+    await counting
+    assert 10 < iterations < 50
+
+
+async def test_a_cancelled_task_stops_no_other(pieces: Pieces) -> None:
+    tasks = [asyncio.ensure_future(pieces.work(each, LONG)) for each in range(TASKS)]
+    for number, each in enumerate(tasks):
+        if number % 3:
+            each.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait(tasks)
+    assert [each.cancelled() for each in tasks] == [bool(each % 3) for each in range(TASKS)]
+
+
+async def test_a_coroutine_that_is_closed_stops_no_other(pieces: Pieces) -> None:
+    others = asyncio.gather(*(pieces.work(each, LONG) for each in range(3)))
+    await asyncio.sleep(0)
+    waiting = pause()
+    waiting.send(None)
+    waiting.close()
+    await others
+    assert len(pieces.done) == 3 * PIECES
+
+
+def test_a_loop_that_ends_amid_long_work_is_freed(pieces: Pieces) -> None:
+    async def abandon() -> weakref.ref[asyncio.AbstractEventLoop]:
+        for each in range(3):
+            asyncio.ensure_future(pieces.work(each, LONG))  # noqa: RUF006  # cancelled with the loop
+        await asyncio.sleep(0)
+        return weakref.ref(asyncio.get_running_loop())
+
+    loop = asyncio.run(abandon())
+    gc.collect()
+    assert loop() is None
