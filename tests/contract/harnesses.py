@@ -319,6 +319,8 @@ class RestartedPostgreSQLHarness(PostgreSQLHarness):
 class PgbouncerHarness(PostgreSQLHarness):
     """A database behind a pgbouncer, which keeps its own connections to the server open.
 
+    Only `apply_schema` uses the server itself, as its error tells an operator to.
+
     Args:
         address: host and port of the pgbouncer.
     """
@@ -330,7 +332,17 @@ class PgbouncerHarness(PostgreSQLHarness):
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
     ) -> StorageStrategy:
-        return _opened(self.url(), collections, settings)
+        store = _opened(self.url(), collections, settings)
+
+        async def apply_schema(*args: Any, **kwargs: Any) -> int:
+            async with super(PgbouncerHarness, self).store(collections, **settings) as direct:
+                return await direct.apply_schema(*args, **kwargs)
+
+        vars(store)["apply_schema"] = apply_schema
+        return store
+
+    def direct_url(self) -> str:
+        return self._url
 
     def url(self) -> str:
         parts = urlsplit(self._url)
