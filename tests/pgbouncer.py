@@ -19,7 +19,9 @@ def pgbouncer(server: servers.PostgresServer) -> Iterator[str]:
     ServerUnavailable. Gives the address to put into the URL of a database: host and port."""
     program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
-        raise servers.ServerUnavailable("no pgbouncer on this machine")
+        raise servers.ServerUnavailable(
+            "no pgbouncer on this machine: install the package pgbouncer"
+        )
     user = servers._unprivileged() if os.geteuid() == 0 else None  # it refuses to run as root, too
     behind = urlsplit(server.url)
     with servers._folder("pgbouncer", user) as folder:
@@ -31,8 +33,8 @@ def pgbouncer(server: servers.PostgresServer) -> Iterator[str]:
             "[pgbouncer]\n"
             f"listen_addr = {servers._HOST}\nlisten_port = {port}\nunix_socket_dir =\n"
             "auth_type = any\npool_mode = transaction\nmax_client_conn = 500\n"
-            # Few of them, so that each transaction does get another one.
-            "default_pool_size = 8\nserver_idle_timeout = 1\n"
+            # As many as one store opens; each transaction gets the one that has waited longest.
+            "default_pool_size = 48\nserver_round_robin = 1\nserver_idle_timeout = 1\n"
         )
         command: list[str | Path] = [program, settings]
         process = servers._Process(command, lambda _: servers._answers_at(port), folder, user=user)

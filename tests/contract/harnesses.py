@@ -319,6 +319,8 @@ class RestartedPostgreSQLHarness(PostgreSQLHarness):
 class PgbouncerHarness(PostgreSQLHarness):
     """A database behind a pgbouncer, which keeps its own connections to the server open.
 
+    Only `apply_schema` uses the server itself, if there is something to change: it would be refused.
+
     Args:
         address: host and port of the pgbouncer.
     """
@@ -330,7 +332,22 @@ class PgbouncerHarness(PostgreSQLHarness):
     def store(
         self, collections: Iterable[Collection] = CONTRACT_COLLECTIONS, **settings: object
     ) -> StorageStrategy:
-        return _opened(self.url(), collections, settings)
+        store = _opened(self.url(), collections, settings)
+        engine = store.engine
+        through_pgbouncer = engine.apply_schema
+
+        async def apply_schema(**options: Any) -> None:
+            if await engine.schema_changes() or await engine.unenforced():
+                async with super(PgbouncerHarness, self).store(collections, **settings) as direct:
+                    await direct.engine.apply_schema(**options)
+            else:
+                await through_pgbouncer(**options)
+
+        vars(engine)["apply_schema"] = apply_schema
+        return store
+
+    def direct_url(self) -> str:
+        return self._url
 
     def url(self) -> str:
         parts = urlsplit(self._url)
