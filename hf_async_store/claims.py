@@ -150,6 +150,7 @@ class Claim:
         self._ended = False
         self._is_lost = False
         self._block: _RenewedBlock | None = None
+        self._expires_at: datetime | None = None
         self._renewed_at(since)
 
     def __repr__(self) -> str:
@@ -163,10 +164,17 @@ class Claim:
     def id(self) -> str:
         return self.key.id
 
+    @property
+    def expires_at(self) -> datetime:
+        """See the attributes; computed when it is asked for, because that costs as much as the entity."""
+        if self._expires_at is None:
+            left = timedelta(seconds=self.deadline - boot_seconds())
+            self._expires_at = datetime.now(UTC) + left
+        return self._expires_at
+
     def _renewed_at(self, since: float) -> None:
         self.deadline = since + self.lease - self._skew
-        left = timedelta(seconds=self.deadline - boot_seconds())
-        self.expires_at = datetime.now(UTC) + left
+        self._expires_at = None
 
     # -- what a holder does ------------------------------------------------------------------
 

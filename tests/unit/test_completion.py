@@ -118,9 +118,9 @@ async def test_a_call_that_is_cancelled_again_and_again_takes_no_memory() -> Non
 
         _asyncio_future_blocking = False
 
-        def add_done_callback(self, callback: Any) -> None:
+        def add_done_callback(self, callback: Any, *, context: Any = None) -> None:
             callbacks.append(callback)
-            add(callback)
+            add(callback, context=context)
 
         def remove_done_callback(self, callback: Any) -> None:
             callbacks.remove(callback)

@@ -228,9 +228,10 @@ class ClaimingSQLEngine(SQLEngine):
             async with self._alone() as lease:
                 # To the end, so that what was claimed is known even if the caller is cancelled.
                 found = await completed(self._take(lease, taking, claimed))
-            if claimed or not found:
+            if len(claimed) > 1:
                 sort_key = compile_order(query)
                 claimed.sort(key=lambda each: sort_key(each.record.key.id, each.record.entity))
+            if claimed or not found:
                 return
             # Others have claimed all candidates since the statement began: the next one sees that.
         async with self._claiming(alone=False) as lease:

@@ -115,9 +115,9 @@ class StatementWriter(Writer):
         if shape.verb == "delete" and self._locks:
             return None
         held: Held = "place" if placed else "id"
-        sql = self._encoder.statements.of(shape, locks=self._locks, held=held)
+        sql = self._encoder.statements.of(shape, locks=self._locks, held=held, alone=True)
         times = self._encoder.statements.times(shape)
-        return sql, [None, *times, *self._encoder.arguments(shape, [pending])]
+        return sql, [None, *times, *self._encoder.arguments(shape, [pending], alone=True)]
 
     async def change_matches(
         self, lease: LeasedConnection, query: Query, change: Change
