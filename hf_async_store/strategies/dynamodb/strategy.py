@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from hf_async_store.arguments import check_boolean
 from hf_async_store.changes import ANY, Expect, Patch, check_version
-from hf_async_store.coalescing import Coalescer
+from hf_async_store.coalescing import Coalescer, taking_at_once
 from hf_async_store.config import (
     DynamoDBConfig,
     StorageConfig,
@@ -68,7 +68,10 @@ class DynamoDBStorageStrategy(StorageStrategy):
 
         self._dynamodb = opened(schema)
         self._conditional_updates: Coalescer[_ConditionalUpdate, int] = Coalescer(
-            self._update_where, lanes=dynamodb.max_pool_connections, size=1, writes=True
+            taking_at_once(self._update_where),
+            lanes=dynamodb.max_pool_connections,
+            size=1,
+            writes=True,
         )
         super().__init__(routed(self._dynamodb, schema, loaded, opened), schema)
 
