@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from hf_async_store.strategies.sql.completion import completed
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Awaitable, Callable, Generator
 
 
 class _Call:
@@ -78,6 +79,67 @@ async def test_a_call_ends_before_the_cancellation_is_raised(times: int, *, fail
     with pytest.raises(asyncio.CancelledError):
         await task
     assert call.has_ended
+
+
+async def test_a_call_that_the_driver_cancels_does_not_cancel_the_caller() -> None:
+    call = _Call()
+    task = await _begun(call)
+    call.answer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert call.has_ended
+    assert not task.cancelling()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_the_caller_keeps_its_context(*, cancelled: bool) -> None:
+    variable: ContextVar[int] = ContextVar("variable", default=0)
+    call = _Call()
+    seen: list[int] = []
+
+    async def caller() -> None:
+        variable.set(1)
+        try:
+            await completed(call.run())
+        finally:
+            seen.append(variable.get())
+            variable.set(2)
+            await asyncio.sleep(0)
+            seen.append(variable.get())
+
+    task = asyncio.create_task(caller())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    if cancelled:
+        task.cancel("why")
+    call.answer.set_result(1)
+    if cancelled:
+        with pytest.raises(asyncio.CancelledError, match="why"):
+            await task
+    await asyncio.wait([task])
+    assert seen == [1, 2]
+    assert variable.get() == 0
+
+
+async def test_a_call_costs_one_turn_of_the_loop_for_each_future() -> None:
+    async def turns(call: Callable[[asyncio.Future[int]], Awaitable[int]]) -> int:
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        task = asyncio.ensure_future(call(answer))
+        await asyncio.sleep(0)
+        answer.set_result(1)
+        count = 0
+        while not task.done():
+            await asyncio.sleep(0)
+            count += 1
+        return count
+
+    async def plain(answer: asyncio.Future[int]) -> int:
+        return await answer
+
+    async def protected(answer: asyncio.Future[int]) -> int:
+        return await completed(plain(answer))
+
+    assert await turns(protected) == await turns(plain)
 
 
 async def test_a_time_limit_of_the_caller_is_raised_after_the_call() -> None:

@@ -70,6 +70,9 @@ class _Uninterrupted:
         """Let the task go on when the future is done, whose result it is not asked for."""
         self._future.add_done_callback(lambda _: callback(self), context=context)
 
+    def done(self) -> bool:
+        return self._future.done()
+
     def result(self) -> None:
         """Nothing: the call that is completed takes the result, or the error, from the future."""
 
