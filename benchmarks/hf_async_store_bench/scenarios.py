@@ -281,9 +281,9 @@ async def soak(plan: Plan) -> list[Measurement]:
             (2.0, other),
         ]
         await other()
-        gc.callbacks.append(collected)
         async with watched_loop() as ticks:
             gc.freeze()  # as docs/tuning.md recommends to a service
+            gc.callbacks.append(collected)
             await side_by_side(lambda each: repeat(*each), work)
         gc.callbacks.remove(collected)
     others = {"the longest pause, computing": max(each for _, each in ticks)}
