@@ -378,7 +378,9 @@ class Indexes(Generic[Stored]):
         self._before_build = before
         try:
             index = OrderedIndex()
-            for piece in merged_runs(await self._runs(fields, before)):
+            runs = await self._runs(fields, before)
+            await pause()  # the last run was sorted now
+            for piece in merged_runs(runs):
                 index.append(piece)
                 # Each new block is traversed once. Otherwise all are, in one step of 50 ms or more:
                 # freeing the entries delays the next collection.

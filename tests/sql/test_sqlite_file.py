@@ -23,6 +23,8 @@ from hf_async_store import (
     StorageError,
     open_store,
 )
+from hf_async_store.query import Query
+from hf_async_store.strategies.sql import sqlite
 from tests.contract.harnesses import open_files
 
 if TYPE_CHECKING:
@@ -567,3 +569,25 @@ async def test_a_statement_leaves_nothing_in_memory(tmp_path: Path) -> None:
         for _ in range(1000):
             await store.get_entity("templates", "t-1")
         assert references() - before < 500
+
+
+async def test_a_log_that_grew_behind_a_reader_becomes_small_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_WAL_BYTES", 1_000_000)
+    log = tmp_path / "store.db-wal"
+
+    def large(text: str) -> list[dict[str, object]]:
+        return [{"template_id": f"t-{number}", "text": text * 100_000} for number in range(20)]
+
+    async with open_store(f"sqlite:{tmp_path}/store.db") as store:
+        await store.save_entities("templates", large("x"))
+        async with store.snapshot() as snapshot:
+            assert await snapshot.count(Query("templates")) == 20
+            for text in "abc":
+                await store.save_entities("templates", large(text))
+            assert log.stat().st_size > 6_000_000
+        for _ in range(4):
+            await store.save_entity("templates", {"template_id": "t-1"})
+        assert log.stat().st_size <= 1_000_000
+        assert await store.count_entities("templates") == 20

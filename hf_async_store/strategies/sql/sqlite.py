@@ -82,6 +82,10 @@ entities reads most pages of their indexes anew from the file."""
 _STREAM_CACHE_KIB: Final = 2_000
 """The same for a connection that reads a whole store: it reads most pages once."""
 
+_WAL_BYTES: Final = 64_000_000
+"""A write-ahead log that became larger, because a reader needed what it contains, is cut to this size when
+it is written from its beginning again. Otherwise it stays large until the last process closes it."""
+
 _FIRST_READ: Final = "SELECT count(*) FROM sqlite_master"
 """SQLite opens its files only when a connection reads for the first time."""
 
@@ -413,7 +417,7 @@ class SQLite(Dialect):
         statements = 256 if self._config.enable_query_cache else 0
 
         def connect() -> sqlite3.Connection:
-            return sqlite3.connect(
+            connection = sqlite3.connect(
                 name,
                 uri=True,
                 isolation_level=None,
@@ -421,6 +425,8 @@ class SQLite(Dialect):
                 cached_statements=statements,
                 factory=_ClosingConnection,
             )
+            connection.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
+            return connection
 
         driver = _Connection(connect, self._is_replaced)
         driver.immutable = immutable
