@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from hf_async_store.errors import LockTimeoutError, StoreClosedError, TransactionReentryError
 from hf_async_store.lock_signals import WaitingLine
+from hf_async_store.locked_descriptors import close_locked, register_locked
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.ownership import share
 
@@ -264,8 +265,8 @@ class FileLock:
     dies is released. Two objects exclude one another, even within one process; one object must not
     be used by two threads at a time.
 
-    After a fork the child shares the parent's lock and can release it: a forked child must not use
-    the locks of its parent. The layers above refuse such use.
+    A forked child does not have the file any more (`locked_descriptors`): it neither keeps nor releases
+    the lock of its parent. It must not use the locks of its parent; the layers above refuse such use.
 
     Args:
         owned: called when the file has to be created; returns its owner, group and mode. None: the
@@ -343,14 +344,15 @@ class FileLock:
         fd, self._fd = self._fd, None
         if fd is not None:
             with suppress(OSError):
-                os.close(fd)
+                close_locked(fd)
 
     def _open_file(self) -> int:
         if self._fd is None:
             try:
-                self._fd = os.open(self._path, _OPEN)
+                fd = os.open(self._path, _OPEN)
             except FileNotFoundError:
-                self._fd = self._create()
+                fd = self._create()
+            self._fd = register_locked(fd)
             stat = os.fstat(self._fd)
             self._identity = stat.st_dev, stat.st_ino
         return self._fd

@@ -281,6 +281,37 @@ async def test_104_what_cannot_free_a_candidate_starts_no_new_reading(proxy: Pro
         assert (claim.id, claim.entity["count"]) == ("i000", 1)
 
 
+async def test_104_a_claim_that_deletes_its_entity_starts_no_new_reading(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "_SECONDS", 3600.0)
+    monkeypatch.setattr(candidates, "_LONGEST", 3600.0)
+    async with store_at(proxy.url) as store:
+        await _fill(store, 12)
+        [first] = await store.claim_entities("items", order_by="item_id")
+        await first.release()
+        proxy.requests.clear()
+        for number in range(9):
+            [claim] = await store.claim_entities("items", order_by="item_id")
+            assert claim.id == f"i{number:03}"
+            if number % 3 == 0:
+                await claim.delete()
+            elif number % 3 == 1:
+                async with claim.transaction() as tx:
+                    await tx.create_entity("counters", {"counter_id": claim.id})
+                await claim.delete()
+            else:
+                async with store.begin_transaction() as tx:
+                    await tx.create_entity("counters", {"counter_id": claim.id})
+                await claim.delete()
+        counted = proxy.counted()
+        assert counted["Query"] + counted["Scan"] <= 9  # it was 37
+        async with store.begin_transaction() as tx:
+            await tx.create_entity("items", {"item_id": "h"})
+        [claim] = await store.claim_entities("items", order_by="item_id")
+        assert claim.id == "h", "what a transaction has made is claimed in its order"
+
+
 async def test_104_an_index_that_is_late_does_not_show_another_store(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,7 +146,7 @@ class DynamoDBEngine(Engine):
         with public_errors():
             yield session
             await session.commit()
-        self._claiming.candidates.forget()
+        self._claiming.candidates.forget_after(session.changes())
 
     # -- claims ------------------------------------------------------------------------------
 
@@ -188,7 +188,11 @@ class DynamoDBEngine(Engine):
         with public_errors():
             yield session
             await session.commit()
-        self._claiming.candidates.forget()
+        changes = session.changes()
+        if claim.ends and all(each.key != claim.key for each in changes):
+            self._claiming.candidates.forget()  # it is free, and as it was
+        else:
+            self._claiming.candidates.forget_after(changes)
 
     async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int:
         if isinstance(change, Patch) and change.mark is None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import msgspec
 
-from hf_async_store.changes import Change, Delete, Outcome, Patch, Record
+from hf_async_store.changes import Change, Delete, Outcome, Patch, Put, Record
 from hf_async_store.claim_clock import ClaimClock
 from hf_async_store.claim_records import check_held
 from hf_async_store.driver import Session, run_to_completion
@@ -251,6 +251,13 @@ class DynamoDBSession(Session):
         return None if entity is None else Record(key, copy_entity(entity))
 
     # -- writes ------------------------------------------------------------------------------
+
+    def changes(self) -> list[Change]:
+        """What the transaction writes, one change for each entity."""
+        return [
+            Delete(key) if entity is None else Put(key, entity, "")
+            for key, entity in self._layers[0].items()
+        ]
 
     async def write(self, changes: Sequence[Change]) -> list[Outcome]:
         """As `Session.write`."""

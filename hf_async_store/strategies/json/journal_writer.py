@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import LockTimeoutError, StorageError
 from hf_async_store.event_loop import in_thread, pause, reclaim
+from hf_async_store.locked_descriptors import close_locked, register_locked
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile
@@ -149,7 +150,7 @@ class JournalWriter:
         except BaseException:
             os.close(fd)
             raise
-        state.write_fd = fd
+        state.write_fd = register_locked(fd)
 
     async def append_commit(
         self, state: StoreState, images: Images, *, hands_on: bool = False
@@ -481,7 +482,7 @@ class _AppendJob:
     def _hand_on_and_sync(self, locks: LockManager) -> None:
         try:
             # From now on the event loop may close the journal, because it follows to the next one.
-            fd = os.dup(self._fd)
+            fd = register_locked(os.dup(self._fd))
         except OSError:
             _sync_record(self._fd)
             return
@@ -492,7 +493,7 @@ class _AppendJob:
             _sync_record(fd)
         finally:
             end_sync(fd)
-            os.close(fd)
+            close_locked(fd)
 
 
 def _sync_record(fd: int) -> None:
@@ -558,7 +559,7 @@ def _writer(state: StoreState, path: str) -> int:
     """The descriptor by which to append to the journal."""
     try:
         if state.write_fd < 0:
-            state.write_fd = os.open(path, _OPEN)
+            state.write_fd = register_locked(os.open(path, _OPEN))
         if os.fstat(state.write_fd).st_size > state.offset:
             # The incomplete record of an interrupted append is truncated first: readers that compare
             # the file size must not mistake it for this record.

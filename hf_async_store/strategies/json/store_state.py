@@ -9,6 +9,7 @@ from typing import TypeAlias
 import msgspec
 from msgspec import Struct, field
 
+from hf_async_store.locked_descriptors import close_locked
 from hf_async_store.strategies.json.collection_table import CollectionTable
 from hf_async_store.strategies.json.files import Signature
 from hf_async_store.strategies.json.journal import FeedPosition, FileState, Head, Images
@@ -180,7 +181,8 @@ class StoreState(Struct, eq=False):
         return previous
 
     def close(self) -> None:
-        for fd in (self.fd, self.write_fd):
-            if fd >= 0:
-                os.close(fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+        if self.write_fd >= 0:
+            close_locked(self.write_fd)
         self.fd = self.write_fd = -1
