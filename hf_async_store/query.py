@@ -438,8 +438,10 @@ def build_query(
     return msgspec.structs.replace(query, after=after, by_id=by_id)
 
 
-_FOLDED_OPS: Final = ("contains_ignore_case", "begins_with_ignore_case")
-_TEXT_OPS: Final = ("begins_with", *_FOLDED_OPS)
+FOLDED_OPS: Final = ("contains_ignore_case", "begins_with_ignore_case")
+"""The operators that ignore case as `str.casefold` does. No database folds case exactly so."""
+
+_TEXT_OPS: Final = ("begins_with", *FOLDED_OPS)
 _STRING_OPS: Final = ("contains", *_TEXT_OPS)
 _VALUE_OPS: Final = ("eq", "ne", "lt", "lte", "gt", "gte", *_STRING_OPS)
 _LIST_OPS: Final = ("in", "not_in")
@@ -584,7 +586,7 @@ class _FilterReader:
         value = self._portable(op, steps, operand)
         if op.name in _TEXT_OPS and not isinstance(value, str):
             raise _refused(op, steps, f"needs a string, not {type(operand).__name__}")
-        return value.casefold() if op.name in _FOLDED_OPS and isinstance(value, str) else value
+        return value.casefold() if op.name in FOLDED_OPS and isinstance(value, str) else value
 
     def _check_operand(self, op: Op, name: str | int, operand: Value) -> None:
         """Check that a declared field can hold an operand."""
@@ -951,7 +953,7 @@ def _test(op: OpName, value: Value) -> _Test:
     if op == "begins_with":
         prefix = str(value)
         return lambda actual: isinstance(actual, str) and actual.startswith(prefix)
-    if op in _FOLDED_OPS:
+    if op in FOLDED_OPS:
         return _folded(op, str(value))
     if op == "timestamp_lte":
         latest = str(value)

@@ -762,6 +762,8 @@ the declarations that the store remembers (`Engine.remember`), the owners of uni
 engine itself has no unique indexes, claims (`claim_records`), named locks, which are claims without
 entities, and the positions of named subscriptions to a change feed (`feed.py`)."""
 
+SYSTEM_NAMES: Final = frozenset(each.name for each in SYSTEM_COLLECTIONS)
+
 _UNLISTED: Final = {
     each.name: each for each in SYSTEM_COLLECTIONS if each not in MIGRATION_COLLECTIONS
 }

@@ -21,7 +21,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
-from hf_async_store.schema import SYSTEM_COLLECTIONS
+from hf_async_store.schema import SYSTEM_NAMES
 
 if TYPE_CHECKING:
     from hf_async_store.driver import Engine
@@ -121,8 +121,8 @@ async def refuse_undeclared(
     Raises:
         ConfigurationError: there are others; the error names them.
     """
-    system = {each.name for each in SYSTEM_COLLECTIONS}
-    undeclared = [each for each in await store.undeclared() if each.partition(".")[0] not in system]
+    found = await store.undeclared()
+    undeclared = [each for each in found if each.partition(".")[0] not in SYSTEM_NAMES]
     missing = [each for each in undeclared if each not in leave_out]
     if missing:
         raise ConfigurationError(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
-from hf_async_store.query import And, Filter, Not, Or
+from hf_async_store.query import FOLDED_OPS, And, Filter, Not, Or
 from hf_async_store.strategies.dynamodb.codec import is_native, is_plain_name
 from hf_async_store.strategies.dynamodb.items import (
     CREATED_SUBSTITUTE,
@@ -47,7 +47,6 @@ _FIELD: Final = "\0"
 
 _PLACEHOLDER: Final = re.compile(r"[#:][nv]\d+")
 _OPERATOR: Final = re.compile(r"AND|OR|NOT|attribute_[a-z_]+|contains|[<>]=?|=")
-_UNTRANSLATED: Final = ("contains_ignore_case", "begins_with_ignore_case")
 _NEGATIONS: Final = {"ne": "eq", "not_in": "in"}
 _RANGE_OPERATORS: Final = {"lt": "<", "lte": "<=", "gt": ">", "gte": ">=", "timestamp_lte": "<="}
 
@@ -183,7 +182,7 @@ class FilterTranslator:
     def _comparison(self, steps: Sequence[str | int], op: str, value: Value) -> Translation | None:
         name = cast("str", steps[0])
         if (
-            op in _UNTRANSLATED
+            op in FOLDED_OPS
             or len(steps) > _MAX_DEPTH
             or not all(isinstance(each, int) or is_plain_name(each) for each in steps)
         ):

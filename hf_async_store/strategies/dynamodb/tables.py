@@ -19,7 +19,7 @@ from hf_async_store.errors import (
 from hf_async_store.schema import (
     LOCK_COLLECTION,
     SUBSCRIPTION_COLLECTION,
-    SYSTEM_COLLECTIONS,
+    SYSTEM_NAMES,
     UNIQUE_COLLECTION,
     Index,
     Schema,
@@ -61,15 +61,11 @@ _WAIT_SECONDS: Final = 600.0
 _INDEX_SECONDS: Final = 7 * 24 * 3600.0
 """How long is waited for an index of an existing table, while its progress is reported."""
 
-_WITHOUT_INDEXES: Final = frozenset(each.name for each in SYSTEM_COLLECTIONS)
-
 _MAX_TARGETS: Final = 50
 """Source: Application Auto Scaling API Reference, DescribeScalableTargets."""
 
 # Source: DynamoDB Developer Guide, "Naming rules", of tables and indexes.
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{3,255}\Z")
-
-_SYSTEM: Final = frozenset(each.name for each in SYSTEM_COLLECTIONS)
 
 _SCALING_ENDPOINT: Final = "AWS_ENDPOINT_URL_APPLICATION_AUTO_SCALING"
 
@@ -169,7 +165,7 @@ class Tables:
         Those that it declares are added if the table has no entities. Otherwise only this process
         maintains them: another one may enforce them later, when this one is running already.
         """
-        if collection in _SYSTEM:
+        if collection in SYSTEM_NAMES:
             self._unique[collection] = ()
             return
         state = await self.state(collection) or IndexState()
@@ -312,8 +308,7 @@ class Tables:
             if not last or last == params.get("ExclusiveStartTableName"):
                 break
             params = {"ExclusiveStartTableName": last}
-        known = {*self.schema, *(each.name for each in SYSTEM_COLLECTIONS)}
-        return sorted({each.removeprefix(prefix) for each in found} - known)
+        return sorted({each.removeprefix(prefix) for each in found} - {*self.schema} - SYSTEM_NAMES)
 
     async def identities(self, collections: Iterable[str]) -> frozenset[tuple[str, ...]]:
         """Identifiers of the existing tables of these collections, which are unique among all tables.
@@ -379,7 +374,7 @@ class Tables:
         Every program looks before it writes. So an index that is made later, also by hand, is known to
         be incomplete.
         """
-        if collection in _WITHOUT_INDEXES:
+        if collection in SYSTEM_NAMES:
             return IndexState()
         state = await self.state(collection)
         if state is None and await self._is_empty(collection, unknown=True):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from hf_async_store.query import (
+    FOLDED_OPS,
     And,
     Comparison,
     Filter,
@@ -213,10 +214,6 @@ def paths_in(where: Filter) -> set[tuple[str | int, ...]]:
     return set().union(*map(paths_in, parts))
 
 
-_FILTERED_HERE: Final = ("contains_ignore_case", "begins_with_ignore_case")
-"""The operators for which SQL has no exact equivalent: its case folding is not that of `str.casefold`."""
-
-
 class _Key(NamedTuple):
     """How SQL sorts by one key of an order.
 
@@ -250,7 +247,7 @@ class _Compiler:
 
     def _filter(self, where: Filter) -> Condition:
         if isinstance(where, Comparison):
-            if where.op in _FILTERED_HERE:
+            if where.op in FOLDED_OPS:
                 return Condition(TRUE, exact=False)
             return self._comparison(where.path, where.op, where.value)
         if isinstance(where, Not):

@@ -51,7 +51,7 @@ from hf_async_store.errors import (
 from hf_async_store.generators import Owned
 from hf_async_store.query import Query
 from hf_async_store.schema import (
-    SYSTEM_COLLECTIONS,
+    SYSTEM_NAMES,
     Collection,
     Index,
     Schema,
@@ -420,12 +420,11 @@ class SQLEngine(Engine):
 
         async def read(lease: LeasedConnection) -> list[str]:
             tables = self._tables_of(await self._sync.read(lease) or Catalogue())
-            system = [each.name for each in SYSTEM_COLLECTIONS]
             return [
                 name
                 for name in sorted(tables)
                 if name not in self.schema
-                and name not in system
+                and name not in SYSTEM_NAMES
                 and await lease.rows(f"SELECT 1 FROM {tables[name].name} LIMIT 1")
             ]
 
@@ -433,8 +432,7 @@ class SQLEngine(Engine):
 
     async def declarations(self) -> list[Collection]:
         catalogue = await self._catalogue() or Catalogue()
-        system = [each.name for each in SYSTEM_COLLECTIONS]
-        return [each for each in catalogue.schema().values() if each.name not in system]
+        return [each for each in catalogue.schema().values() if each.name not in SYSTEM_NAMES]
 
     async def remember(self, collections: Iterable[Collection]) -> None:
         # Everything that is declared was recorded before the first write.
