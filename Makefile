@@ -26,7 +26,7 @@ test: $(STAMP)  ## every test but the long sweeps, with a sixth of its variants
 	$(PYTEST) -n 4 --dist worksteal
 
 test-long: $(STAMP)  ## all variants, and the long sweeps, too
-	$(PYTEST) --hf-full -m "long or not long"
+	$(PYTEST) -n 4 --dist worksteal --hf-full -m "long or not long"
 
 test-peers: $(STAMP) $(PEERS_STAMP)  ## the suites of other projects on the adapters in docs/examples; see docs/adapters.md
 	$(BIN)/python tests/peers/run.py --python $(PEERS)/bin/python --suites $(SUITES) $(OPTIONS)

@@ -417,6 +417,12 @@ def test_every_page_can_be_found() -> None:
     assert set(PAGES) <= linked | {ROOT / "README.md"}
 
 
+def test_the_list_of_decisions_is_sorted_with_its_continuation_lines() -> None:
+    rows = re.findall(r"^- \[(\d{3})\](.*\n(?:  .*\n)*)", text_of(DOCS / "index.md"), re.M)
+    assert [number for number, _ in rows] == sorted(number for number, _ in rows)
+    assert [number for number, row in rows if row.count("\n") > 2] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_pages_contain_no_foreign_hosts_or_machine_paths(page: Path) -> None:
     text = text_of(page)
