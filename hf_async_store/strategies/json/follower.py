@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from typing import Final
 
 from hf_async_store.driver import run_to_completion
@@ -108,7 +108,7 @@ class Follower:
         self._files = files
         self._locks = locks
         self._view = view
-        self._refreshing = asyncio.Lock()
+        self._refreshing = asyncio.Lock()  # one task refreshes at a time
         self._next_file_check = 0.0
         self._closed = False
         self._steps = _Steps()
@@ -320,34 +320,31 @@ class Follower:
         if state is None or not state.is_open or self.write_locked or self._refreshing.locked():
             return
         with suppress(StorageError, OSError):
-            if os.fstat(state.fd).st_size > state.offset:
-                async with self._alone():
+            async with self._refreshing:
+                with self.step():
                     await self._read_tail(state)
 
     async def _follow(self, recover_from: str | None = None) -> StoreState:
-        async with self._alone():
-            state = self.state
-            try:
-                if recover_from is not None:
-                    return await self._load(recover_from)
-                if state is None or not await self._catch_up(state):
-                    self._refuse_removed(state)
-                    state = await self._load()
-            except OSError as exc:
-                raise translate_os_error(exc, f"read the files in {self._files.folder}") from exc
-            return state
+        async with self._refreshing:
+            with self.step():
+                state = self.state
+                try:
+                    if recover_from is not None:
+                        return await self._load(recover_from)
+                    if state is None or not await self._catch_up(state):
+                        self._refuse_removed(state)
+                        state = await self._load()
+                except OSError as exc:
+                    raise translate_os_error(
+                        exc, f"read the files in {self._files.folder}"
+                    ) from exc
+                return state
 
     async def reload(self) -> StoreState:
         """Load the store again, because a data file was added. The caller holds the write lock."""
-        async with self._alone():
-            return await self._load()
-
-    @asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        """One task refreshes at a time."""
         async with self._refreshing:
             with self.step():
-                yield
+                return await self._load()
 
     async def _load(self, recover_from: str | None = None) -> StoreState:
         self._files.refuse_moved_links()
