@@ -63,7 +63,7 @@ class _LockContext(Struct, eq=False):
     """The holder; None: the task that enters the context."""
 
     async def __aenter__(self) -> None:
-        self.task = self.task or _this_task()
+        self.task = self.task or this_task()
         await self.lock.acquire(self.mode, self.timeout, self.task)
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -125,7 +125,7 @@ class ReaderWriterLock:
 
         A waiter holds the lock as soon as it is granted, even before the task resumes.
         """
-        task = task or _this_task()
+        task = task or this_task()
         if task is self._writer:
             return "write"
         return "read" if task in self._readers else None
@@ -153,7 +153,7 @@ class ReaderWriterLock:
             LockTimeoutError: the lock did not become free in time.
             TransactionReentryError: the task already holds the lock.
         """
-        task = task or _this_task()
+        task = task or this_task()
         if not self.try_acquire(mode, task):
             await self._wait(task, mode, timeout)
 
@@ -176,7 +176,7 @@ class ReaderWriterLock:
         Raises:
             RuntimeError: the task does not hold the lock in this mode.
         """
-        task = task or _this_task()
+        task = task or this_task()
         if mode == "read" and task in self._readers:
             self._readers.remove(task)
         elif mode == "write" and task is self._writer:
@@ -251,7 +251,8 @@ class ReaderWriterLock:
         )
 
 
-def _this_task() -> asyncio.Task[Any]:
+def this_task() -> asyncio.Task[Any]:
+    """The current task, which can hold a lock."""
     task = asyncio.current_task()
     if task is None:
         raise RuntimeError("a lock can be acquired and released only inside an asyncio task")

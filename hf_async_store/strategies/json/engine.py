@@ -60,7 +60,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.event_loop import Chunks, in_thread
 from hf_async_store.generators import Owned
-from hf_async_store.locks import LockManager
+from hf_async_store.locks import LockManager, this_task
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.passed_over import PassedOver
 from hf_async_store.query import Query
@@ -469,7 +469,7 @@ class JSONEngine(Engine):
         Args:
             owner: the task that is to hold it, if that is not the current one.
         """
-        return _Writing(self, self.locks.exclusive(owner=owner))
+        return _Writing(self, owner)
 
     @asynccontextmanager
     async def write_locked_state(self) -> AsyncIterator[StoreState]:
@@ -496,7 +496,8 @@ class JSONEngine(Engine):
         if state is None or not follower.is_unchanged(state):
             state = await follower.refresh_locked()
         follower.write_locked = True
-        await self._declarations.refresh(self.schema)
+        if not self._declarations.is_current():
+            await self._declarations.refresh(self.schema)
         if self._unique:
             await self._enforce_new(state)
         if self._feeds and not self._declarations.keeps(self._feeds):
@@ -728,21 +729,22 @@ class _Writing:
     """See `JSONEngine.writing`. A context manager of an async generator takes twice as long, as much as a
     check of the files."""
 
-    __slots__ = ("_engine", "_lock")
+    __slots__ = ("_engine", "_owner")
 
-    def __init__(self, engine: JSONEngine, lock: AbstractAsyncContextManager[None]) -> None:
+    def __init__(self, engine: JSONEngine, owner: asyncio.Task[object] | None) -> None:
         self._engine = engine
-        self._lock = lock
+        self._owner = owner
 
     async def __aenter__(self) -> StoreState:
         engine, follower = self._engine, self._engine.follower
         follower.refuse_closed()
         if not follower.has_journal():
             engine.files.make_folder()
+        self._owner = owner = self._owner or this_task()
         patience = _FIRST_PATIENCE
         remaining = engine.config.lock_timeout
         while True:
-            await self._lock.__aenter__()
+            await engine.locks.acquire("write", None, owner)
             try:
                 follower.register(creating=True)
                 with follower.step():
@@ -765,7 +767,7 @@ class _Writing:
         traceback: TracebackType | None,
     ) -> None:
         self._engine.follower.write_locked = False
-        await self._lock.__aexit__(kind, exc, traceback)
+        self._engine.locks.release("write", self._owner)
 
 
 class _JSONSession(Session):

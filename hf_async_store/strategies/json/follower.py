@@ -163,7 +163,8 @@ class Follower:
 
     def step(self) -> AbstractContextManager[None]:
         """Work with files or locks of the store, which stay open until it has ended."""
-        self.refuse_closed()
+        if self._closed:
+            self.refuse_closed()
         return self._steps
 
     async def end_steps(self) -> None:
@@ -236,11 +237,11 @@ class Follower:
         if self._closed or self._refreshing.locked() or not state.is_open:
             return False
         try:
-            status = os.fstat(state.fd)
+            status = os.stat(self._files.journal_path(state.generation))  # noqa: PTH116  # every write
             return (
                 status.st_size == state.offset
+                and (status.st_dev, status.st_ino) == state.journal_identity
                 and not has_failed_sync(status)
-                and self._journal_in_place(state, status)
                 and not self._has_successor(state)
                 and not self.files_changed(state)
             )
@@ -249,9 +250,8 @@ class Follower:
 
     def files_changed(self, state: StoreState) -> bool:
         """Whether a data file is not the one that was read, or written, last."""
-        return any(
-            self._files.signature(name) != state.signatures.get(name) for name in self._files.names
-        )
+        signature, known = self._files.signature, state.signatures
+        return bool([name for name in self._files.names if signature(name) != known.get(name)])
 
     def has_journal(self) -> bool:
         """Whether the open journal was not deleted; then its folder exists."""

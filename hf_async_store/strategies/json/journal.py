@@ -218,18 +218,14 @@ def commit_payload(images: Images) -> Iterator[bytes]:
     """
     start = b"{"
     for name, section in images.items():
-        yield start + _encode(name) + b":{\n"
-        start = b"\n},"
-        items = zip(
-            map(_encode, section),
-            (b"null" if e is None else e for e in section.values()),
-            strict=True,
-        )
-        comma = b""
+        start += _encode(name) + b":{\n"
+        items = iter(section.items())
         while chunk := list(islice(items, _CHUNK_SIZE)):
-            yield comma + b",\n".join(map(b":".join, chunk))
-            comma = b",\n"
-    yield b"\n}}"
+            lines = [_encode(key) + b":" + (b"null" if e is None else e) for key, e in chunk]
+            yield start + b",\n".join(lines)
+            start = b",\n"
+        start = b"\n}," if section else start + b"\n},"
+    yield start[:-1] + b"}"
 
 
 def fed_payload(payload: Sequence[bytes], before: Images) -> Iterator[bytes]:

@@ -64,6 +64,8 @@ class StoreState(Struct, eq=False):
     """The newest generation of which a sync failed, in any process; 0: none."""
     generation: int = 0
     fd: int = -1
+    journal_identity: tuple[int, int] | None = None
+    """The device and inode of the open journal."""
     write_fd: int = -1
     """The journal, opened for writing by the first append of this process to it."""
     offset: int = 0
@@ -171,13 +173,18 @@ class StoreState(Struct, eq=False):
         """
         previous, self.fd = self.fd, -1
         self.close()
-        self.fd = fd
+        self.follow(fd)
         self.generation = head.generation
         self.feed_end = head.position(check)
         self.offset = offset
         self.sequence = sequence
         self.sealed = False
         return previous
+
+    def follow(self, fd: int) -> None:
+        """Use this journal from now on."""
+        status = os.fstat(fd)
+        self.fd, self.journal_identity = fd, (status.st_dev, status.st_ino)
 
     def close(self) -> None:
         for fd in (self.fd, self.write_fd):
