@@ -18,6 +18,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterable,
     Mapping,
     Sequence,
@@ -31,7 +32,7 @@ from contextlib import (
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import JSONConfig, redacted
@@ -412,7 +413,12 @@ class JSONEngine(Engine):
             view.layers.append({})
             outcomes = await view.write(changes, each=True)
             await self.commit(state, view.layers[0], is_last=True)
+        if not any(view.layers[0].values()):
+            await asyncio.sleep(0)  # the caller may try again at once
         return outcomes
+
+    def write_cancellable(self, changes: Sequence[Change]) -> Coroutine[Any, Any, list[Outcome]]:
+        return self.write_each(changes)  # a task can be cancelled in a session as well
 
     def shares_changes(self, key: Key) -> bool:
         # A change feed has each version, and one of several changes may take a unique value of another
