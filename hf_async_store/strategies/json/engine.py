@@ -412,8 +412,8 @@ class JSONEngine(Engine):
             view = self.view(state)
             view.layers.append({})
             outcomes = await view.write(changes, each=True)
-            await self.commit(state, view.layers[0], is_last=True)
-        if not any(view.layers[0].values()):
+            has_written = await self.commit(state, view.layers[0], is_last=True)
+        if not has_written:
             await asyncio.sleep(0)  # the caller may try again at once
         return outcomes
 
@@ -523,8 +523,10 @@ class JSONEngine(Engine):
             self.journal.sync_failed = False
         return state
 
-    async def commit(self, state: StoreState, images: Images, *, is_last: bool = False) -> None:
+    async def commit(self, state: StoreState, images: Images, *, is_last: bool = False) -> bool:
         """Append the images as one record, then apply them in memory. The write lock is held.
+
+        Returns whether there are any.
 
         Args:
             is_last: the caller does nothing else under the lock, which other processes may therefore have
@@ -533,7 +535,7 @@ class JSONEngine(Engine):
         Raises: as `JournalWriter.append_commit`.
         """
         if not any(images.values()):
-            return
+            return False
         updates_files = self.config.update_files == "after each commit"
         with self.follower.step():
             try:
@@ -545,6 +547,7 @@ class JSONEngine(Engine):
             finally:
                 # Also after a failure, or a cancellation: the record may have been written.
                 self.compactor.consider()
+        return True
 
     # -- lifecycle ---------------------------------------------------------------------------
 
@@ -744,13 +747,19 @@ class _Writing:
     async def __aenter__(self) -> StoreState:
         engine, follower = self._engine, self._engine.follower
         follower.refuse_closed()
-        if not follower.has_journal():
+        if follower.state is None or follower.state.fd < 0:
             engine.files.make_folder()
         self._owner = owner = self._owner or this_task()
         patience = _FIRST_PATIENCE
         remaining = engine.config.lock_timeout
         while True:
-            await engine.locks.acquire("write", None, owner)
+            try:
+                await engine.locks.acquire("write", None, owner)
+            except StorageError:
+                if follower.has_journal():
+                    raise
+                engine.files.make_folder()  # it was removed
+                await engine.locks.acquire("write", None, owner)
             try:
                 follower.register(creating=True)
                 with follower.step():

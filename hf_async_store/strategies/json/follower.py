@@ -68,14 +68,14 @@ class _Steps:
 
     def __init__(self) -> None:
         self.running = 0
-        self.ended = asyncio.Event()
+        self.ended: asyncio.Event | None = None  # if somebody waits for it
 
     def __enter__(self) -> None:
         self.running += 1
 
     def __exit__(self, *exc_info: object) -> None:
         self.running -= 1
-        if not self.running:
+        if not self.running and self.ended is not None:
             self.ended.set()
 
 
@@ -174,7 +174,7 @@ class Follower:
         descriptor was given, or write after another process has got the lock.
         """
         while self._steps.running:
-            self._steps.ended.clear()
+            self._steps.ended = asyncio.Event()
             await self._steps.ended.wait()
         self._closed = True
 
@@ -262,7 +262,9 @@ class Follower:
             return False
 
     def _has_successor(self, state: StoreState) -> bool:
-        return os.path.exists(self._files.journal_path(state.generation + 1))  # noqa: PTH110  # every write
+        # Every write asks. Mostly it does not exist, and `exists` would catch an error each time.
+        path = self._files.journal_path(state.generation + 1)
+        return os.access(path, os.F_OK, effective_ids=True)
 
     def _journal_in_place(self, state: StoreState, status: os.stat_result) -> bool:
         """Whether the open journal, which has this status, is the file of its generation in the folder."""
@@ -410,6 +412,7 @@ class Follower:
             state.failed_sync_generation = state.generation
         if size == state.offset:
             return True
+        state.is_end_checked = False
         if size < state.offset:
             return False
         if size - state.offset <= SMALL_TAIL:

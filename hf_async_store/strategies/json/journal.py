@@ -182,13 +182,12 @@ Body = TypeVar("Body")
 
 def record(kind: Kind, payload: bytes, sequence: int) -> bytes:
     """The bytes of a record, ready to be appended."""
-    return header(kind, [payload], sequence) + payload
+    return header(kind, [payload], len(payload), sequence) + payload
 
 
-def header(kind: Kind, payload: Sequence[bytes], sequence: int) -> bytes:
-    """The header of a record, whose payload may have several chunks."""
-    length = sum(map(len, payload))
-    fields = _HEADER.pack(_MAGIC, kind, length, _checksum(payload), sequence)
+def header(kind: Kind, payload: Sequence[bytes], size: int, sequence: int) -> bytes:
+    """The header of a record, whose payload of this size may have several chunks."""
+    fields = _HEADER.pack(_MAGIC, kind, size, _checksum(payload), sequence)
     return fields + _CHECK.pack(crc32(fields))
 
 

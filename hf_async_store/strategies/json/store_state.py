@@ -68,6 +68,9 @@ class StoreState(Struct, eq=False):
     """The device and inode of the open journal."""
     write_fd: int = -1
     """The journal, opened for writing by the first append of this process to it."""
+    is_end_checked: bool = False
+    """Whether the journal had nothing after `offset`, such as an incomplete record, when this process read or
+    wrote it last."""
     offset: int = 0
     sequence: int = 0
     sealed: bool = False
@@ -185,6 +188,7 @@ class StoreState(Struct, eq=False):
         """Use this journal from now on."""
         status = os.fstat(fd)
         self.fd, self.journal_identity = fd, (status.st_dev, status.st_ino)
+        self.is_end_checked = False
 
     def close(self) -> None:
         for fd in (self.fd, self.write_fd):
