@@ -486,10 +486,10 @@ class Engine(Reader):
     ) -> Coroutine[Any, Any, list[Outcome]] | None:
         """As `write_each`, in a task that may be cancelled: then it ends when nothing is written any more.
 
-        By it, the only caller who writes does so in his own task, without two switches to another one. It
-        returns control to the event loop at least once, also if every change is refused, and does not use
-        the cancellation of its task, as `asyncio.timeout` does, for its own purposes. None, the default,
-        which is right for every engine: `write_unblocked` is called in another task.
+        By it, the only caller who writes does so in his own task, without two switches to another one. What
+        it returns is awaited at once. It returns control to the event loop at least once, even if every
+        change is refused. None, the default, which is right for every engine: the store calls
+        `write_unblocked` in a task of its own, which is cancelled only if the event loop ends.
         """
         del changes
         return None

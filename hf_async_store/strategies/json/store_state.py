@@ -69,8 +69,7 @@ class StoreState(Struct, eq=False):
     write_fd: int = -1
     """The journal, opened for writing by the first append of this process to it."""
     is_end_checked: bool = False
-    """Whether the journal had nothing after `offset`, such as an incomplete record, when this process read or
-    wrote it last."""
+    """Whether the journal ended at `offset`, without an incomplete record, when this process wrote it."""
     offset: int = 0
     sequence: int = 0
     sealed: bool = False
