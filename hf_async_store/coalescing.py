@@ -234,9 +234,9 @@ class Coalescer(Generic[Item, Result]):
         """What the caller of `submit` may await instead of a lane; None if others wait, or may join him."""
         if (
             self._run_cancellable is None
-            or not self._is_no_lane_needed()
-            or self._start_scheduled
             or self._running
+            or self._start_scheduled
+            or not self._is_no_lane_needed()
             or not self._without_lane.is_set()
             or len(items) > self._size
         ):
