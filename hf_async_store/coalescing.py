@@ -3,7 +3,7 @@
 For many concurrent tasks this is faster than one driver call per operation. A lane runs one batch at
 a time; when it becomes free, the operations that are waiting form its next batch. So an idle store
 delays an operation by one iteration of the event loop, and a busy store forms larger batches without
-a timer or anything to tune.
+a timer or anything to tune. A caller who seems to be the only one needs no lane, if the engine allows it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ be applied. It may be called in another thread.
 
 Run: TypeAlias = Callable[[Take[Item]], Awaitable[Sequence[Result]]]
 """Runs a batch: calls `Take`, and returns one result for each item, in order. May fail as a whole."""
+
+RunCancellable: TypeAlias = Callable[[list[Item]], Awaitable[Sequence[Result]] | None]
+"""As `Run`, in the task of the only caller, which may be cancelled; None if that is not possible."""
 
 _NO_RESULT: Final = StorageError("there is no result yet")
 
@@ -133,6 +136,8 @@ class Coalescer(Generic[Item, Result]):
         key: returns the key of an item; items with the same key are kept in order. None: the order
             does not matter.
         wait: as `run`, for items that were blocked, for whose locks it waits. Requires `key`.
+        run_cancellable: as `run`, in the task of the only caller, which may be cancelled; returns None if
+            that is not possible. No item of it is ever blocked.
 
     Attributes:
         let_callers_run: what a lane awaits between two batches; by default, one iteration of the event
@@ -149,9 +154,11 @@ class Coalescer(Generic[Item, Result]):
         writes: bool,
         key: Callable[[Item], Key] | None = None,
         wait: Run[Item, Result] | None = None,
+        run_cancellable: RunCancellable[Item, Result] | None = None,
     ) -> None:
         self._run = run
         self._wait = wait
+        self._run_cancellable = run_cancellable
         self._writes = writes
         self._key = key
         self._lanes = lanes
@@ -166,6 +173,9 @@ class Coalescer(Generic[Item, Result]):
         self._start_scheduled = False
         # Held while a batch begins, perhaps in another thread, and while a caller withdraws its items.
         self._beginning = threading.Lock()
+        self._had_one_caller = False  # the last batch: probably the next one has one, too
+        self._without_lane = asyncio.Event()  # clear while a caller runs a batch without a lane
+        self._without_lane.set()
         self.let_callers_run: Callable[[], Awaitable[None]] = partial(asyncio.sleep, 0)
         self.observer: BatchObserver[Item, Result] | None = None
 
@@ -174,10 +184,16 @@ class Coalescer(Generic[Item, Result]):
         """How many calls of `submit` wait for a batch, for all or the rest of their items."""
         return len(self._queue)
 
-    def use(self, run: Run[Item, Result], wait: Run[Item, Result] | None = None) -> None:
+    def use(
+        self,
+        run: Run[Item, Result],
+        wait: Run[Item, Result] | None = None,
+        run_cancellable: RunCancellable[Item, Result] | None = None,
+    ) -> None:
         """Replace the functions that run batches, while there are none."""
         self._run = run
         self._wait = wait
+        self._run_cancellable = run_cancellable
 
     async def submit(
         self, items: Sequence[Item], timeout: float | None
@@ -192,6 +208,9 @@ class Coalescer(Generic[Item, Result]):
             check_seconds(timeout, "timeout")
         if not items:
             return []
+        work = self._work_without_lane(items) if timeout is None else None
+        if work is not None:
+            return await self._complete_without_lane(work, len(items))
         loop = asyncio.get_running_loop()
         count = len(items)
         waiter: _Waiter[Item, Result] = _Waiter(
@@ -223,11 +242,13 @@ class Coalescer(Generic[Item, Result]):
 
     async def drain(self) -> None:
         """Wait until everything that was submitted is done."""
-        while self._queue or self._running or self._waiting:
+        while self._queue or self._running or self._waiting or not self._without_lane.is_set():
             if self._running or self._waiting:
                 await asyncio.wait(self._running | self._waiting)
-            else:
+            elif self._queue:
                 await asyncio.sleep(0)
+            else:
+                await self._without_lane.wait()
 
     def _expire(self, waiter: _Waiter[Item, Result], timeout: float) -> None:
         """Fail the call with a timeout; its items whose batch has not begun are withdrawn."""
@@ -236,11 +257,46 @@ class Coalescer(Generic[Item, Result]):
                 unknown = self._writes and waiter.begun > 0
                 waiter.done.set_exception(timed_out(timeout, outcome_unknown=unknown))
 
+    # -- without a lane ----------------------------------------------------------------------
+
+    def _work_without_lane(self, items: Sequence[Item]) -> Awaitable[Sequence[Result]] | None:
+        """What the caller of `submit` may await instead of a lane; None if others wait, or may join him."""
+        if (
+            self._run_cancellable is None
+            or self._running
+            or self._start_scheduled
+            or not self._is_no_lane_needed()
+            or not self._without_lane.is_set()
+            or len(items) > self._size
+        ):
+            return None
+        return self._run_cancellable(list(items))
+
+    def _is_no_lane_needed(self) -> bool:
+        is_possible = self._run_cancellable is not None and self.observer is None
+        return is_possible and self._had_one_caller and not self._queue
+
+    async def _complete_without_lane(
+        self, work: Awaitable[Sequence[Result]], count: int
+    ) -> list[Result | StorageError]:
+        started = perf_counter()
+        self._without_lane.clear()
+        try:
+            return [*await work]
+        except StorageError as exc:
+            return [exc.copy() for _ in range(count)]
+        finally:
+            self._log_if_slow(started, count)
+            self._without_lane.set()
+            if self._queue:
+                self._schedule_start()
+
     # -- lanes -------------------------------------------------------------------------------
 
     def _schedule_start(self) -> None:
         # Not at once, so that tasks that run later in this iteration of the loop join the batch.
-        if not self._start_scheduled and len(self._running) < self._lanes:
+        lanes = self._lanes if self._without_lane.is_set() else 0
+        if not self._start_scheduled and len(self._running) < lanes:
             self._start_scheduled = True
             asyncio.get_running_loop().call_soon(self._start_lanes)
 
@@ -270,6 +326,8 @@ class Coalescer(Generic[Item, Result]):
         try:
             while batch:
                 await self._run_batch(batch, self._run)
+                if self._is_no_lane_needed():
+                    return
                 # The callers that just got their results run: if they submit again at once, their items
                 # join the next batch instead of waiting behind a small one.
                 await self.let_callers_run()
@@ -306,6 +364,8 @@ class Coalescer(Generic[Item, Result]):
                 continue
             free -= end - index
             batch.append((waiter, index, end))
+        if batch:
+            self._had_one_caller = len(batch) == 1
         queue.extendleft(reversed(skipped))
         if self._lanes > 1:
             self._busy.update(self._keys(batch))
@@ -416,10 +476,13 @@ class Coalescer(Generic[Item, Result]):
             distinct = list(dict.fromkeys(callers))
             return await self.observer.run(_items(batch), distinct, partial(run, take))
         finally:
-            seconds = perf_counter() - started
-            if seconds >= _SLOW_SECONDS:
-                what = "commit" if self._writes else "read"
-                log.debug("a shared %s of %d took %.3f s", what, len(_items(batch)), seconds)
+            self._log_if_slow(started, len(_items(batch)))
+
+    def _log_if_slow(self, started: float, count: int) -> None:
+        seconds = perf_counter() - started
+        if seconds >= _SLOW_SECONDS:
+            what = "commit" if self._writes else "read"
+            log.debug("a shared %s of %d took %.3f s", what, count, seconds)
 
     # -- items that wait for a lock ----------------------------------------------------------
 

@@ -20,10 +20,18 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import ClassVar, Final, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -476,6 +484,19 @@ class Engine(Reader):
         """
         changes = take()
         return await self.write_each(changes) if changes else []
+
+    def write_cancellable(
+        self, changes: Sequence[Change]
+    ) -> Coroutine[Any, Any, list[Outcome]] | None:
+        """As `write_each`, in a task that may be cancelled: then it ends when nothing is written any more.
+
+        By it, the only caller who writes does so in his own task, without two switches to another one. What
+        it returns is awaited at once. It returns control to the event loop at least once, even if every
+        change is refused. None, the default, which is right for every engine: the store calls
+        `write_unblocked` in a task of its own, which is cancelled only if the event loop ends.
+        """
+        del changes
+        return None
 
     async def select_at_once(self, query: Query) -> list[Entity] | None:
         """All that `select_batches` yields, if few entities match, and they can be read in one step.

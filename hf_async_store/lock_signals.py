@@ -60,7 +60,8 @@ class WaitingLine:
             assert self._place is not None
             if self._loop is None:
                 loop = asyncio.get_running_loop()
-                loop.add_reader(self._socket, self._receive)
+                # By number: the loop would format the socket, with its addresses, for an error.
+                loop.add_reader(self._socket.fileno(), self._receive)
                 self._loop = loop
             os.pwrite(file, _NEXT if is_next else _WAITING, self._place)
         except OSError:
@@ -71,7 +72,7 @@ class WaitingLine:
         """Wait no longer."""
         if self._loop is None or self._socket is None:
             return
-        self._loop.remove_reader(self._socket)
+        self._loop.remove_reader(self._socket.fileno())
         self._loop = None
         self._is_signalled = False
         file = self._file()
@@ -131,7 +132,7 @@ class WaitingLine:
 
     def wake(self) -> None:
         """Signal to the process whose turn it is. Never waits or raises."""
-        with suppress(OSError):
+        try:
             file = self._file()
             while file is not None and (place := self._next_place(file)) is not None:
                 try:
@@ -141,10 +142,15 @@ class WaitingLine:
                     os.pwrite(file, _ABSENT, place)
                 else:
                     return
+        except OSError:
+            pass  # without a signal, processes poll
 
     def _next_place(self, file: int) -> int | None:
         """The place of the process whose turn it is, among the others; None if none of them waits."""
-        places = os.pread(file, _PLACES, 0).ljust(_PLACES, _ABSENT)
+        places = os.pread(file, _PLACES, 0)
+        if not places.strip(_ABSENT):
+            return None
+        places = places.ljust(_PLACES, _ABSENT)
         own = -1 if self._place is None else self._place
         others = places[own + 1 :] + places[: max(own, 0)]  # those after the own one come first
         found = others.find(_NEXT)

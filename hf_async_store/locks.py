@@ -64,7 +64,7 @@ class _LockContext(Struct, eq=False):
     """The holder; None: the task that enters the context."""
 
     async def __aenter__(self) -> None:
-        self.task = self.task or _this_task()
+        self.task = self.task or this_task()
         await self.lock.acquire(self.mode, self.timeout, self.task)
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -126,7 +126,7 @@ class ReaderWriterLock:
 
         A waiter holds the lock as soon as it is granted, even before the task resumes.
         """
-        task = task or _this_task()
+        task = task or this_task()
         if task is self._writer:
             return "write"
         return "read" if task in self._readers else None
@@ -154,7 +154,12 @@ class ReaderWriterLock:
             LockTimeoutError: the lock did not become free in time.
             TransactionReentryError: the task already holds the lock.
         """
-        task = task or _this_task()
+        task = task or this_task()
+        if not self.try_acquire(mode, task):
+            await self._wait(task, mode, timeout)
+
+    def try_acquire(self, mode: Mode, task: asyncio.Task[Any]) -> bool:
+        """Hold the lock if it is free; whether it was."""
         free = self._writer is None
         if free and mode == "write" and not self._readers:
             # The queue need not be checked: the task that releases the lock grants it to a waiter
@@ -163,7 +168,8 @@ class ReaderWriterLock:
         elif free and mode == "read" and not self._queue and task not in self._readers:
             self._readers.add(task)
         else:
-            await self._wait(task, mode, timeout)
+            return False
+        return True
 
     def release(self, mode: Mode, task: asyncio.Task[Any] | None = None) -> None:
         """Release the lock.
@@ -171,7 +177,7 @@ class ReaderWriterLock:
         Raises:
             RuntimeError: the task does not hold the lock in this mode.
         """
-        task = task or _this_task()
+        task = task or this_task()
         if mode == "read" and task in self._readers:
             self._readers.remove(task)
         elif mode == "write" and task is self._writer:
@@ -246,7 +252,8 @@ class ReaderWriterLock:
         )
 
 
-def _this_task() -> asyncio.Task[Any]:
+def this_task() -> asyncio.Task[Any]:
+    """The current task, which can hold a lock."""
     task = asyncio.current_task()
     if task is None:
         raise RuntimeError("a lock can be acquired and released only inside an asyncio task")
@@ -271,9 +278,13 @@ class FileLock:
     Args:
         owned: called when the file has to be created; returns its owner, group and mode. None: the
             user of this process, and mode 0600.
+
+    Attributes:
+        descriptor: of the file; None if it is not open.
+        held: the mode in which this object holds the lock; None if it does not.
     """
 
-    __slots__ = ("_fd", "_held", "_identity", "_owned", "_path")
+    __slots__ = ("_identity", "_owned", "_path", "descriptor", "held")
 
     def __init__(
         self,
@@ -282,23 +293,13 @@ class FileLock:
     ) -> None:
         self._path = os.fspath(path)
         self._owned = owned
-        self._fd: int | None = None
+        self.descriptor: int | None = None
         self._identity = (0, 0)
-        self._held: Literal["shared", "exclusive"] | None = None
+        self.held: Literal["shared", "exclusive"] | None = None
 
     @property
     def path(self) -> str:
         return self._path
-
-    @property
-    def held(self) -> Literal["shared", "exclusive"] | None:
-        """The mode in which this object holds the lock; None if it does not."""
-        return self._held
-
-    @property
-    def descriptor(self) -> int | None:
-        """The descriptor of the file; None if it is not open."""
-        return self._fd
 
     def try_lock(self, exclusive: bool) -> bool:
         """Acquire the lock if it is free; return False if it is not. Never waits.
@@ -308,8 +309,8 @@ class FileLock:
                 be created, opened or locked. Nothing is held.
             RuntimeError: this object already holds the lock.
         """
-        if self._held is not None:
-            raise RuntimeError(f"{self._path} is already locked ({self._held}) by this object")
+        if self.held is not None:
+            raise RuntimeError(f"{self._path} is already locked ({self.held}) by this object")
         operation = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
         try:
             # Two attempts, because the file may have been replaced since it was opened. No more:
@@ -317,7 +318,7 @@ class FileLock:
             for _ in range(2):
                 fcntl.flock(self._open_file(), operation | fcntl.LOCK_NB)
                 if self._is_current():
-                    self._held = "exclusive" if exclusive else "shared"
+                    self.held = "exclusive" if exclusive else "shared"
                     return True
                 self.close()
         except BlockingIOError:
@@ -329,10 +330,10 @@ class FileLock:
 
     def unlock(self) -> None:
         """Release the lock; does nothing if it is not held. Never raises."""
-        if self._held is not None and self._fd is not None:
-            self._held = None
+        if self.held is not None and self.descriptor is not None:
+            self.held = None
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                fcntl.flock(self.descriptor, fcntl.LOCK_UN)
             except OSError:
                 self.close()
 
@@ -341,21 +342,21 @@ class FileLock:
         # Unlocked first, because a child process between fork and exec still has the descriptor:
         # if only this process closed it, the child would keep the lock.
         self.unlock()
-        fd, self._fd = self._fd, None
+        fd, self.descriptor = self.descriptor, None
         if fd is not None:
             with suppress(OSError):
                 close_locked(fd)
 
     def _open_file(self) -> int:
-        if self._fd is None:
+        if self.descriptor is None:
             try:
                 fd = os.open(self._path, _OPEN)
             except FileNotFoundError:
                 fd = self._create()
-            self._fd = register_locked(fd)
-            stat = os.fstat(self._fd)
+            self.descriptor = register_locked(fd)
+            stat = os.fstat(self.descriptor)
             self._identity = stat.st_dev, stat.st_ino
-        return self._fd
+        return self.descriptor
 
     def _create(self) -> int:
         owned = self._owned()
@@ -489,11 +490,13 @@ class LockManager:
     async def acquire(self, mode: Mode, timeout: float | None, task: asyncio.Task[Any]) -> None:
         """See `exclusive`, which releases the lock again."""
         wait = _Wait(mode, self._timeout if timeout is None else timeout)
-        await self._tasks.acquire(mode, wait.timeout, task)
+        # Mostly both locks are free, and then nothing is awaited: a coroutine for each step takes longer.
+        if not self._tasks.try_acquire(mode, task):
+            await self._tasks.acquire(mode, wait.timeout, task)
         try:
             if mode == "read":
                 await self._join_readers(task, wait)
-            else:
+            elif not self._pass_at_once(mode):
                 await self._pass_turnstile(wait)
         except BaseException:
             self._tasks.release(mode, task)
@@ -531,8 +534,10 @@ class LockManager:
             # A reader that waited here while another reader passed the turnstile is admitted
             # together with it, like consecutive readers in a queue.
             if passages == self._passages or self._main.held is None:
-                await self._pass_turnstile(wait)
+                if not self._pass_at_once("read"):
+                    await self._pass_turnstile(wait)
                 self._passages += 1
+                self._line.wake()  # another reader may join
             self._sharers += 1
         finally:
             self._gate.release("write", task)
@@ -540,8 +545,7 @@ class LockManager:
     async def _pass_turnstile(self, wait: _Wait) -> None:
         """Lock the file for this process, in the order in which processes wait."""
         try:
-            has_passed = not self._line.is_waiting() and self._try_to_pass(wait)
-            if not has_passed and not await self._pass_when_woken(wait):
+            if not await self._pass_when_woken(wait):
                 # If another process was faster, this one is the next now.
                 await self._lock(self._turnstile, wait, True, _MAX_PAUSE_SECONDS)
                 if self._main.held is None:
@@ -553,28 +557,30 @@ class LockManager:
             raise
         self._turnstile.unlock()
         self._line.leave()
-        if wait.mode == "read":
-            self._line.wake()  # another reader may join
 
-    def _try_to_pass(self, wait: _Wait) -> bool:
+    def _pass_at_once(self, mode: Mode) -> bool:
+        """Lock the file if no other process waits for it, has it or is next in line."""
+        return not self._line.is_waiting() and self._try_to_pass(mode)
+
+    def _try_to_pass(self, mode: Mode) -> bool:
         """Lock the file if no other process has it or is next in line."""
         if self._closed or not self._turnstile.try_lock(exclusive=True):
             return False
-        if self._main.held is None and not self._main.try_lock(wait.mode == "write"):
+        try:
+            return self._main.held is not None or self._main.try_lock(mode == "write")
+        finally:
             self._turnstile.unlock()
-            return False
-        return True
 
     async def _pass_when_woken(self, wait: _Wait) -> bool:
         """Wait for a signal, at most for a moment; whether the file is locked then."""
         if wait.remaining() <= 0 or not self._line.join(is_next=False):
             return False
-        if not self._line.is_waiting() and self._try_to_pass(wait):
+        if self._pass_at_once(wait.mode):
             return True  # it was unlocked before this process had joined
         if self._while_waiting is not None:
             await self._while_waiting()
         await self._line.wait(min(_MAX_PAUSE_SECONDS, wait.remaining()))
-        return self._try_to_pass(wait)
+        return self._try_to_pass(wait.mode)
 
     async def _lock(
         self, lock: FileLock, wait: _Wait, exclusive: bool, longest_pause: float

@@ -62,6 +62,7 @@ from hf_async_store.driver import (
     SchemaChange,
     SchemaProgress,
     Session,
+    run_to_completion,
 )
 from hf_async_store.errors import (
     ConcurrencyConflictError,
@@ -496,6 +497,29 @@ class MigrationRouter(Engine):
 
     async def write_unblocked(self, take: TakeChanges) -> list[Outcome]:
         return await self._write(take, lambda engine, take: engine.write_unblocked(take))
+
+    def write_cancellable(
+        self, changes: Sequence[Change]
+    ) -> Coroutine[Any, Any, list[Outcome]] | None:
+        route = self._route
+        if route.add_markers or time.monotonic() >= self._begin_until:
+            return None
+        work = self._active.write_cancellable(changes)
+        return None if work is None else self._confirmed_write(work, route, changes)
+
+    async def _confirmed_write(
+        self, work: Awaitable[list[Outcome]], route: Route, changes: Sequence[Change]
+    ) -> list[Outcome]:
+        try:
+            outcomes = await work
+        except asyncio.CancelledError:
+            if not self.is_valid(route):  # the changes may have been written
+                with suppress(StorageError):
+                    await run_to_completion(self.confirm(route, changes))
+            raise
+        if not self.is_valid(route):
+            await run_to_completion(self._confirm_written(route, changes, outcomes))
+        return outcomes
 
     async def _write(
         self,

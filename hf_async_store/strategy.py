@@ -162,6 +162,7 @@ class StorageStrategy(WatchedStore):
             writes=True,
             key=_key_of,
             wait=taking_at_once(engine.write_each),
+            run_cancellable=engine.write_cancellable,
         )
         self._reads: Coalescer[Key, Record | None] | None = (
             Coalescer(
@@ -187,7 +188,11 @@ class StorageStrategy(WatchedStore):
     def _use_engine(self, engine: Engine) -> None:
         """Use another engine with the same capabilities; for tests, while there are no calls."""
         self._engine = engine
-        self._writes.use(engine.write_unblocked, wait=taking_at_once(engine.write_each))
+        self._writes.use(
+            engine.write_unblocked,
+            wait=taking_at_once(engine.write_each),
+            run_cancellable=engine.write_cancellable,
+        )
         if self._reads is not None:
             self._reads.use(taking_at_once(engine.fetch))
 

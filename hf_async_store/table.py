@@ -161,7 +161,8 @@ class Table(ABC, Generic[Stored]):
 
     def is_bulk(self, images: Mapping[str, Stored | None]) -> bool:
         """Whether there are so many images that they are applied to a copy, by `merged`."""
-        return len(images) > max(_MIN_BULK_CHANGES, len(self.entities) // _BULK_DIVISOR)
+        number = len(images)
+        return number > _MIN_BULK_CHANGES and number > len(self.entities) // _BULK_DIVISOR
 
     async def merged(self, images: Mapping[str, Stored | None]) -> Merged[Stored]:
         """A copy of the dict with many images applied, for `apply`.

@@ -15,6 +15,7 @@ from hf_async_store.errors import ConcurrencyConflictError, StoreClosedError
 from hf_async_store.generators import Owned
 from hf_async_store.query import Comparison, Query
 from hf_async_store.schema import Collection
+from hf_async_store.testing.cancellation_stepper import cancelled_at, turns
 from hf_async_store.testing.concurrency import is_shared
 from hf_async_store.testing.feed import feed_of, second, stranger
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS, FEED_COLLECTIONS
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _MARKS: Final = Collection("marks", key="mark_id")
 _LATER: Final = Collection("later", key="later_id")
 _NEVER_DECLARED: Final = Collection("never_declared", key="never_id")
+_LATER_SECONDS: Final = 0.005
 _SOON: Final = 5.0
 """Within so many seconds, a wait of a minute must notice a change."""
 
@@ -152,6 +154,30 @@ class DriverContract:
                 found = await reader.fetch(keys)
                 labels = [each and each.entity["label"] for each in found]
                 assert labels == ["second", "first", None, "second", "first"]
+
+    # -- writes in the task of their caller ------------------------------------------------------
+
+    async def test_124_a_cancellable_write_ends_with_its_task(self, store: StorageStrategy) -> None:
+        """And it lets other tasks run, even if it is refused. Both also hold for the other way to write."""
+
+        async def write(put: Put) -> list[Outcome]:
+            work = store.engine.write_cancellable([put])
+            return await (store._write([put], None) if work is None else work)
+
+        await store.save_entity("items", {"item_id": "x"})
+        key = [Key("items", "x")]
+        for turn in turns():
+            cancelled = await cancelled_at(turn, write(_put("x")))
+            found = await store.engine.fetch(key)
+            await asyncio.sleep(_LATER_SECONDS)
+            assert await store.engine.fetch(key) == found, "it was written after its task had ended"
+            if not cancelled:
+                break
+        others: list[str] = []
+        asyncio.get_running_loop().call_soon(others.append, "ran")
+        [refused] = await write(_put("x", expect=99))
+        assert isinstance(refused, ConcurrencyConflictError)
+        assert others, "a caller who tries again and again would stop all others"
 
     # -- change markers ------------------------------------------------------------------------
 

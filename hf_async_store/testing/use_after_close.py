@@ -57,6 +57,9 @@ _CALLS: Final[Mapping[str, _Call]] = {
     "count": lambda engine, position: engine.count(_ALL),
     "write_each": lambda engine, position: engine.write_each([Delete(_NOTE)]),
     "write_unblocked": lambda engine, position: engine.write_unblocked(lambda: [Delete(_NOTE)]),
+    "write_cancellable": lambda engine, position: (
+        engine.write_cancellable([Delete(_NOTE)]) or engine.write_each([Delete(_NOTE)])
+    ),
     "session": lambda engine, position: _read_in(engine.session(None)),
     "snapshot": lambda engine, position: _read_in(engine.snapshot()),
     "fetch_undeclared": lambda engine, position: engine.fetch_undeclared(_LATER, "a"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import os
@@ -43,6 +44,7 @@ from hf_async_store import (
 )
 from hf_async_store.migration import live
 from hf_async_store.migration.live import LiveMigration
+from hf_async_store.values import Key
 from hf_async_store_bench.acked_writes import AckedWrites
 
 if TYPE_CHECKING:
@@ -626,3 +628,28 @@ async def test_a_migration_ends_claims(target_kind: str, place: Place) -> None:
             await move.finalize()
     async with open_store(target, collections=jobs) as store:
         assert await store.count_by("jobs", "status") == [("done", 1), ("new", 1)]
+
+
+async def test_a_cancelled_write_during_which_a_migration_begins_is_copied(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [Collection("jobs", key="job_id", fields=["status"])]
+    source, target = place("json-single", "a"), place("sqlite", "b")
+    async with open_store(source, collections=jobs, follow_moves=[target]) as store:
+        router: Any = store.engine
+        write = router.original.write_each
+
+        async def cancelled_late(changes: Any) -> None:
+            await write(changes)
+            async with LiveMigration(source, target, collections=jobs) as move:
+                await move.start(cut_over=False)
+            await asyncio.sleep(migration_routing.LEASE_SECONDS + 0.1)
+            raise asyncio.CancelledError
+
+        await store.save_entity("jobs", {"job_id": "a", "status": "new"})
+        monkeypatch.setattr(router.original, "write_each", cancelled_late)
+        with pytest.raises(asyncio.CancelledError):
+            await store.save_entity("jobs", {"job_id": "a", "status": "done"})
+        marker = migration_routing.marker_of(Key("jobs", "a")).key
+        [marked] = await router.engine_of(router.last_route).fetch([marker])
+        assert marked is not None

@@ -321,6 +321,81 @@ async def test_a_cancelled_write_in_a_batch_waits_for_the_batch(cancellations: i
     assert gate.landed == ["a"]
 
 
+class Alone:
+    """A fake engine that can write in the task of the caller; records how each batch was written."""
+
+    def __init__(self, *, possible: bool = True) -> None:
+        self.possible = possible
+        self.batches: list[tuple[str, list[str]]] = []
+        self.fail: StorageError | None = None
+        self.calls: Coalescer[Key, str] = Coalescer(
+            lambda items: self._write("lane", items), lanes=1, size=10, writes=True,
+            run_cancellable=lambda items: self._write("caller", items) if self.possible else None,
+        )  # fmt: skip
+
+    async def _write(self, how: str, items: Sequence[Key]) -> list[str]:
+        self.batches.append((how, [each.id for each in items]))
+        for _ in range(4):
+            await asyncio.sleep(0)
+        if self.fail is not None:
+            raise self.fail
+        return [each.id for each in items]
+
+    async def submit(self, *ids: str, timeout: float | None = None) -> list[str | StorageError]:
+        return await self.calls.submit(keys(*ids), timeout)
+
+
+async def test_the_only_caller_writes_in_his_own_task() -> None:
+    alone = Alone()
+    for each in "abc":
+        assert await alone.submit(each) == [each]
+    assert await alone.submit("d", timeout=5) == ["d"]  # he must return in time
+    assert await alone.submit(*map(str, range(11))) == [*map(str, range(11))]
+    how = [how for how, _ in alone.batches]
+    assert how == ["lane", "caller", "caller", "lane", "lane", "lane"]
+    alone.possible = False
+    assert await alone.submit("e") == ["e"]
+    assert alone.batches[-1] == ("lane", ["e"])
+
+
+async def test_others_join_the_batch_after_that_of_the_only_caller() -> None:
+    alone = Alone()
+    await alone.submit("a")
+
+    async def many(name: str) -> None:
+        for number in range(3):
+            await alone.submit(f"{name}{number}")
+
+    await asyncio.gather(*map(many, "xyz"))
+    assert alone.batches[1] == ("caller", ["x0"])
+    assert {how for how, _ in alone.batches[2:]} == {"lane"}
+    assert sorted(alone.batches[2][1]) == ["x1", "y0", "z0"]
+    await alone.calls.drain()
+
+
+async def test_a_close_waits_for_the_only_caller() -> None:
+    alone = Alone()
+    await alone.submit("a")
+    task = asyncio.create_task(alone.submit("b"))
+    await asyncio.sleep(0)
+    assert not task.done()
+    await alone.calls.drain()
+    await asyncio.sleep(0)
+    assert task.done()
+    assert alone.batches[-1] == ("caller", ["b"])
+
+
+async def test_a_failure_of_the_only_caller_is_the_outcome_of_each_item() -> None:
+    alone = Alone()
+    await alone.submit("a")
+    alone.fail = UnavailableError("full")
+    outcomes = await alone.submit("b", "c")
+    assert [type(each) for each in outcomes] == [UnavailableError] * 2
+    assert outcomes[0] is not outcomes[1]
+    alone.fail = None
+    assert await alone.submit("d") == ["d"]
+
+
 async def test_a_cancelled_large_call_waits_only_for_items_in_batches() -> None:
     gate = Gate()
     calls: Coalescer[Key, str] = Coalescer(taking_at_once(gate.run), lanes=1, size=2, writes=True)

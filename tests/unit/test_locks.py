@@ -559,8 +559,8 @@ def test_a_file_lock_is_lazy_private_and_not_inherited(
     lock.close()
     assert lock.try_lock(exclusive=True)
     assert stat.S_IMODE((tmp_path / "lock").stat().st_mode) == 0o600
-    assert lock._fd is not None
-    assert fcntl.fcntl(lock._fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+    assert lock.descriptor is not None
+    assert fcntl.fcntl(lock.descriptor, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
     lock.close()
     lock.close()
     assert lock.held is None

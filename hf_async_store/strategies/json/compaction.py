@@ -54,6 +54,9 @@ _PAUSE_SECONDS: Final = 0.5
 """The pause between compactions that the size of the journal requires: without it, a small store
 under load would compact almost continuously."""
 
+_STEP_DIVISOR: Final = 4
+"""A compaction is considered again when the journal has grown by this fraction of `write_buffer_size`."""
+
 _REST_FACTOR: Final = 10
 """A compaction begins only after this many times the duration of the last one, unless the journal is larger
 than the data files: under load, compactions would otherwise take much of the time on a slow machine."""
@@ -108,6 +111,9 @@ class Compactor:
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._last_commit = 0.0
+        # The end of the journal when it was considered last; None: consider again at any size.
+        self._considered: int | None = None
+        self._step = 0 if self._after_each_commit else config.write_buffer_size // _STEP_DIVISOR
         self._last_end = -_PAUSE_SECONDS
         self._last_duration = 0.0
         self._failures = 0
@@ -125,6 +131,9 @@ class Compactor:
         state = self._follower.state
         if self._task is not None or state is None:
             return
+        if self._considered is not None and 0 <= state.offset - self._considered < self._step:
+            return  # adding up what is pending takes as long as deciding about a change
+        self._considered = state.offset
         if self._is_large(state) and self._seconds_to_wait() + self._rest(state) <= 0:
             self._start()
         elif self._timer is None and self._is_wanted_when_idle(state):
@@ -138,7 +147,7 @@ class Compactor:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._on_idle)
 
     def _on_idle(self) -> None:
-        self._timer = None
+        self._timer = self._considered = None
         idle = time.monotonic() - self._last_commit
         pause = max(_IDLE_SECONDS - idle, self._seconds_to_wait() if self._failures else 0)
         if pause > 0:
@@ -175,7 +184,7 @@ class Compactor:
             # Nothing is lost: the journal contains every commit. `health` reports the failure.
             log.warning("the journal could not be compacted into the data files", exc_info=True)
         finally:
-            self._task = None
+            self._task = self._considered = None
             self._last_end = time.monotonic()
         if self._after_each_commit:
             self.consider()  # it may have failed, or may not contain a commit that failed meanwhile

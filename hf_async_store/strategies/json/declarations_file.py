@@ -56,6 +56,7 @@ class DeclarationsFile:
     def __init__(self, files: FileManager) -> None:
         self._files = files
         self.path = files.declarations()
+        self._path = str(self.path)  # every write needs it
         self.enforced: Mapping[str, tuple[Fields, ...]] = {}
         self.feeds: Mapping[str, timedelta] = {}
         self.store = ""
@@ -71,6 +72,13 @@ class DeclarationsFile:
         known = self.feeds
         return all(each in known and feeds[each] <= known[each] for each in feeds)
 
+    def is_current(self) -> bool:
+        """Whether the file is the one that was read last; every write asks."""
+        try:
+            return _signature(os.stat(self._path)) == self._signature  # noqa: PTH116
+        except OSError:
+            return False  # `refresh` reports it
+
     async def refresh(self, own: Schema) -> None:
         """Read `enforced` and `feeds` again, if the file was replaced.
 
@@ -85,7 +93,7 @@ class DeclarationsFile:
             return
         except OSError as exc:
             raise translate_os_error(exc, f"read {self.path}") from exc
-        signature = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        signature = _signature(status)
         if signature != self._signature:
             try:
                 self._set(*await self._read())
@@ -180,6 +188,10 @@ class DeclarationsFile:
 def feeds_of(collections: Iterable[Collection]) -> dict[str, timedelta]:
     """By collection, for how long its changes are kept."""
     return {each.name: each.feed for each in collections if each.feed is not None}
+
+
+def _signature(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _content(path: Path) -> bytes | None:

@@ -18,6 +18,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterable,
     Mapping,
     Sequence,
@@ -31,7 +32,7 @@ from contextlib import (
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record, TakeChanges
 from hf_async_store.config import JSONConfig, redacted
@@ -61,7 +62,7 @@ from hf_async_store.errors import (
 )
 from hf_async_store.event_loop import Chunks, in_thread, pause
 from hf_async_store.generators import Owned
-from hf_async_store.locks import LockManager
+from hf_async_store.locks import LockManager, this_task
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.passed_over import PassedOver
 from hf_async_store.query import Query
@@ -418,8 +419,13 @@ class JSONEngine(Engine):
             view = self.view(state)
             view.layers.append({})
             outcomes = await view.write(changes, each=True)
-            await self.commit(state, view.layers[0], is_last=True)
+            has_written = await self.commit(state, view.layers[0], is_last=True)
+        if not has_written:
+            await asyncio.sleep(0)  # the caller may try again at once
         return outcomes
+
+    def write_cancellable(self, changes: Sequence[Change]) -> Coroutine[Any, Any, list[Outcome]]:
+        return self.write_each(changes)  # a task can be cancelled in a session as well
 
     def shares_changes(self, key: Key) -> bool:
         # A change feed has each version, and one of several changes may take a unique value of another
@@ -476,7 +482,7 @@ class JSONEngine(Engine):
         Args:
             owner: the task that is to hold it, if that is not the current one.
         """
-        return _Writing(self, self.locks.exclusive(owner=owner))
+        return _Writing(self, owner)
 
     @asynccontextmanager
     async def write_locked_state(self) -> AsyncIterator[StoreState]:
@@ -503,7 +509,8 @@ class JSONEngine(Engine):
         if state is None or not follower.is_unchanged(state):
             state = await follower.refresh_locked()
         follower.write_locked = True
-        await self._declarations.refresh(self.schema)
+        if not self._declarations.is_current():
+            await self._declarations.refresh(self.schema)
         if self._unique:
             await self._enforce_new(state)
         if self._feeds and not self._declarations.keeps(self._feeds):
@@ -523,8 +530,10 @@ class JSONEngine(Engine):
             self.journal.sync_failed = False
         return state
 
-    async def commit(self, state: StoreState, images: Images, *, is_last: bool = False) -> None:
+    async def commit(self, state: StoreState, images: Images, *, is_last: bool = False) -> bool:
         """Append the images as one record, then apply them in memory. The write lock is held.
+
+        Returns whether there are any.
 
         Args:
             is_last: the caller does nothing else under the lock, which other processes may therefore have
@@ -533,7 +542,7 @@ class JSONEngine(Engine):
         Raises: as `JournalWriter.append_commit`.
         """
         if not any(images.values()):
-            return
+            return False
         updates_files = self.config.update_files == "after each commit"
         with self.follower.step():
             try:
@@ -545,6 +554,7 @@ class JSONEngine(Engine):
             finally:
                 # Also after a failure, or a cancellation: the record may have been written.
                 self.compactor.consider()
+        return True
 
     # -- lifecycle ---------------------------------------------------------------------------
 
@@ -738,21 +748,28 @@ class _Writing:
     """See `JSONEngine.writing`. A context manager of an async generator takes twice as long, as much as a
     check of the files."""
 
-    __slots__ = ("_engine", "_lock")
+    __slots__ = ("_engine", "_owner")
 
-    def __init__(self, engine: JSONEngine, lock: AbstractAsyncContextManager[None]) -> None:
+    def __init__(self, engine: JSONEngine, owner: asyncio.Task[object] | None) -> None:
         self._engine = engine
-        self._lock = lock
+        self._owner = owner
 
     async def __aenter__(self) -> StoreState:
         engine, follower = self._engine, self._engine.follower
         follower.refuse_closed()
-        if not follower.has_journal():
+        if follower.state is None or follower.state.fd < 0:
             engine.files.make_folder()
+        self._owner = owner = self._owner or this_task()
         patience = _FIRST_PATIENCE
         remaining = engine.config.lock_timeout
         while True:
-            await self._lock.__aenter__()
+            try:
+                await engine.locks.acquire("write", None, owner)
+            except StorageError:
+                if follower.has_journal():
+                    raise
+                engine.files.make_folder()  # it was removed
+                await engine.locks.acquire("write", None, owner)
             try:
                 follower.register(creating=True)
                 with follower.step():
@@ -775,7 +792,7 @@ class _Writing:
         traceback: TracebackType | None,
     ) -> None:
         self._engine.follower.write_locked = False
-        await self._lock.__aexit__(kind, exc, traceback)
+        self._engine.locks.release("write", self._owner)
 
 
 class _JSONSession(Session):

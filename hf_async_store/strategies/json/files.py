@@ -139,6 +139,7 @@ class FileManager:
         self._journal_prefix = f"{self._stem}.journal."
         self._journals = str(self.folder / self._journal_prefix)
         self._paths: dict[str, tuple[Path, Path]] = {}
+        self._path_names: dict[str, tuple[str, ...]] = {}
 
     # -- names -------------------------------------------------------------------------------
 
@@ -192,7 +193,10 @@ class FileManager:
 
     def signature(self, name: str) -> Signature | None:
         """The current signature of a data file; None if it does not exist."""
-        for path in self._both_paths(name):
+        paths = self._path_names.get(name)
+        if paths is None:  # as strings, because a Path takes as long as the check
+            paths = self._path_names[name] = tuple(map(str, self._both_paths(name)))
+        for path in paths:
             try:
                 return Signature.of(os.stat(path))  # noqa: PTH116  # called by every write
             except FileNotFoundError:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from typing import Final
 
 from hf_async_store.driver import run_to_completion
@@ -68,14 +68,14 @@ class _Steps:
 
     def __init__(self) -> None:
         self.running = 0
-        self.ended = asyncio.Event()
+        self.ended: asyncio.Event | None = None  # if somebody waits for it
 
     def __enter__(self) -> None:
         self.running += 1
 
     def __exit__(self, *exc_info: object) -> None:
         self.running -= 1
-        if not self.running:
+        if not self.running and self.ended is not None:
             self.ended.set()
 
 
@@ -108,7 +108,7 @@ class Follower:
         self._files = files
         self._locks = locks
         self._view = view
-        self._refreshing = asyncio.Lock()
+        self._refreshing = asyncio.Lock()  # one task refreshes at a time
         self._next_file_check = 0.0
         self._closed = False
         self._steps = _Steps()
@@ -163,7 +163,8 @@ class Follower:
 
     def step(self) -> AbstractContextManager[None]:
         """Work with files or locks of the store, which stay open until it has ended."""
-        self.refuse_closed()
+        if self._closed:
+            self.refuse_closed()
         return self._steps
 
     async def end_steps(self) -> None:
@@ -173,7 +174,7 @@ class Follower:
         descriptor was given, or write after another process has got the lock.
         """
         while self._steps.running:
-            self._steps.ended.clear()
+            self._steps.ended = asyncio.Event()
             await self._steps.ended.wait()
         self._closed = True
 
@@ -236,11 +237,11 @@ class Follower:
         if self._closed or self._refreshing.locked() or not state.is_open:
             return False
         try:
-            status = os.fstat(state.fd)
+            status = os.stat(self._files.journal_path(state.generation))  # noqa: PTH116  # every write
             return (
                 status.st_size == state.offset
+                and (status.st_dev, status.st_ino) == state.journal_identity
                 and not has_failed_sync(status)
-                and self._journal_in_place(state, status)
                 and not self._has_successor(state)
                 and not self.files_changed(state)
             )
@@ -249,9 +250,8 @@ class Follower:
 
     def files_changed(self, state: StoreState) -> bool:
         """Whether a data file is not the one that was read, or written, last."""
-        return any(
-            self._files.signature(name) != state.signatures.get(name) for name in self._files.names
-        )
+        signature, known = self._files.signature, state.signatures
+        return bool([name for name in self._files.names if signature(name) != known.get(name)])
 
     def has_journal(self) -> bool:
         """Whether the open journal was not deleted; then its folder exists."""
@@ -262,7 +262,9 @@ class Follower:
             return False
 
     def _has_successor(self, state: StoreState) -> bool:
-        return os.path.exists(self._files.journal_path(state.generation + 1))  # noqa: PTH110  # every write
+        # Every write asks. Mostly it does not exist, and `exists` would catch an error each time.
+        path = self._files.journal_path(state.generation + 1)
+        return os.access(path, os.F_OK, effective_ids=True)
 
     def _journal_in_place(self, state: StoreState, status: os.stat_result) -> bool:
         """Whether the open journal, which has this status, is the file of its generation in the folder."""
@@ -320,34 +322,31 @@ class Follower:
         if state is None or not state.is_open or self.write_locked or self._refreshing.locked():
             return
         with suppress(StorageError, OSError):
-            if os.fstat(state.fd).st_size > state.offset:
-                async with self._alone():
+            async with self._refreshing:
+                with self.step():
                     await self._read_tail(state)
 
     async def _follow(self, recover_from: str | None = None) -> StoreState:
-        async with self._alone():
-            state = self.state
-            try:
-                if recover_from is not None:
-                    return await self._load(recover_from)
-                if state is None or not await self._catch_up(state):
-                    self._refuse_removed(state)
-                    state = await self._load()
-            except OSError as exc:
-                raise translate_os_error(exc, f"read the files in {self._files.folder}") from exc
-            return state
+        async with self._refreshing:
+            with self.step():
+                state = self.state
+                try:
+                    if recover_from is not None:
+                        return await self._load(recover_from)
+                    if state is None or not await self._catch_up(state):
+                        self._refuse_removed(state)
+                        state = await self._load()
+                except OSError as exc:
+                    raise translate_os_error(
+                        exc, f"read the files in {self._files.folder}"
+                    ) from exc
+                return state
 
     async def reload(self) -> StoreState:
         """Load the store again, because a data file was added. The caller holds the write lock."""
-        async with self._alone():
-            return await self._load()
-
-    @asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        """One task refreshes at a time."""
         async with self._refreshing:
             with self.step():
-                yield
+                return await self._load()
 
     async def _load(self, recover_from: str | None = None) -> StoreState:
         self._files.refuse_moved_links()
@@ -413,6 +412,7 @@ class Follower:
             state.failed_sync_generation = state.generation
         if size == state.offset:
             return True
+        state.is_end_checked = False
         if size < state.offset:
             return False
         if size - state.offset <= SMALL_TAIL:

@@ -35,8 +35,9 @@ _FAMILY: Final = b"HFJ"
 _MAGIC: Final = _FAMILY + b"1"
 _HEADER: Final = struct.Struct(">4sB3xIIQ")
 _CHECK: Final = struct.Struct(">I")
+_CHECKED_HEADER: Final = struct.Struct(_HEADER.format + _CHECK.format[1:])
 _FED_COMMIT: Final = struct.Struct(">8sI")
-HEADER_SIZE: Final = _HEADER.size + _CHECK.size
+HEADER_SIZE: Final = _CHECKED_HEADER.size
 
 USE_FILES: Final = (
     "Restore a backup (`hf-async-store restore`), or use the data files without the journal: "
@@ -152,12 +153,14 @@ class Entry(msgspec.Struct, frozen=True):
         kind: a FED_COMMIT is read as a COMMIT that has `before`.
         chunks: its payload. A large payload has several chunks, so that 30 MB are never copied, or
             freed, in one step.
+        size: the size of the payload.
         before: the pre-images of a FED_COMMIT, in chunks.
         check: the checksum of its header.
     """
 
     kind: Kind
     chunks: list[bytes]
+    size: int
     before: list[bytes]
     check: int
 
@@ -165,12 +168,8 @@ class Entry(msgspec.Struct, frozen=True):
     def payload(self) -> bytes:
         return b"".join(self.chunks)
 
-    @property
-    def size(self) -> int:
-        return sum(map(len, self.chunks))
 
-
-_KINDS: Final = frozenset(Kind)
+_KINDS: Final = {int(each): each for each in Kind}
 _CHUNK_SIZE: Final = 1024
 
 _TYPES: Final = {Kind.HEAD: Head, Kind.FOLD: Fold, Kind.SEAL: Seal}
@@ -183,13 +182,12 @@ Body = TypeVar("Body")
 
 def record(kind: Kind, payload: bytes, sequence: int) -> bytes:
     """The bytes of a record, ready to be appended."""
-    return header(kind, [payload], sequence) + payload
+    return header(kind, [payload], len(payload), sequence) + payload
 
 
-def header(kind: Kind, payload: Sequence[bytes], sequence: int) -> bytes:
-    """The header of a record, whose payload may have several chunks."""
-    length = sum(map(len, payload))
-    fields = _HEADER.pack(_MAGIC, kind, length, _checksum(payload), sequence)
+def header(kind: Kind, payload: Sequence[bytes], size: int, sequence: int) -> bytes:
+    """The header of a record, whose payload of this size may have several chunks."""
+    fields = _HEADER.pack(_MAGIC, kind, size, _checksum(payload), sequence)
     return fields + _CHECK.pack(crc32(fields))
 
 
@@ -219,18 +217,14 @@ def commit_payload(images: Images) -> Iterator[bytes]:
     """
     start = b"{"
     for name, section in images.items():
-        yield start + _encode(name) + b":{\n"
-        start = b"\n},"
-        items = zip(
-            map(_encode, section),
-            (b"null" if e is None else e for e in section.values()),
-            strict=True,
-        )
-        comma = b""
+        start += _encode(name) + b":{\n"
+        items = iter(section.items())
         while chunk := list(islice(items, _CHUNK_SIZE)):
-            yield comma + b",\n".join(map(b":".join, chunk))
-            comma = b",\n"
-    yield b"\n}}"
+            lines = [_encode(key) + b":" + (b"null" if e is None else e) for key, e in chunk]
+            yield start + b",\n".join(lines)
+            start = b",\n"
+        start = b"\n}," if section else start + b"\n},"
+    yield start[:-1] + b"}"
 
 
 def fed_payload(payload: Sequence[bytes], before: Images) -> Iterator[bytes]:
@@ -247,10 +241,13 @@ def fed_payload(payload: Sequence[bytes], before: Images) -> Iterator[bytes]:
 
 def read_commit(payload: bytes) -> dict[str, dict[str, bytes | None]]:
     """The post-images in the payload of a COMMIT."""
-    return {
-        name: {entity_id: image(bytes(raw)) for entity_id, raw in images.items()}
-        for name, images in _read(_commit_decoder, payload).items()
-    }
+    images: dict[str, dict[str, bytes | None]] = {}
+    for name, section in _read(_commit_decoder, payload).items():
+        found = {entity_id: bytes(raw) for entity_id, raw in section.items()}
+        # Without a call for each entity: other processes wait for the lock meanwhile.
+        rest = {each: image(raw) for each, raw in found.items() if not raw.startswith(_ENTITY)}
+        images[name] = {**found, **rest}
+    return images
 
 
 def image(encoded: bytes) -> bytes | None:
@@ -309,7 +306,13 @@ class _Chunks:
 
     def read(self, size: int) -> list[bytes]:
         """The next bytes in chunks; fewer at the end of the file."""
-        found: list[bytes] = []
+        within = self._position + size
+        if within <= len(self._data):
+            found = [self._data[self._position : within]]
+            self._position = within
+            self.offset += size
+            return found
+        found = []
         end = self.offset + size
         while self.offset < end:
             if self._position == len(self._data):
@@ -344,8 +347,7 @@ def read_header(data: bytes, name: str, offset: int) -> RecordHeader:
         CorruptionError: it is damaged.
         NewerFormatError: a newer release wrote it.
     """
-    magic, kind, length, payload_crc, number = _HEADER.unpack_from(data)
-    check = header_check(data)
+    magic, kind, length, payload_crc, number, check = _CHECKED_HEADER.unpack_from(data)
     is_valid = check == crc32(data[: _HEADER.size])
     if is_valid and magic != _MAGIC and magic.startswith(_FAMILY):
         raise _newer(name, offset)
@@ -396,11 +398,11 @@ def scan(
 
 def _entry(found: RecordHeader, payload: list[bytes]) -> Entry:
     if found.kind != Kind.FED_COMMIT:
-        return Entry(Kind(found.kind), payload, [], found.check)
+        return Entry(_KINDS[found.kind], payload, found.length, [], found.check)
     size = _FED_COMMIT.size
     _, length = _FED_COMMIT.unpack(b"".join(_cut(payload, 0, size)))
     before = _cut(payload, size + length, found.length)
-    return Entry(Kind.COMMIT, _cut(payload, size, size + length), before, found.check)
+    return Entry(Kind.COMMIT, _cut(payload, size, size + length), length, before, found.check)
 
 
 def _cut(chunks: Iterable[bytes], begin: int, end: int) -> list[bytes]:

@@ -212,10 +212,10 @@ class JournalWriter:
         size = sum(map(len, payload))
         if size > _LARGE_RECORD:
             # Computing its checksum, or joining its chunks, would block the event loop.
-            head = await in_thread(header, kind, payload, state.sequence)
+            head = await in_thread(header, kind, payload, size, state.sequence)
             data = [head, *payload]
         else:
-            head = header(kind, payload, state.sequence)
+            head = header(kind, payload, size, state.sequence)
             data = [b"".join((head, *payload))]
         check = header_check(head) if kind is Kind.FED_COMMIT else None
         end = state.offset + HEADER_SIZE + size
@@ -228,6 +228,7 @@ class JournalWriter:
         cancelled = await job
         state.appending = None
         failure = job.failure
+        state.is_end_checked = job.written
         if job.written:
             # Even if its sync failed: the record can be read, so it is valid.
             state.complete(append)
@@ -560,7 +561,7 @@ def _writer(state: StoreState, path: str) -> int:
     try:
         if state.write_fd < 0:
             state.write_fd = register_locked(os.open(path, _OPEN))
-        if os.fstat(state.write_fd).st_size > state.offset:
+        if not state.is_end_checked and os.fstat(state.write_fd).st_size > state.offset:
             # The incomplete record of an interrupted append is truncated first: readers that compare
             # the file size must not mistake it for this record.
             os.ftruncate(state.write_fd, state.offset)

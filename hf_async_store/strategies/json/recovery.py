@@ -249,7 +249,7 @@ class StoreLoader:
             os.close(fd)
             raise
         if keep:
-            state.fd = fd
+            state.follow(fd)
             state.generation = generation
             state.offset = journal.end
             state.sequence = len(journal.entries)

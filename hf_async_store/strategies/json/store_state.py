@@ -65,8 +65,12 @@ class StoreState(Struct, eq=False):
     """The newest generation of which a sync failed, in any process; 0: none."""
     generation: int = 0
     fd: int = -1
+    journal_identity: tuple[int, int] | None = None
+    """The device and inode of the open journal."""
     write_fd: int = -1
     """The journal, opened for writing by the first append of this process to it."""
+    is_end_checked: bool = False
+    """Whether the journal ended at `offset`, without an incomplete record, when this process wrote it."""
     offset: int = 0
     sequence: int = 0
     sealed: bool = False
@@ -172,13 +176,19 @@ class StoreState(Struct, eq=False):
         """
         previous, self.fd = self.fd, -1
         self.close()
-        self.fd = fd
+        self.follow(fd)
         self.generation = head.generation
         self.feed_end = head.position(check)
         self.offset = offset
         self.sequence = sequence
         self.sealed = False
         return previous
+
+    def follow(self, fd: int) -> None:
+        """Use this journal from now on."""
+        status = os.fstat(fd)
+        self.fd, self.journal_identity = fd, (status.st_dev, status.st_ino)
+        self.is_end_checked = False
 
     def close(self) -> None:
         if self.fd >= 0:
