@@ -6,7 +6,7 @@ from typing import Final
 
 from hf_async_store.errors import ConfigurationError
 
-INTERFACE_VERSION: Final = 1
+INTERFACE_VERSION: Final = 2
 """The version of the driver interface.
 
 It grows when an engine that was right may now be wrong: a method or a name is removed, a required method

@@ -68,7 +68,7 @@ in smaller chunks, of about `_CHUNK_BYTES`."""
 
 _SAMPLE_SIZE: Final = 16
 _WAL_SUFFIXES: Final = ("-wal", "-shm")
-_WAL_BYTES: Final = 1 << 22
+_CHECKPOINT_BYTES: Final = 1 << 22
 """The size of the log at which SQLite copies its pages into the database, which may grow by as much."""
 
 _BUSY_TIMEOUT_MS: Final = 20
@@ -816,7 +816,7 @@ class SQLite(Dialect):
             problems.append(f"{self._path} cannot be written")
         folder, wal_bytes = self._path.parent, _size(Path(f"{self._path}-wal"))
         free = free_bytes(folder)
-        problems += too_little(folder, free, max(wal_bytes, _WAL_BYTES) + _WAL_BYTES)
+        problems += too_little(folder, free, max(wal_bytes, _CHECKPOINT_BYTES) + _CHECKPOINT_BYTES)
         return {
             "path": str(self._path),
             "mode": oct(self._path.stat().st_mode & 0o777),
