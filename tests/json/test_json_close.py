@@ -388,7 +388,8 @@ async def test_no_task_is_left_when_opening_a_large_file_is_cancelled(
 ) -> None:
     async with open_json(tmp_path, "single_file") as store:
         await store.save_entity(T, {"template_id": "t-1"})
-    monkeypatch.setattr(files, "_LARGE_FILE", 0)
+    for each in (files, recovery):
+        monkeypatch.setattr(each, "_LARGE_FILE", 0)
     may_end, digest = threading.Event(), files._digest
     parses = asyncio.Event()
 

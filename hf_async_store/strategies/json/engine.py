@@ -177,6 +177,8 @@ class JSONEngine(Engine):
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         follower = self.follower
         state = follower.state
+        if state is None and (state := await follower.look_up(keys)) is not None:
+            return await self.view(state).fetch(keys)
         if state is None or not follower.is_current(state):
             state = await follower.refresh()
         self._reads += 1
@@ -203,7 +205,11 @@ class JSONEngine(Engine):
         return await self.view(await self.follower.current()).count(query)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        state = await self._current()
+        state = None
+        if self.follower.state is None and not self.locks.holds():
+            state = await self.follower.look_up([Key(collection.name, entity_id)])
+        if state is None:
+            state = await self._current()
         raw = state.raw_entity(collection.name, entity_id)
         if raw is None:
             return None
@@ -680,7 +686,7 @@ class JSONEngine(Engine):
     async def close(self) -> None:
         try:
             await self.compactor.close()
-            if self.follower.state is not None:
+            if self.follower.is_used:
                 await self._compact_if_last()
         finally:
             await self.follower.end_steps()
@@ -695,7 +701,8 @@ class JSONEngine(Engine):
         """Compact, if no other process has the store open: the data files then contain everything."""
         try:
             waits = self.config.update_files == "at close"
-            if await self.follower.is_last(self.config.lock_timeout if waits else 0):
+            is_last = await self.follower.is_last(self.config.lock_timeout if waits else 0)
+            if is_last and not self.follower.journal_is_empty():
                 await self.compactor.at_close()
         except (PermissionDeniedError, ReadOnlyStoreError):
             pass  # a process that may write here compacts the journal
@@ -713,7 +720,7 @@ class JSONEngine(Engine):
     def __del__(self) -> None:
         """Nothing is lost: the journal contains every acknowledged commit. The store warns."""
         # It may not have been initialized, or was closed, or never used.
-        if hasattr(self, "compactor") and self.follower.state is not None:
+        if hasattr(self, "compactor") and self.follower.is_used:
             self._release()
 
 

@@ -9,6 +9,7 @@ unchecked entity reaches a caller.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -22,6 +23,9 @@ from hf_async_store.values import VERSION, Entity, Key, Value, copy_entity, pars
 
 StoredEntity: TypeAlias = bytes | msgspec.Raw
 """An entity in memory: canonical bytes, or a Raw of JSON that another program wrote."""
+
+Span: TypeAlias = tuple[int, int]
+"""Where a section with one entity per line begins and ends in a file."""
 
 _PREFIX: Final = b'{"version":'
 _VERSION_START: Final = len(_PREFIX)
@@ -274,6 +278,31 @@ def parse_lines(
         raise OtherLayout
     yield parse_chunk(data[start:end], last=True, trusted=trusted)
     yield end + 1
+
+
+def span_of_section(data: bytes, start: int) -> Span:
+    """The span of the section with one entity per line that begins at `start`; a brace follows it.
+
+    Raises:
+        OtherLayout: it does not end.
+    """
+    end = data.find(b"\n}", start - 1)
+    if end < 0:
+        raise OtherLayout
+    return start, end + 1
+
+
+async def find_line(data: bytes, span: Span, entity_id: str) -> msgspec.Raw | None:
+    """The JSON of an entity in a section with one entity per line; None if no line has this id."""
+    start, end = span
+    name = b"\n" + encode_json(entity_id) + b":"
+    for first in range(start - 1, end, CHUNK_BYTES):
+        found = data.find(name, first, min(first + CHUNK_BYTES + len(name), end))
+        if found >= 0:
+            found += len(name)
+            return msgspec.Raw(data[found : data.index(b"\n", found)].removesuffix(b","))
+        await asyncio.sleep(0)
+    return None
 
 
 def parse_chunk(lines: bytes, *, last: bool, trusted: bool) -> dict[str, StoredEntity]:
