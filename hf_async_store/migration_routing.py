@@ -920,7 +920,7 @@ def _with_markers(changes: Sequence[Change]) -> list[Change]:
     ]
 
 
-_MARKED_POSITION: Final = re.compile(r"switch ([0-9]{1,18}) (.*)", re.DOTALL)
+_MARKED_POSITION: Final = r"switch ([0-9]{1,18}) (.*)"
 
 
 def _marked(position: str, term: int) -> str:
@@ -934,7 +934,7 @@ def _unmarked(position: str, term: int) -> str:
     Raises:
         FeedExpiredError: there was a switch since.
     """
-    marked = _MARKED_POSITION.fullmatch(position)
+    marked = re.fullmatch(_MARKED_POSITION, position, re.DOTALL)
     number, plain = (0, position) if marked is None else (int(marked[1]), marked[2])
     if term and number != term:
         raise _other_feed()

@@ -26,10 +26,10 @@ from hf_async_store.event_loop import Chunks, computed
 from hf_async_store.field_checks import OPERATOR_CALLS, operand_problem, type_of, usual_operands
 from hf_async_store.sealed_text import sealed, unsealed
 from hf_async_store.values import (
-    FIXED_FORM,
     VERSION,
     Entity,
     Value,
+    has_fixed_form,
     join_path,
     normalise,
     parse_timestamp,
@@ -970,7 +970,7 @@ def _one_of(values: Sequence[Value]) -> _Test:
 
 def is_timestamp_up_to(value: object, latest: str) -> bool:
     """Whether a value is a timestamp in the fixed form, not later than this one."""
-    return isinstance(value, str) and value <= latest and FIXED_FORM.match(value) is not None
+    return isinstance(value, str) and value <= latest and has_fixed_form(value)
 
 
 def _listed(value: Value) -> list[Value]:

@@ -36,13 +36,12 @@ _FILE_REMEDY: Final = (
     "Nothing was changed. Correct the file, or restore a backup (`hf-async-store restore`)"
 )
 _STRING: Final = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
-_TOKEN: Final = re.compile(_STRING + rb"|-?(?:NaN|Infinity)\b", re.DOTALL)
-_ESCAPE: Final = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-    rb"|\\u[0-9a-fA-F]{4}|\\.|[\x00-\x1f]",
-    re.DOTALL,
+_TOKEN: Final = rb"(?s)" + _STRING + rb"|-?(?:NaN|Infinity)\b"
+_ESCAPE: Final = (
+    rb"(?s)\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|\\u[0-9a-fA-F]{4}|\\.|[\x00-\x1f]"
 )
-_NAME: Final = re.compile(rb'([\s,]*)"(?:[^"\\]|\\.)*"(\s*:\s*)', re.DOTALL)
+_NAME: Final = rb'(?s)([\s,]*)"(?:[^"\\]|\\.)*"(\s*:\s*)'
 _MEMBERS: Final = 512
 CHUNK_BYTES: Final = 1 << 19
 """How many bytes of a file are parsed, or written, in one step: about 1 ms."""
@@ -198,7 +197,7 @@ def compact(raw: StoredEntity) -> bytes:
     try:
         line = bytes(msgspec.json.format(bytes(raw), indent=-1))
     except UNREADABLE:
-        line = _TOKEN.sub(_without_newlines, bytes(raw))
+        line = re.sub(_TOKEN, _without_newlines, bytes(raw))
         line = line.replace(b"\r", b" ").replace(b"\n", b" ")
     return b"{ " + line[1:] if line.startswith(_PREFIX) else line
 
@@ -371,14 +370,15 @@ def _parse_damaged(data: bytes, what: str, exc: Exception) -> dict[str, msgspec.
         exc: the error of the decoder; the cause of the error if the structure is invalid, too.
     """
     try:
-        valid_copy = _TOKEN.sub(_valid_token, data)
+        valid_copy = re.sub(_TOKEN, _valid_token, data)
         parsed = decode_members(valid_copy)
     except UNREADABLE:
         raise CorruptionError(f"{what} is not a valid JSON object: {exc}. {_FILE_REMEDY}") from exc
     members: dict[str, msgspec.Raw] = {}
+    match_name = re.compile(_NAME).match
     end = valid_copy.index(b"{") + 1
     for raw in parsed.values():
-        between = _NAME.match(valid_copy, end)
+        between = match_name(valid_copy, end)
         value = bytes(raw)
         if between is None or not valid_copy.startswith(value, between.end()):
             break
@@ -394,7 +394,7 @@ def _parse_damaged(data: bytes, what: str, exc: Exception) -> dict[str, msgspec.
 
 def _valid_token(token: re.Match[bytes]) -> bytes:
     data = token[0]
-    return _ESCAPE.sub(_valid_escape, data) if data.startswith(b'"') else b"1" * len(data)
+    return re.sub(_ESCAPE, _valid_escape, data) if data.startswith(b'"') else b"1" * len(data)
 
 
 def _valid_escape(escape: re.Match[bytes]) -> bytes:
@@ -449,7 +449,7 @@ def refuse_duplicates(data: bytes, parsed: Mapping[str, msgspec.Raw], what: str)
         else:
             for name, raw in chunk:
                 value = bytes(raw)
-                between = _NAME.match(data, end)
+                between = re.compile(_NAME).match(data, end)
                 if between is None or not data.startswith(value, between.end()):
                     raise CorruptionError(
                         f"{what}: the name {name!r}, or a name before it, occurs twice. "
