@@ -14,7 +14,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Patch, Put, Record
-from hf_async_store.changes_by_filter import ChangesByFilter
 from hf_async_store.collector import GatheredObjects
 from hf_async_store.conflict_retry import TransactionTicket
 from hf_async_store.driver import Session
@@ -39,6 +38,7 @@ from hf_async_store.slow_queries import SlowQueries
 from hf_async_store.values import Entity, Key
 
 if TYPE_CHECKING:
+    from hf_async_store.changes_by_filter import ChangesByFilter
     from hf_async_store.typed import TypedRepository
 
 Result = TypeVar("Result")

@@ -28,14 +28,15 @@ from contextlib import (
     asynccontextmanager,
     suppress,
 )
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record
 from hf_async_store.config import JSONConfig, redacted
 from hf_async_store.declarations import are_equal, merged
+from hf_async_store.deferred import deferred
 from hf_async_store.driver import (
     INTERFACE_VERSION,
     Capabilities,
@@ -71,7 +72,6 @@ from hf_async_store.schema import (
     Index,
     Schema,
 )
-from hf_async_store.strategies.json.change_feed import ChangeFeed, feed_expired, position_text
 from hf_async_store.strategies.json.compaction import Compactor
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile, feeds_of
 from hf_async_store.strategies.json.files import (
@@ -93,6 +93,12 @@ from hf_async_store.strategies.json.snapshot_reader import SnapshotReader
 from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.unique import Fields
 from hf_async_store.values import Entity, Key, Value
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.json import change_feed
+    from hf_async_store.strategies.json.change_feed import ChangeFeed
+else:
+    change_feed = deferred("strategies.json.change_feed")
 
 Result = TypeVar("Result")
 
@@ -157,7 +163,6 @@ class JSONEngine(Engine):
             sync_commits=config.sync_writes,
         )
         self.compactor = Compactor(config, self.files, self.follower, self.journal, self.writing)
-        self._feed = ChangeFeed(self.files, self.serializer)
         self._folder_watch = FolderWatch(self.files.folder)
         self._unique = schema.unique
         self._feeds = feeds_of(schema.values())
@@ -345,13 +350,17 @@ class JSONEngine(Engine):
 
     # -- change feed -------------------------------------------------------------------------
 
+    @cached_property
+    def _feed(self) -> ChangeFeed:
+        return change_feed.ChangeFeed(self.files, self.serializer)
+
     async def feed_position(self, collection: str) -> str:
         state = await self._current()
         await self._declarations.refresh(self.schema)
         end = state.feed_end
         if collection not in self._declarations.feeds or end is None or state.replaced:
             end = await self._begin_feed(collection)
-        return position_text(end, self._store_name(collection), collection)
+        return change_feed.position_text(end, self._store_name(collection), collection)
 
     async def _begin_feed(self, collection: str) -> FeedPosition:
         try:
@@ -371,7 +380,7 @@ class JSONEngine(Engine):
         await self._declarations.refresh(self.schema)
         store, declared = self._store_name(collection), self.schema[collection]
         if self.follower.state is not None and (await self._current()).replaced:
-            raise feed_expired()  # otherwise the next write finds out
+            raise change_feed.feed_expired()  # otherwise the next write finds out
         return await self._unlocked(partial(self._feed.read, declared, store, since, limit))
 
     async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
