@@ -65,7 +65,6 @@ from hf_async_store.errors import (
 from hf_async_store.field_operations import UpdateMap
 from hf_async_store.interface_version import check_interface_version
 from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
-from hf_async_store.models import Model
 from hf_async_store.purging import LivingReader, Purging
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import read_only_session
@@ -95,6 +94,7 @@ if TYPE_CHECKING:
         transforms,
     )
     from hf_async_store.claims import Claim
+    from hf_async_store.models import Model
     from hf_async_store.modifications import Write
     from hf_async_store.observer import Observer, StoreObserver
     from hf_async_store.transforms import Transforms

@@ -30,7 +30,6 @@ from hf_async_store.errors import (
 from hf_async_store.event_loop import Chunks
 from hf_async_store.field_operations import UpdateMap
 from hf_async_store.lifetimes import Clock, Lifetimes
-from hf_async_store.models import Model
 from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, new_version, operation_timeout
 from hf_async_store.schema import Schema
@@ -39,6 +38,7 @@ from hf_async_store.values import Entity, Key
 
 if TYPE_CHECKING:
     from hf_async_store.changes_by_filter import ChangesByFilter
+    from hf_async_store.models import Model
     from hf_async_store.typed import TypedRepository
 
 Result = TypeVar("Result")

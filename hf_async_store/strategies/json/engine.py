@@ -72,7 +72,6 @@ from hf_async_store.schema import (
     Index,
     Schema,
 )
-from hf_async_store.strategies.json.compaction import Compactor
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile, feeds_of
 from hf_async_store.strategies.json.files import (
     CLAIM_FILE,
@@ -84,8 +83,6 @@ from hf_async_store.strategies.json.files import (
 from hf_async_store.strategies.json.folder_watch import FolderWatch
 from hf_async_store.strategies.json.follower import Follower
 from hf_async_store.strategies.json.journal import FeedPosition, Images
-from hf_async_store.strategies.json.journal_writer import JournalWriter
-from hf_async_store.strategies.json.kept_journals import KeptJournals
 from hf_async_store.strategies.json.recovery import StoreLoader
 from hf_async_store.strategies.json.serializer import JSONSerializer, holds_entities
 from hf_async_store.strategies.json.session_view import SessionView
@@ -95,10 +92,20 @@ from hf_async_store.unique import Fields
 from hf_async_store.values import Entity, Key, Value
 
 if TYPE_CHECKING:
-    from hf_async_store.strategies.json import change_feed
+    from hf_async_store.strategies.json import (
+        change_feed,
+        compaction,
+        journal_writer,
+        kept_journals,
+    )
     from hf_async_store.strategies.json.change_feed import ChangeFeed
+    from hf_async_store.strategies.json.compaction import Compactor
+    from hf_async_store.strategies.json.journal_writer import JournalWriter
 else:
     change_feed = deferred("strategies.json.change_feed")
+    compaction = deferred("strategies.json.compaction")
+    journal_writer = deferred("strategies.json.journal_writer")
+    kept_journals = deferred("strategies.json.kept_journals")
 
 Result = TypeVar("Result")
 
@@ -155,20 +162,34 @@ class JSONEngine(Engine):
         loader = StoreLoader(self.files, schema, self.serializer, config.cache_size)
         self.follower = Follower(self.files, loader, self.locks, self.view)
         self._declarations = DeclarationsFile(self.files)
-        self.journal = JournalWriter(
-            self.files,
-            self._declarations,
-            KeptJournals(self.files, config.feed_bytes),
-            self.locks,
-            sync_commits=config.sync_writes,
-        )
-        self.compactor = Compactor(config, self.files, self.follower, self.journal, self.writing)
         self._folder_watch = FolderWatch(self.files.folder)
         self._unique = schema.unique
         self._feeds = feeds_of(schema.values())
         self._keys_checked = False
         self._tidied = False
         self._reads = 0
+
+    @cached_property
+    def journal(self) -> JournalWriter:
+        """What appends commits; made, and imported, when it is needed, as is `compactor`."""
+        return journal_writer.JournalWriter(
+            self.files,
+            self._declarations,
+            kept_journals.KeptJournals(self.files, self.config.feed_bytes),
+            self.locks,
+            sync_commits=self.config.sync_writes,
+        )
+
+    @cached_property
+    def compactor(self) -> Compactor:
+        """What writes the commits to the data files."""
+        return compaction.Compactor(
+            self.config, self.files, self.follower, self.journal, self.writing
+        )
+
+    @property
+    def _has_compactor(self) -> bool:
+        return "compactor" in vars(self)
 
     def _location(self, collection: str) -> str:
         """The path of a collection's data file, for error messages."""
@@ -612,7 +633,7 @@ class JSONEngine(Engine):
                 "may not be on the disk. The next write, or `hf-async-store checkpoint`, writes all "
                 "data files again"
             )
-        if self.compactor.failure is not None:
+        if self._has_compactor and self.compactor.failure is not None:
             problems.append(
                 f"the journal could not be compacted into the data files: {self.compactor.failure}"
             )
@@ -694,17 +715,21 @@ class JSONEngine(Engine):
 
     async def close(self) -> None:
         try:
-            await self.compactor.close()
+            await self._end_compaction()
             if self.follower.is_used:
                 await self._compact_if_last()
         finally:
             await self.follower.end_steps()
-            await self.compactor.close()  # a commit that has just ended may have begun one
+            await self._end_compaction()  # a commit that has just ended may have begun one
             # A transaction that has not ended may still read it.
             state = None if self.locks.exclusive_held else self.follower.state
             self._release()
             if state is not None:
                 await state.free()
+
+    async def _end_compaction(self) -> None:
+        if self._has_compactor:
+            await self.compactor.close()
 
     async def _compact_if_last(self) -> None:
         """Compact, if no other process has the store open: the data files then contain everything."""
@@ -722,14 +747,16 @@ class JSONEngine(Engine):
     def _release(self) -> None:
         self.follower.close()
         self._folder_watch.close()
-        self.compactor.release()
+        if self._has_compactor:
+            self.compactor.release()
         self.locks.close()
-        self.journal.close()
+        if "journal" in vars(self):
+            self.journal.close()
 
     def __del__(self) -> None:
         """Nothing is lost: the journal contains every acknowledged commit. The store warns."""
         # It may not have been initialized, or was closed, or never used.
-        if hasattr(self, "compactor") and self.follower.is_used:
+        if hasattr(self, "_folder_watch") and self.follower.is_used:
             self._release()
 
 
