@@ -1076,9 +1076,6 @@ class _CursorPayload(msgspec.Struct, array_like=True, frozen=True, forbid_unknow
     any_order: bool = False
 
 
-_decode_payload: Final = msgspec.json.Decoder(_CursorPayload).decode
-
-
 def position_of(query: Query, entity_id: str, entity: Entity) -> CursorPosition:
     """The position directly after a row, which has at least the fields of the order."""
     values = tuple(value_reader(each.path)(entity) for each in query.order)
@@ -1102,7 +1099,7 @@ def _decode_cursor(query: Query, cursor: object) -> tuple[CursorPosition, bool]:
     """The position, and whether the pages without an order of the query are in the order by id."""
     try:
         body = unsealed(cursor, _seal(query), "cursor of another collection, filter or order")
-        payload = _decode_payload(body)
+        payload = msgspec.json.decode(body, type=_CursorPayload)
         values = [normalise(each[0]) if each else MISSING for each in payload.values]
         normalise(payload.id)
     except (ValueError, msgspec.MsgspecError, UnsupportedValueError, RecursionError) as exc:

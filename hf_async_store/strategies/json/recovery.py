@@ -14,7 +14,7 @@ import stat
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
@@ -71,7 +71,7 @@ from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.values import Key
 
 
-class _Journal(NamedTuple):
+class _Journal(msgspec.Struct, frozen=True):
     """The journal of a generation.
 
     Attributes:
