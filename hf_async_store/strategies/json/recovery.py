@@ -231,8 +231,9 @@ class StoreLoader:
             return True
         if not state.content[name].ours:
             return False
-        for collection, span in self._spans(name, file.text, state):
-            state.unparsed[collection] = file, span
+        for collection, (start, end) in self._spans(name, file.text, state):
+            if start < end:
+                state.unparsed[collection] = file, (start, end)
         return True
 
     def _spans(self, name: str, data: bytes, state: StoreState) -> Iterator[tuple[str, Span]]:
@@ -273,8 +274,8 @@ class StoreLoader:
             raw = await find_line(file.text, span, key.id)
             if raw is None:
                 return False
-            found = stored_entities({key.id: raw}, trusted=True)
-            state.sections[key.collection].entities.update(found)
+            section = state.sections.setdefault(key.collection, self.section(key.collection))
+            section.entities.update(stored_entities({key.id: raw}, trusted=True))
         return True
 
     async def _read_file(self, name: str, known: list[FileState]) -> DataFile | None:
