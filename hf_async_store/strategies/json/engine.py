@@ -736,7 +736,9 @@ class JSONEngine(Engine):
         try:
             waits = self.config.update_files == "at close"
             is_last = await self.follower.is_last(self.config.lock_timeout if waits else 0)
-            if is_last and not self.follower.journal_is_empty():
+            if not is_last or self.follower.journal_is_empty():
+                return
+            if (await self.follower.current()).pending:
                 await self.compactor.at_close()
         except (PermissionDeniedError, ReadOnlyStoreError):
             pass  # a process that may write here compacts the journal
