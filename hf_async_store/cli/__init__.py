@@ -7,10 +7,9 @@ Imports take half of the run time of a short command.
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import sys
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hf_async_store.cli import output
 from hf_async_store.cli.arguments import parse
@@ -26,15 +25,9 @@ from hf_async_store.errors import StorageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_OBJECTS_PER_COLLECTION: Final = 100_000
-"""How many objects more than before there are when garbage is looked for."""
-
 
 def run() -> NoReturn:
     """Run the command of this process, and end it."""
-    # Almost all that a short command allocates are modules, which stay. By default, garbage would be looked
-    # for among them some two hundred times.
-    gc.set_threshold(_OBJECTS_PER_COLLECTION)
     status = main()
     atexit.register(_end, status)
     sys.exit(status)
