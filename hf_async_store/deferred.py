@@ -14,26 +14,21 @@ The methods then use `claims.Claim` as ever; nothing of it can be used when a cl
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 
 class DeferredModule:
     """Has the attributes of a module, which is imported for the first of them."""
 
-    __slots__ = ("_module", "_name")
+    __slots__ = ("__dict__", "_name")
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._module: ModuleType | None = None
 
     def __getattr__(self, attribute: str) -> object:
-        module = self._module
-        if module is None:
-            module = self._module = import_module(self._name)
-        # Not kept here: a test may replace the attribute of the module.
+        module = import_module(self._name)
+        # The very dict of the module, in which a test may replace an attribute: from now on this method is not
+        # called, which would take ten times as long.
+        self.__dict__ = module.__dict__
         return getattr(module, attribute)
 
 
