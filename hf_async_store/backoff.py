@@ -5,11 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from random import uniform
 from time import monotonic
 from typing import Final
 
 log: Final = logging.getLogger("hf_async_store.retries")
+
+
+def between(low: float, high: float) -> float:
+    """A random number between two others."""
+    from random import uniform  # most processes never wait
+
+    return uniform(low, high)
 
 
 class Backoff:
@@ -32,7 +38,7 @@ class Backoff:
         longest: float,
         clock: Callable[[], float] = monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-        jitter: Callable[[float, float], float] = uniform,
+        jitter: Callable[[float, float], float] = between,
         what: str = "",
     ) -> None:
         self._what = what

@@ -30,6 +30,9 @@ from hf_async_store.query import Comparison, CursorPosition, Query, position_of
 from hf_async_store.schema import CLAIM_COLLECTION
 from hf_async_store.values import VERSION, Entity, Key, utc_now
 
+LEASE_SECONDS: Final = 30.0
+"""The default of the lease of a claim."""
+
 _MAX_KEY: Final = 1024
 _FIRST_PAGE: Final = 16
 _LAST_PAGE: Final = 1024

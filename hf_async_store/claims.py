@@ -21,6 +21,7 @@ from typing import ClassVar, Final, Protocol, Self
 from hf_async_store.arguments import check_seconds
 from hf_async_store.backoff import Backoff
 from hf_async_store.claim_clock import boot_seconds
+from hf_async_store.claim_records import LEASE_SECONDS as LEASE_SECONDS
 from hf_async_store.driver import Claimed, ClaimTerms, Engine, run_to_completion
 from hf_async_store.errors import (
     ClaimLostError,
@@ -35,7 +36,6 @@ from hf_async_store.values import NOT_UTF8, Entity, Key
 
 log: Final = logging.getLogger("hf_async_store.claims")
 
-LEASE_SECONDS: Final = 30.0
 _MAX_LEASE_SECONDS: Final = 30 * 86_400.0
 _RENEWALS_PER_LEASE: Final = 3
 _FIRST_PAUSE: Final = 0.01
@@ -53,7 +53,7 @@ LOCKS: Final = LOCK_COLLECTION.name
 class ClaimingStore(Protocol):
     """What a claim needs of its store."""
 
-    _claim_type: ClassVar[type[Claim]]
+    _claim_type: ClassVar[type[Claim] | None]
 
     def _usable(self) -> Engine: ...
 
@@ -489,7 +489,9 @@ async def acquired_name(
         claimed = await store._usable().claim_name(keys, terms)
         if claimed is None:
             return []
-        return [store._claim_type(store, claimed.record.key, claimed, terms.lease, since)]
+        return [
+            (store._claim_type or Claim)(store, claimed.record.key, claimed, terms.lease, since)
+        ]
 
     seconds = float("inf") if timeout is None else float(timeout)
     found = await until_claimed(attempt, seconds, _LONGEST_LOCK_PAUSE)

@@ -1154,12 +1154,12 @@ def _read(path: str) -> bytes:
 
 # -- URLs -----------------------------------------------------------------------------------
 
-_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*):")
+_SCHEME: Final = r"([A-Za-z][A-Za-z0-9+._-]*):"
 
 
 def _scheme(source: str) -> str | None:
     """The scheme of a URL; None if the string does not begin with a known scheme: then it is a path."""
-    match = _SCHEME.match(source)
+    match = re.match(_SCHEME, source)
     if match is None:
         return None
     scheme = match[1].lower()
@@ -1167,7 +1167,7 @@ def _scheme(source: str) -> str | None:
 
 
 def _missing_file(path: str) -> ConfigurationError:
-    match = _SCHEME.match(path)
+    match = re.match(_SCHEME, path)
     if match is None and path not in _URLS:
         shown = redact_url(path)
         return ConfigurationError(
@@ -1377,5 +1377,5 @@ def _redact(name: str, value: object) -> Value:
     if isinstance(value, list | tuple):
         return [_redact("", each) for each in value]
     if isinstance(value, str):
-        return redact_url(value) if _SCHEME.match(value) else redact_text(value)
+        return redact_url(value) if re.match(_SCHEME, value) else redact_text(value)
     return value if isinstance(value, int | float) else str(value)

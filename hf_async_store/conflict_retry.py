@@ -12,7 +12,7 @@ from asyncio import sleep
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
-from typing import Final, NamedTuple, TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from msgspec import Struct, field
 
@@ -52,7 +52,7 @@ _MAX_HANDED_ON: Final = 3
 reads it: otherwise another process, which must read it, would hardly ever come first."""
 
 
-class Made(NamedTuple):
+class Made(Struct, frozen=True):
     """A change that was made and not written yet, and the entity after it.
 
     Attributes:

@@ -96,20 +96,20 @@ _SIGNS: Final[Mapping[str, str]] = {
     "<": "lt",
     ">": "gt",
 }
-_SIGNED: Final = re.compile(rf"\s*([\w/]+)\s*({'|'.join(_SIGNS)})")
-_DIRECTED: Final = re.compile(r"([\w/]+)[\s:,]+(asc|desc|ascending|descending)\s*\Z", re.IGNORECASE)
+_SIGNED: Final = rf"\s*([\w/]+)\s*({'|'.join(_SIGNS)})"
+_DIRECTED: Final = r"([\w/]+)[\s:,]+(asc|desc|ascending|descending)\s*\Z"
 _COMBINED: Final = ("and", "or", "not", "nor")
 
 
 def signed(text: str) -> tuple[str, str] | None:
     """The field and the name of the operator, if a text begins like `status!=` or `size >= `."""
-    found = _SIGNED.match(text)
+    found = re.match(_SIGNED, text)
     return None if found is None else (found[1], _SIGNS[found[2]])
 
 
 def directed(text: str) -> tuple[str, bool] | None:
     """The field, and whether the order is descending, of a text like `created_at desc`."""
-    found = _DIRECTED.match(text)
+    found = re.match(_DIRECTED, text, re.IGNORECASE)
     return None if found is None else (found[1], found[2].lower().startswith("desc"))
 
 
@@ -230,7 +230,7 @@ def _fits_timestamp(operator: str, value: Value) -> bool:
         return False
     return (
         operator in _STRING_OPERATORS
-        or is_canonical_timestamp(value) is not None
+        or is_canonical_timestamp(value)
         or parse_timestamp(value) is not None
     )
 

@@ -12,12 +12,12 @@ import os
 from collections import OrderedDict
 from contextlib import suppress
 from math import inf
-from random import random
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from msgspec import Struct
 
+from hf_async_store.backoff import between
 from hf_async_store.errors import LockTimeoutError, StoreClosedError, TransactionReentryError
 from hf_async_store.lock_signals import WaitingLine
 from hf_async_store.locked_descriptors import close_locked, register_locked
@@ -633,4 +633,4 @@ def _pause(waited: float, longest: float) -> float:
     # pauses it could be idle for as long as the wait lasted.
     pause = min(max(_FIRST_PAUSE, waited * _PAUSE_FRACTION), longest)
     # Jitter, so that processes that began to wait together do not poll at the same times.
-    return pause * (0.5 + random() / 2)
+    return pause * between(0.5, 1)

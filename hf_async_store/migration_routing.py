@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
-import secrets
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -192,7 +192,7 @@ def marker_of(key: Key) -> ChangeMarker:
         MARKER_COLLECTION.key: digest,
         "collection": key.collection,
         "id": key.id,
-        VERSION: secrets.randbits(62) + 1,
+        VERSION: (int.from_bytes(os.urandom(8)) >> 2) + 1,
     }
     return ChangeMarker(Key(MARKER_COLLECTION.name, digest), entity)
 
@@ -944,7 +944,7 @@ def _with_markers(changes: Sequence[Change]) -> list[Change]:
     ]
 
 
-_MARKED_POSITION: Final = re.compile(r"switch ([0-9]{1,18}) (.*)", re.DOTALL)
+_MARKED_POSITION: Final = r"switch ([0-9]{1,18}) (.*)"
 
 
 def _marked(position: str, term: int) -> str:
@@ -958,7 +958,7 @@ def _unmarked(position: str, term: int) -> str:
     Raises:
         FeedExpiredError: there was a switch since.
     """
-    marked = _MARKED_POSITION.fullmatch(position)
+    marked = re.fullmatch(_MARKED_POSITION, position, re.DOTALL)
     number, plain = (0, position) if marked is None else (int(marked[1]), marked[2])
     if term and number != term:
         raise _other_feed()

@@ -239,7 +239,7 @@ class ModelCodec(Generic[Model]):
         found = self._library.problems(exc)
         if self._library.names_all:
             return found
-        first = _FIRST_STEP.match(found[0][0])
+        first = re.match(_FIRST_STEP, found[0][0])
         for each in self.fields:
             if first is not None and each.name == first[0]:
                 continue
@@ -302,16 +302,16 @@ class _Library:
     def problems(self, exc: ValueError) -> list[tuple[str, str]]:
         """The paths of the fields that do not fit, and what is wrong with each."""
         message = str(exc)
-        found = _MSGSPEC_PATH.search(message)
+        found = re.search(_MSGSPEC_PATH, message)
         if found is None:
-            missing = _MSGSPEC_MISSING.search(message)
+            missing = re.search(_MSGSPEC_MISSING, message)
             return [("" if missing is None else missing[1], message)]
         return [(found[1], message[: found.start()])]
 
 
-_MSGSPEC_PATH: Final = re.compile(r" - at `\$\.?([^`]*)`$")
-_MSGSPEC_MISSING: Final = re.compile(r"required field `([^`]*)`")
-_FIRST_STEP: Final = re.compile(r"[^.\[]+")
+_MSGSPEC_PATH: Final = r" - at `\$\.?([^`]*)`$"
+_MSGSPEC_MISSING: Final = r"required field `([^`]*)`"
+_FIRST_STEP: Final = r"[^.\[]+"
 
 _MAX_PROBLEMS: Final = 5
 """How many fields an `EntityMismatchError` names."""

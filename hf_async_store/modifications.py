@@ -15,6 +15,7 @@ from contextvars import copy_context
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from hf_async_store.changes import ABSENT, Precondition, Put
 from hf_async_store.conflict_retry import Made, Ticket
@@ -153,7 +154,7 @@ class SharedWrite:
             put = msgspec.structs.replace(
                 put, entity=entity, expect=expect, import_version=version, shared=True
             )
-            self.made = self.made._replace(put=put)
+            self.made = replace(self.made, put=put)
 
     def _add(self, ticket: Ticket, other: Ticket) -> None:
         assert other.step is not None

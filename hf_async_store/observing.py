@@ -14,10 +14,12 @@ from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
 from msgspec import Struct
 
+from hf_async_store.claims import Claim
 from hf_async_store.conflict_retry import conflict_in
 from hf_async_store.errors import ConcurrencyConflictError
 from hf_async_store.generators import Owned
 from hf_async_store.observer import Observation, Operation, StoreObserver
+from hf_async_store.observer import check_observer as check_observer
 from hf_async_store.transaction import Transaction
 
 Kind = TypeVar("Kind", bound=type[Any])
@@ -71,7 +73,7 @@ def observed_store(kind: Kind, observer: StoreObserver) -> Kind:
     """The type of an observed store, with those of its transactions and claims."""
     plain: type = kind  # a type variable is not hashable for mypy
     names = {each: each for each in _asynchronous(plain)} | {"_acquired": "lock"}
-    claims = {each: f"claim.{each}" for each in _asynchronous(kind._claim_type)}
+    claims = {each: f"claim.{each}" for each in _asynchronous(Claim)}
     return _observed_type(
         kind,
         observer,
@@ -79,7 +81,7 @@ def observed_store(kind: Kind, observer: StoreObserver) -> Kind:
         lambda name: name not in _SHARED,
         snapshot=_observed_context(kind.snapshot, observer),
         transaction_type=_observed_transaction(kind.transaction_type, observer),
-        _claim_type=_observed_type(kind._claim_type, observer, claims, lambda name: True),
+        _claim_type=_observed_type(Claim, observer, claims, lambda name: True),
     )
 
 

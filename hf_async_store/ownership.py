@@ -10,13 +10,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import Final, NamedTuple
+from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 _DEFAULT_MODE: Final = 0o600
 _NOT_PERMITTED: Final = frozenset({errno.EPERM, errno.EINVAL})
 
 
-class Ownership(NamedTuple):
+class Ownership(Struct, frozen=True):
     """Owner, group and permission bits of a file."""
 
     uid: int
@@ -32,11 +35,11 @@ class Ownership(NamedTuple):
 
         Its owner may read and write it.
         """
-        return self._replace(mode=(self.mode & 0o666) | _DEFAULT_MODE)
+        return replace(self, mode=(self.mode & 0o666) | _DEFAULT_MODE)
 
     def of_folder(self) -> Ownership:
         """The ownership of a folder for such files: users who may read them may also list it."""
-        return self._replace(mode=self.mode | 0o100 | (self.mode & 0o044) >> 2)
+        return replace(self, mode=self.mode | 0o100 | (self.mode & 0o044) >> 2)
 
 
 def of_a_new_store(folder: str | os.PathLike[str]) -> Ownership | None:
@@ -94,4 +97,4 @@ def share(fd: int, wanted: Ownership) -> None:
     except OSError as exc:
         if exc.errno not in _NOT_PERMITTED or not wanted.mode & stat.S_IWGRP:
             raise
-        keep(fd, wanted._replace(uid=os.fstat(fd).st_uid))
+        keep(fd, replace(wanted, uid=os.fstat(fd).st_uid))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from weakref import ref
 
 from msgspec.structs import replace
 
+from hf_async_store.backoff import between
 from hf_async_store.changes import Delete, Outcome, Record
 from hf_async_store.driver import Reader
 from hf_async_store.errors import (
@@ -102,7 +102,7 @@ class Purging:
         store = self._store()
         if self.seconds is not None and store is not None and store._lifetimes is not None:
             # Not all processes at once; and without an index, a run reads everything.
-            pause = max(self.seconds * random.uniform(0.9, 1.1), self._last * _PAUSE_FACTOR)
+            pause = max(self.seconds * between(0.9, 1.1), self._last * _PAUSE_FACTOR)
             self._timer = asyncio.get_running_loop().call_later(pause, self._begin)
 
     def _begin(self) -> None:

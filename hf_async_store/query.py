@@ -25,10 +25,10 @@ from hf_async_store.event_loop import Chunks, computed, pause
 from hf_async_store.field_checks import OPERATOR_CALLS, operand_problem, type_of, usual_operands
 from hf_async_store.sealed_text import sealed, unsealed
 from hf_async_store.values import (
-    FIXED_FORM,
     VERSION,
     Entity,
     Value,
+    has_fixed_form,
     join_path,
     normalise,
     parse_timestamp,
@@ -971,7 +971,7 @@ def _one_of(values: Sequence[Value]) -> _Test:
 
 def is_timestamp_up_to(value: object, latest: str) -> bool:
     """Whether a value is a timestamp in the fixed form, not later than this one."""
-    return isinstance(value, str) and value <= latest and FIXED_FORM.match(value) is not None
+    return isinstance(value, str) and value <= latest and has_fixed_form(value)
 
 
 def _listed(value: Value) -> list[Value]:
@@ -1077,9 +1077,6 @@ class _CursorPayload(msgspec.Struct, array_like=True, frozen=True, forbid_unknow
     any_order: bool = False
 
 
-_decode_payload: Final = msgspec.json.Decoder(_CursorPayload).decode
-
-
 def position_of(query: Query, entity_id: str, entity: Entity) -> CursorPosition:
     """The position directly after a row, which has at least the fields of the order."""
     values = tuple(value_reader(each.path)(entity) for each in query.order)
@@ -1103,7 +1100,7 @@ def _decode_cursor(query: Query, cursor: object) -> tuple[CursorPosition, bool]:
     """The position, and whether the pages without an order of the query are in the order by id."""
     try:
         body = unsealed(cursor, _seal(query), "cursor of another collection, filter or order")
-        payload = _decode_payload(body)
+        payload = msgspec.json.decode(body, type=_CursorPayload)
         values = [normalise(each[0]) if each else MISSING for each in payload.values]
         normalise(payload.id)
     except (ValueError, msgspec.MsgspecError, UnsupportedValueError, RecursionError) as exc:

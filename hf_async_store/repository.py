@@ -23,12 +23,10 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from itertools import repeat
 from time import monotonic, perf_counter
-from typing import Any, Final, Literal, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, cast, overload
 
 from msgspec.structs import replace
 
-from hf_async_store import batch_validation
-from hf_async_store.aggregates import Counts, Sum, aggregated_path, extreme_query
 from hf_async_store.arguments import check_boolean, check_callable, check_listed, check_seconds
 from hf_async_store.changes import (
     ABSENT,
@@ -45,9 +43,9 @@ from hf_async_store.changes import (
     Record,
     check_version,
 )
-from hf_async_store.changes_by_filter import ChangesByFilter
 from hf_async_store.collector import GatheredObjects
 from hf_async_store.conflict_retry import RETRY_SECONDS, Made, Step
+from hf_async_store.deferred import deferred
 from hf_async_store.driver import batched
 from hf_async_store.errors import (
     AlreadyExistsError,
@@ -67,7 +65,6 @@ from hf_async_store.event_loop import Chunks, reclaim
 from hf_async_store.field_operations import UpdateMap, read_update
 from hf_async_store.generators import Owned
 from hf_async_store.lifetimes import Clock, Lifetimes
-from hf_async_store.modifications import Modifying, Write
 from hf_async_store.query import (
     MISSING,
     Comparison,
@@ -84,7 +81,6 @@ from hf_async_store.query import (
     projected,
     value_reader,
 )
-from hf_async_store.returning_updates import ReturningUpdates
 from hf_async_store.schema import Collection, Schema
 from hf_async_store.slow_queries import SlowQueries
 from hf_async_store.values import (
@@ -99,6 +95,24 @@ from hf_async_store.values import (
     version_of,
     with_canonical,
 )
+
+if TYPE_CHECKING:
+    from hf_async_store import (
+        aggregates,
+        batch_validation,
+        changes_by_filter,
+        modifications,
+        returning_updates,
+    )
+    from hf_async_store.aggregates import Counts, Sum
+    from hf_async_store.changes_by_filter import ChangesByFilter
+    from hf_async_store.modifications import Write
+else:
+    aggregates = deferred("aggregates")
+    batch_validation = deferred("batch_validation")
+    changes_by_filter = deferred("changes_by_filter")
+    modifications = deferred("modifications")
+    returning_updates = deferred("returning_updates")
 
 Item = TypeVar("Item")
 Converted = TypeVar("Converted")
@@ -518,7 +532,7 @@ class RepositoryInterface(ABC):
         """The entities as written, in order, or the error of each update."""
         if timeout is not None:
             check_seconds(timeout, "timeout")
-        updates = ReturningUpdates(self, patches, timeout)
+        updates = returning_updates.ReturningUpdates(self, patches, timeout)
         if patches:
             try:
                 await self._retried(patches[0].key, updates.attempt, RETRY_SECONDS)
@@ -715,7 +729,7 @@ class RepositoryInterface(ABC):
         def put(new: Mapping[str, object], expect: Precondition) -> Put:
             return self._put(declared, new, expect, self._clock.now())
 
-        modifying = Modifying(declared, key, change, default, put)
+        modifying = modifications.Modifying(declared, key, change, default, put)
 
         async def attempt(write: Write) -> Entity:
             made = await modifying.make(await self._read_to_change(key, remaining()))
@@ -806,7 +820,7 @@ class RepositoryInterface(ABC):
             at = self._clock.now()
             return Patch(key, {**fields, UPDATED_AT: at}, at, version)
 
-        matching = ChangesByFilter(self, declared, query, change)
+        matching = changes_by_filter.ChangesByFilter(self, declared, query, change)
         await self._change_by_filter(matching)
         return matching.done
 
@@ -851,7 +865,9 @@ class RepositoryInterface(ABC):
         """
         check_boolean(returning, "returning")
         query = await self._built_query(collection, filters, order_by, limit, None)
-        matching = ChangesByFilter(self, self._schema[collection], query, Delete, keep=returning)
+        matching = changes_by_filter.ChangesByFilter(
+            self, self._schema[collection], query, Delete, keep=returning
+        )
         await self._change_by_filter(matching)
         return matching.entities if returning else matching.done
 
@@ -1007,7 +1023,7 @@ class RepositoryInterface(ABC):
         Raises:
             InvalidQueryError: before any I/O.
         """
-        counts = Counts()
+        counts = aggregates.Counts()
         await self._aggregate(collection, field, filters, counts, timeout)
         return await counts.sorted()
 
@@ -1030,7 +1046,7 @@ class RepositoryInterface(ABC):
             InvalidQueryError: before any I/O.
             UnsupportedValueError: the sum exceeds the range of floats.
         """
-        numbers = Sum()
+        numbers = aggregates.Sum()
         await self._aggregate(collection, field, filters, numbers, timeout)
         return numbers.total()
 
@@ -1042,8 +1058,8 @@ class RepositoryInterface(ABC):
         result: Counts | Sum,
         timeout: float | None,
     ) -> None:
-        numeric = isinstance(result, Sum)
-        steps = aggregated_path(self._schema[collection], field, numeric=numeric)
+        numeric = isinstance(result, aggregates.Sum)
+        steps = aggregates.aggregated_path(self._schema[collection], field, numeric=numeric)
         query = await self._built_query(collection, filters, None, None, [Path((steps[0],))])
         read = value_reader(steps)
         started, rows = perf_counter(), 0
@@ -1090,9 +1106,9 @@ class RepositoryInterface(ABC):
         *,
         greatest: bool,
     ) -> Value:
-        steps = aggregated_path(self._schema[collection], field)
+        steps = aggregates.aggregated_path(self._schema[collection], field)
         query = await self._built_query(collection, filters, None, None, [Path((steps[0],))])
-        query = extreme_query(query, steps, greatest=greatest)
+        query = aggregates.extreme_query(query, steps, greatest=greatest)
         entities = await self._entities(query, None, timeout)
         values = [value for each in entities if (value := value_reader(steps)(each)) is not MISSING]
         return values[0] if values else None

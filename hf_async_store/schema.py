@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import time, timedelta
 from decimal import Decimal
 from types import MappingProxyType, NoneType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
 
 from hf_async_store.arguments import check_declared
+from hf_async_store.deferred import deferred
 from hf_async_store.errors import (
     ConfigurationError,
     InvalidFieldError,
@@ -20,7 +21,6 @@ from hf_async_store.errors import (
     UnsupportedValueError,
 )
 from hf_async_store.expiry import Expire
-from hf_async_store.models import ModelCodec, ModelField, codec_of, default_name
 from hf_async_store.values import (
     CREATED_AT,
     LIGHT_BYTES,
@@ -43,6 +43,12 @@ from hf_async_store.values import (
     sized,
     type_name,
 )
+
+if TYPE_CHECKING:
+    from hf_async_store import models
+    from hf_async_store.models import ModelCodec, ModelField
+else:
+    models = deferred("models")
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,47}\Z")
 _RESERVED: Final = frozenset({"doc", "version"})
@@ -366,14 +372,14 @@ class Collection:
         Raises:
             ConfigurationError: it is not such a class, or a field cannot be declared.
         """
-        codec: ModelCodec[object] = codec_of(model)
+        codec: ModelCodec[object] = models.codec_of(model)
         for each in codec.fields:
             _check_stored_name(each, model)
         declared = {each.name: _field_of(each) for each in codec.fields if each.name != key}
         given = check_declared(fields, Field, f"the fields of {model.__name__}", Field)
         declared.update({each.name: each for each in given})
         collection = cls(
-            default_name(model) if name is None else name,
+            models.default_name(model) if name is None else name,
             key=key,
             fields=declared.values(),
             indexes=indexes,
@@ -466,7 +472,7 @@ class Collection:
         if self.model is None or not isinstance(value, Decimal | time | timedelta | bytes):
             return value
         field = self.field_at(path)
-        return codec_of(self.model).stored(None if field is None else field.name, value)
+        return models.codec_of(self.model).stored(None if field is None else field.name, value)
 
     def _bad_id(self, entity_id: str) -> InvalidKeyError:
         return InvalidKeyError(

@@ -27,24 +27,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar, cast
 
 from msgspec.structs import replace
 
-from hf_async_store import schema_changes
 from hf_async_store.arguments import check_boolean, check_callable, check_seconds
 from hf_async_store.changes import PRESENT, Change, ChangedMatches, Delete, Outcome, Record
 from hf_async_store.claim_clock import boot_seconds
-from hf_async_store.claim_records import absent
-from hf_async_store.claims import (
-    LEASE_SECONDS,
-    LOCKS,
-    Claim,
-    acquired_name,
-    check_name,
-    check_terms,
-    held,
-    permit_names,
-    until_claimed,
-    waiting_seconds,
-)
-from hf_async_store.clearing import Clearing
+from hf_async_store.claim_records import LEASE_SECONDS, absent
 from hf_async_store.coalescing import Coalescer, taking_at_once
 from hf_async_store.conflict_retry import (
     RETRY_SECONDS,
@@ -53,6 +39,7 @@ from hf_async_store.conflict_retry import (
     Step,
     TransactionTicket,
 )
+from hf_async_store.deferred import deferred
 from hf_async_store.driver import (
     Capabilities,
     ClaimInfo,
@@ -75,28 +62,50 @@ from hf_async_store.errors import (
     StoreClosedError,
 )
 from hf_async_store.field_operations import UpdateMap
-from hf_async_store.index_advice import advice, advice_by_declaration
 from hf_async_store.interface_version import check_interface_version
 from hf_async_store.lifetimes import Clock, Lifetimes, TimeSource
-from hf_async_store.models import Model
-from hf_async_store.modifications import SharedWrite, Write, shared_outcome
-from hf_async_store.observer import Observer, StoreObserver, check_observer
-from hf_async_store.observing import SharedOperations, observed_store
 from hf_async_store.purging import LivingReader, Purging
 from hf_async_store.query import Filters, OrderBy, Query
 from hf_async_store.read_only import read_only_session
 from hf_async_store.redaction import redact_texts
 from hf_async_store.repository import operation_timeout
-from hf_async_store.schema import HOST_FACTORY, Collection, EngineSchema, Schema
+from hf_async_store.schema import (
+    HOST_FACTORY,
+    LOCK_COLLECTION,
+    Collection,
+    EngineSchema,
+    Schema,
+)
 from hf_async_store.slow_queries import SlowQueries, SlowShape
 from hf_async_store.streams import OpenStreams
 from hf_async_store.transaction import Transaction, TransactionManager
-from hf_async_store.transforms import Transforms, check_transforms
 from hf_async_store.values import Entity, Key, Value, copy_entity
 from hf_async_store.watching import WatchedStore
 
 if TYPE_CHECKING:
+    from hf_async_store import (
+        claims,
+        clearing,
+        index_advice,
+        modifications,
+        observing,
+        schema_changes,
+        transforms,
+    )
+    from hf_async_store.claims import Claim
+    from hf_async_store.models import Model
+    from hf_async_store.modifications import Write
+    from hf_async_store.observer import Observer, StoreObserver
+    from hf_async_store.transforms import Transforms
     from hf_async_store.typed_collections import TypedCollection
+else:
+    claims = deferred("claims")
+    clearing = deferred("clearing")
+    index_advice = deferred("index_advice")
+    modifications = deferred("modifications")
+    observing = deferred("observing")
+    schema_changes = deferred("schema_changes")
+    transforms = deferred("transforms")
 
 Result = TypeVar("Result")
 
@@ -135,7 +144,8 @@ class StorageStrategy(WatchedStore):
     """
 
     transaction_type: ClassVar[type[Transaction]] = Transaction
-    _claim_type: ClassVar[type[Claim]] = Claim
+    _claim_type: ClassVar[type[Claim] | None] = None
+    """Of an observed store; None: `Claim`."""
 
     def __init__(self, engine: Engine, schema: Schema) -> None:
         super().__init__(engine, Schema(schema.values()), SlowQueries())
@@ -208,7 +218,7 @@ class StorageStrategy(WatchedStore):
 
     def _observe(self, observer: Observer) -> None:
         """See `open_store`; before the store is opened."""
-        check_observer(observer)
+        observing.check_observer(observer)
         writes, reads = self._writes, self._reads
 
         def waiting() -> dict[str, int]:
@@ -216,10 +226,10 @@ class StorageStrategy(WatchedStore):
             return found if reads is None else {**found, "fetch": reads.waiting}
 
         self._observer = told = observer.observe(self.capabilities.engine, waiting)
-        writes.observer = SharedOperations(told, "commit", attrgetter("key.collection"))
+        writes.observer = observing.SharedOperations(told, "commit", attrgetter("key.collection"))
         if reads is not None:
-            reads.observer = SharedOperations(told, "fetch", attrgetter("collection"))
-        self.__class__ = observed_store(type(self), told)
+            reads.observer = observing.SharedOperations(told, "fetch", attrgetter("collection"))
+        self.__class__ = observing.observed_store(type(self), told)
 
     def _note_retry(self, collection: str | None) -> None:
         super()._note_retry(collection)
@@ -451,7 +461,7 @@ class StorageStrategy(WatchedStore):
             # With a timeout, it could not wait for the write of the others.
             shares = timeout is None and made.may_be_shared and self._lifetimes is None
             if shares and ticket.follower is not None and self._engine.shares_changes(key):
-                shared = SharedWrite(ticket, made)
+                shared = modifications.SharedWrite(ticket, made)
                 written, last = made.entity, await shared.run(self._write_made)
             else:
                 written = last = await self._write_made(made, timeout)
@@ -462,7 +472,7 @@ class StorageStrategy(WatchedStore):
         async def once() -> Entity:
             nonlocal has_made
             if ticket.outcome is not None:
-                return shared_outcome(ticket)
+                return modifications.shared_outcome(ticket)
             has_made, is_read = False, not self._retry_queue.has_handed_on(key)
             try:
                 return await attempt(write)
@@ -621,8 +631,8 @@ class StorageStrategy(WatchedStore):
         if type(limit) is not int or limit < 1:
             raise InvalidQueryError("limit of claims must be at least 1")
         query = self._query(collection, filters, order_by, limit, None)
-        terms = check_terms(lease, owner, max_attempts)
-        seconds = waiting_seconds(wait, "wait")
+        terms = claims.check_terms(lease, owner, max_attempts)
+        seconds = claims.waiting_seconds(wait, "wait")
 
         async def attempt() -> list[Claim]:
             since = boot_seconds()
@@ -632,23 +642,21 @@ class StorageStrategy(WatchedStore):
                 async with giving_back(engine) as kept:
                     kept += claimed
                     await self._record_declarations()
-            return [
-                self._claim_type(self, each.record.key, each, terms.lease, since)
-                for each in claimed
-            ]
+            kind = self._claim_type or claims.Claim
+            return [kind(self, each.record.key, each, terms.lease, since) for each in claimed]
 
         claimed = await attempt()
         if claimed or seconds <= 0:
             return claimed
         end = time.monotonic() + seconds
         async with self._woken_by_changes(collection, query.where, seconds) as sleep:
-            return await until_claimed(attempt, max(end - time.monotonic(), 0), sleep=sleep)
+            return await claims.until_claimed(attempt, max(end - time.monotonic(), 0), sleep=sleep)
 
     async def claims(self, collection: str) -> list[ClaimInfo]:
         """The claims of a collection, by id: those that are held, and those that are kept because the
         attempts are counted. Of `hf_locks`, the named locks and permits."""
         self._refuse_without_claims()
-        if collection != LOCKS:
+        if collection != LOCK_COLLECTION.name:
             self._schema[collection]  # raises if it is not declared
         found = await self._usable().claims(collection)
         if self._lifetimes is None or collection not in self._lifetimes:
@@ -663,8 +671,8 @@ class StorageStrategy(WatchedStore):
         count of attempts.
         """
         self._refuse_without_claims()
-        if collection == LOCKS:
-            key = Key(collection, check_name(entity_id, "entity_id"))
+        if collection == LOCK_COLLECTION.name:
+            key = Key(collection, claims.check_name(entity_id, "entity_id"))
         else:
             key = self._schema[collection].key_of(entity_id)
         return await self._usable().break_claim(key)
@@ -685,11 +693,11 @@ class StorageStrategy(WatchedStore):
             LockTimeoutError: it was not free in time.
         """
         self._refuse_without_claims()
-        names = [check_name(name, "name")]
-        return held(lambda: self._acquired(names, lease, timeout))
+        names = [claims.check_name(name, "name")]
+        return claims.held(lambda: self._acquired(names, lease, timeout))
 
     async def _acquired(self, names: Sequence[str], lease: float, timeout: float | None) -> Claim:
-        return await acquired_name(self, names, lease, timeout)
+        return await claims.acquired_name(self, names, lease, timeout)
 
     def permits(
         self,
@@ -704,8 +712,8 @@ class StorageStrategy(WatchedStore):
         All programs must give the same limit.
         """
         self._refuse_without_claims()
-        names = permit_names(name, limit)
-        return held(lambda: self._acquired(names, lease, timeout))
+        names = claims.permit_names(name, limit)
+        return claims.held(lambda: self._acquired(names, lease, timeout))
 
     def _refuse_without_claims(self) -> None:
         if not self.capabilities.claims:
@@ -827,10 +835,10 @@ class StorageStrategy(WatchedStore):
                 collection refers to it; those before it are deleted.
         """
         names = [*self._schema][::-1] if collection is None else [self._schema[collection].name]
-        clearing = Clearing(self._usable())
+        work = clearing.Clearing(self._usable())
         for each in names:
-            await clearing.clear(self._schema[each])
-        return clearing.done
+            await work.clear(self._schema[each])
+        return work.done
 
     # -- declarations ------------------------------------------------------------------------
 
@@ -877,13 +885,13 @@ class StorageStrategy(WatchedStore):
                 except by `transform`.
             InvalidInputError: a function of `transform` would change an entity each time it is run.
         """
-        transforms = {} if transform is None else transform
-        check_transforms(transforms, self._schema)
+        wanted = {} if transform is None else transform
+        transforms.check_transforms(wanted, self._schema)
         check_boolean(complete, "complete")
         if progress is not None:
             check_callable(progress, "progress")
         return await schema_changes.apply(
-            self._usable(), self._schema, progress, transforms, complete=complete
+            self._usable(), self._schema, progress, wanted, complete=complete
         )
 
     # -- health ------------------------------------------------------------------------------
@@ -921,7 +929,7 @@ class StorageStrategy(WatchedStore):
         plan = await self._usable().explain(self._living_query(query))
         if not self.capabilities.indexes:
             return plan
-        return replace(plan, advice=advice(self._schema[collection], query, plan))
+        return replace(plan, advice=index_advice.advice(self._schema[collection], query, plan))
 
     async def test_connection(self) -> float:
         """Write, read back and delete a value that is not an entity; returns the seconds it took.
@@ -976,7 +984,7 @@ class StorageStrategy(WatchedStore):
 
     def _described(self, shape: SlowShape) -> Value:
         query = shape.query
-        advised = advice_by_declaration(self._schema[query.collection], query)
+        advised = index_advice.advice_by_declaration(self._schema[query.collection], query)
         return {
             "collection": query.collection,
             "filter": shape.filter_text,

@@ -9,7 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, TypeVar
+
+from msgspec import Struct
 
 from hf_async_store.event_loop import Garbage, pause, reclaim
 from hf_async_store.ordered_index import Indexes, record_before
@@ -27,7 +29,7 @@ _BULK_DIVISOR: Final = 8
 _MERGE_CHUNK: Final = 1024
 
 
-class Merged(NamedTuple, Generic[Stored]):
+class Merged(Struct, Generic[Stored], frozen=True):
     """Many changes, applied to a copy of the dict of a table.
 
     Attributes:

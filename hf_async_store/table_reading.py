@@ -8,12 +8,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, groupby, islice
-from typing import Final, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
 
 import msgspec
 
-from hf_async_store.access_path import AccessPath, Conditions, Stream
 from hf_async_store.changes import Record
+from hf_async_store.deferred import deferred
 from hf_async_store.driver import QueryPlan, Reader
 from hf_async_store.event_loop import computed, pause
 from hf_async_store.generators import Owned
@@ -31,6 +31,12 @@ from hf_async_store.query import Query, compile_filter, ordered, rows_per_step
 from hf_async_store.schema import CLAIM_COLLECTION
 from hf_async_store.table import PastMoment, Table
 from hf_async_store.values import Entity, Key
+
+if TYPE_CHECKING:
+    from hf_async_store import access_path
+    from hf_async_store.access_path import AccessPath, Conditions, Stream
+else:
+    access_path = deferred("access_path")
 
 Stored = TypeVar("Stored")
 Row: TypeAlias = "tuple[str, Stored]"
@@ -124,7 +130,7 @@ class TableReader(Reader, Generic[Stored]):
         if query.has_many_values:
             return None
         assert table.collection is not None, "no caller can name an undeclared collection"
-        conditions = Conditions(query, table.collection.key)
+        conditions = access_path.Conditions(query, table.collection.key)
         paths = map(conditions.path, moment.indexes.declared)
         path = next((each for each in paths if each.ordered == "complete"), None)
         if path is None:
@@ -178,7 +184,9 @@ class TableReader(Reader, Generic[Stored]):
         table = self._table(query.collection)
         assert table.collection is not None, "no caller can name an undeclared collection"
         is_long = query.has_many_values
-        conditions = await computed(partial(Conditions, query, table.collection.key), long=is_long)
+        conditions = await computed(
+            partial(access_path.Conditions, query, table.collection.key), long=is_long
+        )
         return await self._along(await _choose(moment.indexes, conditions), query, moment)
 
     async def _along(

@@ -14,7 +14,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from hf_async_store.changes import ANY, PRESENT, Change, Delete, Outcome, Patch, Put, Record
-from hf_async_store.changes_by_filter import ChangesByFilter
 from hf_async_store.collector import GatheredObjects
 from hf_async_store.conflict_retry import TransactionTicket
 from hf_async_store.driver import Session
@@ -31,7 +30,6 @@ from hf_async_store.errors import (
 from hf_async_store.event_loop import Chunks
 from hf_async_store.field_operations import UpdateMap
 from hf_async_store.lifetimes import Clock, Lifetimes
-from hf_async_store.models import Model
 from hf_async_store.query import Query
 from hf_async_store.repository import RepositoryInterface, new_version, operation_timeout
 from hf_async_store.schema import Schema
@@ -39,6 +37,8 @@ from hf_async_store.slow_queries import SlowQueries
 from hf_async_store.values import Entity, Key
 
 if TYPE_CHECKING:
+    from hf_async_store.changes_by_filter import ChangesByFilter
+    from hf_async_store.models import Model
     from hf_async_store.typed import TypedRepository
 
 Result = TypeVar("Result")

@@ -7,10 +7,11 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from hf_async_store.arguments import check_seconds
 from hf_async_store.changes import Delete, Record
-from hf_async_store.claims import check_name
+from hf_async_store.deferred import deferred
 from hf_async_store.driver import Engine, FeedEntry
 from hf_async_store.errors import (
     FeedExpiredError,
@@ -20,21 +21,22 @@ from hf_async_store.errors import (
     SchemaMismatchError,
     StorageError,
 )
-from hf_async_store.feed import Changes, position_in, token_of
 from hf_async_store.feed_reading import FeedReader
 from hf_async_store.query import Filter, Filters, compile_filter
 from hf_async_store.repository import RepositoryInterface, operation_timeout
-from hf_async_store.schema import Schema
+from hf_async_store.schema import SUBSCRIPTION_COLLECTION, Schema
 from hf_async_store.slow_queries import SlowQueries
-from hf_async_store.subscriptions import (
-    SUBSCRIPTIONS,
-    Subscription,
-    SubscriptionInfo,
-    kept,
-    listed,
-)
 from hf_async_store.values import Entity, Key
 from hf_async_store.waiting import Polling, Waiter
+
+if TYPE_CHECKING:
+    from hf_async_store import claims, feed, subscriptions
+    from hf_async_store.feed import Changes
+    from hf_async_store.subscriptions import Subscription, SubscriptionInfo
+else:
+    claims = deferred("claims")
+    feed = deferred("feed")
+    subscriptions = deferred("subscriptions")
 
 
 class WatchedStore(RepositoryInterface):
@@ -85,7 +87,7 @@ class WatchedStore(RepositoryInterface):
         """
         self._refuse_without_feed(collection)
         where = self._query(collection, filters, None, None, None).where
-        position = None if since is None else position_in(since, collection)
+        position = None if since is None else feed.position_in(since, collection)
         return self._watched(collection, where, position)
 
     @asynccontextmanager
@@ -97,8 +99,8 @@ class WatchedStore(RepositoryInterface):
             position = await self._feed_position(collection)
         else:
             await self._check_kept(collection, position)
-        async with self._feeds.using(collection, self._feed_position) as feed:
-            changes = Changes(feed, position, where, self._usable)
+        async with self._feeds.using(collection, self._feed_position) as shared:
+            changes = feed.Changes(shared, position, where, self._usable)
             try:
                 yield changes
             finally:
@@ -186,8 +188,8 @@ class WatchedStore(RepositoryInterface):
             return record
 
         async with (
-            self._feeds.using(key.collection, self._feed_position) as feed,
-            feed.listening(key.id, waiter.hear),
+            self._feeds.using(key.collection, self._feed_position) as shared,
+            shared.listening(key.id, waiter.hear),
         ):
             waiter.see(await look())
             return await waiter.result(partial(self._feeds.retried, look))
@@ -219,10 +221,10 @@ class WatchedStore(RepositoryInterface):
         async with AsyncExitStack() as stack:
             with suppress(StorageError, TimeoutError):
                 async with asyncio.timeout(seconds):
-                    feed = await stack.enter_async_context(
+                    shared = await stack.enter_async_context(
                         self._feeds.using(collection, self._feed_position)
                     )
-                    await stack.enter_async_context(feed.listening(None, listen))
+                    await stack.enter_async_context(shared.listening(None, listen))
             yield sleep
 
     # -- named subscriptions -----------------------------------------------------------------
@@ -250,7 +252,7 @@ class WatchedStore(RepositoryInterface):
                 filter; or the collection is declared without `feed`.
             FeedExpiredError: what follows the position is not kept any more; see `drop_subscription`.
         """
-        check_name(name, "name")
+        claims.check_name(name, "name")
         self._refuse_without_feed(collection)
         where = self._query(collection, filters, None, None, None).where
         return self._subscribed(name, collection, where)
@@ -260,12 +262,12 @@ class WatchedStore(RepositoryInterface):
         self, name: str, collection: str, where: Filter
     ) -> AsyncGenerator[Subscription, None]:
         async def now() -> str:
-            return token_of(collection, await self._feed_position(collection))
+            return feed.token_of(collection, await self._feed_position(collection))
 
         self._usable()
-        record = await kept(self, name, collection, where, now)
-        async with self._feeds.using(collection, self._feed_position) as feed:
-            changes = Subscription(self, name, record, feed, where, self._usable)
+        record = await subscriptions.kept(self, name, collection, where, now)
+        async with self._feeds.using(collection, self._feed_position) as shared:
+            changes = subscriptions.Subscription(self, name, record, shared, where, self._usable)
             try:
                 yield changes
             finally:
@@ -274,11 +276,11 @@ class WatchedStore(RepositoryInterface):
     async def subscriptions(self) -> list[SubscriptionInfo]:
         """The named subscriptions of the store, by name."""
         self._usable()
-        return await listed(self)
+        return await subscriptions.listed(self)
 
     async def drop_subscription(self, name: str) -> bool:
         """Forget the position of a subscription, which then begins anew; returns whether there was one."""
-        key = Key(SUBSCRIPTIONS, check_name(name, "name"))
+        key = Key(SUBSCRIPTION_COLLECTION.name, claims.check_name(name, "name"))
         [outcome] = await self._write([Delete(key)], None)
         if isinstance(outcome, StorageError):
             raise outcome

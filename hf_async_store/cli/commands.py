@@ -6,14 +6,15 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
-from typing import NamedTuple
+
+from msgspec import Struct
 
 Runner = Callable[[argparse.Namespace], int]
 Add = Callable[[argparse.ArgumentParser], object]
 """Adds one or more arguments to a parser."""
 
 
-class Command(NamedTuple):
+class Command(Struct, frozen=True):
     """One command.
 
     Attributes:

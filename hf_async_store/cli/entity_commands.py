@@ -12,7 +12,6 @@ from hf_async_store.changes import ANY
 from hf_async_store.cli import output
 from hf_async_store.cli.context import Context, path_of
 from hf_async_store.cli.exit_codes import NOT_FOUND, STORAGE, code_of, report
-from hf_async_store.cli.progress import Bars
 from hf_async_store.errors import BatchError, EntityNotFoundError, InvalidInputError, StorageError
 from hf_async_store.values import VERSION
 
@@ -152,6 +151,8 @@ class _Put(Struct):
 
     async def _put(self, store: StorageStrategy) -> int:
         from asyncio import CancelledError
+
+        from hf_async_store.cli.progress import Bars
 
         chunks = [
             self.entities[start : start + _CHUNK_SIZE]

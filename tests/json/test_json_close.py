@@ -276,22 +276,24 @@ async def _close_amid_a_commit(store: JSONStorageStrategy, monkeypatch: pytest.M
 
 
 @both_layouts
+@pytest.mark.parametrize("method", ["load", "load_unparsed"])
 async def test_closing_waits_for_a_read_of_the_files(
-    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, layout: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_json(tmp_path, layout) as store:
         await store.save_entity(T, {"template_id": "t-1"})
     store = await open_json(tmp_path, layout).open()
-    load = store._json.follower.loader.load
-    may_load = asyncio.Event()
+    load = getattr(store._json.follower.loader, method)
+    loads, may_load = asyncio.Event(), asyncio.Event()
 
     async def slowly(**options: Any) -> Any:
+        loads.set()
         await may_load.wait()
         return await load(**options)
 
-    monkeypatch.setattr(store._json.follower.loader, "load", slowly)
+    monkeypatch.setattr(store._json.follower.loader, method, slowly)
     reading = asyncio.create_task(store.query_entities(T))
-    await asyncio.sleep(0.01)
+    await loads.wait()
     closing = asyncio.create_task(store.close())
     await asyncio.sleep(0.05)
     was_closed = closing.done()
@@ -388,7 +390,8 @@ async def test_no_task_is_left_when_opening_a_large_file_is_cancelled(
 ) -> None:
     async with open_json(tmp_path, "single_file") as store:
         await store.save_entity(T, {"template_id": "t-1"})
-    monkeypatch.setattr(files, "_LARGE_FILE", 0)
+    for each in (files, recovery):
+        monkeypatch.setattr(each, "_LARGE_FILE", 0)
     may_end, digest = threading.Event(), files._digest
     parses = asyncio.Event()
 

@@ -207,10 +207,8 @@ class Compactor:
 
     async def at_close(self) -> None:
         """Compact, if it is configured, or the files are small or the journal is large. Called in the
-        last process that closes the store."""
+        last process that closes the store, if there are commits in the journal."""
         state = await self._follower.current()
-        if not state.pending:
-            return
         if self._config.update_files != "when needed":
             await self.checkpoint()
         elif self._is_small(state) or self._is_large(state):

@@ -29,14 +29,15 @@ from contextlib import (
     asynccontextmanager,
     suppress,
 )
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record, TakeChanges
 from hf_async_store.config import JSONConfig, redacted
 from hf_async_store.declarations import are_equal, merged
+from hf_async_store.deferred import deferred
 from hf_async_store.disk_space import free_bytes, too_little
 from hf_async_store.driver import (
     INTERFACE_VERSION,
@@ -73,8 +74,6 @@ from hf_async_store.schema import (
     Index,
     Schema,
 )
-from hf_async_store.strategies.json.change_feed import ChangeFeed, feed_expired, position_text
-from hf_async_store.strategies.json.compaction import Compactor
 from hf_async_store.strategies.json.declarations_file import DeclarationsFile, feeds_of
 from hf_async_store.strategies.json.files import (
     CLAIM_FILE,
@@ -86,8 +85,6 @@ from hf_async_store.strategies.json.files import (
 from hf_async_store.strategies.json.folder_watch import FolderWatch
 from hf_async_store.strategies.json.follower import Follower
 from hf_async_store.strategies.json.journal import FeedPosition, Images
-from hf_async_store.strategies.json.journal_writer import JournalWriter
-from hf_async_store.strategies.json.kept_journals import KeptJournals
 from hf_async_store.strategies.json.recovery import StoreLoader
 from hf_async_store.strategies.json.serializer import JSONSerializer, holds_entities
 from hf_async_store.strategies.json.session_view import SessionView
@@ -95,6 +92,22 @@ from hf_async_store.strategies.json.snapshot_reader import SnapshotReader
 from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.unique import Fields
 from hf_async_store.values import Entity, Key, Value
+
+if TYPE_CHECKING:
+    from hf_async_store.strategies.json import (
+        change_feed,
+        compaction,
+        journal_writer,
+        kept_journals,
+    )
+    from hf_async_store.strategies.json.change_feed import ChangeFeed
+    from hf_async_store.strategies.json.compaction import Compactor
+    from hf_async_store.strategies.json.journal_writer import JournalWriter
+else:
+    change_feed = deferred("strategies.json.change_feed")
+    compaction = deferred("strategies.json.compaction")
+    journal_writer = deferred("strategies.json.journal_writer")
+    kept_journals = deferred("strategies.json.kept_journals")
 
 Result = TypeVar("Result")
 
@@ -151,21 +164,34 @@ class JSONEngine(Engine):
         loader = StoreLoader(self.files, schema, self.serializer, config.cache_size)
         self.follower = Follower(self.files, loader, self.locks, self.view)
         self._declarations = DeclarationsFile(self.files)
-        self.journal = JournalWriter(
-            self.files,
-            self._declarations,
-            KeptJournals(self.files, config.feed_bytes),
-            self.locks,
-            sync_commits=config.sync_writes,
-        )
-        self.compactor = Compactor(config, self.files, self.follower, self.journal, self.writing)
-        self._feed = ChangeFeed(self.files, self.serializer)
         self._folder_watch = FolderWatch(self.files.folder)
         self._unique = schema.unique
         self._feeds = feeds_of(schema.values())
         self._keys_checked = False
         self._tidied = False
         self._reads = 0
+
+    @cached_property
+    def journal(self) -> JournalWriter:
+        """What appends commits; made, and imported, when it is needed, as is `compactor`."""
+        return journal_writer.JournalWriter(
+            self.files,
+            self._declarations,
+            kept_journals.KeptJournals(self.files, self.config.feed_bytes),
+            self.locks,
+            sync_commits=self.config.sync_writes,
+        )
+
+    @cached_property
+    def compactor(self) -> Compactor:
+        """What writes the commits to the data files."""
+        return compaction.Compactor(
+            self.config, self.files, self.follower, self.journal, self.writing
+        )
+
+    @property
+    def _has_compactor(self) -> bool:
+        return "compactor" in vars(self)
 
     def _location(self, collection: str) -> str:
         """The path of a collection's data file, for error messages."""
@@ -179,6 +205,8 @@ class JSONEngine(Engine):
     async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
         follower = self.follower
         state = follower.state
+        if state is None and (state := await follower.look_up(keys)) is not None:
+            return await self.view(state).fetch(keys)
         if state is None or not follower.is_current(state):
             state = await follower.refresh()
         self._reads += 1
@@ -205,7 +233,11 @@ class JSONEngine(Engine):
         return await self.view(await self.follower.current()).count(query)
 
     async def fetch_undeclared(self, collection: Collection, entity_id: str) -> Record | None:
-        state = await self._current()
+        state = None
+        if self.follower.state is None and not self.locks.holds():
+            state = await self.follower.look_up([Key(collection.name, entity_id)])
+        if state is None:
+            state = await self._current()
         raw = state.raw_entity(collection.name, entity_id)
         if raw is None:
             return None
@@ -341,13 +373,17 @@ class JSONEngine(Engine):
 
     # -- change feed -------------------------------------------------------------------------
 
+    @cached_property
+    def _feed(self) -> ChangeFeed:
+        return change_feed.ChangeFeed(self.files, self.serializer)
+
     async def feed_position(self, collection: str) -> str:
         state = await self._current()
         await self._declarations.refresh(self.schema)
         end = state.feed_end
         if collection not in self._declarations.feeds or end is None or state.replaced:
             end = await self._begin_feed(collection)
-        return position_text(end, self._store_name(collection), collection)
+        return change_feed.position_text(end, self._store_name(collection), collection)
 
     async def _begin_feed(self, collection: str) -> FeedPosition:
         try:
@@ -367,7 +403,7 @@ class JSONEngine(Engine):
         await self._declarations.refresh(self.schema)
         store, declared = self._store_name(collection), self.schema[collection]
         if self.follower.state is not None and (await self._current()).replaced:
-            raise feed_expired()  # otherwise the next write finds out
+            raise change_feed.feed_expired()  # otherwise the next write finds out
         return await self._unlocked(partial(self._feed.read, declared, store, since, limit))
 
     async def feed_changed(self, positions: Mapping[str, str], seconds: float) -> None:
@@ -614,7 +650,7 @@ class JSONEngine(Engine):
                 "may not be on the disk. The next write, or `hf-async-store checkpoint`, writes all "
                 "data files again"
             )
-        if self.compactor.failure is not None:
+        if self._has_compactor and self.compactor.failure is not None:
             problems.append(
                 f"the journal could not be compacted into the data files: {self.compactor.failure}"
             )
@@ -699,23 +735,30 @@ class JSONEngine(Engine):
 
     async def close(self) -> None:
         try:
-            await self.compactor.close()
-            if self.follower.state is not None:
+            await self._end_compaction()
+            if self.follower.is_used:
                 await self._compact_if_last()
         finally:
             await self.follower.end_steps()
-            await self.compactor.close()  # a commit that has just ended may have begun one
+            await self._end_compaction()  # a commit that has just ended may have begun one
             # A transaction that has not ended may still read it.
             state = None if self.locks.exclusive_held else self.follower.state
             self._release()
             if state is not None:
                 await state.free()
 
+    async def _end_compaction(self) -> None:
+        if self._has_compactor:
+            await self.compactor.close()
+
     async def _compact_if_last(self) -> None:
         """Compact, if no other process has the store open: the data files then contain everything."""
         try:
             waits = self.config.update_files == "at close"
-            if await self.follower.is_last(self.config.lock_timeout if waits else 0):
+            is_last = await self.follower.is_last(self.config.lock_timeout if waits else 0)
+            if not is_last or self.follower.journal_is_empty():
+                return
+            if (await self.follower.current()).pending:
                 await self.compactor.at_close()
         except (PermissionDeniedError, ReadOnlyStoreError):
             pass  # a process that may write here compacts the journal
@@ -726,14 +769,16 @@ class JSONEngine(Engine):
     def _release(self) -> None:
         self.follower.close()
         self._folder_watch.close()
-        self.compactor.release()
+        if self._has_compactor:
+            self.compactor.release()
         self.locks.close()
-        self.journal.close()
+        if "journal" in vars(self):
+            self.journal.close()
 
     def __del__(self) -> None:
         """Nothing is lost: the journal contains every acknowledged commit. The store warns."""
         # It may not have been initialized, or was closed, or never used.
-        if hasattr(self, "compactor") and self.follower.state is not None:
+        if hasattr(self, "_folder_watch") and self.follower.is_used:
             self._release()
 
 

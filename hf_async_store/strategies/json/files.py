@@ -52,7 +52,7 @@ _RESERVED: Final = re.compile(
 )
 """Names of journals, backups, locks, recorded declarations and temporary files."""
 
-_KEPT: Final = re.compile(r"(\d+)-(\d+)")
+_KEPT: Final = r"(\d+)-(\d+)"
 
 _LARGE_FILE: Final = 1 << 20
 """The digest of a larger file is computed while it is parsed."""
@@ -237,7 +237,7 @@ class FileManager:
         """The first and last generation of each file of kept journals, oldest first."""
         prefix = f"{self._stem}.feed."
         entries = (each for each in self._entries() if each.startswith(prefix))
-        found = (_KEPT.fullmatch(each, len(prefix)) for each in entries)
+        found = (re.fullmatch(_KEPT, each.removeprefix(prefix)) for each in entries)
         return sorted((int(each[1]), int(each[2])) for each in found if each)
 
     def following_journal(self, generation: int) -> int | None:
@@ -725,7 +725,7 @@ def _refuse_reserved(name: str, *, single: bool) -> None:
         )
 
 
-_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
+_OCTAL: Final = rb"\\([0-7]{3})"
 
 
 def _mount_points() -> set[str]:
@@ -736,8 +736,12 @@ def _mount_points() -> set[str]:
     except OSError:
         return set()
     points = (line.split(b" ", 5)[4] for line in lines if line.count(b" ") > 5)
-    plain = (_OCTAL.sub(lambda code: bytes([int(code[1], 8)]), each) for each in points)
+    plain = (_unescaped(each) if b"\\" in each else each for each in points)
     return {os.fsdecode(each) for each in plain}
+
+
+def _unescaped(point: bytes) -> bytes:
+    return re.sub(_OCTAL, lambda code: bytes([int(code[1], 8)]), point)
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Final
 
@@ -49,12 +49,20 @@ from hf_async_store.strategies.json.recovery import (
 )
 from hf_async_store.strategies.json.session_view import SessionView
 from hf_async_store.strategies.json.store_state import StoreState
+from hf_async_store.values import Key
 
 _FILE_CHECK_SECONDS: Final = 0.05
 """How often reads check whether a data file was replaced manually. Writes always check."""
 
 _POLL_SECONDS: Final = 0.01
 """The pause between two attempts to lock the registry at close."""
+
+_MOST_LOOK_UPS: Final = 3
+"""How many reads find their entities in the data files before these are parsed: one of a command, and those
+of the record of a live migration."""
+
+_MOST_LOOKED_UP: Final = 4
+"""The most entities of one such read. Parsing takes as long as finding some ten of them."""
 
 _TRIES: Final = 3
 """How often a reader tries without the lock before it acquires the read lock."""
@@ -108,6 +116,8 @@ class Follower:
         self._files = files
         self._locks = locks
         self._view = view
+        self._unparsed: StoreState | None = None
+        self._look_ups = 0
         self._refreshing = asyncio.Lock()  # one task refreshes at a time
         self._next_file_check = 0.0
         self._closed = False
@@ -180,9 +190,10 @@ class Follower:
 
     def discard(self) -> None:
         """Forget the state, which the next refresh reads from the files."""
-        if self.state is not None:
-            self.state.close()
-            self.state = None
+        for each in (self.state, self._unparsed):
+            if each is not None:
+                each.close()
+        self.state = self._unparsed = None
 
     def close(self) -> None:
         self._closed = True
@@ -274,6 +285,41 @@ class Follower:
             return False
         return os.path.samestat(in_folder, status)
 
+    # -- looking up --------------------------------------------------------------------------
+
+    async def look_up(self, keys: Sequence[Key]) -> StoreState | None:
+        """A state for the first reads, up to date, with at least these entities; None: use `current`.
+
+        A short-lived process reads one entity. Parsing all others would take most of its time.
+        """
+        if self._look_ups >= _MOST_LOOK_UPS or len(keys) > _MOST_LOOKED_UP:
+            return None
+        self.refuse_closed()
+        self.register()
+        async with self._refreshing:
+            with self.step():
+                if self.state is not None:
+                    return None
+                self._look_ups += 1
+                if self._unparsed is None:
+                    self._files.refuse_moved_links()
+                    self._unparsed = await self.loader.load_unparsed()
+                found = self._unparsed
+                if found and self.is_current(found) and await self.loader.look_up(found, keys):
+                    return found
+                self._look_ups = _MOST_LOOK_UPS
+                return None
+
+    def journal_is_empty(self) -> bool:
+        """Whether the lookups were the only reads, and no commit came to the journal since."""
+        unparsed = self._unparsed
+        return self.state is None and unparsed is not None and self.is_current(unparsed)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything was read."""
+        return self.state is not None or self._unparsed is not None
+
     # -- refreshing --------------------------------------------------------------------------
 
     async def current(self) -> StoreState:
@@ -334,7 +380,7 @@ class Follower:
                     if recover_from is not None:
                         return await self._load(recover_from)
                     if state is None or not await self._catch_up(state):
-                        self._refuse_removed(state)
+                        self._refuse_removed(state or self._unparsed)
                         state = await self._load()
                 except OSError as exc:
                     raise translate_os_error(
@@ -353,6 +399,7 @@ class Follower:
         loaded = await self.loader.load(recover_from=recover_from)
         self.discard()
         self.state = loaded
+        self._next_file_check = 0.0
         self.committed = self._view(loaded)
         return loaded
 

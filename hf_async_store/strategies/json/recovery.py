@@ -13,7 +13,7 @@ import stat
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
@@ -53,20 +53,24 @@ from hf_async_store.strategies.json.serializer import (
     UNREADABLE,
     JSONSerializer,
     OtherLayout,
+    Span,
     StoredEntity,
     decode_members,
+    find_line,
     has_key,
     is_wrapped,
     parse_chunk,
     parse_lines,
     parse_object,
     refuse_duplicates,
+    span_of_section,
     stored_entities,
 )
 from hf_async_store.strategies.json.store_state import StoreState
+from hf_async_store.values import Key
 
 
-class _Journal(NamedTuple):
+class _Journal(msgspec.Struct, frozen=True):
     """The journal of a generation.
 
     Attributes:
@@ -112,6 +116,7 @@ class StoreLoader:
         self._schema = schema
         self._serializer = serializer
         self._cache_size = cache_size
+        self._unparsed: dict[str, DataFile | None] = {}
 
     def section(self, name: str) -> CollectionTable:
         """An empty table for a collection, which need not be declared."""
@@ -171,6 +176,109 @@ class StoreLoader:
         await self._replay_all(state, journals, recover_from)
         if recover_from in (None, "salvage"):
             self._refuse_conflict(state)
+
+    # -- a few entities ----------------------------------------------------------------------
+
+    async def load_unparsed(self) -> StoreState | None:
+        """Read the files without parsing the entities, for `look_up`.
+
+        Parsing takes more time than all the rest. Without it, everything is checked that `load` checks, by
+        the digests of the files. None if there is anything else to do than to find a line: the journals
+        contain commits, or a data file is large, not written by this package or in another layout.
+        """
+        state = StoreState()
+        try:
+            if await self._load_unparsed(state):
+                return state
+        except (StorageError, OSError, JournalMissing, OtherLayout):
+            pass  # `load` meets it again, and knows what to do
+        except BaseException:
+            state.close()
+            raise
+        state.close()
+        return None
+
+    async def _load_unparsed(self, state: StoreState) -> bool:
+        for name in (*self._schema, *SYSTEM_SECTIONS):
+            state.sections[name] = self.section(name)
+        paths = map(self._files.journal, self._files.journals())
+        if sum(each.stat().st_size for each in paths) > SMALL_TAIL:
+            return False  # `load` would read them again
+        journals = await self._journals(state, salvage=False)
+        kinds = {entry.kind for each in journals for entry in each.entries}
+        if not journals or not kinds <= {Kind.HEAD, Kind.FOLD, Kind.SEAL}:
+            return False
+        for name in list(self._files.names):
+            if not await self._read_unparsed(name, state, journals[0].generation):
+                return False
+        self._refuse_gap(state, journals)
+        return True
+
+    async def _read_unparsed(self, name: str, state: StoreState, first: int) -> bool:
+        file = self._unparsed[name] = await self._read_file(name, state.known.get(name, []))
+        if file is not None and len(file.text) > _LARGE_FILE:
+            return False  # `load` computes the digest while it parses
+        digest = None if file is None else await file.digest
+        if not self._set_content(name, digest, state, None, first):
+            return False
+        state.signatures[name] = None if file is None else file.signature
+        if file is None:
+            return True
+        if not state.content[name].ours:
+            return False
+        for collection, (start, end) in self._spans(name, file.text, state):
+            if start < end:
+                state.unparsed[collection] = file, (start, end)
+        return True
+
+    def _spans(self, name: str, data: bytes, state: StoreState) -> Iterator[tuple[str, Span]]:
+        """The collections in a data file that has one entity per line, and where they are.
+
+        Raises:
+            OtherLayout: it has another layout, or contains something else.
+        """
+        if not data.startswith(b"{\n") or not data.endswith(b"\n}\n"):
+            raise OtherLayout
+        collection = self._files.names[name]
+        if collection is not None:
+            if _section_name(data[2 : data.find(b"\n", 2)]):
+                raise OtherLayout  # its entities are in a section
+            yield collection, (2, len(data) - 2)
+            return
+        position = 1
+        while not data.startswith(b"\n}\n", position):
+            end = data.find(b"\n", position + 1)
+            each = _section_name(data[position + 1 : end])
+            if each not in state.sections:
+                raise OtherLayout
+            span = span_of_section(data, end + 1)
+            yield each, span
+            position = span[1] + (2 if data.startswith(b"},\n", span[1]) else 1)
+        if position + 3 != len(data):
+            raise OtherLayout
+
+    async def look_up(self, state: StoreState, keys: Iterable[Key]) -> bool:
+        """Add these entities to a state without the others; False if one was not found.
+
+        One that is not there is left to `load`, except in a collection that has no entities at all.
+        """
+        for key in keys:
+            if key.collection not in state.unparsed:
+                continue
+            file, span = state.unparsed[key.collection]
+            raw = await find_line(file.text, span, key.id)
+            if raw is None:
+                return False
+            section = state.sections.setdefault(key.collection, self.section(key.collection))
+            section.entities.update(stored_entities({key.id: raw}, trusted=True))
+        return True
+
+    async def _read_file(self, name: str, known: list[FileState]) -> DataFile | None:
+        """Read a data file, unless `load_unparsed` has just read it."""
+        file = self._unparsed.pop(name, None)
+        if file is not None and file.signature == self._files.signature(name):
+            return file
+        return await self._files.read(name, known)
 
     async def _refuse_concurrent_change(self, state: StoreState) -> None:
         """Retry if the journal was changed while data files were read that no journal names: because
@@ -407,7 +515,7 @@ class StoreLoader:
             first: the oldest existing generation.
         """
         known = state.known.get(name, [])
-        file = await self._files.read(name, known)
+        file = await self._read_file(name, known)
         if file is None:
             state.signatures[name] = None
             return self._set_content(name, None, state, recover_from, first)

@@ -9,6 +9,7 @@ unchecked entity reaches a caller.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -23,6 +24,9 @@ from hf_async_store.values import VERSION, Entity, Key, Value, copy_entity, pars
 StoredEntity: TypeAlias = bytes | msgspec.Raw
 """An entity in memory: canonical bytes, or a Raw of JSON that another program wrote."""
 
+Span: TypeAlias = tuple[int, int]
+"""Where a section with one entity per line begins and ends in a file."""
+
 _PREFIX: Final = b'{"version":'
 _VERSION_START: Final = len(_PREFIX)
 UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -32,13 +36,12 @@ _FILE_REMEDY: Final = (
     "Nothing was changed. Correct the file, or restore a backup (`hf-async-store restore`)"
 )
 _STRING: Final = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
-_TOKEN: Final = re.compile(_STRING + rb"|-?(?:NaN|Infinity)\b", re.DOTALL)
-_ESCAPE: Final = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-    rb"|\\u[0-9a-fA-F]{4}|\\.|[\x00-\x1f]",
-    re.DOTALL,
+_TOKEN: Final = rb"(?s)" + _STRING + rb"|-?(?:NaN|Infinity)\b"
+_ESCAPE: Final = (
+    rb"(?s)\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|\\u[0-9a-fA-F]{4}|\\.|[\x00-\x1f]"
 )
-_NAME: Final = re.compile(rb'([\s,]*)"(?:[^"\\]|\\.)*"(\s*:\s*)', re.DOTALL)
+_NAME: Final = rb'(?s)([\s,]*)"(?:[^"\\]|\\.)*"(\s*:\s*)'
 _MEMBERS: Final = 512
 CHUNK_BYTES: Final = 1 << 19
 """How many bytes of a file are parsed, or written, in one step: about 1 ms."""
@@ -194,7 +197,7 @@ def compact(raw: StoredEntity) -> bytes:
     try:
         line = bytes(msgspec.json.format(bytes(raw), indent=-1))
     except UNREADABLE:
-        line = _TOKEN.sub(_without_newlines, bytes(raw))
+        line = re.sub(_TOKEN, _without_newlines, bytes(raw))
         line = line.replace(b"\r", b" ").replace(b"\n", b" ")
     return b"{ " + line[1:] if line.startswith(_PREFIX) else line
 
@@ -276,6 +279,31 @@ def parse_lines(
     yield end + 1
 
 
+def span_of_section(data: bytes, start: int) -> Span:
+    """The span of the section with one entity per line that begins at `start`; a brace follows it.
+
+    Raises:
+        OtherLayout: it does not end.
+    """
+    end = data.find(b"\n}", start - 1)
+    if end < 0:
+        raise OtherLayout
+    return start, end + 1
+
+
+async def find_line(data: bytes, span: Span, entity_id: str) -> msgspec.Raw | None:
+    """The JSON of an entity in a section with one entity per line; None if no line has this id."""
+    start, end = span
+    name = b"\n" + encode_json(entity_id) + b":"
+    for first in range(start - 1, end, CHUNK_BYTES):
+        found = data.find(name, first, min(first + CHUNK_BYTES + len(name), end))
+        if found >= 0:
+            found += len(name)
+            return msgspec.Raw(data[found : data.index(b"\n", found)].removesuffix(b","))
+        await asyncio.sleep(0)
+    return None
+
+
 def parse_chunk(lines: bytes, *, last: bool, trusted: bool) -> dict[str, StoredEntity]:
     """Parse the entities in whole lines.
 
@@ -337,14 +365,15 @@ def _parse_damaged(data: bytes, what: str, exc: Exception) -> dict[str, msgspec.
         exc: the error of the decoder; the cause of the error if the structure is invalid, too.
     """
     try:
-        valid_copy = _TOKEN.sub(_valid_token, data)
+        valid_copy = re.sub(_TOKEN, _valid_token, data)
         parsed = decode_members(valid_copy)
     except UNREADABLE:
         raise CorruptionError(f"{what} is not a valid JSON object: {exc}. {_FILE_REMEDY}") from exc
     members: dict[str, msgspec.Raw] = {}
+    match_name = re.compile(_NAME).match
     end = valid_copy.index(b"{") + 1
     for raw in parsed.values():
-        between = _NAME.match(valid_copy, end)
+        between = match_name(valid_copy, end)
         value = bytes(raw)
         if between is None or not valid_copy.startswith(value, between.end()):
             break
@@ -360,7 +389,7 @@ def _parse_damaged(data: bytes, what: str, exc: Exception) -> dict[str, msgspec.
 
 def _valid_token(token: re.Match[bytes]) -> bytes:
     data = token[0]
-    return _ESCAPE.sub(_valid_escape, data) if data.startswith(b'"') else b"1" * len(data)
+    return re.sub(_ESCAPE, _valid_escape, data) if data.startswith(b'"') else b"1" * len(data)
 
 
 def _valid_escape(escape: re.Match[bytes]) -> bytes:
@@ -415,7 +444,7 @@ def refuse_duplicates(data: bytes, parsed: Mapping[str, msgspec.Raw], what: str)
         else:
             for name, raw in chunk:
                 value = bytes(raw)
-                between = _NAME.match(data, end)
+                between = re.compile(_NAME).match(data, end)
                 if between is None or not data.startswith(value, between.end()):
                     raise CorruptionError(
                         f"{what}: the name {name!r}, or a name before it, occurs twice. "

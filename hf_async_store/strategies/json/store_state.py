@@ -11,9 +11,9 @@ from msgspec import Struct, field
 
 from hf_async_store.locked_descriptors import close_locked
 from hf_async_store.strategies.json.collection_table import CollectionTable
-from hf_async_store.strategies.json.files import Signature
+from hf_async_store.strategies.json.files import DataFile, Signature
 from hf_async_store.strategies.json.journal import FeedPosition, FileState, Head, Images
-from hf_async_store.strategies.json.serializer import StoredEntity, parse_object
+from hf_async_store.strategies.json.serializer import Span, StoredEntity, parse_object
 from hf_async_store.table import Merged
 
 MergedSections: TypeAlias = Mapping[str, Merged[StoredEntity]]
@@ -77,6 +77,9 @@ class StoreState(Struct, eq=False):
     feed_end: FeedPosition | None = None
     """The last position of the change feed; None if the current generation has no feed."""
     appending: PendingAppend | None = None
+    unparsed: dict[str, tuple[DataFile, Span]] = field(default_factory=dict)
+    """Of a state for lookups, by collection: where its entities are. Its sections contain only those that
+    were looked up."""
 
     @property
     def is_open(self) -> bool:
