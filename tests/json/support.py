@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gzip
+import io
 import json
 import os
 import threading
@@ -13,16 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NamedTuple, cast
 
-import msgspec
+import aiofiles.threadpool
 
 from hf_async_store import HOST_FACTORY, Collection, JSONStorageStrategy
 from hf_async_store.config import JSONConfig
-from hf_async_store.strategies.json.serializer import (
-    UNREADABLE,
-    decode_members,
-    parse_object,
-    refuse_duplicates,
-)
 from hf_async_store.values import Entity
 
 LAYOUTS: Final = ("single_file", "split_files")
@@ -198,6 +193,7 @@ class FileCalls:
         for name in ("rename", "replace", "link", "unlink", "mkdir", "stat", "listdir"):
             self._stand_in(os, name, self._by_path(name))
         self._stand_in(fcntl, "flock", self._by_descriptor("flock", fcntl.flock))
+        self._stand_in(aiofiles.threadpool, "sync_open", self._open_file)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -270,6 +266,10 @@ class FileCalls:
 
         return call
 
+    def _open_file(self, file: Any, *rest: Any, **named: Any) -> Any:
+        self._ask("open", os.fspath(file))
+        return _Watched(open(file, *rest, **named), lambda: self._ask("read", os.fspath(file)))
+
 
 class _Real(NamedTuple):
     open: Any = os.open
@@ -289,6 +289,18 @@ def _there(path: str) -> bool:
     return True
 
 
+class _Watched(io.BufferedReader):
+    """A file whose reads are intercepted, too."""
+
+    def __init__(self, file: Any, ask: Callable[[], int]) -> None:
+        super().__init__(file.detach())
+        self._ask = ask
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._ask()
+        return super().read(size)
+
+
 @contextmanager
 def watched(folder: Path, only: Iterable[str] | None = CHANGES) -> Iterator[list[Call]]:
     """The file calls made within the context."""
@@ -304,14 +316,3 @@ def watched(folder: Path, only: Iterable[str] | None = CHANGES) -> Iterator[list
 
 def names(stored: Mapping[str, Mapping[str, object]]) -> dict[str, list[str]]:
     return {name: sorted(entities) for name, entities in stored.items()}
-
-
-def unique_members(data: bytes) -> Mapping[str, msgspec.Raw]:
-    """The members of a JSON object, of which none may occur twice; as the loading of a data file."""
-    try:
-        members = decode_members(data)
-    except UNREADABLE:
-        return parse_object(data, "it")
-    for _ in refuse_duplicates(data, members, "it"):
-        pass
-    return members

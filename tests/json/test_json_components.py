@@ -51,7 +51,7 @@ from hf_async_store.strategies.json.serializer import (
 )
 from hf_async_store.table import Merged
 from hf_async_store.values import Entity, Key, Value, normalise
-from tests.json.support import SINGLE, open_json, unique_members
+from tests.json.support import SINGLE, open_json
 
 pytestmark = pytest.mark.hf_sampled(by="layout")
 
@@ -471,17 +471,17 @@ def test_a_duplicate_member_is_found(
     members: dict[str, Value], indent: int | None, data: Any
 ) -> None:
     text = json.dumps(members, indent=indent).encode()
-    assert unique_members(text).keys() == members.keys()
+    assert parse_object(text, "it", unique=True).keys() == members.keys()
     if not members:
         return
     name = data.draw(st.sampled_from(sorted(members)))
     again = json.dumps({name: data.draw(values)}, indent=indent).encode()
     twice = text.rstrip()[:-1] + b"," + again.lstrip()[1:]
     with pytest.raises(CorruptionError, match="twice"):
-        unique_members(twice)
+        parse_object(twice, "it", unique=True)
     first = again.rstrip()[:-1] + b"," + text.lstrip()[1:]
     with pytest.raises(CorruptionError, match="twice"):
-        unique_members(first)
+        parse_object(first, "it", unique=True)
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -491,12 +491,12 @@ def test_a_duplicate_member_is_found_among_many(place: int, odd: str, indent: in
     """The members are checked in chunks."""
     members = {f"m{each}{odd if each == 700 else ''}": {"n": each} for each in range(2000)}
     text = json.dumps(members, indent=indent).encode()
-    assert unique_members(text).keys() == members.keys()
+    assert parse_object(text, "it", unique=True).keys() == members.keys()
     begin = text.index(b'"m%d"' % place)
     for name in ("m0", "m1", "m2", "m1000", "m1999"):
         again = json.dumps({name: {"n": place}}, indent=indent).encode()[1:-1].strip()
         with pytest.raises(CorruptionError, match="twice"):
-            unique_members(text[:begin] + again + b"," + text[begin:])
+            parse_object(text[:begin] + again + b"," + text[begin:], "it", unique=True)
 
 
 @given(st.binary(max_size=30) | st.text('{}[]":,\\ tfn0e-.\n', max_size=30).map(str.encode))

@@ -346,11 +346,16 @@ async def test_split_files_stay_wrapped(tmp_path: Path) -> None:
     assert parsed(path)["machines"].keys() == {"m-0", "m-1", "m-2"}
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("compressed", [False, True])
 async def test_a_wrapped_file_stays_wrapped_with_its_other_sections(
-    tmp_path: Path, compressed: bool
+    tmp_path: Path, compressed: bool, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if its journal is lost."""
+    """Also if a child process reads it, and if its journal is lost."""
+    from hf_async_store.strategies.json import recovery
+
+    if large:
+        monkeypatch.setattr(recovery, "_LARGE_FILE", 10)
     path = _wrapped(tmp_path)
     path.write_text(path.read_text().replace("{", '{"about": [1.50, "me"], ', 1))
     for turn in range(3):
@@ -457,7 +462,12 @@ async def test_an_entity_without_its_key_beside_wrapped_ones_is_refused(
     assert path.read_text() == text
 
 
-async def test_an_error_in_a_wrapped_file_names_the_file(tmp_path: Path) -> None:
+async def test_an_error_in_a_large_file_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_async_store.strategies.json import recovery
+
+    monkeypatch.setattr(recovery, "_LARGE_FILE", 10)
     path = _wrapped(tmp_path)
     path.write_text(path.read_text()[:-1])
     async with _relaxed(tmp_path) as store:

@@ -26,16 +26,9 @@ from hf_async_store import HOST_FACTORY
 from hf_async_store.errors import StorageError
 from hf_async_store.schema import Schema
 from hf_async_store.strategies.json.journal import scan
-from hf_async_store.strategies.json.serializer import JSONSerializer
+from hf_async_store.strategies.json.serializer import JSONSerializer, parse_object
 from hf_async_store.values import Entity
-from tests.json.support import (
-    abandon,
-    never_folds,
-    open_json,
-    unique_members,
-    whole,
-    without_times,
-)
+from tests.json.support import abandon, never_folds, open_json, whole, without_times
 
 Files = dict[str, bytes]
 Stored = dict[str, dict[str, Entity]]
@@ -343,7 +336,7 @@ def _fuzz_texts(examples: int) -> None:
         Tried.inputs += 1
         data = changed(text, changes)
         try:
-            members = unique_members(data)
+            members = parse_object(data, "it", unique=True)
         except StorageError:
             return
         for name, raw in members.items():

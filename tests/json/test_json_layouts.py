@@ -361,7 +361,7 @@ async def test_a_read_only_folder_with_a_journal(data: Path, tmp_path: Path, sha
 
 @shapes
 async def test_a_large_file_in_a_foreign_layout(data: Path, tmp_path: Path, shape: str) -> None:
-    """It is read as a small one is."""
+    """Over 4 MB a child process reformats the file into lines first; the result must be the same."""
     source = _read(data / shape)
     copies = 1 + 5_000_000 // len(json.dumps(source["machines"]))
     machines = {
@@ -388,6 +388,22 @@ async def test_a_large_file_in_a_foreign_layout(data: Path, tmp_path: Path, shap
     assert _differences(found, large) == []
     if shape == "single_file":
         assert parsed(folder / SINGLE)["kept"] == {"as it is": [1.5]}
+
+
+@pytest.mark.parametrize("lack", ["folder", "program"])
+async def test_a_large_file_without_a_child_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lack: str
+) -> None:
+    """Without space for temporary files, or without a child process, it is read nevertheless."""
+    if lack == "folder":
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    else:
+        monkeypatch.setattr("sys.executable", str(tmp_path / "nothing"))
+    rows = {f"m{n}": {"machine_id": f"m{n}", "name": "x" * 1000} for n in range(4500)}
+    (tmp_path / "data").mkdir()
+    _write(tmp_path / "data" / SINGLE, {"machines": rows})
+    async with open_json(tmp_path / "data") as store:
+        assert await store.count_entities("machines") == 4500
 
 
 async def test_by_url(data: Path) -> None:

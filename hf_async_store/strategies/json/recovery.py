@@ -87,6 +87,10 @@ class _Journal(msgspec.Struct, frozen=True):
     complete: bool
 
 
+_LARGE_FILE: Final = 16 << 20
+"""A larger data file in another layout is converted by a child process before it is parsed: parsing it
+is one step, which would block the event loop."""
+
 SMALL_TAIL: Final = 1 << 16
 _LARGE_TAIL: Final = 4 << 20
 _TAIL_CHUNK: Final = 1 << 20
@@ -610,10 +614,8 @@ class StoreLoader:
         try:
             return await self._parse_file_lines(name, file.text, state)
         except OtherLayout:
-            # In one step for each section, which holds the event loop: 64 ms for 100,000 entities. The next
-            # compaction writes one entity per line.
             self._forget_file(name, state)
-            return await self._parse_object_members(name, file.text, state)
+            return await self._parse_other_layout(name, file.text, state)
 
     async def _parse_file_lines(self, name: str, data: bytes, state: StoreState) -> bool:
         """Parse a file that has one entity per line."""
@@ -661,6 +663,20 @@ class StoreLoader:
             position += 2 if last else 3
             if not last and position + 2 == len(data):
                 raise OtherLayout  # a comma after the last section
+
+    async def _parse_other_layout(self, name: str, data: bytes, state: StoreState) -> bool:
+        """Parse a file in another layout."""
+        collection = self._files.names[name]
+        if len(data) > _LARGE_FILE:
+            from hf_async_store.strategies.json.normalize_layout import rewritten
+
+            # If the child process, or disk space for its files, is not available, the parsing below
+            # blocks the event loop.
+            with suppress(OtherLayout, OSError):
+                key = state.content[name].key
+                lines = await rewritten(data, collection, key, self._schema)
+                return await self._parse_file_lines(name, lines, state)
+        return await self._parse_object_members(name, data, state)
 
     async def _parse_object_members(
         self, name: str, data: bytes, state: StoreState, *, seen: Set[str] = frozenset()

@@ -340,19 +340,24 @@ def stored_entities(members: dict[str, msgspec.Raw], *, trusted: bool) -> dict[s
     }
 
 
-def parse_object(data: StoredEntity, what: str) -> dict[str, msgspec.Raw]:
+def parse_object(data: StoredEntity, what: str, *, unique: bool = False) -> dict[str, msgspec.Raw]:
     """The members of a JSON object, undecoded.
 
     Args:
         what: the name of the object in error messages.
+        unique: check that no name occurs twice.
 
     Raises:
-        CorruptionError: it is no JSON object.
+        CorruptionError: it is no JSON object, or a name occurs twice.
     """
     try:
-        return decode_members(data)
+        members = decode_members(data)
     except UNREADABLE as exc:
         return _parse_damaged(bytes(data), what, exc)
+    if unique:
+        for _ in refuse_duplicates(bytes(data), members, what):
+            pass
+    return members
 
 
 def _parse_damaged(data: bytes, what: str, exc: Exception) -> dict[str, msgspec.Raw]:
