@@ -12,7 +12,7 @@ import pytest
 from hf_async_store.strategies.sql.completion import completed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Generator
 
 
 class _Call:
@@ -121,27 +121,6 @@ async def test_the_caller_keeps_its_context(*, cancelled: bool) -> None:
     assert variable.get() == 0
 
 
-async def test_a_call_costs_one_turn_of_the_loop_for_each_future() -> None:
-    async def turns(call: Callable[[asyncio.Future[int]], Awaitable[int]]) -> int:
-        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        task = asyncio.ensure_future(call(answer))
-        await asyncio.sleep(0)
-        answer.set_result(1)
-        count = 0
-        while not task.done():
-            await asyncio.sleep(0)
-            count += 1
-        return count
-
-    async def plain(answer: asyncio.Future[int]) -> int:
-        return await answer
-
-    async def protected(answer: asyncio.Future[int]) -> int:
-        return await completed(plain(answer))
-
-    assert await turns(protected) == await turns(plain)
-
-
 async def test_a_time_limit_of_the_caller_is_raised_after_the_call() -> None:
     call = _Call()
 
@@ -180,9 +159,9 @@ async def test_a_call_that_is_cancelled_again_and_again_takes_no_memory() -> Non
 
         _asyncio_future_blocking = False
 
-        def add_done_callback(self, callback: Any, *, context: Any = None) -> None:
+        def add_done_callback(self, callback: Any) -> None:
             callbacks.append(callback)
-            add(callback, context=context)
+            add(callback)
 
         def remove_done_callback(self, callback: Any) -> None:
             callbacks.remove(callback)

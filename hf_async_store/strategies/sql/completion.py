@@ -6,8 +6,7 @@ A task costs three turns of the event loop and a fifth of what a small statement
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator
-from contextvars import Context
+from collections.abc import Coroutine, Generator
 from types import coroutine
 from typing import Any, TypeVar
 
@@ -26,13 +25,9 @@ def completed(work: Coroutine[Any, Any, Result]) -> Generator[Any, None, Result]
     try:
         while True:
             waited = work.send(None)
-            while True:
-                try:
-                    yield None if waited is None else _Uninterrupted(waited)
-                except asyncio.CancelledError as exc:
-                    cancelled = exc
-                if waited is None or waited.done():
-                    break
+            if waited is not None:
+                waited._asyncio_future_blocking = False  # it is not this task that waits for it
+            cancelled = (yield from _ended(waited)) or cancelled
     except StopIteration as end:
         if cancelled is None:
             result: Result = end.value
@@ -47,36 +42,34 @@ def completed(work: Coroutine[Any, Any, Result]) -> Generator[Any, None, Result]
     raise cancelled
 
 
-class _Uninterrupted:
-    """A future as the task that waits for it sees it: a cancellation of the task does not reach it, and is
-    raised when the future is done.
+def _ended(
+    waited: asyncio.Future[Any] | None,
+) -> Generator[Any, None, asyncio.CancelledError | None]:
+    """As `_done`, also if the caller is cancelled; returns the last cancellation."""
+    cancelled: asyncio.CancelledError | None = None
+    while True:
+        try:
+            yield from _done(waited)
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+        if waited is None or waited.done():
+            return cancelled
 
-    Not a future of its own that is done after the other one: that costs one more turn of the event loop.
-    """
 
-    __slots__ = ("_asyncio_future_blocking", "_future")
+def _done(waited: asyncio.Future[Any] | None) -> Generator[Any, None, None]:
+    """Wait for a future, which a cancellation does not reach; None: for the next turn of the loop."""
+    if waited is None:
+        yield
+        return
+    done = waited.get_loop().create_future()
 
-    def __init__(self, future: asyncio.Future[Any]) -> None:
-        future._asyncio_future_blocking = False  # it is not the task that waits for it
-        self._asyncio_future_blocking = True
-        self._future = future
+    def wake(_: asyncio.Future[Any]) -> None:
+        if not done.done():
+            done.set_result(None)
 
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._future.get_loop()
-
-    def add_done_callback(
-        self, callback: Callable[[_Uninterrupted], object], *, context: Context
-    ) -> None:
-        """Let the task go on when the future is done, whose result it is not asked for."""
-        self._future.add_done_callback(lambda _: callback(self), context=context)
-
-    def done(self) -> bool:
-        return self._future.done()
-
-    def result(self) -> None:
-        """Nothing: the call that is completed takes the result, or the error, from the future."""
-
-    def cancel(self, msg: object = None) -> bool:
-        """False: the task raises the cancellation later."""
-        del msg
-        return False
+    waited.add_done_callback(wake)
+    try:
+        yield from done
+    finally:
+        # anyio cancels a task again in each turn of the loop.
+        waited.remove_done_callback(wake)
