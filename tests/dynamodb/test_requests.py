@@ -6,6 +6,7 @@ import asyncio
 import re
 from contextlib import aclosing
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,7 @@ from hf_async_store import (
     begins_with,
     between,
     contains,
+    event_loop,
     gte,
     in_,
     lt,
@@ -26,6 +28,7 @@ from hf_async_store import (
     or_,
     path,
 )
+from hf_async_store.strategies.dynamodb import client
 from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
 from tests.dynamodb.support import new_prefix, store_at
 
@@ -251,3 +254,45 @@ async def test_a_filter_expression_has_at_most_300_operators(proxy: Proxy, opera
         sent = [each.params["FilterExpression"] for each in proxy.requests]
         assert len(sent) > 1
         assert max(len(OPERATOR.findall(each)) for each in sent) <= 300
+
+
+async def test_responses_that_arrive_together_are_used_in_several_iterations(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock on which each takes longer than the time that an iteration has for long work."""
+    now, iteration, used = 0.0, 0, list[int]()
+    read = client.read_in_parts
+    arrived = asyncio.Barrier(8)
+
+    async def received(content: bytes) -> bytes:
+        await arrived.wait()
+        return content
+
+    def timed(operation: str, params: Any, status: int, headers: Any, body: bytes) -> Any:
+        nonlocal now
+        now += 0.003
+        used.append(iteration)
+        return read(operation, params, status, headers, body)
+
+    async with store_at(proxy.url) as store:
+        assert await store.get_entity("templates", "t-1") is None
+        engine: Any = store._dynamodb
+        connection = await engine.client.connection()
+        send = connection._send
+
+        async def sent(request: Any) -> Any:
+            response = await send(request)
+            content = received(await response.content)
+            return SimpleNamespace(
+                status_code=response.status_code, headers=response.headers, content=content
+            )
+
+        monkeypatch.setattr(connection, "_send", sent)
+        monkeypatch.setattr(client, "read_in_parts", timed)
+        monkeypatch.setattr(event_loop, "monotonic", lambda: now)
+        calls = asyncio.gather(*(engine.client.read("ListTables", {}) for _ in range(8)))
+        while not calls.done():
+            await asyncio.sleep(0)
+            iteration += 1
+        monkeypatch.undo()
+    assert len(set(used)) == len(used) == 8
