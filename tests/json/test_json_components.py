@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
+from hf_async_store.strategies.json.journal_writer import _AppendJob
 from hf_async_store.strategies.json.recovery import parse_commit
 from hf_async_store.strategies.json.serializer import (
     CHUNK_BYTES,
@@ -672,3 +675,37 @@ def _in_small_pieces(run: Any) -> None:
         ):
             patch.setattr(ordered_index, name, size)
         asyncio.run(run())
+
+
+# -- appends ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["_CTask", "_PyTask"])
+@pytest.mark.parametrize("cancels", [False, True])
+async def test_a_task_awaits_an_append_as_it_awaits_a_future(
+    tmp_path: Path, name: str, cancels: bool
+) -> None:
+    """What tasks call is no documented interface: this fails on a version of Python that changes it."""
+    fd = os.open(tmp_path / "journal", os.O_RDWR | os.O_CREAT)
+    job = _AppendJob(fd, [b"ab", b"c"], 0, False, None)
+    loop = asyncio.get_running_loop()
+
+    async def append() -> asyncio.CancelledError | None:
+        return await job
+
+    task: asyncio.Task[asyncio.CancelledError | None]
+    task = getattr(asyncio.tasks, name)(append(), loop=loop)
+    await asyncio.sleep(0)
+    if cancels:
+        task.cancel("stop")
+        await asyncio.sleep(0)
+    assert not task.done()
+    thread = threading.Thread(target=job.run)
+    thread.start()
+    async with asyncio.timeout(10):
+        cancelled = await task
+    thread.join()
+    os.close(fd)
+    assert (None if cancelled is None else cancelled.args) == (("stop",) if cancels else None)
+    assert job.written
+    assert (tmp_path / "journal").read_bytes() == b"abc"

@@ -91,8 +91,8 @@ class SQLiteWriter(Writer):
             return await lease.job(lambda connection: self._commit(connection, take))
         except REFUSALS as exc:
             changes = take()
-            if len(changes) == 1:
-                return [exc]
+            if len(changes) <= 1:
+                return [exc for _ in changes]
         middle = len(changes) // 2
         outcomes = await self.write_each(lease, lambda: changes[:middle])
         try:
