@@ -177,36 +177,48 @@ class FairRetryQueue:
         given, queue.given = queue.given, None
         return given
 
-    def ticket(self, key: Key, step: Step | None = None) -> Ticket:
-        """A ticket for `retry`."""
-        return Ticket(self._queues, key, step)
-
-    async def retry(
-        self,
-        ticket: Ticket,
-        attempt: Callable[[], Awaitable[Result]],
-        seconds: float,
-        before_retry: Callable[[str | None], object] | None = None,
-    ) -> Result:
-        """`retry_conflicts`, queued with the other calls for the key of the ticket after a conflict.
-
-        Without a conflict, it does not wait and causes no overhead. If the step of the ticket was taken,
-        an attempt returns its outcome.
-        """
-        try:
-            return await retry_conflicts(attempt, seconds, ticket, before_retry)
-        finally:
-            ticket.release()
-
     async def retry_transaction(
         self,
         attempt: Callable[[TransactionTicket], Awaitable[Result]],
         seconds: float,
         before_retry: Callable[[str | None], object] | None = None,
     ) -> Result:
-        """`retry` for a transaction, whose entity is known only after a conflict."""
+        """`retry_conflicts` for a transaction, whose entity is known only after a conflict."""
         ticket = TransactionTicket(self._queues, None, seconds=seconds)
-        return await self.retry(ticket, lambda: ticket.run(attempt), seconds, before_retry)
+        try:
+            return await retry_conflicts(lambda: ticket.run(attempt), seconds, ticket, before_retry)
+        finally:
+            ticket.release()
+
+    async def retry(
+        self,
+        key: Key,
+        attempt: Callable[[], Awaitable[Result]],
+        seconds: float,
+        before_retry: Callable[[str | None], object] | None = None,
+    ) -> Result:
+        """`retry_conflicts`, queued with the other calls for this key after a conflict.
+
+        Without a conflict, it does not wait and causes no overhead.
+        """
+        return await self.retry_with(self.ticket(key), attempt, seconds, before_retry)
+
+    def ticket(self, key: Key, step: Step | None = None) -> Ticket:
+        """A ticket for `retry_with`."""
+        return Ticket(self._queues, key, step)
+
+    async def retry_with(
+        self,
+        ticket: Ticket,
+        attempt: Callable[[], Awaitable[Result]],
+        seconds: float,
+        before_retry: Callable[[str | None], object] | None = None,
+    ) -> Result:
+        """As `retry`; if the step of the ticket was taken, an attempt returns its outcome."""
+        try:
+            return await retry_conflicts(attempt, seconds, ticket, before_retry)
+        finally:
+            ticket.release()
 
 
 class Ticket(Struct, eq=False):

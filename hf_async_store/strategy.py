@@ -435,8 +435,7 @@ class StorageStrategy(WatchedStore):
         self, key: Key, attempt: Callable[[], Awaitable[Result]], seconds: float
     ) -> Result:
         self._usable()  # raises before waiting in the queue
-        queue = self._retry_queue
-        return await queue.retry(queue.ticket(key), attempt, seconds, self._note_retry)
+        return await self._retry_queue.retry(key, attempt, seconds, self._note_retry)
 
     async def _read_to_change(self, key: Key, timeout: float | None) -> Entity | None:
         written = self._retry_queue.handed_on(key)
@@ -482,7 +481,7 @@ class StorageStrategy(WatchedStore):
             # What the task before wrote may have been older than this call: it must not be the reason.
             return await attempt(write)
 
-        return await self._retry_queue.retry(ticket, once, seconds, self._note_retry)
+        return await self._retry_queue.retry_with(ticket, once, seconds, self._note_retry)
 
     # -- transactions ------------------------------------------------------------------------
 
