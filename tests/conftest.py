@@ -98,11 +98,18 @@ def pytest_collection(session: pytest.Session) -> None:
 _LONG: Final = ("bench", "demo", "migration")
 """The folders with the longest tests."""
 
+_LONG_TEST_SECONDS: Final = 1800
+"""The time limit of a test marked `long` that has none of its own: some try inputs for ten minutes, twice
+the limit of ordinary tests."""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Bring them into one order again, as pytest-xdist requires: by the folder; long tests are first, so
     that no worker process ends late."""
+    for each in items:
+        if each.get_closest_marker("long") and not each.get_closest_marker("timeout"):
+            each.add_marker(pytest.mark.timeout(_LONG_TEST_SECONDS))
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=_place)
 
