@@ -253,14 +253,6 @@ class Follower:
         signature, known = self._files.signature, state.signatures
         return bool([name for name in self._files.names if signature(name) != known.get(name)])
 
-    def has_journal(self) -> bool:
-        """Whether the open journal was not deleted; then its folder exists."""
-        try:
-            state = self.state
-            return state is not None and state.fd >= 0 and os.fstat(state.fd).st_nlink > 0
-        except OSError:
-            return False
-
     def _has_successor(self, state: StoreState) -> bool:
         # Every write asks. Mostly it does not exist, and `exists` would catch an error each time.
         path = self._files.journal_path(state.generation + 1)
