@@ -208,7 +208,7 @@ class Coalescer(Generic[Item, Result]):
             check_seconds(timeout, "timeout")
         if not items:
             return []
-        work = self._work_without_lane(items) if timeout is None else None
+        work = None if timeout is not None or self._running else self._work_without_lane(items)
         if work is not None:
             return await self._complete_without_lane(work, len(items))
         loop = asyncio.get_running_loop()
@@ -260,10 +260,9 @@ class Coalescer(Generic[Item, Result]):
     # -- without a lane ----------------------------------------------------------------------
 
     def _work_without_lane(self, items: Sequence[Item]) -> Awaitable[Sequence[Result]] | None:
-        """What the caller of `submit` may await instead of a lane; None if others wait, or may join him."""
+        """What the caller of `submit` may await if no lane runs; None if others wait, or may join him."""
         if (
             self._run_cancellable is None
-            or self._running
             or self._start_scheduled
             or not self._is_no_lane_needed()
             or not self._without_lane.is_set()
@@ -295,8 +294,8 @@ class Coalescer(Generic[Item, Result]):
 
     def _schedule_start(self) -> None:
         # Not at once, so that tasks that run later in this iteration of the loop join the batch.
-        lanes = self._lanes if self._without_lane.is_set() else 0
-        if not self._start_scheduled and len(self._running) < lanes:
+        is_free = len(self._running) < self._lanes and self._without_lane.is_set()
+        if is_free and not self._start_scheduled:
             self._start_scheduled = True
             asyncio.get_running_loop().call_soon(self._start_lanes)
 

@@ -441,6 +441,21 @@ async def test_a_long_compaction_is_followed_by_a_long_pause_unless_it_failed(
         assert compactor._rest(state) == 0  # the journal is larger than the data files
 
 
+@both_layouts
+async def test_a_small_commit_after_a_failed_one_is_compacted_when_the_store_is_idle(
+    tmp_path: Path, layout: str
+) -> None:
+    async with open_json(tmp_path, layout) as store:
+        compactor = store._json.compactor
+        await store.save_entity("templates", {"template_id": "t"})
+        await store.checkpoint()
+        await compactor.close()
+        compactor.consider()  # as after a commit that wrote nothing
+        assert compactor._timer is None
+        await store.save_entity("templates", {"template_id": "u"})
+        assert compactor._timer is not None
+
+
 @pytest.mark.hf_sampled
 @both_layouts
 @pytest.mark.parametrize("verb", ["close", "adopt", "write_file"])

@@ -133,7 +133,7 @@ class Compactor:
             return
         if self._considered is not None and 0 <= state.offset - self._considered < self._step:
             return  # adding up what is pending takes as long as deciding about a change
-        self._considered = state.offset
+        self._considered = state.offset if state.pending else None
         if self._is_large(state) and self._seconds_to_wait() + self._rest(state) <= 0:
             self._start()
         elif self._timer is None and self._is_wanted_when_idle(state):
@@ -220,7 +220,7 @@ class Compactor:
             await asyncio.wait([self._task])
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+            self._timer = self._considered = None
 
     def release(self) -> None:
         self._lock.close()

@@ -60,6 +60,7 @@ from hf_async_store.errors import (
     ReadOnlyStoreError,
     SchemaMismatchError,
     StorageError,
+    UnavailableError,
 )
 from hf_async_store.event_loop import Chunks, in_thread, pause
 from hf_async_store.generators import Owned
@@ -810,8 +811,8 @@ class _Writing:
         while True:
             try:
                 await engine.locks.acquire("write", None, owner)
-            except StorageError:
-                if follower.has_journal():
+            except UnavailableError:
+                if engine.files.folder.exists():
                     raise
                 engine.files.make_folder()  # it was removed
                 await engine.locks.acquire("write", None, owner)

@@ -264,14 +264,6 @@ class Follower:
         signature, known = self._files.signature, state.signatures
         return bool([name for name in self._files.names if signature(name) != known.get(name)])
 
-    def has_journal(self) -> bool:
-        """Whether the open journal was not deleted; then its folder exists."""
-        try:
-            state = self.state
-            return state is not None and state.fd >= 0 and os.fstat(state.fd).st_nlink > 0
-        except OSError:
-            return False
-
     def _has_successor(self, state: StoreState) -> bool:
         # Every write asks. Mostly it does not exist, and `exists` would catch an error each time.
         path = self._files.journal_path(state.generation + 1)
@@ -466,18 +458,21 @@ class Follower:
             # At once: others wait for the lock while this process reads what they have written.
             chunks = read_chunks(state.fd, state.offset, size, path)
             for entry, end in scan(chunks, path, state.offset, state.sequence):
-                await self._apply(state, entry, end, path)
+                if entry.kind is Kind.COMMIT:
+                    self.loader.commit_small(state, entry)
+                self._pass(state, entry, end, path)
+            await state.reclaim()
             return True
         async for entry, end in scan_file(state.fd, path, size, state.offset, state.sequence):
-            await self._apply(state, entry, end, path)
+            images = await self.loader.commit(state, entry) if entry.kind is Kind.COMMIT else {}
+            self._pass(state, entry, end, path)
+            await state.reclaim()
+            await reclaim_images(entry, images)
         return True
 
-    async def _apply(self, state: StoreState, entry: Entry, end: int, path: str) -> None:
-        """Apply the next record, which ends at this offset."""
-        images = {}
-        if entry.kind is Kind.COMMIT:
-            images = await self.loader.commit(state, entry)
-        elif entry.kind is Kind.SEAL:
+    def _pass(self, state: StoreState, entry: Entry, end: int, path: str) -> None:
+        """Go on after the next record, which ends at this offset. A commit was applied before."""
+        if entry.kind is Kind.SEAL:
             state.sealed = True
         elif entry.kind is Kind.FOLD:
             self.loader.announce(state, read_naming(Fold, entry.payload, path).files)
@@ -485,8 +480,6 @@ class Follower:
             state.feed_end = FeedPosition(state.generation, state.offset, entry.check)
         state.offset = end
         state.sequence += 1
-        await state.reclaim()
-        await reclaim_images(entry, images)
 
     async def _follow_successor(self, state: StoreState) -> bool:
         """Switch to the next generation; False if its HEAD names unknown contents of data files."""

@@ -13,7 +13,7 @@ import stat
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -68,6 +68,8 @@ from hf_async_store.strategies.json.serializer import (
 )
 from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.values import Key
+
+_Images: TypeAlias = dict[str, dict[str, bytes | None]]
 
 
 class _Journal(msgspec.Struct, frozen=True):
@@ -468,9 +470,7 @@ class StoreLoader:
                 await reclaim_images(entry, images)
         return journal.complete
 
-    async def commit(
-        self, state: StoreState, entry: Entry, *, recovering: bool = False
-    ) -> dict[str, dict[str, bytes | None]]:
+    async def commit(self, state: StoreState, entry: Entry, *, recovering: bool = False) -> _Images:
         """Apply a COMMIT of the current generation.
 
         The caller calls `state.reclaim` and `reclaim_images` afterwards.
@@ -481,22 +481,36 @@ class StoreLoader:
         try:
             images = await images_in(entry.chunks)
         except CorruptionError as exc:
-            raise CorruptionError(
-                f"{self._files.journal(state.generation)}: {exc}. {USE_UNDAMAGED}"
-            ) from exc
-        for name in images.keys() - state.sections.keys():
-            state.sections[name] = self._undeclared_section(state, name)
-        missing = images
-        newer = [each for each in state.content if state.content[each].covers > state.generation]
-        if newer:
-            contained = set().union(*[self.collections_of(each, state) for each in newer])
-            missing = {name: each for name, each in images.items() if name not in contained}
+            raise self._unreadable(state, exc) from exc
+        missing = self._missing(state, images)
         if missing:
             state.apply(missing, entry.size, await state.merged(missing))
         if recovering:
             for name, each in missing.items():
                 state.replayed.setdefault(name, {}).update(each)
         return images
+
+    def commit_small(self, state: StoreState, entry: Entry) -> None:
+        """`commit` of a record of at most `SMALL_TAIL` bytes, in one step."""
+        try:
+            missing = self._missing(state, read_commit(entry.payload))
+        except CorruptionError as exc:
+            raise self._unreadable(state, exc) from exc
+        if missing:
+            state.apply(missing, entry.size, {})
+
+    def _unreadable(self, state: StoreState, exc: CorruptionError) -> CorruptionError:
+        return CorruptionError(f"{self._files.journal(state.generation)}: {exc}. {USE_UNDAMAGED}")
+
+    def _missing(self, state: StoreState, images: _Images) -> _Images:
+        """The images for the collections whose data files do not contain this generation."""
+        for name in images.keys() - state.sections.keys():
+            state.sections[name] = self._undeclared_section(state, name)
+        newer = [each for each in state.content if state.content[each].covers > state.generation]
+        if not newer:
+            return images
+        contained = set().union(*[self.collections_of(each, state) for each in newer])
+        return {name: each for name, each in images.items() if name not in contained}
 
     def _undeclared_section(self, state: StoreState, name: str) -> CollectionTable:
         """The section of an undeclared collection, with the entities that its data file contains."""
