@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import NoneType
 from typing import Final, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Patch, Put, Record
+from hf_async_store.changes import (
+    ABSENT,
+    ANY,
+    Change,
+    Delete,
+    EncodedPut,
+    Outcome,
+    Patch,
+    Put,
+    Record,
+)
 from hf_async_store.claim_records import claim_key
 from hf_async_store.collector import GatheredObjects
 from hf_async_store.errors import CorruptionError, StorageError
@@ -46,6 +57,7 @@ from hf_async_store.values import CREATED_AT, MAX_ENTITY_BYTES, VERSION, Entity,
 Overlay: TypeAlias = dict[str, dict[str, bytes | None]]
 
 _WRITE_CHUNK: Final = 128
+_ENCODED_CHUNK: Final = 512
 _MIN_DICT_COPY: Final = 1000
 _DICT_COPY_DIVISOR: Final = 8
 """Up to 1/8 of a section is copied entity by entity; if more is needed, the whole dict is copied."""
@@ -156,10 +168,11 @@ class SessionView(TableReader[StoredEntity]):
             each: apply them independently; otherwise only up to the first that fails.
         """
         outcomes: list[Outcome] = []
-        async for chunk in Chunks(changes, _WRITE_CHUNK):
+        is_encoded = bool(changes) and isinstance(changes[0], EncodedPut)
+        async for chunk in Chunks(changes, _ENCODED_CHUNK if is_encoded else _WRITE_CHUNK):
             puts = self._usual_puts(chunk) if each and len(chunk) > 1 else None
             if puts is not None:
-                outcomes += self._put_all(puts)
+                outcomes += self._put_equal(puts) or self._put_all(puts)
                 continue
             for change in chunk:
                 try:
@@ -178,7 +191,7 @@ class SessionView(TableReader[StoredEntity]):
         puts = [
             each
             for each in changes
-            if type(each) is Put
+            if isinstance(each, Put)
             and each.lifetimes is None
             and each.mark is None
             and not each.shared
@@ -192,13 +205,51 @@ class SessionView(TableReader[StoredEntity]):
 
     def _have_parents(self, collection: str, puts: Sequence[Put]) -> bool:
         """Whether all parents are among the committed entities, and this session has not changed any."""
+        forms = {each.form for each in puts if isinstance(each, EncodedPut)}
+        plain = [each.entity for each in puts if not isinstance(each, EncodedPut)]
         for field in self._schema[collection].references:
-            parents = {each.entity.get(field.name) for each in puts} - {None}
+            parents = {each.get(field.name) for each in plain} - {None}
+            parents = parents.union(*(each.parents.get(field.name, ()) for each in forms))
             if parents - self.state.sections[field.parent].entities.keys():
                 return False
             if any(field.parent in each for each in self.layers):
                 return False
         return True
+
+    def _put_equal(self, puts: Sequence[Put]) -> list[int] | None:
+        """`_put_all` of different encoded puts that find, and expect, the same version, column by column.
+
+        None: there are others, or one fails.
+        """
+        first, name = puts[0], puts[0].key.collection
+        equal = [each for each in puts if type(each) is EncodedPut and each.expect is first.expect]
+        ids = [each.key.id for each in puts]
+        [layer] = self.layers
+        images = layer.setdefault(name, {})
+        if len(equal) < len(puts) or len(set(ids)) < len(ids) or not images.keys().isdisjoint(ids):
+            return None
+        stored = list(map(self.state.sections[name].entities.get, ids))
+        start = _common_start(stored)
+        if start is None:
+            return None
+        try:
+            actual = self._serializer.version(first.key, start) if start else None
+            if first.expect is not ANY and first.expect != (ABSENT if actual is None else actual):
+                return None
+            new = next_version(first.key, actual)
+            ends = [each.form.end for each in equal]
+            if not all(each.has_created_at for each in {each.form for each in equal}):
+                ends = list(map(self._end, equal, stored))
+        except StorageError:
+            return None
+        versions = [new if each.import_version is None else each.import_version for each in equal]
+        starts = {each: version_prefix(each) for each in set(versions)}
+        texts = [
+            b"".join((starts[version], each.text[1:-1], end))
+            for version, each, end in zip(versions, equal, ends, strict=True)
+        ]
+        images.update(zip(ids, texts, strict=True))
+        return versions
 
     def _put_all(self, puts: Sequence[Put]) -> list[Outcome]:
         """`_put` of each of `_usual_puts`, in one loop without a call for each step.
@@ -215,7 +266,7 @@ class SessionView(TableReader[StoredEntity]):
         last, start = known, known_start
         outcomes: list[Outcome] = []
         for put in puts:
-            key, entity, version = put.key, put.entity, put.import_version
+            key, version = put.key, put.import_version
             raw, actual = stored.get(key.id), None
             try:
                 if type(raw) is bytes:
@@ -223,7 +274,9 @@ class SessionView(TableReader[StoredEntity]):
                         known = version_of(key, raw)
                         known_start = version_prefix(known)
                     actual = known
-                is_complete = version is not None or CREATED_AT in entity
+                is_complete = (
+                    version is not None or type(put) is EncodedPut or CREATED_AT in put.entity
+                )
                 if (
                     key.id in images
                     or (put.expect is not ANY and put.expect != (ABSENT if raw is None else actual))
@@ -233,11 +286,15 @@ class SessionView(TableReader[StoredEntity]):
                     continue
                 if version is None:
                     version = next_version(key, actual)
-                    if not is_complete:
-                        entity = {**entity, CREATED_AT: put.written_at}
                 if version != last:
                     last, start = version, version_prefix(version)
-                images[key.id] = start + encode_json(entity)[1:]
+                if type(put) is EncodedPut:
+                    images[key.id] = b"".join((start, put.text[1:-1], self._end(put, raw)))
+                else:
+                    entity = put.entity
+                    if not is_complete:
+                        entity = {**entity, CREATED_AT: put.written_at}
+                    images[key.id] = start + encode_json(entity)[1:]
                 outcomes.append(version)
             except StorageError as exc:
                 outcomes.append(exc)
@@ -280,11 +337,24 @@ class SessionView(TableReader[StoredEntity]):
         return version
 
     def _with_created_at(self, change: Put, raw: bytes | None) -> Entity:
-        kept: str | msgspec.UnsetType | None = change.written_at
-        if raw is not None:
-            collection = self._schema[change.key.collection]
-            kept = self._serializer.created_at(collection, change.key.id, raw)
+        kept = self._created_at(change, raw)
         return change.entity if kept is msgspec.UNSET else {**change.entity, CREATED_AT: kept}
+
+    def _created_at(self, change: Put, raw: bytes | None) -> str | msgspec.UnsetType | None:
+        if raw is None:
+            return change.written_at
+        collection = self._schema[change.key.collection]
+        return self._serializer.created_at(collection, change.key.id, raw)
+
+    def _end(self, put: EncodedPut, raw: StoredEntity | None) -> bytes:
+        """What follows the fields in the text of a put in the canonical bytes of the entity."""
+        end = put.form.end
+        if put.import_version is not None or put.form.has_created_at:
+            return end
+        created_at = self._created_at(put, None if raw is None else bytes(raw))
+        if created_at is msgspec.UNSET:
+            return end
+        return b'%b,"created_at":%b}' % (end[:-1], encode_json(created_at))
 
     def _patch(self, change: Patch) -> int:
         key = change.key
@@ -414,3 +484,16 @@ class SessionView(TableReader[StoredEntity]):
         top = self.layers.pop()
         for collection, images in top.items():
             self.layers[-1].setdefault(collection, {}).update(images)
+
+
+def _common_start(stored: Sequence[StoredEntity | None]) -> bytes | None:
+    """The version with which the bytes of all entities begin; empty if none exists, None if they differ."""
+    kinds = set(map(type, stored))
+    if kinds == {NoneType}:
+        return b""
+    if kinds != {bytes}:
+        return None
+    canonical = cast("Sequence[bytes]", stored)
+    start = canonical[0][: canonical[0].find(b",") + 1]
+    have_start = [each.startswith(start) for each in canonical]  # a generator takes longer
+    return start if start and all(have_start) else None
