@@ -1,9 +1,9 @@
-"""Validates and copies a batch of entities column by column, with the results of `Collection.entity`.
+"""Validates a batch of entities column by column; the results are those of `Collection.entity`.
 
 The entities of a batch mostly have the same fields, with values of the same types. All values of one
 field, a column, are checked by a few calls of C code instead of by Python code for each value. If
-anything is unusual, `validate_batch` returns None. The caller then validates the entities one by
-one, which also produces the error messages.
+anything is unusual, the result is None. The caller then validates the entities one by one, which also
+produces the error messages.
 """
 
 from __future__ import annotations

@@ -68,6 +68,7 @@ CASES: Final[dict[str, list[Batch]]] = {
         ("save", every_second(things(), group="no")),
         ("save", things(group=None)),
     ],
+    "no parents": [("save", [{"id": each["id"], "n": 1} for each in things()])] * 2,
     "imported": [
         ("import", things(version=3)),
         ("import", every_second(things(), version=9)),

@@ -7,7 +7,8 @@ in a commit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 from types import NoneType
 from typing import Final, TypeAlias, cast
@@ -23,6 +24,7 @@ from hf_async_store.changes import (
     Outcome,
     Patch,
     Put,
+    PutForm,
     Record,
 )
 from hf_async_store.claim_records import claim_key
@@ -52,12 +54,21 @@ from hf_async_store.strategies.json.snapshot_reader import SnapshotReader
 from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.table_reading import TableReader
 from hf_async_store.unique import Claims, Fields, claimed
-from hf_async_store.values import CREATED_AT, MAX_ENTITY_BYTES, VERSION, Entity, Key, check_size
+from hf_async_store.values import (
+    CREATED_AT,
+    MAX_ENTITY_BYTES,
+    VERSION,
+    Entity,
+    Key,
+    Value,
+    check_size,
+)
 
 Overlay: TypeAlias = dict[str, dict[str, bytes | None]]
 
 _WRITE_CHUNK: Final = 128
 _ENCODED_CHUNK: Final = 512
+"""The number of encoded puts that are applied in about the same time."""
 _MIN_DICT_COPY: Final = 1000
 _DICT_COPY_DIVISOR: Final = 8
 """Up to 1/8 of a section is copied entity by entity; if more is needed, the whole dict is copied."""
@@ -170,9 +181,14 @@ class SessionView(TableReader[StoredEntity]):
         outcomes: list[Outcome] = []
         is_encoded = bool(changes) and isinstance(changes[0], EncodedPut)
         async for chunk in Chunks(changes, _ENCODED_CHUNK if is_encoded else _WRITE_CHUNK):
+            if is_encoded:
+                if each and (versions := self._put_columns(chunk)):
+                    outcomes += versions
+                    continue
+                chunk = list(map(_decoded, chunk))
             puts = self._usual_puts(chunk) if each and len(chunk) > 1 else None
             if puts is not None:
-                outcomes += self._put_equal(puts) or self._put_all(puts)
+                outcomes += self._put_all(puts)
                 continue
             for change in chunk:
                 try:
@@ -191,7 +207,7 @@ class SessionView(TableReader[StoredEntity]):
         puts = [
             each
             for each in changes
-            if isinstance(each, Put)
+            if type(each) is Put
             and each.lifetimes is None
             and each.mark is None
             and not each.shared
@@ -204,52 +220,76 @@ class SessionView(TableReader[StoredEntity]):
         return puts
 
     def _have_parents(self, collection: str, puts: Sequence[Put]) -> bool:
-        """Whether all parents are among the committed entities, and this session has not changed any."""
-        forms = {each.form for each in puts if isinstance(each, EncodedPut)}
-        plain = [each.entity for each in puts if not isinstance(each, EncodedPut)]
+        """Whether the parents of all are `_are_committed`."""
         for field in self._schema[collection].references:
-            parents = {each.get(field.name) for each in plain} - {None}
-            parents = parents.union(*(each.parents.get(field.name, ()) for each in forms))
-            if parents - self.state.sections[field.parent].entities.keys():
-                return False
-            if any(field.parent in each for each in self.layers):
+            parents = {each.entity.get(field.name) for each in puts} - {None}
+            if not self._are_committed(field.parent, parents):
                 return False
         return True
 
-    def _put_equal(self, puts: Sequence[Put]) -> list[int] | None:
-        """`_put_all` of different encoded puts that find, and expect, the same version, column by column.
+    def _have_parents_of(self, collection: str, forms: Iterable[PutForm]) -> bool:
+        """As `_have_parents`, of encoded puts with these forms."""
+        return all(
+            self._are_committed(field.parent, form.parents.get(field.name, frozenset()))
+            for field in self._schema[collection].references
+            for form in forms
+        )
 
-        None: there are others, or one fails.
+    def _are_committed(self, collection: str, ids: AbstractSet[Value]) -> bool:
+        """Whether all are among the committed entities, and this session has not changed any."""
+        if ids - self.state.sections[collection].entities.keys():
+            return False
+        return not any(collection in each for each in self.layers)
+
+    def _put_columns(self, changes: Sequence[Change]) -> list[int]:
+        """Apply encoded puts column by column, without decoding anything; returns the new versions.
+
+        Nothing is done, and nothing returned, if one of them is unusual, see `_usual_puts`, or may fail.
         """
-        first, name = puts[0], puts[0].key.collection
-        equal = [each for each in puts if type(each) is EncodedPut and each.expect is first.expect]
-        ids = [each.key.id for each in puts]
-        [layer] = self.layers
+        puts = [each for each in changes if type(each) is EncodedPut and each.mark is None]
+        name, forms = changes[0].key.collection, {each.form for each in puts}
+        ids = [each.key.id for each in puts if each.key.collection == name]
+        [layer] = self.layers  # this session has no savepoint
         images = layer.setdefault(name, {})
-        if len(equal) < len(puts) or len(set(ids)) < len(ids) or not images.keys().isdisjoint(ids):
-            return None
+        if len(set(ids)) < len(changes) or not images.keys().isdisjoint(ids):
+            return []
         stored = list(map(self.state.sections[name].entities.get, ids))
-        start = _common_start(stored)
-        if start is None:
-            return None
+        is_unusual = self._unique.get(name) or set(map(type, stored)) - {bytes, NoneType}
+        if is_unusual or (self._references and not self._have_parents_of(name, forms)):
+            return []
         try:
-            actual = self._serializer.version(first.key, start) if start else None
-            if first.expect is not ANY and first.expect != (ABSENT if actual is None else actual):
-                return None
-            new = next_version(first.key, actual)
-            ends = [each.form.end for each in equal]
-            if not all(each.has_created_at for each in {each.form for each in equal}):
-                ends = list(map(self._end, equal, stored))
+            versions = self._next_versions(puts, stored)
+            ends = [each.form.end for each in puts]
+            if not all(each.has_created_at for each in forms):
+                ends = list(map(self._end, puts, stored))
         except StorageError:
-            return None
-        versions = [new if each.import_version is None else each.import_version for each in equal]
+            return []
+        expects = [each.expect for each in puts]
+        if expects.count(ANY) < len(expects) and expects != [
+            ABSENT if raw is None else version - 1
+            for raw, version in zip(stored, versions, strict=True)
+        ]:
+            return []
+        imported = [each.import_version for each in puts]
+        versions = [new if v is None else v for v, new in zip(imported, versions, strict=True)]
         starts = {each: version_prefix(each) for each in set(versions)}
-        texts = [
-            b"".join((starts[version], each.text[1:-1], end))
-            for version, each, end in zip(versions, equal, ends, strict=True)
-        ]
+        rows = zip(map(starts.__getitem__, versions), puts, ends, strict=True)
+        texts = [b"".join((start, each.text[1:-1], end)) for start, each, end in rows]
         images.update(zip(ids, texts, strict=True))
         return versions
+
+    def _next_versions(self, puts: Sequence[Put], stored: Sequence[bytes | None]) -> list[int]:
+        version_of, first = self._serializer.version, stored[0]
+        # Most entities of a batch have the same version.
+        start = b"" if first is None else first[: first.find(b",") + 1]
+        if first is None and set(map(type, stored)) == {NoneType}:
+            return [next_version(puts[0].key, None)] * len(puts)
+        if start and all(raw is not None and raw.startswith(start) for raw in stored):
+            return [next_version(puts[0].key, version_of(puts[0].key, start))] * len(puts)
+        return [
+            next_version(each.key, None if raw is None else version_of(each.key, raw))
+            for each, raw in zip(puts, stored, strict=True)
+        ]
 
     def _put_all(self, puts: Sequence[Put]) -> list[Outcome]:
         """`_put` of each of `_usual_puts`, in one loop without a call for each step.
@@ -266,7 +306,7 @@ class SessionView(TableReader[StoredEntity]):
         last, start = known, known_start
         outcomes: list[Outcome] = []
         for put in puts:
-            key, version = put.key, put.import_version
+            key, entity, version = put.key, put.entity, put.import_version
             raw, actual = stored.get(key.id), None
             try:
                 if type(raw) is bytes:
@@ -274,9 +314,7 @@ class SessionView(TableReader[StoredEntity]):
                         known = version_of(key, raw)
                         known_start = version_prefix(known)
                     actual = known
-                is_complete = (
-                    version is not None or type(put) is EncodedPut or CREATED_AT in put.entity
-                )
+                is_complete = version is not None or CREATED_AT in entity
                 if (
                     key.id in images
                     or (put.expect is not ANY and put.expect != (ABSENT if raw is None else actual))
@@ -286,15 +324,11 @@ class SessionView(TableReader[StoredEntity]):
                     continue
                 if version is None:
                     version = next_version(key, actual)
-                if version != last:
-                    last, start = version, version_prefix(version)
-                if type(put) is EncodedPut:
-                    images[key.id] = b"".join((start, put.text[1:-1], self._end(put, raw)))
-                else:
-                    entity = put.entity
                     if not is_complete:
                         entity = {**entity, CREATED_AT: put.written_at}
-                    images[key.id] = start + encode_json(entity)[1:]
+                if version != last:
+                    last, start = version, version_prefix(version)
+                images[key.id] = start + encode_json(entity)[1:]
                 outcomes.append(version)
             except StorageError as exc:
                 outcomes.append(exc)
@@ -346,12 +380,12 @@ class SessionView(TableReader[StoredEntity]):
         collection = self._schema[change.key.collection]
         return self._serializer.created_at(collection, change.key.id, raw)
 
-    def _end(self, put: EncodedPut, raw: StoredEntity | None) -> bytes:
+    def _end(self, put: EncodedPut, raw: bytes | None) -> bytes:
         """What follows the fields in the text of a put in the canonical bytes of the entity."""
         end = put.form.end
         if put.import_version is not None or put.form.has_created_at:
             return end
-        created_at = self._created_at(put, None if raw is None else bytes(raw))
+        created_at = self._created_at(put, raw)
         if created_at is msgspec.UNSET:
             return end
         return b'%b,"created_at":%b}' % (end[:-1], encode_json(created_at))
@@ -486,14 +520,8 @@ class SessionView(TableReader[StoredEntity]):
             self.layers[-1].setdefault(collection, {}).update(images)
 
 
-def _common_start(stored: Sequence[StoredEntity | None]) -> bytes | None:
-    """The version with which the bytes of all entities begin; empty if none exists, None if they differ."""
-    kinds = set(map(type, stored))
-    if kinds == {NoneType}:
-        return b""
-    if kinds != {bytes}:
-        return None
-    canonical = cast("Sequence[bytes]", stored)
-    start = canonical[0][: canonical[0].find(b",") + 1]
-    have_start = [each.startswith(start) for each in canonical]  # a generator takes longer
-    return start if start and all(have_start) else None
+def _decoded(change: Change) -> Change:
+    if not isinstance(change, EncodedPut):
+        return change
+    entity, at = change.entity, change.written_at
+    return Put(change.key, entity, at, change.expect, change.import_version, change.mark)
