@@ -246,12 +246,15 @@ class SessionView(TableReader[StoredEntity]):
 
         Nothing is done, and nothing returned, if one of them is unusual, see `_usual_puts`, or may fail.
         """
-        puts = [each for each in changes if type(each) is EncodedPut and each.mark is None]
+        puts = [
+            each
+            for each in changes
+            if type(each) is EncodedPut and each.mark is None and each.lifetimes is None
+        ]
         name, forms = changes[0].key.collection, {each.form for each in puts}
         ids = [each.key.id for each in puts if each.key.collection == name]
         [layer] = self.layers  # this session has no savepoint
-        images = layer.setdefault(name, {})
-        if len(set(ids)) < len(changes) or not images.keys().isdisjoint(ids):
+        if len(set(ids)) < len(changes) or not layer.get(name, {}).keys().isdisjoint(ids):
             return []
         stored = list(map(self.state.sections[name].entities.get, ids))
         is_unusual = self._unique.get(name) or set(map(type, stored)) - {bytes, NoneType}
@@ -275,7 +278,7 @@ class SessionView(TableReader[StoredEntity]):
         starts = {each: version_prefix(each) for each in set(versions)}
         rows = zip(map(starts.__getitem__, versions), puts, ends, strict=True)
         texts = [b"".join((start, each.text[1:-1], end)) for start, each, end in rows]
-        images.update(zip(ids, texts, strict=True))
+        layer.setdefault(name, {}).update(zip(ids, texts, strict=True))
         return versions
 
     def _next_versions(self, puts: Sequence[Put], stored: Sequence[bytes | None]) -> list[int]:
@@ -523,5 +526,4 @@ class SessionView(TableReader[StoredEntity]):
 def _decoded(change: Change) -> Change:
     if not isinstance(change, EncodedPut):
         return change
-    entity, at = change.entity, change.written_at
-    return Put(change.key, entity, at, change.expect, change.import_version, change.mark)
+    return Put(*[getattr(change, name) for name in Put.__struct_fields__])
