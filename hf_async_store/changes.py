@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from enum import Enum
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -12,6 +13,8 @@ from hf_async_store.errors import InvalidVersionError, StorageError
 from hf_async_store.field_operations import FieldUpdate
 from hf_async_store.lifetimes import Lifetimes
 from hf_async_store.values import INT_MAX, Entity, Key, version_of
+
+_decode: Final[Callable[[bytes], Any]] = msgspec.json.Decoder().decode
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -93,6 +96,38 @@ class Put(msgspec.Struct, frozen=True, gc=False):
     mark: ChangeMarker | None = None
     lifetimes: Lifetimes | None = None
     shared: bool = False
+
+
+class PutForm(msgspec.Struct, frozen=True, eq=False):
+    """What several `EncodedPut`s have in common.
+
+    Attributes:
+        end: the end of their JSON, which replaces the last brace of `text`: the fields that the store sets.
+        has_created_at: whether the entities contain `created_at`.
+        parents: by referencing field, the ids that the entities contain, and perhaps others.
+    """
+
+    end: bytes
+    has_created_at: bool
+    parents: Mapping[str, AbstractSet[str]]
+
+
+class EncodedPut(Put, frozen=True, gc=False):
+    """A `Put` of a batch, for an engine that stores JSON (`Engine.takes_encoded`).
+
+    The field `entity` of the base is not used: it is decoded for those who ask for it.
+
+    Attributes:
+        text: the JSON of the entity, without the fields in `form.end`.
+    """
+
+    text: bytes = b"{}"
+    form: PutForm = PutForm(b"}", has_created_at=False, parents={})
+
+    @property  # type: ignore[misc]  # a field of the base, which so costs others nothing
+    def entity(self) -> Entity:
+        entity: Entity = _decode(self.text[:-1] + self.form.end)
+        return entity
 
 
 class Patch(msgspec.Struct, frozen=True, gc=False):

@@ -45,9 +45,11 @@ from hf_async_store.changes import (
     ChangedMatches,
     ChangeMarker,
     Delete,
+    EncodedPut,
     Outcome,
     Patch,
     Put,
+    PutForm,
     Record,
     TakeChanges,
 )
@@ -115,6 +117,7 @@ __all__ = [
     "Claimed",
     "Collection",
     "Delete",
+    "EncodedPut",
     "Engine",
     "Entity",
     "FeedBatch",
@@ -128,6 +131,7 @@ __all__ = [
     "Owned",
     "Patch",
     "Put",
+    "PutForm",
     "Query",
     "QueryPlan",
     "Reader",
@@ -527,6 +531,15 @@ class Engine(Reader):
         a conflict.
         """
         del key
+        return False
+
+    def takes_encoded(self, collection: str) -> bool:
+        """Whether `write_each` stores the entities of a collection as JSON, by the `text` of `EncodedPut`s.
+
+        If so, the batch methods of the store pass these where they can. False is the default: for an engine
+        that needs the values, they would be decoded again.
+        """
+        del collection
         return False
 
     def snapshot(self) -> AbstractAsyncContextManager[Reader]:

@@ -546,6 +546,9 @@ class MigrationRouter(Engine):
     def shares_changes(self, key: Key) -> bool:
         return not self._route.add_markers and self._active.shares_changes(key)
 
+    def takes_encoded(self, collection: str) -> bool:
+        return not self._route.add_markers and self._active.takes_encoded(collection)
+
     async def _confirm_written(
         self, route: Route, changes: Sequence[Change], outcomes: Sequence[Outcome]
     ) -> None:

@@ -35,6 +35,7 @@ from hf_async_store.changes import (
     Change,
     ChangedMatches,
     Delete,
+    EncodedPut,
     Expect,
     Outcome,
     Patch,
@@ -84,7 +85,6 @@ from hf_async_store.query import (
 from hf_async_store.schema import Collection, Schema
 from hf_async_store.slow_queries import SlowQueries
 from hf_async_store.values import (
-    CREATED_AT,
     MAX_KEY_BYTES,
     UPDATED_AT,
     VERSION,
@@ -92,6 +92,7 @@ from hf_async_store.values import (
     Key,
     Value,
     copy_entity,
+    stamp,
     version_of,
     with_canonical,
 )
@@ -170,6 +171,11 @@ class RepositoryInterface(ABC):
 
     @abstractmethod
     async def _write(self, changes: Sequence[Change], timeout: float | None) -> list[Outcome]: ...
+
+    def _takes_encoded(self, collection: str) -> bool:
+        """Whether a batch can be written as `EncodedPut`s."""
+        del collection
+        return False
 
     @abstractmethod
     def _select(self, query: Query) -> AsyncGenerator[Record, None]: ...
@@ -422,7 +428,7 @@ class RepositoryInterface(ABC):
         changes = await _in_chunks(
             check_listed(entities, "entities"),
             lambda each: self._put(declared, each, ABSENT, at),
-            lambda chunk: _puts(declared, chunk, ABSENT, at),
+            lambda chunk: self._puts(declared, chunk, ABSENT, at),
             collection=declared,
         )
         if if_absent:
@@ -465,7 +471,7 @@ class RepositoryInterface(ABC):
         changes = await _in_chunks(
             check_listed(entities, "entities"),
             change,
-            None if expected_versions else lambda chunk: _puts(declared, chunk, ANY, at),
+            None if expected_versions else lambda chunk: self._puts(declared, chunk, ANY, at),
             collection=declared,
         )
         expected.assert_exhausted()
@@ -620,7 +626,9 @@ class RepositoryInterface(ABC):
         changes = await _in_chunks(
             check_listed(entities, "entities"),
             lambda each: _imported(declared, each, expected, at),
-            None if expected_versions else lambda chunk: _import_puts(declared, chunk, at),
+            None
+            if expected_versions
+            else lambda chunk: self._puts(declared, chunk, ANY, at, imported=True),
             collection=declared,
         )
         expected.assert_exhausted()
@@ -1184,8 +1192,41 @@ class RepositoryInterface(ABC):
         self, collection: Collection, data: Mapping[str, object], expect: Precondition, at: str
     ) -> Put:
         key, entity = collection.entity(data)
-        _stamp(entity, at)
+        stamp(entity, at)
         return Put(key, entity, at, expect)
+
+    def _puts(
+        self,
+        collection: Collection,
+        chunk: Sequence[Mapping[str, object]],
+        expect: Precondition,
+        at: str,
+        *,
+        imported: bool = False,
+    ) -> list[Put] | None:
+        """`_put` or `_imported` of each, validated together; None if they must be validated one by one."""
+        versions: Iterable[int | None] = repeat(None)
+        if imported:
+            found = _versions_to_import(chunk)
+            if found is None:
+                return None
+            versions = found
+        if self._takes_encoded(collection.name):
+            encoded = batch_validation.encode_batch(collection, chunk, None if imported else at)
+            if encoded is not None:
+                keys, texts, form = encoded
+                unused: Entity = {}
+                none = repeat(None)  # neither a mark nor lifetimes
+                common = (repeat(unused), repeat(at), repeat(expect))
+                rest = (none, none, repeat(False), texts, repeat(form))
+                return list(map(EncodedPut, keys, *common, versions, *rest))
+        checked = batch_validation.validate_batch(collection, chunk)
+        if checked is None:
+            return None
+        if not imported:
+            for each in checked[1]:
+                stamp(each, at)
+        return list(map(Put, *checked, repeat(at), repeat(expect), versions))
 
     def _patch(
         self,
@@ -1317,41 +1358,14 @@ def _imported(
     return Put(key, entity, at, expected.pop(key.id), version)
 
 
-def _stamp(entity: Entity, at: str) -> None:
-    """Set `updated_at` of a whole entity, and remove a `created_at` that is null."""
-    entity[UPDATED_AT] = at
-    # The dump of a model contains null for a field that was not set.
-    if CREATED_AT in entity and entity[CREATED_AT] is None:
-        del entity[CREATED_AT]
-
-
-def _import_puts(
-    collection: Collection, chunk: Sequence[Mapping[str, object]], at: str
-) -> list[Put] | None:
-    """`_imported` of each without an expected version, as `_puts`."""
-    checked = batch_validation.validate_batch(collection, chunk)
-    if checked is None:
-        return None
-    versions = [each.get(VERSION, 0) for each in chunk]
+def _versions_to_import(chunk: Sequence[Mapping[str, object]]) -> list[int] | None:
+    """The versions of entities, 0 if it is missing; None if one of them is invalid."""
+    versions = [each.get(VERSION, 0) if type(each) is dict else None for each in chunk]
     if set(map(type, versions)) != {int}:
         return None
-    stored = cast("list[int]", versions)
-    if min(stored) < 0:  # validated as a value, so it has at most 64 bits
-        return None
-    return list(map(Put, *checked, repeat(at), repeat(ANY), stored))
-
-
-def _puts(
-    collection: Collection, chunk: Sequence[Mapping[str, object]], expect: Precondition, at: str
-) -> list[Put] | None:
-    """`_put` of each, validated together; None if they must be validated one by one."""
-    checked = batch_validation.validate_batch(collection, chunk)
-    if checked is None:
-        return None
-    keys, entities = checked
-    for each in entities:
-        _stamp(each, at)
-    return list(map(Put, keys, entities, repeat(at), repeat(expect)))
+    found = cast("list[int]", versions)
+    # Validated as a value, it has at most 64 bits.
+    return found if min(found) >= 0 else None
 
 
 async def _in_chunks(

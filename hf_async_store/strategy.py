@@ -340,6 +340,9 @@ class StorageStrategy(WatchedStore):
 
     # -- primitives --------------------------------------------------------------------------
 
+    def _takes_encoded(self, collection: str) -> bool:
+        return self._lifetimes is None and self._engine.takes_encoded(collection)
+
     async def _fetch(self, keys: Sequence[Key], timeout: float | None) -> list[Record | None]:
         engine = self._usable()
         if self._reads is None:

@@ -384,6 +384,14 @@ def parse_timestamp(text: str) -> str | None:
         return None
 
 
+def stamp(entity: Entity, at: str) -> None:
+    """Set `updated_at` of a whole entity, and remove a `created_at` that is null."""
+    entity[UPDATED_AT] = at
+    # The dump of a model contains null for a field that was not set.
+    if CREATED_AT in entity and entity[CREATED_AT] is None:
+        del entity[CREATED_AT]
+
+
 def type_name(value: object) -> str:
     return type(value).__name__
 

@@ -20,7 +20,7 @@ from hf_async_store.errors import (
 from hf_async_store.testing.assertions import counted, get_existing, payload, payloads
 from hf_async_store.testing.concurrency import seeded
 from hf_async_store.testing.harness import Harness, InjectsThrottling, skip_fault
-from hf_async_store.values import UPDATED_AT, Entity, Key, utc_now
+from hf_async_store.values import CREATED_AT, UPDATED_AT, VERSION, Entity, Key, Value, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -70,6 +70,28 @@ class BulkContract:
         assert [each and each["label"] for each in found] == backwards
         assert await store.delete_entities("items", [*ids[:10], "never"]) == [True] * 10 + [False]
         assert await counted(store, "items", MANY - 10) == MANY - 10
+
+    async def test_66_batches_set_the_fields_of_the_store(self, store: StorageStrategy) -> None:
+        entities: list[Entity] = [{"item_id": f"{each:02}", "count": each} for each in range(16)]
+        ids = [str(each["item_id"]) for each in entities]
+
+        async def saved(**fields: Value) -> list[Entity]:
+            await store.save_entities("items", [{**each, **fields} for each in entities])
+            return [each for each in await store.get_entities("items", ids) if each is not None]
+
+        given: Value = "2020-01-01T00:00:00.000000Z"
+        first, second = await saved(), await saved(version=7, updated_at=given)
+        third = await saved(created_at=given)
+        assert [each[VERSION] for each in (*first, *second, *third)] == [1] * 16 + [2] * 16 + [
+            3
+        ] * 16
+        for before, after in zip(first, second, strict=True):
+            assert before.get(UPDATED_AT) == before[CREATED_AT] == after[CREATED_AT]
+            assert str(after[UPDATED_AT]) >= str(before[UPDATED_AT])
+        assert [each[CREATED_AT] for each in third] == [given] * 16
+        imported = [{**each, "updated_at": given, "version": 9} for each in entities]
+        assert await store.import_entities("items", imported) == [9] * 16
+        assert await store.get_entities("items", ids) == imported
 
     @pytest.mark.parametrize("verb", ["create", "save", "update", "delete", "import"])
     async def test_66_outcomes_in_input_order(self, store: StorageStrategy, verb: str) -> None:

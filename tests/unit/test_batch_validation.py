@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from hf_async_store.values import INT_MAX, MAX_ENTITY_BYTES
 
 pytestmark = pytest.mark.hf_sampled
 
+NOW = "2026-11-29T12:00:00.000000Z"
 MACHINES = HOST_FACTORY[2]
 EVERY = Collection(
     "every",
@@ -76,11 +78,41 @@ def check_same(collection: Collection, items: list[Any]) -> bool:
     """Assert that both validations agree; returns whether the batch validation had a result."""
     before = with_types(items)
     found = batch_validation.validate_batch(collection, items)
+    texts = [encoded_texts(collection, items, written_at) for written_at in (None, NOW)]
     assert with_types(items) == before, "the batch validation modified its input"
     if found is None:
+        assert texts == [None, None]
         return False
-    assert with_types(list(zip(*found, strict=True))) == validated_one_by_one(collection, items)
+    expected = validated_one_by_one(collection, items)
+    assert with_types(list(zip(*found, strict=True))) == expected
+    for encoded, written_at in zip(texts, (None, NOW), strict=True):
+        if encoded is not None:
+            assert encoded == texts_one_by_one(collection, items, written_at)
     return True
+
+
+def encoded_texts(
+    collection: Collection, items: list[Any], written_at: str | None
+) -> list[tuple[Any, bytes, bool]] | None:
+    """The keys and texts of `encode_batch`, and whether they contain `created_at`."""
+    found = batch_validation.encode_batch(collection, items, written_at)
+    if found is None:
+        return None
+    keys, texts, form = found
+    return [
+        (key, text[:-1] + form.end, form.has_created_at)
+        for key, text in zip(keys, texts, strict=True)
+    ]
+
+
+def texts_one_by_one(
+    collection: Collection, items: list[Any], written_at: str | None
+) -> list[tuple[Any, bytes, bool]]:
+    found = [collection.entity(each) for each in items]
+    if written_at is not None:
+        for _, each in found:
+            values.stamp(each, written_at)
+    return [(key, msgspec.json.encode(each), "created_at" in each) for key, each in found]
 
 
 UNUSUAL: list[Any] = [

@@ -471,6 +471,9 @@ class JSONEngine(Engine):
         known, name = self._declarations, key.collection
         return name not in known.feeds and not known.enforced.get(name)
 
+    def takes_encoded(self, collection: str) -> bool:
+        return not self._declarations.enforced.get(collection)  # which compares values
+
     def session(self, isolation: Isolation | None) -> _JSONSession:
         return _JSONSession(self)
 

@@ -7,13 +7,26 @@ in a commit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
+from types import NoneType
 from typing import Final, TypeAlias, cast
 
 import msgspec
 
-from hf_async_store.changes import ABSENT, ANY, Change, Delete, Outcome, Patch, Put, Record
+from hf_async_store.changes import (
+    ABSENT,
+    ANY,
+    Change,
+    Delete,
+    EncodedPut,
+    Outcome,
+    Patch,
+    Put,
+    PutForm,
+    Record,
+)
 from hf_async_store.claim_records import claim_key
 from hf_async_store.collector import GatheredObjects
 from hf_async_store.errors import CorruptionError, StorageError
@@ -41,11 +54,21 @@ from hf_async_store.strategies.json.snapshot_reader import SnapshotReader
 from hf_async_store.strategies.json.store_state import StoreState
 from hf_async_store.table_reading import TableReader
 from hf_async_store.unique import Claims, Fields, claimed
-from hf_async_store.values import CREATED_AT, MAX_ENTITY_BYTES, VERSION, Entity, Key, check_size
+from hf_async_store.values import (
+    CREATED_AT,
+    MAX_ENTITY_BYTES,
+    VERSION,
+    Entity,
+    Key,
+    Value,
+    check_size,
+)
 
 Overlay: TypeAlias = dict[str, dict[str, bytes | None]]
 
 _WRITE_CHUNK: Final = 128
+_ENCODED_CHUNK: Final = 512
+"""The number of encoded puts that are applied in about the same time."""
 _MIN_DICT_COPY: Final = 1000
 _DICT_COPY_DIVISOR: Final = 8
 """Up to 1/8 of a section is copied entity by entity; if more is needed, the whole dict is copied."""
@@ -156,7 +179,13 @@ class SessionView(TableReader[StoredEntity]):
             each: apply them independently; otherwise only up to the first that fails.
         """
         outcomes: list[Outcome] = []
-        async for chunk in Chunks(changes, _WRITE_CHUNK):
+        is_encoded = bool(changes) and isinstance(changes[0], EncodedPut)
+        async for chunk in Chunks(changes, _ENCODED_CHUNK if is_encoded else _WRITE_CHUNK):
+            if is_encoded:
+                if each and (versions := self._put_columns(chunk)):
+                    outcomes += versions
+                    continue
+                chunk = list(map(_decoded, chunk))
             puts = self._usual_puts(chunk) if each and len(chunk) > 1 else None
             if puts is not None:
                 outcomes += self._put_all(puts)
@@ -191,14 +220,79 @@ class SessionView(TableReader[StoredEntity]):
         return puts
 
     def _have_parents(self, collection: str, puts: Sequence[Put]) -> bool:
-        """Whether all parents are among the committed entities, and this session has not changed any."""
+        """Whether the parents of all are `_are_committed`."""
         for field in self._schema[collection].references:
             parents = {each.entity.get(field.name) for each in puts} - {None}
-            if parents - self.state.sections[field.parent].entities.keys():
-                return False
-            if any(field.parent in each for each in self.layers):
+            if not self._are_committed(field.parent, parents):
                 return False
         return True
+
+    def _have_parents_of(self, collection: str, forms: Iterable[PutForm]) -> bool:
+        """As `_have_parents`, of encoded puts with these forms."""
+        return all(
+            self._are_committed(field.parent, form.parents.get(field.name, frozenset()))
+            for field in self._schema[collection].references
+            for form in forms
+        )
+
+    def _are_committed(self, collection: str, ids: AbstractSet[Value]) -> bool:
+        """Whether all are among the committed entities, and this session has not changed any."""
+        if ids - self.state.sections[collection].entities.keys():
+            return False
+        return not any(collection in each for each in self.layers)
+
+    def _put_columns(self, changes: Sequence[Change]) -> list[int]:
+        """Apply encoded puts column by column, without decoding anything; returns the new versions.
+
+        Nothing is done, and nothing returned, if one of them is unusual, see `_usual_puts`, or may fail.
+        """
+        puts = [
+            each
+            for each in changes
+            if type(each) is EncodedPut and each.mark is None and each.lifetimes is None
+        ]
+        name, forms = changes[0].key.collection, {each.form for each in puts}
+        ids = [each.key.id for each in puts if each.key.collection == name]
+        [layer] = self.layers  # this session has no savepoint
+        if len(set(ids)) < len(changes) or not layer.get(name, {}).keys().isdisjoint(ids):
+            return []
+        stored = list(map(self.state.sections[name].entities.get, ids))
+        is_unusual = self._unique.get(name) or set(map(type, stored)) - {bytes, NoneType}
+        if is_unusual or (self._references and not self._have_parents_of(name, forms)):
+            return []
+        try:
+            versions = self._next_versions(puts, stored)
+            ends = [each.form.end for each in puts]
+            if not all(each.has_created_at for each in forms):
+                ends = list(map(self._end, puts, stored))
+        except StorageError:
+            return []
+        expects = [each.expect for each in puts]
+        if expects.count(ANY) < len(expects) and expects != [
+            ABSENT if raw is None else version - 1
+            for raw, version in zip(stored, versions, strict=True)
+        ]:
+            return []
+        imported = [each.import_version for each in puts]
+        versions = [new if v is None else v for v, new in zip(imported, versions, strict=True)]
+        starts = {each: version_prefix(each) for each in set(versions)}
+        rows = zip(map(starts.__getitem__, versions), puts, ends, strict=True)
+        texts = [b"".join((start, each.text[1:-1], end)) for start, each, end in rows]
+        layer.setdefault(name, {}).update(zip(ids, texts, strict=True))
+        return versions
+
+    def _next_versions(self, puts: Sequence[Put], stored: Sequence[bytes | None]) -> list[int]:
+        version_of, first = self._serializer.version, stored[0]
+        # Most entities of a batch have the same version.
+        start = b"" if first is None else first[: first.find(b",") + 1]
+        if first is None and set(map(type, stored)) == {NoneType}:
+            return [next_version(puts[0].key, None)] * len(puts)
+        if start and all(raw is not None and raw.startswith(start) for raw in stored):
+            return [next_version(puts[0].key, version_of(puts[0].key, start))] * len(puts)
+        return [
+            next_version(each.key, None if raw is None else version_of(each.key, raw))
+            for each, raw in zip(puts, stored, strict=True)
+        ]
 
     def _put_all(self, puts: Sequence[Put]) -> list[Outcome]:
         """`_put` of each of `_usual_puts`, in one loop without a call for each step.
@@ -280,11 +374,24 @@ class SessionView(TableReader[StoredEntity]):
         return version
 
     def _with_created_at(self, change: Put, raw: bytes | None) -> Entity:
-        kept: str | msgspec.UnsetType | None = change.written_at
-        if raw is not None:
-            collection = self._schema[change.key.collection]
-            kept = self._serializer.created_at(collection, change.key.id, raw)
+        kept = self._created_at(change, raw)
         return change.entity if kept is msgspec.UNSET else {**change.entity, CREATED_AT: kept}
+
+    def _created_at(self, change: Put, raw: bytes | None) -> str | msgspec.UnsetType | None:
+        if raw is None:
+            return change.written_at
+        collection = self._schema[change.key.collection]
+        return self._serializer.created_at(collection, change.key.id, raw)
+
+    def _end(self, put: EncodedPut, raw: bytes | None) -> bytes:
+        """What follows the fields in the text of a put in the canonical bytes of the entity."""
+        end = put.form.end
+        if put.import_version is not None or put.form.has_created_at:
+            return end
+        created_at = self._created_at(put, raw)
+        if created_at is msgspec.UNSET:
+            return end
+        return b'%b,"created_at":%b}' % (end[:-1], encode_json(created_at))
 
     def _patch(self, change: Patch) -> int:
         key = change.key
@@ -414,3 +521,9 @@ class SessionView(TableReader[StoredEntity]):
         top = self.layers.pop()
         for collection, images in top.items():
             self.layers[-1].setdefault(collection, {}).update(images)
+
+
+def _decoded(change: Change) -> Change:
+    if not isinstance(change, EncodedPut):
+        return change
+    return Put(*[getattr(change, name) for name in Put.__struct_fields__])
