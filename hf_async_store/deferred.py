@@ -26,8 +26,8 @@ class DeferredModule:
 
     def __getattr__(self, attribute: str) -> object:
         module = import_module(self._name)
-        # The very dict of the module, in which a test may replace an attribute: from now on this method,
-        # which takes ten times as long as a lookup, is not called.
+        # The very dict of the module, in which a test may replace an attribute. From now on, this method
+        # is not called; it takes ten times as long as a lookup.
         self.__dict__ = module.__dict__
         return getattr(module, attribute)
 
