@@ -460,17 +460,17 @@ class Follower:
             for entry, end in scan(chunks, path, state.offset, state.sequence):
                 if entry.kind is Kind.COMMIT:
                     self.loader.commit_small(state, entry)
-                self._pass(state, entry, end, path)
+                self._advance(state, entry, end, path)
             await state.reclaim()
             return True
         async for entry, end in scan_file(state.fd, path, size, state.offset, state.sequence):
             images = await self.loader.commit(state, entry) if entry.kind is Kind.COMMIT else {}
-            self._pass(state, entry, end, path)
+            self._advance(state, entry, end, path)
             await state.reclaim()
             await reclaim_images(entry, images)
         return True
 
-    def _pass(self, state: StoreState, entry: Entry, end: int, path: str) -> None:
+    def _advance(self, state: StoreState, entry: Entry, end: int, path: str) -> None:
         """Go on after the next record, which ends at this offset. A commit was applied before."""
         if entry.kind is Kind.SEAL:
             state.sealed = True
