@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from heapq import heapify, heappop, heappush
@@ -147,11 +147,11 @@ class LongWork:
             await self.pause()
 
     def _may_continue(self) -> bool:
-        now = monotonic()
-        if self._end is None:
-            self._end = now + _ITERATION_SECONDS
-            self._schedule()
-        return now < self._end
+        if self._end is not None:
+            return monotonic() < self._end
+        self._end = monotonic() + _ITERATION_SECONDS
+        self._schedule()
+        return True
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -180,9 +180,9 @@ def long_work() -> LongWork:
     return work
 
 
-async def pause() -> None:
+def pause() -> Coroutine[Any, Any, None]:
     """See `LongWork.pause`."""
-    await long_work().pause()
+    return long_work().pause()
 
 
 async def reclaim(garbage: Garbage) -> None:

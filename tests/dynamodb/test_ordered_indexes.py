@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from itertools import groupby
 from random import Random
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -27,6 +25,7 @@ from hf_async_store import (
     lt,
     lte,
 )
+from hf_async_store.event_loop import pause
 from hf_async_store.strategies.dynamodb import reading
 from hf_async_store.testing.assertions import payload
 from tests.dynamodb.proxy import Changed
@@ -467,14 +466,14 @@ async def test_the_event_loop_gets_turns_while_rows_come_in_the_order_of_an_inde
 ) -> None:
     turns = 0
 
-    async def counted(seconds: float) -> None:
+    async def counted() -> None:
         nonlocal turns
         turns += 1
-        await asyncio.sleep(seconds)
+        await pause()
 
     async with store_at(proxy.url, collections=[JOBS]) as store:
         await store.create_entities("jobs", [job(n) for n in range(1_500)])
-        monkeypatch.setattr(reading, "asyncio", SimpleNamespace(sleep=counted))
+        monkeypatch.setattr(reading, "pause", counted)
         query = store._query("jobs", {"queue": "a"}, ["priority", "state"], None, None)
         found = [each async for each in store._dynamodb.reading.select(query)]
         assert len(found) == 500

@@ -674,6 +674,7 @@ def _in_small_pieces(run: Any) -> None:
             ("_MIN_BULK_CHANGES", 5),
         ):
             patch.setattr(ordered_index, name, size)
+        patch.setattr("hf_async_store.event_loop._ITERATION_SECONDS", 0)
         asyncio.run(run())
 
 

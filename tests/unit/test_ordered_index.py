@@ -280,6 +280,7 @@ def test_queries_agree_with_the_reference(small: bool, seed: int) -> None:
             patch.setattr("hf_async_store.table_reading._BATCH", random.randint(1, 4))
             patch.setattr("hf_async_store.table_reading._UNFILTERED_BATCH", random.randint(1, 4))
             patch.setattr("hf_async_store.table_reading._MIN_BATCH", 1)
+            patch.setattr("hf_async_store.event_loop._ITERATION_SECONDS", 0)
         asyncio.run(_compare(random))
 
 
