@@ -131,6 +131,8 @@ def encode_batch(
     if len(kinds) > 1:
         return None
     [store_fields] = kinds
+    if VERSION in store_fields and _types_of([each[VERSION] for each in entities]) != {int}:
+        return None  # its text would not be encoded, and so not checked
     has_created_at, end = CREATED_AT in store_fields, b"}"
     if store_fields - {CREATED_AT} or CREATED_AT in check.nulls:
         entities = [_without_version(each, written_at) for each in entities]

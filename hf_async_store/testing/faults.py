@@ -11,7 +11,7 @@ from msgspec import Struct
 from hf_async_store.errors import StorageError, UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Coroutine, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from hf_async_store.changes import Change, Outcome, TakeChanges
@@ -90,6 +90,12 @@ class _FaultyEngine:
     async def write_unblocked(self, take: TakeChanges) -> list[Outcome]:
         async with self._faults._around_write():
             return await self._engine.write_unblocked(take)
+
+    def write_cancellable(
+        self, changes: Sequence[Change]
+    ) -> Coroutine[Any, Any, list[Outcome]] | None:
+        # `write_unblocked` fails then.
+        return None if self._faults._faults else self._engine.write_cancellable(changes)
 
     async def write_claimed(self, token: int, change: Change, *, ends: bool) -> int:
         async with self._faults._around_write():

@@ -292,14 +292,14 @@ class _StoresTextAlone(MemoryEngine):
     def takes_encoded(self, collection: str) -> bool:
         return True
 
-    async def write_unblocked(self, changes: Sequence[Change]) -> list[Outcome]:
-        decoded = [
+    async def write_unblocked(self, take: TakeChanges) -> list[Outcome]:
+        decoded: list[Change] = [
             Put(each.key, msgspec.json.decode(each.text), each.written_at)
             if isinstance(each, EncodedPut)
             else each
-            for each in changes
+            for each in take()
         ]
-        return await super().write_unblocked(decoded)
+        return await self.write_each(decoded)
 
 
 class _SharesFedChanges(MemoryEngine):

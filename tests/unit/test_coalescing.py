@@ -329,7 +329,7 @@ class Alone:
         self.batches: list[tuple[str, list[str]]] = []
         self.fail: StorageError | None = None
         self.calls: Coalescer[Key, str] = Coalescer(
-            lambda items: self._write("lane", items), lanes=1, size=10, writes=True,
+            taking_at_once(lambda items: self._write("lane", items)), lanes=1, size=10, writes=True,
             run_cancellable=lambda items: self._write("caller", items) if self.possible else None,
         )  # fmt: skip
 
