@@ -456,6 +456,28 @@ async def test_a_small_commit_after_a_failed_one_is_compacted_when_the_store_is_
         assert compactor._timer is not None
 
 
+@both_layouts
+async def test_what_is_committed_during_a_compaction_is_compacted_when_the_store_is_idle(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_json(tmp_path, layout) as store:
+        compactor = store._json.compactor
+        compact = compactor._compact
+
+        async def with_a_commit() -> bool:
+            done = await compact()
+            await store.save_entity("templates", {"template_id": "u"})
+            return done
+
+        await store.save_entity("templates", {"template_id": "t"})
+        monkeypatch.setattr(compactor, "_compact", with_a_commit)
+        await compactor.close()
+        compactor.begin()
+        assert compactor._task is not None
+        await compactor._task
+        assert compactor._timer is not None
+
+
 @pytest.mark.hf_sampled
 @both_layouts
 @pytest.mark.parametrize("verb", ["close", "adopt", "write_file"])

@@ -84,16 +84,44 @@ async def test_an_entity_that_is_missing_is_looked_for_by_parsing(
 
 
 @both_layouts
-async def test_commits_in_the_journal_are_read(tmp_path: Path, layout: str) -> None:
+async def test_commits_in_the_journal_are_found_without_parsing(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await fill(tmp_path, layout)
     writer = await open_json(tmp_path, layout).open()
     await writer.save_entity(T, {"template_id": "a", "name": "changed"})
+    await writer.save_entity(T, {"template_id": "a", "name": "changed again"})
     await writer.delete_entity(T, "b")
-    async with open_json(tmp_path, layout) as store:
-        changed, deleted = await store.get_entities(T, ["a", "b"])
-        assert changed is not None
-        assert (changed["name"], deleted) == ("changed", None)
+    await writer.delete_entity(T, 'a"')
+    await writer.create_entity(T, {"template_id": 'a"', "name": "new"})
+    with monkeypatch.context() as patch:
+        refuse_parsing(patch)
+        async with open_json(tmp_path, layout) as store:
+            changed, deleted, recreated, same = await store.get_entities(T, ["a", "b", 'a"', "aa"])
+            assert changed is not None
+            assert recreated is not None
+            assert same is not None
+            assert (changed["name"], changed["version"], deleted) == ("changed again", 3, None)
+            assert (recreated["name"], recreated["version"]) == ("new", 1)
+            assert (same["name"], same["version"]) == (f"{T} aa", 1)
+            assert not is_loaded(store)
     await abandon(writer)
+
+
+@both_layouts
+async def test_commits_of_a_process_that_was_killed_are_compacted_after_a_lookup(
+    tmp_path: Path, layout: str
+) -> None:
+    await fill(tmp_path, layout)
+    writer = await open_json(tmp_path, layout).open()
+    await writer.save_entity(T, {"template_id": "a", "name": "changed"})
+    await abandon(writer)
+    async with open_json(tmp_path, layout) as store:
+        assert (found := await store.get_entity(T, "a")) is not None
+        assert found["name"] == "changed"
+        assert not is_loaded(store)
+    name = SINGLE if layout == "single_file" else "templates.json"
+    assert b"changed" in (tmp_path / name).read_bytes()
 
 
 @both_layouts

@@ -176,18 +176,19 @@ class Compactor:
         self._task = asyncio.get_running_loop().create_task(self._in_background())
 
     async def _in_background(self) -> None:
-        began = time.monotonic()
+        began, succeeded = time.monotonic(), False
         try:
             await self.compact()
             self._last_duration = time.monotonic() - began
+            succeeded = True
         except StorageError:
             # Nothing is lost: the journal contains every commit. `health` reports the failure.
             log.warning("the journal could not be compacted into the data files", exc_info=True)
         finally:
             self._task = self._considered = None
             self._last_end = time.monotonic()
-        if self._after_each_commit:
-            self.consider()  # it may have failed, or may not contain a commit that failed meanwhile
+        if succeeded or self._after_each_commit:
+            self.consider()  # it may have failed, or may not contain what was committed meanwhile
 
     async def checkpoint(self) -> None:
         """Write everything that was committed until now to the data files.

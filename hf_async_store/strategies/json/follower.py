@@ -303,9 +303,9 @@ class Follower:
                 return None
 
     def journal_is_empty(self) -> bool:
-        """Whether the lookups were the only reads, and no commit came to the journal since."""
-        unparsed = self._unparsed
-        return self.state is None and unparsed is not None and self.is_current(unparsed)
+        """Whether the lookups were the only reads, and the journal has no commit, not even since."""
+        found = self._unparsed
+        return self.state is None and bool(found and not found.images and self.is_current(found))
 
     @property
     def is_used(self) -> bool:

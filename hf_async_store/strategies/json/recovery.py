@@ -93,6 +93,9 @@ _LARGE_FILE: Final = 16 << 20
 """A larger data file in another layout is converted by a child process before it is parsed: parsing it
 is one step, which would block the event loop."""
 
+_MOST_COMMITS: Final = 1 << 20
+"""The size of the journals up to which the first reads of a process look for entities in them."""
+
 SMALL_TAIL: Final = 1 << 16
 _LARGE_TAIL: Final = 4 << 20
 _TAIL_CHUNK: Final = 1 << 20
@@ -189,8 +192,9 @@ class StoreLoader:
         """Read the files without parsing the entities, for `look_up`.
 
         Parsing takes more time than all the rest. Without it, everything is checked that `load` checks, by
-        the digests of the files. None if there is anything else to do than to find a line: the journals
-        contain commits, or a data file is large, not written by this package or in another layout.
+        the digests of the files. None if there is anything else to do than to find a line or an image: the
+        journals or a data file are large, or a data file was not written by this package, or has another
+        layout.
         """
         state = StoreState()
         try:
@@ -208,17 +212,29 @@ class StoreLoader:
         for name in (*self._schema, *SYSTEM_SECTIONS):
             state.sections[name] = self.section(name)
         paths = map(self._files.journal, self._files.journals())
-        if sum(each.stat().st_size for each in paths) > SMALL_TAIL:
+        if sum(each.stat().st_size for each in paths) > _MOST_COMMITS:
             return False  # `load` would read them again
         journals = await self._journals(state, salvage=False)
-        kinds = {entry.kind for each in journals for entry in each.entries}
-        if not journals or not kinds <= {Kind.HEAD, Kind.FOLD, Kind.SEAL}:
+        if not journals:
             return False
         for name in list(self._files.names):
             if not await self._read_unparsed(name, state, journals[0].generation):
                 return False
         self._refuse_gap(state, journals)
+        await self._gather_images(state, journals)
         return True
+
+    async def _gather_images(self, state: StoreState, journals: list[_Journal]) -> None:
+        """Collect the newest images of the commits that the data files do not contain."""
+        newest = state.generation
+        for journal in journals:
+            state.generation = journal.generation
+            for entry in journal.entries:
+                if entry.kind is Kind.COMMIT:
+                    images = self._missing(state, await images_in(entry.chunks))
+                    for name, each in images.items():
+                        state.images.setdefault(name, {}).update(each)
+        state.generation = newest
 
     async def _read_unparsed(self, name: str, state: StoreState, first: int) -> bool:
         file = self._unparsed[name] = await self._read_file(name, state.known.get(name, []))
@@ -269,14 +285,16 @@ class StoreLoader:
         One that is not there is left to `load`, except in a collection that has no entities at all.
         """
         for key in keys:
-            if key.collection not in state.unparsed:
-                continue
-            file, span = state.unparsed[key.collection]
-            raw = await find_line(file.text, span, key.id)
-            if raw is None:
-                return False
             section = state.sections.setdefault(key.collection, self.section(key.collection))
-            section.entities.update(stored_entities({key.id: raw}, trusted=True))
+            images = state.images.get(key.collection, {})
+            if key.id in images:
+                section.apply({key.id: images[key.id]})
+            elif key.collection in state.unparsed:
+                file, span = state.unparsed[key.collection]
+                raw = await find_line(file.text, span, key.id)
+                if raw is None:
+                    return False
+                section.entities.update(stored_entities({key.id: raw}, trusted=True))
         return True
 
     async def _read_file(self, name: str, known: list[FileState]) -> DataFile | None:

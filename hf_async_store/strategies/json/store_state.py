@@ -80,6 +80,8 @@ class StoreState(Struct, eq=False):
     unparsed: dict[str, tuple[DataFile, Span]] = field(default_factory=dict)
     """Of a state for lookups, by collection: where its entities are. Its sections contain only those that
     were looked up."""
+    images: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
+    """Of a state for lookups: the newest images of commits that the data files do not contain."""
 
     @property
     def is_open(self) -> bool:
