@@ -658,7 +658,7 @@ async def test_a_cancelled_write_during_which_a_migration_begins_is_copied(
 async def test_a_batch_that_was_encoded_before_a_switch_is_written_after_it(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was encoded for a JSON store, and waited for its lock until another store was the active one."""
+    """It was encoded for a JSON store, and waited in the queue until another store was the active one."""
     jobs = [Collection("jobs", key="job_id", fields=["status"])]
     async with open_store(place("sqlite", "a"), collections=jobs) as store:
         await store.save_entity("jobs", {"job_id": "0", "status": "old"})
