@@ -53,6 +53,10 @@ _SLOW_SECONDS: Final = 0.1
 _MAX_WAITING: Final = 4
 """How many calls of `wait` may run at once."""
 
+_BATCHES_OF_A_LANE: Final = 64
+"""How many batches of an only caller a lane runs before `run_cancellable`, which was not possible, is asked
+again: with a lane for each of them, each would take two more iterations of the event loop."""
+
 
 class _Waiter(Struct, Generic[Item, Result], eq=False):
     """One call of `submit`: its items, and the results of the batches that contained them."""
@@ -174,6 +178,7 @@ class Coalescer(Generic[Item, Result]):
         # Held while a batch begins, perhaps in another thread, and while a caller withdraws its items.
         self._beginning = threading.Lock()
         self._had_one_caller = False  # the last batch: probably the next one has one, too
+        self._batches_of_lane = 0  # how many more batches of an only caller a lane runs
         self._without_lane = asyncio.Event()  # clear while a caller runs a batch without a lane
         self._without_lane.set()
         self.let_callers_run: Callable[[], Awaitable[None]] = partial(asyncio.sleep, 0)
@@ -245,8 +250,8 @@ class Coalescer(Generic[Item, Result]):
         while self._queue or self._running or self._waiting or not self._without_lane.is_set():
             if self._running or self._waiting:
                 await asyncio.wait(self._running | self._waiting)
-            elif self._queue:
-                await asyncio.sleep(0)
+            elif self._without_lane.is_set():
+                await asyncio.sleep(0)  # a lane is about to start
             else:
                 await self._without_lane.wait()
 
@@ -266,10 +271,13 @@ class Coalescer(Generic[Item, Result]):
             or self._start_scheduled
             or not self._is_no_lane_needed()
             or not self._without_lane.is_set()
+            or self._busy  # of items that are blocked: others with their keys must wait
             or len(items) > self._size
         ):
             return None
-        return self._run_cancellable(list(items))
+        work = self._run_cancellable(list(items))
+        self._batches_of_lane = _BATCHES_OF_A_LANE if work is None else 0
+        return work
 
     def _is_no_lane_needed(self) -> bool:
         is_possible = self._run_cancellable is not None and self.observer is None
@@ -283,6 +291,7 @@ class Coalescer(Generic[Item, Result]):
         try:
             return [*await work]
         except StorageError as exc:
+            await asyncio.sleep(0)  # the caller may try again at once
             return [exc.copy() for _ in range(count)]
         finally:
             self._log_if_slow(started, count)
@@ -326,7 +335,9 @@ class Coalescer(Generic[Item, Result]):
             while batch:
                 await self._run_batch(batch, self._run)
                 if self._is_no_lane_needed():
-                    return
+                    if not self._batches_of_lane:
+                        return
+                    self._batches_of_lane -= 1
                 # The callers that just got their results run: if they submit again at once, their items
                 # join the next batch instead of waiting behind a small one.
                 await self.let_callers_run()

@@ -43,6 +43,7 @@ from hf_async_store.changes import (
     Change,
     ChangedMatches,
     ChangeMarker,
+    EncodedPut,
     Outcome,
     Put,
     Record,
@@ -504,7 +505,7 @@ class MigrationRouter(Engine):
         route = self._route
         if route.add_markers or time.monotonic() >= self._begin_until:
             return None
-        work = self._active.write_cancellable(changes)
+        work = self._active.write_cancellable(_taken(self._active, changes))
         return None if work is None else self._confirmed_write(work, route, changes)
 
     async def _confirmed_write(
@@ -527,8 +528,13 @@ class MigrationRouter(Engine):
         write: Callable[[Engine, TakeChanges], Awaitable[list[Outcome]]],
     ) -> list[Outcome]:
         route = await self.current_route()
-        marked = (lambda: _with_markers(take())) if route.add_markers else take
-        outcomes = await write(self.engine_of(route), marked)
+        engine = self.engine_of(route)
+
+        def routed() -> Sequence[Change]:
+            changes = _taken(engine, take())
+            return _with_markers(changes) if route.add_markers else changes
+
+        outcomes = await write(engine, routed)
         if not self.is_valid(route):
             await self._confirm_written(route, take(), outcomes)
         return outcomes
@@ -936,6 +942,14 @@ def _not_permitted(location: str) -> StoreRelocatedError:
 
 def _migrated_to(location: str) -> StoreRelocatedError:
     return StoreRelocatedError(f"this store was migrated to {location}; open that store", location)
+
+
+def _taken(engine: Engine, changes: Sequence[Change]) -> Sequence[Change]:
+    """Decode changes that the engine does not take: they were encoded for one that was active before."""
+    encoded = {each.key.collection for each in changes if isinstance(each, EncodedPut)}
+    if all(map(engine.takes_encoded, encoded)):
+        return changes
+    return [each.decoded() if isinstance(each, EncodedPut) else each for each in changes]
 
 
 def _with_markers(changes: Sequence[Change]) -> list[Change]:

@@ -478,6 +478,25 @@ async def test_what_is_committed_during_a_compaction_is_compacted_when_the_store
         assert compactor._timer is not None
 
 
+@both_layouts
+async def test_a_commit_after_another_process_made_the_store_small_is_compacted_when_it_is_idle(
+    tmp_path: Path, layout: str
+) -> None:
+    async with open_json(tmp_path, layout) as store, open_json(tmp_path, layout) as other:
+        await store.save_entities(
+            "templates", [{"template_id": str(n), "name": "x" * 200_000} for n in range(6)]
+        )
+        await store.checkpoint()
+        compactor = store._json.compactor
+        await compactor.close()
+        await store.save_entity("templates", {"template_id": "t"})
+        assert compactor._timer is None
+        await other.delete_where("templates", {})
+        await other.checkpoint()
+        await store.save_entity("templates", {"template_id": "u", "name": "y" * 500})
+        assert compactor._timer is not None
+
+
 @pytest.mark.hf_sampled
 @both_layouts
 @pytest.mark.parametrize("verb", ["close", "adopt", "write_file"])

@@ -653,3 +653,16 @@ async def test_a_cancelled_write_during_which_a_migration_begins_is_copied(
         marker = migration_routing.marker_of(Key("jobs", "a")).key
         [marked] = await router.engine_of(router.last_route).fetch([marker])
         assert marked is not None
+
+
+async def test_a_batch_that_was_encoded_before_a_switch_is_written_after_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was encoded for a JSON store, and waited in the queue until another store was the active one."""
+    jobs = [Collection("jobs", key="job_id", fields=["status"])]
+    async with open_store(place("sqlite", "a"), collections=jobs) as store:
+        await store.save_entity("jobs", {"job_id": "0", "status": "old"})
+        monkeypatch.setattr(store, "_takes_encoded", lambda collection: True)
+        batch = [{"job_id": str(each), "status": "new"} for each in range(9)]
+        assert await store.save_entities("jobs", batch) == [2, *[1] * 8]
+        assert await store.count_by("jobs", "status") == [("new", 9)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+import types
+from collections.abc import Awaitable, Generator, Sequence
 from typing import Any
 
 import pytest
@@ -326,12 +327,17 @@ class Alone:
 
     def __init__(self, *, possible: bool = True) -> None:
         self.possible = possible
+        self.asked = 0
         self.batches: list[tuple[str, list[str]]] = []
         self.fail: StorageError | None = None
         self.calls: Coalescer[Key, str] = Coalescer(
             taking_at_once(lambda items: self._write("lane", items)), lanes=1, size=10, writes=True,
-            run_cancellable=lambda items: self._write("caller", items) if self.possible else None,
+            run_cancellable=self._work,
         )  # fmt: skip
+
+    def _work(self, items: Sequence[Key]) -> Awaitable[Sequence[str]] | None:
+        self.asked += 1
+        return self._write("caller", items) if self.possible else None
 
     async def _write(self, how: str, items: Sequence[Key]) -> list[str]:
         self.batches.append((how, [each.id for each in items]))
@@ -356,6 +362,17 @@ async def test_the_only_caller_writes_in_his_own_task() -> None:
     alone.possible = False
     assert await alone.submit("e") == ["e"]
     assert alone.batches[-1] == ("lane", ["e"])
+
+
+async def test_a_lane_goes_on_if_its_only_caller_cannot_write_himself() -> None:
+    alone = Alone(possible=False)
+    for _ in range(100):
+        await alone.submit("a")
+    assert alone.asked <= 3  # each time, a lane had ended, and another one had to start
+    alone.possible = True
+    for _ in range(100):
+        await alone.submit("a")
+    assert alone.batches[-1] == ("caller", ["a"])
 
 
 async def test_others_join_the_batch_after_that_of_the_only_caller() -> None:
@@ -383,6 +400,47 @@ async def test_a_close_waits_for_the_only_caller() -> None:
     await asyncio.sleep(0)
     assert task.done()
     assert alone.batches[-1] == ("caller", ["b"])
+
+
+async def test_a_close_does_not_wait_busily_for_the_only_caller() -> None:
+    alone = Alone()
+    await alone.submit("a")
+    free, steps = asyncio.Event(), 0
+
+    async def locked(items: list[Key]) -> list[str]:
+        await free.wait()
+        return [each.id for each in items]
+
+    @types.coroutine
+    def drain() -> Generator[Any, None, None]:
+        nonlocal steps
+        for each in alone.calls.drain().__await__():
+            steps += 1
+            yield each
+
+    alone.calls.use(taking_at_once(locked), run_cancellable=locked)
+    tasks = [asyncio.create_task(alone.submit(each)) for each in "bc"]
+    await asyncio.sleep(0)
+    draining = asyncio.ensure_future(drain())
+    await asyncio.sleep(0.01)
+    free.set()
+    await draining
+    assert [await each for each in tasks] == [["b"], ["c"]]
+    assert steps < 10
+
+
+async def test_the_only_caller_lets_others_run_although_each_call_fails() -> None:
+    alone = Alone()
+    await alone.submit("a")
+
+    async def locked(items: list[Key]) -> list[str]:
+        raise LockTimeoutError("locked")
+
+    alone.calls.use(taking_at_once(locked), run_cancellable=locked)
+    task = asyncio.create_task(asyncio.sleep(0))
+    assert [type(each) for each in await alone.submit("b")] == [LockTimeoutError]
+    await asyncio.sleep(0)
+    assert task.done()
 
 
 async def test_a_failure_of_the_only_caller_is_the_outcome_of_each_item() -> None:

@@ -57,6 +57,9 @@ under load would compact almost continuously."""
 _STEP_DIVISOR: Final = 4
 """A compaction is considered again when the journal has grown by this fraction of `write_buffer_size`."""
 
+_NEVER: Final = 0, 0
+"""The first journal has generation 1."""
+
 _REST_FACTOR: Final = 10
 """A compaction begins only after this many times the duration of the last one, unless the journal is larger
 than the data files: under load, compactions would otherwise take much of the time on a slow machine."""
@@ -111,8 +114,8 @@ class Compactor:
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._last_commit = 0.0
-        # The end of the journal when it was considered last; None: consider again at any size.
-        self._considered: int | None = None
+        # The generation and the end of the journal when it was considered last.
+        self._considered = _NEVER
         self._step = 0 if self._after_each_commit else config.write_buffer_size // _STEP_DIVISOR
         self._last_end = -_PAUSE_SECONDS
         self._last_duration = 0.0
@@ -131,9 +134,10 @@ class Compactor:
         state = self._follower.state
         if self._task is not None or state is None:
             return
-        if self._considered is not None and 0 <= state.offset - self._considered < self._step:
+        generation, offset = self._considered
+        if generation == state.generation and state.offset - offset < self._step:
             return  # adding up what is pending takes as long as deciding about a change
-        self._considered = state.offset if state.pending else None
+        self._considered = (state.generation, state.offset) if state.pending else _NEVER
         if self._is_large(state) and self._seconds_to_wait() + self._rest(state) <= 0:
             self._start()
         elif self._timer is None and self._is_wanted_when_idle(state):
@@ -147,7 +151,7 @@ class Compactor:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._on_idle)
 
     def _on_idle(self) -> None:
-        self._timer = self._considered = None
+        self._timer, self._considered = None, _NEVER
         idle = time.monotonic() - self._last_commit
         pause = max(_IDLE_SECONDS - idle, self._seconds_to_wait() if self._failures else 0)
         if pause > 0:
@@ -185,7 +189,7 @@ class Compactor:
             # Nothing is lost: the journal contains every commit. `health` reports the failure.
             log.warning("the journal could not be compacted into the data files", exc_info=True)
         finally:
-            self._task = self._considered = None
+            self._task, self._considered = None, _NEVER
             self._last_end = time.monotonic()
         if succeeded or self._after_each_commit:
             self.consider()  # it may have failed, or may not contain what was committed meanwhile
@@ -221,7 +225,7 @@ class Compactor:
             await asyncio.wait([self._task])
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = self._considered = None
+            self._timer, self._considered = None, _NEVER
 
     def release(self) -> None:
         self._lock.close()

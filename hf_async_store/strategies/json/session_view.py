@@ -524,6 +524,4 @@ class SessionView(TableReader[StoredEntity]):
 
 
 def _decoded(change: Change) -> Change:
-    if not isinstance(change, EncodedPut):
-        return change
-    return Put(*[getattr(change, name) for name in Put.__struct_fields__])
+    return change.decoded() if isinstance(change, EncodedPut) else change
