@@ -164,6 +164,14 @@ Change: TypeAlias = Put | Patch | Delete
 Outcome: TypeAlias = int | None | StorageError
 """The new version (of a Delete: the old one, or None), or the error of that change."""
 
+
+def decoded(change: Change) -> Change:
+    """The change, as a plain `Put` if it is an `EncodedPut`."""
+    if not isinstance(change, EncodedPut):
+        return change
+    return Put(*[getattr(change, name) for name in Put.__struct_fields__])
+
+
 TakeChanges: TypeAlias = Callable[[], Sequence[Change]]
 """Returns the changes to apply; see `Engine.write_unblocked`."""
 

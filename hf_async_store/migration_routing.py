@@ -43,10 +43,12 @@ from hf_async_store.changes import (
     Change,
     ChangedMatches,
     ChangeMarker,
+    EncodedPut,
     Outcome,
     Put,
     Record,
     TakeChanges,
+    decoded,
 )
 from hf_async_store.driver import (
     INTERFACE_VERSION,
@@ -504,7 +506,7 @@ class MigrationRouter(Engine):
         route = self._route
         if route.add_markers or time.monotonic() >= self._begin_until:
             return None
-        work = self._active.write_cancellable(changes)
+        work = self._active.write_cancellable(_as_taken(self._active, changes))
         return None if work is None else self._confirmed_write(work, route, changes)
 
     async def _confirmed_write(
@@ -527,8 +529,13 @@ class MigrationRouter(Engine):
         write: Callable[[Engine, TakeChanges], Awaitable[list[Outcome]]],
     ) -> list[Outcome]:
         route = await self.current_route()
-        marked = (lambda: _with_markers(take())) if route.add_markers else take
-        outcomes = await write(self.engine_of(route), marked)
+        engine = self.engine_of(route)
+
+        def taken() -> Sequence[Change]:
+            changes = _as_taken(engine, take())
+            return _with_markers(changes) if route.add_markers else changes
+
+        outcomes = await write(engine, taken)
         if not self.is_valid(route):
             await self._confirm_written(route, take(), outcomes)
         return outcomes
@@ -936,6 +943,14 @@ def _not_permitted(location: str) -> StoreRelocatedError:
 
 def _migrated_to(location: str) -> StoreRelocatedError:
     return StoreRelocatedError(f"this store was migrated to {location}; open that store", location)
+
+
+def _as_taken(engine: Engine, changes: Sequence[Change]) -> Sequence[Change]:
+    """The changes, decoded if the engine does not take them encoded: another was active when they were."""
+    encoded = {each.key.collection for each in changes if type(each) is EncodedPut}
+    if all(map(engine.takes_encoded, encoded)):
+        return changes
+    return list(map(decoded, changes))
 
 
 def _with_markers(changes: Sequence[Change]) -> list[Change]:
