@@ -129,10 +129,6 @@ class EncodedPut(Put, frozen=True, gc=False):
         entity: Entity = _decode(self.text[:-1] + self.form.end)
         return entity
 
-    def decoded(self) -> Put:
-        """The same change, as all engines take it."""
-        return Put(*[getattr(self, name) for name in Put.__struct_fields__])
-
 
 class Patch(msgspec.Struct, frozen=True, gc=False):
     """Change the given top-level fields of an existing entity; REMOVE deletes a field.
@@ -167,6 +163,14 @@ class Delete(msgspec.Struct, frozen=True, gc=False):
 Change: TypeAlias = Put | Patch | Delete
 Outcome: TypeAlias = int | None | StorageError
 """The new version (of a Delete: the old one, or None), or the error of that change."""
+
+
+def decoded(change: Change) -> Change:
+    """The change, as a plain `Put` if it is an `EncodedPut`."""
+    if not isinstance(change, EncodedPut):
+        return change
+    return Put(*[getattr(change, name) for name in Put.__struct_fields__])
+
 
 TakeChanges: TypeAlias = Callable[[], Sequence[Change]]
 """Returns the changes to apply; see `Engine.write_unblocked`."""

@@ -48,6 +48,7 @@ from hf_async_store.changes import (
     Put,
     Record,
     TakeChanges,
+    decoded,
 )
 from hf_async_store.driver import (
     INTERFACE_VERSION,
@@ -505,7 +506,7 @@ class MigrationRouter(Engine):
         route = self._route
         if route.add_markers or time.monotonic() >= self._begin_until:
             return None
-        work = self._active.write_cancellable(_taken(self._active, changes))
+        work = self._active.write_cancellable(_as_taken(self._active, changes))
         return None if work is None else self._confirmed_write(work, route, changes)
 
     async def _confirmed_write(
@@ -530,11 +531,11 @@ class MigrationRouter(Engine):
         route = await self.current_route()
         engine = self.engine_of(route)
 
-        def routed() -> Sequence[Change]:
-            changes = _taken(engine, take())
+        def taken() -> Sequence[Change]:
+            changes = _as_taken(engine, take())
             return _with_markers(changes) if route.add_markers else changes
 
-        outcomes = await write(engine, routed)
+        outcomes = await write(engine, taken)
         if not self.is_valid(route):
             await self._confirm_written(route, take(), outcomes)
         return outcomes
@@ -944,12 +945,12 @@ def _migrated_to(location: str) -> StoreRelocatedError:
     return StoreRelocatedError(f"this store was migrated to {location}; open that store", location)
 
 
-def _taken(engine: Engine, changes: Sequence[Change]) -> Sequence[Change]:
-    """Decode changes that the engine does not take: they were encoded for one that was active before."""
-    encoded = {each.key.collection for each in changes if isinstance(each, EncodedPut)}
+def _as_taken(engine: Engine, changes: Sequence[Change]) -> Sequence[Change]:
+    """The changes, decoded if the engine does not take them encoded: another was active when they were."""
+    encoded = {each.key.collection for each in changes if type(each) is EncodedPut}
     if all(map(engine.takes_encoded, encoded)):
         return changes
-    return [each.decoded() if isinstance(each, EncodedPut) else each for each in changes]
+    return list(map(decoded, changes))
 
 
 def _with_markers(changes: Sequence[Change]) -> list[Change]:

@@ -101,7 +101,7 @@ def test_too_little_disk_space_is_a_problem(
     )
     assert cli("put", "templates", '{"template_id": "t"}', "--store", url).code == 0
     assert cli(*words).code == 0
-    monkeypatch.setattr(sqlite, "_WAL_BYTES", 1 << 62)
+    monkeypatch.setattr(sqlite, "_CHECKPOINT_BYTES", 1 << 62)
     if url.startswith("json"):
         words = tuple(
             [f"{each}?write_buffer_size={1 << 62}" if each == url else each for each in words]

@@ -42,6 +42,7 @@ from hf_async_store import (
     migration_routing,
     open_store,
 )
+from hf_async_store.changes import EncodedPut, PutForm
 from hf_async_store.migration import live
 from hf_async_store.migration.live import LiveMigration
 from hf_async_store.values import Key
@@ -666,3 +667,57 @@ async def test_a_batch_that_was_encoded_before_a_switch_is_written_after_it(
         batch = [{"job_id": str(each), "status": "new"} for each in range(9)]
         assert await store.save_entities("jobs", batch) == [2, *[1] * 8]
         assert await store.count_by("jobs", "status") == [("new", 9)]
+
+
+@pytest.mark.long  # the next test is the short form
+async def test_a_batch_that_waits_during_a_switch_is_written_to_the_other_store(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON takes the entities of a batch as text, and a batch that waits was validated for it."""
+    jobs = [Collection("jobs", key="job_id", fields=["status"])]
+    source, target = place("json-single", "a"), place("sqlite", "b")
+    batch = [{"job_id": f"j-{n}", "status": "new"} for n in range(20)]
+    async with open_store(source, collections=jobs, follow_moves=[target]) as store:
+        router: Any = store.engine
+        write, waiting = router.original.write_each, asyncio.Event()
+
+        async def late(changes: Any) -> Any:
+            waiting.set()
+            async with LiveMigration(source, target, collections=jobs) as move:
+                await move.start()
+            await asyncio.sleep(migration_routing.LEASE_SECONDS + 0.1)
+            return await write(changes)
+
+        await store.save_entity("jobs", {"job_id": "a", "status": "new"})
+        monkeypatch.setattr(router.original, "write_each", late)
+        first = asyncio.create_task(store.save_entity("jobs", {"job_id": "a", "status": "late"}))
+        await waiting.wait()
+        written = asyncio.create_task(store.save_entities("jobs", batch))
+        with pytest.raises(UnavailableError, match="switched to another store"):
+            await first
+        assert await written == [1] * 20
+        assert await store.count_entities("jobs") == 21
+        async with LiveMigration(source, target, collections=jobs) as move:
+            await move.finalize()
+    async with open_store(target, collections=jobs) as store:
+        assert await store.count_entities("jobs") == 21
+
+
+@pytest.mark.parametrize("kind", ["json-single", "sqlite"])
+async def test_a_batch_that_was_encoded_for_another_store_is_decoded(
+    kind: str, place: Place
+) -> None:
+    jobs = [Collection("jobs", key="job_id", fields=["status"])]
+    at = "2026-01-01T00:00:00.000000Z"
+    form = PutForm(f',"updated_at":"{at}"}}'.encode(), has_created_at=False, parents={})
+    puts = [
+        EncodedPut(
+            Key("jobs", f"j-{n}"), {}, at, text=b'{"job_id":"j-%d","status":"x"}' % n, form=form
+        )
+        for n in range(10)
+    ]
+    async with open_store(place(kind, "a"), collections=jobs) as store:
+        assert await store.engine.write_each(puts) == [1] * 10
+        assert await store.engine.write_unblocked(lambda: puts) == [2] * 10
+        stored = {"job_id": "j-0", "status": "x", "version": 2, "created_at": at, "updated_at": at}
+        assert await store.get_entity("jobs", "j-0") == stored

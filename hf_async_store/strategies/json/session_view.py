@@ -26,6 +26,7 @@ from hf_async_store.changes import (
     Put,
     PutForm,
     Record,
+    decoded,
 )
 from hf_async_store.claim_records import claim_key
 from hf_async_store.collector import GatheredObjects
@@ -185,7 +186,7 @@ class SessionView(TableReader[StoredEntity]):
                 if each and (versions := self._put_columns(chunk)):
                     outcomes += versions
                     continue
-                chunk = list(map(_decoded, chunk))
+                chunk = list(map(decoded, chunk))
             puts = self._usual_puts(chunk) if each and len(chunk) > 1 else None
             if puts is not None:
                 outcomes += self._put_all(puts)
@@ -521,7 +522,3 @@ class SessionView(TableReader[StoredEntity]):
         top = self.layers.pop()
         for collection, images in top.items():
             self.layers[-1].setdefault(collection, {}).update(images)
-
-
-def _decoded(change: Change) -> Change:
-    return change.decoded() if isinstance(change, EncodedPut) else change
