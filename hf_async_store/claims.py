@@ -150,7 +150,7 @@ class Claim:
         self._ended = False
         self._is_lost = False
         self._block: _RenewedBlock | None = None
-        self._expires_at: datetime | None = None
+        self._known_end: tuple[float, datetime] | None = None
         self._renewed_at(since)
 
     def __repr__(self) -> str:
@@ -167,14 +167,15 @@ class Claim:
     @property
     def expires_at(self) -> datetime:
         """See the attributes; computed when it is asked for, because that costs as much as the entity."""
-        if self._expires_at is None:
-            left = timedelta(seconds=self.deadline - boot_seconds())
-            self._expires_at = datetime.now(UTC) + left
-        return self._expires_at
+        known, deadline = self._known_end, self.deadline
+        # Kept with its deadline, because another thread renews the claim of a blocking caller.
+        if known is None or known[0] != deadline:
+            known = (deadline, datetime.now(UTC) + timedelta(seconds=deadline - boot_seconds()))
+            self._known_end = known
+        return known[1]
 
     def _renewed_at(self, since: float) -> None:
         self.deadline = since + self.lease - self._skew
-        self._expires_at = None
 
     # -- what a holder does ------------------------------------------------------------------
 

@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from itertools import count, islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Protocol, Self, TypeAlias, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -110,13 +110,14 @@ class LongWork:
     which they began to wait.
     """
 
-    __slots__ = ("_end", "_numbers", "_scheduled", "_waiting")
+    __slots__ = ("__weakref__", "_end", "_numbers", "_scheduled", "_waiting", "_woken")
 
     def __init__(self) -> None:
         # Of the time in this iteration; None: it has had no piece yet.
         self._end: float | None = None
         self._scheduled = False  # `_next_iteration` will be called in the next iteration
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []  # a heap, by number
+        self._woken = False  # some that waited were woken, and the time is theirs
         self._numbers = count()
 
     async def pause(self) -> None:
@@ -131,13 +132,8 @@ class LongWork:
             turn: asyncio.Future[None] = loop.create_future()
             heappush(self._waiting, (number, turn))
             self._schedule()
-            try:
-                await turn
-            except BaseException:
-                self._waiting = [each for each in self._waiting if each[1] is not turn]
-                heapify(self._waiting)
-                raise
-            if self._may_continue():
+            await turn
+            if self._may_continue(woken=True):
                 return
 
     async def pause_if_due(self) -> None:
@@ -146,9 +142,11 @@ class LongWork:
         if not self._may_continue():
             await self.pause()
 
-    def _may_continue(self) -> bool:
+    def _may_continue(self, *, woken: bool = False) -> bool:
         if self._end is not None:
             return monotonic() < self._end
+        if self._woken and not woken:
+            return False
         self._end = monotonic() + _ITERATION_SECONDS
         self._schedule()
         return True
@@ -160,23 +158,32 @@ class LongWork:
 
     def _next_iteration(self) -> None:
         self._end, self._scheduled = None, False
-        for _ in range(min(len(self._waiting), _SHORT_PIECES)):
+        woken = 0
+        while self._waiting and woken < _SHORT_PIECES:
             _, turn = heappop(self._waiting)
             if not turn.done():  # as it is after a cancellation
                 turn.set_result(None)
-        if self._waiting:
+                woken += 1
+        # They run in the next iteration. Otherwise those that come in this one, such as the tasks that
+        # have just received a response, would have the time of each iteration before them.
+        self._woken = woken > 0
+        if self._woken:
             self._schedule()
 
 
-_BY_LOOP: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, LongWork]] = WeakKeyDictionary()
+_BY_LOOP: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, ref[LongWork]]] = WeakKeyDictionary()
+"""Weak, because what waits references the loop, which may have been closed. The loop references its long
+work while there is any."""
 
 
 def long_work() -> LongWork:
     """The long work of the event loop that runs."""
     loop = asyncio.get_running_loop()
-    work = _BY_LOOP.get(loop)
+    known = _BY_LOOP.get(loop)
+    work = None if known is None else known()
     if work is None:
-        work = _BY_LOOP[loop] = LongWork()
+        work = LongWork()
+        _BY_LOOP[loop] = ref(work)
     return work
 
 

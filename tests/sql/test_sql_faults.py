@@ -276,6 +276,19 @@ async def test_71_a_lost_response_is_an_unknown_outcome(database: str, verb: str
             assert (found["n"], found["version"]) == (1, 2)
 
 
+async def test_71_the_first_connection_is_lost_while_it_is_opened(database: str) -> None:
+    """SQLAlchemy sends statements of its own on the first connection."""
+    parts = urlsplit(database)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    with FaultyProxy(parts.hostname, parts.port) as link:
+        through = database.replace(f":{parts.port}/", f":{link.port}/")
+        async with open_store(f"{through}?sslmode=disable") as store:
+            link.lose_next_answer(lambda data: b"show transaction isolation level" in data)
+            assert await store.save_entity("templates", template("t")) == 1
+            assert link.lost == 1
+
+
 async def test_71_a_read_is_retried_after_a_broken_connection(database: str) -> None:
     parts = urlsplit(database)
     assert parts.hostname is not None

@@ -119,11 +119,11 @@ async def test_imports_that_wait_share_a_commit(
 ) -> None:
     """Each call gets the outcomes of its own changes, in order."""
     commits: list[int] = []
-    commit = SQLiteWriter._commit
+    decided = SQLiteWriter._decided
 
     def noted(self: SQLiteWriter, connection: Any, changes: Sequence[Change]) -> list[Outcome]:
         commits.append(len(changes))
-        return commit(self, connection, changes)
+        return decided(self, connection, changes)
 
     def put(name: str) -> Put:
         entity: Entity = {"template_id": name}
@@ -132,7 +132,7 @@ async def test_imports_that_wait_share_a_commit(
     async with open_store(f"sqlite:{tmp_path / 'store.db'}") as store:
         await store.save_entity("templates", {"template_id": "t"})
         engine = cast("Any", store)._sql
-        monkeypatch.setattr(SQLiteWriter, "_commit", noted)
+        monkeypatch.setattr(SQLiteWriter, "_decided", noted)
         calls = [[put("a"), put("b")], [put("t")], [put("c")]]
         first, second, third = await asyncio.gather(*map(engine.write_each, calls))
     assert (first, third) == ([7, 7], [7])

@@ -372,14 +372,14 @@ async def test_what_a_half_of_a_batch_wrote_is_not_reported_as_failed(
             "BEGIN SELECT RAISE(ABORT, 'no'); END"
         )
         connection.close()
-        commit = SQLiteWriter._commit
+        decided = SQLiteWriter._decided
 
         def failing(self: SQLiteWriter, connection: Any, changes: Any) -> Any:
             if changes[0].key.id == "j2":
                 raise DiskFullError("the disk is full")
-            return commit(self, connection, changes)
+            return decided(self, connection, changes)
 
-        monkeypatch.setattr(SQLiteWriter, "_commit", failing)
+        monkeypatch.setattr(SQLiteWriter, "_decided", failing)
         puts = [Put(Key("jobs", f"j{n}"), {"job_id": f"j{n}"}, AT) for n in range(4)]
         outcomes = await store.engine.write_each(puts)
         assert outcomes[:2] == [1, 1]

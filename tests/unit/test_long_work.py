@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import weakref
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 import pytest
 
@@ -95,6 +97,40 @@ async def test_a_cancelled_task_stops_no_other(pieces: Pieces) -> None:
     assert [each.cancelled() for each in tasks] == [bool(each % 3) for each in range(TASKS)]
 
 
+async def test_those_who_come_later_wait_longer(pieces: Pieces) -> None:
+    """In each iteration, another task has a piece to do, as with the responses of a server."""
+
+    async def one_piece() -> None:
+        await long_work().pause_if_due()
+        pieces.piece(TASKS, LONG)
+
+    tasks = [asyncio.ensure_future(pieces.work(each, LONG)) for each in range(3)]
+    others = []
+    while not all(each.done() for each in tasks):
+        others.append(asyncio.ensure_future(one_piece()))
+        await asyncio.sleep(0)
+        assert len(others) < 20 * PIECES, "the other tasks have all the time"
+    await asyncio.wait(others)
+
+
+async def test_to_cancel_many_tasks_takes_little_time() -> None:
+    async def work() -> None:
+        while True:
+            await pause()
+
+    async def seconds(wait: Callable[[], Coroutine[Any, Any, object]]) -> float:
+        tasks = [asyncio.ensure_future(wait()) for _ in range(2000)]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        began = time.process_time()
+        for each in tasks:
+            each.cancel()
+        await asyncio.wait(tasks)
+        return time.process_time() - began
+
+    assert await seconds(work) < 10 * await seconds(asyncio.Event().wait)
+
+
 async def test_a_coroutine_that_is_closed_stops_no_other(pieces: Pieces) -> None:
     others = asyncio.gather(*(pieces.work(each, LONG) for each in range(3)))
     await asyncio.sleep(0)
@@ -115,3 +151,17 @@ def test_a_loop_that_ends_amid_long_work_is_freed(pieces: Pieces) -> None:
     loop = asyncio.run(abandon())
     gc.collect()
     assert loop() is None
+
+
+def test_a_loop_that_is_closed_with_tasks_is_freed(pieces: Pieces) -> None:
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # which gets the tasks that are destroyed
+    waiting = [pieces.work(each, LONG) for each in range(TASKS)]
+    tasks = [loop.create_task(each) for each in waiting]
+    for _ in range(3):
+        loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    closed = weakref.ref(loop)
+    del loop, tasks, waiting
+    gc.collect()
+    assert closed() is None

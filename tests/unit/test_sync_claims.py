@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 
-from hf_async_store import ClaimLostError, Collection, LockTimeoutError, sync
+from hf_async_store import ClaimLostError, Collection, LockTimeoutError, claims, sync
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,6 +49,22 @@ def test_105_a_block_is_renewed_and_released(store: sync.Store) -> None:
         time.sleep(2)
         assert store.claims("jobs")[0].state == "held"
     assert store.claims("jobs")[0].state == "free"
+
+
+def test_106_a_renewal_while_the_end_is_computed(
+    store: sync.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The renewals of a block are in another thread than the caller."""
+    claim, lease = _claim(store, lease=5.0), timedelta(seconds=600)
+
+    def renewed() -> float:
+        monkeypatch.undo()
+        claim.renew(lease.total_seconds())
+        return claims.boot_seconds()
+
+    monkeypatch.setattr(claims, "boot_seconds", renewed)
+    assert claim.expires_at is not None
+    assert claim.expires_at > datetime.now(UTC) + lease / 2
 
 
 def test_105_the_end_of_a_block_reports_a_claim_that_was_lost(store: sync.Store) -> None:

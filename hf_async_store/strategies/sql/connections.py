@@ -438,12 +438,10 @@ class Connections:
             try:
                 # Not `AsyncEngine.connect`: its objects cost more than a small query.
                 connection = await greenlet_spawn(self._pool().connect)
-            except SQLAlchemyError as exc:
-                raise self._connect_error(exc) from exc
             except StorageError:
                 raise
             except Exception as exc:  # an invalid response can make a driver raise anything
-                raise self._dialect.translate(exc, doing="connect", writes=False) from exc
+                raise self._connect_error(exc) from exc
             driver = connection.driver_connection
             if self._dialect.is_lost(driver) or self._closed:
                 # For example, the server was restarted since the connection was last used.
@@ -459,11 +457,16 @@ class Connections:
             "any proxy or connection pooler"
         )
 
-    def _connect_error(self, exc: SQLAlchemyError) -> StorageError:
-        original = getattr(exc, "orig", None)
-        if isinstance(original, self._dialect.driver_errors):
-            return self._dialect.translate(original, doing="connect", writes=False)
-        return UnavailableError(f"cannot connect: {exc}")
+    def _connect_error(self, exc: Exception) -> StorageError:
+        drivers = self._dialect.driver_errors
+        if not isinstance(exc, drivers):
+            # SQLAlchemy has two kinds of errors for those of the driver.
+            original = getattr(exc, "orig", exc.__cause__)
+            if isinstance(original, drivers):
+                exc = original
+            elif isinstance(exc, SQLAlchemyError):
+                return UnavailableError(f"cannot connect: {exc}")
+        return self._dialect.translate(exc, doing="connect", writes=False)
 
     async def release(self, lease: LeasedConnection, *, check: bool) -> None:
         """Return a connection to the pool; further calls for the same lease have no effect.
