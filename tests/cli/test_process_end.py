@@ -285,9 +285,9 @@ def test_interrupted_while_it_reads() -> None:
 @pytest.mark.parametrize(
     ("words", "unknown"),
     [
-        (["put", "machines", '{"machine_id": "m-9"}'], True),
-        (["update", "machines", "m-1", "status=X"], True),
-        (["delete", "machines", "m-1"], True),
+        (["put", "machines", '{"machine_id": "m-9"}'], False),
+        (["update", "machines", "m-1", "status=X"], False),
+        (["delete", "machines", "m-1"], False),
         (["delete-where", "machines", "machine_id=m-1"], True),
         (["restore", "data/db.json"], True),
         (["checkpoint"], False),
@@ -305,6 +305,7 @@ def test_a_timeout(filled: Cli, words: list[str], unknown: bool) -> None:
     assert ("read before you write again" in ran.message) is unknown
     assert ran.message.endswith("allow more time with --timeout")
     assert filled("get", "machines", "m-1", "--timeout", "30").code == 0
+    assert filled("get", "machines", "m-9").code == 1
 
 
 def test_a_timeout_between_batches(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
