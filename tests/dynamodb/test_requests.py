@@ -34,6 +34,7 @@ from tests.dynamodb.support import new_prefix, store_at
 
 if TYPE_CHECKING:
     from hf_async_store import Collection
+    from hf_async_store.strategies.dynamodb.responses import Received
     from tests.dynamodb.proxy import Proxy
 
 pytestmark = pytest.mark.hf_sampled
@@ -268,11 +269,11 @@ async def test_responses_that_arrive_together_are_used_in_several_iterations(
         await arrived.wait()
         return content
 
-    def timed(operation: str, params: Any, status: int, headers: Any, body: bytes) -> Any:
+    def timed(operation: str, params: Any, response: Received) -> Any:
         nonlocal now
         now += 0.003
         used.append(iteration)
-        return read(operation, params, status, headers, body)
+        return read(operation, params, response)
 
     async with store_at(proxy.url) as store:
         assert await store.get_entity("templates", "t-1") is None

@@ -134,6 +134,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
             )
         if limit is not None and (type(limit) is not int or limit < 0):
             raise InvalidQueryError("limit must be an integer >= 0 or None")
+        _check_timeout(timeout)
         if not isinstance(descending, bool):
             raise InvalidQueryError("descending must be True or False")
         names = Names()
@@ -225,6 +226,7 @@ class DynamoDBStorageStrategy(StorageStrategy):
                 collection, entity_id, fields, expected_version=expected_version, timeout=timeout
             )
         self._usable()
+        _check_timeout(timeout)
         expect = check_version(expected_version, absent=False)
         change = self._patch(self._schema[collection], entity_id, fields, expect, self._clock.now())
         if returning or plain_fields(change.fields) is None:
@@ -258,3 +260,10 @@ class DynamoDBStorageStrategy(StorageStrategy):
     async def _release(self) -> None:
         await self._conditional_updates.drain()
         await super()._release()
+
+
+def _check_timeout(timeout: object) -> None:
+    if timeout is not None and (
+        isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0
+    ):
+        raise InvalidInputError("timeout must be a number of seconds >= 0 or None")
