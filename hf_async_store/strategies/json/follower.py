@@ -486,9 +486,9 @@ class Follower:
         path = self._files.journal(state.generation + 1)
         fd = open_journal(path)
         try:
-            size = os.fstat(fd).st_size
+            status = os.fstat(fd)
             # Only the first record is read: a commit of 30 MB may follow it.
-            first = next(scan(read_chunks(fd, 0, size, path), str(path), 0, 0), None)
+            first = next(scan(read_chunks(fd, 0, status.st_size, path), str(path), 0, 0), None)
             if first is None or first[0].kind is not Kind.HEAD:
                 raise JournalMissing(f"{path} has no HEAD record yet")
             entry, end = first
@@ -500,7 +500,7 @@ class Follower:
             with suppress(OSError):
                 os.close(fd)
             raise
-        previous = state.switch(fd, head, entry.check, end, 1)
+        previous = state.switch(fd, status, head, entry.check, end, 1)
         if previous >= 0:
             # In a thread: closing the last descriptor of a large deleted file frees its disk space.
             await run_to_completion(in_thread(os.close, previous))

@@ -338,6 +338,7 @@ class JournalWriter:
             else:
                 temporary, fd = await self.in_thread(prepare_file, path, data, owned)
             try:
+                status = os.fstat(fd)
                 if state.is_open and not head.alone:
                     await self.append_control(state, Seal(head.generation))
                 elif state.fd >= 0 and not head.alone and self._is_synced(state, Kind.SEAL):
@@ -350,7 +351,7 @@ class JournalWriter:
         except OSError as exc:
             raise translate_os_error(exc, f"write {path}") from exc
         state.close()
-        state.switch(fd, head, header_check(data), len(data), 2 if rest else 1)
+        state.switch(fd, status, head, header_check(data), len(data), 2 if rest else 1)
         state.replaced.clear()
         for name, content in head.files.items():
             state.content[name] = content

@@ -374,14 +374,15 @@ class StoreLoader:
         path = self._files.journal(generation)
         fd = open_journal(path)
         try:
-            if has_failed_sync(os.fstat(fd)):
+            status = os.fstat(fd)
+            if has_failed_sync(status):
                 state.failed_sync_generation = max(state.failed_sync_generation, generation)
             journal = await self._read_journal(path, generation, fd, salvage, newest=keep)
         except BaseException:
             os.close(fd)
             raise
         if keep:
-            state.follow(fd)
+            state.follow(fd, status)
             state.generation = generation
             state.offset = journal.end
             state.sequence = len(journal.entries)

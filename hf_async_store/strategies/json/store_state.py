@@ -170,10 +170,19 @@ class StoreState(Struct, eq=False):
                 return members.get(entity_id)
         return None
 
-    def switch(self, fd: int, head: Head, check: int, offset: int, sequence: int) -> int:
+    def switch(
+        self,
+        fd: int,
+        status: os.stat_result,
+        head: Head,
+        check: int,
+        offset: int,
+        sequence: int,
+    ) -> int:
         """Continue with another journal, which is not sealed.
 
         Args:
+            status: of the file.
             check: the checksum of the header of its HEAD.
 
         Returns:
@@ -181,7 +190,7 @@ class StoreState(Struct, eq=False):
         """
         previous, self.fd = self.fd, -1
         self.close()
-        self.follow(fd)
+        self.follow(fd, status)
         self.generation = head.generation
         self.feed_end = head.position(check)
         self.offset = offset
@@ -189,9 +198,8 @@ class StoreState(Struct, eq=False):
         self.sealed = False
         return previous
 
-    def follow(self, fd: int) -> None:
-        """Use this journal from now on."""
-        status = os.fstat(fd)
+    def follow(self, fd: int, status: os.stat_result) -> None:
+        """Use this journal, which has this status, from now on."""
         self.fd, self.journal_identity = fd, (status.st_dev, status.st_ino)
         self.is_end_checked = False
 
