@@ -815,7 +815,7 @@ class _Writing:
             try:
                 await engine.locks.acquire("write", None, owner)
             except UnavailableError:
-                if engine.files.folder.exists():
+                if engine.files.nearest_folder() == engine.files.folder:
                     raise
                 engine.files.make_folder()  # it was removed
                 await engine.locks.acquire("write", None, owner)
