@@ -233,9 +233,7 @@ class Coalescer(Generic[Item, Result]):
             await waiter.done
         except asyncio.CancelledError:
             self._withdraw_blocked(waiter)
-            with (
-                self._beginning
-            ):  # a batch that begins now contains its items, or no later one does
+            with self._beginning:  # no batch that begins later contains its items
                 in_progress = self._writes and waiter.in_progress > 0
             if in_progress:
                 await waiter.wait_for_batches()

@@ -70,14 +70,8 @@ Overlay: TypeAlias = dict[str, dict[str, bytes | None]]
 _WRITE_CHUNK: Final = 128
 _ENCODED_CHUNK: Final = 512
 """The number of encoded puts that are applied in about the same time."""
-_MIN_DICT_COPY: Final = 1000
-_DICT_COPY_DIVISOR: Final = 8
-"""Up to 1/8 of a section is copied entity by entity; if more is needed, the whole dict is copied."""
 
 _READ_CHUNK: Final = 1024
-_DECODE_CHUNK: Final = 256
-"""The garbage collector counts tuples that contain a dict. The chunk is small enough that the tuples
-alive at a time do not start a collection."""
 
 _SIZE_CHECK_BYTES: Final = MAX_ENTITY_BYTES // 8
 """An entity whose JSON is shorter than this cannot exceed the size limit: the size that the limit
