@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,9 @@ import pytest
 
 from hf_async_store import Collection, CorruptionError, Field
 from hf_async_store.strategies.json import recovery
+from hf_async_store.strategies.json.journal import Kind, record, scan
 from tests.json.layouts import both_layouts
-from tests.json.support import SINGLE, abandon, open_json
+from tests.json.support import SINGLE, abandon, never_folds, open_json
 
 if TYPE_CHECKING:
     from hf_async_store import JSONStorageStrategy
@@ -106,6 +108,84 @@ async def test_commits_in_the_journal_are_found_without_parsing(
             assert (same["name"], same["version"]) == (f"{T} aa", 1)
             assert not is_loaded(store)
     await abandon(writer)
+
+
+@both_layouts
+@pytest.mark.parametrize("feed", [False, True])
+async def test_commits_of_several_collections_are_found_without_parsing(
+    tmp_path: Path, layout: str, feed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = timedelta(hours=1) if feed else None
+    jobs = [Collection(each, key="id", feed=kept) for each in ("jobs", "tasks", "steps")]
+    async with open_json(tmp_path, layout, collections=jobs, update_files="at close") as store:
+        await store.save_entities("tasks", [{"id": each} for each in IDS])
+    writer = await open_json(tmp_path, layout, collections=jobs).open()
+    never_folds(writer)
+    async with writer.begin_transaction() as tx:
+        for each in ("jobs", "tasks"):
+            await tx.save_entities(each, [{"id": i, "name": f"{each} {i}"} for i in IDS])
+    async with writer.begin_transaction() as tx:
+        await tx.save_entities("jobs", [{"id": i, "note": "x" * 9000} for i in IDS])
+        await tx.delete_entities("tasks", ["a", "b"])
+    refuse_parsing(monkeypatch)
+    for each in IDS:
+        async with open_json(tmp_path, layout, collections=jobs) as store:
+            assert (job := await store.get_entity("jobs", each)) is not None
+            task = await store.get_entity("tasks", each)
+            assert (job["version"], job["note"]) == (2, "x" * 9000)
+            assert (task and task["name"]) == (None if each in ("a", "b") else f"tasks {each}")
+            assert not is_loaded(store)
+    async with open_json(tmp_path, layout, collections=jobs) as store:
+        assert await store.get_entity("steps", "a") is None
+        assert not is_loaded(store)
+    await abandon(writer)
+
+
+@both_layouts
+async def test_a_commit_in_another_layout_is_parsed(tmp_path: Path, layout: str) -> None:
+    await fill(tmp_path, layout)
+    writer = await open_json(tmp_path, layout).open()
+    await writer.save_entity(T, {"template_id": "b", "name": "changed"})
+    await abandon(writer)
+    [journal] = tmp_path.glob("*.journal.*")
+    payload = b'{"templates": {"a": {"version":7,"template_id":"a","name":"of another program"}}}'
+    data = journal.read_bytes()
+    records = len(list(scan([data], journal.name, 0, 0)))
+    journal.write_bytes(data + record(Kind.COMMIT, payload, records))
+    async with open_json(tmp_path, layout) as store:
+        found, changed = await store.get_entities(T, ["a", "b"])
+        assert found is not None
+        assert changed is not None
+        assert (found["version"], changed["name"]) == (7, "changed")
+        assert is_loaded(store)
+
+
+@both_layouts
+async def test_closing_after_a_lookup_does_not_parse_what_is_not_compacted(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = [{"template_id": f"t-{each}", "note": "x" * 100_000} for each in range(12)]
+    async with open_json(tmp_path, layout, update_files="at close") as store:
+        await store.save_entities(T, large)
+    writer = await open_json(tmp_path, layout).open()
+    await writer.save_entity(T, {"template_id": "t-0", "name": "changed"})
+    await abandon(writer)
+    files = {each: each.read_bytes() for each in tmp_path.glob("*.json")}
+    with monkeypatch.context() as patch:
+        refuse_parsing(patch)
+        async with open_json(tmp_path, layout) as store:
+            assert (found := await store.get_entity(T, "t-0")) is not None
+            assert found["name"] == "changed"
+    assert {each: each.read_bytes() for each in files} == files
+    # With more in the journal than a quarter of the files, it is compacted.
+    writer = await open_json(tmp_path, layout).open()
+    never_folds(writer)
+    await writer.save_entities(T, large[:4])
+    await abandon(writer)
+    async with open_json(tmp_path, layout) as store:
+        assert await store.get_entity(T, "t-0") is not None
+        assert not is_loaded(store)
+    assert {each: each.read_bytes() for each in files} != files
 
 
 @both_layouts

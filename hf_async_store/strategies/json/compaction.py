@@ -42,13 +42,6 @@ from hf_async_store.strategies.json.store_state import StoreState
 
 log: Final = logging.getLogger("hf_async_store.json")
 
-_JOURNAL_DIVISOR: Final = 4
-"""A journal is compacted when it is larger than 1/4 of the data files: so the bytes that compactions
-write stay in proportion to the bytes that commits write."""
-
-_SMALL_FILE_BYTES: Final = 1 << 20
-"""Data files up to this size are compacted whenever the store is idle, and at close."""
-
 _IDLE_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 0.5
 """The pause between compactions that the size of the journal requires: without it, a small store
@@ -138,13 +131,20 @@ class Compactor:
         if generation == state.generation and state.offset - offset < self._step:
             return  # adding up what is pending takes as long as deciding about a change
         self._considered = (state.generation, state.offset) if state.pending else _NEVER
-        if self._is_large(state) and self._seconds_to_wait() + self._rest(state) <= 0:
+        if (
+            state.is_journal_large(self._config.write_buffer_size)
+            and self._seconds_to_wait() + self._rest(state) <= 0
+        ):
             self._start()
         elif self._timer is None and self._is_wanted_when_idle(state):
             self._schedule(_IDLE_SECONDS)
 
     def _is_wanted_when_idle(self, state: StoreState) -> bool:
-        wanted = self._after_each_commit or self._is_small(state) or self._is_large(state)
+        wanted = (
+            self._after_each_commit
+            or state.is_small
+            or state.is_journal_large(self._config.write_buffer_size)
+        )
         return wanted and bool(state.pending)
 
     def _schedule(self, seconds: float) -> None:
@@ -167,7 +167,7 @@ class Compactor:
 
     def _rest(self, state: StoreState) -> float:
         """How many seconds more than `_PAUSE_SECONDS` a compaction waits because the last one took long."""
-        if state.pending_bytes > self._file_bytes(state):
+        if state.pending_bytes > state.file_bytes:
             return 0.0
         return max(0.0, self._last_duration * _REST_FACTOR - _PAUSE_SECONDS)
 
@@ -211,12 +211,10 @@ class Compactor:
             await asyncio.sleep(_WAIT_SECONDS)
 
     async def at_close(self) -> None:
-        """Compact, if it is configured, or the files are small or the journal is large. Called in the
-        last process that closes the store, if there are commits in the journal."""
-        state = await self._follower.current()
+        """Called in the last process that closes the store, if a compaction is configured or due."""
         if self._config.update_files != "when needed":
             await self.checkpoint()
-        elif self._is_small(state) or self._is_large(state):
+        else:
             await self.compact()
 
     async def close(self) -> None:
@@ -230,23 +228,10 @@ class Compactor:
     def release(self) -> None:
         self._lock.close()
 
-    def _is_small(self, state: StoreState) -> bool:
-        return self._file_bytes(state) <= _SMALL_FILE_BYTES
-
-    def _is_large(self, state: StoreState) -> bool:
-        pending = state.pending_bytes
-        return (
-            pending > self._config.write_buffer_size
-            and pending > self._file_bytes(state) // _JOURNAL_DIVISOR
-        )
-
     def needed_bytes(self, state: StoreState) -> int:
         """The disk space for the next compaction, which writes the files beside the old ones, and for the
         journal until then."""
-        return self._file_bytes(state) + state.pending_bytes + self._config.write_buffer_size
-
-    def _file_bytes(self, state: StoreState) -> int:
-        return sum(0 if each is None else each.size for each in state.signatures.values())
+        return state.file_bytes + state.pending_bytes + self._config.write_buffer_size
 
     # -- how ---------------------------------------------------------------------------------
 

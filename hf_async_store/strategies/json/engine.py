@@ -760,15 +760,27 @@ class JSONEngine(Engine):
         try:
             waits = self.config.update_files == "at close"
             is_last = await self.follower.is_last(self.config.lock_timeout if waits else 0)
-            if not is_last or self.follower.journal_is_empty():
+            if not is_last:
                 return
-            if (await self.follower.current()).pending:
+            # Not to parse the files, and import the compaction, only to find that nothing is to be done.
+            known = self.follower.looked_up
+            if known is not None and not self._is_compacted_at_close(known):
+                return
+            if self._is_compacted_at_close(await self.follower.current()):
                 await self.compactor.at_close()
         except (PermissionDeniedError, ReadOnlyStoreError):
             pass  # a process that may write here compacts the journal
         except StorageError:
             # The journal contains every acknowledged commit; a later process compacts it.
             log.warning("the journal was not compacted into the data files at close", exc_info=True)
+
+    def _is_compacted_at_close(self, state: StoreState) -> bool:
+        if not state.pending:
+            return False
+        is_configured = self.config.update_files != "when needed"
+        return (
+            is_configured or state.is_small or state.is_journal_large(self.config.write_buffer_size)
+        )
 
     def _release(self) -> None:
         self.follower.close()

@@ -302,10 +302,11 @@ class Follower:
                 self._look_ups = _MOST_LOOK_UPS
                 return None
 
-    def journal_is_empty(self) -> bool:
-        """Whether the lookups were the only reads, and the journal has no commit, not even since."""
+    @property
+    def looked_up(self) -> StoreState | None:
+        """The state of the look-ups, if they were the only reads, and nothing has changed since."""
         found = self._unparsed
-        return self.state is None and bool(found and not found.images and self.is_current(found))
+        return found if self.state is None and found and self.is_current(found) else None
 
     @property
     def is_used(self) -> bool:

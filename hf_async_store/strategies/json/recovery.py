@@ -93,8 +93,9 @@ _LARGE_FILE: Final = 16 << 20
 """A larger data file in another layout is converted by a child process before it is parsed: parsing it
 is one step, which would block the event loop."""
 
-_MOST_COMMITS: Final = 1 << 20
-"""The size of the journals up to which the first reads of a process look for entities in them."""
+_LARGE_JOURNALS: Final = 4 << 20
+"""The size of the journals up to which the first reads of a process look for entities in them: beside data
+files of `_LARGE_FILE`, larger ones are about to be compacted."""
 
 SMALL_TAIL: Final = 1 << 16
 _LARGE_TAIL: Final = 4 << 20
@@ -212,7 +213,7 @@ class StoreLoader:
         for name in (*self._schema, *SYSTEM_SECTIONS):
             state.sections[name] = self.section(name)
         paths = map(self._files.journal, self._files.journals())
-        if sum(each.stat().st_size for each in paths) > _MOST_COMMITS:
+        if sum(each.stat().st_size for each in paths) > _LARGE_JOURNALS:
             return False  # `load` would read them again
         journals = await self._journals(state, salvage=False)
         if not journals:
@@ -221,20 +222,10 @@ class StoreLoader:
             if not await self._read_unparsed(name, state, journals[0].generation):
                 return False
         self._refuse_gap(state, journals)
-        await self._gather_images(state, journals)
+        if any(each.covers > journals[0].generation for each in state.content.values()):
+            return False  # some data files contain commits of these journals, others may not
+        await _collect_commits(state, journals)
         return True
-
-    async def _gather_images(self, state: StoreState, journals: list[_Journal]) -> None:
-        """Collect the newest images of the commits that the data files do not contain."""
-        newest = state.generation
-        for journal in journals:
-            state.generation = journal.generation
-            for entry in journal.entries:
-                if entry.kind is Kind.COMMIT:
-                    images = self._missing(state, await images_in(entry.chunks))
-                    for name, each in images.items():
-                        state.images.setdefault(name, {}).update(each)
-        state.generation = newest
 
     async def _read_unparsed(self, name: str, state: StoreState, first: int) -> bool:
         file = self._unparsed[name] = await self._read_file(name, state.known.get(name, []))
@@ -286,16 +277,26 @@ class StoreLoader:
         """
         for key in keys:
             section = state.sections.setdefault(key.collection, self.section(key.collection))
-            images = state.images.get(key.collection, {})
-            if key.id in images:
-                section.apply({key.id: images[key.id]})
-            elif key.collection in state.unparsed:
-                file, span = state.unparsed[key.collection]
-                raw = await find_line(file.text, span, key.id)
-                if raw is None:
-                    return False
+            raw = await self._newest_line(state, key)
+            if raw is None and key.collection in state.unparsed:
+                return False
+            if raw is not None and bytes(raw) != b"null":
                 section.entities.update(stored_entities({key.id: raw}, trusted=True))
         return True
+
+    async def _newest_line(self, state: StoreState, key: Key) -> msgspec.Raw | None:
+        """The JSON of an entity in the newest commit that contains it, or else in its data file."""
+        work = long_work()
+        for payload, spans in reversed(state.commits):
+            if key.collection in spans:
+                raw = await find_line(payload, spans[key.collection], key.id)
+                if raw is not None:
+                    return raw
+            await work.pause_if_due()
+        if key.collection not in state.unparsed:
+            return None
+        file, span = state.unparsed[key.collection]
+        return await find_line(file.text, span, key.id)
 
     async def _read_file(self, name: str, known: list[FileState]) -> DataFile | None:
         """Read a data file, unless `load_unparsed` has just read it."""
@@ -850,6 +851,43 @@ def _fill(batch: list[tuple[Entry, int]], entries: Iterator[tuple[Entry, int]]) 
         if size > _TAIL_CHUNK:
             return True
     return False
+
+
+async def _collect_commits(state: StoreState, journals: Iterable[_Journal]) -> None:
+    """Add the commits of journals to a state for lookups."""
+    work = long_work()
+    for journal in journals:
+        sizes = state.pending.setdefault(journal.generation, {})
+        for entry in journal.entries:
+            if entry.kind is Kind.COMMIT:
+                payload = entry.payload
+                spans = _spans_of_commit(payload)
+                state.commits.append((payload, spans))
+                for collection, (start, end) in spans.items():
+                    sizes[collection] = sizes.get(collection, 0) + end - start
+                await work.pause_if_due()
+        if not sizes:
+            del state.pending[journal.generation]
+
+
+def _spans_of_commit(payload: bytes) -> dict[str, Span]:
+    """The collections in the payload of a COMMIT with one entity per line, and where they are.
+
+    Raises:
+        OtherLayout: it has another layout.
+    """
+    spans: dict[str, Span] = {}
+    position = 1
+    while payload[position : position + 1] != b"}":
+        start = payload.find(b"\n", position) + 1
+        name = _section_name(payload[position : start - 1])
+        if not name or name in spans:
+            raise OtherLayout
+        spans[name] = span = span_of_section(payload, start)
+        position = span[1] + 1 + (payload[span[1] + 1 : span[1] + 2] == b",")
+    if not payload.startswith(b"{") or position + 1 != len(payload):
+        raise OtherLayout
+    return spans
 
 
 async def images_in(chunks: Sequence[bytes]) -> dict[str, dict[str, bytes | None]]:

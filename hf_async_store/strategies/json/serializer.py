@@ -300,7 +300,8 @@ async def find_line(data: bytes, span: Span, entity_id: str) -> msgspec.Raw | No
         if found >= 0:
             found += len(name)
             return msgspec.Raw(data[found : data.index(b"\n", found)].removesuffix(b","))
-        await asyncio.sleep(0)
+        if first + CHUNK_BYTES < end:
+            await asyncio.sleep(0)
     return None
 
 

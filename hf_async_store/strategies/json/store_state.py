@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 from msgspec import Struct, field
@@ -15,6 +15,13 @@ from hf_async_store.strategies.json.files import DataFile, Signature
 from hf_async_store.strategies.json.journal import FeedPosition, FileState, Head, Images
 from hf_async_store.strategies.json.serializer import Span, StoredEntity, parse_object
 from hf_async_store.table import Merged
+
+_JOURNAL_DIVISOR: Final = 4
+"""A journal is compacted when it is larger than 1/4 of the data files: so the bytes that compactions
+write stay in proportion to the bytes that commits write."""
+
+_SMALL_FILE_BYTES: Final = 1 << 20
+"""Data files up to this size are compacted whenever the store is idle, and at close."""
 
 MergedSections: TypeAlias = Mapping[str, Merged[StoredEntity]]
 """Copies of sections by name, to which the images of a commit are already applied."""
@@ -80,8 +87,9 @@ class StoreState(Struct, eq=False):
     unparsed: dict[str, tuple[DataFile, Span]] = field(default_factory=dict)
     """Of a state for lookups, by collection: where its entities are. Its sections contain only those that
     were looked up."""
-    images: dict[str, dict[str, bytes | None]] = field(default_factory=dict)
-    """Of a state for lookups: the newest images of commits that the data files do not contain."""
+    commits: list[tuple[bytes, dict[str, Span]]] = field(default_factory=list)
+    """Of a state for lookups: the commits that the data files do not contain, oldest first, each with where
+    the images of its collections are."""
 
     @property
     def is_open(self) -> bool:
@@ -91,6 +99,23 @@ class StoreState(Struct, eq=False):
     @property
     def pending_bytes(self) -> int:
         return sum(sum(each.values()) for each in self.pending.values())
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(0 if each is None else each.size for each in self.signatures.values())
+
+    @property
+    def is_small(self) -> bool:
+        return self.file_bytes <= _SMALL_FILE_BYTES
+
+    def is_journal_large(self, buffer_size: int) -> bool:
+        """Whether so much is pending that the journal should be compacted.
+
+        Args:
+            buffer_size: what may be pending in any case.
+        """
+        pending = self.pending_bytes
+        return pending > buffer_size and pending > self.file_bytes // _JOURNAL_DIVISOR
 
     def has_pending(self, collections: set[str]) -> bool:
         """Whether a commit to one of these collections is not in its data file yet."""
