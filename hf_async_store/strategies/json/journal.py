@@ -246,7 +246,7 @@ def read_commit(payload: bytes) -> dict[str, dict[str, bytes | None]]:
         found = {entity_id: bytes(raw) for entity_id, raw in section.items()}
         # Without a call for each entity: other processes wait for the lock meanwhile.
         rest = {each: image(raw) for each, raw in found.items() if not raw.startswith(_ENTITY)}
-        images[name] = {**found, **rest} if rest else found
+        images[name] = {**found, **rest}
     return images
 
 
