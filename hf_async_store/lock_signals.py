@@ -101,7 +101,8 @@ class WaitingLine:
 
     def __del__(self) -> None:
         # The loop would go on with the number of the socket, which may become that of another.
-        self._receive_in(None)
+        self._has_joined = False  # the file may be another by now
+        self.close()
 
     def _receive_in(self, loop: asyncio.AbstractEventLoop | None) -> None:
         """Receive signals in this event loop from now on, and in no other. Not only while the process

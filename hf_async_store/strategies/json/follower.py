@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Final
 
@@ -246,7 +246,7 @@ class Follower:
 
         The caller holds the write lock. False if `refresh_locked` has to do it.
         """
-        if self._closed or self._refreshing.locked() or not state.is_open:
+        if not self._may_read_at_once(state):
             return False
         path = self._files.journal_path(state.generation)
         try:
@@ -260,6 +260,9 @@ class Follower:
             )
         except (OSError, StorageError):
             return False  # `refresh_locked` reports it
+
+    def _may_read_at_once(self, state: StoreState) -> bool:
+        return state.is_open and not self._closed and not self._refreshing.locked()
 
     def files_changed(self, state: StoreState) -> bool:
         """Whether a data file is not the one that was read, or written, last."""
@@ -355,12 +358,22 @@ class Follower:
                 f"{USE_UNDAMAGED if exc.remains else USE_FILES}"
             ) from exc
 
-    async def read_ahead(self) -> None:
+    def read_ahead(self) -> Awaitable[None] | None:
         """Read what other processes append while this one waits for a lock, so that it has less to read
-        when it holds the lock. What cannot be read is left to `refresh_locked`."""
+        when it holds the lock. What cannot be read is left to `refresh_locked`.
+
+        Returns what is to be awaited; None if it has been read.
+        """
         state = self.state
-        if state is None or not state.is_open or self.write_locked or self._refreshing.locked():
-            return
+        if state is None or self.write_locked or not self._may_read_at_once(state):
+            return None
+        with suppress(StorageError, OSError):
+            path = self._files.journal_path(state.generation)
+            if not self._read_small_tail(state, os.fstat(state.fd), path):
+                return self._read_ahead(state)
+        return None
+
+    async def _read_ahead(self, state: StoreState) -> None:
         with suppress(StorageError, OSError):
             async with self._refreshing:
                 with self.step():
@@ -479,9 +492,10 @@ class Follower:
             if not 0 < size <= SMALL_TAIL:
                 return False
             chunks = read_chunks(state.fd, state.offset, status.st_size, path)
-            for entry, end in scan(chunks, path, state.offset, state.sequence):
-                if entry.kind is Kind.COMMIT:
-                    self.loader.commit_small(state, entry)
+            found = list(scan(chunks, path, state.offset, state.sequence))
+            commits = [entry for entry, _ in found if entry.kind is Kind.COMMIT]
+            self.loader.commit_small(state, commits)
+            for entry, end in found:
                 self._advance(state, entry, end, path)
         return True
 
