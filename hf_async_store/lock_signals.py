@@ -44,6 +44,7 @@ class WaitingLine:
         self._name = ""
         self._place: int | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # that receives the signals
+        self._process = 0  # whose loop it is
         self._has_joined = False
         self._waiting: _Signal | None = None
         self._is_signalled = False
@@ -112,11 +113,12 @@ class WaitingLine:
         # By number: the loop would format the socket, with its addresses, for an error.
         number, earlier = self._socket.fileno(), self._loop
         self._loop = None
-        if earlier is not None and not earlier.is_closed():
+        # A forked child must leave the loop of its parent alone: both have one selector.
+        if earlier is not None and not earlier.is_closed() and self._process == os.getpid():
             earlier.remove_reader(number)
         if loop is not None:
             loop.add_reader(number, _receive, ref(self))
-            self._loop = loop
+            self._loop, self._process = loop, os.getpid()
 
     def _take_place(self, file: int) -> bool:
         taken = self._opened(file)

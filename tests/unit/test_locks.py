@@ -971,6 +971,27 @@ async def test_a_lock_that_is_not_closed_leaves_nothing_in_the_event_loop(
 
 
 @only_linux
+@pytest.mark.usefixtures("without_polls")
+async def test_a_forked_child_leaves_the_signals_of_its_parent_alone(manager: Make) -> None:
+    here, there = manager(), manager(timeout=900)
+    for forks in (True, False):
+        first = Visit(here.exclusive())
+        await settle()
+        waiting = Visit(there.exclusive())
+        await settle()
+        if forks:
+            child = os.fork()
+            if not child:
+                there._line.close()
+                os._exit(0)
+            os.waitpid(child, 0)
+        await first.leave()
+        async with asyncio.timeout(60):
+            await waiting.inside.wait()
+        await waiting.leave()
+
+
+@only_linux
 async def test_a_suspended_process_delays_others_only_for_some_signals(manager: Make) -> None:
     """It does not receive them."""
     here, suspended, there = (manager() for _ in range(3))
