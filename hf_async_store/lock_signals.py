@@ -8,6 +8,9 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
+from weakref import ref
+
+from hf_async_store.event_loop import Continuation
 
 _NAME: Final = "\0hf_async_store:{}:{}:{}"
 
@@ -40,8 +43,10 @@ class WaitingLine:
         self._socket: socket.socket | None = None
         self._name = ""
         self._place: int | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None  # that receives the signals now
-        self._waiting: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # that receives the signals
+        self._process = 0  # whose loop it is
+        self._has_joined = False
+        self._waiting: _Signal | None = None
         self._is_signalled = False
 
     # -- in the process that waits -----------------------------------------------------------
@@ -56,25 +61,19 @@ class WaitingLine:
         try:
             if file is None or (self._place is None and not self._take_place(file)):
                 return False
-            assert self._socket is not None
             assert self._place is not None
-            if self._loop is None:
-                loop = asyncio.get_running_loop()
-                # By number: the loop would format the socket, with its addresses, for an error.
-                loop.add_reader(self._socket.fileno(), self._receive)
-                self._loop = loop
+            self._receive_in(asyncio.get_running_loop())
             os.pwrite(file, _NEXT if is_next else _WAITING, self._place)
         except OSError:
             return False
+        self._has_joined = True
         return True
 
     def leave(self) -> None:
         """Wait no longer."""
-        if self._loop is None or self._socket is None:
+        if not self._has_joined:
             return
-        self._loop.remove_reader(self._socket.fileno())
-        self._loop = None
-        self._is_signalled = False
+        self._has_joined = self._is_signalled = False
         file = self._file()
         if file is not None and self._place is not None:
             with suppress(OSError):
@@ -84,10 +83,10 @@ class WaitingLine:
         """Wait for a signal since the last wait, at most so many seconds. The process has joined."""
         if not self._is_signalled:
             loop = asyncio.get_running_loop()
-            self._waiting = loop.create_future()
-            timer = loop.call_later(seconds, self._end_wait)
+            self._waiting = waiting = _Signal(loop)
+            timer = loop.call_later(seconds, waiting.end)
             try:
-                await self._waiting
+                await waiting
             finally:
                 timer.cancel()
                 self._waiting = None
@@ -96,9 +95,30 @@ class WaitingLine:
     def close(self) -> None:
         """Give up the place."""
         self.leave()
+        self._receive_in(None)
         if self._socket is not None:
             self._socket.close()
         self._socket = self._place = None
+
+    def __del__(self) -> None:
+        # The loop would go on with the number of the socket, which may become that of another.
+        self._has_joined = False  # the file may be another by now
+        self.close()
+
+    def _receive_in(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """Receive signals in this event loop from now on, and in no other. Not only while the process
+        waits: beginning and ending it would take two system calls for each wait."""
+        if self._socket is None or loop is self._loop:
+            return
+        # By number: the loop would format the socket, with its addresses, for an error.
+        number, earlier = self._socket.fileno(), self._loop
+        self._loop = None
+        # A forked child must leave the loop of its parent alone: both have one selector.
+        if earlier is not None and not earlier.is_closed() and self._process == os.getpid():
+            earlier.remove_reader(number)
+        if loop is not None:
+            loop.add_reader(number, _receive, ref(self))
+            self._loop, self._process = loop, os.getpid()
 
     def _take_place(self, file: int) -> bool:
         taken = self._opened(file)
@@ -109,16 +129,15 @@ class WaitingLine:
                 return True
         return False
 
-    def _receive(self) -> None:
+    def receive(self) -> None:
+        """Called by the event loop for each signal."""
         with suppress(OSError):
             if self._socket is not None:
                 self._socket.recv(1)
-        self._is_signalled = True
-        self._end_wait()
-
-    def _end_wait(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        # A signal for an earlier wait has no effect.
+        self._is_signalled = self._has_joined
+        if self._waiting is not None:
+            self._waiting.end()
 
     # -- in the process that releases the lock -----------------------------------------------
 
@@ -175,3 +194,19 @@ def _socket() -> socket.socket:
     created = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     created.setblocking(False)
     return created
+
+
+class _Signal(Continuation):
+    """A signal, or the end of the time for it."""
+
+    __slots__ = ()
+
+    def cancel(self, msg: object = None) -> bool:
+        self._loop.call_soon(self.end)
+        return False  # the task is cancelled when it continues
+
+
+def _receive(line: ref[WaitingLine]) -> None:
+    # The loop must not keep alive a store that was not closed.
+    if (found := line()) is not None:
+        found.receive()

@@ -413,7 +413,7 @@ class LockManager:
             created at the first use and are never deleted.
         timeout: the default for the total number of seconds that an acquire may take.
         owned: see `FileLock`.
-        while_waiting: awaited again and again while the lock is not free.
+        while_waiting: called again and again while the lock is not free; what it returns is awaited.
     """
 
     # The turnstile: a process that wants the lock file first locks `.turn`, and keeps it until it
@@ -430,7 +430,7 @@ class LockManager:
         *,
         timeout: float = 30.0,
         owned: Callable[[], Ownership | None] = lambda: None,
-        while_waiting: Callable[[], Awaitable[None]] | None = None,
+        while_waiting: Callable[[], Awaitable[None] | None] = lambda: None,
     ) -> None:
         self._path = path
         self._timeout = timeout
@@ -577,8 +577,8 @@ class LockManager:
             return False
         if self._pass_at_once(wait.mode):
             return True  # it was unlocked before this process had joined
-        if self._while_waiting is not None:
-            await self._while_waiting()
+        if (work := self._while_waiting()) is not None:
+            await work
         await self._line.wait(min(_MAX_PAUSE_SECONDS, wait.remaining()))
         return self._try_to_pass(wait.mode)
 
@@ -598,8 +598,8 @@ class LockManager:
                 is_signalled = self._line.join(is_next=lock is self._main)
                 if is_signalled:
                     continue  # the lock may have been released before
-            if self._while_waiting is not None:
-                await self._while_waiting()
+            if (work := self._while_waiting()) is not None:
+                await work
             if is_signalled:
                 await self._line.wait(min(longest_pause, remaining))
             else:

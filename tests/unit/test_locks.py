@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import gc
 import os
 import signal
 import stat
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
@@ -908,6 +910,85 @@ async def test_a_process_that_died_while_it_waited_is_passed_over(manager: Make)
     waiting.task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting.task
+
+
+@only_linux
+@pytest.mark.usefixtures("without_polls")
+@pytest.mark.parametrize("name", ["_CTask", "_PyTask"])
+@pytest.mark.parametrize("cancels", [False, True])
+async def test_a_task_that_waits_for_a_signal(manager: Make, name: str, cancels: bool) -> None:
+    """It is continued by the signal, and by its cancellation before or after that, as by a future."""
+    here, there = manager(), manager(timeout=900)
+    loop = asyncio.get_running_loop()
+
+    async def enter() -> None:
+        async with there.exclusive():
+            await asyncio.sleep(0)
+
+    for continues in (True, False):
+        first = Visit(here.exclusive())
+        await settle()
+        task: asyncio.Task[None] = getattr(asyncio.tasks, name)(enter(), loop=loop)
+        await settle()
+        assert there._line._waiting is not None
+        if cancels and not continues:
+            task.cancel("stop")
+        await first.leave()
+        if cancels and continues:
+            assert task.cancel("stop")
+        async with asyncio.timeout(60):
+            if cancels:
+                with pytest.raises(asyncio.CancelledError, match="stop"):
+                    await task
+            else:
+                await task
+        assert there._line._waiting is None
+        assert not there.exclusive_held
+        assert not here.is_awaited
+
+
+@only_linux
+async def test_a_lock_that_is_not_closed_leaves_nothing_in_the_event_loop(
+    manager: Make, tmp_path: Path
+) -> None:
+    """The number of its socket may become that of another, and the loop does not keep it alive."""
+    here, there = manager(), LockManager(tmp_path / "store.lock")
+    files = there._main, there._turnstile
+    first, waiting = Visit(here.exclusive()), Visit(there.exclusive())
+    await settle()
+    await first.leave()
+    await waiting.inside.wait()
+    await waiting.leave()
+    receiver = there._line._socket
+    assert receiver is not None
+    number, line = receiver.fileno(), weakref.ref(there._line)
+    del there, receiver, waiting
+    gc.collect()
+    assert line() is None
+    assert not asyncio.get_running_loop().remove_reader(number)
+    for each in files:
+        each.close()
+
+
+@only_linux
+@pytest.mark.usefixtures("without_polls")
+async def test_a_forked_child_leaves_the_signals_of_its_parent_alone(manager: Make) -> None:
+    here, there = manager(), manager(timeout=900)
+    for forks in (True, False):
+        first = Visit(here.exclusive())
+        await settle()
+        waiting = Visit(there.exclusive())
+        await settle()
+        if forks:
+            child = os.fork()
+            if not child:
+                there._line.close()
+                os._exit(0)
+            os.waitpid(child, 0)
+        await first.leave()
+        async with asyncio.timeout(60):
+            await waiting.inside.wait()
+        await waiting.leave()
 
 
 @only_linux

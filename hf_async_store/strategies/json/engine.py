@@ -546,7 +546,7 @@ class JSONEngine(Engine):
             self._keys_checked = True
         follower = self.follower
         state = follower.state
-        if state is None or not follower.is_unchanged(state):
+        if state is None or not follower.follow_at_once(state):
             state = await follower.refresh_locked()
         follower.write_locked = True
         if not self._declarations.is_current():

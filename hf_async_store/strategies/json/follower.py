@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Final
 
@@ -240,24 +240,29 @@ class Follower:
         is_writing = self.write_locked or state.appending is not None
         return is_writing and self._locks.exclusive_held
 
-    def is_unchanged(self, state: StoreState) -> bool:
-        """Whether the state is certainly up to date: the common case, decided by a few system calls.
+    def follow_at_once(self, state: StoreState) -> bool:
+        """Bring the state up to date in one step, if others have appended a few small records at most: the
+        common case, decided by a few system calls.
 
-        The caller holds the write lock. False if another task of this process is refreshing.
+        The caller holds the write lock. False if `refresh_locked` has to do it.
         """
-        if self._closed or self._refreshing.locked() or not state.is_open:
+        if not self._may_read_at_once(state):
             return False
+        path = self._files.journal_path(state.generation)
         try:
-            status = os.stat(self._files.journal_path(state.generation))  # noqa: PTH116  # every write
+            status = os.stat(path)  # noqa: PTH116  # every write
             return (
-                status.st_size == state.offset
-                and (status.st_dev, status.st_ino) == state.journal_identity
-                and not has_failed_sync(status)
+                (status.st_dev, status.st_ino) == state.journal_identity
                 and not self._has_successor(state)
                 and not self.files_changed(state)
+                and self._read_small_tail(state, status, path)
+                and not state.sealed
             )
-        except OSError:
-            return False  # the full check reports it
+        except (OSError, StorageError):
+            return False  # `refresh_locked` reports it
+
+    def _may_read_at_once(self, state: StoreState) -> bool:
+        return state.is_open and not self._closed and not self._refreshing.locked()
 
     def files_changed(self, state: StoreState) -> bool:
         """Whether a data file is not the one that was read, or written, last."""
@@ -354,12 +359,22 @@ class Follower:
                 f"{USE_UNDAMAGED if exc.remains else USE_FILES}"
             ) from exc
 
-    async def read_ahead(self) -> None:
+    def read_ahead(self) -> Awaitable[None] | None:
         """Read what other processes append while this one waits for a lock, so that it has less to read
-        when it holds the lock. What cannot be read is left to `refresh_locked`."""
+        when it holds the lock. What cannot be read is left to `refresh_locked`.
+
+        Returns what is to be awaited; None if it has been read.
+        """
         state = self.state
-        if state is None or not state.is_open or self.write_locked or self._refreshing.locked():
-            return
+        if state is None or self.write_locked or not self._may_read_at_once(state):
+            return None
+        with suppress(StorageError, OSError):
+            path = self._files.journal_path(state.generation)
+            if not self._read_small_tail(state, os.fstat(state.fd), path):
+                return self._read_ahead(state)
+        return None
+
+    async def _read_ahead(self, state: StoreState) -> None:
         with suppress(StorageError, OSError):
             async with self._refreshing:
                 with self.step():
@@ -448,27 +463,41 @@ class Follower:
         path = self._files.journal_path(state.generation)
         status = os.fstat(state.fd)
         size = status.st_size
-        if has_failed_sync(status):
-            state.failed_sync_generation = state.generation
-        if size == state.offset:
-            return True
-        state.is_end_checked = False
-        if size < state.offset:
-            return False
-        if size - state.offset <= SMALL_TAIL:
-            # At once: others wait for the lock while this process reads what they have written.
-            chunks = read_chunks(state.fd, state.offset, size, path)
-            for entry, end in scan(chunks, path, state.offset, state.sequence):
-                if entry.kind is Kind.COMMIT:
-                    self.loader.commit_small(state, entry)
-                self._advance(state, entry, end, path)
+        if self._read_small_tail(state, status, path):
             await state.reclaim()
             return True
+        if size < state.offset:
+            return False
         async for entry, end in scan_file(state.fd, path, size, state.offset, state.sequence):
             images = await self.loader.commit(state, entry) if entry.kind is Kind.COMMIT else {}
             self._advance(state, entry, end, path)
             await state.reclaim()
             await reclaim_images(entry, images)
+        return True
+
+    def _read_small_tail(self, state: StoreState, status: os.stat_result, path: str) -> bool:
+        """Read the records after the offset in one step, if they are small: others wait for the lock while
+        this process reads what they have written. False if they are not, or if the journal is shorter.
+
+        The caller calls `reclaim` afterwards.
+
+        Args:
+            status: of the open journal.
+            path: of the open journal.
+        """
+        if has_failed_sync(status):
+            state.failed_sync_generation = state.generation
+        size = status.st_size - state.offset
+        if size:
+            state.is_end_checked = False
+            if not 0 < size <= SMALL_TAIL:
+                return False
+            chunks = read_chunks(state.fd, state.offset, status.st_size, path)
+            found = list(scan(chunks, path, state.offset, state.sequence))
+            commits = [entry for entry, _ in found if entry.kind is Kind.COMMIT]
+            self.loader.commit_small(state, commits)
+            for entry, end in found:
+                self._advance(state, entry, end, path)
         return True
 
     def _advance(self, state: StoreState, entry: Entry, end: int, path: str) -> None:

@@ -241,13 +241,14 @@ def fed_payload(payload: Sequence[bytes], before: Images) -> Iterator[bytes]:
 
 def read_commit(payload: bytes) -> dict[str, dict[str, bytes | None]]:
     """The post-images in the payload of a COMMIT."""
-    images: dict[str, dict[str, bytes | None]] = {}
-    for name, section in _read(_commit_decoder, payload).items():
-        found = {entity_id: bytes(raw) for entity_id, raw in section.items()}
-        # Without a call for each entity: other processes wait for the lock meanwhile.
-        rest = {each: image(raw) for each, raw in found.items() if not raw.startswith(_ENTITY)}
-        images[name] = {**found, **rest}
-    return images
+    # Without a call for each entity: other processes wait for the lock meanwhile.
+    return {
+        name: {
+            entity_id: raw if (raw := bytes(each)).startswith(_ENTITY) else image(raw)
+            for entity_id, each in section.items()
+        }
+        for name, section in _read(_commit_decoder, payload).items()
+    }
 
 
 def image(encoded: bytes) -> bytes | None:
@@ -378,7 +379,7 @@ def scan(
         begin = data.offset - HEADER_SIZE
         found = read_header(start, name, begin)
         payload = data.read(found.length)
-        if sum(map(len, payload)) < found.length:
+        if data.offset < begin + HEADER_SIZE + found.length:
             return
         if found.payload_crc != _checksum(payload):
             raise _damaged(name, begin + HEADER_SIZE, "the payload of a record is damaged")

@@ -9,20 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from contextvars import Context
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from time import monotonic
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import LockTimeoutError, StorageError
-from hf_async_store.event_loop import in_thread, pause, reclaim
+from hf_async_store.event_loop import Continuation, in_thread, pause, reclaim
 from hf_async_store.locked_descriptors import close_locked, register_locked
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
@@ -225,7 +223,7 @@ class JournalWriter:
         job = _AppendJob(_writer(state, path), data, state.offset, sync, locks)
         self._appends.submit(job)
         state.appending = append
-        cancelled = await job
+        await job
         state.appending = None
         failure = job.failure
         state.is_end_checked = job.written
@@ -235,8 +233,8 @@ class JournalWriter:
             # After a failed sync it is unknown what is on the disk, and another sync of the same
             # file would report success.
             self.sync_failed = self.sync_failed or failure is not None
-        if cancelled is not None:
-            raise cancelled
+        if job.cancelled is not None:
+            raise job.cancelled
         if isinstance(failure, OSError):
             raise _append_error(failure, path, kind, written=job.written) from failure
         if failure is not None:
@@ -386,13 +384,9 @@ class JournalWriter:
             raise translate_os_error(exc, "remove a journal") from exc
 
 
-class _AppendJob:
+class _AppendJob(Continuation):
     """The append of one record, in a worker thread. A task that awaits it may be cancelled; the append
-    is not. Awaiting it returns the cancellation of the task, if any.
-
-    It has the methods of a future that a task calls, and the end of the append is the next step of the
-    task. `run_in_executor` and a shield do the same with four futures and two more iterations of the event
-    loop, which is measurable in a commit of one entity.
+    is not.
 
     Args:
         locks: if other processes wait for the write lock, they have it before the record is synced. It is
@@ -402,58 +396,29 @@ class _AppendJob:
             open for writing (see `open_to_append`).
 
     Attributes:
+        cancelled: the cancellation of the task, if any.
         written: the record can be read.
         failure: the error of the append, or of the sync if the record was written.
     """
 
-    __slots__ = (
-        "_asyncio_future_blocking", "_cancelled", "_continue", "_data", "_done", "_fd", "_locks", "_loop",
-        "_offset", "_sync", "failure", "written",
-    )  # fmt: skip
+    __slots__ = ("_data", "_fd", "_locks", "_offset", "_sync", "cancelled", "failure", "written")
 
     def __init__(
         self, fd: int, data: Sequence[bytes], offset: int, sync: bool, locks: LockManager | None
     ) -> None:
+        super().__init__(asyncio.get_running_loop())
         self._fd = fd
         self._data = data
         self._offset = offset
         self._sync = sync
         self._locks = locks
-        self._loop = asyncio.get_running_loop()
-        self._asyncio_future_blocking = False
-        self._continue: Callable[[], object] | None = None
-        self._cancelled: asyncio.CancelledError | None = None
-        self._done = False
+        self.cancelled: asyncio.CancelledError | None = None
         self.written = False
         self.failure: BaseException | None = None
 
-    def __await__(self) -> Generator[object, None, asyncio.CancelledError | None]:
-        if not self._done:
-            self._asyncio_future_blocking = True
-            yield self
-        return self._cancelled
-
-    def _end(self) -> None:
-        self._done = True
-        following = self._continue
-        self._continue = None  # it refers to this job
-        if following is not None:
-            following()
-
-    # -- called by the task that awaits it ---------------------------------------------------
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop
-
-    def add_done_callback(self, callback: Callable[[Any], object], *, context: Context) -> None:
-        self._continue = partial(context.run, callback, self)
-
     def cancel(self, msg: object = None) -> bool:
-        self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
+        self.cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
         return True
-
-    def result(self) -> None:
-        """Nothing is raised in the task."""
 
     # -- in the worker thread ----------------------------------------------------------------
 
@@ -468,7 +433,7 @@ class _AppendJob:
         except BaseException as exc:  # noqa: BLE001  # raised by the commit that waits for the job
             self.failure = exc
         with suppress(RuntimeError):  # the event loop is closed: no task waits any longer
-            self._loop.call_soon_threadsafe(self._end)
+            self._loop.call_soon_threadsafe(self.end)
 
     def _write(self) -> None:
         end = self._offset

@@ -510,14 +510,18 @@ class StoreLoader:
                 state.replayed.setdefault(name, {}).update(each)
         return images
 
-    def commit_small(self, state: StoreState, entry: Entry) -> None:
-        """`commit` of a record of at most `SMALL_TAIL` bytes, in one step."""
+    def commit_small(self, state: StoreState, entries: Sequence[Entry]) -> None:
+        """`commit` of consecutive records of together at most `SMALL_TAIL` bytes, in one step."""
+        images: dict[str, dict[str, bytes | None]] = {}
         try:
-            missing = self._missing(state, read_commit(entry.payload))
+            for entry in entries:
+                for name, section in read_commit(entry.payload).items():
+                    images.setdefault(name, {}).update(section)
         except CorruptionError as exc:
             raise self._unreadable(state, exc) from exc
+        missing = self._missing(state, images)
         if missing:
-            state.apply(missing, entry.size, {})
+            state.apply(missing, sum([each.size for each in entries]), {})
 
     def _unreadable(self, state: StoreState, exc: CorruptionError) -> CorruptionError:
         return CorruptionError(f"{self._files.journal(state.generation)}: {exc}. {USE_UNDAMAGED}")
