@@ -292,7 +292,7 @@ def _validate_column(
         if field.type == "timestamp":
             if NoneType in types:
                 check.nulls.add(field.name)
-            column = _stored_timestamps(column)
+            column = _stored_timestamps(column, types)
     if field is not None and field.required and NoneType in types:
         raise _UnusualValueError
     if field is not None and field.references is not None:
@@ -326,7 +326,7 @@ def _size_of_strings(column: Column, types: set[type]) -> int:
 def _stored_numbers(column: Column, types: set[type]) -> Column:
     """The column with 0.0 for -0.0. The integers must have at most 64 bits, the floats be finite."""
     if int in types:
-        integers = [each for each in column if type(each) is int]
+        integers = column if types == {int} else [each for each in column if type(each) is int]
         if min(integers) < INT_MIN or max(integers) > INT_MAX:
             raise _UnusualValueError
     if float not in types:
@@ -338,10 +338,10 @@ def _stored_numbers(column: Column, types: set[type]) -> Column:
     return [each + 0.0 if type(each) is float else each for each in column]
 
 
-def _stored_timestamps(column: Column) -> Column:
+def _stored_timestamps(column: Column, types: set[type]) -> Column:
     """The timestamps in canonical form. A batch usually has few distinct ones, each parsed once."""
     # To find out that most are distinct would take longer than to parse each.
-    are_distinct = column[:1] != column[1:2] and None not in column
+    are_distinct = column[:1] != column[1:2] and NoneType not in types
     distinct = column if are_distinct else list(set(column) - {None})
     if _are_canonical_timestamps(distinct):
         return column
@@ -368,8 +368,9 @@ def _are_canonical_timestamps(texts: Sequence[str]) -> bool:
 
 
 def _are_ids(ids: Sequence[str]) -> bool:
+    lengths = set(map(len, ids))
     # A character has at most four bytes in UTF-8.
-    return min(map(len, ids)) > 0 and max(map(len, ids)) * 4 <= MAX_KEY_BYTES
+    return min(lengths) > 0 and max(lengths) * 4 <= MAX_KEY_BYTES
 
 
 def _are_light(texts: Iterable[bytes]) -> bool:

@@ -441,7 +441,7 @@ def test_lines_are_split_as_they_were_written(
     section: dict[str, Entity], ours: bool, piece: int
 ) -> None:
     images = {each: SERIALIZER.encode({**one, "id": each}, 1) for each, one in section.items()}
-    text = b"{\n" + section_lines(images) + (b"\n" if images else b"") + b"}\n"
+    text = b"{\n" + section_lines([*images], images.values()) + (b"\n" if images else b"") + b"}\n"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_async_store.strategies.json.serializer.CHUNK_BYTES", piece)
         found, end = _parse(text, trusted=ours)

@@ -101,7 +101,7 @@ class CollectionTable(Table[StoredEntity]):
         if self._normalized:
             for entity_id in images:
                 self._normalized.pop(entity_id, None)
-        if None not in images.values():
+        if all(images.values()):  # none is deleted
             entities.update(cast("Mapping[str, bytes]", images))
             return
         super()._put(entities, images)

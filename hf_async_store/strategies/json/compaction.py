@@ -508,7 +508,7 @@ async def _encode_lines(entities: Mapping[str, StoredEntity]) -> AsyncGenerator[
     while chunk := dict(islice(items, _LINES)):
         for lines in _pieces(chunk):
             remaining -= len(lines)
-            yield section_lines(lines) + (b",\n" if remaining else b"\n")
+            yield section_lines([*lines], lines.values()) + (b",\n" if remaining else b"\n")
             await pause()
 
 

@@ -30,6 +30,7 @@ from zlib import crc32
 import msgspec
 
 from hf_async_store.errors import CorruptionError, NewerFormatError
+from hf_async_store.strategies.json.serializer import encode_json, section_lines
 
 _FAMILY: Final = b"HFJ"
 _MAGIC: Final = _FAMILY + b"1"
@@ -173,7 +174,6 @@ _KINDS: Final = {int(each): each for each in Kind}
 _CHUNK_SIZE: Final = 1024
 
 _TYPES: Final = {Kind.HEAD: Head, Kind.FOLD: Fold, Kind.SEAL: Seal}
-_encode = msgspec.json.Encoder().encode
 _commit_decoder: Final = msgspec.json.Decoder(dict[str, dict[str, msgspec.Raw]])
 _ENTITY: Final = b'{"version":'
 
@@ -207,7 +207,7 @@ def _checksum(chunks: Iterable[bytes]) -> int:
 def control(body: Head | Fold | Seal) -> tuple[Kind, bytes]:
     """Kind and payload of a record other than a commit."""
     kind = next(kind for kind, type_ in _TYPES.items() if isinstance(body, type_))
-    return kind, _encode(body)
+    return kind, encode_json(body)
 
 
 def commit_payload(images: Images) -> Iterator[bytes]:
@@ -217,11 +217,11 @@ def commit_payload(images: Images) -> Iterator[bytes]:
     """
     start = b"{"
     for name, section in images.items():
-        start += _encode(name) + b":{\n"
-        items = iter(section.items())
-        while chunk := list(islice(items, _CHUNK_SIZE)):
-            lines = [_encode(key) + b":" + (b"null" if e is None else e) for key, e in chunk]
-            yield start + b",\n".join(lines)
+        start += encode_json(name) + b":{\n"
+        names, entities = iter(section), iter(section.values())
+        while ids := list(islice(names, _CHUNK_SIZE)):
+            texts = [b"null" if e is None else e for e in islice(entities, len(ids))]
+            yield section_lines(ids, texts, start)
             start = b",\n"
         start = b"\n}," if section else start + b"\n},"
     yield start[:-1] + b"}"

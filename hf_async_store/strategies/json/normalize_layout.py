@@ -81,7 +81,7 @@ def _sections(members: Mapping[str, msgspec.Raw], names: tuple[str, ...]) -> byt
 
 
 def _lines(entities: Mapping[str, msgspec.Raw]) -> bytes:
-    lines = section_lines({each: compact(raw) for each, raw in entities.items()})
+    lines = section_lines([*entities], map(compact, entities.values()))
     return lines + b"\n" if lines else b""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
+from itertools import repeat
 from types import NoneType
 from typing import Final, TypeAlias, cast
 
@@ -277,13 +278,14 @@ class SessionView(TableReader[StoredEntity]):
         return versions
 
     def _next_versions(self, puts: Sequence[Put], stored: Sequence[bytes | None]) -> list[int]:
-        version_of, first = self._serializer.version, stored[0]
+        key, version_of = puts[0].key, self._serializer.version
+        present = [raw for raw in stored if raw is not None]
+        if not present:
+            return [next_version(key, None)] * len(puts)
         # Most entities of a batch have the same version.
-        start = b"" if first is None else first[: first.find(b",") + 1]
-        if first is None and set(map(type, stored)) == {NoneType}:
-            return [next_version(puts[0].key, None)] * len(puts)
-        if start and all(raw is not None and raw.startswith(start) for raw in stored):
-            return [next_version(puts[0].key, version_of(puts[0].key, start))] * len(puts)
+        start = present[0][: present[0].find(b",") + 1]
+        if len(present) == len(puts) and all(map(bytes.startswith, present, repeat(start))):
+            return [next_version(key, version_of(key, start))] * len(puts)
         return [
             next_version(each.key, None if raw is None else version_of(each.key, raw))
             for each, raw in zip(puts, stored, strict=True)
