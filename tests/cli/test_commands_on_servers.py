@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
-from command import shell
+from command import MACHINES, check_failure, shell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from command import Cli
+
+    from hf_async_store_bench.servers import PostgresServer
 
 
 @pytest.fixture(params=["postgresql", "dynamodb"])
@@ -60,3 +62,20 @@ def test_an_import_there_and_an_export_back(
     [sample] = ran.rows
     assert sample["collections"]["requests"]["entities"] == 2
     assert sample["collections"]["requests"]["claims"] == 0
+
+
+def test_a_server_that_fails_loses_no_row(cli: Cli, postgres_server: PostgresServer) -> None:
+    url = postgres_server.database()
+    words = ("import", "machines", "-", "--format", "jsonl", "--store", url)
+    cli("init", "--store", url)
+    failure = "RAISE EXCEPTION 'no space' USING ERRCODE = '53100'"
+    body = f"BEGIN IF NEW.id = 'm-001700' THEN {failure}; END IF; RETURN NEW; END"
+    for each in (
+        f"CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$",
+        'CREATE TRIGGER fail BEFORE INSERT ON "machines-entities" FOR EACH ROW EXECUTE FUNCTION fail()',
+    ):
+        postgres_server.run(each, url)
+    ran = cli(*words, stdin=MACHINES)
+    postgres_server.run('DROP TRIGGER fail ON "machines-entities"', url)
+    check_failure(cli, ran, words)
+    postgres_server.drop(url)
