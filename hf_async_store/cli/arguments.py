@@ -114,7 +114,13 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     parser = parser_of(name, command)
     words = arguments.words
     del arguments.words
-    arguments = parser.parse_intermixed_args(words, arguments)
+    if name == "completion" and "--" in words:
+        # Another -- after this one is a word to complete, which argparse would drop.
+        end = words.index("--")
+        arguments = parser.parse_intermixed_args(words[:end], arguments)
+        arguments.words = words[end + 1 :]
+    else:
+        arguments = parser.parse_intermixed_args(words, arguments)
     for option, instead in command.refused.items():
         if getattr(arguments, option) is not None:
             raise InvalidInputError(f"{name} does not take --{option}: {instead}")
@@ -390,6 +396,7 @@ _UPDATE: Final = (
         "FIELD=VALUE | JSON",
         "the fields to set, or one JSON object with them",
         nargs="*",
+        default=[],
     ),
     _repeatable("--remove", "FIELD", "remove a field; may be repeated"),
     _EXPECTED_VERSION,
@@ -554,7 +561,7 @@ _CLAIMS: Final = (
     _argument(
         "collection", "COLLECTION", "the collection of the entities, or hf_locks: the named locks"
     ),
-    _argument("ids", "ID", "break: the ids of the entities", nargs="*"),
+    _argument("ids", "ID", "break: the ids of the entities", nargs="*", default=[]),
 )
 _VERIFY: Final = (
     _argument("backup", "BACKUP", "a portable backup file, made by `backup`", nargs="?"),
@@ -861,6 +868,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
                 "WORD",
                 "words: those typed so far, the last of which may be empty",
                 nargs="*",
+                default=[],
             ),
         ),
         "Commands, options, their choices and collections are completed. Collections are those that the\n"
