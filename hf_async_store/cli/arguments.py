@@ -789,7 +789,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"{_CLI}.schema_command:schema",
         _SCHEMA,
         "  plan   show what differs, and what `apply` does about it; nothing is changed\n"
-        "  apply  do it, while other programs read and write; then show what remains\n"
+        "  apply  do it, while other programs read and write; say on stderr what was applied, then\n"
+        "         show what remains\n"
         "  check  as plan; if anything differs, the exit code is 3\n\n"
         "Queries are right without `apply`, and may be slower. It may be interrupted and run again. If\n"
         "required values are missing, nothing is changed, and the first entities are named. Values that\n"
