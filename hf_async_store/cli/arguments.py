@@ -848,8 +848,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "longest time. Besides: named locks, sizes, connections, and what `health` reports, every 30\n"
         "seconds. `slow here` are queries of this command itself: programs report their own by\n"
         "`health()`. q or Ctrl-C ends it. If stdout is not a terminal, or with --json, each look is a\n"
-        "line of JSON. --timeout is that of one look. With --once, the exit code is 4 if there is a\n"
-        "problem.\n\n"
+        "line of JSON. A look that fails is shown, as a line with `error`, and the next one follows.\n"
+        "--timeout is that of one look. With --once, the exit code is 4 if there is a problem.\n\n"
         f"  {PROGRAM} top\n"
         f"  {PROGRAM} top --once --json --interval 10\n",
     ),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import signal
+import subprocess
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
-from command import MACHINES, check_failure, shell
+from command import MACHINES, PROGRAM, check_failure, shell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,4 +81,31 @@ def test_a_server_that_fails_loses_no_row(cli: Cli, postgres_server: PostgresSer
     ran = cli(*words, stdin=MACHINES)
     postgres_server.run('DROP TRIGGER fail ON "machines-entities"', url)
     check_failure(cli, ran, words)
+    postgres_server.drop(url)
+
+
+def test_top_goes_on_after_a_failure(cli: Cli, postgres_server: PostgresServer) -> None:
+    url = postgres_server.database()
+    name = urlsplit(url).path[1:]
+    assert cli("init", "--store", url).code == 0
+
+    def allow(how: str) -> None:
+        postgres_server.run(f"ALTER DATABASE {name} ALLOW_CONNECTIONS {how}")
+        gone = f"FROM pg_stat_activity WHERE datname = '{name}'"
+        postgres_server.run(f"SELECT pg_terminate_backend(pid, 5000) {gone}")
+
+    words = [*PROGRAM, "top", "--interval", "0.1", "--store", url]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        lines: Iterator[dict[str, Any]] = map(json.loads, process.stdout)
+        assert "error" not in next(lines)
+        allow("false")
+        failed = next(each for each in lines if "error" in each)
+        assert failed.keys() == {"time", "error"}
+        allow("true")
+        back = next(each for each in lines if "error" not in each)
+        assert back["time"] > failed["time"]
+        assert back["health"]["problems"] == []
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
     postgres_server.drop(url)
