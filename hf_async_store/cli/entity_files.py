@@ -219,14 +219,13 @@ def _csv_rows(
         if not cells:
             continue
         where = _position(source, line)
-        if header is None:
-            if not texts.are_valid:
-                raise InvalidInputError(f"{where}: not UTF-8")
+        invalid = None if texts.are_valid else InvalidInputError(f"{where}: not UTF-8")
+        if header is not None:
+            yield Row(line, reader.line_num, invalid or header.entity(cells, where))
+        elif invalid is not None:
+            raise invalid
+        else:
             header = _header_of(cells, collection, where, key)
-            continue
-        invalid = InvalidInputError(f"{where}: not UTF-8")
-        entity = header.entity(cells, where) if texts.are_valid else invalid
-        yield Row(line, reader.line_num, entity)
     if header is None:
         raise InvalidInputError(f"{source}: the first line must contain the names of the columns")
 

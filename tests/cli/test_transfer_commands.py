@@ -17,6 +17,7 @@ import pytest
 from command import MACHINES, PROGRAM, check_failure, line, shell
 
 from hf_async_store import open_store
+from hf_async_store.cli import progress
 
 if TYPE_CHECKING:
     from command import Cli
@@ -153,6 +154,9 @@ def test_refused_rows_are_named(cli: Cli) -> None:
     assert [each["request_id"] for each in cli("query", "requests").rows] == ["r-1", "r-7"]
 
 
+COMPRESSED = gzip.compress(b"{}\n")
+
+
 @pytest.mark.parametrize(
     ("form", "data", "message"),
     [
@@ -171,8 +175,8 @@ def test_refused_rows_are_named(cli: Cli) -> None:
         ),
         ("csv", b"machine_id,\xff\n", "line 1: not UTF-8"),
         ("csv", b"machine_id\n\xff\n", "line 2: not UTF-8"),
-        ("csv", gzip.compress(b"machine_id\nx\n"), "stdin is compressed with gzip"),
-        ("jsonl", gzip.compress(b"{}\n"), "stdin is compressed with gzip"),
+        pytest.param("csv", COMPRESSED, "stdin is compressed with gzip", id="csv-gzip"),
+        pytest.param("jsonl", COMPRESSED, "stdin is compressed with gzip", id="jsonl-gzip"),
         ("jsonl", b"{\n", "line 1, column 2: the JSON is incomplete"),
         ("jsonl", b"[]\n", "line 1: expected a JSON object, got list"),
         ("jsonl", b"{}\n", "line 1: an entity of machines needs its key field"),
@@ -250,6 +254,13 @@ def test_a_dry_run_says_so(cli: Cli) -> None:
     assert cli(*words, stdin=data).rows == [
         {"imported": 1, "skipped": 0, "refused": 0, "last_line": 1, "dry_run": True}
     ]
+
+
+def test_the_progress_counts_refused_rows(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0)
+    data = b'{"machine_id": "m-1"}\n{}\n'
+    ran = cli("import", "machines", "-", "--format", "jsonl", stdin=data)
+    assert "hf-async-store: import machines: 2, 1 refused\n" in ran.err
 
 
 def test_a_first_line_after_the_end_is_an_error(cli: Cli) -> None:
