@@ -451,7 +451,7 @@ class _Import:
         if failure is not None:
             self._log_error(failure.row, failure.error)
             self._log_place(is_partial=failure.is_partial)
-            return STORAGE
+            return code_of(failure.error)
         if interrupted:
             self._log_place()
             output.log_line("interrupted")
@@ -472,7 +472,7 @@ def _failure(rows: Sequence[Row], outcomes: Sequence[object]) -> _Failure | None
 
 
 def _is_failure(outcome: object) -> bool:
-    """Whether the store failed, instead of having refused this row."""
+    """Whether the store failed, instead of having refused this row: the same row may be imported later."""
     return isinstance(outcome, StorageError) and (
-        code_of(outcome) == STORAGE or outcome.outcome_unknown
+        code_of(outcome) == STORAGE or outcome.outcome_unknown or outcome.retryable
     )

@@ -18,6 +18,13 @@ from command import MACHINES, PROGRAM, check_failure, line, shell
 
 from hf_async_store import open_store
 from hf_async_store.cli import progress
+from hf_async_store.cli.entity_files import Row
+from hf_async_store.cli.transfer_commands import _failure
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    ConcurrencyConflictError,
+    UnavailableError,
+)
 
 if TYPE_CHECKING:
     from command import Cli
@@ -292,6 +299,25 @@ def test_a_full_disk_loses_no_row(cli: Cli, location: str, most: int) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     check_failure(cli, ran, words)
+
+
+def test_the_first_failure_of_a_batch() -> None:
+    """Engines that decide each row alone may write rows after one that failed."""
+    rows = [Row(number, number, {}) for number in (1, 2, 3)]
+    down = UnavailableError("down")
+    lost = UnavailableError("lost", outcome_unknown=True)
+    refused = AlreadyExistsError("machines", "m")
+    beaten = ConcurrencyConflictError("overtaken", retryable=True)
+    for outcomes, first, is_partial in (
+        ([1, refused, 1], None, False),
+        ([1, down, refused], 1, False),
+        ([down, 1, refused], 0, True),
+        ([1, down, lost], 1, True),
+        ([1, 1, beaten], 2, False),
+    ):
+        found = _failure(rows, outcomes)
+        expected = None if first is None else (rows[first], outcomes[first], is_partial)
+        assert found == expected
 
 
 def test_an_export_that_fails_leaves_the_file(filled: Cli) -> None:
