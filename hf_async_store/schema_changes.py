@@ -4,7 +4,8 @@ Stored values are read as they are: one that does not fit its declared type stay
 type, and is only counted here. The changes have these kinds:
 
 - "collection", "field", "index", "expiry": the store does not remember it, or remembers it differently.
-- "key": the store remembers another key. It is refused: the entities have their ids in that field.
+- "key": the store remembers another key. It is refused: the entities have their ids in that field. Until
+  it is corrected, only the recorded declarations are compared.
 - "values": stored values that do not fit the declared type. They stay.
 - "form": timestamps in another form than the fixed one. They are rewritten.
 - "required": entities in which a required field is missing or null. It is refused.
@@ -42,6 +43,8 @@ REFUSED: Final = frozenset({"key", "required", "unique"})
 """The kinds of changes that `apply` refuses."""
 
 _MAX_SHOWN: Final = 5
+_MAX_VALUE: Final = 60
+"""Maximum length of a value that a change shows."""
 _MAX_KNOWN_PARENTS: Final = 50_000
 
 _EFFECTS: Final = {
@@ -63,7 +66,10 @@ async def compared(engine: Engine, schema: Schema) -> list[SchemaChange]:
     Raises:
         CorruptionError: the recorded declarations are invalid.
     """
-    changes = [*unrecorded(await engine.declarations(), schema), *await engine.schema_changes()]
+    changes = list(unrecorded(await engine.declarations(), schema))
+    if any(each.kind == "key" for each in changes):
+        return changes  # engines that create tables can read nothing by this declaration
+    changes += await engine.schema_changes()
     unenforced = await engine.unenforced()
     changes += [_unenforced(name, index) for name, index in unenforced]
     # The ids of their entities are in another field.
@@ -212,10 +218,15 @@ def _described(field: Field) -> str:
 
 
 class _Offenders(msgspec.Struct):
-    """Entities that have the same disagreement with one field; `ids` are the first."""
+    """Entities that have the same disagreement with one field; `ids` are the first.
+
+    Attributes:
+        same: of a unique index, two entities with the same values, in words.
+    """
 
     count: int = 0
     ids: list[str] = []
+    same: str = ""
 
     def add(self, entity_id: str) -> None:
         self.count += 1
@@ -242,8 +253,10 @@ class _Found:
         """Add a disagreement with a field or an index."""
         self._add(name, kind, self._collection.id_of(entity))
 
-    def _add(self, name: str, kind: str, entity_id: str) -> None:
-        self._offenders.setdefault((name, kind), _Offenders()).add(entity_id)
+    def _add(self, name: str, kind: str, entity_id: str) -> _Offenders:
+        offenders = self._offenders.setdefault((name, kind), _Offenders())
+        offenders.add(entity_id)
+        return offenders
 
     def _compare(self, name: str, fields: tuple[str, ...], entity: Entity, entity_id: str) -> None:
         try:
@@ -256,8 +269,12 @@ class _Found:
         owner = self._owners.setdefault((name, value), entity_id)
         if owner != entity_id:
             # The owner is listed once.
-            for each in (owner, entity_id) if owner else (entity_id,):
-                self._add(name, "unique", each)
+            if owner:
+                self._add(name, "unique", owner)
+            offenders = self._add(name, "unique", entity_id)
+            if owner and not offenders.same:
+                values = ", ".join(f"{each} {_shown(entity[each])}" for each in fields)
+                offenders.same = f"; {owner!r} and {entity_id!r} both have {values}"
             self._owners[name, value] = ""
 
     def changes(self) -> list[SchemaChange]:
@@ -268,11 +285,16 @@ class _Found:
                 collection.name,
                 name,
                 _effect(kind, each.count, collection.fields.get(name))
-                + f"; the first: {', '.join(map(repr, each.ids))}",
+                + f"; the first: {', '.join(map(repr, each.ids))}{each.same}",
                 blocking=kind == "unique",
             )
             for (name, kind), each in sorted(self._offenders.items())
         ]
+
+
+def _shown(value: Value) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
 
 
 def _effect(kind: str, count: int, field: Field | None) -> str:

@@ -26,13 +26,12 @@ def init(arguments: Namespace) -> int:
         if named_collections(arguments, [context.config]) is not None:
             # Else the store would remember them only from its first write on.
             await store.engine.remember(context.schema.values())
+        location = context.location()
         if isinstance(context.config.options, JSONConfig):
             action = f"created {', '.join(files)}" if files else "exists already, nothing to do"
-            location = context.location()
             output.result(arguments, {"store": location, "created": files}, f"{location}: {action}")
         else:
-            engine = store.capabilities.engine
-            output.result(arguments, {"store": engine, "ready": True}, f"{engine}: ready")
+            output.result(arguments, {"store": location, "ready": True}, f"{location}: ready")
         return 0
 
     return context.run(work)

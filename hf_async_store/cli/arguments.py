@@ -114,7 +114,13 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     parser = parser_of(name, command)
     words = arguments.words
     del arguments.words
-    arguments = parser.parse_intermixed_args(words, arguments)
+    if name == "completion" and "--" in words:
+        # Another -- after this one is a word to complete, which argparse would drop.
+        end = words.index("--")
+        arguments = parser.parse_intermixed_args(words[:end], arguments)
+        arguments.words = words[end + 1 :]
+    else:
+        arguments = parser.parse_intermixed_args(words, arguments)
     for option, instead in command.refused.items():
         if getattr(arguments, option) is not None:
             raise InvalidInputError(f"{name} does not take --{option}: {instead}")
@@ -390,6 +396,7 @@ _UPDATE: Final = (
         "FIELD=VALUE | JSON",
         "the fields to set, or one JSON object with them",
         nargs="*",
+        default=[],
     ),
     _repeatable("--remove", "FIELD", "remove a field; may be repeated"),
     _EXPECTED_VERSION,
@@ -554,7 +561,7 @@ _CLAIMS: Final = (
     _argument(
         "collection", "COLLECTION", "the collection of the entities, or hf_locks: the named locks"
     ),
-    _argument("ids", "ID", "break: the ids of the entities", nargs="*"),
+    _argument("ids", "ID", "break: the ids of the entities", nargs="*", default=[]),
 )
 _VERIFY: Final = (
     _argument("backup", "BACKUP", "a portable backup file, made by `backup`", nargs="?"),
@@ -728,10 +735,11 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "describes the format; the first line of a CSV file names the columns. Names that are not\n"
         "declared become fields, too; their cells are text if they are not JSON.\n\n"
         "A row that is not valid, or whose entity exists, is refused and reported with its line; the\n"
-        "others are imported. The versions of the file are ignored, unless --keep-versions is given.\n"
-        "--dry-run does not check references.\n\n"
-        "Ctrl-C ends the import after the batch that is being written, and the command says how to go\n"
-        "on; a second Ctrl-C ends it at once.\n\n"
+        "others are imported. A quote that is not closed ends the import of a CSV file. The versions of\n"
+        "the file are ignored, unless --keep-versions is given. --dry-run does not check references.\n\n"
+        "If the store fails, the import ends, and rows that were not written are not counted as refused.\n"
+        "Ctrl-C ends it after the batch that is being written, a second Ctrl-C at once. The command then\n"
+        "says how to go on.\n\n"
         f"  {PROGRAM} import machines machines.csv --format csv --dry-run\n"
         f"  {PROGRAM} import machines hosts.csv --format csv --key hostname --update\n"
         f"  {PROGRAM} export machines --format jsonl | \\\n"
@@ -781,7 +789,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         f"{_CLI}.schema_command:schema",
         _SCHEMA,
         "  plan   show what differs, and what `apply` does about it; nothing is changed\n"
-        "  apply  do it, while other programs read and write; then show what remains\n"
+        "  apply  do it, while other programs read and write; say on stderr what was applied, then\n"
+        "         show what remains\n"
         "  check  as plan; if anything differs, the exit code is 3\n\n"
         "Queries are right without `apply`, and may be slower. It may be interrupted and run again. If\n"
         "required values are missing, nothing is changed, and the first entities are named. Values that\n"
@@ -814,9 +823,10 @@ COMMANDS: Final[Mapping[str, Command]] = {
         (_flag("--read-only", "`store` has no methods that write, as a protection from mistakes"),),
         "`store` is the opened store, and all names of hf_async_store are imported. Statements may\n"
         "contain `await`. Ctrl-C ends the statement, Ctrl-D the shell. The history is kept in\n"
-        "$XDG_STATE_HOME/hf-async-store/shell_history (~/.local/state). If stdin is not a terminal, its\n"
-        "statements are run until one fails. A statement without `await` runs outside of the event loop.\n"
-        "--timeout is not used.\n\n"
+        "$XDG_STATE_HOME/hf-async-store/shell_history (~/.local/state). If stdin is not a terminal, it is\n"
+        "read to its end as one Python file, whose statements are run until one fails. If it is not valid\n"
+        "Python, nothing is run. A statement without `await` runs outside of the event loop. --timeout is\n"
+        "not used.\n\n"
         f"  {PROGRAM} shell\n"
         f"  {PROGRAM} shell --read-only <<< 'await store.count_entities(\"machines\")'\n",
     ),
@@ -838,8 +848,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "longest time. Besides: named locks, sizes, connections, and what `health` reports, every 30\n"
         "seconds. `slow here` are queries of this command itself: programs report their own by\n"
         "`health()`. q or Ctrl-C ends it. If stdout is not a terminal, or with --json, each look is a\n"
-        "line of JSON. --timeout is that of one look. With --once, the exit code is 4 if there is a\n"
-        "problem.\n\n"
+        "line of JSON. A look that fails is shown, as a line with `error`, and the next one follows.\n"
+        "--timeout is that of one look. With --once, the exit code is 4 if there is a problem.\n\n"
         f"  {PROGRAM} top\n"
         f"  {PROGRAM} top --once --json --interval 10\n",
     ),
@@ -859,6 +869,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
                 "WORD",
                 "words: those typed so far, the last of which may be empty",
                 nargs="*",
+                default=[],
             ),
         ),
         "Commands, options, their choices and collections are completed. Collections are those that the\n"

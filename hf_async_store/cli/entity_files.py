@@ -12,12 +12,13 @@ JSON object of the fields that are not declared. A cell is JSON, with three exce
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple, Self
 
 import msgspec
 
 from hf_async_store.cli.filter_syntax import value_of
+from hf_async_store.cli.output import PROGRAM
 from hf_async_store.errors import InvalidInputError
 from hf_async_store.json_input import decode_json
 from hf_async_store.values import VERSION
@@ -34,7 +35,11 @@ _OTHER_FIELDS: Final = "*"
 _MAX_LINE_BYTES: Final = 1 << 23
 """More than any entity needs in either format."""
 
+_MAX_NAMES: Final = 20
+"""Maximum number of columns that an error names."""
+
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_GZIP: Final = b"\x1f\x8b"
 _UNSET: Final = object()
 _encode: Final = msgspec.json.encode
 
@@ -140,35 +145,44 @@ def rows_of(
         InvalidInputError: the file has no header, or cannot be read on.
     """
     read: Callable[..., Iterator[Row]] = _csv_rows if form == "csv" else _json_rows
-    return read(stream, collection, source, _renaming(key or collection.key, collection.key))
+    return read(stream, collection, source, _KeyName(key or collection.key, collection.key))
 
 
-def _renaming(key: str, own: str) -> Callable[[str], str]:
-    def rename(name: str) -> str:
-        if name == own != key:
-            raise InvalidInputError(f"--key {key}: there is a field {own}, too")
-        return own if name == key else name
+class _KeyName(NamedTuple):
+    """The name of the field that holds the id: in the file, and in the collection."""
 
-    return rename
+    given: str
+    own: str
+
+    def renamed(self, name: str) -> str:
+        """The name in the collection of a field of the file."""
+        if name == self.own != self.given:
+            raise InvalidInputError(f"--key {self.given}: there is a field {self.own}, too")
+        return self.own if name == self.given else name
 
 
 def _lines(stream: BinaryIO, source: str) -> Iterator[bytes]:
     for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE_BYTES + 1), b""), 1):
+        if number == 1 and line.startswith(_GZIP):
+            raise InvalidInputError(
+                f"{source} is compressed with gzip: decompress it, for example with `zcat FILE | "
+                f"{PROGRAM} import COLLECTION - --format ...`"
+            )
         if len(line) > _MAX_LINE_BYTES:
             raise InvalidInputError(f"{source}, line {number}: the line is too long")
         yield line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
 
 
 def _json_rows(
-    stream: BinaryIO, collection: Collection, source: str, rename: Callable[[str], str]
+    stream: BinaryIO, collection: Collection, source: str, key: _KeyName
 ) -> Iterator[Row]:
     for number, line in enumerate(_lines(stream, source), 1):
         if line.strip():
-            yield Row(number, number, _json_entity(line.rstrip(), source, number, rename))
+            yield Row(number, number, _json_entity(line.rstrip(), source, number, key))
 
 
 def _json_entity(
-    line: bytes, source: str, number: int, rename: Callable[[str], str]
+    line: bytes, source: str, number: int, key: _KeyName
 ) -> Entity | InvalidInputError:
     value, problem = decode_json(line, source, number)
     if problem is not None:
@@ -176,62 +190,111 @@ def _json_entity(
     where = _position(source, number)
     if not isinstance(value, dict):
         return InvalidInputError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    if key.given != key.own and key.given not in value:
+        return InvalidInputError(f"{where}: there is no field {key.given!r}, which --key names")
     try:
-        return {rename(name): each for name, each in value.items()}
+        return {key.renamed(name): each for name, each in value.items()}
     except InvalidInputError as exc:
         return exc.at(where)
 
 
 def _csv_rows(
-    stream: BinaryIO, collection: Collection, source: str, rename: Callable[[str], str]
+    stream: BinaryIO, collection: Collection, source: str, key: _KeyName
 ) -> Iterator[Row]:
     csv.field_size_limit(_MAX_LINE_BYTES)
-    reader = csv.reader(_texts(_lines(stream, source), source), strict=True)
+    texts = _Texts(_lines(stream, source))
+    reader = csv.reader(texts, strict=True)
     header: _Header | None = None
     while True:
         line = reader.line_num + 1
+        texts.begin_row()
         try:
             cells = next(reader, None)
         except csv.Error as exc:
-            raise InvalidInputError(f"{_position(source, line)}: {exc}") from exc
+            # Where the next row begins is not known: the rest of the line may contain an open quote.
+            where = _position(source, line)
+            raise InvalidInputError(f"{where}: {exc}{texts.open_quote(line)}") from exc
         if cells is None:
             break
         if not cells:
             continue
-        if header is None:
-            header = _header_of(cells, collection, _position(source, line), rename)
-            continue
-        yield Row(line, reader.line_num, header.entity(cells, _position(source, line)))
+        where = _position(source, line)
+        invalid = None if texts.are_valid else InvalidInputError(f"{where}: not UTF-8")
+        if header is not None:
+            yield Row(line, reader.line_num, invalid or header.entity(cells, where))
+        elif invalid is not None:
+            raise invalid
+        else:
+            header = _header_of(cells, collection, where, key)
     if header is None:
         raise InvalidInputError(f"{source}: the first line must contain the names of the columns")
 
 
-def _texts(lines: Iterable[bytes], source: str) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
+class _Texts:
+    """The lines of a CSV file as text.
+
+    Bytes that are not UTF-8 are replaced, and refuse their row: quotes, commas and line breaks, which end a
+    row, are the same bytes in every encoding that extends ASCII.
+
+    Attributes:
+        are_valid: whether all lines of the row that is read are UTF-8.
+    """
+
+    def __init__(self, lines: Iterator[bytes]) -> None:
+        self._lines = lines
+        self._row: list[str] = []
+        self.are_valid = True
+
+    def begin_row(self) -> None:
+        self._row.clear()
+        self.are_valid = True
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines, None)
+        if line is None:
+            self._row.append("")
+            raise StopIteration
         try:
-            yield line.decode()
-        except UnicodeDecodeError as exc:
-            raise InvalidInputError(f"{_position(source, number)}: not UTF-8") from exc
+            text = line.decode()
+        except UnicodeDecodeError:
+            text = line.decode(errors="replace")
+            self.are_valid = False
+        self._row.append(text)
+        return text
+
+    def open_quote(self, line: int) -> str:
+        """Where a quote was opened that was still open at the end of the last line but one.
+
+        Args:
+            line: where the row begins.
+        """
+        opened: int | None = None
+        for number, text in enumerate(self._row[:-1], line):
+            if text.count('"') % 2:
+                opened = number if opened is None else None
+        return "" if opened is None else f"; the quote opened in line {opened} is not closed there"
 
 
 def _position(source: str, line: int) -> str:
     return f"{source}, line {line}"
 
 
-def _header_of(
-    cells: Sequence[str], collection: Collection, where: str, rename: Callable[[str], str]
-) -> _Header:
+def _header_of(cells: Sequence[str], collection: Collection, where: str, key: _KeyName) -> _Header:
     try:
-        names = [rename(each) for each in cells]
+        names = [key.renamed(each) for each in cells]
     except InvalidInputError as exc:
         raise exc.at(where) from exc
     twice = sorted({each for each in names if names.count(each) > 1})
     if twice:
         raise InvalidInputError(f"{where}: the column {twice[0]!r} is there twice")
     if collection.key not in names:
+        found = ", ".join(map(repr, cells[:_MAX_NAMES])) + (", ..." if cells[_MAX_NAMES:] else "")
         raise InvalidInputError(
-            f"{where}: there is no column {collection.key!r}; the first line must contain the names of "
-            "the columns, and --key names the one that holds the id"
+            f"{where}: there is no column {key.given!r}, only {found}; the first line must contain the "
+            "names of the columns, separated by commas, and --key names the one that holds the id"
         )
     return _Header({name: _type_of(name, collection) for name in names})
 
@@ -257,6 +320,10 @@ class _Header(NamedTuple):
             if name == _OTHER_FIELDS:
                 if not isinstance(value, dict):
                     return InvalidInputError(f"{where}: the column * takes a JSON object")
+                if twice := sorted((value.keys() & self.types.keys()) - {_OTHER_FIELDS}):
+                    return InvalidInputError(
+                        f"{where}: the column * contains {twice[0]!r}, which has a column of its own"
+                    )
                 entity.update(value)
             else:
                 entity[name] = value

@@ -47,8 +47,8 @@ class Bars:
         if self._bars is not None:
             self._bars.stop()
 
-    def advance(self, what: str, count: int = 0) -> None:
-        """Report that `count` more entities of the work `what` are done.
+    def advance(self, what: str, count: int = 0, note: str = "") -> None:
+        """Report that `count` more entities of the work `what` are done; the note is shown with it.
 
         The rate counts from the first report: what that one includes was done before, maybe by an earlier
         run that is resumed.
@@ -59,10 +59,11 @@ class Bars:
         if self._bars is not None:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=self._totals.get(what))
-            self._bars.advance(self._tasks[what], count)
+            shown = f"{what} ({note})" if note else what
+            self._bars.update(self._tasks[what], advance=count, description=shown)
         elif now - self._last_line >= _LINE_SECONDS:
             self._last_line = now
-            output.log_line(self._line(what, now))
+            output.log_line(self._line(what, now) + (f", {note}" if note else ""))
 
     def _line(self, what: str, now: float) -> str:
         done, total = self._done[what], self._totals.get(what)

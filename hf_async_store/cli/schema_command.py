@@ -79,7 +79,10 @@ async def _apply(store: StorageStrategy, transforms: Transforms | None, *, compl
             bars.advance(what, count - done.get(what, 0))
             done[what] = count
 
-        return await store.apply_schema(progress, complete, transforms)
+        transformed = await store.apply_schema(progress, complete, transforms)
+    # Not on stdout, on which is what remains.
+    output.log_line(f"applied: {', '.join(done)}" if done else "applied: nothing was missing")
+    return transformed
 
 
 def _title(change: SchemaChange) -> str:

@@ -4,6 +4,7 @@ The prompt runs in the main thread, and statements with `await` in the event loo
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import asyncio
@@ -58,6 +59,7 @@ _READING: Final = frozenset(
         "sum_of",
         "undeclared",
         "wait_for",
+        "watch",
     }
 )
 """The methods of a store that never write."""
@@ -147,12 +149,30 @@ class _Prompt(code.InteractiveConsole):
             sys.displayhook = hook
 
     def _run_input(self) -> None:
-        """Run statements that are not typed; an error ends them."""
-        for line in sys.stdin:
-            self.push(line.rstrip("\n"))
+        """Run the statements of a file; an error ends them.
+
+        All are compiled before the first one runs. As at the prompt, an empty line would end a block, and
+        half of a transaction would be committed.
+        """
+        try:
+            statements = self._statements(sys.stdin.buffer.read())
+        except (SyntaxError, ValueError, OverflowError) as exc:
+            self.showsyntaxerror(self.filename)
+            raise InvalidInputError("the input is not valid Python; nothing was run") from exc
+        for each in statements:
+            self.runcode(each)
             if self._failed:
                 raise InvalidInputError("the statement failed; those after it are not run")
-        self.push("")
+
+    def _statements(self, source: bytes) -> list[CodeType]:
+        """The code of each statement of a file, which shows the values of expressions."""
+        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        whole = compile(source, self.filename, "exec", flags, dont_inherit=True)
+        flags |= whole.co_flags & __future__.annotations.compiler_flag
+        return [
+            compile(ast.Interactive([each]), self.filename, "single", flags, dont_inherit=True)
+            for each in ast.parse(source, self.filename).body
+        ]
 
     def runcode(self, code: CodeType) -> None:
         """Run one statement; its exceptions are shown."""
@@ -161,6 +181,8 @@ class _Prompt(code.InteractiveConsole):
         except SystemExit:
             raise
         except KeyboardInterrupt:
+            if not _is_interactive():
+                raise
             self.write("\nKeyboardInterrupt\n")
         except StorageError as exc:
             self._failed = True

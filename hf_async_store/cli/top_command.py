@@ -18,6 +18,7 @@ from hf_async_store.cli.context import Context
 from hf_async_store.cli.exit_codes import STORAGE, sentence
 from hf_async_store.errors import StorageError
 from hf_async_store.repository import operation_timeout
+from hf_async_store.values import utc_now
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -64,15 +65,31 @@ class Sample(msgspec.Struct, frozen=True):
     """What is seen of a store at one moment.
 
     Attributes:
+        time: when it was taken, by the clock of this machine.
         seconds: since the sample before, the time to which the rates refer.
         locks: the named locks and permits that are held.
         health: the last report of `health`.
+        health_seconds: how long ago `health` was called.
     """
 
+    time: str
     seconds: float
     collections: dict[str, CollectionFigures]
     locks: list[str]
     health: dict[str, Any]
+    health_seconds: float
+
+
+class FailedSample(msgspec.Struct, frozen=True):
+    """A look at a store that failed.
+
+    Attributes:
+        time: as in `Sample`.
+        error: why.
+    """
+
+    time: str
+    error: str
 
 
 def top(arguments: Namespace) -> int:
@@ -161,8 +178,9 @@ class _Observer:
     async def sample(self) -> Sample:
         """What is seen now; rates refer to the time since the sample before."""
         now = time.monotonic()
-        if now - self._health_at >= _HEALTH_SECONDS:
-            self._health, self._health_at = await self._store.health(), now
+        health_at, self._health_at = self._health_at, float("-inf")  # asked again after a failure
+        if now - health_at >= _HEALTH_SECONDS:
+            self._health, health_at = await self._store.health(), now
         counts = {each: await self._store.count_entities(each) for each in self._store.collections}
         claims = {each: await self._claims(each) for each in self._store.collections}
         locks = await self._claims(LOCKS)
@@ -175,8 +193,15 @@ class _Observer:
             (name, each.id, each.token) for name, found in claims.items() for each in found or ()
         }
         self._first_seen = {key: at for key, at in self._first_seen.items() if key in held}
-        self._counts, self._last = counts, now
-        return Sample(round(seconds, 3), figures, [each.id for each in locks or ()], self._health)
+        self._counts, self._last, self._health_at = counts, now, health_at
+        return Sample(
+            utc_now(),
+            round(seconds, 3),
+            figures,
+            [each.id for each in locks or ()],
+            self._health,
+            round(now - health_at, 1),
+        )
 
     async def _claims(self, collection: str) -> list[ClaimInfo] | None:
         """The claims that are held; None if the engine has none."""
@@ -235,22 +260,29 @@ class _View:
         """Show samples until the caller cancels it, or the key q was typed."""
         if not output.for_people(self._context.arguments):
             while True:
-                output.json_line(await self._sample())
+                output.json_line(await self._sample_or_failure())
                 output.flush()
                 await asyncio.sleep(self._interval)
         from rich.live import Live
         from rich.text import Text
 
         with _keys(leave), Live(Text("..."), screen=True, auto_refresh=False) as live:
-            sample: Sample | None = None
+            last: Sample | None = None
             while True:
-                problem = None
-                try:
-                    sample = await self._sample()
-                except StorageError as exc:
-                    problem = sentence(exc)  # shown, because the store may come back
-                live.update(_rendered(self._context.location(), sample, problem), refresh=True)
+                sample = await self._sample_or_failure()
+                if isinstance(sample, Sample):
+                    last, problem = sample, None
+                else:
+                    problem = sample.error
+                live.update(_rendered(self._context.location(), last, problem), refresh=True)
                 await asyncio.sleep(self._interval)
+
+    async def _sample_or_failure(self) -> Sample | FailedSample:
+        """What is seen now; a failure does not end the command, because the store may come back."""
+        try:
+            return await self._sample()
+        except StorageError as exc:
+            return FailedSample(utc_now(), sentence(exc))
 
     async def _sample(self) -> Sample:
         async with operation_timeout(self._context.arguments.timeout):
@@ -290,26 +322,35 @@ def _keys(leave: asyncio.Event) -> Iterator[None]:
 
 
 def _rendered(location: str, sample: Sample | None, problem: str | None) -> RenderableType:
+    """The screen.
+
+    Args:
+        sample: the last one that was taken.
+        problem: why there is none of this moment.
+    """
     from rich.console import Group
     from rich.text import Text
 
     title = Text(f"{output.printable(location)}   {time.strftime('%H:%M:%S')}", "bold")
     parts: list[RenderableType] = [title]
+    style = "" if problem is None else "dim"
     if problem is not None:
         parts.append(Text(output.printable(problem), "red"))
+        if sample is not None:
+            parts.append(Text(f"what follows is not current: it was seen at {sample.time}", "red"))
     if sample is not None:
-        parts += [Text(""), _table(sample), Text("")]
-        parts += [Text(output.printable(each)) for each in _lines(sample)]
+        parts += [Text(""), _table(sample, style), Text("")]
+        parts += [Text(output.printable(each), style) for each in _lines(sample)]
         problems = sample.health["problems"]
         parts += [Text(output.printable(f"problem: {each}"), "red") for each in problems]
     return Group(*parts)
 
 
-def _table(sample: Sample) -> RenderableType:
+def _table(sample: Sample, style: str) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, style=style)
     table.add_column("collection")
     for heading in ("entities", "entities/s", "changes/s", "claims"):
         table.add_column(heading, justify="right")
@@ -323,7 +364,7 @@ def _table(sample: Sample) -> RenderableType:
         if each.oldest_claim is not None:
             oldest = output.printable(f"{each.oldest_claim} ({each.oldest_claim_seconds:,.0f} s)")
         cells = (f"{each.entities:,}", f"{each.entities_per_second:+,.1f}", changes, claims, oldest)
-        table.add_row(name, *map(Text, cells))
+        table.add_row(name, *map(Text, cells), style=style)
     return table
 
 
@@ -332,6 +373,7 @@ def _lines(sample: Sample) -> Iterator[str]:
     health = sample.health
     if sample.locks:
         yield f"locks held: {', '.join(sample.locks)}"
+    yield f"health, checked {sample.health_seconds:,.0f} s ago:"
     sizes = dict(_sizes(health))
     if sizes:
         yield "bytes: " + ", ".join(f"{name} {number:,}" for name, number in sizes.items())

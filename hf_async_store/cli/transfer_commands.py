@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, Self, cast
 
 import msgspec
 
@@ -176,6 +176,20 @@ class _Interruption:
             raise KeyboardInterrupt
 
 
+class _Failure(NamedTuple):
+    """A failure of the store, which ends an import: it says nothing about the rows that it left.
+
+    Attributes:
+        row: the first row that was not written.
+        error: what happened.
+        is_partial: rows after it may have been written, or it itself.
+    """
+
+    row: Row
+    error: StorageError
+    is_partial: bool
+
+
 class _Import:
     """Writes the rows of a file into a collection, batch by batch."""
 
@@ -188,10 +202,12 @@ class _Import:
         self._source = source
         self._rows = rows
         self._counts = _Counts()
-        self._done_to = 0  # the last line of the last batch that was completed
+        self._done_to = self._arguments.from_line - 1  # every row up to this line is decided
+        self._last_row = 0  # the line in which the last row that was read ends
         self._next: Row | None = None  # it begins the next batch
         self._code = 0
-        self._store_failed = False
+        self._failure: _Failure | None = None
+        self._unreadable: InvalidInputError | None = None  # the file, after the rows that were read
 
     def run(self) -> int:
         """Import all rows; returns the exit code."""
@@ -206,36 +222,51 @@ class _Import:
             try:
                 while batch := self._batch(interruption):
                     await self._write_all(store, batch)
+                    if self._failure is not None:
+                        break
                     self._done_to = batch[-1].end
-                    bars.advance(what, len(batch))
-                    if interruption.requested or self._store_failed:
+                    bars.advance(what, len(batch), self._refusals())
+                    if interruption.requested:
                         break
             except InvalidInputError:  # the file cannot be read on
-                if self._done_to:
+                self._summarize()
+                if self._counts != _Counts():
                     self._log_place()
                 raise
             except (asyncio.CancelledError, StorageError):
-                self._log_place(unknown=True)
+                self._summarize()
+                self._log_place(is_partial=True)
                 raise
         return self._finish(interrupted=interruption.requested)
+
+    def _refusals(self) -> str:
+        return f"{self._counts.refused:,} refused" if self._counts.refused else ""
 
     # -- reading -----------------------------------------------------------------------------
 
     def _batch(self, interruption: _Interruption) -> list[Row]:
-        """The next rows; empty at the end of the file, or if Ctrl-C was pressed."""
+        """The next rows; empty at the end of the file, or if Ctrl-C was pressed.
+
+        Raises:
+            InvalidInputError: the file cannot be read on; the rows before that place were returned.
+        """
         interruption.is_reading = True
         try:
-            return list(islice(self._distinct(), _BATCH_SIZE))
+            rows = list(islice(self._distinct(), _BATCH_SIZE))
         except KeyboardInterrupt:
             return []
         finally:
             interruption.is_reading = False
+        if not rows and self._unreadable is not None:
+            raise self._unreadable
+        return rows
 
     def _distinct(self) -> Iterator[Row]:
         """Rows up to the first one with an id that was there before, so that each row is decided alone."""
         seen = set()
-        while (row := self._next or next(self._rows, None)) is not None:
+        while (row := self._next or self._read()) is not None:
             self._next = None
+            self._last_row = row.end
             if row.line < self._arguments.from_line:
                 continue
             if not isinstance(row.entity, InvalidInputError):
@@ -246,6 +277,14 @@ class _Import:
                         return
                     seen.add(entity_id)
             yield row
+
+    def _read(self) -> Row | None:
+        """The next row; None at the end, or where the file cannot be read on."""
+        try:
+            return next(self._rows, None)
+        except InvalidInputError as exc:
+            self._unreadable = exc
+            return None
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -271,11 +310,14 @@ class _Import:
             if len(rows) > 1:
                 middle = len(rows) // 2
                 await self._write(store, rows[:middle])
-                await self._write(store, rows[middle:])
+                if self._failure is None:
+                    await self._write(store, rows[middle:])
                 return
             outcomes = [exc]
+        self._failure = _failure(rows, outcomes)
         for row, outcome in zip(rows, outcomes, strict=True):
-            self._count(row, outcome)
+            if not _is_failure(outcome):
+                self._count(row, outcome)
 
     def _count(self, row: Row, outcome: object) -> None:
         is_skipped = outcome is False or (
@@ -291,12 +333,14 @@ class _Import:
     def _refuse(self, row: Row, error: StorageError) -> None:
         self._counts.refused += 1
         self._code = max(self._code, code_of(error))
-        self._store_failed |= code_of(error) == STORAGE
         if self._counts.refused <= _MAX_SHOWN or self._arguments.verbose:
-            where = f"{self._source}, line {row.line}"
-            # The prefix is that of a batch of this row alone.
-            text = sentence(error, _EXISTS).removeprefix("item 0: ")
-            output.log_line(text if text.startswith(where) else f"{where}: {text}")
+            self._log_error(row, error)
+
+    def _log_error(self, row: Row, error: StorageError) -> None:
+        where = f"{self._source}, line {row.line}"
+        # The prefix is that of a batch of this row alone.
+        text = sentence(error, _EXISTS).removeprefix("item 0: ")
+        output.log_line(text if text.startswith(where) else f"{where}: {text}")
 
     async def _write_entities(
         self, store: StorageStrategy, entities: Sequence[Entity]
@@ -366,35 +410,69 @@ class _Import:
 
     # -- the end -----------------------------------------------------------------------------
 
-    def _log_place(self, *, unknown: bool = False) -> None:
+    def _log_place(self, *, is_partial: bool = False) -> None:
         """Say how far the import came.
 
         Args:
-            unknown: some of the rows after the last batch may have been written, too.
+            is_partial: some of the rows after the last one that is done may have been written, too.
         """
         if self._arguments.dry_run:
             return
-        more = ", and possibly some of the next 1,000," if unknown else ""
-        skip = " --skip-existing" if unknown and self._arguments.existing is None else ""
+        more = ", and possibly some of the next 1,000," if is_partial else ""
+        skip = " --skip-existing" if is_partial and self._arguments.existing is None else ""
         output.log_line(
             f"the rows up to line {self._done_to:,} of {self._source}{more} are done; go on with "
             f"--from-line {self._done_to + 1}{skip}"
         )
 
-    def _finish(self, *, interrupted: bool) -> int:
+    def _summarize(self) -> None:
         counts = self._counts
         hidden = 0 if self._arguments.verbose else counts.refused - _MAX_SHOWN
         if hidden > 0:
             output.log_line(f"and {hidden:,} more rows were refused (--verbose shows all)")
         parts = [f"{counts.imported:,} {self._collection.name} imported"]
         parts += [f"{counts.skipped:,} exist already"] if counts.skipped else []
-        parts += [f"{counts.refused:,} refused"] if counts.refused else []
+        parts += [self._refusals()] if counts.refused else []
         begin = "dry run, nothing was written: " if self._arguments.dry_run else ""
-        done = {**msgspec.to_builtins(counts), "last_line": self._done_to}
+        done: dict[str, Any] = {**msgspec.to_builtins(counts), "last_line": self._done_to}
+        if self._arguments.dry_run:
+            done["dry_run"] = True
         output.result(self._arguments, done, begin + ", ".join(parts))
-        if interrupted or self._store_failed:
-            self._log_place()
+
+    def _finish(self, *, interrupted: bool) -> int:
+        failure, first = self._failure, self._arguments.from_line
+        if failure is not None:
+            self._done_to = failure.row.line - 1
+        elif not interrupted and first > self._last_row + 1:
+            last = f"the last row of {self._source} ends in line {self._last_row}"
+            no_row = f"there is no row in {self._source}"
+            raise InvalidInputError(f"--from-line {first}: {last if self._last_row else no_row}")
+        self._summarize()
+        if failure is not None:
+            self._log_error(failure.row, failure.error)
+            self._log_place(is_partial=failure.is_partial)
+            return code_of(failure.error)
         if interrupted:
+            self._log_place()
             output.log_line("interrupted")
             return INTERRUPTED
         return self._code
+
+
+def _failure(rows: Sequence[Row], outcomes: Sequence[object]) -> _Failure | None:
+    """The first failure of the store among the outcomes of the rows."""
+    failed = [n for n, each in enumerate(outcomes) if _is_failure(each)]
+    if not failed:
+        return None
+    errors = [cast("StorageError", outcomes[n]) for n in failed]
+    is_partial = any(each.outcome_unknown for each in errors) or any(
+        not isinstance(each, StorageError) for each in outcomes[failed[0] :]
+    )
+    return _Failure(rows[failed[0]], errors[0], is_partial)
+
+
+def _is_failure(outcome: object) -> bool:
+    """Whether the store failed, instead of having refused this row: the same row may be imported later."""
+    return isinstance(outcome, StorageError) and (
+        code_of(outcome) == STORAGE or outcome.outcome_unknown or outcome.retryable
+    )

@@ -379,6 +379,28 @@ class DeclarationContract:
             await store.apply_schema()
             assert await store.schema_changes() == []
 
+    async def test_96_another_key_declared_on_data(self, kept: Harness) -> None:
+        async with kept.store(declared(GROUP)) as store:
+            await store.save_entity("things", thing(0, size=1))
+        others = Collection("others", key="other_id")
+        key = [
+            Collection("things", key="group", fields=["thing_id"], indexes=["thing_id"]),
+            others,
+        ]
+        async with kept.store(key) as store:
+            changes = await store.schema_changes()
+            assert [(each.kind, each.collection, each.name) for each in changes] == [
+                ("key", "things", "group"),
+                ("collection", "others", ""),
+            ]
+            assert changes[0].detail == "the store knows this collection with the key 'thing_id'"
+            with pytest.raises(
+                SchemaMismatchError, match=r"nothing was .* things\.group: .*'thing_id'"
+            ):
+                await store.apply_schema()
+        async with kept.store([*declared(GROUP), others]) as store:
+            assert ids_of(await store.query_entities("things")) == ["t00"]
+
     # -- 97: interrupted, and twice at once --------------------------------------------------
 
     async def test_97_apply_schema_is_interrupted_and_repeated(self, kept: Harness) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -538,7 +539,10 @@ class UniqueIndexContract:
                 True,
             )
             assert ": 4;" in change.detail
-            assert "'t0', 't1', 't4', 't5'" in change.detail
+            assert "'t0', 't1', 't4', 't5'; '" in change.detail
+            pair = re.search(r"; '(t\d)' and '(t\d)' both have name 'x'$", change.detail)
+            assert pair is not None
+            assert {pair[1], pair[2]} < {"t0", "t1", "t4"}
             with pytest.raises(SchemaMismatchError, match=r"things\.name-index.*'t0', 't1'"):
                 await store.apply_schema(complete=True)
             assert await store.query_entities("things", order_by="thing_id") == before

@@ -57,3 +57,29 @@ def shell(
         check=False,
     )
     return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+# -- imports that fail ------------------------------------------------------------------------
+
+
+def line(number: int) -> bytes:
+    return b'{"machine_id": "m-%06d"}\n' % number
+
+
+MACHINES = b"".join(map(line, range(3500)))
+
+
+def check_failure(cli: Cli, ran: Ran, words: Sequence[str]) -> None:
+    """Assert that an import of MACHINES failed in the middle, and that going on as it says loses no row."""
+    assert ran.code == 4
+    [counts] = ran.rows
+    last = counts["last_line"]
+    assert counts == {"imported": last, "skipped": 0, "refused": 0, "last_line": last}
+    assert last < 3500
+    [error] = [each for each in ran.err.splitlines() if "stdin, line " in each]
+    assert f"stdin, line {last + 1}: " in error
+    hint = ran.err.partition("go on with ")[2].split("\n")[0].split()
+    assert hint[:2] == ["--from-line", str(last + 1)]
+    assert hint[2:] == (["--skip-existing"] if "it is unknown" in error else [])
+    assert cli(*words, *hint, stdin=MACHINES).code == 0
+    assert cli("count", "machines", "--store", words[-1]).out == "3500\n"

@@ -68,6 +68,8 @@ def test_init_of_split_and_compressed_files(cli: Cli) -> None:
 
 def test_init_of_another_engine(cli: Cli) -> None:
     assert cli("init", "--store", "memory:").rows == [{"store": "memory", "ready": True}]
+    [row] = cli("init", "--store", "sqlite:jobs.db?table_prefix=x_").rows
+    assert row == {"store": f"path {absolute('jobs.db')}, table_prefix x_", "ready": True}
 
 
 # -- health, describe, checkpoint -----------------------------------------------------------

@@ -30,3 +30,5 @@ def test_claims_are_listed_and_broken(cli: Cli, workplace: Path) -> None:
     assert cli(*store, "claims", "list", "requests").rows == []
     assert cli(*store, "claims", "break", "requests").code == 2
     assert cli(*store, "claims", "list", "nothing").code == 2
+    ran = cli(*store, "claims")
+    assert ran.message.startswith("the following arguments are required: ACTION, COLLECTION (see")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import signal
+import subprocess
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
-from command import shell
+from command import MACHINES, PROGRAM, check_failure, shell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from command import Cli
+
+    from hf_async_store_bench.servers import PostgresServer
 
 
 @pytest.fixture(params=["postgresql", "dynamodb"])
@@ -60,3 +65,47 @@ def test_an_import_there_and_an_export_back(
     [sample] = ran.rows
     assert sample["collections"]["requests"]["entities"] == 2
     assert sample["collections"]["requests"]["claims"] == 0
+
+
+def test_a_server_that_fails_loses_no_row(cli: Cli, postgres_server: PostgresServer) -> None:
+    url = postgres_server.database()
+    words = ("import", "machines", "-", "--format", "jsonl", "--store", url)
+    cli("init", "--store", url)
+    failure = "RAISE EXCEPTION 'no space' USING ERRCODE = '53100'"
+    body = f"BEGIN IF NEW.id = 'm-001700' THEN {failure}; END IF; RETURN NEW; END"
+    for each in (
+        f"CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$",
+        'CREATE TRIGGER fail BEFORE INSERT ON "machines-entities" FOR EACH ROW EXECUTE FUNCTION fail()',
+    ):
+        postgres_server.run(each, url)
+    ran = cli(*words, stdin=MACHINES)
+    postgres_server.run('DROP TRIGGER fail ON "machines-entities"', url)
+    check_failure(cli, ran, words)
+    postgres_server.drop(url)
+
+
+def test_top_goes_on_after_a_failure(cli: Cli, postgres_server: PostgresServer) -> None:
+    url = postgres_server.database()
+    name = urlsplit(url).path[1:]
+    assert cli("init", "--store", url).code == 0
+
+    def allow(how: str) -> None:
+        postgres_server.run(f"ALTER DATABASE {name} ALLOW_CONNECTIONS {how}")
+        gone = f"FROM pg_stat_activity WHERE datname = '{name}'"
+        postgres_server.run(f"SELECT pg_terminate_backend(pid, 5000) {gone}")
+
+    words = [*PROGRAM, "top", "--interval", "0.1", "--store", url]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        lines: Iterator[dict[str, Any]] = map(json.loads, process.stdout)
+        assert "error" not in next(lines)
+        allow("false")
+        failed = next(each for each in lines if "error" in each)
+        assert failed.keys() == {"time", "error"}
+        allow("true")
+        back = next(each for each in lines if "error" not in each)
+        assert back["time"] > failed["time"]
+        assert back["health"]["problems"] == []
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    postgres_server.drop(url)

@@ -42,6 +42,10 @@ def test_options_and_choices(cli: Cli) -> None:
     assert completed(cli, "export", "machines", "--format", "") == ["csv", "jsonl"]
     assert completed(cli, "--store=json:x", "schema", "") == ["apply", "check", "plan"]
     assert "--store" not in completed(cli, "migrate", "--")
+    options = completed(cli, "query", "machines", "--")
+    assert {"--limit", "--order", "--store"} <= set(options)
+    assert completed(cli, "query", "machines", "-") == [*options, "-h"]
+    assert "--version" in completed(cli, "--")
     assert completed(cli, "completion", "z") == ["zsh"]
     assert completed(cli, "get", "machines", "") == []
     assert completed(cli, "init", "") == []
@@ -79,12 +83,16 @@ def test_bash(cli: Cli, workplace: Path) -> None:
         f"{script}\nCOMP_LINE='./hf-async-store export --store json:x.json ma'; "
         "COMP_POINT=${#COMP_LINE}; _hf_async_store; echo ${COMPREPLY[@]}; "
         "COMP_LINE='./hf-async-store export m --format '; "
+        "COMP_POINT=${#COMP_LINE}; _hf_async_store; echo ${COMPREPLY[@]}; "
+        "COMP_LINE='./hf-async-store backups --'; "
         "COMP_POINT=${#COMP_LINE}; _hf_async_store; echo ${COMPREPLY[@]}; complete -p"
     )
     done = subprocess.run(
         ["bash", "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
-    assert done.stdout.splitlines()[:2] == ["machines", "csv jsonl"]
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["machines", "csv jsonl"]
+    assert lines[2].startswith("--collections --config --help --json")
     assert "-F _hf_async_store hf-async-store" in done.stdout
 
 

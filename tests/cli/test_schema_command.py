@@ -67,6 +67,10 @@ def test_plan_apply_and_check(cli: Cli) -> None:
     assert cli("schema", "check", *named("NEW")).code == 3
     ran = cli("schema", "apply", *named("NEW"), "--complete")
     assert (ran.code, [each["kind"] for each in ran.rows]) == (0, ["values"])
+    applied = ("form jobs", "field jobs.due_at", "field jobs.size", "index jobs.owner-index")
+    assert ran.message == f"applied: {', '.join(applied)}"
+    ran = cli("schema", "apply", *named("NEW"))
+    assert ran.message == "applied: nothing was missing"
     assert cli("get", "jobs", "a").rows[0]["due_at"] == "2026-01-05T00:00:00.000000Z"
     assert cli("schema", "check", *named("NEW")).code == 3
     assert cli("schema", "check", *named("NEW"), "--allow", "values").code == 0

@@ -51,7 +51,6 @@ def test_statements_of_a_pipe() -> None:
     [
         ("await store.get_entities('nothing', ['x'])", "UnknownCollectionError: "),
         ("await asyncio.sleep('x')", "TypeError: "),
-        ("1 +* 2", "SyntaxError: "),
         ("raise ValueError('x')", "ValueError: x"),
         ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
     ],
@@ -64,6 +63,62 @@ def test_an_error_ends_a_pipe(cli: Cli, line: str, message: str) -> None:
     assert err.splitlines()[-1].startswith("hf-async-store: the statement failed")
 
 
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("1 +* 2", "invalid syntax"),
+        ("def f(", "'(' was never closed"),
+        ('x = """open', "unterminated triple-quoted string"),
+        ("for each in range(3):", "expected an indented block"),
+        ("return 1", "'return' outside function"),
+        ("x = '\xff'", "can't decode byte"),
+        ("x = '\0'", "null bytes"),
+    ],
+)
+@pytest.mark.usefixtures("filled")
+def test_input_that_is_not_valid_runs_nothing(cli: Cli, end: str, message: str) -> None:
+    code, out, err = cli("shell", stdin=f"1\n{end}".encode("latin-1"))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.splitlines()[-1].endswith(": the input is not valid Python; nothing was run")
+
+
+@pytest.mark.usefixtures("filled")
+def test_ctrl_c_ends_a_pipe(cli: Cli) -> None:
+    ran = cli("shell", stdin=b"1\nraise KeyboardInterrupt\n2")
+    assert (ran.code, ran.out, ran.message) == (130, "1\n", "interrupted")
+
+
+@pytest.mark.usefixtures("filled")
+def test_empty_lines_do_not_end_a_block(cli: Cli) -> None:
+    text = """
+async with store.begin_transaction() as tx:
+    await tx.update_entity('machines', 'm-1', {'name': 'half'})
+
+    await tx.update_entity('machines', 'm-2', {'name': 'half'})
+    raise ValueError('rolled back')
+"""
+    code, _, err = cli("shell", stdin=text.encode())
+    assert code == 2
+    assert "ValueError: rolled back" in err
+    assert cli("count", "machines", "name=half").out == "0\n"
+    text = """
+def double(x: Unknown):
+    y = x
+
+    return 2 * y
+for each in range(2):
+    await asyncio.sleep(0)
+    double(each)
+'after'
+"""
+    code, out, err = cli("shell", stdin=text.encode())
+    assert (code, out) == (2, "")
+    assert "NameError: name 'Unknown' is not defined" in err
+    text = f"from __future__ import annotations\n{text}"
+    assert cli("shell", stdin=text.encode()) == (0, "0\n2\n'after'\n", "")
+
+
 @pytest.mark.usefixtures("filled")
 def test_read_only(cli: Cli) -> None:
     for verb in ("save_entity('machines', {'machine_id': 'x'})", "begin_transaction()", "close()"):
@@ -72,6 +127,8 @@ def test_read_only(cli: Cli) -> None:
         assert err.startswith(f"InvalidInputError: {verb.partition('(')[0]} could write")
     line = b"len(await store.query_entities('machines'))"
     assert cli("shell", "--read-only", stdin=line)[:2] == (0, "3\n")
+    code, _, err = cli("shell", "--read-only", stdin=b"async with store.watch('machines'): pass")
+    assert "InvalidInputError: machines is declared without feed=" in err
 
 
 class Terminal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import pty
@@ -17,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from command import PROGRAM, shell
+from rich.console import Console
 
 from hf_async_store import Collection, open_store
+from hf_async_store.cli.top_command import CollectionFigures, Sample, _rendered
+from hf_async_store.values import is_canonical_timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,8 +75,28 @@ def test_once(filled: Cli) -> None:
     assert sample["collections"]["machines"]["entities"] == 3
     assert sample["collections"]["machines"]["changes_per_second"] is None
     assert sample["seconds"] > 0
+    assert sample["health_seconds"] >= 0.01  # it was called by the first of two looks
+    assert is_canonical_timestamp(sample["time"])
     assert filled("top", "--store", "json:nope.json", "--once").code == 1
     assert filled("top", "--interval", "0").code == 2
+
+
+def test_a_screen_marks_what_is_not_current() -> None:
+    figures = CollectionFigures(3, 0.5, None, None, 1, "j-0", 2.0)
+    report = {"problems": [], "slow_queries": [], "latency_ms": 1.0}
+    sample = Sample("2026-01-05T00:00:00.000000Z", 2.0, {"jobs": figures}, [], report, 12.3)
+
+    def shown(problem: str | None) -> str:
+        screen = Console(file=io.StringIO(), width=120)
+        screen.print(_rendered("json:jobs.json", sample, problem))
+        assert isinstance(screen.file, io.StringIO)
+        return screen.file.getvalue()
+
+    assert "health, checked 12 s ago:\na test write took 1.0 ms" in shown(None)
+    assert "not current" not in shown(None)
+    assert (
+        "\ncannot read\nwhat follows is not current: it was seen at 2026-01-05T00:00:00.000000Z\n"
+    ) in shown("cannot read")
 
 
 @contextmanager

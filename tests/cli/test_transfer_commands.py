@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -12,9 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from command import PROGRAM, shell
+from command import MACHINES, PROGRAM, check_failure, line, shell
 
 from hf_async_store import open_store
+from hf_async_store.cli import progress
+from hf_async_store.cli.entity_files import Row
+from hf_async_store.cli.transfer_commands import _failure
+from hf_async_store.errors import (
+    AlreadyExistsError,
+    ConcurrencyConflictError,
+    UnavailableError,
+)
 
 if TYPE_CHECKING:
     from command import Cli
@@ -151,14 +161,29 @@ def test_refused_rows_are_named(cli: Cli) -> None:
     assert [each["request_id"] for each in cli("query", "requests").rows] == ["r-1", "r-7"]
 
 
+COMPRESSED = gzip.compress(b"{}\n")
+
+
 @pytest.mark.parametrize(
     ("form", "data", "message"),
     [
         ("csv", b"", "the first line must contain the names"),
-        ("csv", b"name\nx\n", "there is no column 'machine_id'"),
+        ("csv", b"name\nx\n", "there is no column 'machine_id', only 'name'; "),
+        (
+            "csv",
+            b"machine_id;name\nx;y\n",
+            "there is no column 'machine_id', only 'machine_id;name'",
+        ),
         ("csv", b"machine_id,machine_id\n", "is there twice"),
-        ("csv", b'machine_id\n"open\n', "line 2: unexpected end of data"),
+        (
+            "csv",
+            b'machine_id\n"open\n',
+            "line 2: unexpected end of data; the quote opened in line 2",
+        ),
+        ("csv", b"machine_id,\xff\n", "line 1: not UTF-8"),
         ("csv", b"machine_id\n\xff\n", "line 2: not UTF-8"),
+        pytest.param("csv", COMPRESSED, "stdin is compressed with gzip", id="csv-gzip"),
+        pytest.param("jsonl", COMPRESSED, "stdin is compressed with gzip", id="jsonl-gzip"),
         ("jsonl", b"{\n", "line 1, column 2: the JSON is incomplete"),
         ("jsonl", b"[]\n", "line 1: expected a JSON object, got list"),
         ("jsonl", b"{}\n", "line 1: an entity of machines needs its key field"),
@@ -169,6 +194,130 @@ def test_files_that_cannot_be_read(cli: Cli, form: str, data: bytes, message: st
     assert ran.code == 2
     assert message in ran.err
     assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_wrong_name_of_the_key(cli: Cli, form: str) -> None:
+    data = b"hostname,name\nx,y\n" if form == "csv" else b'{"hostname": "x"}\n'
+    ran = cli("import", "machines", "-", "--format", form, "--key", "hst", stdin=data)
+    assert ran.code == 2
+    assert "'hst'" in ran.err
+    assert "machine_id" not in ran.err
+
+
+def test_rows_that_are_not_utf8_are_refused(cli: Cli) -> None:
+    rows = [
+        b"machine_id,name",
+        b"m-1,one",
+        b"m-2,caf\xe9",
+        b'm-3,"two\r\nlines \xe9"',
+        b"m-4,four",
+    ]
+    ran = cli("import", "machines", "-", "--format", "csv", stdin=b"\r\n".join(rows))
+    assert ran.code == 2
+    assert ran.rows == [{"imported": 2, "skipped": 0, "refused": 2, "last_line": 6}]
+    assert [each.partition("stdin, ")[2] for each in ran.err.splitlines()[:2]] == [
+        "line 3: not UTF-8",
+        "line 4: not UTF-8",
+    ]
+
+
+def test_a_quote_that_is_not_closed_ends_an_import(cli: Cli) -> None:
+    rows = [
+        b"machine_id,name",
+        b"m-1,one",
+        b'm-2,"two\nlines"',
+        b'm-3,"open',
+        b'm-4,"four"',
+        b"m-5,",
+    ]
+    data = b"\n".join(rows)
+    ran = cli("import", "machines", "-", "--format", "csv", stdin=data)
+    assert ran.code == 2
+    # What comes before the place is imported.
+    assert ran.rows == [{"imported": 2, "skipped": 0, "refused": 0, "last_line": 4}]
+    assert (
+        "stdin, line 5: ',' expected after '\"'; the quote opened in line 5 is not closed"
+        in ran.err
+    )
+    assert "the rows up to line 4 of stdin are done; go on with --from-line 5" in ran.err
+
+
+@pytest.mark.parametrize("name", ["machine_id", "name", "hostname"])
+def test_a_field_is_in_one_column(cli: Cli, name: str) -> None:
+    data = b'hostname,name,*\nm-1,,"{""%s"": ""x""}"\n' % name.encode()
+    words = ("import", "machines", "-", "--format", "csv", "--key", "hostname")
+    ran = cli(*words, stdin=data)
+    if name == "hostname":  # of this name there is no column in the store
+        assert ran.code == 0
+        return
+    assert ran.code == 2
+    assert f"line 2: the column * contains '{name}', which has a column of its own" in ran.err
+
+
+def test_a_dry_run_says_so(cli: Cli) -> None:
+    data = b'{"machine_id": "m-1"}\n'
+    words = ("import", "machines", "-", "--format", "jsonl", "--dry-run")
+    assert cli(*words, stdin=data).rows == [
+        {"imported": 1, "skipped": 0, "refused": 0, "last_line": 1, "dry_run": True}
+    ]
+
+
+def test_the_progress_counts_refused_rows(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0)
+    data = b'{"machine_id": "m-1"}\n{}\n'
+    ran = cli("import", "machines", "-", "--format", "jsonl", stdin=data)
+    assert "hf-async-store: import machines: 2, 1 refused\n" in ran.err
+
+
+def test_a_first_line_after_the_end_is_an_error(cli: Cli) -> None:
+    data = b"".join(map(line, range(3)))
+    words = ("import", "machines", "-", "--format", "jsonl", "--from-line")
+    ran = cli(*words, "5", stdin=data)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.message == "--from-line 5: the last row of stdin ends in line 3"
+    ran = cli(*words, "2", stdin=b"")
+    assert ran.message == "--from-line 2: there is no row in stdin"
+    # All rows are done: that is where an interrupted import may go on.
+    assert cli(*words, "4", stdin=data).rows[0]["last_line"] == 3
+
+
+# -- failures of the store --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("location", "most"),
+    [("json:f.json", 150_000), ("sqlite:f.db", 100_000), ("sqlite:f.db", 1_200_000)],
+)
+def test_a_full_disk_loses_no_row(cli: Cli, location: str, most: int) -> None:
+    words = ("import", "machines", "-", "--format", "jsonl", "--store", location)
+    cli("init", "--store", location)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        ran = cli(*words, stdin=MACHINES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    check_failure(cli, ran, words)
+
+
+def test_the_first_failure_of_a_batch() -> None:
+    """Engines that decide each row alone may write rows after one that failed."""
+    rows = [Row(number, number, {}) for number in (1, 2, 3)]
+    down = UnavailableError("down")
+    lost = UnavailableError("lost", outcome_unknown=True)
+    refused = AlreadyExistsError("machines", "m")
+    beaten = ConcurrencyConflictError("overtaken", retryable=True)
+    for outcomes, first, is_partial in (
+        ([1, refused, 1], None, False),
+        ([1, down, refused], 1, False),
+        ([down, 1, refused], 0, True),
+        ([1, down, lost], 1, True),
+        ([1, 1, beaten], 2, False),
+    ):
+        found = _failure(rows, outcomes)
+        expected = None if first is None else (rows[first], outcomes[first], is_partial)
+        assert found == expected
 
 
 def test_an_export_that_fails_leaves_the_file(filled: Cli) -> None:
@@ -195,10 +344,6 @@ def test_an_export_to_a_full_disk_names_the_file(
     assert ran.code == 4
     assert ran.message.startswith("cannot write m.csv: No space left on device; ")
     assert sorted(os.listdir()) == ["data"]
-
-
-def line(number: int) -> bytes:
-    return b'{"machine_id": "m-%06d"}\n' % number
 
 
 def test_ctrl_c_leaves_whole_batches(cli: Cli) -> None:

@@ -26,6 +26,7 @@ from hf_async_store_bench.cli.demo import add_arguments, run
 from hf_async_store_bench.demo import report
 from hf_async_store_bench.demo.plan import Plan, Settings, draw_sizes, shares
 from hf_async_store_bench.demo.runner import FAILED, PASSED, run_demo
+from hf_async_store_bench.demo.verify import Invariant
 from hf_async_store_bench.demo.write_log import ProcessLog
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ async def test_three_processes_on_data_from_the_field(
     assert re.search(
         r"no change was missed by a watcher, and none came that nobody made +[1-9]", out
     )
-    assert "PASSED: all 16 invariants hold" in out
+    assert "PASSED: 16 invariants, none broken" in out
     assert digests(field_data) == before
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -266,6 +267,15 @@ async def test_a_worker_that_fails_fails_the_run(
 
 
 # -- output ----------------------------------------------------------------------------------
+
+
+def test_an_invariant_without_checks_does_not_hold() -> None:
+    shown = io.StringIO()
+    invariants = [Invariant("one", "first", 3), Invariant("two", "second")]
+    report.print_verdict(report.Screen(Console(file=shown, width=100)), invariants, None)
+    assert re.search(r"first +3 +holds", shown.getvalue())
+    assert re.search(r"second +0 +unchecked", shown.getvalue())
+    assert "PASSED: 2 invariants, none broken" in shown.getvalue()
 
 
 def test_output_on_a_terminal_has_colours_and_a_bar() -> None:

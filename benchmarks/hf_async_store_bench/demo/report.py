@@ -125,7 +125,7 @@ def print_unanswered(screen: Screen, verifier: Verifier, logs: Mapping[str, Proc
 
 def print_verdict(screen: Screen, invariants: Sequence[Invariant], kept: str | None) -> None:
     """Each invariant, what broke it, and the verdict."""
-    words = ["BROKEN" if each.failures else "holds" for each in invariants]
+    words = ["BROKEN" if i.failures else "holds" if i.checked else "unchecked" for i in invariants]
     rows = [[i.text, f"{i.checked:,}", word] for i, word in zip(invariants, words, strict=True)]
     screen.table("Invariants, checked with a newly opened store", ["", "checks", "verdict"], rows)
     for each in invariants:
@@ -135,5 +135,5 @@ def print_verdict(screen: Screen, invariants: Sequence[Invariant], kept: str | N
         if more > 0:
             screen.line(f"  {each.name}: and {more:,} more")
     broken = [each.name for each in invariants if each.failures]
-    text = f"broken: {', '.join(broken)}" if broken else f"all {len(invariants)} invariants hold"
+    text = f"broken: {', '.join(broken)}" if broken else f"{len(words)} invariants, none broken"
     screen.verdict("FAILED" if broken else "PASSED", text + (f" (kept in {kept})" if kept else ""))
