@@ -7,7 +7,6 @@ import json
 import math
 import os
 import tempfile
-import threading
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,7 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
-from hf_async_store.strategies.json.journal_writer import _AppendJob
+from hf_async_store.strategies.json.journal_writer import _AppendJob, _AppendThread
 from hf_async_store.strategies.json.recovery import parse_commit
 from hf_async_store.strategies.json.serializer import (
     CHUNK_BYTES,
@@ -684,11 +683,14 @@ def _in_small_pieces(run: Any) -> None:
 @pytest.mark.parametrize("name", ["_CTask", "_PyTask"])
 @pytest.mark.parametrize("cancels", [False, True])
 async def test_a_task_awaits_an_append_as_it_awaits_a_future(
-    tmp_path: Path, name: str, cancels: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, cancels: bool
 ) -> None:
     """What tasks call is no documented interface: this fails on a version of Python that changes it."""
     fd = os.open(tmp_path / "journal", os.O_RDWR | os.O_CREAT)
-    job = _AppendJob(fd, [b"ab", b"c"], 0, False, None)
+    appends = _AppendThread()
+    submitted: list[_AppendJob] = []
+    monkeypatch.setattr(appends, "submit", submitted.append)
+    job = _AppendJob(appends, fd, [b"ab", b"c"], 0, False, None)
     loop = asyncio.get_running_loop()
 
     async def append() -> asyncio.CancelledError | None:
@@ -701,11 +703,12 @@ async def test_a_task_awaits_an_append_as_it_awaits_a_future(
         task.cancel("stop")
         await asyncio.sleep(0)
     assert not task.done()
-    thread = threading.Thread(target=job.run)
-    thread.start()
+    assert submitted == [job]
+    monkeypatch.undo()
+    appends.submit(job)
     async with asyncio.timeout(10):
         cancelled = await task
-    thread.join()
+    appends.close()
     os.close(fd)
     assert (None if cancelled is None else cancelled.args) == (("stop",) if cancels else None)
     assert job.written

@@ -111,7 +111,7 @@ class JournalWriter:
         self._sync_commits = sync_commits
         # Not the same thread: a commit never waits for a compaction that is writing.
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="hf-async-store-json")
-        self._appends = _AppendThread()
+        self._appends: _AppendThread | None = None
         self._prepared: _PreparedJournal | None = None
 
     async def in_thread(self, call: Callable[..., Result], *args: object) -> Result:
@@ -119,7 +119,8 @@ class JournalWriter:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)
-        self._appends.close()
+        if self._appends is not None:
+            self._appends.close()
 
     # -- records -----------------------------------------------------------------------------
 
@@ -222,8 +223,8 @@ class JournalWriter:
         append = PendingAppend(images, merged, end, images_size, check)
         path = self._files.journal_path(state.generation)
         sync = self._is_synced(state, kind)
-        job = _AppendJob(_writer(state, path), data, state.offset, sync, locks)
-        self._appends.submit(job)
+        self._appends = self._appends or _AppendThread()
+        job = _AppendJob(self._appends, _writer(state, path), data, state.offset, sync, locks)
         state.appending = append
         cancelled = await job
         state.appending = None
@@ -394,7 +395,11 @@ class _AppendJob:
     task. `run_in_executor` and a shield do the same with four futures and two more iterations of the event
     loop, which is measurable in a commit of one entity.
 
+    The thread gets it when the task has stopped, just before the event loop waits: a thread that is woken
+    earlier waits again, for the interpreter lock.
+
     Args:
+        appends: the thread.
         locks: if other processes wait for the write lock, they have it before the record is synced. It is
             then read by others, and followed by theirs, before it is known to be durable. That is safe:
             a sync covers everything before it in the file, so no later commit is acknowledged without
@@ -407,19 +412,25 @@ class _AppendJob:
     """
 
     __slots__ = (
-        "_asyncio_future_blocking", "_cancelled", "_continue", "_data", "_done", "_fd", "_locks", "_loop",
-        "_offset", "_sync", "failure", "written",
+        "_appends", "_asyncio_future_blocking", "_cancelled", "_continue", "_data", "_done", "_fd",
+        "_locks", "_offset", "_sync", "failure", "written",
     )  # fmt: skip
 
     def __init__(
-        self, fd: int, data: Sequence[bytes], offset: int, sync: bool, locks: LockManager | None
+        self,
+        appends: _AppendThread,
+        fd: int,
+        data: Sequence[bytes],
+        offset: int,
+        sync: bool,
+        locks: LockManager | None,
     ) -> None:
+        self._appends = appends
         self._fd = fd
         self._data = data
         self._offset = offset
         self._sync = sync
         self._locks = locks
-        self._loop = asyncio.get_running_loop()
         self._asyncio_future_blocking = False
         self._continue: Callable[[], object] | None = None
         self._cancelled: asyncio.CancelledError | None = None
@@ -433,7 +444,8 @@ class _AppendJob:
             yield self
         return self._cancelled
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Continue the task."""
         self._done = True
         following = self._continue
         self._continue = None  # it refers to this job
@@ -442,11 +454,11 @@ class _AppendJob:
 
     # -- called by the task that awaits it ---------------------------------------------------
 
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop
+    get_loop = staticmethod(asyncio.get_running_loop)
 
     def add_done_callback(self, callback: Callable[[Any], object], *, context: Context) -> None:
         self._continue = partial(context.run, callback, self)
+        self._appends.submit(self)
 
     def cancel(self, msg: object = None) -> bool:
         self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
@@ -467,8 +479,6 @@ class _AppendJob:
                 _sync_record(self._fd)
         except BaseException as exc:  # noqa: BLE001  # raised by the commit that waits for the job
             self.failure = exc
-        with suppress(RuntimeError):  # the event loop is closed: no task waits any longer
-            self._loop.call_soon_threadsafe(self._end)
 
     def _write(self) -> None:
         end = self._offset
@@ -515,35 +525,57 @@ def _sync_record(fd: int) -> None:
 
 
 class _AppendThread:
-    """The thread that runs the appends of one store, one after another, from the first one to `close`.
+    """The thread that runs the appends of one store, one after another, until `close`.
 
-    With a `ThreadPoolExecutor`, the hand-over takes twice as long.
+    With a `ThreadPoolExecutor`, the hand-over takes twice as long. The thread tells the event loop by a
+    pipe of its own that an append has ended. After `call_soon_threadsafe`, the loop would empty its own
+    pipe just when the thread begins the next append, and both would wait for the interpreter lock.
     """
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_AppendJob | None] = SimpleQueue()
-        self._thread: Thread | None = None
+        self._running: _AppendJob | None = None
+        self._pipe = read, write = os.pipe()
+        # A daemon, as a store that is never closed must not keep the process alive.
+        name = "hf-async-store-append"
+        try:
+            Thread(target=_run_all, args=(self._jobs, write), name=name, daemon=True).start()
+        except BaseException:
+            os.close(read)
+            os.close(write)
+            raise
+        os.set_blocking(read, False)
+        # A forked child that frees the store must not take the pipe out of the selector, which it shares.
+        register_locked(read)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(read, self._end)
 
     def submit(self, job: _AppendJob) -> None:
-        if self._thread is None:
-            # A daemon, as a store that is never closed must not keep the process alive.
-            thread = Thread(
-                target=_run_all, args=(self._jobs,), name="hf-async-store-append", daemon=True
-            )
-            thread.start()  # may fail: then the next append tries again
-            self._thread = thread
+        """Begin an append. The one before it has ended."""
+        self._running = job
         self._jobs.put(job)
 
+    def _end(self) -> None:
+        os.read(self._pipe[0], 1)
+        job, self._running = self._running, None
+        if job is not None:
+            job.end()
+
     def close(self) -> None:
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread = None
+        read, write = self._pipe
+        self._loop.remove_reader(read)
+        self._jobs.put(None)
+        if self._running is None:
+            close_locked(read)
+            os.close(write)
+        # else: the event loop was closed during an append, whose end the thread is about to write.
 
 
-def _run_all(jobs: SimpleQueue[_AppendJob | None]) -> None:
+def _run_all(jobs: SimpleQueue[_AppendJob | None], ended: int) -> None:
     while (job := jobs.get()) is not None:
         job.run()
         del job  # its data may be large
+        os.write(ended, b"\0")
 
 
 async def _other_syncs(fd: int, path: str, patience: float) -> None:
