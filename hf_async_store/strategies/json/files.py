@@ -198,11 +198,13 @@ class FileManager:
             paths = self._path_names[name] = tuple(map(str, self._both_paths(name)))
         for path in paths:
             try:
-                return Signature.of(os.stat(path))  # noqa: PTH116  # called by every write
+                status = os.stat(path)  # noqa: PTH116  # called by every write
             except FileNotFoundError:
                 continue
             except OSError as exc:
                 raise translate_os_error(exc, f"check {path}") from exc
+            # Not by `Signature.of`, as every write does this for every file.
+            return Signature(status.st_size, status.st_mtime_ns, status.st_ino)
         return None
 
     def journal(self, generation: int) -> Path:

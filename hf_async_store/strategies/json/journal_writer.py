@@ -167,8 +167,8 @@ class JournalWriter:
                 written; or, with `outcome_unknown`, the record may be lost in a power failure.
         """
         fed = [name for name in self._declarations.feeds if images.get(name)]
-        unnamed = state.replaced or state.content.keys() - state.known.keys()
-        if not state.is_open or unnamed or (fed and state.feed_end is None):
+        named = not state.replaced and state.content.keys() <= state.known.keys()
+        if not state.is_open or not named or (fed and state.feed_end is None):
             await self.start_generation(state)
         payload: list[bytes] = []
         for chunk in commit_payload(images):
@@ -185,7 +185,8 @@ class JournalWriter:
             locks = self._locks if hands_on else None
             await self._append(state, kind, payload, images, merged, size, locks)
         finally:
-            await state.reclaim()
+            if merged:
+                await state.reclaim()
         if size > _LARGE_RECORD:
             await reclaim(payload)
 
@@ -218,14 +219,14 @@ class JournalWriter:
         else:
             head = header(kind, payload, size, state.sequence)
             data = [b"".join((head, *payload))]
+        self._appends = self._appends or _AppendThread()
+        sync = self._is_synced(state, kind)
+        job = _AppendJob(self._writer(state), data, state.offset, sync, locks)
+        self._appends.submit(job)
+        # The rest, for which there is time until the thread has woken.
         check = header_check(head) if kind is Kind.FED_COMMIT else None
         end = state.offset + HEADER_SIZE + size
-        append = PendingAppend(images, merged, end, images_size, check)
-        path = self._files.journal_path(state.generation)
-        sync = self._is_synced(state, kind)
-        self._appends = self._appends or _AppendThread()
-        job = _AppendJob(self._appends, _writer(state, path), data, state.offset, sync, locks)
-        state.appending = append
+        state.appending = append = PendingAppend(images, merged, end, images_size, check)
         cancelled = await job
         state.appending = None
         failure = job.failure
@@ -239,9 +240,27 @@ class JournalWriter:
         if cancelled is not None:
             raise cancelled
         if isinstance(failure, OSError):
+            path = self._files.journal_path(state.generation)
             raise _append_error(failure, path, kind, written=job.written) from failure
         if failure is not None:
             raise failure  # a programming error, or a MemoryError
+
+    def _writer(self, state: StoreState) -> int:
+        """The descriptor by which to append to the journal."""
+        if state.write_fd >= 0 and state.is_end_checked:
+            return state.write_fd
+        path = self._files.journal_path(state.generation)
+        try:
+            if state.write_fd < 0:
+                state.write_fd = register_locked(os.open(path, _OPEN))
+            if not state.is_end_checked and os.fstat(state.write_fd).st_size > state.offset:
+                # The incomplete record of an interrupted append is truncated first: readers that compare
+                # the file size must not mistake it for this record.
+                os.ftruncate(state.write_fd, state.offset)
+                log.info("removed an incomplete record, of an interrupted append, from %s", path)
+            return state.write_fd
+        except OSError as exc:
+            raise translate_os_error(exc, f"write {path}") from exc
 
     def _is_synced(self, state: StoreState, kind: Kind) -> bool:
         if kind in COMMITS:
@@ -395,11 +414,7 @@ class _AppendJob:
     task. `run_in_executor` and a shield do the same with four futures and two more iterations of the event
     loop, which is measurable in a commit of one entity.
 
-    The thread gets it when the task has stopped, just before the event loop waits: a thread that is woken
-    earlier waits again, for the interpreter lock.
-
     Args:
-        appends: the thread.
         locks: if other processes wait for the write lock, they have it before the record is synced. It is
             then read by others, and followed by theirs, before it is known to be durable. That is safe:
             a sync covers everything before it in the file, so no later commit is acknowledged without
@@ -411,42 +426,28 @@ class _AppendJob:
         failure: the error of the append, or of the sync if the record was written.
     """
 
-    __slots__ = (
-        "_appends", "_asyncio_future_blocking", "_cancelled", "_continue", "_data", "_done", "_fd",
-        "_locks", "_offset", "_sync", "failure", "written",
-    )  # fmt: skip
+    written = False
+    failure: BaseException | None = None
+    _asyncio_future_blocking = False
+    _cancelled: asyncio.CancelledError | None = None
+    _continue: Callable[[], object] | None = None
 
     def __init__(
-        self,
-        appends: _AppendThread,
-        fd: int,
-        data: Sequence[bytes],
-        offset: int,
-        sync: bool,
-        locks: LockManager | None,
+        self, fd: int, data: Sequence[bytes], offset: int, sync: bool, locks: LockManager | None
     ) -> None:
-        self._appends = appends
         self._fd = fd
         self._data = data
         self._offset = offset
         self._sync = sync
         self._locks = locks
-        self._asyncio_future_blocking = False
-        self._continue: Callable[[], object] | None = None
-        self._cancelled: asyncio.CancelledError | None = None
-        self._done = False
-        self.written = False
-        self.failure: BaseException | None = None
 
     def __await__(self) -> Generator[object, None, asyncio.CancelledError | None]:
-        if not self._done:
-            self._asyncio_future_blocking = True
-            yield self
+        self._asyncio_future_blocking = True
+        yield self
         return self._cancelled
 
     def end(self) -> None:
         """Continue the task."""
-        self._done = True
         following = self._continue
         self._continue = None  # it refers to this job
         if following is not None:
@@ -458,7 +459,6 @@ class _AppendJob:
 
     def add_done_callback(self, callback: Callable[[Any], object], *, context: Context) -> None:
         self._continue = partial(context.run, callback, self)
-        self._appends.submit(self)
 
     def cancel(self, msg: object = None) -> bool:
         self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
@@ -574,8 +574,8 @@ class _AppendThread:
 def _run_all(jobs: SimpleQueue[_AppendJob | None], ended: int) -> None:
     while (job := jobs.get()) is not None:
         job.run()
-        del job  # its data may be large
         os.write(ended, b"\0")
+        del job  # its data may be large
 
 
 async def _other_syncs(fd: int, path: str, patience: float) -> None:
@@ -587,21 +587,6 @@ async def _other_syncs(fd: int, path: str, patience: float) -> None:
                 f"another process did not end its sync of {path} in time: it may be suspended"
             )
         await asyncio.sleep(_SYNC_PAUSE)
-
-
-def _writer(state: StoreState, path: str) -> int:
-    """The descriptor by which to append to the journal."""
-    try:
-        if state.write_fd < 0:
-            state.write_fd = register_locked(os.open(path, _OPEN))
-        if not state.is_end_checked and os.fstat(state.write_fd).st_size > state.offset:
-            # The incomplete record of an interrupted append is truncated first: readers that compare
-            # the file size must not mistake it for this record.
-            os.ftruncate(state.write_fd, state.offset)
-            log.info("removed an incomplete record, of an interrupted append, from %s", path)
-        return state.write_fd
-    except OSError as exc:
-        raise translate_os_error(exc, f"write {path}") from exc
 
 
 def _append_error(failure: OSError, path: str, kind: Kind, *, written: bool) -> StorageError:
