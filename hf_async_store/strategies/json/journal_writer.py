@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -185,8 +186,7 @@ class JournalWriter:
             locks = self._locks if hands_on else None
             await self._append(state, kind, payload, images, merged, size, locks)
         finally:
-            if merged:
-                await state.reclaim()
+            await state.reclaim()
         if size > _LARGE_RECORD:
             await reclaim(payload)
 
@@ -219,10 +219,9 @@ class JournalWriter:
         else:
             head = header(kind, payload, size, state.sequence)
             data = [b"".join((head, *payload))]
-        self._appends = self._appends or _AppendThread()
         sync = self._is_synced(state, kind)
         job = _AppendJob(self._writer(state), data, state.offset, sync, locks)
-        self._appends.submit(job)
+        (self._appends or self._start()).submit(job)
         # The rest, for which there is time until the thread has woken.
         check = header_check(head) if kind is Kind.FED_COMMIT else None
         end = state.offset + HEADER_SIZE + size
@@ -244,6 +243,13 @@ class JournalWriter:
             raise _append_error(failure, path, kind, written=job.written) from failure
         if failure is not None:
             raise failure  # a programming error, or a MemoryError
+
+    def _start(self) -> _AppendThread:
+        try:
+            self._appends = _AppendThread()
+        except OSError as exc:
+            raise translate_os_error(exc, "open a pipe") from exc
+        return self._appends
 
     def _writer(self, state: StoreState) -> int:
         """The descriptor by which to append to the journal."""
@@ -534,48 +540,47 @@ class _AppendThread:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_AppendJob | None] = SimpleQueue()
-        self._running: _AppendJob | None = None
+        self._ended: deque[_AppendJob] = deque()
+        self._running = 0
         self._pipe = read, write = os.pipe()
+        self._loop = asyncio.get_running_loop()
         # A daemon, as a store that is never closed must not keep the process alive.
-        name = "hf-async-store-append"
+        thread = Thread(target=self._run, name="hf-async-store-append", daemon=True)
         try:
-            Thread(target=_run_all, args=(self._jobs, write), name=name, daemon=True).start()
+            os.set_blocking(read, False)
+            self._loop.add_reader(read, self._end)
+            thread.start()
         except BaseException:
+            self._loop.remove_reader(read)
             os.close(read)
             os.close(write)
             raise
-        os.set_blocking(read, False)
-        # A forked child that frees the store must not take the pipe out of the selector, which it shares.
-        register_locked(read)
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(read, self._end)
+        register_locked(read)  # a forked child shares the selector
 
     def submit(self, job: _AppendJob) -> None:
-        """Begin an append. The one before it has ended."""
-        self._running = job
+        self._running += 1
         self._jobs.put(job)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            self._ended.append(job)
+            del job  # its data may be large
+            os.write(self._pipe[1], b"\0")
 
     def _end(self) -> None:
         os.read(self._pipe[0], 1)
-        job, self._running = self._running, None
-        if job is not None:
-            job.end()
+        self._running -= 1
+        self._ended.popleft().end()
 
     def close(self) -> None:
         read, write = self._pipe
         self._loop.remove_reader(read)
         self._jobs.put(None)
-        if self._running is None:
+        if not self._running:
             close_locked(read)
             os.close(write)
         # else: the event loop was closed during an append, whose end the thread is about to write.
-
-
-def _run_all(jobs: SimpleQueue[_AppendJob | None], ended: int) -> None:
-    while (job := jobs.get()) is not None:
-        job.run()
-        os.write(ended, b"\0")
-        del job  # its data may be large
 
 
 async def _other_syncs(fd: int, path: str, patience: float) -> None:
