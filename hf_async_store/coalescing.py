@@ -179,8 +179,7 @@ class Coalescer(Generic[Item, Result]):
         self._beginning = threading.Lock()
         self._had_one_caller = False  # the last batch: probably the next one has one, too
         self._batches_of_lane = 0  # how many more batches of an only caller a lane runs
-        self._without_lane = asyncio.Event()  # clear while a caller runs a batch without a lane
-        self._without_lane.set()
+        self._without_lane: asyncio.Future[None] | None = None  # the end of a batch without a lane
         self.let_callers_run: Callable[[], Awaitable[None]] = partial(asyncio.sleep, 0)
         self.observer: BatchObserver[Item, Result] | None = None
 
@@ -245,13 +244,13 @@ class Coalescer(Generic[Item, Result]):
 
     async def drain(self) -> None:
         """Wait until everything that was submitted is done."""
-        while self._queue or self._running or self._waiting or not self._without_lane.is_set():
+        while self._queue or self._running or self._waiting or self._without_lane is not None:
             if self._running or self._waiting:
                 await asyncio.wait(self._running | self._waiting)
-            elif self._without_lane.is_set():
+            elif self._without_lane is None:
                 await asyncio.sleep(0)  # a lane is about to start
             else:
-                await self._without_lane.wait()
+                await asyncio.wait([self._without_lane])
 
     def _expire(self, waiter: _Waiter[Item, Result], timeout: float) -> None:
         """Fail the call with a timeout; its items whose batch has not begun are withdrawn."""
@@ -268,7 +267,7 @@ class Coalescer(Generic[Item, Result]):
             self._run_cancellable is None
             or self._start_scheduled
             or not self._is_no_lane_needed()
-            or not self._without_lane.is_set()
+            or self._without_lane is not None
             or self._busy  # of items that are blocked: others with their keys must wait
             or len(items) > self._size
         ):
@@ -285,15 +284,17 @@ class Coalescer(Generic[Item, Result]):
         self, work: Awaitable[Sequence[Result]], count: int
     ) -> list[Result | StorageError]:
         started = perf_counter()
-        self._without_lane.clear()
+        self._without_lane = ended = asyncio.get_running_loop().create_future()
         try:
             return [*await work]
         except StorageError as exc:
             await asyncio.sleep(0)  # the caller may try again at once
             return [exc.copy() for _ in range(count)]
         finally:
-            self._log_if_slow(started, count)
-            self._without_lane.set()
+            if (seconds := perf_counter() - started) >= _SLOW_SECONDS:
+                self._log_slow(seconds, count)
+            self._without_lane = None
+            ended.set_result(None)
             if self._queue:
                 self._schedule_start()
 
@@ -301,7 +302,7 @@ class Coalescer(Generic[Item, Result]):
 
     def _schedule_start(self) -> None:
         # Not at once, so that tasks that run later in this iteration of the loop join the batch.
-        is_free = len(self._running) < self._lanes and self._without_lane.is_set()
+        is_free = len(self._running) < self._lanes and self._without_lane is None
         if is_free and not self._start_scheduled:
             self._start_scheduled = True
             asyncio.get_running_loop().call_soon(self._start_lanes)
@@ -484,13 +485,12 @@ class Coalescer(Generic[Item, Result]):
             distinct = list(dict.fromkeys(callers))
             return await self.observer.run(_items(batch), distinct, partial(run, take))
         finally:
-            self._log_if_slow(started, len(_items(batch)))
+            if (seconds := perf_counter() - started) >= _SLOW_SECONDS:
+                self._log_slow(seconds, len(_items(batch)))
 
-    def _log_if_slow(self, started: float, count: int) -> None:
-        seconds = perf_counter() - started
-        if seconds >= _SLOW_SECONDS:
-            what = "commit" if self._writes else "read"
-            log.debug("a shared %s of %d took %.3f s", what, count, seconds)
+    def _log_slow(self, seconds: float, count: int) -> None:
+        what = "commit" if self._writes else "read"
+        log.debug("a shared %s of %d took %.3f s", what, count, seconds)
 
     # -- items that wait for a lock ----------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 A lock of `flock` belongs to the open file, which a child shares: it would stay locked after the process
 that locked it was killed, for as long as the child runs; and a child that unlocks it unlocks it for its
-parent.
+parent. The same holds for a pipe that an event loop watches: a child that frees the store would take it out
+of the selector of its parent.
 """
 
 from __future__ import annotations

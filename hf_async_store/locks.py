@@ -316,7 +316,8 @@ class FileLock:
             # Two attempts, because the file may have been replaced since it was opened. No more:
             # some file systems may never report the same inode number twice for one file.
             for _ in range(2):
-                fcntl.flock(self._open_file(), operation | fcntl.LOCK_NB)
+                fd = self._open_file() if self.descriptor is None else self.descriptor
+                fcntl.flock(fd, operation | fcntl.LOCK_NB)
                 if self._is_current():
                     self.held = "exclusive" if exclusive else "shared"
                     return True
@@ -348,15 +349,14 @@ class FileLock:
                 close_locked(fd)
 
     def _open_file(self) -> int:
-        if self.descriptor is None:
-            try:
-                fd = os.open(self._path, _OPEN)
-            except FileNotFoundError:
-                fd = self._create()
-            self.descriptor = register_locked(fd)
-            stat = os.fstat(self.descriptor)
-            self._identity = stat.st_dev, stat.st_ino
-        return self.descriptor
+        try:
+            fd = os.open(self._path, _OPEN)
+        except FileNotFoundError:
+            fd = self._create()
+        self.descriptor = register_locked(fd)
+        stat = os.fstat(fd)
+        self._identity = stat.st_dev, stat.st_ino
+        return fd
 
     def _create(self) -> int:
         owned = self._owned()

@@ -306,10 +306,12 @@ class Indexes(Generic[Stored]):
             values: their present values, if the caller has looked them up, which takes long if they are
                 many; None: they are looked up here.
         """
-        most = max(_MIN_BULK_CHANGES, len(self.entities) // 2) - len(changed)
         recording = [self._before] if self._built else []
         if self._before_build is not None:
             recording.append(self._before_build)
+        if not recording:
+            return
+        most = max(_MIN_BULK_CHANGES, len(self.entities) // 2) - len(changed)
         for before in recording:
             if len(before) > most:
                 self.drop()

@@ -198,7 +198,8 @@ class Table(ABC, Generic[Stored]):
         elif self._owners:
             self.garbage += [each.ids for each in self._owners.values()]
             self._owners = {}
-        current = [each for each in self._moments if each.indexes is self.indexes]
+        moments = self._moments
+        current = [each for each in moments if each.indexes is self.indexes] if moments else moments
         if merged is not None and current:
             # The views keep the old dict, and its indexes.
             self.entities = merged.entities

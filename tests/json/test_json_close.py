@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from hf_async_store import Collection, JSONStorageStrategy
-from hf_async_store.errors import StorageError, StoreClosedError
+from hf_async_store.errors import DiskFullError, StorageError, StoreClosedError
 from hf_async_store.strategies.json import (
     declarations_file,
     engine,
@@ -25,6 +26,7 @@ from hf_async_store.strategies.json import (
     journal_writer,
     recovery,
 )
+from hf_async_store.strategies.json.journal_writer import _AppendJob
 from hf_async_store.values import Key
 from tests.json.layouts import both_layouts
 from tests.json.support import open_files, open_json, reopened, temporary
@@ -376,12 +378,24 @@ async def test_a_commit_after_one_whose_thread_could_not_start(
         saving = asyncio.create_task(store.save_entity(T, {"template_id": "t-2"}))
         await asyncio.wait([saving], timeout=20)
         if not saving.done():  # it would wait for ever, also if it is cancelled
-            thread = store._json.journal._appends
-            thread._thread = None
-            job = thread._jobs.get()
-            assert job is not None
-            thread.submit(job)
+            [job] = [each for each in gc.get_objects() if type(each) is _AppendJob]
+            job.end()
             pytest.fail("the commit waits for a thread that is not there")
+    assert (await reopened(tmp_path, "single_file"))[T].keys() == {"t-2"}
+
+
+async def test_a_commit_after_one_for_which_there_were_no_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async with open_json(tmp_path, "single_file") as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pipe", fails)
+            with pytest.raises(DiskFullError):
+                await store.save_entity(T, {"template_id": "t-1"})
+        assert await store.save_entity(T, {"template_id": "t-2"}) == 1
     assert (await reopened(tmp_path, "single_file"))[T].keys() == {"t-2"}
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import tempfile
-import threading
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,7 @@ from hf_async_store.strategies.json.journal import (
     record,
     scan,
 )
-from hf_async_store.strategies.json.journal_writer import _AppendJob
+from hf_async_store.strategies.json.journal_writer import _AppendJob, _AppendThread
 from hf_async_store.strategies.json.recovery import parse_commit
 from hf_async_store.strategies.json.serializer import (
     CHUNK_BYTES,
@@ -700,13 +699,31 @@ async def test_a_task_awaits_an_append_as_it_awaits_a_future(
         task.cancel("stop")
         await asyncio.sleep(0)
     assert not task.done()
-    thread = threading.Thread(target=job.run)
-    thread.start()
+    appends = _AppendThread()
+    appends.submit(job)
     async with asyncio.timeout(10):
         await task
-    thread.join()
+    appends.close()
     os.close(fd)
     cancelled = job.cancelled
     assert (None if cancelled is None else cancelled.args) == (("stop",) if cancels else None)
     assert job.written
     assert (tmp_path / "journal").read_bytes() == b"abc"
+
+
+async def test_a_task_continues_after_its_own_append(tmp_path: Path) -> None:
+    """Also if an earlier one, whose task is gone, has not ended yet."""
+    fd = os.open(tmp_path / "journal", os.O_RDWR | os.O_CREAT)
+    appends = _AppendThread()
+
+    async def append(number: int) -> bool:
+        job = _AppendJob(fd, [b"%d" % number] * 50, 50 * number, False, None)
+        appends.submit(job)
+        await job
+        return job.written
+
+    async with asyncio.timeout(10):
+        assert all(await asyncio.gather(*map(append, range(10))))
+    appends.close()
+    os.close(fd)
+    assert (tmp_path / "journal").read_bytes() == b"".join(b"%d" % each * 50 for each in range(10))

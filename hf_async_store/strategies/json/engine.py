@@ -462,7 +462,7 @@ class JSONEngine(Engine):
         return outcomes
 
     def write_cancellable(self, changes: Sequence[Change]) -> Coroutine[Any, Any, list[Outcome]]:
-        return self.write_each(changes)  # a task can be cancelled in a session as well
+        return self.write_unblocked(lambda: changes)  # which can be cancelled as in a session
 
     def shares_changes(self, key: Key) -> bool:
         # A change feed has each version, and one of several changes may take a unique value of another

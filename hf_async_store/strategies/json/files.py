@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections.abc import AsyncIterator, Container, Iterable, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Final
 
@@ -137,7 +137,9 @@ class FileManager:
         self._collections = {resolved.names[name]: each for name, each in configured.items()}
         self._stem = next(iter(self._collections)) if self.single else _SPLIT_STEM
         self._journal_prefix = f"{self._stem}.journal."
-        self._journals = str(self.folder / self._journal_prefix)
+        # The path of a generation. Every write needs two, and creating a Path takes longer than `stat`.
+        journals = str(self.folder / self._journal_prefix)
+        self.journal_path = lru_cache(4)(partial("{}{:08d}".format, journals))
         self._paths: dict[str, tuple[Path, Path]] = {}
         self._path_names: dict[str, tuple[str, ...]] = {}
 
@@ -198,19 +200,17 @@ class FileManager:
             paths = self._path_names[name] = tuple(map(str, self._both_paths(name)))
         for path in paths:
             try:
-                return Signature.of(os.stat(path))  # noqa: PTH116  # called by every write
+                status = os.stat(path)  # noqa: PTH116  # called by every write
             except FileNotFoundError:
                 continue
             except OSError as exc:
                 raise translate_os_error(exc, f"check {path}") from exc
+            # Not by `Signature.of`, as every write does this for every file.
+            return Signature(status.st_size, status.st_mtime_ns, status.st_ino)
         return None
 
     def journal(self, generation: int) -> Path:
         return Path(self.journal_path(generation))
-
-    def journal_path(self, generation: int) -> str:
-        """The same as a string: every write needs it, and creating a Path takes longer than `stat`."""
-        return f"{self._journals}{generation:08d}"
 
     def lock(self, suffix: str = "") -> Path:
         """The path of a lock file. The name begins with a dot: only the store uses it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -109,7 +110,7 @@ class JournalWriter:
         self._sync_commits = sync_commits
         # Not the same thread: a commit never waits for a compaction that is writing.
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="hf-async-store-json")
-        self._appends = _AppendThread()
+        self._appends: _AppendThread | None = None
         self._prepared: _PreparedJournal | None = None
 
     async def in_thread(self, call: Callable[..., Result], *args: object) -> Result:
@@ -117,7 +118,8 @@ class JournalWriter:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)
-        self._appends.close()
+        if self._appends is not None:
+            self._appends.close()
 
     # -- records -----------------------------------------------------------------------------
 
@@ -164,8 +166,8 @@ class JournalWriter:
                 written; or, with `outcome_unknown`, the record may be lost in a power failure.
         """
         fed = [name for name in self._declarations.feeds if images.get(name)]
-        unnamed = state.replaced or state.content.keys() - state.known.keys()
-        if not state.is_open or unnamed or (fed and state.feed_end is None):
+        named = not state.replaced and state.content.keys() <= state.known.keys()
+        if not state.is_open or not named or (fed and state.feed_end is None):
             await self.start_generation(state)
         payload: list[bytes] = []
         for chunk in commit_payload(images):
@@ -215,14 +217,13 @@ class JournalWriter:
         else:
             head = header(kind, payload, size, state.sequence)
             data = [b"".join((head, *payload))]
+        sync = self._is_synced(state, kind)
+        job = _AppendJob(self._writer(state), data, state.offset, sync, locks)
+        (self._appends or self._start()).submit(job)
+        # The rest, for which there is time until the thread has woken.
         check = header_check(head) if kind is Kind.FED_COMMIT else None
         end = state.offset + HEADER_SIZE + size
-        append = PendingAppend(images, merged, end, images_size, check)
-        path = self._files.journal_path(state.generation)
-        sync = self._is_synced(state, kind)
-        job = _AppendJob(_writer(state, path), data, state.offset, sync, locks)
-        self._appends.submit(job)
-        state.appending = append
+        state.appending = append = PendingAppend(images, merged, end, images_size, check)
         await job
         state.appending = None
         failure = job.failure
@@ -236,9 +237,34 @@ class JournalWriter:
         if job.cancelled is not None:
             raise job.cancelled
         if isinstance(failure, OSError):
+            path = self._files.journal_path(state.generation)
             raise _append_error(failure, path, kind, written=job.written) from failure
         if failure is not None:
             raise failure  # a programming error, or a MemoryError
+
+    def _start(self) -> _AppendThread:
+        try:
+            self._appends = _AppendThread()
+        except OSError as exc:
+            raise translate_os_error(exc, "open a pipe") from exc
+        return self._appends
+
+    def _writer(self, state: StoreState) -> int:
+        """The descriptor by which to append to the journal."""
+        if state.write_fd >= 0 and state.is_end_checked:
+            return state.write_fd
+        path = self._files.journal_path(state.generation)
+        try:
+            if state.write_fd < 0:
+                state.write_fd = register_locked(os.open(path, _OPEN))
+            if not state.is_end_checked and os.fstat(state.write_fd).st_size > state.offset:
+                # The incomplete record of an interrupted append is truncated first: readers that compare
+                # the file size must not mistake it for this record.
+                os.ftruncate(state.write_fd, state.offset)
+                log.info("removed an incomplete record, of an interrupted append, from %s", path)
+            return state.write_fd
+        except OSError as exc:
+            raise translate_os_error(exc, f"write {path}") from exc
 
     def _is_synced(self, state: StoreState, kind: Kind) -> bool:
         if kind in COMMITS:
@@ -432,8 +458,6 @@ class _AppendJob(Continuation):
                 _sync_record(self._fd)
         except BaseException as exc:  # noqa: BLE001  # raised by the commit that waits for the job
             self.failure = exc
-        with suppress(RuntimeError):  # the event loop is closed: no task waits any longer
-            self._loop.call_soon_threadsafe(self.end)
 
     def _write(self) -> None:
         end = self._offset
@@ -480,35 +504,56 @@ def _sync_record(fd: int) -> None:
 
 
 class _AppendThread:
-    """The thread that runs the appends of one store, one after another, from the first one to `close`.
+    """The thread that runs the appends of one store, one after another, until `close`.
 
-    With a `ThreadPoolExecutor`, the hand-over takes twice as long.
+    With a `ThreadPoolExecutor`, the hand-over takes twice as long. The thread tells the event loop by a
+    pipe of its own that an append has ended. After `call_soon_threadsafe`, the loop would empty its own
+    pipe just when the thread begins the next append, and both would wait for the interpreter lock.
     """
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_AppendJob | None] = SimpleQueue()
-        self._thread: Thread | None = None
+        self._ended: deque[_AppendJob] = deque()
+        self._running = 0
+        self._pipe = read, write = os.pipe()
+        self._loop = asyncio.get_running_loop()
+        # A daemon, as a store that is never closed must not keep the process alive.
+        thread = Thread(target=self._run, name="hf-async-store-append", daemon=True)
+        try:
+            os.set_blocking(read, False)
+            self._loop.add_reader(read, self._end)
+            thread.start()
+        except BaseException:
+            self._loop.remove_reader(read)
+            os.close(read)
+            os.close(write)
+            raise
+        register_locked(read)  # a forked child shares the selector
 
     def submit(self, job: _AppendJob) -> None:
-        if self._thread is None:
-            # A daemon, as a store that is never closed must not keep the process alive.
-            thread = Thread(
-                target=_run_all, args=(self._jobs,), name="hf-async-store-append", daemon=True
-            )
-            thread.start()  # may fail: then the next append tries again
-            self._thread = thread
+        self._running += 1
         self._jobs.put(job)
 
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            self._ended.append(job)
+            del job  # its data may be large
+            os.write(self._pipe[1], b"\0")
+
+    def _end(self) -> None:
+        os.read(self._pipe[0], 1)
+        self._running -= 1
+        self._ended.popleft().end()
+
     def close(self) -> None:
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread = None
-
-
-def _run_all(jobs: SimpleQueue[_AppendJob | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job.run()
-        del job  # its data may be large
+        read, write = self._pipe
+        self._loop.remove_reader(read)
+        self._jobs.put(None)
+        if not self._running:
+            close_locked(read)
+            os.close(write)
+        # else: the event loop was closed during an append, whose end the thread is about to write.
 
 
 async def _other_syncs(fd: int, path: str, patience: float) -> None:
@@ -520,21 +565,6 @@ async def _other_syncs(fd: int, path: str, patience: float) -> None:
                 f"another process did not end its sync of {path} in time: it may be suspended"
             )
         await asyncio.sleep(_SYNC_PAUSE)
-
-
-def _writer(state: StoreState, path: str) -> int:
-    """The descriptor by which to append to the journal."""
-    try:
-        if state.write_fd < 0:
-            state.write_fd = register_locked(os.open(path, _OPEN))
-        if not state.is_end_checked and os.fstat(state.write_fd).st_size > state.offset:
-            # The incomplete record of an interrupted append is truncated first: readers that compare
-            # the file size must not mistake it for this record.
-            os.ftruncate(state.write_fd, state.offset)
-            log.info("removed an incomplete record, of an interrupted append, from %s", path)
-        return state.write_fd
-    except OSError as exc:
-        raise translate_os_error(exc, f"write {path}") from exc
 
 
 def _append_error(failure: OSError, path: str, kind: Kind, *, written: bool) -> StorageError:

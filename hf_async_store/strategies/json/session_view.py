@@ -32,7 +32,7 @@ from hf_async_store.changes import (
 from hf_async_store.claim_records import claim_key
 from hf_async_store.collector import GatheredObjects
 from hf_async_store.errors import CorruptionError, StorageError
-from hf_async_store.event_loop import Chunks
+from hf_async_store.event_loop import Chunks, pause
 from hf_async_store.preconditions import (
     check,
     check_children,
@@ -108,7 +108,7 @@ class SessionView(TableReader[StoredEntity]):
         self._references = references
         self._unique = unique
         self._shares_changes = shares_changes
-        self._claims = Claims(self._current_entity, self._owners)
+        self._claims: Claims | None = None  # most changes claim nothing
         self.layers: list[Overlay] = []
 
     # -- reading -----------------------------------------------------------------------------
@@ -176,7 +176,11 @@ class SessionView(TableReader[StoredEntity]):
         """
         outcomes: list[Outcome] = []
         is_encoded = bool(changes) and isinstance(changes[0], EncodedPut)
-        async for chunk in Chunks(changes, _ENCODED_CHUNK if is_encoded else _WRITE_CHUNK):
+        size = _ENCODED_CHUNK if is_encoded else _WRITE_CHUNK
+        for start in range(0, len(changes), size):
+            if start:
+                await pause()
+            chunk = changes[start : start + size]
             if is_encoded:
                 if each and (versions := self._put_columns(chunk)):
                     outcomes += versions
@@ -492,6 +496,7 @@ class SessionView(TableReader[StoredEntity]):
         if unique:
             before = None if raw is None else self._serializer.decode(raw)
             wanted = list(claimed(key.collection, unique, before, entity))
+            self._claims = self._claims or Claims(self._current_entity, self._owners)
             self._claims.check(key, wanted, partial(is_there, change))
 
     def _current_entity(self, key: Key) -> Entity | None:
