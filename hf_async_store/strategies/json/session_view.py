@@ -177,10 +177,11 @@ class SessionView(TableReader[StoredEntity]):
         is_encoded = bool(changes) and isinstance(changes[0], EncodedPut)
         async for chunk in Chunks(changes, _ENCODED_CHUNK if is_encoded else _WRITE_CHUNK):
             if is_encoded:
-                if each and (versions := self._put_columns(chunk)):
-                    outcomes += versions
-                    continue
-                chunk = list(map(decoded, chunk))
+                versions = self._put_columns(chunk) if each else []
+                outcomes += versions or await self.write([*map(decoded, chunk)], each=each)
+                if not each and isinstance(outcomes[-1], StorageError):
+                    return outcomes
+                continue
             puts = self._usual_puts(chunk) if each and len(chunk) > 1 else None
             if puts is not None:
                 outcomes += self._put_all(puts)
