@@ -220,34 +220,41 @@ async def reclaim(garbage: Garbage) -> None:
 class Chunks(Generic[Item]):
     """Iterates over items in lists of `size`: `async for chunk in Chunks(items, size)`.
 
-    What is done with them is long work: between two chunks, and before the first of several, the event loop
-    runs other tasks if long work has taken its time in this iteration. Items are taken only when their
-    chunk is requested. This is not an async generator, because the event loop would have to close that in
-    a separate task if the body of the loop raised an exception.
+    What is done with a chunk is a piece of long work: between two chunks, the event loop runs other tasks,
+    and before the first of several, if long work has taken its time in this iteration. Items are taken only
+    when their chunk is requested. This is not an async generator, because the event loop would have to
+    close that in a separate task if the body of the loop raised an exception.
     """
 
-    __slots__ = ("_items", "_size", "_state")
+    __slots__ = ("_is_long", "_items", "_size", "_state")
 
     def __init__(self, items: Iterable[Item], size: int) -> None:
         self._items = iter(items)
         self._size = size
-        is_long = isinstance(items, Sized) and len(items) > size
-        self._state = "long" if is_long else "new"
+        self._state = "new"
+        self._is_long = isinstance(items, Sized) and len(items) > size
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> list[Item]:
-        if self._state == "long":
+        if self._state == "started":
+            await pause()
+        elif self._is_long and self._state == "new":
             await long_work().pause_if_due()
         chunk = [] if self._state == "ended" else list(islice(self._items, self._size))
         if not chunk:
             raise StopAsyncIteration
         # After a short chunk there is no other: the loop ends without a further pause.
-        self._state = "ended" if len(chunk) < self._size else "long"
+        self._state = "ended" if len(chunk) < self._size else "started"
         return chunk
 
 
-async def listed(items: Iterable[Item], size: int) -> list[Item]:
-    """The items of an iterable that computes them: in `Chunks`."""
-    return [each async for chunk in Chunks(items, size) for each in chunk]
+async def computed_in_pieces(items: Iterable[Item], size: int) -> list[Item]:
+    """The items of an iterable that computes them, `size` of them in each piece of long work."""
+    work, found, remaining = long_work(), list[Item](), iter(items)
+    await work.pause_if_due()
+    while piece := list(islice(remaining, size)):
+        found += piece
+        await work.pause_if_due()
+    return found

@@ -24,7 +24,7 @@ from hf_async_store.errors import (
     OperationTimeoutError,
     StorageError,
 )
-from hf_async_store.event_loop import listed
+from hf_async_store.event_loop import computed_in_pieces
 from hf_async_store.preconditions import check_children
 from hf_async_store.schema import Collection, Field
 from hf_async_store.sort_bytes import sort_bytes
@@ -206,7 +206,7 @@ class _Batch(ABC):
         alone = len(piece) == 1
         sql = self._statements.of(shape, locks=self.locks, alone=alone)
         columns = self._encoder.arguments(shape, piece, alone=alone)
-        arguments = await listed(columns, 1) if len(piece) > _STEP else [*columns]
+        arguments = await computed_in_pieces(columns, 1) if len(piece) > _STEP else [*columns]
         args = (limit, *self._statements.times(shape), *arguments)
         return await self.lease.rows(sql, args, doing="write", writes=True)
 

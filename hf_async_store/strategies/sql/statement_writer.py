@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from hf_async_store.changes import Change, ChangedMatches, Outcome, Patch, Put, TakeChanges
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import ConcurrencyConflictError, LockTimeoutError, StorageError
-from hf_async_store.event_loop import computed, listed
+from hf_async_store.event_loop import computed, computed_in_pieces
 from hf_async_store.preconditions import no_longer_shared
 from hf_async_store.query import Query
 from hf_async_store.strategies.sql.catalogue import CatalogueChangedError
@@ -182,7 +182,7 @@ class StatementWriter(Writer):
             combine: those of one entity may share a row; see `combined`.
         """
         encoded = starmap(self._encoder.pending, enumerate(changes))
-        pending = await listed(encoded, _STEP) if len(changes) > _STEP else [*encoded]
+        pending = await computed_in_pieces(encoded, _STEP) if len(changes) > _STEP else [*encoded]
         grouping = partial(self._grouped, pending, in_order=in_order, combine=combine)
         return await computed(grouping, long=len(changes) > _LONG)
 
