@@ -13,6 +13,7 @@ import pytest
 
 import hf_async_store
 from hf_async_store import collector
+from hf_async_store.strategies.dynamodb.write_cache import WriteReceipt
 
 PROGRAM = """
 import asyncio, gc
@@ -136,3 +137,7 @@ def test_what_is_no_longer_frozen_is_moved_again(monkeypatch: pytest.MonkeyPatch
     for full[0] in range(20, 100):
         gathered.add(2_000)
     assert moved > 20
+
+
+def test_the_last_writes_on_dynamodb_are_not_traversed() -> None:
+    assert not gc.is_tracked(WriteReceipt(1, "token", 100))
