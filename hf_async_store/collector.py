@@ -17,6 +17,8 @@ _MOST: Final = 250
 """How often objects are exempted between two full collections: the cycles of other tasks that are exempted
 with them, at most some hundred objects each time, wait for the next one."""
 
+_RARER: Final = 8
+
 
 class GatheredObjects:
     """Objects without cycles, such as entities, that a call keeps until it returns.
@@ -43,23 +45,29 @@ class _Exemptions:
     def __init__(self) -> None:
         self._full = -1
         self._granted = 0
+        # Frozen objects are counted again after so many full collections.
+        self._counted_after = 0
+        self._wait = 1
 
     def grant(self) -> None:
         """Move all objects to the oldest generation, without traversing them.
 
-        A program that has frozen objects itself keeps them frozen: then nothing is moved, and these are not
-        counted again before the next full collection.
+        A program that has frozen objects itself keeps them frozen: then nothing is moved. They are counted
+        ever more rarely, since that takes 8 ms for the objects of a program with botocore.
         """
         full = gc.get_stats()[2]["collections"]
         if full != self._full:
             self._full, self._granted = full, 0
-        if self._granted < _MOST and gc.isenabled():
-            if gc.get_freeze_count():  # counting takes long if they are many
-                self._granted = _MOST
-                return
-            self._granted += 1
-            gc.freeze()
-            gc.unfreeze()
+        if self._granted >= _MOST or full < self._counted_after or not gc.isenabled():
+            return
+        if gc.get_freeze_count():
+            self._counted_after = full + self._wait
+            self._wait *= _RARER
+            return
+        self._wait = 1
+        self._granted += 1
+        gc.freeze()
+        gc.unfreeze()
 
 
 _exemptions: Final = _Exemptions()

@@ -247,7 +247,7 @@ _BUILD_CHUNK: Final = 128
 """How many entities are indexed in one piece: up to 1 ms."""
 
 _CHANGE_CHUNK: Final = 64
-_RUN: Final = 4096
+_RUN: Final = 2048
 _SAMPLE: Final = 256
 _SAMPLES_PER_PIECE: Final = 16
 _MIN_BULK_CHANGES: Final = 4096

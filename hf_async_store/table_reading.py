@@ -15,7 +15,7 @@ import msgspec
 from hf_async_store.changes import Record
 from hf_async_store.deferred import deferred
 from hf_async_store.driver import QueryPlan, Reader
-from hf_async_store.event_loop import computed, pause
+from hf_async_store.event_loop import computed, long_work, pause
 from hf_async_store.generators import Owned
 from hf_async_store.ordered_index import (
     Entry,
@@ -47,6 +47,9 @@ collector counts tuples that contain a dict; so few do not start a collection.""
 
 _UNFILTERED_BATCH: Final = 512
 """The same for entities that are not decoded to be tested."""
+
+_ENTRIES: Final = 64
+"""How many entries of an index are made in one piece of long work: about 0.5 ms."""
 
 _MIN_BATCH: Final = 16
 _SPANS_PER_BATCH: Final = 64
@@ -278,13 +281,14 @@ class _Reading(Generic[Stored]):
         self._index = indexes.get(fields).view()
 
     async def _add_changed(self, changed: Mapping[str, Stored | None]) -> None:
+        work = long_work()
         for number, (entity_id, stored) in enumerate(changed.items(), 1):
             self._changed[entity_id] = stored
             if stored is not None:
                 entry = self._moment.indexes.entry(self.path.fields, entity_id, stored)
                 self._entries.append(entry)
-            if not number % _BATCH:
-                await pause()
+            if not number % _ENTRIES:
+                await work.pause_if_due()
         self._entries = await sorted_in_steps(self._entries)
 
     def _get(self, entity_id: str) -> Stored | None:

@@ -6,6 +6,7 @@ The entities of a batch are encoded when they are validated, and decided column 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,7 @@ from typing import Any, Final
 import pytest
 
 from hf_async_store import BatchError, Collection, Field, StorageError, open_store
-from hf_async_store.changes import EncodedPut
+from hf_async_store.changes import EncodedPut, Outcome, Put
 from hf_async_store.strategies.json.session_view import SessionView
 
 COLLECTIONS: Final = [
@@ -138,3 +139,23 @@ async def test_the_entities_of_a_batch_are_not_decoded(
         assert (
             await store.save_entities("things", await store.query_entities("things")) == [8] * 2000
         )
+
+
+async def test_what_is_decided_one_by_one_takes_several_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that has an id twice."""
+    steps: list[int] = []
+    put_all = SessionView._put_all
+
+    def counted(view: SessionView, puts: Sequence[Put]) -> list[Outcome]:
+        steps.append(len(puts))
+        return put_all(view, puts)
+
+    monkeypatch.setattr(SessionView, "_put_all", counted)
+    async with open_store(f"json:{tmp_path}", collections=COLLECTIONS) as store:
+        await store.save_entity("groups", {"id": "g"})
+        versions = await store.save_entities("things", [*things(1000), *things(1)])
+    assert versions == [*[1] * 1000, 2]
+    assert sum(steps) > 400
+    assert max(steps) <= 128

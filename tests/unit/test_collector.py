@@ -13,6 +13,7 @@ import pytest
 
 import hf_async_store
 from hf_async_store import collector
+from hf_async_store.strategies.dynamodb.write_cache import WriteReceipt
 
 PROGRAM = """
 import asyncio, gc
@@ -111,3 +112,32 @@ def test_what_is_frozen_is_counted_once_between_full_collections(
         for _ in range(10):
             gathered.add(2_000)
     assert counted == 2
+    for full[0] in range(2, 500):  # then ever more rarely: each time, the event loop is held
+        gathered.add(2_000)
+    assert counted == 4
+
+
+def test_what_is_no_longer_frozen_is_moved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen, moved, full = 1000, 0, [0]
+
+    def freeze() -> None:
+        nonlocal moved
+        moved += 1
+
+    monkeypatch.setattr(collector, "_exemptions", collector._Exemptions())
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: frozen)
+    monkeypatch.setattr(gc, "freeze", freeze)
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
+    monkeypatch.setattr(gc, "get_stats", lambda: [{}, {}, {"collections": full[0]}])
+    gathered = collector.GatheredObjects()
+    for full[0] in range(20):
+        gathered.add(2_000)
+    assert moved == 0
+    frozen = 0
+    for full[0] in range(20, 100):
+        gathered.add(2_000)
+    assert moved > 20
+
+
+def test_the_last_writes_on_dynamodb_are_not_traversed() -> None:
+    assert not gc.is_tracked(WriteReceipt(1, "token", 100))

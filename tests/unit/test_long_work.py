@@ -6,13 +6,14 @@ import asyncio
 import gc
 import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any, Final
 
 import pytest
 
 from hf_async_store import event_loop
-from hf_async_store.event_loop import long_work, pause
+from hf_async_store.event_loop import Chunks, computed_in_pieces, long_work, pause
 
 TASKS: Final = 30
 PIECES: Final = 5
@@ -36,13 +37,14 @@ class Pieces:
             await pause()
             self.piece(task, seconds)
 
-    async def longest_iteration(self, seconds: float) -> float:
+    async def longest_iteration(self, work: Callable[[int], Coroutine[Any, Any, None]]) -> float:
         """Do the work of all tasks; returns how long the longest iteration was."""
-        work = asyncio.gather(*(self.work(each, seconds) for each in range(TASKS)))
+        works = asyncio.gather(*map(work, range(TASKS)))
         longest, last = 0.0, self.now
-        while not work.done():
+        while not works.done():
             await asyncio.sleep(0)
             longest, last = max(longest, self.now - last), self.now
+        await works
         return longest
 
 
@@ -54,18 +56,46 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Pieces:
 
 
 async def test_an_iteration_has_one_long_piece(pieces: Pieces) -> None:
-    assert await pieces.longest_iteration(LONG) == pytest.approx(LONG)
+    assert await pieces.longest_iteration(partial(pieces.work, seconds=LONG)) == pytest.approx(LONG)
 
 
 async def test_an_iteration_has_several_short_pieces(pieces: Pieces) -> None:
-    longest = await pieces.longest_iteration(LONG / 10)
+    longest = await pieces.longest_iteration(partial(pieces.work, seconds=LONG / 10))
     assert LONG / 5 < longest < LONG
 
 
 async def test_tasks_take_turns(pieces: Pieces) -> None:
-    await pieces.longest_iteration(LONG)
+    await pieces.longest_iteration(partial(pieces.work, seconds=LONG))
     rounds = [pieces.done[start : start + TASKS] for start in range(0, TASKS * PIECES, TASKS)]
     assert [sorted(each) for each in rounds] == [[*range(TASKS)]] * PIECES
+
+
+async def test_the_first_chunks_of_several_tasks_share_an_iteration(pieces: Pieces) -> None:
+    async def work(task: int) -> None:
+        async for _ in Chunks(range(4), 2):
+            pieces.piece(task, LONG)
+
+    assert await pieces.longest_iteration(work) == pytest.approx(LONG)
+
+
+async def test_a_single_chunk_does_not_wait(pieces: Pieces) -> None:
+    async def work(task: int) -> None:
+        async for _ in Chunks(range(4), 4):
+            pieces.piece(task, LONG)
+
+    assert await pieces.longest_iteration(work) == pytest.approx(TASKS * LONG)
+
+
+async def test_what_is_computed_in_pieces_is_long_work(pieces: Pieces) -> None:
+    def computed(task: int) -> Iterator[int]:
+        for each in range(5):
+            pieces.piece(task, LONG)
+            yield each
+
+    async def work(task: int) -> None:
+        assert await computed_in_pieces(computed(task), 1) == [0, 1, 2, 3, 4]
+
+    assert await pieces.longest_iteration(work) == pytest.approx(LONG)
 
 
 async def test_pieces_of_one_task_are_done_while_there_is_time(pieces: Pieces) -> None:

@@ -73,7 +73,7 @@ MAX_EXPRESSION: Final = 4_000
 
 _SEGMENTS: Final = 4
 _ROWS_PER_MATCH: Final = 4
-_DECODE_BATCH: Final = 250
+_DECODE_BATCH: Final = 100
 
 
 class Reading:

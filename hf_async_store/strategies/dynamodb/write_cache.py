@@ -10,7 +10,9 @@ so that a store with other concurrent writers does not pay for stale entries.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from hf_async_store.strategies.dynamodb.items import SIZE, TOKEN
 from hf_async_store.values import VERSION
@@ -22,8 +24,8 @@ _MAX_ENTRIES: Final = 10_000
 _DISABLED_SECONDS: Final = 60.0
 
 
-class WriteReceipt(NamedTuple):
-    """The state of an entity after a write.
+class WriteReceipt(msgspec.Struct, frozen=True, gc=False):
+    """The state of an entity after a write. The garbage collector would traverse 10,000 named tuples.
 
     Attributes:
         is_claimed: whether the item has a claim; None: the write did not tell.
@@ -62,7 +64,7 @@ class WriteCache:
             if known.version >= receipt.version:
                 receipt = known
             elif receipt.is_claimed is None:
-                receipt = receipt._replace(is_claimed=known.is_claimed)
+                receipt = msgspec.structs.replace(receipt, is_claimed=known.is_claimed)
         self._receipts[key] = receipt
         if len(self._receipts) > _MAX_ENTRIES:
             del self._receipts[next(iter(self._receipts))]

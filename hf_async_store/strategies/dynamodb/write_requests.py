@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
+
 from hf_async_store.changes import Delete, Patch, Put
 from hf_async_store.errors import CorruptionError
 from hf_async_store.field_operations import plain_fields
@@ -266,7 +268,7 @@ def whole_item_request(op: WriteOp) -> tuple[str, dict[str, Any]]:
     if stored is not None and is_there(change, change.key, stored):  # else its claim has ended
         keep_claim(request, item, observed)
     receipt = receipt_of(item, version, op.token)
-    op.receipt = receipt and receipt._replace(is_claimed=CLAIM in item)
+    op.receipt = receipt and msgspec.structs.replace(receipt, is_claimed=CLAIM in item)
     return "Put", {**request, "Item": item}
 
 

@@ -171,7 +171,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 _KINDS: Final = {int(each): each for each in Kind}
-_CHUNK_SIZE: Final = 1024
+_CHUNK_SIZE: Final = 256
 
 _TYPES: Final = {Kind.HEAD: Head, Kind.FOLD: Fold, Kind.SEAL: Seal}
 _commit_decoder: Final = msgspec.json.Decoder(dict[str, dict[str, msgspec.Raw]])

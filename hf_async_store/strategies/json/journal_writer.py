@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import LockTimeoutError, StorageError
-from hf_async_store.event_loop import Continuation, in_thread, pause, reclaim
+from hf_async_store.event_loop import Continuation, in_thread, long_work, pause, reclaim
 from hf_async_store.locked_descriptors import close_locked, register_locked
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
@@ -173,7 +173,7 @@ class JournalWriter:
         for chunk in commit_payload(images):
             payload.append(chunk)
             if len(chunk) > _LARGE_CHUNK:
-                await pause()
+                await long_work().pause_if_due()
         kind, size = Kind.COMMIT, sum(map(len, payload))
         if fed:
             kind = Kind.FED_COMMIT
@@ -585,7 +585,7 @@ async def _fed_payload(payload: Sequence[bytes], before: Images) -> list[bytes]:
     for chunk in fed_payload(payload, before):
         chunks.append(chunk)
         if len(chunk) > _LARGE_CHUNK:
-            await pause()
+            await long_work().pause_if_due()
     return chunks
 
 

@@ -100,6 +100,7 @@ files of `_LARGE_FILE`, larger ones are about to be compacted."""
 SMALL_TAIL: Final = 1 << 16
 _LARGE_TAIL: Final = 4 << 20
 _TAIL_CHUNK: Final = 1 << 20
+_TAIL_PIECE: Final = 1 << 18  # in the event loop: up to 1 ms
 _FREE_CHUNK: Final = 8
 
 
@@ -836,7 +837,10 @@ async def scan_file(
         batch: list[tuple[Entry, int]] = []
         failure: CorruptionError | None = None
         try:
-            more = await in_thread(_fill, batch, entries) if large else _fill(batch, entries)
+            if large:
+                more = await in_thread(_fill, batch, entries, _TAIL_CHUNK)
+            else:
+                more = _fill(batch, entries, _TAIL_PIECE)
         except CorruptionError as exc:
             failure = exc
         for each in batch:
@@ -846,13 +850,13 @@ async def scan_file(
         await pause()
 
 
-def _fill(batch: list[tuple[Entry, int]], entries: Iterator[tuple[Entry, int]]) -> bool:
-    """Add the next records, up to about `_TAIL_CHUNK` bytes; returns whether there may be more."""
+def _fill(batch: list[tuple[Entry, int]], entries: Iterator[tuple[Entry, int]], most: int) -> bool:
+    """Add the next records, up to about `most` bytes; returns whether there may be more."""
     size = 0
     for entry, end in entries:
         batch.append((entry, end))
         size += entry.size
-        if size > _TAIL_CHUNK:
+        if size > most:
             return True
     return False
 

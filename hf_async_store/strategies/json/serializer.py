@@ -44,7 +44,7 @@ _ESCAPE: Final = (
 _NAME: Final = rb'(?s)([\s,]*)"(?:[^"\\]|\\.)*"(\s*:\s*)'
 _MEMBERS: Final = 512
 CHUNK_BYTES: Final = 1 << 19
-"""How many bytes of a file are parsed, or written, in one step: about 1 ms."""
+"""How many bytes of a file are written in one step, or parsed in two: about 1 ms each."""
 
 _REMEDY: Final = (
     "Correct it in the data file, restore a backup (`hf-async-store restore`), or delete it "
@@ -266,7 +266,7 @@ def parse_lines(
     if data[start : start + 1] == b"}":
         yield start
         return
-    while (stop := data.find(b"\n", start + CHUNK_BYTES)) >= 0:
+    while (stop := data.find(b"\n", start + CHUNK_BYTES // 2)) >= 0:
         try:
             entities = parse_chunk(data[start:stop], last=False, trusted=trusted)
         except OtherLayout:

@@ -182,10 +182,11 @@ class SessionView(TableReader[StoredEntity]):
                 await pause()
             chunk = changes[start : start + size]
             if is_encoded:
-                if each and (versions := self._put_columns(chunk)):
-                    outcomes += versions
-                    continue
-                chunk = list(map(decoded, chunk))
+                versions = self._put_columns(chunk) if each else []
+                outcomes += versions or await self.write([*map(decoded, chunk)], each=each)
+                if not each and isinstance(outcomes[-1], StorageError):
+                    return outcomes
+                continue
             puts = self._usual_puts(chunk) if each and len(chunk) > 1 else None
             if puts is not None:
                 outcomes += self._put_all(puts)

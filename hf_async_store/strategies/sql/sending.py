@@ -24,6 +24,7 @@ from hf_async_store.errors import (
     OperationTimeoutError,
     StorageError,
 )
+from hf_async_store.event_loop import computed_in_pieces
 from hf_async_store.preconditions import check_children
 from hf_async_store.schema import Collection, Field
 from hf_async_store.sort_bytes import sort_bytes
@@ -69,6 +70,9 @@ to 256 MiB."""
 
 _PART: Final = 4096
 """So many changes of a transaction are looked at in one step."""
+
+_STEP: Final = 128
+"""The arguments for more changes than these are computed in several steps."""
 
 _TRIES: Final = 64
 """How often a change is sent whose precondition is met each time the entity is read."""
@@ -201,7 +205,8 @@ class _Batch(ABC):
             await self.lease.rows(self._statements.of_parents(shape.collection), (limit, ids))
         alone = len(piece) == 1
         sql = self._statements.of(shape, locks=self.locks, alone=alone)
-        arguments = self._encoder.arguments(shape, piece, alone=alone)
+        columns = self._encoder.arguments(shape, piece, alone=alone)
+        arguments = await computed_in_pieces(columns, 1) if len(piece) > _STEP else [*columns]
         args = (limit, *self._statements.times(shape), *arguments)
         return await self.lease.rows(sql, args, doing="write", writes=True)
 

@@ -34,6 +34,7 @@ from hf_async_store.changes import (
 )
 from hf_async_store.config import SQLConfig
 from hf_async_store.errors import StorageError
+from hf_async_store.event_loop import let_event_loop_run
 from hf_async_store.preconditions import check_children, no_longer_shared
 from hf_async_store.query import Comparison, Query
 from hf_async_store.schema import Collection, Field
@@ -70,6 +71,9 @@ _ROWS: Final = (256, 64, 32, *range(16, 0, -1))
 _WAL_PAGES: Final = 1000  # SQLite's own default
 _IMPORT_WAL_PAGES: Final = 10_000
 """With fewer checkpoints, a page that many batches of an import change is written to the file once."""
+
+_STEP: Final = 256
+"""After so many decisions, 1 or 2 ms, the event loop may run."""
 
 _NOT_LOADED: Final = ""
 """Instead of a document that was not read yet."""
@@ -261,9 +265,11 @@ class _Batch:
         self._read(changes)
         must_check = self._references and self._read_parents(changes)
         outcomes: list[Outcome] = []
-        for change in changes:
+        for number, change in enumerate(changes, 1):
             outcome = self._apply(change, must_check=must_check)
             outcomes.append(outcome)
+            if not number % _STEP:
+                let_event_loop_run()
             if isinstance(outcome, StorageError):
                 if all_or_none:
                     return outcomes
