@@ -230,7 +230,7 @@ def test_no_store_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             '{"storage": {"strategy": "json", "json_strategy": {"cache_size": "x"}}}',
-            "config.json: storage.json_strategy.cache_size: expected int, got str",
+            "config.json: storage.json_strategy.cache_size: expected integer, got string",
         ),
         ('{"templates": {}}', "config.json: not a configuration: it has no key 'storage'"),
     ],
