@@ -339,6 +339,7 @@ def in_dynamodb(**keys: object) -> dict[str, object]:
             {"strategy": "jsn"},
             "strategy: unknown strategy (known: json, sql, dynamodb, memory; did",
         ),
+        ("", "a configuration is a mapping, a path or a URL, not an empty text"),
         ({"strategy": 5}, "strategy: expected string, got integer"),
         ({"storage": []}, "storage: expected object, got array"),
         ({}, "strategy: required, because no strategy is named"),

@@ -249,6 +249,17 @@ async def test_a_lost_record_does_not_let_a_collection_have_two_keys(
         assert (await store.health())["ok"]
 
 
+async def test_a_field_that_becomes_required_is_described() -> None:
+    before, after = (
+        Collection("items", key="id", fields=[Field("size", "integer", required=required)])
+        for required in (False, True)
+    )
+    async with open_store("memory:", collections=[after]) as store:
+        await store.engine.remember([before])
+        [found] = await store.schema_changes()
+        assert found.detail == "another program declared it as integer, not as required integer"
+
+
 def test_an_index_stays_unique_if_a_program_declares_its_field_as_json() -> None:
     unique = Collection(
         "jobs", key="job_id", fields=["owner"], indexes=[Index("owner", unique=True)]
