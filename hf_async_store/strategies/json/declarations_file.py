@@ -2,9 +2,8 @@
 
 It is replaced atomically, under the write lock, and it is not part of the data: without it, every
 entity is still there, and each program records its own declarations again; but a unique index is then
-enforced only after it was applied again. It also contains the unique
-indexes that every program enforces, and the collections whose changes it keeps, so a writer looks
-whether it was replaced.
+enforced only after it was applied again. It also contains the unique indexes that every program
+enforces, and the collections whose changes it keeps, so a writer looks whether it was replaced.
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ class DeclarationsFile:
             raise translate_os_error(exc, f"read {self.path}") from exc
         if content is None:
             return [], _OwnPart()
-        where = str(self.path)
+        where = self._path
         try:
             document = msgspec.json.decode(content)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:

@@ -604,9 +604,9 @@ def _read(path: Path, trusted: Container[str]) -> tuple[bytes, str | None, Signa
             raise ConfigurationError(
                 f"{path} is {_file_type(status)}; a data file must be a regular file"
             )
+        if os.pread(fd, len(_SQLITE_HEADER), 0) == _SQLITE_HEADER:
+            raise ConfigurationError(f"{path} is an SQLite database: open it as sqlite:{path}")
         data = file.read()
-    if data.startswith(_SQLITE_HEADER):
-        raise ConfigurationError(f"{path} is an SQLite database: open it as sqlite:{path}")
     signature = Signature.of(status)
     if path.suffix == _GZIP_SUFFIX:
         digest = _digest(data)

@@ -138,8 +138,13 @@ class JSONSerializer:
             return None
 
     def has_id(self, collection: Collection, entity_id: str, canonical: bytes) -> bool:
-        """Whether the entity has its id in the declared key, without decoding it."""
-        return encode_json({collection.key: entity_id})[1:-1] in canonical
+        """Whether the entity has its id in the declared key; mostly without decoding it."""
+        if encode_json({collection.key: entity_id})[1:-1] in canonical:
+            return True
+        try:
+            return _decode(canonical).get(collection.key) == entity_id
+        except UNREADABLE:
+            return False
 
     def _without_id(
         self, collection: Collection, entity_id: str, entity: Entity
