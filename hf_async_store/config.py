@@ -639,6 +639,8 @@ def _load(source: ConfigSource, *, follows: bool) -> StorageConfig:
         return source
     if isinstance(source, Mapping):
         return _from_mapping(source, follows=follows)
+    if source == "":
+        raise ConfigurationError("a configuration is a mapping, a path or a URL, not an empty text")
     if isinstance(source, str):
         scheme = _scheme(source)
         if scheme is None:
@@ -842,7 +844,7 @@ def _selected_strategy(storage: Mapping[str, object], blocks: list[str], parent:
         reason = f"there are blocks for {', '.join(blocks)}" if blocks else "no strategy is named"
         raise ConfigurationError(f"{path}: required, because {reason}")
     if not isinstance(name, str):
-        raise ConfigurationError(f"{path}: expected str, got {_type_name(name)}")
+        raise ConfigurationError(f"{path}: expected string, got {_type_name(name)}")
     name = str(_expand(name, path))
     if name not in _MODELS:
         known = [*_MODELS, *_registered()]
@@ -960,7 +962,7 @@ def _checked(value: object, kind: Any, path: str) -> Any:
     try:
         converted = msgspec.convert(value, kind)
     except msgspec.ValidationError as exc:
-        problem = _expected(str(exc), kind)
+        problem = _expected(str(exc), kind, value)
     else:
         if isinstance(converted, str) and "\x00" in converted:
             problem = "string with U+0000"
@@ -973,13 +975,26 @@ def _checked(value: object, kind: Any, path: str) -> Any:
     raise ConfigurationError(f"{path}: {problem}")
 
 
-_TYPE_NAMES: Final = {"Secret": "str", "object": "mapping"}
+_TYPE_NAMES: Final = {
+    "Secret": "string",
+    "bool": "boolean",
+    "dict": "object",
+    "float": "number",
+    "int": "integer",
+    "list": "array",
+    "NoneType": "null",
+    "str": "string",
+    "tuple": "array",
+}
+"""The types in terms of JSON. An object of another type keeps the name of its class."""
 
 
-def _expected(message: str, kind: Any) -> str:
+def _expected(message: str, kind: Any, value: object) -> str:
     """An error message of msgspec, in terms of the configuration and without the value."""
     if get_origin(kind) is Literal:
         return "expected " + " or ".join(map(repr, get_args(kind)))
+    if kind is bool:
+        return f"expected true or false (in a URL also yes or no), got {_type_name(value)}"
     message = message.partition(" - at ")[0].replace("`", "")
     message = re.sub(r"\w+", lambda word: _TYPE_NAMES.get(word[0], word[0]), message)
     return message[0].lower() + message[1:]
@@ -987,7 +1002,7 @@ def _expected(message: str, kind: Any) -> str:
 
 def _check_filename(path: str, name: object) -> None:
     if not isinstance(name, str):
-        raise ConfigurationError(f"{path}: expected str, got {_type_name(name)}")
+        raise ConfigurationError(f"{path}: expected string, got {_type_name(name)}")
     if name in ("", ".", "..") or "/" in name or "\x00" in name:
         raise ConfigurationError(
             f"{path}: expected a relative file name inside base_path, without a folder"
@@ -1037,13 +1052,14 @@ def _error_prefix(prefix: str) -> Iterator[None]:
 
 
 def _type_name(value: object) -> str:
-    return type(value).__name__
+    name = type(value).__name__
+    return _TYPE_NAMES.get(name, name)
 
 
 def _mapping(data: object, path: str) -> Mapping[str, object]:
     if not isinstance(data, Mapping):
         where = path or "configuration"
-        raise ConfigurationError(f"{where}: expected mapping, got {_type_name(data)}")
+        raise ConfigurationError(f"{where}: expected object, got {_type_name(data)}")
     return data
 
 

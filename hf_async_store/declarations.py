@@ -13,7 +13,12 @@ from typing import Final, cast
 
 import msgspec
 
-from hf_async_store.errors import ConfigurationError, CorruptionError, NewerFormatError
+from hf_async_store.errors import (
+    ConfigurationError,
+    CorruptionError,
+    NewerFormatError,
+    SchemaMismatchError,
+)
 from hf_async_store.recorded_expiry import RecordedExpire, declared_expire, recorded_expire
 from hf_async_store.schema import Collection, Field, Index, Schema
 from hf_async_store.values import Entity
@@ -85,7 +90,7 @@ def decoded(document: object, where: str) -> list[Collection]:
     """The declarations in their JSON form.
 
     Args:
-        where: the place they were read from, and what to do if they are invalid, for errors.
+        where: the place they were read from, for errors.
 
     Raises:
         CorruptionError: they are invalid.
@@ -99,10 +104,30 @@ def decoded(document: object, where: str) -> list[Collection]:
             )
         collections = [each.declared() for each in msgspec.convert(document, _Document).collections]
     except (msgspec.ValidationError, ConfigurationError, UnicodeEncodeError) as exc:
-        raise CorruptionError(f"the declarations in {where} are invalid: {exc}") from exc
+        raise damaged(where, f"invalid: {exc}") from exc
     if len({each.name for each in collections}) < len(collections):
-        raise CorruptionError(f"the declarations in {where} are invalid: a collection occurs twice")
+        raise damaged(where, "invalid: a collection occurs twice")
     return collections
+
+
+def damaged(where: str, problem: str) -> CorruptionError:
+    """The error for recorded declarations that cannot be read."""
+    return CorruptionError(
+        f"the declarations in {where} are {problem}. The entities are not concerned. Restore the "
+        "declarations from a backup"
+    )
+
+
+def other_key(collection: str, stored: str, declared: str) -> SchemaMismatchError:
+    """The error for a declaration by which entities would be written that other programs cannot read.
+
+    Args:
+        stored: the key of the collection in the store.
+    """
+    return SchemaMismatchError(
+        f"the key of the collection {collection!r} is {stored!r} in this store, but {declared!r} is "
+        f"declared: declare the key {stored!r}, or another collection, into which you copy the entities"
+    )
 
 
 def merged(recorded: Iterable[Collection], declared: Iterable[Collection]) -> list[Collection]:

@@ -918,10 +918,7 @@ async def remember_in(engine: Engine, collections: Iterable[Collection]) -> None
 
 
 def _declared_in(record: Record | None) -> list[Collection]:
-    where = (
-        f"the entity {_CATALOGUE_KEY.id!r} of {_CATALOGUE_KEY.collection} (if it is deleted, each "
-        "program records its own again)"
-    )
+    where = f"the entity {_CATALOGUE_KEY.id!r} of {_CATALOGUE_KEY.collection}"
     return [] if record is None else decoded(record.entity, where)
 
 

@@ -416,7 +416,7 @@ class DataFileConflictError(CorruptionError):
     """A data file was replaced from outside while a store used it. The message names the remedies.
 
     JSON: the journal holds commits to the old file, or a symbolic link to the file has another
-    target than when the store was opened. SQLite: the store had the file open.
+    target than when the store was opened, or the folder was removed. SQLite: the store had the file open.
     """
 
 

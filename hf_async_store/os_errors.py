@@ -27,6 +27,8 @@ _ERROR_CLASSES: Final[dict[int | None, type[StorageError]]] = {
 # A retry of the same call cannot succeed until somebody changes the file or the configuration.
 _NOT_RETRYABLE: Final = frozenset(
     {
+        errno.ENOENT,
+        errno.EINVAL,
         errno.EEXIST,
         errno.ENOTDIR,
         errno.EISDIR,

@@ -1429,8 +1429,10 @@ def _check_mapping(items: object, what: str, values: str) -> None:
 
 
 def timed_out(timeout: float, *, outcome_unknown: bool) -> OperationTimeoutError:
+    # A command gives what remains of its time: 1.994 s of 2.
+    seconds = round(timeout, 1 if timeout > 1 else 3) or timeout
     return OperationTimeoutError(
-        f"not completed within {timeout:g} s",
+        f"not completed within {seconds:g} s",
         retryable=not outcome_unknown,
         outcome_unknown=outcome_unknown,
     )

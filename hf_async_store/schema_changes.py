@@ -191,7 +191,9 @@ def _differences(recorded: Collection, declared: Collection) -> Iterator[SchemaC
             detail = "the store does not know this field yet"
             yield SchemaChange("field", name, field.name, detail)
         elif known != field:
-            detail = f"another program declared it as {_described(known)}, not {_described(field)}"
+            detail = (
+                f"another program declared it as {_described(known)}, not as {_described(field)}"
+            )
             yield SchemaChange("field", name, field.name, detail)
     if declared.expires is not None and recorded_expire(recorded) != recorded_expire(declared):
         known_as = f"knows {recorded.expires}" if recorded.expires else "does not know it yet"
@@ -208,7 +210,7 @@ def _differences(recorded: Collection, declared: Collection) -> Iterator[SchemaC
 
 
 def _described(field: Field) -> str:
-    parts = [field.type, "required" if field.required else ""]
+    parts = ["required" if field.required else "", field.type]
     if field.references is not None:
         parts.append(f"-> {field.references}" + ("" if field.enforced else " (not enforced)"))
     return " ".join(filter(None, parts))

@@ -39,7 +39,7 @@ value per line. Messages are written to stderr, one line each.
 exit codes:
   0    success
   1    not found: an entity, a backup, or the store itself
-  2    wrong usage or configuration
+  2    wrong usage or configuration, a wrong password included
   3    conflict: another version, already exists, references, target holds other data, stores differ
   4    the store failed, or `health` found problems
   5    `wait`: the entity did not match within --timeout

@@ -290,6 +290,10 @@ def config_of(arguments: Namespace) -> StorageConfig:
     """The configuration that the arguments or the environment name."""
     if arguments.store is not None and arguments.config is not None:
         raise ConfigurationError("give either --store or --config, not both")
+    if "" in (arguments.store, arguments.config):
+        raise ConfigurationError(
+            "--store or --config is empty: is a variable of the shell not set?"
+        )
     if arguments.config is not None:
         return load_config(Path(arguments.config))
     if arguments.store is not None:

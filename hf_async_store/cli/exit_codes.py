@@ -9,7 +9,7 @@ from typing import Final
 
 from hf_async_store import errors
 from hf_async_store.cli.output import PROGRAM, log_line, write_error
-from hf_async_store.errors import BatchError, CorruptionError, StorageError
+from hf_async_store.errors import BatchError, StorageError
 from hf_async_store.os_errors import translate_os_error
 from hf_async_store.redaction import redact_text
 
@@ -34,7 +34,8 @@ class BackupNotFoundError(StorageError):
 
 _CODES: Final[Mapping[int, tuple[type[StorageError], ...]]] = {
     NOT_FOUND: (errors.EntityNotFoundError, errors.StoreNotFoundError, BackupNotFoundError),
-    USAGE: (errors.InvalidInputError, errors.ConfigurationError),
+    # A wrong password is a wrong setting, as is a database that does not exist.
+    USAGE: (errors.InvalidInputError, errors.ConfigurationError, errors.AuthenticationError),
     CONFLICT: (
         errors.ConcurrencyConflictError,
         errors.AlreadyExistsError,
@@ -109,11 +110,12 @@ def sentence(exc: StorageError, exists: str | None = None) -> str:
         hint = "the key field holds the id"
     if type(exc) is errors.PermissionDeniedError and not isinstance(exc.__cause__, OSError):
         hint = None  # the error comes from a server, not from the permissions of files
-    if isinstance(exc, CorruptionError) and "backup" in message:
-        hint = None
-    elif isinstance(exc, CorruptionError) and PROGRAM not in message:
-        hint = f"`{PROGRAM} backups` lists the kept backups, `{PROGRAM} restore` restores one"
-    if isinstance(exc.__cause__, OSError) and exc.__cause__.errno in _WRONG_FILE_TYPE:
+    is_advised = isinstance(exc, errors.ConfigurationError)
+    if (
+        isinstance(exc.__cause__, OSError)
+        and exc.__cause__.errno in _WRONG_FILE_TYPE
+        and not is_advised
+    ):
         hint = (
             "there is a file where a folder is needed, or the reverse: correct the path, or move "
             "the file"

@@ -232,7 +232,7 @@ def test_no_store_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             '{"storage": {"strategy": "json", "json_strategy": {"cache_size": "x"}}}',
-            "config.json: storage.json_strategy.cache_size: expected int, got str",
+            "config.json: storage.json_strategy.cache_size: expected integer, got string",
         ),
         ('{"templates": {}}', "config.json: not a configuration: it has no key 'storage'"),
     ],
@@ -247,6 +247,12 @@ def test_a_configuration_that_is_wrong(cli: Cli, text: str, told: str) -> None:
 def test_other_ways_to_name_a_store_wrongly(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     both = cli("count", "machines", "--store", "json:x.json", "--config", "c.json")
     assert (both.code, both.message) == (2, "give either --store or --config, not both")
+    for option in ("--store", "--config"):
+        empty = cli("count", "machines", option, "")
+        assert empty.code == 2
+        assert empty.message == (
+            "--store or --config is empty: is a variable of the shell not set?"
+        )
     missing = cli("count", "machines", "--config", "c.json")
     assert (missing.code, missing.message[:37]) == (2, "no such configuration file 'c.json'; ")
     typo = cli("count", "machines", "--store", "jsn:x.json")

@@ -476,4 +476,5 @@ def test_every_error_has_a_code() -> None:
             "ReferenceViolationError",
         )
     } == {3}
+    assert codes["AuthenticationError"] == codes["ConfigurationError"] == 2
     assert codes["CorruptionError"] == codes["LockTimeoutError"] == codes["DiskFullError"] == 4

@@ -24,7 +24,6 @@ from hf_async_store import JSONStorageStrategy
 from hf_async_store.errors import (
     CorruptionError,
     DataFileConflictError,
-    StorageError,
 )
 from hf_async_store.strategies.json import files
 from hf_async_store.strategies.json.journal import Seal, control, record
@@ -532,8 +531,12 @@ async def test_91_the_folder_is_removed_while_open(
             lambda: store.query_entities("templates"),
             lambda: store.save_entity("templates", {"template_id": "t"}),
         ):
-            with pytest.raises(StorageError):
+            with pytest.raises(
+                DataFileConflictError, match="data was removed or renamed"
+            ) as caught:
                 await verb()
+            assert not caught.value.retryable
+            assert not folder.exists()
         await store.checkpoint(recover_from="file")
         assert await whole(store) == {"templates": {}, "requests": {}, "machines": {}}
         assert await store.save_entity("templates", {"template_id": "t"}) == 1

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from hf_async_store import HOST_FACTORY, Collection, JSONStorageStrategy
+from hf_async_store import HOST_FACTORY, Collection, JSONStorageStrategy, open_store
 from hf_async_store.cli import main
 from hf_async_store.config import Filenames
 from hf_async_store.driver import Engine
@@ -827,3 +827,55 @@ async def _everything_is_readable(copy: Path) -> None:
     for each in (copy, *copy.iterdir()) if copy.is_dir() else (copy,):
         assert each.stat().st_uid == NOBODY
         assert each.is_dir() or each.read_bytes()
+
+
+@as_root
+@both_layouts
+async def test_a_folder_that_may_not_be_entered(srv: Path, layout: str) -> None:
+    folder = srv / "data"
+    async with open_json(srv / "other", layout) as store:  # imports what another user may not read
+        await store.save_entity(T, {"template_id": "t"})
+        assert await whole(store)
+    folder.mkdir(mode=0o700)
+    with user(NOBODY, NOBODY):
+        async with open_json(folder, layout) as store:
+            for verb in (
+                lambda: store.get_entity(T, "t"),
+                lambda: store.query_entities(T),
+                lambda: store.save_entity(T, {"template_id": "t"}),
+                store.exists,
+                store.recorded_collections,
+            ):
+                with pytest.raises(PermissionDeniedError, match="Permission denied"):
+                    await verb()
+
+
+@both_layouts
+async def test_a_path_that_is_too_long(tmp_path: Path, layout: str) -> None:
+    async with open_json(tmp_path / ("x" * 300), layout) as store:
+        for verb in (
+            lambda: store.get_entity(T, "t"),
+            lambda: store.save_entity(T, {"template_id": "t"}),
+        ):
+            with pytest.raises(UnavailableError, match="File name too long") as caught:
+                await verb()
+            assert not caught.value.retryable
+
+
+async def test_the_file_of_an_sqlite_store(tmp_path: Path) -> None:
+    """It is named, and nobody is told to restore a backup over it."""
+    path = tmp_path / "store.json"
+    async with open_store(f"sqlite:{path}") as database:
+        await database.save_entity(T, {"template_id": "t"})
+    before = path.read_bytes()
+    async with open_store(f"json:{path}") as store:
+        for verb in (
+            lambda: store.get_entity(T, "t"),
+            lambda: store.query_entities(T),
+            lambda: store.save_entity(T, {"template_id": "t"}),
+        ):
+            with pytest.raises(ConfigurationError, match=f"open it as sqlite:{path}"):
+                await verb()
+    assert path.read_bytes() == before
+    async with open_json(tmp_path, "split_files") as store:
+        assert (await store.health())["ok"]

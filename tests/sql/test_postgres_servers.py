@@ -355,7 +355,7 @@ async def test_connect_timeout_applies_to_each_server(database: str) -> None:
         ("h/db?keepalives=1", "keepalives: unknown key"),
         ("h1,h2/db?port=1,2,3", "port: 3 ports for 2 hosts"),
         ("h1,h2/db?port=1,x", "port: expected a number"),
-        ("h1:1,h2:70000/db", "port: expected int <= 65535"),
+        ("h1:1,h2:70000/db", "port: expected integer <= 65535"),
         ("h/db?schema=own&pgbouncer=yes", "schema: not supported with pgbouncer"),
     ],
 )
@@ -390,3 +390,38 @@ async def test_an_invalid_host_is_named(host: str) -> None:
             await store.get_entity("templates", "t")
     assert isinstance(caught.value, ConfigurationError | UnavailableError)
     assert host[:20] in str(caught.value)
+
+
+async def test_a_server_that_is_not_there_is_asked_about() -> None:
+    async with open_store("postgresql://app@127.0.0.1:1/jobs") as store:
+        with pytest.raises(UnavailableError) as caught:
+            await store.get_entity("templates", "t")
+    assert str(caught.value) == (
+        "cannot connect to 127.0.0.1:1: connection refused; is the server running? Check host and port"
+    )
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize("seen", [False, True])
+async def test_a_session_that_was_ended_is_explained(database: str, seen: bool) -> None:
+    """Whether the driver sees it before the next statement, and discards the reason, or with it."""
+    end = (
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    async with open_store(database) as store:
+        await store.save_entity("templates", {"template_id": "t"})
+        tx = await store.begin_transaction().__aenter__()
+        await tx.get_entity("templates", "t")
+        if seen:
+            await asyncio.to_thread(execute, database, end)
+            await asyncio.sleep(0.1)
+        else:
+            execute(database, end)
+        with pytest.raises(
+            UnavailableError, match="server (is|was) restarted or shut down"
+        ) as caught:
+            await tx.get_entity("templates", "u")
+        assert "idle" not in str(caught.value).partition("restarted")[0]
+        with suppress(StorageError):
+            await tx.__aexit__(None, None, None)

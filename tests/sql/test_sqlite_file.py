@@ -17,6 +17,7 @@ import pytest
 from hf_async_store import (
     BatchError,
     ConfigurationError,
+    CorruptionError,
     DataFileConflictError,
     DiskFullError,
     ReadOnlyStoreError,
@@ -591,3 +592,26 @@ async def test_a_log_that_grew_behind_a_reader_becomes_small_again(
             await store.save_entity("templates", {"template_id": "t-1"})
         assert log.stat().st_size <= 1_000_000
         assert await store.count_entities("templates") == 20
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}\n", b'\n { "templates": {} }', b"id,name\n1,a\n" * 9, b"ab"]
+)
+async def test_a_file_of_another_kind(tmp_path: Path, content: bytes) -> None:
+    """It is named, and nobody is told to restore a backup over the file of a JSON store."""
+    path = tmp_path / "s.json"
+    path.write_bytes(content)
+    is_json = b"{" in content
+    async with open_store(f"sqlite:{path}") as store:
+        for verb in (
+            lambda: store.get_entity("templates", "t"),
+            lambda: store.query_entities("templates"),
+            lambda: store.save_entity("templates", template("t")),
+        ):
+            with pytest.raises(ConfigurationError if is_json else CorruptionError) as caught:
+                await verb()
+            said = str(caught.value)
+            assert "no SQLite database" in said
+            assert ("opened as json:" in said) is is_json
+            assert ("restore" in said) is not is_json
+    assert path.read_bytes() == content

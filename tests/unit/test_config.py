@@ -339,13 +339,14 @@ def in_dynamodb(**keys: object) -> dict[str, object]:
             {"strategy": "jsn"},
             "strategy: unknown strategy (known: json, sql, dynamodb, memory; did",
         ),
-        ({"strategy": 5}, "strategy: expected str, got int"),
-        ({"storage": []}, "storage: expected mapping, got list"),
+        ("", "a configuration is a mapping, a path or a URL, not an empty text"),
+        ({"strategy": 5}, "strategy: expected string, got integer"),
+        ({"storage": []}, "storage: expected object, got array"),
         ({}, "strategy: required, because no strategy is named"),
         ({"storage": {}, "migration": {}}, "storage.strategy: required"),
         ({"colour": 1, "migration": {}}, "colour: unknown key"),
         ({"json_strategy": {}, "sql_strategy": {}}, "strategy: required, because there are blocks"),
-        ({"storage": None}, "storage: expected mapping, got NoneType"),
+        ({"storage": None}, "storage: expected object, got null"),
         ({"json_strategy": {5: 1}}, "json_strategy.5: unknown key"),
         # Errors in the block of a strategy that is not selected.
         (
@@ -353,35 +354,42 @@ def in_dynamodb(**keys: object) -> dict[str, object]:
             "sql_strategy.port: expected a number",
         ),
         # Types and ranges.
-        (in_json(cache_size="5"), "storage.json_strategy.cache_size: expected int, got str"),
-        (in_json(cache_size=True), "storage.json_strategy.cache_size: expected int, got bool"),
-        (in_json(cache_size=-1), "storage.json_strategy.cache_size: expected int >= 0"),
-        (in_json(cache_size={}), "storage.json_strategy.cache_size: expected int, got mapping"),
-        (in_json(cache_size=[1]), "storage.json_strategy.cache_size: expected int, got array"),
-        (in_json(sync_writes=1), "storage.json_strategy.sync_writes: expected bool, got int"),
-        (in_json(lock_timeout=0), "storage.json_strategy.lock_timeout: expected float > 0.0"),
-        (in_json(lock_timeout=float("nan")), "storage.json_strategy.lock_timeout: expected float"),
+        (in_json(cache_size="5"), "storage.json_strategy.cache_size: expected integer, got string"),
+        (
+            in_json(cache_size=True),
+            "storage.json_strategy.cache_size: expected integer, got boolean",
+        ),
+        (in_json(cache_size=-1), "storage.json_strategy.cache_size: expected integer >= 0"),
+        (in_json(cache_size={}), "storage.json_strategy.cache_size: expected integer, got object"),
+        (in_json(cache_size=[1]), "storage.json_strategy.cache_size: expected integer, got array"),
+        (
+            in_json(sync_writes=1),
+            "storage.json_strategy.sync_writes: expected true or false (in a URL also yes or no), "
+            "got integer",
+        ),
+        (in_json(lock_timeout=0), "storage.json_strategy.lock_timeout: expected number > 0.0"),
+        (in_json(lock_timeout=float("nan")), "storage.json_strategy.lock_timeout: expected number"),
         (in_json(lock_timeout=float("inf")), "storage.json_strategy.lock_timeout: expected a fin"),
         (in_json(base_path="a\0b"), "storage.json_strategy.base_path: string with U+0000"),
         (
             in_json(storage_type="single"),
             "storage.json_strategy.storage_type: expected 'single_file' or 'split_files'",
         ),
-        (in_json(filenames="x"), "storage.json_strategy.filenames: expected mapping, got str"),
+        (in_json(filenames="x"), "storage.json_strategy.filenames: expected object, got string"),
         (
             in_json(filenames={"split_files": {"a": 5}}),
-            "storage.json_strategy.filenames.split_files.a: expected str, got int",
+            "storage.json_strategy.filenames.split_files.a: expected string, got integer",
         ),
         (
             in_json(filenames={"split_files": 5}),
-            "storage.json_strategy.filenames.split_files: expected mapping, got int",
+            "storage.json_strategy.filenames.split_files: expected object, got integer",
         ),
-        (in_sql(password=5), "storage.sql_strategy.password: expected str, got int"),
-        (in_sql(port=70000), "storage.sql_strategy.port: expected int <= 65535"),
+        (in_sql(password=5), "storage.sql_strategy.password: expected string, got integer"),
+        (in_sql(port=70000), "storage.sql_strategy.port: expected integer <= 65535"),
         (in_sql(type="mysql"), "storage.sql_strategy.type: expected 'sqlite' or 'postgresql'"),
         (
             in_dynamodb(auto_scaling="yes"),
-            "dynamodb_strategy.auto_scaling: expected bool | mapping, got str",
+            "dynamodb_strategy.auto_scaling: expected boolean | object, got string",
         ),
         (
             in_dynamodb(auto_scaling={"min_read_capacity": 9, "max_read_capacity": 8}),
@@ -421,9 +429,9 @@ def test_no_file_for_two_collections(other: str) -> None:
 
 
 def test_models_are_checked_in_python_too() -> None:
-    with pytest.raises(ConfigurationError, match="cache_size: expected int >= 0"):
+    with pytest.raises(ConfigurationError, match="cache_size: expected integer >= 0"):
         JSONConfig(cache_size=-1)
-    with pytest.raises(ConfigurationError, match="password: expected str"):
+    with pytest.raises(ConfigurationError, match="password: expected string"):
         SQLConfig(password="plain")  # type: ignore[arg-type]
     with pytest.raises(
         ConfigurationError, match="json: expected options of type JSONConfig, got MemoryConfig"
@@ -455,7 +463,7 @@ def test_objects_that_are_no_configuration() -> None:
             b'[storage]\nstrategy = "json"\n',
             ", line 1, column 2: .* a URL such as 'sqlite:jobs.db'",
         ),
-        (b"[]", ": configuration: expected mapping, got list"),
+        (b"[]", ": configuration: expected object, got array"),
         (b'{"storage": {"strategy": "json", "x": 1}}', ": storage.x: unknown key"),
         (b'{"requests": {}, "machines": {}}', ": not a configuration.* did you mean 'json:"),
     ],
@@ -725,11 +733,20 @@ def test_booleans_in_a_query(text: str, expected: bool) -> None:
         ("memory:?size=1", "size: unknown key (known: enforce_references)"),
         ("json:x?enable_compresion=1", "enable_compresion: unknown key (known: storage_type, "),
         ("json:x?filenames.single=a", "filenames.single: unknown key (known: single_file, "),
-        ("json:x?sync_writes=maybe", "sync_writes: expected bool, got str"),
-        ("json:x?sync_writes=2", "sync_writes: expected bool, got int"),
-        ("json:x?sync_writes", "sync_writes: expected bool, got str"),
-        ("json:x?cache_size=-1", "cache_size: expected int >= 0"),
-        ("json:x?cache_size=1.5", "cache_size: expected int, got float"),
+        (
+            "json:x?sync_writes=maybe",
+            "sync_writes: expected true or false (in a URL also yes or no), got string",
+        ),
+        (
+            "json:x?sync_writes=2",
+            "sync_writes: expected true or false (in a URL also yes or no), got integer",
+        ),
+        (
+            "json:x?sync_writes",
+            "sync_writes: expected true or false (in a URL also yes or no), got string",
+        ),
+        ("json:x?cache_size=-1", "cache_size: expected integer >= 0"),
+        ("json:x?cache_size=1.5", "cache_size: expected integer, got number"),
         ("json:x?cache_size=1&cache_size=2", "cache_size: specified twice"),
         ("json:x?base_path=y", "base_path: specified twice"),
         ("json:x?cache_size.a=1&cache_size=1", "cache_size: specified twice"),
@@ -851,9 +868,9 @@ def test_typed_options_of_a_registered_strategy() -> None:
     ("query", "message"),
     [
         ("pol=5", r"acme_strategy\.pol: unknown key.*pool"),
-        ("pool=many", r"acme_strategy\.pool: expected int"),
-        ("fast=maybe", r"acme_strategy\.fast: expected bool"),
-        ("pool=5.5", r"acme_strategy\.pool: expected int"),
+        ("pool=many", r"acme_strategy\.pool: expected integer"),
+        ("fast=maybe", r"acme_strategy\.fast: expected true or false"),
+        ("pool=5.5", r"acme_strategy\.pool: expected integer"),
     ],
 )
 def test_typed_options_are_checked(query: str, message: str) -> None:

@@ -160,7 +160,7 @@ async def test_a_bad_file_of_a_json_store(tmp_path: Path, content: bytes) -> Non
     assert file.stat().st_mode & 0o777 == 0o600
     file.write_bytes(content)
     async with open_store(url, collections=[JOBS]) as store:
-        with pytest.raises(CorruptionError, match=r"\.db\.json\.declarations"):
+        with pytest.raises(CorruptionError, match=r"\.db\.json\.declarations .*Restore"):
             await store.recorded_collections()
         assert await store.update_entity("jobs", "j", {"size": 2}) == 2
     assert file.read_bytes() == content
@@ -222,6 +222,42 @@ async def test_nothing_is_written_under_another_key(tmp_path: Path) -> None:
             await tx.__aexit__(None, None, None)
     async with open_store(location, collections=declared) as store:
         assert [each["id"] for each in await store.query_entities("items")] == ["a"]
+
+
+@pytest.mark.parametrize("layout", ["json:{}/store.json", "json:{}/files"])
+async def test_a_lost_record_does_not_let_a_collection_have_two_keys(
+    tmp_path: Path, layout: str
+) -> None:
+    location = layout.format(tmp_path)
+    declared = [Collection("items", key="id"), Collection("others", key="id")]
+    renamed = [Collection("items", key="name"), Collection("others", key="id")]
+    async with open_store(location, collections=declared) as store:
+        await store.create_entity("items", {"id": "a", "size": 1})
+    [record] = tmp_path.rglob(".*.declarations")
+    record.unlink()
+    async with open_store(location, collections=renamed) as store:
+        with pytest.raises(
+            SchemaMismatchError, match="'items' is 'id' in this store.*copy"
+        ) as found:
+            await store.create_entity("items", {"name": "b"})
+        assert "delete" not in str(found.value)
+        with pytest.raises(CorruptionError, match=r"'a' in .* with the key 'id', but 'name' is"):
+            await store.query_entities("items")
+        assert "1 entities cannot be read, such as 'a'" in str((await store.health())["problems"])
+    async with open_store(location, collections=declared) as store:
+        await store.create_entity("items", {"id": "b"})
+        assert (await store.health())["ok"]
+
+
+async def test_a_field_that_becomes_required_is_described() -> None:
+    before, after = (
+        Collection("items", key="id", fields=[Field("size", "integer", required=required)])
+        for required in (False, True)
+    )
+    async with open_store("memory:", collections=[after]) as store:
+        await store.engine.remember([before])
+        [found] = await store.schema_changes()
+        assert found.detail == "another program declared it as integer, not as required integer"
 
 
 def test_an_index_stays_unique_if_a_program_declares_its_field_as_json() -> None:

@@ -182,8 +182,8 @@ def test_two_configurations_may_name_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ("json:x", "follow_moves: expected array, got str"),
-        ({"a": 1}, "follow_moves: expected array, got dict"),
+        ("json:x", "follow_moves: expected array, got string"),
+        ({"a": 1}, "follow_moves: expected array, got object"),
         ([5], r"follow_moves\[0\]: a configuration is"),
         (["json:x", "postgresq://u:p@h/db"], r"follow_moves\[1\]: no such configuration file"),
         ([{"json_strategy": {"cache": 1}}], r"follow_moves\[0\]: json_strategy.cache: unknown"),

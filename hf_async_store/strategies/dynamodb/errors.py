@@ -445,7 +445,9 @@ def of_client(exc: Exception, service: str, host: str = "") -> StorageError:
     if name == "SSLError":
         return _tls_error(exc, where)
     if name in _NOT_CONNECTED or (name == "EndpointConnectionError" and _never_connected(exc)):
-        return UnavailableError(f"{where} cannot be reached: {name}{_reason(cause)}")
+        return UnavailableError(
+            f"{where} cannot be reached: {name}{_reason(cause)}; check region, endpoint_url and the network"
+        )
     return ResponseLost(f"no response from {where}: {name}", outcome_unknown=True)
 
 

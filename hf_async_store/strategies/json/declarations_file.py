@@ -1,9 +1,9 @@
 """The file beside the journal in which a JSON store remembers its declarations.
 
 It is replaced atomically, under the write lock, and it is not part of the data: without it, every
-entity is still there, and each program records its own declarations again. It also contains the unique
-indexes that every program enforces, and the collections whose changes it keeps, so a writer looks
-whether it was replaced.
+entity is still there, and each program records its own declarations again; but a unique index is then
+enforced only after it was applied again. It also contains the unique indexes that every program
+enforces, and the collections whose changes it keeps, so a writer looks whether it was replaced.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from pathlib import Path
 
 import msgspec
 
-from hf_async_store.declarations import are_equal, decoded, encoded, longest, merged
+from hf_async_store.declarations import are_equal, damaged, decoded, encoded, longest, merged
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import (
     CorruptionError,
     NewerFormatError,
-    SchemaMismatchError,
     StorageError,
 )
 from hf_async_store.event_loop import in_thread
@@ -127,34 +126,23 @@ class DeclarationsFile:
             raise translate_os_error(exc, f"read {self.path}") from exc
         if content is None:
             return [], _OwnPart()
-        where = f"{self.path} (if it is deleted, each program records its own again)"
+        where = self._path
         try:
             document = msgspec.json.decode(content)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise CorruptionError(f"the declarations in {where} are not JSON: {exc}") from exc
+            raise damaged(where, f"not JSON: {exc}") from exc
         collections = decoded(document, where)
         try:
             return collections, msgspec.convert(document, _OwnPart)
         except msgspec.ValidationError as exc:
-            raise CorruptionError(f"the declarations in {where} are invalid: {exc}") from exc
+            raise damaged(where, f"invalid: {exc}") from exc
 
-    async def refuse_other_keys(self, schema: Schema) -> None:
-        """Refuse a declaration by which entities would be written that other programs cannot read.
-
-        Raises:
-            SchemaMismatchError: a collection is recorded with another key.
-        """
+    async def key_of(self) -> dict[str, str]:
+        """The recorded key of each collection; none if the file is damaged, which `health` reports."""
         try:
-            recorded = await self.read()
+            return {each.name: each.key for each in await self.read()}
         except StorageError:
-            return  # it is not part of the data; `health` reports it
-        for each in recorded:
-            if each.name in schema and schema[each.name].key != each.key:
-                raise SchemaMismatchError(
-                    f"the key of the collection {each.name!r} is {each.key!r} in this store, but "
-                    f"{schema[each.name].key!r} is declared (if {self.path} is deleted, each program "
-                    "records its own declarations again)"
-                )
+            return {}
 
     async def add(
         self,

@@ -30,13 +30,14 @@ from contextlib import (
     suppress,
 )
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hf_async_store.changes import Change, Outcome, Record, TakeChanges
 from hf_async_store.config import JSONConfig, redacted
-from hf_async_store.declarations import are_equal, merged
+from hf_async_store.declarations import are_equal, merged, other_key
 from hf_async_store.deferred import deferred
 from hf_async_store.disk_space import free_bytes, too_little
 from hf_async_store.driver import (
@@ -54,6 +55,7 @@ from hf_async_store.driver import (
     Session,
 )
 from hf_async_store.errors import (
+    ConfigurationError,
     CorruptionError,
     LockTimeoutError,
     PermissionDeniedError,
@@ -87,7 +89,11 @@ from hf_async_store.strategies.json.folder_watch import FolderWatch
 from hf_async_store.strategies.json.follower import Follower
 from hf_async_store.strategies.json.journal import FeedPosition, Images
 from hf_async_store.strategies.json.recovery import StoreLoader
-from hf_async_store.strategies.json.serializer import JSONSerializer, holds_entities
+from hf_async_store.strategies.json.serializer import (
+    JSONSerializer,
+    StoredEntity,
+    holds_entities,
+)
 from hf_async_store.strategies.json.session_view import SessionView
 from hf_async_store.strategies.json.snapshot_reader import SnapshotReader
 from hf_async_store.strategies.json.store_state import StoreState
@@ -117,7 +123,8 @@ log: Final = logging.getLogger("hf_async_store.json")
 _HEALTH_CHUNK: Final = 1 << 16
 """How many bytes of entities are checked in one step: about 1 ms."""
 
-_HEALTH_ENTITIES: Final = 1 << 14
+_HEALTH_ENTITIES: Final = 1 << 10
+"""How many entities are looked at in one step: about 1 ms."""
 
 _HEALTH_LOCK_SECONDS: Final = 5.0
 
@@ -275,6 +282,8 @@ class JSONEngine(Engine):
         for name in self.files.undeclared_files():
             try:
                 file = await self.files.read(name)
+            except ConfigurationError:
+                continue  # the database of another store
             except CorruptionError:
                 names.append(name.removesuffix(".json"))  # it may be a damaged data file
                 continue
@@ -541,14 +550,14 @@ class JSONEngine(Engine):
             patience: how many seconds to wait for the syncs of others; see `open_to_append`.
         """
         self.files.refuse_moved_links()
-        if not self._keys_checked:
-            await self._declarations.refuse_other_keys(self.schema)
-            self._keys_checked = True
         follower = self.follower
         state = follower.state
         if state is None or not follower.follow_at_once(state):
             state = await follower.refresh_locked()
         follower.write_locked = True
+        if not self._keys_checked:
+            await self._refuse_other_keys(state)
+            self._keys_checked = True
         if not self._declarations.is_current():
             await self._declarations.refresh(self.schema)
         if self._unique:
@@ -569,6 +578,24 @@ class JSONEngine(Engine):
             await self.compactor.renew(state)
             self.journal.sync_failed = False
         return state
+
+    async def _refuse_other_keys(self, state: StoreState) -> None:
+        """Refuse a declaration by which entities would be written that other programs cannot read.
+
+        Without the recorded declarations, as in a copy of the store without its hidden files, the first
+        entity of a collection decides.
+
+        Raises:
+            SchemaMismatchError: a collection has another key in the store.
+        """
+        recorded = await self._declarations.key_of()
+        for name, declared in self.schema.items():
+            key = recorded.get(name)
+            if key is None:
+                for entity_id, stored in islice(state.sections[name].entities.items(), 1):
+                    key = self.serializer.other_key(declared, entity_id, stored)
+            if key not in (None, declared.key):
+                raise other_key(name, key, declared.key)
 
     async def commit(self, state: StoreState, images: Images, *, is_last: bool = False) -> bool:
         """Append the images as one record, then apply them in memory. The write lock is held.
@@ -702,21 +729,28 @@ class JSONEngine(Engine):
             return []  # the probe reports it
 
     async def _entity_problems(self, state: StoreState) -> list[Value]:
-        """The errors of entities that another program wrote and that were not read yet."""
+        """The errors of entities that another program wrote, and entities under another key."""
         problems: list[Value] = []
-        for name in self.schema:
+        for name, declared in self.schema.items():
             section = state.sections[name]
-            unchecked = [
-                (entity_id, stored)
-                async for chunk in Chunks(list(section.entities.items()), _HEALTH_ENTITIES)
-                for entity_id, stored in chunk
-                if type(stored) is not bytes
-            ]
+            unchecked: list[tuple[str, StoredEntity]] = []
+            under_another: list[str] = []
+            async for chunk in Chunks(list(section.entities.items()), _HEALTH_ENTITIES):
+                for entity_id, stored in chunk:
+                    if type(stored) is not bytes:
+                        unchecked.append((entity_id, stored))
+                    elif not self.serializer.has_id(declared, entity_id, stored):
+                        under_another.append(entity_id)
+            if under_another:
+                problems.append(
+                    f"{name}: {len(under_another):,} entities cannot be read, such as "
+                    f"{under_another[0]!r}: their ids are not in {declared.key!r}, the declared key"
+                )
             size = 0
             for entity_id, stored in unchecked:
                 try:
                     # Not by the section, which would keep the result of each: twice the memory.
-                    self.serializer.normalize(self.schema[name], entity_id, stored)
+                    self.serializer.normalize(declared, entity_id, stored)
                 except CorruptionError as exc:
                     problems.append(str(exc))
                 size += memoryview(stored).nbytes
@@ -829,7 +863,8 @@ class _Writing:
             except UnavailableError:
                 if engine.files.nearest_folder() == engine.files.folder:
                     raise
-                engine.files.make_folder()  # it was removed
+                follower.refuse_removed_folder()
+                engine.files.make_folder()  # it was removed, and the store was empty
                 await engine.locks.acquire("write", None, owner)
             try:
                 follower.register(creating=True)

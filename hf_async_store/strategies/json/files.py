@@ -31,6 +31,7 @@ from hf_async_store.strategies.json.journal import USE_FILES, FileState
 log: Final = logging.getLogger("hf_async_store.json")
 
 _MODE: Final = 0o600
+_SQLITE_HEADER: Final = b"SQLite format 3\0"
 _TEMPORARY: Final = ".tmp"
 _GZIP_SUFFIX: Final = ".gz"
 _SPLIT_STEM: Final = "store"
@@ -566,7 +567,7 @@ async def read_file(path: Path, trusted: Container[str] = ()) -> DataFile | None
 
     Raises:
         CorruptionError: it is truncated, no gzip file, or decompresses to more than the limit.
-        ConfigurationError: it is not a regular file.
+        ConfigurationError: it is not a regular file, or an SQLite database.
     """
     # One call in a worker thread, and not aiofiles, which would need one call for each step, and
     # 6 ms of import time in every short-lived process. Each step releases the GIL.
@@ -577,7 +578,10 @@ async def read_file(path: Path, trusted: Container[str] = ()) -> DataFile | None
     except OSError as exc:
         raise translate_os_error(exc, f"read {path}") from exc
     except zlib.error as exc:
-        raise CorruptionError(f"{path} is not a complete gzip file: {exc}") from exc
+        raise CorruptionError(
+            f"{path} is not a complete gzip file: {exc}. Nothing was changed. Restore a backup "
+            "(`hf-async-store restore`)"
+        ) from exc
     computed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     if digest is not None:
         computed.set_result(digest)
@@ -600,6 +604,8 @@ def _read(path: Path, trusted: Container[str]) -> tuple[bytes, str | None, Signa
             raise ConfigurationError(
                 f"{path} is {_file_type(status)}; a data file must be a regular file"
             )
+        if os.pread(fd, len(_SQLITE_HEADER), 0) == _SQLITE_HEADER:
+            raise ConfigurationError(f"{path} is an SQLite database: open it as sqlite:{path}")
         data = file.read()
     signature = Signature.of(status)
     if path.suffix == _GZIP_SUFFIX:
@@ -685,7 +691,8 @@ class _ResolvedPaths:
         targets: set[Path] = set()
         for suffix in ("", _GZIP_SUFFIX):
             path = base / f"{name}{suffix}"
-            if not path.is_symlink():
+            # A path that cannot be read is none; the first operation reports that.
+            if not os.path.islink(path):  # noqa: PTH114
                 continue
             real = os.path.realpath(path)
             if real.endswith(_GZIP_SUFFIX) != bool(suffix):

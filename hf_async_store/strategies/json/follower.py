@@ -12,16 +12,19 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import Final
 
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import (
     CorruptionError,
+    DataFileConflictError,
     LockTimeoutError,
     PermissionDeniedError,
     ReadOnlyStoreError,
     StorageError,
     StoreClosedError,
+    UnavailableError,
 )
 from hf_async_store.event_loop import in_thread
 from hf_async_store.locks import FileLock, LockManager
@@ -342,6 +345,9 @@ class Follower:
         except (PermissionDeniedError, ReadOnlyStoreError):
             # No lock file can be created here, so no process can write here, either.
             return await self.refresh_locked()
+        except UnavailableError:
+            self.refuse_removed_folder()
+            raise
 
     async def refresh_locked(self, recover_from: str | None = None) -> StoreState:
         """Bring the state up to date. The caller holds a lock of the store.
@@ -388,7 +394,7 @@ class Follower:
                     if recover_from is not None:
                         return await self._load(recover_from)
                     if state is None or not await self._catch_up(state):
-                        self._refuse_removed(state or self._unparsed)
+                        self._refuse_removed()
                         state = await self._load()
                 except OSError as exc:
                     raise translate_os_error(
@@ -411,19 +417,37 @@ class Follower:
         self.committed = self._view(loaded)
         return loaded
 
-    def _refuse_removed(self, state: StoreState | None) -> None:
-        """Refuse a store whose journals, and perhaps data files, were removed while it was open.
+    def refuse_removed_folder(self) -> None:
+        """Refuse a store whose folder was removed or renamed while it was open.
+
+        Raises:
+            DataFileConflictError.
+        """
+        folder = self._files.folder
+        if self._removed() is not None and self._files.nearest_folder() != folder:
+            raise DataFileConflictError(
+                f"{folder} was removed or renamed while the store was in use: nothing is read from it or "
+                "written to it any more. Restore it, or close this store and open it again"
+            )
+
+    def _refuse_removed(self) -> None:
+        removed = self._removed()
+        if removed is not None:
+            self.refuse_removed_folder()
+            raise JournalMissing(f"{removed} was removed while it was in use")
+
+    def _removed(self) -> Path | None:
+        """The journal, if it was removed while the store was open, and perhaps data files as well.
 
         A compaction always leaves a journal. Data that was read before must not disappear silently.
         """
+        state = self.state or self._unparsed
         if state is None or state.fd < 0 or self._files.journals():
-            return
+            return None
         existed = [name for name, each in state.signatures.items() if each is not None]
-        removed = [name for name in existed if self._files.signature(name) is None]
-        if state.pending or removed:
-            raise JournalMissing(
-                f"{self._files.journal(state.generation)} was removed while it was in use"
-            )
+        if state.pending or any(self._files.signature(name) is None for name in existed):
+            return self._files.journal(state.generation)
+        return None
 
     # -- catching up -------------------------------------------------------------------------
 

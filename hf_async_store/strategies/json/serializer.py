@@ -104,8 +104,7 @@ class JSONSerializer:
         except UNREADABLE as exc:
             raise self.not_canonical(collection, entity_id, str(exc)) from exc
         if entity.get(collection.key) != entity_id:
-            key = entity.get(collection.key, "missing")
-            raise self.not_canonical(collection, entity_id, f"{collection.key} is {key!r}")
+            raise self._without_id(collection, entity_id, entity)
         version = entity.get(VERSION)
         if type(version) is not int or version < 0:
             raise self.not_canonical(collection, entity_id, f"{VERSION} is {version!r}")
@@ -125,6 +124,39 @@ class JSONSerializer:
             return _decode_created_at(canonical).created_at
         except UNREADABLE as exc:
             raise self.not_canonical(collection, entity_id, str(exc)) from exc
+
+    def other_key(self, collection: Collection, entity_id: str, stored: StoredEntity) -> str | None:
+        """The field of a stored entity that contains its id; None if that is the declared key, or unknown.
+
+        Entities of other programs are not concerned: a missing key field is added to them.
+        """
+        if type(stored) is not bytes or self.has_id(collection, entity_id, stored):
+            return None
+        try:
+            return _field_with(entity_id, _decode(stored))
+        except UNREADABLE:
+            return None
+
+    def has_id(self, collection: Collection, entity_id: str, canonical: bytes) -> bool:
+        """Whether the entity has its id in the declared key; mostly without decoding it."""
+        if encode_json({collection.key: entity_id})[1:-1] in canonical:
+            return True
+        try:
+            return _decode(canonical).get(collection.key) == entity_id
+        except UNREADABLE:
+            return False
+
+    def _without_id(
+        self, collection: Collection, entity_id: str, entity: Entity
+    ) -> CorruptionError:
+        other = _field_with(entity_id, entity)
+        if collection.key in entity or other is None:
+            key = entity.get(collection.key, "missing")
+            return self.not_canonical(collection, entity_id, f"{collection.key} is {key!r}")
+        return CorruptionError(
+            f"{collection.name} {entity_id!r}{self._location(collection.name)} was written with the key "
+            f"{other!r}, but {collection.key!r} is declared: read it with a declaration that has this key"
+        )
 
     def not_canonical(self, collection: Collection, entity_id: str, reason: str) -> CorruptionError:
         """The error for an entity that should be canonical and is not."""
@@ -190,6 +222,10 @@ class JSONSerializer:
             if field.type == "timestamp" and isinstance(value, str):
                 entity[name] = parse_timestamp(value) or value
         return self.encode(entity, version)
+
+
+def _field_with(entity_id: str, entity: Entity) -> str | None:
+    return next((name for name, value in entity.items() if value == entity_id), None)
 
 
 def compact(raw: StoredEntity) -> bytes:

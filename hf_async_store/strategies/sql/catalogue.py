@@ -17,6 +17,7 @@ from typing import Final
 
 import msgspec
 
+from hf_async_store.declarations import other_key
 from hf_async_store.errors import (
     ConcurrencyConflictError,
     ConfigurationError,
@@ -292,10 +293,7 @@ def _merged(known: Entry | None, collection: Collection, latest: bool) -> Entry:
         )
         return msgspec.structs.replace(new.completed().enforcing(unique).feeding(), generation=1)
     if known.key != collection.key:
-        raise SchemaMismatchError(
-            f"the key of the collection {collection.name!r} is {known.key!r} in this store, but "
-            f"{collection.key!r} is declared"
-        )
+        raise other_key(collection.name, known.key, collection.key)
     for name, each in known.fields.items():
         here = fields.get(name, each)
         parent = each.parent or here.parent

@@ -64,13 +64,14 @@ _SQLITE: Final[dict[int, type[StorageError]]] = {
 _HELD: Final = (
     ": another process, or another store object of this process, holds the lock of {path}"
 )
-_RESTORE_FILE: Final = "; restore {path} from a backup"
 # What the message says after that of SQLite.
 _SQLITE_MORE: Final[dict[int, str]] = {
     sqlite3.SQLITE_BUSY: _HELD,
     sqlite3.SQLITE_LOCKED: _HELD,
-    sqlite3.SQLITE_CORRUPT: _RESTORE_FILE,
-    sqlite3.SQLITE_NOTADB: _RESTORE_FILE,
+    sqlite3.SQLITE_CORRUPT: "; restore {path} from a backup",
+    sqlite3.SQLITE_NOTADB: (
+        ": the file is damaged, or is no SQLite database. Correct the path, or restore {path} from a backup"
+    ),
     sqlite3.SQLITE_IOERR_SHMSIZE: (
         "; even reading needs 32 KB of disk space, for the shared-memory file {path}-shm"
     ),
@@ -287,6 +288,11 @@ _STATES: Final[dict[str, _Meaning]] = {
     "55006": _Meaning(UnavailableError, "another session uses the object: try again"),
     "55P03": _Meaning(LockTimeoutError, "another transaction holds the lock: see timeout"),
     "57014": _Meaning(OperationTimeoutError, "see the setting timeout"),
+    "57P01": _Meaning(
+        UnavailableError,
+        "the server is restarted or shut down, or an administrator ended the session",
+        unknown=True,
+    ),
     "57P03": _Meaning(UnavailableError, "the server is starting or stopping: try again"),
     "57P04": _Meaning(ConfigurationError, "name: the database was dropped", unknown=True),
     "57P05": _Meaning(UnavailableError, "the server's idle_session_timeout ended the session"),

@@ -400,8 +400,9 @@ class PostgreSQL(Dialect):
         if isinstance(exc, UnicodeError):
             return ConfigurationError(f"cannot {doing}: host: not a valid host name")
         if isinstance(exc, OSError):  # includes TimeoutError
-            reason = exc.strerror or str(exc) or "no response in time (connect_timeout)"
-            return UnavailableError(f"cannot {doing}: {reason}")
+            return UnavailableError(
+                f"cannot {doing}: {_not_connected(exc)}; is the server running? Check host and port"
+            )
         return ProtocolError(f"cannot {doing}: the response is not from a PostgreSQL server")
 
     def is_lost(self, driver: Any) -> bool:
@@ -605,10 +606,11 @@ class PostgreSQL(Dialect):
                 retryable=True,
             )
         if isinstance(exc, SessionEndedError):
+            # The driver discards what the server sends to an idle connection, so its SQLSTATE is unknown.
             return UnavailableError(
-                f"cannot {doing}: the server had ended the session, and nothing was sent: it was "
-                "idle for longer than idle_in_transaction_session_timeout or idle_session_timeout "
-                "allow, or an administrator or a restart ended it"
+                f"cannot {doing}: the server had ended the session, and nothing was sent: the server was "
+                "restarted or shut down, an administrator ended the session, or it was idle for longer "
+                "than idle_in_transaction_session_timeout or idle_session_timeout allow"
             )
         if (known := _of_own_tables(exc, doing, callers=callers)) is not None:
             return known
@@ -907,6 +909,13 @@ def _of_own_tables(exc: Exception, doing: str, *, callers: bool) -> StorageError
     else:
         stale = isinstance(exc, asyncpg.InvalidTextRepresentationError) and CHANGED in str(exc)
     return CatalogueChangedError() if stale and not callers else None
+
+
+def _not_connected(exc: OSError) -> str:
+    """The reason why no connection was opened. For a refused one, the driver only has the address."""
+    if isinstance(exc, ConnectionRefusedError):
+        return "connection refused"
+    return exc.strerror or str(exc) or "no response in time (connect_timeout)"
 
 
 def _is_closed(exc: Exception) -> bool:

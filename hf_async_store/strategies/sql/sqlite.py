@@ -722,11 +722,31 @@ class SQLite(Dialect):
     def translate(
         self, exc: Exception, *, doing: str, writes: bool, callers: bool = False
     ) -> StorageError:
-        if getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CANTOPEN:
+        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+        reason = None
+        if code == sqlite3.SQLITE_CANTOPEN:
             reason = self._cannot_open_reason(doing)
-            if reason is not None:
-                return reason
+        elif code == sqlite3.SQLITE_NOTADB:
+            reason = self._other_format()
+        if reason is not None:
+            return reason
         return sqlite_error(exc, doing=doing, path=self._path, writes=writes, callers=callers)
+
+    def _other_format(self) -> StorageError | None:
+        """The error for a file that looks like that of another engine."""
+        if self._file is not None:
+            return None  # it was a database; and closing it here would release the locks of this process
+        try:
+            with self._path.open("rb") as file:
+                start = file.read(64).lstrip()
+        except OSError as exc:
+            return translate_os_error(exc, f"read {self._path}")
+        if not start.startswith(b"{"):
+            return None
+        return ConfigurationError(
+            f"name: {self._path} is no SQLite database; it looks like the file of a JSON store, which is "
+            f"opened as json:{self._path}"
+        )
 
     def _cannot_open_reason(self, doing: str) -> StorageError | None:
         """The reason why the file cannot be opened, which SQLite does not report."""
