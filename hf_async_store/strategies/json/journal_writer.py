@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from hf_async_store.driver import run_to_completion
 from hf_async_store.errors import LockTimeoutError, StorageError
-from hf_async_store.event_loop import Continuation, in_thread, long_work, pause, reclaim
+from hf_async_store.event_loop import Continuation, in_thread, long_work, reclaim
 from hf_async_store.locked_descriptors import close_locked, register_locked
 from hf_async_store.locks import LockManager
 from hf_async_store.os_errors import translate_os_error
