@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 from command import PROGRAM, STORE, Cli, absolute, shell
 
-from hf_async_store import AuthenticationError, OperationTimeoutError, StorageError
+from hf_async_store import (
+    AuthenticationError,
+    DataFileConflictError,
+    OperationTimeoutError,
+    StorageError,
+)
 from hf_async_store.cli import exit_codes, main
 from hf_async_store.cli.context import Context
 from hf_async_store.locks import FileLock
@@ -456,6 +461,8 @@ def test_secrets_are_not_shown(filled: Cli, words: list[str], verbose: list[str]
 def test_an_error_that_says_what_to_do_gets_no_further_hint() -> None:
     error = AuthenticationError("cannot connect: no; correct username or password")
     assert exit_codes.sentence(error) == str(error)
+    removed = DataFileConflictError("jobs.db was removed while the store was in use: restore it")
+    assert exit_codes.sentence(removed) == str(removed)  # SQLite: no word about JSON backups
 
 
 def test_every_error_has_a_code() -> None:
