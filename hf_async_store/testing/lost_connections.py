@@ -19,6 +19,7 @@ from hf_async_store.testing.harness import (
 
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.transaction import Transaction
 
 
 class LostConnectionContract:
@@ -55,14 +56,16 @@ class LostConnectionContract:
         assert acknowledged <= stored <= acknowledged | unknown
         await store.save_entity("items", {"item_id": "last"})
 
-    @pytest.mark.parametrize("after", ["read", "write", "commit"])
+    @pytest.mark.parametrize("after", ["read", "write", "savepoint", "commit"])
     async def test_84_a_transaction_ends_with_its_connection(
         self, harness: Harness, store: StorageStrategy, after: str
     ) -> None:
         """The caller catches the error of the first call after the connection broke. Neither that call nor
-        the commit may go on with another connection as if the transaction still had its locks."""
+        a later one may go on with another connection as if the transaction still had its locks."""
         if not isinstance(harness, CutsConnections):
             skip_fault(harness, CutsConnections)
+        if after == "savepoint" and not harness.capabilities.savepoints:
+            pytest.skip("the engine declares no savepoints")
         await store.save_entity("items", {"item_id": "a", "count": 0})
         await store.delete_entities("items", ["b", "c"])
         written = {"b"}
@@ -77,6 +80,8 @@ class LostConnectionContract:
                     await has_ended(rival)
                     if after == "read":
                         await failure_of(tx.get_entity("items", "c"))
+                    elif after == "savepoint":  # its failure alone does not end the transaction
+                        await failure_of(_read_in_savepoint(tx))
                     elif after == "write":
                         error = await failure_of(tx.save_entity("items", {"item_id": "c"}))
                         written.update(set() if error else "c")
@@ -107,6 +112,11 @@ class LostConnectionContract:
         async with harness.store() as again:
             assert _by_id(await _read(again)) == _by_id(before)
             assert await again.update_entity("items", "a", {"label": "later"}) == 2
+
+
+async def _read_in_savepoint(tx: Transaction) -> None:
+    async with tx.begin_transaction() as inner:
+        await inner.get_entity("items", "c")
 
 
 async def _increment(store: StorageStrategy) -> None:
