@@ -24,7 +24,7 @@ from contextlib import (
     suppress,
 )
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 import msgspec
 import pytest
@@ -74,8 +74,16 @@ from hf_async_store.strategies.memory import MemoryEngine
 from hf_async_store.strategies.sql.engine import SQLEngine
 from hf_async_store.testing import cancellation
 from hf_async_store.testing.contract import StrategyContract
-from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.harness import (
+    CONTRACT_COLLECTIONS,
+    DisturbsFeeds,
+    InjectsRowLocks,
+    ObservesIO,
+    RefusesLabels,
+)
+from hf_async_store.testing.plugin import NOT_TRIED
 from hf_async_store.testing.proxy import HeldRequest
+from hf_async_store.testing.random_choices import FULL_VARIABLE
 from tests.contract.harnesses import JSONHarness, MemoryHarness, SQLiteHarness
 from tests.contract.wrong_engines import (
     Nothing,
@@ -818,9 +826,75 @@ async def test_an_engine_that_refuses_what_is_occupied_passes() -> None:
     await run_case(_OCCUPIED, _OccupiedHarness(_RefusesOccupied))
 
 
+class _KeepsAllInOneTable(_RefusesOccupied):
+    """The table that is occupied is that of every collection."""
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        self._refuse([self.occupied])
+        return await super().fetch(keys)
+
+
+async def test_an_engine_with_one_table_for_all_collections_passes() -> None:
+    await run_case(_OCCUPIED, _OccupiedHarness(_KeepsAllInOneTable))
+
+
 async def test_an_engine_that_commits_before_what_is_occupied_fails() -> None:
     with pytest.raises(AssertionError):
         await run_case(_OCCUPIED, _OccupiedHarness(_CommitsBeforeWhatIsOccupied))
+
+
+# -- faults that are not tried -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    [
+        ("test_135_a_change_refused_by_the_database_does_not_affect_its_neighbours", RefusesLabels),
+        ("test_135_a_change_refused_by_the_database_among_others_of_its_entity", RefusesLabels),
+        ("test_135_a_blocked_change_does_not_delay_its_neighbours", InjectsRowLocks),
+        ("test_110_what_happens_to_the_data_makes_no_gap", DisturbsFeeds),
+        ("test_43_an_empty_transaction_does_no_io", ObservesIO),
+    ],
+)
+async def test_a_case_of_a_fault_is_skipped_and_named_without_it(case: str, fault: type) -> None:
+    with pytest.raises(RuntimeError, match=f"{NOT_TRIED}{fault.__name__}"):
+        await run_case(case, WrongHarness(_Lasting))
+
+
+# -- engines that connect -----------------------------------------------------------------------
+
+
+class _Connects(MemoryEngine):
+    """A read opens a connection, which takes a while."""
+
+    connections: ClassVar[set[object]] = set()
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        self._refuse_closed()
+        connection = object()
+        try:
+            await run_to_completion(self._connect(connection))
+            return await super().fetch(keys)
+        finally:
+            self.connections.discard(connection)
+
+    async def _connect(self, connection: object) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        self.connections.add(connection)
+
+
+class _ConnectedHarness(WrongHarness):
+    def leaks(self) -> list[str]:
+        return [str(each) for each in _Connects.connections]
+
+
+async def test_an_engine_that_completes_its_connection_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(FULL_VARIABLE, "1")  # each moment of a close
+    await run_case("test_72_cancel_at_every_await_of_a_close", _ConnectedHarness(_Connects))
+    assert _Connects.connections == set()
 
 
 # -- engines whose connections break -------------------------------------------------------------
