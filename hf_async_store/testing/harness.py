@@ -60,8 +60,8 @@ class Harness(Protocol):
         engine is neither durable nor shared by processes, each call returns an empty store.
 
         Args:
-            settings: keys of the strategy's configuration. The suite uses `enforce_references`,
-                and only if `capabilities.references` is true.
+            settings: keys of the strategy's configuration. The suite uses `enforce_references`, only if
+                `capabilities.references` is true, and those in `DropsAllResponses.hurried`.
         """
         ...
 
