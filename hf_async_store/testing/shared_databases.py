@@ -119,9 +119,8 @@ class SharedDatabaseContract:
             try:
                 found = await store.get_entity("others", "o")
             except SchemaMismatchError as exc:
-                assert name in str(
-                    exc
-                )  # one table for all collections: it is that of `others`, too
+                # All collections are in one table, which is the occupied one.
+                assert name in str(exc)
             else:
                 assert found is None
 
