@@ -478,7 +478,8 @@ class Engine(Reader):
         ones of its key. The store passes it to `write_each`, and other changes to this method, in the
         meantime.
 
-        The default is for an engine that locks no single entities, and waits for no lock of the store.
+        The default is for an engine that locks no single entities, and waits for no lock that another
+        program may have on the store.
 
         Args:
             take: returns the changes, always the same ones, perhaps none. Until it is called, a change

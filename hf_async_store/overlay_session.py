@@ -26,9 +26,10 @@ _ROWS_PER_STEP: Final = 200
 class OverlaySession(Session):
     """A session that reads from an overlay, and writes to it; the engine commits `overlay.changes`.
 
-    As it is, it is for an engine whose entities are all in the mapping of the overlay. Another engine
-    overrides `load` and `load_collection`, which are called by every method, and so may begin the
-    transaction. One that enforces references or unique indexes also loads in `write` what these need.
+    As it is, it is for an engine whose entities are all in the mapping that the overlay was given. Another
+    engine keeps that mapping, which neither class exposes, and overrides `load` and `load_collection` to
+    fill it. Every method calls one of them, which so may begin the transaction. An engine that enforces
+    references or unique indexes also loads in `write` what these need.
 
     Attributes:
         overlay: the uncommitted changes above the stored entities.
@@ -38,7 +39,7 @@ class OverlaySession(Session):
         self.overlay = overlay
 
     async def load(self, keys: Sequence[Key]) -> None:
-        """Put the stored entities of these keys into the mapping, if they are not there yet."""
+        """Put the stored entities of these keys, perhaps none, into the mapping, unless they are there."""
 
     async def load_collection(self, collection: str) -> None:
         """Put all stored entities of a collection into the mapping, if they are not there yet."""

@@ -252,6 +252,16 @@ class Collection:
         expires: when its entities expire; None: never.
         feed: for how long its changes are kept for `watch`, as a timedelta or in seconds; None: not at all.
 
+    Attributes:
+        fields: all declared fields by name: the key first, then in the order given, then the timestamps.
+        indexes: each as an `Index`.
+        references: the fields with an enforced reference, to another collection or to this one.
+        required: the names of the required fields, without the key.
+        typed: the fields whose values must be checked: all except optional ones of type json.
+        unique: the names of the fields of each unique index.
+        model: the class of its entities, if it was declared by `from_model`.
+        feed: as a timedelta.
+
     Example:
         `Collection("accounts", key="account_id", fields=["owner"], indexes=["owner"])`
 
@@ -262,23 +272,15 @@ class Collection:
     name: str
     key: str
     fields: Mapping[str, Field]
-    """All declared fields by name: the key first, then in the order given, then the timestamps."""
     indexes: tuple[Index, ...]
     references: tuple[Field, ...]
-    """The fields with an enforced reference to another collection."""
     required: tuple[str, ...]
     typed: Mapping[str, Field]
-    """The fields whose values must be checked: all except optional ones of type json."""
     unique: tuple[tuple[str, ...], ...]
-    """The fields of each unique index."""
     open: bool
-    """Whether queries may name undeclared fields without `path`."""
     model: type | None
-    """The class of its entities, if it was declared by `from_model`."""
     expires: Expire | None
-    """When its entities expire."""
     feed: timedelta | None
-    """For how long its changes are kept."""
 
     def __init__(
         self,
@@ -598,6 +600,11 @@ def _usual_types(field: Field) -> tuple[type | None, ...]:
 class Schema(Mapping[str, Collection]):
     """The declared collections of a store, by name, parents before children.
 
+    Attributes:
+        children: by the name of a parent: each child collection, with its field that refers to the parent.
+            References with `enforced=False` are left out; without children, the tuple is empty.
+        unique: by the name of a collection that has unique indexes: the names of the fields of each.
+
     Raises:
         ConfigurationError: a duplicate name, a reference to an undeclared collection, or a cycle of
             references other than from a collection to itself.
@@ -606,9 +613,7 @@ class Schema(Mapping[str, Collection]):
     __slots__ = ("_by_name", "_found", "children", "unique")
 
     children: Mapping[str, tuple[tuple[Collection, Field], ...]]
-    """By parent: every (collection, field) that refers to it."""
     unique: Mapping[str, tuple[tuple[str, ...], ...]]
-    """By collection with unique indexes: the fields of each."""
 
     def __init__(self, collections: Iterable[Collection]) -> None:
         declared = check_declared(

@@ -24,12 +24,12 @@ from hf_async_store.testing.assertions import (
     nothing_is_left,
     payload,
     payloads,
-    refused_at_once,
     typed,
 )
 from hf_async_store.testing.cancellation_stepper import at_turn, cancelled_at, turns, was_cancelled
 from hf_async_store.testing.concurrency import (
     HANG_SECONDS,
+    failure_of,
     has_ended,
     is_shared,
     second_store,
@@ -214,6 +214,8 @@ _VERBS_THAT_WAIT: Final[Mapping[str, Verb]] = {
 
 
 _CANCELLED_TASKS: Final = 12
+_SLOW_SECONDS: Final = 10.0
+"""A write that does not wait for a lock takes less time, also under load."""
 _ROUNDS: Final = 12
 
 
@@ -295,7 +297,7 @@ class CancellationContract:
             waiting = asyncio.create_task(store.save_entity("items", {"item_id": "waiting"}))
             await asyncio.sleep(0)
             cancelled = await cancelled_at(turn, store.close())
-            if cancelled and not _is_closed(store):
+            if cancelled and not await _is_closed(store):
                 await store.close()
             with suppress(StorageError):
                 await waiting
@@ -493,6 +495,34 @@ class CancellationContract:
                 if not error.outcome_unknown:
                     assert (await get_existing(store, "items", "a"))["label"] == "before"
 
+    @pytest.mark.parametrize("name", _VERBS_WITH_TIMEOUT)
+    async def test_126_a_write_that_waits_for_the_store_is_known_not_to_be_applied(
+        self, harness: Harness, store: StorageStrategy, name: str
+    ) -> None:
+        """Another store is in a transaction with another entity. If the write waits for it, the engine has
+        a lock of the whole store, and must not take changes before it: see `Engine.write_unblocked`."""
+        if not is_shared(harness.capabilities):
+            pytest.skip("another store of this engine has other data")
+        await reset(store)
+        entered, leave = asyncio.Event(), asyncio.Event()
+        async with harness.store() as other, asyncio.timeout(HANG_SECONDS):
+            holder = asyncio.create_task(hold(other, entered, leave, "b"))
+            await entered.wait()
+            error = await failure_of(_VERBS_WITH_TIMEOUT[name](store, 0.1))
+            later = asyncio.create_task(store.save_entity("items", _C))
+            if isinstance(error, OperationTimeoutError) and error.outcome_unknown:
+                # It was slow, without having to wait, if a later one ends before the transaction.
+                await asyncio.wait({later}, timeout=_SLOW_SECONDS)
+                assert later.done(), "the changes were taken before the lock of the store was free"
+            leave.set()
+            [held] = await asyncio.gather(holder, return_exceptions=True)
+            assert held is None or isinstance(held, ConcurrencyConflictError)
+            assert await later == 1
+        if error is not None:
+            assert isinstance(error, OperationTimeoutError)
+            if not error.outcome_unknown:
+                assert (await get_existing(store, "items", "a"))["label"] == "before"
+
     # 73 -------------------------------------------------------------------------------------
 
     async def test_73_after_500_cancellations_the_whole_pool_is_usable(
@@ -633,17 +663,21 @@ async def usable(store: StorageStrategy, *, at_once: int = 3) -> None:
     await asyncio.wait_for(everything, HANG_SECONDS)
 
 
-async def hold(store: StorageStrategy, entered: asyncio.Event, leave: asyncio.Event) -> None:
+async def hold(
+    store: StorageStrategy, entered: asyncio.Event, leave: asyncio.Event, entity_id: str = "a"
+) -> None:
     """A transaction that has written and stays open until `leave` is set."""
     async with store.begin_transaction() as tx:
-        await tx.update_entity("items", "a", {"count": 99})
+        await tx.update_entity("items", entity_id, {"count": 99})
         entered.set()
         await leave.wait()
 
 
-def _is_closed(store: StorageStrategy) -> bool:
-    try:
-        refused_at_once(store.get_entity("items", "a"), StoreClosedError)
-    except AssertionError:
-        return False
-    return True
+async def _is_closed(store: StorageStrategy) -> bool:
+    """Whether a read is refused at once; one that has begun is cancelled, because a coroutine that is only
+    closed lets go on what the engine awaits in tasks of its own."""
+    read = asyncio.create_task(_run(store, lambda store: store.get_entity("items", "a")))
+    await asyncio.sleep(0)
+    read.cancel()
+    await asyncio.wait({read}, timeout=HANG_SECONDS)
+    return not read.cancelled() and isinstance(read.exception(), StoreClosedError)

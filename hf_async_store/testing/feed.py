@@ -37,6 +37,7 @@ from hf_async_store.testing.harness import (
     ForgetsFeed,
     HasStranger,
     SharesDatabase,
+    skip_fault,
 )
 from hf_async_store.testing.repetitions import repetitions
 
@@ -122,7 +123,7 @@ def stranger(harness: Harness, collections: Iterable[Collection]) -> StorageStra
     if isinstance(harness, SharesDatabase):
         return harness.neighbour("other_", collections)
     if is_shared(harness.capabilities):
-        pytest.skip("the harness has no store on other data")
+        skip_fault(harness, HasStranger)
     return harness.store(collections)
 
 
@@ -569,7 +570,7 @@ class FeedContract:
     async def test_110_what_happens_to_the_data_makes_no_gap(self, harness: Harness) -> None:
         feed_of(harness)
         if not isinstance(harness, DisturbsFeeds):
-            pytest.skip("the harness does not disturb the engine")
+            skip_fault(harness, DisturbsFeeds)
         async with harness.store(FEED_COLLECTIONS) as store, second(harness, store) as reader:
             async with reader.watch("notes") as changes:
                 token = changes.token
@@ -633,7 +634,7 @@ class FeedContract:
     async def test_111_a_token_that_is_too_old(self, harness: Harness) -> None:
         feed_of(harness)
         if not isinstance(harness, ForgetsFeed):
-            pytest.skip("the harness cannot let the retention pass")
+            skip_fault(harness, ForgetsFeed)
         async with harness.store(FEED_COLLECTIONS) as store:
             async with store.watch("notes") as changes:
                 old = changes.token

@@ -312,7 +312,7 @@ class FieldOperationContract:
     ) -> None:
         url = harness.url() if harness.capabilities.multi_process else None
         if url is None:
-            return
+            pytest.skip("the engine does not declare multi_process")
         times, processes = repetitions(25), 8
         await store.create_entity("counters", {"counter_id": "sum"})
         work = {"counter_id": "sum", "times": times}

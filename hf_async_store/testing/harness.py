@@ -60,8 +60,8 @@ class Harness(Protocol):
         engine is neither durable nor shared by processes, each call returns an empty store.
 
         Args:
-            settings: keys of the strategy's configuration. The suite uses `enforce_references`,
-                and only if `capabilities.references` is true.
+            settings: keys of the strategy's configuration. The suite uses `enforce_references`, only if
+                `capabilities.references` is true, and those in `DropsAllResponses.hurried`.
         """
         ...
 
@@ -98,10 +98,12 @@ class DropsAllResponses(Protocol):
     """A harness that can lose the responses of all writes, those of repeated requests too."""
 
     hurried: Mapping[str, object]
-    """The settings with which a store soon gives up repeating a request, so that a case is short."""
+    """The settings with which a store soon gives up repeating a request, so that a case is short: arguments
+    of `store`, for example `{"timeout": 0.2}`; empty if it never repeats one."""
 
     def lose_answers(self) -> AbstractContextManager[None]:
-        """Until the context is left, let the engine execute each write request, and lose its response."""
+        """Until the context is left, let the engine execute each write request, and lose its response; a
+        request by which the engine finds out whether an earlier one was executed is answered, or not."""
         ...
 
 
@@ -159,7 +161,8 @@ class ExcludesFaults(Protocol):
     """A harness of an engine to which some faults cannot happen, such as one without connections."""
 
     impossible_faults: tuple[type, ...]
-    """Of the protocols above that inject faults, those of faults that cannot happen."""
+    """Of the protocols of this module, those that do not fit the engine: a fault that cannot happen, or
+    `SharesDatabase` of an engine each of whose databases is one store."""
 
 
 @runtime_checkable
@@ -197,7 +200,7 @@ class SharesDatabase(Protocol):
 
     async def occupy(self, collection: str) -> str:
         """Let something of another program have the name of the table of a collection, before the first
-        write. Returns the name."""
+        write. Returns the name. If the collections of a store share a table, it is the name of this one."""
         ...
 
     async def occupant(self) -> object:

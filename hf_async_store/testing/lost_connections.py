@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hf_async_store.errors import UnavailableError
-from hf_async_store.testing.concurrency import HANG_SECONDS
+from hf_async_store.errors import StorageError, UnavailableError
+from hf_async_store.field_operations import increment
+from hf_async_store.testing.concurrency import HANG_SECONDS, failure_of, has_ended, second_store
 from hf_async_store.testing.harness import (
     CutsConnections,
     Harness,
@@ -18,6 +19,7 @@ from hf_async_store.testing.harness import (
 
 if TYPE_CHECKING:
     from hf_async_store.strategy import StorageStrategy
+    from hf_async_store.transaction import Transaction
 
 
 class LostConnectionContract:
@@ -54,6 +56,44 @@ class LostConnectionContract:
         assert acknowledged <= stored <= acknowledged | unknown
         await store.save_entity("items", {"item_id": "last"})
 
+    @pytest.mark.parametrize("after", ["read", "write", "savepoint", "commit"])
+    async def test_84_a_transaction_ends_with_its_connection(
+        self, harness: Harness, store: StorageStrategy, after: str
+    ) -> None:
+        """The caller catches the error of the first call after the connection broke. Neither that call nor
+        a later one may go on with another connection as if the transaction still had its locks."""
+        if not isinstance(harness, CutsConnections):
+            skip_fault(harness, CutsConnections)
+        if after == "savepoint" and not harness.capabilities.savepoints:
+            pytest.skip("the engine declares no savepoints")
+        await store.save_entity("items", {"item_id": "a", "count": 0})
+        await store.delete_entities("items", ["b", "c"])
+        written = {"b"}
+        possible: list[tuple[object, set[object]]] = []
+        async with second_store(harness, store) as other, asyncio.timeout(HANG_SECONDS):
+            try:
+                async with store.begin_transaction() as tx:
+                    await tx.update_entity("items", "a", {"count": increment()})
+                    await tx.save_entity("items", {"item_id": "b"})
+                    harness.cut_connections()
+                    rival = asyncio.create_task(_increment(other))
+                    await has_ended(rival)
+                    if after == "read":
+                        await failure_of(tx.get_entity("items", "c"))
+                    elif after == "savepoint":  # its failure alone does not end the transaction
+                        await failure_of(_read_in_savepoint(tx))
+                    elif after == "write":
+                        error = await failure_of(tx.save_entity("items", {"item_id": "c"}))
+                        written.update(set() if error else "c")
+                possible.append((2, {*written}))
+            except StorageError as exc:
+                possible.append((1, set()))
+                if exc.outcome_unknown:
+                    possible.append((2, {*written}))
+            await rival
+        found = _by_id(await _read(store))
+        assert (found.pop("a")["count"], set(found)) in possible
+
     async def test_84_what_was_acknowledged_outlasts_the_server(
         self, harness: Harness, store: StorageStrategy
     ) -> None:
@@ -72,6 +112,15 @@ class LostConnectionContract:
         async with harness.store() as again:
             assert _by_id(await _read(again)) == _by_id(before)
             assert await again.update_entity("items", "a", {"label": "later"}) == 2
+
+
+async def _read_in_savepoint(tx: Transaction) -> None:
+    async with tx.begin_transaction() as inner:
+        await inner.get_entity("items", "c")
+
+
+async def _increment(store: StorageStrategy) -> None:
+    await store.update_entity("items", "a", {"count": increment()})
 
 
 def _by_id(entities: list[dict[str, object]]) -> dict[object, dict[str, object]]:

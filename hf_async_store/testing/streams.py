@@ -112,7 +112,7 @@ class StreamContract:
     ) -> None:
         url = harness.url()
         if url is None:
-            return
+            pytest.skip("the engine does not declare multi_process")
         code, stderr = await _child(_UNCLOSED_STORE_PROGRAM, url, how)
         assert code == {"ends": 0, "fails": 1, "exits": 3, "streams": 0}[how], stderr
         assert "ResourceWarning: unclosed store" in stderr
@@ -223,7 +223,7 @@ class StreamContract:
         """All ways of leaving a stream, in a process with `-X dev`, print nothing to stderr."""
         url = harness.url()
         if url is None:
-            return
+            pytest.skip("the engine does not declare multi_process")
         code, stderr = await _child(_ABANDONED_STREAMS_PROGRAM, url, "")
         assert (code, stderr) == (0, "")
 

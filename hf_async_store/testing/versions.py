@@ -276,7 +276,7 @@ class VersionContract:
         self, harness: Harness, store: StorageStrategy
     ) -> None:
         if not is_shared(harness.capabilities):
-            return
+            pytest.skip("another store of this engine has other data")
         await store.create_entity("counters", {"counter_id": "race"})
         async with harness.store() as other:
             for version in range(1, ROUNDS // 4 + 1):
@@ -290,7 +290,7 @@ class VersionContract:
     ) -> None:
         url = _shared_url(harness)
         if url is None:
-            return
+            pytest.skip("the engine does not declare multi_process")
         await store.create_entity("counters", {"counter_id": "race"})
         work = {"counter_id": "race", "rounds": ROUNDS, "writers": 12}
         results = await run_workers(url, *[("version-race", work)] * 4)
@@ -350,7 +350,7 @@ class VersionContract:
     ) -> None:
         url = _shared_url(harness)
         if url is None:
-            return
+            pytest.skip("the engine does not declare multi_process")
         await store.create_entity("counters", {"counter_id": "sum", "n": 0})
         work = {"counter_id": "sum", "times": 50}
         results = await run_workers(url, *[("cas-counter", work)] * 4)
@@ -363,7 +363,7 @@ class VersionContract:
     ) -> None:
         url = _shared_url(harness)
         if url is None:
-            return
+            pytest.skip("the engine does not declare multi_process")
         names = [f"worker {number}" for number in range(4)]
         await run_workers(url, *(("save-many", {"prefix": each, "times": 50}) for each in names))
         ids = [f"{name}-{number}" for name in names for number in range(50)]
@@ -412,7 +412,7 @@ class VersionContract:
     ) -> None:
         url = _shared_url(harness)
         if url is None:
-            return
+            pytest.skip("the engine does not declare multi_process")
         ids = [f"id {number}" for number in range(50)]
         names = ("one", "two", "three")
         results = await run_workers(

@@ -26,8 +26,11 @@ from hf_async_store.testing.harness import (
     DropsAllResponses,
     DropsResponses,
     HoldsWrites,
+    InjectsRowLocks,
     InjectsThrottling,
+    RefusesLabels,
     RestartsServer,
+    SharesDatabase,
 )
 from hf_async_store.testing.proxy import HeldRequest
 from tests.dynamodb.proxy import WRITES, Answer, Cut, Fault, Held, Partly, Proxy, Request, throttled
@@ -89,7 +92,7 @@ class JSONHarness:
         defaults: settings of all stores.
     """
 
-    impossible_faults = _NO_SERVER
+    impossible_faults = (*_NO_SERVER, InjectsRowLocks, RefusesLabels, SharesDatabase)
 
     def __init__(self, tmp_path: Path, name: str, **defaults: object) -> None:
         self._tmp_path = tmp_path
@@ -157,7 +160,7 @@ async def forget_feed(store: StorageStrategy, collection: str) -> None:
 class SQLiteHarness:
     """A database file in a separate folder."""
 
-    impossible_faults = _NO_SERVER
+    impossible_faults = (*_NO_SERVER, InjectsRowLocks)
 
     def __init__(self, tmp_path: Path) -> None:
         self._path = tmp_path / "data" / "store.db"
@@ -394,6 +397,7 @@ class DynamoDBHarness:
     """Tables with a separate prefix, accessed through a proxy that can inject faults."""
 
     hurried: Mapping[str, object] = {"retry_timeout": 0.2}
+    impossible_faults = (InjectsRowLocks, RefusesLabels)
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy

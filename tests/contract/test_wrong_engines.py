@@ -24,7 +24,7 @@ from contextlib import (
     suppress,
 )
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 import msgspec
 import pytest
@@ -72,9 +72,18 @@ from hf_async_store.query import EVERYTHING, CursorPosition
 from hf_async_store.strategies.json.engine import JSONEngine
 from hf_async_store.strategies.memory import MemoryEngine
 from hf_async_store.strategies.sql.engine import SQLEngine
+from hf_async_store.testing import cancellation
 from hf_async_store.testing.contract import StrategyContract
-from hf_async_store.testing.harness import CONTRACT_COLLECTIONS
+from hf_async_store.testing.harness import (
+    CONTRACT_COLLECTIONS,
+    DisturbsFeeds,
+    InjectsRowLocks,
+    ObservesIO,
+    RefusesLabels,
+)
+from hf_async_store.testing.plugin import NOT_TRIED
 from hf_async_store.testing.proxy import HeldRequest
+from hf_async_store.testing.random_choices import FULL_VARIABLE
 from tests.contract.harnesses import JSONHarness, MemoryHarness, SQLiteHarness
 from tests.contract.wrong_engines import (
     Nothing,
@@ -616,12 +625,24 @@ async def _is_json(self: JSONEngine, other: Engine) -> bool:
     return isinstance(other, JSONEngine)
 
 
+_write_unblocked: Final = JSONEngine.write_unblocked
+
+
+async def _take_at_once(self: JSONEngine, take: TakeChanges) -> list[Outcome]:
+    changes = take()
+    return await _write_unblocked(self, lambda: changes)
+
+
+_WAITING: Final = "test_126_a_write_that_waits_for_the_store_is_known_not_to_be_applied"
+
+
 _DURABLE: Final[Sequence[tuple[str, Callable[..., Any], str]]] = [
     ("probe", _nothing, "test_124_a_probe_reaches_the_store"),
     ("fetch_undeclared", _nothing, "test_124_an_entity_is_fetched_without_a_declaration"),
     ("exists", _true, "test_134_exists_does_not_create_the_store"),
     ("undeclared", _no_names, "test_134_undeclared_collections_are_reported"),
     ("is_same_store", _is_json, "test_134_a_store_on_other_data_is_another_store"),
+    ("write_unblocked", _take_at_once, _WAITING),
     ("unenforced", _no_names, "test_96_unique_declared_on_data_with_duplicates"),
     ("apply_schema", _ignore, "test_96_unique_declared_on_data_with_duplicates"),
 ]
@@ -652,6 +673,7 @@ async def test_a_wrong_engine_with_files_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     await run_case(case, JSONHarness(tmp_path / "right", "db.json"))
+    monkeypatch.setattr(cancellation, "_SLOW_SECONDS", 0.3)
     monkeypatch.setattr(JSONEngine, method, wrong)
     await assert_refused(case, JSONHarness(tmp_path / "wrong", "db.json"))
 
@@ -804,9 +826,102 @@ async def test_an_engine_that_refuses_what_is_occupied_passes() -> None:
     await run_case(_OCCUPIED, _OccupiedHarness(_RefusesOccupied))
 
 
+class _KeepsAllInOneTable(_RefusesOccupied):
+    """The table that is occupied is that of every collection."""
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        self._refuse([self.occupied])
+        return await super().fetch(keys)
+
+
+async def test_an_engine_with_one_table_for_all_collections_passes() -> None:
+    await run_case(_OCCUPIED, _OccupiedHarness(_KeepsAllInOneTable))
+
+
 async def test_an_engine_that_commits_before_what_is_occupied_fails() -> None:
     with pytest.raises(AssertionError):
         await run_case(_OCCUPIED, _OccupiedHarness(_CommitsBeforeWhatIsOccupied))
+
+
+# -- faults that are not tried -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    [
+        ("test_135_a_change_refused_by_the_database_does_not_affect_its_neighbours", RefusesLabels),
+        ("test_135_a_change_refused_by_the_database_among_others_of_its_entity", RefusesLabels),
+        ("test_135_a_blocked_change_does_not_delay_its_neighbours", InjectsRowLocks),
+        ("test_110_what_happens_to_the_data_makes_no_gap", DisturbsFeeds),
+        ("test_43_an_empty_transaction_does_no_io", ObservesIO),
+    ],
+)
+async def test_a_case_of_a_fault_is_skipped_and_named_without_it(case: str, fault: type) -> None:
+    with pytest.raises(RuntimeError, match=f"{NOT_TRIED}{fault.__name__}"):
+        await run_case(case, WrongHarness(_Lasting))
+
+
+# -- engines that connect -----------------------------------------------------------------------
+
+
+class _Connects(MemoryEngine):
+    """A read opens a connection, which takes a while."""
+
+    connections: ClassVar[set[object]] = set()
+
+    async def fetch(self, keys: Sequence[Key]) -> list[Record | None]:
+        self._refuse_closed()
+        connection = object()
+        try:
+            await run_to_completion(self._connect(connection))
+            return await super().fetch(keys)
+        finally:
+            self.connections.discard(connection)
+
+    async def _connect(self, connection: object) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        self.connections.add(connection)
+
+
+class _ConnectedHarness(WrongHarness):
+    def leaks(self) -> list[str]:
+        return [str(each) for each in _Connects.connections]
+
+
+async def test_an_engine_that_completes_its_connection_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(FULL_VARIABLE, "1")  # each moment of a close
+    await run_case("test_72_cancel_at_every_await_of_a_close", _ConnectedHarness(_Connects))
+    assert _Connects.connections == set()
+
+
+# -- engines whose connections break -------------------------------------------------------------
+
+
+class _GoesOnWithoutItsLock(OptimisticSession):
+    """Like a session that has connected again, and so holds no lock any more."""
+
+    def is_current(self) -> bool:
+        return True
+
+
+class _CutHarness(WrongHarness):
+    def cut_connections(self) -> None:
+        pass  # the engine under test goes on as if nothing had happened
+
+
+_CUT: Final = "test_84_a_transaction_ends_with_its_connection"
+
+
+async def test_an_engine_that_compares_what_it_read_needs_no_connection() -> None:
+    await run_case(_CUT, _CutHarness(Optimistic))
+
+
+async def test_an_engine_that_goes_on_without_its_lock_fails() -> None:
+    engine = type("_Reconnects", (Optimistic,), {"session_class": _GoesOnWithoutItsLock})
+    await assert_refused(_CUT, _CutHarness(engine))
 
 
 # -- engines whose answers are lost --------------------------------------------------------------
