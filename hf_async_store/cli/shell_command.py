@@ -156,7 +156,7 @@ class _Prompt(code.InteractiveConsole):
         """
         try:
             statements = self._statements(sys.stdin.buffer.read())
-        except (SyntaxError, ValueError, OverflowError) as exc:
+        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as exc:
             self.showsyntaxerror(self.filename)
             raise InvalidInputError("the input is not valid Python; nothing was run") from exc
         for each in statements:

@@ -67,12 +67,19 @@ def test_an_import_there_and_an_export_back(
     assert sample["collections"]["requests"]["claims"] == 0
 
 
-def test_a_server_that_fails_loses_no_row(cli: Cli, postgres_server: PostgresServer) -> None:
+@pytest.mark.parametrize(
+    ("state", "code"),
+    # A full disk, a role that lost its login, a dropped database. The last two are not of the row.
+    [("53100", 4), ("28000", 2), ("57P04", 2)],
+)
+def test_a_server_that_fails_loses_no_row(
+    cli: Cli, postgres_server: PostgresServer, state: str, code: int
+) -> None:
     url = postgres_server.database()
     words = ("import", "machines", "-", "--format", "jsonl", "--store", url)
     cli("init", "--store", url)
-    failure = "RAISE EXCEPTION 'no space' USING ERRCODE = '53100'"
-    body = f"BEGIN IF NEW.id = 'm-001700' THEN {failure}; END IF; RETURN NEW; END"
+    failure = f"RAISE EXCEPTION 'it failed' USING ERRCODE = '{state}'"
+    body = f"BEGIN IF NEW.machine_id = 'm-001700' THEN {failure}; END IF; RETURN NEW; END"
     for each in (
         f"CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$",
         'CREATE TRIGGER fail BEFORE INSERT ON "machines-entities" FOR EACH ROW EXECUTE FUNCTION fail()',
@@ -80,7 +87,7 @@ def test_a_server_that_fails_loses_no_row(cli: Cli, postgres_server: PostgresSer
         postgres_server.run(each, url)
     ran = cli(*words, stdin=MACHINES)
     postgres_server.run('DROP TRIGGER fail ON "machines-entities"', url)
-    check_failure(cli, ran, words)
+    check_failure(cli, ran, words, code)
     postgres_server.drop(url)
 
 
