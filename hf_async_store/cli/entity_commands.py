@@ -11,7 +11,7 @@ from msgspec import Struct
 from hf_async_store.changes import ANY
 from hf_async_store.cli import output
 from hf_async_store.cli.context import Context, path_of
-from hf_async_store.cli.exit_codes import NOT_FOUND, STORAGE, code_of, report
+from hf_async_store.cli.exit_codes import NOT_FOUND, is_refusal, report
 from hf_async_store.errors import BatchError, EntityNotFoundError, InvalidInputError, StorageError
 from hf_async_store.values import VERSION
 
@@ -193,7 +193,7 @@ class _Put(Struct):
     def _all_failed(self, size: int) -> bool:
         """Whether the last `size` writes failed because of the store, so that others would, too."""
         return all(
-            isinstance(each, StorageError) and code_of(each) == STORAGE
+            isinstance(each, StorageError) and not is_refusal(each)
             for each in self.outcomes[-size:]
         )
 

@@ -17,7 +17,7 @@ from hf_async_store.changes import ABSENT
 from hf_async_store.cli import output
 from hf_async_store.cli.context import Context, path_of
 from hf_async_store.cli.entity_files import CSVLines, Row, line_of, rows_of
-from hf_async_store.cli.exit_codes import CONFLICT, INTERRUPTED, code_of, sentence
+from hf_async_store.cli.exit_codes import INTERRUPTED, code_of, is_refusal, sentence
 from hf_async_store.cli.filter_syntax import fields_of, filters_of, order_of
 from hf_async_store.cli.progress import Bars
 from hf_async_store.errors import (
@@ -473,8 +473,6 @@ def _failure(rows: Sequence[Row], outcomes: Sequence[object]) -> _Failure | None
 
 def _is_failure(outcome: object) -> bool:
     """Whether the store failed, instead of having refused this row: the same row may be imported later."""
-    if not isinstance(outcome, StorageError):
-        return False
-    # Not by exit code 2 alone: that of a wrong configuration, such as expired credentials, is the same.
-    is_of_row = isinstance(outcome, InvalidInputError) or code_of(outcome) == CONFLICT
-    return not is_of_row or outcome.outcome_unknown or outcome.retryable
+    return isinstance(outcome, StorageError) and (
+        not is_refusal(outcome) or outcome.outcome_unknown or outcome.retryable
+    )
