@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
 from itertools import islice
@@ -15,7 +14,7 @@ import msgspec
 
 from hf_async_store.changes import ABSENT
 from hf_async_store.cli import output
-from hf_async_store.cli.context import Context, path_of
+from hf_async_store.cli.context import Context, opened_stdin, path_of
 from hf_async_store.cli.entity_files import CSVLines, Row, line_of, rows_of
 from hf_async_store.cli.exit_codes import INTERRUPTED, code_of, is_refusal, sentence
 from hf_async_store.cli.filter_syntax import fields_of, filters_of, order_of
@@ -133,7 +132,7 @@ def import_(arguments: Namespace) -> int:
 
 def _opened(name: str, stack: ExitStack) -> BinaryIO:
     if name == "-":
-        return cast("BinaryIO", sys.stdin.buffer)
+        return opened_stdin()
     try:
         return stack.enter_context(path_of(name).open("rb"))
     except OSError as exc:
