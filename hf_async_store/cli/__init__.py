@@ -21,6 +21,7 @@ from hf_async_store.cli.exit_codes import (
     report_os_error,
 )
 from hf_async_store.errors import StorageError
+from hf_async_store.redaction import redact_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,8 +66,11 @@ def _exit_code_of(work: Callable[[], int], *, verbose: bool) -> int:
     """Call `work` and return an exit code; exceptions are reported on stderr."""
     try:
         return work()
-    except SystemExit as exc:  # --help and --version
-        return exc.code if isinstance(exc.code, int) else 0
+    except SystemExit as exc:  # --help and --version, and statements of `shell`
+        if exc.code is None or isinstance(exc.code, int):
+            return exc.code or 0
+        output.write_error(redact_text(f"{exc.code}\n"))  # a text is an error, as in Python
+        return 1
     except KeyboardInterrupt:
         output.log_line("interrupted")
         return INTERRUPTED

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from hf_async_store.cli.arguments import STORE_VARIABLE
 from hf_async_store.cli.declared import named_collections
@@ -32,6 +33,7 @@ from hf_async_store.strategies import open_store
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from io import BufferedReader
 
     from hf_async_store.config import StorageConfig
     from hf_async_store.strategy import StorageStrategy
@@ -270,6 +272,17 @@ async def _opened(store: StorageStrategy) -> AsyncIterator[StorageStrategy]:
                 closing.exception()  # marked as retrieved; the first error is reported already
         else:
             await closing
+
+
+def opened_stdin() -> BufferedReader:
+    """The bytes of stdin.
+
+    Raises:
+        InvalidInputError: the program was started with stdin closed.
+    """
+    if sys.stdin is None:
+        raise InvalidInputError("stdin is closed")
+    return cast("BufferedReader", sys.stdin.buffer)
 
 
 def path_of(argument: str) -> Path:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import sys
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import Struct
 
 from hf_async_store.changes import ANY
 from hf_async_store.cli import output
-from hf_async_store.cli.context import Context, path_of
-from hf_async_store.cli.exit_codes import NOT_FOUND, STORAGE, code_of, report
+from hf_async_store.cli.context import Context, opened_stdin, path_of
+from hf_async_store.cli.exit_codes import NOT_FOUND, is_refusal, report
 from hf_async_store.errors import BatchError, EntityNotFoundError, InvalidInputError, StorageError
 from hf_async_store.values import VERSION
 
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Iterable, Sequence
-    from io import BufferedReader
 
     from hf_async_store.changes import Expect
     from hf_async_store.cli.filter_syntax import EntityInput
@@ -90,7 +89,7 @@ def _read_inputs(arguments: Namespace) -> list[EntityInput]:
     if source == "-" or (source is None and sys.stdin is not None and not sys.stdin.isatty()):
         # Read in chunks: during one long read, a signal that arrives between two of its system
         # calls would not be handled at once.
-        stdin = cast("BufferedReader", sys.stdin.buffer)
+        stdin = opened_stdin()
         return entities_of(b"".join(iter(lambda: stdin.read1(_READ_BYTES), b"")), "stdin")
     if source is None:
         raise InvalidInputError("there is no input: give the JSON, - for stdin, or --file FILE")
@@ -193,7 +192,7 @@ class _Put(Struct):
     def _all_failed(self, size: int) -> bool:
         """Whether the last `size` writes failed because of the store, so that others would, too."""
         return all(
-            isinstance(each, StorageError) and code_of(each) == STORAGE
+            isinstance(each, StorageError) and not is_refusal(each)
             for each in self.outcomes[-size:]
         )
 

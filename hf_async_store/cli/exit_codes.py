@@ -90,6 +90,14 @@ def code_of_kind(kind: type[StorageError]) -> int:
     return next((code for code, kinds in _CODES.items() if issubclass(kind, kinds)), STORAGE)
 
 
+def is_refusal(exc: StorageError) -> bool:
+    """Whether a change was refused because of itself and of the stored data; else the store has failed.
+
+    Not by exit code 2 alone: that of a wrong configuration, such as expired credentials, is the same.
+    """
+    return isinstance(exc, errors.InvalidInputError) or code_of(exc) == CONFLICT
+
+
 def sentence(exc: StorageError, exists: str | None = None) -> str:
     """The message of an error as one line, with a hint what to do.
 

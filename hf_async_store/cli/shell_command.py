@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import hf_async_store
 from hf_async_store.cli import output
-from hf_async_store.cli.context import Context, warnings_logged
+from hf_async_store.cli.context import Context, opened_stdin, warnings_logged
 from hf_async_store.errors import InvalidInputError, StorageError
 from hf_async_store.redaction import redact_text
 from hf_async_store.sync.event_loop_thread import Caller, EventLoopThread
@@ -155,8 +155,8 @@ class _Prompt(code.InteractiveConsole):
         half of a transaction would be committed.
         """
         try:
-            statements = self._statements(sys.stdin.buffer.read())
-        except (SyntaxError, ValueError, OverflowError) as exc:
+            statements = self._statements(opened_stdin().read())
+        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as exc:
             self.showsyntaxerror(self.filename)
             raise InvalidInputError("the input is not valid Python; nothing was run") from exc
         for each in statements:

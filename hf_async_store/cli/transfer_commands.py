@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
 from itertools import islice
@@ -15,9 +14,9 @@ import msgspec
 
 from hf_async_store.changes import ABSENT
 from hf_async_store.cli import output
-from hf_async_store.cli.context import Context, path_of
+from hf_async_store.cli.context import Context, opened_stdin, path_of
 from hf_async_store.cli.entity_files import CSVLines, Row, line_of, rows_of
-from hf_async_store.cli.exit_codes import INTERRUPTED, STORAGE, code_of, sentence
+from hf_async_store.cli.exit_codes import INTERRUPTED, code_of, is_refusal, sentence
 from hf_async_store.cli.filter_syntax import fields_of, filters_of, order_of
 from hf_async_store.cli.progress import Bars
 from hf_async_store.errors import (
@@ -133,7 +132,7 @@ def import_(arguments: Namespace) -> int:
 
 def _opened(name: str, stack: ExitStack) -> BinaryIO:
     if name == "-":
-        return cast("BinaryIO", sys.stdin.buffer)
+        return opened_stdin()
     try:
         return stack.enter_context(path_of(name).open("rb"))
     except OSError as exc:
@@ -474,5 +473,5 @@ def _failure(rows: Sequence[Row], outcomes: Sequence[object]) -> _Failure | None
 def _is_failure(outcome: object) -> bool:
     """Whether the store failed, instead of having refused this row: the same row may be imported later."""
     return isinstance(outcome, StorageError) and (
-        code_of(outcome) == STORAGE or outcome.outcome_unknown or outcome.retryable
+        not is_refusal(outcome) or outcome.outcome_unknown or outcome.retryable
     )

@@ -67,20 +67,43 @@ def test_an_import_there_and_an_export_back(
     assert sample["collections"]["requests"]["claims"] == 0
 
 
-def test_a_server_that_fails_loses_no_row(cli: Cli, postgres_server: PostgresServer) -> None:
-    url = postgres_server.database()
-    words = ("import", "machines", "-", "--format", "jsonl", "--store", url)
-    cli("init", "--store", url)
-    failure = "RAISE EXCEPTION 'no space' USING ERRCODE = '53100'"
-    body = f"BEGIN IF NEW.id = 'm-001700' THEN {failure}; END IF; RETURN NEW; END"
+def fail(server: PostgresServer, url: str, state: str, condition: str) -> None:
+    """Let the server refuse to insert machines that meet a condition, with an SQLSTATE."""
+    failure = f"RAISE EXCEPTION 'it failed' USING ERRCODE = '{state}'"
+    body = f"BEGIN IF {condition} THEN {failure}; END IF; RETURN NEW; END"
     for each in (
         f"CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$",
         'CREATE TRIGGER fail BEFORE INSERT ON "machines-entities" FOR EACH ROW EXECUTE FUNCTION fail()',
     ):
-        postgres_server.run(each, url)
+        server.run(each, url)
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    # A full disk, a role that may not log in any more, a database that was dropped.
+    [("53100", 4), ("28000", 2), ("57P04", 2)],
+)
+def test_a_server_that_fails_loses_no_row(
+    cli: Cli, postgres_server: PostgresServer, state: str, code: int
+) -> None:
+    url = postgres_server.database()
+    words = ("import", "machines", "-", "--format", "jsonl", "--store", url)
+    cli("init", "--store", url)
+    fail(postgres_server, url, state, "NEW.machine_id = 'm-001700'")
     ran = cli(*words, stdin=MACHINES)
     postgres_server.run('DROP TRIGGER fail ON "machines-entities"', url)
-    check_failure(cli, ran, words)
+    check_failure(cli, ran, words, code)
+    assert ran.rows[0]["last_line"] == 1000
+    postgres_server.drop(url)
+
+
+def test_a_put_ends_when_the_server_fails(cli: Cli, postgres_server: PostgresServer) -> None:
+    url = postgres_server.database()
+    cli("init", "--store", url)
+    fail(postgres_server, url, "28000", "true")
+    ran = cli("put", "machines", "--store", url, stdin=MACHINES)
+    assert ran.code == 2
+    assert "2,500 entities were not written" in ran.err
     postgres_server.drop(url)
 
 

@@ -162,6 +162,14 @@ def test_streams_that_are_closed(closed: str) -> None:
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("words", ["put machines -", "import machines - --format jsonl", "shell"])
+def test_a_command_that_reads_a_closed_stdin(words: str) -> None:
+    command = f"{' '.join(PROGRAM)} {words} <&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, b"hf-async-store: stdin is closed\n")
+
+
 def test_text_is_utf8_whatever_the_locale(filled: Cli) -> None:
     filled("put", "machines", '{"machine_id": "m-ä", "name": "Zoë ✓"}')
     ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}

@@ -73,6 +73,8 @@ def test_an_error_ends_a_pipe(cli: Cli, line: str, message: str) -> None:
         ("return 1", "'return' outside function"),
         ("x = '\xff'", "can't decode byte"),
         ("x = '\0'", "null bytes"),
+        pytest.param("+".join("1" * 20_000), "maximum recursion depth", id="too-deep"),
+        pytest.param("-" * 100_000 + "1", "MemoryError", id="too-deep-to-be-parsed"),
     ],
 )
 @pytest.mark.usefixtures("filled")
@@ -87,6 +89,21 @@ def test_input_that_is_not_valid_runs_nothing(cli: Cli, end: str, message: str) 
 def test_ctrl_c_ends_a_pipe(cli: Cli) -> None:
     ran = cli("shell", stdin=b"1\nraise KeyboardInterrupt\n2")
     assert (ran.code, ran.out, ran.message) == (130, "1\n", "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "err"),
+    [
+        ("exit()", 0, ""),
+        ("raise SystemExit(7)", 7, ""),
+        ("raise SystemExit('postgresql://u:pw@h/d failed')", 1, "postgresql://u:***@h/d failed\n"),
+    ],
+)
+@pytest.mark.usefixtures("filled")
+def test_a_pipe_may_end_itself(cli: Cli, line: str, code: int, err: str) -> None:
+    assert cli("shell", stdin=f"1\n{line}\n2".encode()) == (code, "1\n", err)
+    text = f"async def end():\n    {line}\nawait end()\n2"
+    assert cli("shell", stdin=text.encode()) == (code, "", err)
 
 
 @pytest.mark.usefixtures("filled")
