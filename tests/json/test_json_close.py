@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,6 +132,36 @@ async def test_an_unreferenced_store_warns_and_closes_its_files(
     await closed.close()
     del closed
     gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the closed loop
+def test_a_store_is_freed_whose_event_loop_was_closed_during_an_append(tmp_path: Path) -> None:
+    async def begin_save() -> asyncio.Task[int]:
+        store = await open_json(tmp_path, "single_file").open()
+        await store.get_entity(T, "t-1")
+        saving = asyncio.create_task(store.save_entity(T, {"template_id": "t-1"}))
+        while (state := store._json.follower.state) is None or state.appending is None:
+            await asyncio.sleep(0)
+        return saving
+
+    async def save() -> None:
+        # The other store would keep its lock.
+        async with open_json(tmp_path, "single_file", lock_timeout=0.5) as store:
+            await store.save_entity(T, {"template_id": "t-2"})
+
+    gc.collect()
+    threads, descriptors = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # it reports the task that it destroys
+    loop.run_until_complete(begin_save())
+    loop.close()
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) - threads:
+        assert time.monotonic() < deadline
+        gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
+    asyncio.run(save())
 
 
 @both_layouts

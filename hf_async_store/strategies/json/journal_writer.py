@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -512,13 +512,15 @@ class _AppendThread:
     """
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[_AppendJob | None] = SimpleQueue()
-        self._ended: deque[_AppendJob] = deque()
-        self._running = 0
+        self._jobs: SimpleQueue[_AppendJob | tuple[int, ...]] = SimpleQueue()
+        self._running: deque[_AppendJob] = deque()  # in the order in which they end
         self._pipe = read, write = os.pipe()
         self._loop = asyncio.get_running_loop()
-        # A daemon, as a store that is never closed must not keep the process alive.
-        thread = Thread(target=self._run, name="hf-async-store-append", daemon=True)
+        # A daemon, as a store that is never closed must not keep the process alive. It has no reference to
+        # this object: a store whose event loop was closed during an append would keep its locks.
+        thread = Thread(
+            target=_run_all, args=(self._jobs, write), name="hf-async-store-append", daemon=True
+        )
         try:
             os.set_blocking(read, False)
             self._loop.add_reader(read, self._end)
@@ -531,29 +533,35 @@ class _AppendThread:
         register_locked(read)  # a forked child shares the selector
 
     def submit(self, job: _AppendJob) -> None:
-        self._running += 1
+        self._running.append(job)
         self._jobs.put(job)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.run()
-            self._ended.append(job)
-            del job  # its data may be large
-            os.write(self._pipe[1], b"\0")
 
     def _end(self) -> None:
         os.read(self._pipe[0], 1)
-        self._running -= 1
-        self._ended.popleft().end()
+        self._running.popleft().end()
 
     def close(self) -> None:
-        read, write = self._pipe
-        self._loop.remove_reader(read)
-        self._jobs.put(None)
-        if not self._running:
-            close_locked(read)
-            os.close(write)
-        # else: the event loop was closed during an append, whose end the thread is about to write.
+        self._loop.remove_reader(self._pipe[0])
+        if self._running:
+            # The event loop was closed during an append, whose end the thread is about to write.
+            self._jobs.put(self._pipe)
+        else:
+            _close_all(self._pipe)
+            self._jobs.put(())
+
+
+def _run_all(jobs: SimpleQueue[_AppendJob | tuple[int, ...]], write: int) -> None:
+    """Run appends until a tuple follows, with the descriptors that are to be closed then."""
+    while isinstance(job := jobs.get(), _AppendJob):
+        job.run()
+        del job  # its data may be large
+        os.write(write, b"\0")
+    _close_all(job)
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for each in descriptors:
+        close_locked(each)
 
 
 async def _other_syncs(fd: int, path: str, patience: float) -> None:
