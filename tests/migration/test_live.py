@@ -638,7 +638,7 @@ async def test_a_cancelled_write_during_which_a_migration_begins_is_copied(
     source, target = place("json-single", "a"), place("sqlite", "b")
     async with open_store(source, collections=jobs, follow_moves=[target]) as store:
         router: Any = store.engine
-        write = router.original.write_each
+        write = router.original.write_cancellable
 
         async def cancelled_late(changes: Any) -> None:
             await write(changes)
@@ -648,7 +648,7 @@ async def test_a_cancelled_write_during_which_a_migration_begins_is_copied(
             raise asyncio.CancelledError
 
         await store.save_entity("jobs", {"job_id": "a", "status": "new"})
-        monkeypatch.setattr(router.original, "write_each", cancelled_late)
+        monkeypatch.setattr(router.original, "write_cancellable", cancelled_late)
         with pytest.raises(asyncio.CancelledError):
             await store.save_entity("jobs", {"job_id": "a", "status": "done"})
         marker = migration_routing.marker_of(Key("jobs", "a")).key
