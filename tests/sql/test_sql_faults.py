@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -31,11 +31,26 @@ from tests.contract.harnesses import RestartedPostgreSQLHarness, ask, execute
 from tests.contract.wrong_engines import run_case
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from hf_async_store import StorageStrategy
 
 
 def template(name: str, **fields: object) -> dict[str, object]:
     return {"template_id": name, **fields}
+
+
+@asynccontextmanager
+async def store_behind_proxy(database: str) -> AsyncIterator[tuple[StorageStrategy, FaultyProxy]]:
+    """A store whose connections go through a proxy."""
+    parts = urlsplit(database)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    with FaultyProxy(parts.hostname, parts.port) as link:
+        through = database.replace(f":{parts.port}/", f":{link.port}/")
+        async with open_store(f"{through}?sslmode=disable") as store:
+            yield store, link
 
 
 async def until_it_works(work: Any, seconds: float = 20) -> None:
@@ -240,66 +255,51 @@ async def test_71_an_exhausted_pool_names_its_settings(
 
 @pytest.mark.parametrize("verb", ["transaction", "save", "batch"])
 async def test_71_a_lost_response_is_an_unknown_outcome(database: str, verb: str) -> None:
-    parts = urlsplit(database)
-    assert parts.hostname is not None
-    assert parts.port is not None
-    with FaultyProxy(parts.hostname, parts.port) as link:
-        through = database.replace(f":{parts.port}/", f":{link.port}/")
-        async with open_store(f"{through}?sslmode=disable") as store:
-            await store.save_entity("templates", template("t", n=0))
-            if verb == "transaction":
-                link.lose_next_answer(lambda data: b"COMMIT" in data)
-                with pytest.raises(UnavailableError) as caught:
-                    async with store.begin_transaction() as tx:
-                        await tx.save_entity("templates", template("t", n=1))
-                error: StorageError = caught.value
-            else:
-                link.lose_next_answer(lambda data: b"marker" in data)
-                marked = template("t", n=1, note="marker")
-                work = (
-                    store.save_entity("templates", marked)
-                    if verb == "save"
-                    else store.save_entities("templates", [marked, template("u")])
-                )
-                with pytest.raises(StorageError) as lost:
-                    await work
-                error = lost.value
-            assert link.lost == 1
-            assert error.outcome_unknown
-            if isinstance(error, BatchError):
-                assert all(isinstance(each, UnavailableError) for each in error.outcomes)
-            else:
-                assert error.__cause__ is not None
-            # It was applied; and the store is usable without reopening.
-            found = await store.get_entity("templates", "t")
-            assert found is not None
-            assert (found["n"], found["version"]) == (1, 2)
+    async with store_behind_proxy(database) as (store, link):
+        await store.save_entity("templates", template("t", n=0))
+        if verb == "transaction":
+            link.lose_next_answer(lambda data: b"COMMIT" in data)
+            with pytest.raises(UnavailableError) as caught:
+                async with store.begin_transaction() as tx:
+                    await tx.save_entity("templates", template("t", n=1))
+            error: StorageError = caught.value
+        else:
+            link.lose_next_answer(lambda data: b"marker" in data)
+            marked = template("t", n=1, note="marker")
+            work = (
+                store.save_entity("templates", marked)
+                if verb == "save"
+                else store.save_entities("templates", [marked, template("u")])
+            )
+            with pytest.raises(StorageError) as lost:
+                await work
+            error = lost.value
+        assert link.lost == 1
+        assert error.outcome_unknown
+        if isinstance(error, BatchError):
+            assert all(isinstance(each, UnavailableError) for each in error.outcomes)
+        else:
+            assert error.__cause__ is not None
+        # It was applied; and the store is usable without reopening.
+        found = await store.get_entity("templates", "t")
+        assert found is not None
+        assert (found["n"], found["version"]) == (1, 2)
 
 
 async def test_71_the_first_connection_is_lost_while_it_is_opened(database: str) -> None:
     """SQLAlchemy sends statements of its own on the first connection."""
-    parts = urlsplit(database)
-    assert parts.hostname is not None
-    assert parts.port is not None
-    with FaultyProxy(parts.hostname, parts.port) as link:
-        through = database.replace(f":{parts.port}/", f":{link.port}/")
-        async with open_store(f"{through}?sslmode=disable") as store:
-            link.lose_next_answer(lambda data: b"show transaction isolation level" in data)
-            assert await store.save_entity("templates", template("t")) == 1
-            assert link.lost == 1
+    async with store_behind_proxy(database) as (store, link):
+        link.lose_next_answer(lambda data: b"show transaction isolation level" in data)
+        assert await store.save_entity("templates", template("t")) == 1
+        assert link.lost == 1
 
 
 async def test_71_a_read_is_retried_after_a_broken_connection(database: str) -> None:
-    parts = urlsplit(database)
-    assert parts.hostname is not None
-    assert parts.port is not None
-    with FaultyProxy(parts.hostname, parts.port) as link:
-        through = database.replace(f":{parts.port}/", f":{link.port}/")
-        async with open_store(f"{through}?sslmode=disable") as store:
-            await store.save_entity("templates", template("needle"))
-            link.lose_next_answer(lambda data: b"needle" in data)
-            assert await store.get_entity("templates", "needle") is not None
-            assert link.lost == 1
+    async with store_behind_proxy(database) as (store, link):
+        await store.save_entity("templates", template("needle"))
+        link.lose_next_answer(lambda data: b"needle" in data)
+        assert await store.get_entity("templates", "needle") is not None
+        assert link.lost == 1
 
 
 async def test_71_no_server_listens() -> None:
