@@ -69,13 +69,13 @@ async def test_what_is_seen(location: str) -> None:
 
 
 def test_once(filled: Cli) -> None:
-    ran = shell("top", "--once", "--interval", "0.01")
+    ran = shell("top", "--once", "--interval", "0.1")
     assert ran.code == 0
     [sample] = ran.rows
     assert sample["collections"]["machines"]["entities"] == 3
     assert sample["collections"]["machines"]["changes_per_second"] is None
     assert sample["seconds"] > 0
-    assert sample["health_seconds"] >= 0.01  # it was called by the first of two looks
+    assert sample["health_seconds"] >= 0.1  # it was called by the first of two looks
     assert is_canonical_timestamp(sample["time"])
     assert filled("top", "--store", "json:nope.json", "--once").code == 1
     assert filled("top", "--interval", "0").code == 2
